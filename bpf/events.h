@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The record layouts: the only place where they are written down.
+ *
+ * C includes this file; cwndtrace/events.py parses it. The parser takes fixed-size integers, byte and
+ * char arrays and enums, each field on a line of its own with a comment that opens with its unit in
+ * brackets. The bracket also names how the field is shown: [addr] text address, [text] a string,
+ * [dev] major:minor, [enum NAME] the label after the prefix of that enum. Padding must be explicit:
+ * order the fields by size.
+ */
+#ifndef CWNDTRACE_EVENTS_H
+#define CWNDTRACE_EVENTS_H
+
+#include <linux/types.h>
+
+/* Values equal to enum tcp_cwnd_reset_reason of kernel-patches/. */
+enum reason {
+	REASON_IDLE = 0,	/* tcp_cwnd_restart: data after a rest longer than the RTO */
+	REASON_RTO_LOSS = 1,	/* tcp_enter_loss: a retransmission timeout */
+	REASON_APP_LIMITED = 2,	/* tcp_cwnd_application_limited: an RTO without using the window */
+};
+
+enum probe {
+	PROBE_TRACEPOINT = 0,	/* tcp:tcp_cwnd_reset of a patched kernel */
+	PROBE_FENTRY = 1,	/* fentry and fexit of the kernel's function */
+	PROBE_KPROBE = 2,	/* kprobe and kretprobe of the kernel's function */
+	PROBE_SENDMSG = 3,	/* the kernel's rule applied at tcp_sendmsg_locked, confirmed on transmit */
+	PROBE_TCP_PROBE = 4,	/* windows compared between ACKs and transmits */
+};
+
+enum ca_state {
+	CA_STATE_OPEN = 0,	/* nothing unusual */
+	CA_STATE_DISORDER = 1,	/* duplicate ACKs or SACKs, nothing retransmitted */
+	CA_STATE_CWR = 2,	/* reducing the window after ECN or local congestion */
+	CA_STATE_RECOVERY = 3,	/* fast retransmit under way */
+	CA_STATE_LOSS = 4,	/* recovering from a retransmission timeout */
+};
+
+enum op {
+	OP_READ = 0,		/* REQ_OP_READ */
+	OP_WRITE = 1,		/* REQ_OP_WRITE */
+	OP_FLUSH = 2,		/* REQ_OP_FLUSH */
+	OP_DISCARD = 3,		/* REQ_OP_DISCARD */
+	OP_SECURE_ERASE = 5,	/* REQ_OP_SECURE_ERASE */
+	OP_ZONE_APPEND = 7,	/* REQ_OP_ZONE_APPEND */
+	OP_WRITE_ZEROES = 9,	/* REQ_OP_WRITE_ZEROES */
+	OP_ZONE_OPEN = 10,	/* REQ_OP_ZONE_OPEN */
+	OP_ZONE_CLOSE = 11,	/* REQ_OP_ZONE_CLOSE */
+	OP_ZONE_FINISH = 12,	/* REQ_OP_ZONE_FINISH */
+	OP_ZONE_RESET = 13,	/* REQ_OP_ZONE_RESET */
+	OP_DRV_IN = 34,		/* REQ_OP_DRV_IN */
+	OP_DRV_OUT = 35,	/* REQ_OP_DRV_OUT */
+};
+
+enum blk_sts {
+	BLK_STS_OK = 0,		/* done without error */
+	BLK_STS_NOTSUPP = 1,	/* EOPNOTSUPP */
+	BLK_STS_TIMEOUT = 2,	/* ETIMEDOUT */
+	BLK_STS_NOSPC = 3,	/* ENOSPC */
+	BLK_STS_TRANSPORT = 4,	/* ENOLINK */
+	BLK_STS_TARGET = 5,	/* EREMOTEIO */
+	BLK_STS_RESV_CONFLICT = 6, /* EBADE */
+	BLK_STS_MEDIUM = 7,	/* ENODATA */
+	BLK_STS_PROTECTION = 8,	/* EILSEQ */
+	BLK_STS_RESOURCE = 9,	/* ENOMEM */
+	BLK_STS_IOERR = 10,	/* EIO */
+};
+
+/* A congestion window that fell at once. */
+struct cwnd_reset {
+	__u64 ts_ns;		/* [ns] when the window fell, CLOCK_MONOTONIC */
+	__u64 sock_cookie;	/* [id] socket cookie, as in ss -e; 0 where the kernel had not made one */
+	__u64 skaddr;		/* [id] kernel address of the struct sock */
+	__u64 cgroup_id;	/* [id] cgroup v2 of the socket */
+	__u64 bytes_acked;	/* [bytes] acknowledged over the connection's life */
+	__u64 bytes_sent;	/* [bytes] sent over its life, retransmissions included */
+	__u64 idle_us;		/* [us] rest: since data was last sent, to one jiffy */
+	__u64 last_rcv_us;	/* [us] since data last came in from the peer, to one jiffy */
+	__u32 rto_us;		/* [us] retransmission timeout in force */
+	__u32 srtt_us;		/* [us] smoothed round-trip time; 0 before the first sample */
+	__u32 min_rtt_us;	/* [us] least round-trip time of the kernel's window; 4294967295 where none */
+	__u32 mss;		/* [bytes] cached sender MSS */
+	__u32 cwnd_before;	/* [segments] congestion window before */
+	__u32 cwnd_after;	/* [segments] congestion window after */
+	__u32 ssthresh_before;	/* [segments] slow start threshold before; 2147483647 where never set */
+	__u32 ssthresh_after;	/* [segments] slow start threshold after; 2147483647 where never set */
+	__u32 snd_wnd;		/* [bytes] window the peer offered */
+	__u32 init_cwnd;	/* [segments] initial window of the route, the floor of a restart */
+	__u32 unsent_bytes;	/* [bytes] queued and not yet sent */
+	__u32 total_retrans;	/* [segments] retransmitted over the connection's life */
+	__u32 netns_ino;	/* [id] inode of the socket's network namespace */
+	__u32 tgid;		/* [pid] process that was using the socket; 0 where a timer or an ACK did */
+	__u32 tid;		/* [pid] its thread; 0 likewise */
+	__u32 ifindex;		/* [id] device of the socket's route, 0 where it has none */
+	__u16 sport;		/* [port] local */
+	__u16 dport;		/* [port] remote */
+	__u8 family;		/* [family] 2 IPv4 (mapped addresses too), 10 IPv6 */
+	__u8 reason;		/* [enum reason] what made it fall */
+	__u8 probe;		/* [enum probe] which rung of the ladder saw it */
+	__u8 ca_state;		/* [enum ca_state] congestion state right after */
+	__u8 saddr[16];		/* [addr] local */
+	__u8 daddr[16];		/* [addr] remote */
+	char comm[16];		/* [text] name of the thread; empty where tgid is 0 */
+	char ca_name[16];	/* [text] congestion control */
+};
+
+/* A finished block request. */
+struct block_io {
+	__u64 start_ns;		/* [ns] entered the block layer, CLOCK_MONOTONIC */
+	__u64 issue_ns;		/* [ns] given to the driver; 0 where it never was */
+	__u64 done_ns;		/* [ns] finished */
+	__u64 sector;		/* [sectors of 512 bytes] first sector */
+	__u64 cgroup_id;	/* [id] cgroup v2 of the submitting task */
+	__u32 bytes;		/* [bytes] length when issued */
+	__u32 dev;		/* [dev] disk, major << 20 | minor */
+	__u32 flags;		/* [flags] request flags, REQ_* of linux/blk_types.h, operation excluded */
+	__u32 tgid;		/* [pid] submitting process */
+	__u32 tid;		/* [pid] submitting thread */
+	__u16 cpu;		/* [id] CPU that finished it */
+	__u8 op;		/* [enum op] operation */
+	__u8 error;		/* [enum blk_sts] status it finished with */
+	char comm[16];		/* [text] name of the submitter; of its process for io_uring workers */
+};
+
+#endif

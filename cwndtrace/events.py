@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records: ``bpf/events.h`` parsed into numpy dtypes and Arrow schemas.
+
+The header is the only place where a record is laid out. What this module can't parse to the letter it
+refuses, naming the line, so that a layout never differs silently between the kernel side and this one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Records = npt.NDArray[np.void]
+"""A one-dimensional structured array, one row a record, of the dtype of one event."""
+
+_SIZES: Final = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "__s8": 1, "__s16": 2, "__s32": 4, "__s64": 8}
+_ENUM_OPEN = re.compile(r"enum (\w+) \{$")
+_ENUM_ITEM = re.compile(r"([A-Z]\w*)\s*=\s*(\d+),\s*/\*\s*(.+?)\s*\*/$")
+_STRUCT_OPEN = re.compile(r"struct (\w+) \{$")
+_FIELD = re.compile(r"(__[us]\d+|char)\s+(\w+)(?:\[(\d+)\])?;\s*/\*\s*\[([^\]]+)\]\s*(.+?)\s*\*/$")
+
+
+class LayoutError(ValueError):
+    """The header holds something outside the subset; the message names the line."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member of a record: its C type, offset in bytes, unit and description."""
+
+    name: str
+    ctype: str
+    count: int
+    offset: int
+    unit: str
+    description: str
+
+    @property
+    def size(self) -> int:
+        """Bytes, arrays counted whole."""
+        return _width(self.ctype) * self.count
+
+
+@dataclass(frozen=True)
+class Event:
+    """One struct of the header; ``dtype`` matches its memory byte for byte."""
+
+    name: str
+    fields: tuple[Field, ...]
+    size: int
+    dtype: np.dtype[np.void]
+
+
+@dataclass
+class Layout:
+    """What a header declares: events by name, and enums as label by value."""
+
+    events: dict[str, Event] = field(default_factory=dict)
+    enums: dict[str, dict[int, str]] = field(default_factory=dict)
+
+
+def bpf_dir() -> Path:
+    """The folder with the BPF sources: inside the installed package, or at the top of a checkout.
+
+    Raises FileNotFoundError where the installation is broken.
+    """
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "bpf", here.parent / "bpf"):
+        if (candidate / "events.h").is_file():
+            return candidate
+    raise FileNotFoundError(f"bpf/events.h is neither in {here} nor beside it: reinstall cwndtrace")
+
+
+def parse_layout(text: str) -> Layout:
+    """Parse the text of a record header.
+
+    Raises LayoutError, with the line, for anything outside the subset: unknown types, pointers,
+    bitfields, missing units, implicit padding, sizes that aren't a multiple of eight.
+    """
+    layout = Layout()
+    enum: dict[int, str] | None = None
+    prefix = ""
+    struct: list[Field] | None = None
+    struct_name = ""
+    in_comment = False
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if in_comment:
+            in_comment = "*/" not in line
+        elif struct is not None:
+            if line == "};":
+                layout.events[struct_name] = _finish(struct_name, struct, number)
+                struct = None
+            elif line:
+                struct.append(_parse_field(line, number, struct, layout))
+        elif enum is not None:
+            if line == "};":
+                enum = None
+            elif match := _ENUM_ITEM.match(line):
+                enum[int(match[2])] = match[1].removeprefix(prefix).lower()
+            elif line:
+                raise LayoutError(f"line {number}: not an enum item with a value and a comment: {line}")
+        elif match := _STRUCT_OPEN.match(line):
+            struct_name, struct = match[1], []
+        elif match := _ENUM_OPEN.match(line):
+            enum = layout.enums.setdefault(match[1], {})
+            prefix = f"{match[1].upper()}_"
+        elif line.startswith("/*"):
+            in_comment = "*/" not in line
+        elif line and not line.startswith("#"):
+            raise LayoutError(f"line {number}: outside the subset of record headers: {line}")
+    return layout
+
+
+def _width(ctype: str) -> int:
+    return 1 if ctype == "char" else _SIZES[ctype]
+
+
+def _parse_field(line: str, number: int, before: list[Field], layout: Layout) -> Field:
+    match = _FIELD.match(line)
+    if match is None:
+        raise LayoutError(f"line {number}: not a fixed-size field with a [unit] comment: {line}")
+    ctype, name, count, unit, description = match.groups()
+    if ctype != "char" and ctype not in _SIZES:
+        raise LayoutError(f"line {number}: type {ctype} isn't in the subset")
+    if (ctype == "char") != (unit == "text") or (count and ctype not in ("char", "__u8")):
+        raise LayoutError(f"line {number}: only char arrays are [text], only bytes and chars form arrays")
+    if unit.startswith("enum ") and unit[5:] not in layout.enums:
+        raise LayoutError(f"line {number}: enum {unit[5:]} isn't declared above")
+    offset = before[-1].offset + before[-1].size if before else 0
+    if offset % _width(ctype):
+        raise LayoutError(f"line {number}: {name} would be padded; order the fields by size")
+    return Field(name, ctype, int(count or 1), offset, unit, description)
+
+
+def _finish(name: str, fields: list[Field], number: int) -> Event:
+    if not fields:
+        raise LayoutError(f"line {number}: struct {name} is empty")
+    size = fields[-1].offset + fields[-1].size
+    if size % 8:
+        raise LayoutError(f"line {number}: struct {name} is {size} bytes, not a multiple of 8")
+    return Event(name, tuple(fields), size, np.dtype([_np_field(f) for f in fields]))
+
+
+def _np_field(f: Field) -> tuple[str, str]:
+    if f.ctype == "char":
+        return f.name, f"S{f.count}"
+    if f.count > 1:
+        return f.name, f"V{f.count}"
+    return f.name, f"<{'i' if f.ctype[2] == 's' else 'u'}{f.size}"
+
+
+@cache
+def layout() -> Layout:
+    """The layout of the header that ships with this package; parsed once."""
+    return parse_layout((bpf_dir() / "events.h").read_text(encoding="utf-8"))
+
+
+def event(name: str) -> Event:
+    """The event ``name``; raises KeyError for one that the header doesn't declare."""
+    return layout().events[name]
+
+
+def code(enum: str, label: str) -> int:
+    """The number behind a label, ``code("reason", "idle")``; raises KeyError where there is none."""
+    return {text: value for value, text in layout().enums[enum].items()}[label]
+
+
+def decode(name: str, raw: bytes) -> Records:
+    """The records of one event in ``raw``, which holds whole records only; copies nothing.
+
+    Raises ValueError if ``raw`` isn't a whole number of records.
+    """
+    return np.frombuffer(raw, dtype=event(name).dtype)
+
+
+def address(raw: bytes) -> str:
+    """Text of a 16-byte address; an IPv4-mapped one as IPv4."""
+    ip = ipaddress.IPv6Address(raw)
+    return str(ip.ipv4_mapped or ip)
+
+
+def clean(text: str) -> str:
+    """``text`` from outside without what could steer a terminal: each control character becomes ``?``."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _device(raw: bytes) -> str:
+    value = int.from_bytes(raw, "little")
+    return f"{value >> 20}:{value & 0xFFFFF}"
+
+
+# ---- Arrow ----------------------------------------------------------------------------------------
+
+_DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
+_TIME: Final = pa.timestamp("ns", tz="UTC")
+
+
+def arrow_schema(name: str) -> pa.Schema:
+    """The Arrow schema of an event.
+
+    Enums, texts, addresses and devices become strings (dictionary encoded), the rest keep their
+    integer type. Each field's metadata holds ``unit`` and ``description``. The first column, ``time``,
+    is the UTC time of the record's first field.
+    """
+    ev = event(name)
+    first = ev.fields[0].name
+    columns = [_meta(pa.field("time", _TIME), "UTC", f"{first} on the wall clock")]
+    columns += [_meta(pa.field(f.name, _arrow_type(f)), f.unit, f.description) for f in ev.fields]
+    return pa.schema(columns, metadata={"event": name})
+
+
+def _meta(column: pa.Field, unit: str, description: str) -> pa.Field:
+    return column.with_metadata({"unit": unit, "description": description})
+
+
+def _arrow_type(f: Field) -> pa.DataType:
+    if f.unit in ("text", "addr", "dev") or f.unit.startswith("enum "):
+        return _DICTIONARY
+    return pa.from_numpy_dtype(np.dtype(_np_field(f)[1]))
+
+
+def to_arrow(name: str, records: Records, utc_offset_ns: int) -> pa.Table:
+    """An Arrow table of ``arrow_schema(name)`` from records.
+
+    ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds.
+    """
+    ev = event(name)
+    times = records[ev.fields[0].name].astype(np.int64) + utc_offset_ns
+    arrays: list[Any] = [pa.array(times).cast(_TIME)]
+    for f in ev.fields:
+        column = np.ascontiguousarray(records[f.name])
+        arrays.append(_labels(f, column) if _arrow_type(f) == _DICTIONARY else pa.array(column))
+    return pa.Table.from_arrays(arrays, schema=arrow_schema(name))
+
+
+def _labels(f: Field, column: npt.NDArray[Any]) -> pa.DictionaryArray:
+    # Encoded as bytes first: there are few distinct values, and only those are turned into text.
+    raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(f.size), len(column), [None, pa.py_buffer(column.tobytes())])
+    encoded = raw.dictionary_encode()
+    texts = [_label(f, value) for value in encoded.dictionary.to_pylist()]
+    return pa.DictionaryArray.from_arrays(encoded.indices, pa.array(texts, type=pa.string()))
+
+
+def _label(f: Field, raw: bytes) -> str:
+    if f.unit == "addr":
+        return address(raw)
+    if f.unit == "text":
+        return _text(raw)
+    if f.unit == "dev":
+        return _device(raw)
+    value = int.from_bytes(raw, "little")
+    return layout().enums[f.unit.removeprefix("enum ")].get(value, str(value))
+
+
+def table_to_dicts(name: str, table: pa.Table) -> list[dict[str, Any]]:
+    """One dict a row, ready for JSON: ``event``, ``time`` as ISO 8601 UTC with nanoseconds, the columns by name."""
+    stamps = [iso_time(ns) for ns in table.column("time").cast(pa.int64()).to_pylist()]
+    rows = table.drop_columns(["time"]).to_pylist()
+    return [{"event": name, "time": stamp, **row} for stamp, row in zip(stamps, rows, strict=True)]
+
+
+def iso_time(utc_ns: int) -> str:
+    """ISO 8601 with nanoseconds and Z, from nanoseconds since 1970."""
+    whole = np.datetime64(utc_ns // 1_000_000_000, "s")
+    return f"{whole}.{utc_ns % 1_000_000_000:09d}Z"
+
+
+def _snapshot(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
+    return pa.schema(
+        [_meta(pa.field(n, t), unit, text) for n, t, unit, text in columns], metadata={"event": "connections"}
+    )
+
+
+CONNECTIONS: Final = _snapshot(
+    ("time", _TIME, "UTC", "when the snapshot was taken"),
+    ("ts_ns", pa.uint64(), "ns", "the same, CLOCK_MONOTONIC"),
+    ("sock_cookie", pa.uint64(), "id", "socket cookie, as in ss -e"),
+    ("netns_ino", pa.uint32(), "id", "inode of the network namespace"),
+    ("family", pa.uint8(), "family", "2 IPv4 (mapped addresses too), 10 IPv6"),
+    ("state", _DICTIONARY, "text", "TCP state, as in ss"),
+    ("saddr", _DICTIONARY, "addr", "local"),
+    ("sport", pa.uint16(), "port", "local"),
+    ("daddr", _DICTIONARY, "addr", "remote"),
+    ("dport", pa.uint16(), "port", "remote"),
+    ("inode", pa.uint64(), "id", "inode of the socket file; 0 where no process holds it"),
+    ("uid", pa.uint32(), "id", "owner"),
+    ("pid", pa.uint32(), "pid", "a process that holds it; 0 where none was found"),
+    ("comm", _DICTIONARY, "text", "its name"),
+    ("ca_name", _DICTIONARY, "text", "congestion control"),
+    ("ca_state", pa.uint8(), "enum ca_state", "congestion state"),
+    ("cwnd", pa.uint32(), "segments", "congestion window"),
+    ("ssthresh", pa.uint32(), "segments", "slow start threshold; 2147483647 where never set"),
+    ("mss", pa.uint32(), "bytes", "sender MSS"),
+    ("rto_us", pa.uint32(), "us", "retransmission timeout"),
+    ("srtt_us", pa.uint32(), "us", "smoothed round-trip time"),
+    ("min_rtt_us", pa.uint32(), "us", "least round-trip time of the kernel's window"),
+    ("snd_wnd", pa.uint32(), "bytes", "window the peer offered; 0 where this kernel doesn't tell"),
+    ("last_snd_us", pa.uint64(), "us", "since data was last sent, to one millisecond"),
+    ("last_rcv_us", pa.uint64(), "us", "since data last came in, to one millisecond"),
+    ("bytes_acked", pa.uint64(), "bytes", "acknowledged over its life"),
+    ("bytes_sent", pa.uint64(), "bytes", "sent over its life, retransmissions included"),
+    ("unsent_bytes", pa.uint32(), "bytes", "queued and not yet sent"),
+    ("unacked", pa.uint32(), "segments", "sent and not yet acknowledged"),
+    ("total_retrans", pa.uint32(), "segments", "retransmitted over its life"),
+)
+"""The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
+
+TABLES: Final = ("cwnd_reset", "block_io", "connections")
+"""The tables of a capture, in the order in which they are written."""
+
+
+def schema(table: str) -> pa.Schema:
+    """The Arrow schema of one of ``TABLES``; raises KeyError for another name."""
+    return CONNECTIONS if table == "connections" else arrow_schema(table)
