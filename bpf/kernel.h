@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Reading kernel structures at offsets that come from the running kernel's BTF.
+ *
+ * A member is named once, where it is read: GET(type, base, struct, member). cwndtrace/kernel/btf.py finds
+ * these calls, looks each member up, and passes OFF_<struct>__<member> and SIZE_<struct>__<member> as
+ * -D integers. "a__b" walks into the member a of struct. A member that the kernel lacks is an error that
+ * names it, except in GET_OPT, which then gives 0.
+ */
+#ifndef CWNDTRACE_KERNEL_H
+#define CWNDTRACE_KERNEL_H
+
+#include <linux/types.h>
+
+#define GET(T, base, type, member) ({							\
+	T value_ = 0;									\
+	_Static_assert(sizeof(T) == SIZE_##type##__##member,				\
+		       #type "." #member " has another size in this kernel");		\
+	bpf_probe_read_kernel(&value_, sizeof(value_),					\
+			      (const char *)(base) + OFF_##type##__##member);		\
+	value_;										\
+})
+
+#define GET_OPT(T, base, type, member) ({						\
+	T value_ = 0;									\
+	if (SIZE_##type##__##member == sizeof(T))					\
+		bpf_probe_read_kernel(&value_, sizeof(value_),				\
+				      (const char *)(base) + OFF_##type##__##member);	\
+	value_;										\
+})
+
+/* A bitfield that lies within one byte, as the kernel's small TCP flags do. */
+#define GET_BITS(base, type, member) ({							\
+	u8 byte_ = 0;									\
+	bpf_probe_read_kernel(&byte_, 1, (const char *)(base) + OFF_##type##__##member);	\
+	(byte_ >> SHIFT_##type##__##member) & ((1 << BITS_##type##__##member) - 1);	\
+})
+
+/* The address of an embedded member, to read an array there or to go on from. */
+#define AT(base, type, member) ((const char *)(base) + OFF_##type##__##member)
+
+/* The number of an enumerator; FALLBACK where this kernel has no such enum. */
+#define ENUMERATOR(name, fallback) ENUM_##name
+
+static __always_inline u32 jiffies32(void)
+{
+	return (u32)bpf_jiffies64();
+}
+
+static __always_inline u64 jiffies_to_us(u32 jiffies)
+{
+	return (u64)jiffies * 1000000 / CWT_HZ;
+}
+
+#endif

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the running kernel keeps its structure members: a reader of BTF, its own type information.
+
+The format is described in the kernel's Documentation/bpf/btf.rst. Only what offsets need is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cwndtrace.errors import KernelLacks
+
+VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
+
+_PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _FWD, _TYPEDEF = 2, 3, 4, 5, 6, 7, 8
+_VOLATILE, _CONST, _RESTRICT, _FUNC, _TYPE_TAG = 9, 10, 11, 12, 18
+_ALIASES: Final = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
+# Bytes after the 12-byte header: fixed, or per element of vlen.
+_TRAILER: Final = {1: 4, _ARRAY: 12, 14: 4, 17: 4}
+_PER_ELEMENT: Final = {_STRUCT: 12, _UNION: 12, _ENUM: 8, 13: 8, 15: 12, 19: 12}
+_POINTER_SIZE: Final = 8
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a member is: byte offset, size in bytes (0 for what has no size), and for a bitfield shift and bits."""
+
+    offset: int
+    size: int
+    shift: int = 0
+    bits: int = 0
+
+
+class Btf:
+    """The type information of one kernel, from the bytes of its BTF.
+
+    Raises KernelLacks where the bytes aren't BTF of a little-endian kernel.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) < 24 or data[:2] != b"\x9f\xeb":
+            raise KernelLacks("the kernel's type information is not little-endian BTF")
+        header, types_at, types_len, strings_at, strings_len = struct.unpack_from("<IIIII", data, 4)
+        self._types = data[header + types_at : header + types_at + types_len]
+        self._strings = data[header + strings_at : header + strings_at + strings_len]
+        self._at: list[int] = [0]
+        self._named: dict[int, list[int]] = {}
+        self._index()
+
+    @classmethod
+    def running(cls, path: Path = VMLINUX) -> Btf:
+        """The running kernel's, raising KernelLacks where it has none."""
+        try:
+            return cls(path.read_bytes())
+        except OSError as e:
+            raise KernelLacks(
+                f"no BTF: {path}: {e.strerror}",
+                "use a kernel with CONFIG_DEBUG_INFO_BTF=y (the stock kernels of Debian 11+, Ubuntu 20.10+, Fedora)",
+            ) from e
+
+    def _index(self) -> None:
+        # One pass in which only offsets are kept: a kernel has 150,000 types.
+        at, end, types = 0, len(self._types), self._types
+        offsets, named, unpack = self._at, self._named, struct.Struct("<II").unpack_from
+        while at < end:
+            name, info = unpack(types, at)
+            kind = info >> 24 & 31
+            if name and kind in (_STRUCT, _UNION, _ENUM, _TYPEDEF, _FUNC):
+                named.setdefault(name, []).append(len(offsets))
+            offsets.append(at)
+            at += 12 + _TRAILER.get(kind, 0)
+            if kind in _PER_ELEMENT:
+                at += _PER_ELEMENT[kind] * (info & 0xFFFF)
+
+    def _type(self, type_id: int) -> tuple[int, int, int, int, int]:
+        """Kind, vlen, kind flag, size or type, and where the trailer begins."""
+        at = self._at[type_id]
+        _, info, size = struct.unpack_from("<III", self._types, at)
+        return info >> 24 & 31, info & 0xFFFF, info >> 31, size, at + 12
+
+    def _string(self, at: int) -> str:
+        return self._strings[at : self._strings.index(b"\0", at)].decode()
+
+    def _find(self, kind: int, name: str) -> int | None:
+        # A name's string is stored once, so its offset names the type.
+        at = self._strings.find(b"\0" + name.encode() + b"\0")
+        ids = self._named.get(at + 1, []) if at >= 0 else []
+        return next((i for i in ids if self._type(i)[0] == kind), None)
+
+    def has_function(self, name: str) -> bool:
+        """Whether the kernel has a function ``name`` that kept its own body."""
+        return self._find(_FUNC, name) is not None
+
+    def has_tracepoint(self, name: str) -> bool:
+        """Whether the kernel itself (no module) has a tracepoint ``name``."""
+        return self._find(_TYPEDEF, f"btf_trace_{name}") is not None
+
+    def enumerator(self, enum: str, name: str) -> int | None:
+        """The value of an enumerator, None where this kernel has no such enum or name."""
+        type_id = self._find(_ENUM, enum)
+        if type_id is None:
+            return None
+        _, vlen, _, _, at = self._type(type_id)
+        for i in range(vlen):
+            label, value = struct.unpack_from("<Ii", self._types, at + 8 * i)
+            if self._string(label) == name:
+                return int(value)
+        return None
+
+    def member(self, struct_name: str, path: str) -> Member | None:
+        """The member ``path`` of a struct ("a.b" walks into a, arrays into their first element), or None."""
+        type_id = self._find(_STRUCT, struct_name)
+        offset, found = 0, None
+        for step in path.split("."):
+            if type_id is None:
+                return None
+            hit = self._step(self._resolve(type_id), step)
+            if hit is None:
+                return None
+            type_id, bit, bits = hit
+            offset += bit
+            found = Member(offset // 8, self._size(type_id), offset % 8 if bits else 0, bits)
+        return found
+
+    def _resolve(self, type_id: int) -> int:
+        """The struct or union behind names, qualifiers and arrays."""
+        while True:
+            kind, _, _, target, at = self._type(type_id)
+            if kind in _ALIASES:
+                type_id = target
+            elif kind == _ARRAY:
+                type_id = struct.unpack_from("<I", self._types, at)[0]
+            else:
+                return type_id
+
+    def _step(self, type_id: int, name: str) -> tuple[int, int, int] | None:
+        """Type, bit offset and bit width of a member, anonymous structs and unions searched too."""
+        kind, vlen, flag, _, at = self._type(type_id)
+        if kind not in (_STRUCT, _UNION):
+            return None
+        for i in range(vlen):
+            label, target, where = struct.unpack_from("<III", self._types, at + 12 * i)
+            bits = where >> 24 if flag else 0
+            bit = where & 0xFFFFFF if flag else where
+            if label and self._string(label) == name:
+                return target, bit, bits
+            if not label:
+                inner = self._step(self._resolve(target), name)
+                if inner is not None:
+                    return inner[0], bit + inner[1], inner[2]
+        return None
+
+    def _size(self, type_id: int) -> int:
+        kind, _, _, size, at = self._type(type_id)
+        if kind in _ALIASES:
+            return self._size(size)
+        if kind == _PTR:
+            return _POINTER_SIZE
+        if kind == _ARRAY:
+            element, _, count = struct.unpack_from("<III", self._types, at)
+            return self._size(int(element)) * int(count)
+        return size if kind in (1, _STRUCT, _UNION, _ENUM, 16, 19) else 0

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the running kernel says of itself: clock rate, lockdown, tracefs, and what the ladder is chosen by."""
+
+from __future__ import annotations
+
+import gzip
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Final
+
+from cwndtrace.errors import KernelLacks
+from cwndtrace.kernel import ladder
+from cwndtrace.kernel.btf import Btf
+
+TRACEFS: Final = Path("/sys/kernel/tracing")
+_HZ_CHOICES: Final = (100, 250, 300, 1000)
+
+
+def boot_id() -> str:
+    """The kernel's random name of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def hz(boot: Path = Path("/boot"), proc: Path = Path("/proc")) -> int:
+    """Timer ticks a second (CONFIG_HZ): from the kernel's configuration, else measured on its clock.
+
+    Raises KernelLacks where neither works.
+    """
+    release = platform.release()
+    try:
+        text = gzip.decompress((proc / "config.gz").read_bytes()).decode()
+    except OSError:
+        try:
+            text = (boot / f"config-{release}").read_text()
+        except OSError:
+            return _measured_hz(proc / "timer_list")
+    match = re.search(r"^CONFIG_HZ=(\d+)$", text, re.MULTILINE)
+    return int(match[1]) if match else _measured_hz(proc / "timer_list")
+
+
+def _measured_hz(timer_list: Path) -> int:
+    def jiffies() -> tuple[int, int]:
+        match = re.search(r"^jiffies: (\d+)$", timer_list.read_text(), re.MULTILINE)
+        if match is None:
+            raise OSError(0, "no jiffies in it")
+        return int(match[1]), time.monotonic_ns()
+
+    try:
+        (j0, t0), (j1, t1) = jiffies(), jiffies()
+        while t1 - t0 < 300_000_000:
+            time.sleep(0.05)
+            j1, t1 = jiffies()
+    except OSError as e:
+        raise KernelLacks(
+            f"can't tell the kernel's HZ: no config.gz in /proc, no config in /boot, {timer_list}: {e.strerror}",
+            "install the kernel's config file under /boot",
+        ) from e
+    rate = (j1 - j0) * 1e9 / (t1 - t0)
+    return min(_HZ_CHOICES, key=lambda choice: abs(choice - rate))
+
+
+def ladder_facts(btf: Btf) -> ladder.Facts:
+    """The facts that the ladder is chosen by."""
+    return ladder.Facts(
+        tracepoints=frozenset(t for t in ladder.tracepoints() if btf.has_tracepoint(t)),
+        functions=frozenset(f for f in ladder.FUNCTIONS.values() if btf.has_function(f)),
+        kprobes=Path("/sys/bus/event_source/devices/kprobe/type").exists() or _in_kallsyms("register_kprobe"),
+    )
+
+
+def _in_kallsyms(symbol: str) -> bool:
+    try:
+        with Path("/proc/kallsyms").open() as lines:
+            return any(line.split()[2] == symbol for line in lines)
+    except OSError:
+        return False
+
+
+def lockdown() -> str:
+    """The lockdown level in force ("none", "integrity", "confidentiality"), or "unknown"."""
+    try:
+        text = Path("/sys/kernel/security/lockdown").read_text()
+    except OSError:
+        return "unknown (securityfs isn't mounted)"
+    match = re.search(r"\[(\w+)\]", text)
+    return match[1] if match else "unknown"
+
+
+def tracefs_mounted() -> bool:
+    """Whether tracefs is where the kernel puts it."""
+    return (TRACEFS / "events").is_dir()
+
+
+def mount_tracefs() -> str | None:
+    """Mount tracefs; None, or why it couldn't be."""
+    result = subprocess.run(
+        ["mount", "-t", "tracefs", "tracefs", str(TRACEFS)], capture_output=True, text=True, check=False
+    )
+    return None if result.returncode == 0 else result.stderr.strip() or "mount failed"

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interfaces by name, and which one a connection goes out of."""
+
+from __future__ import annotations
+
+import socket
+from functools import cache
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from cwndtrace.errors import NotFound
+from cwndtrace.kernel import netns
+
+
+def by_name(namespace: netns.Namespace) -> dict[str, int]:
+    """Interface names to their index in a namespace."""
+    return {name: index for index, name in netns.inside(namespace, socket.if_nameindex)}
+
+
+def find(name: str, namespace: netns.Namespace) -> int:
+    """The index of an interface in a namespace.
+
+    Raises NotFound: it says in which other namespace there is one of that name, or lists those there are.
+    """
+    here = by_name(namespace)
+    if name in here:
+        return here[name]
+    others = [n for n in netns.all_reachable() if n.inode != namespace.inode]
+    for other in others:
+        try:
+            there = by_name(other)
+        except NotFound:
+            continue
+        if name in there:
+            raise NotFound(
+                f"interface {name} is in network namespace {other.name}, not in this one",
+                f"add --netns {other.name if other.path.parent.name == 'netns' else other.inode}",
+            )
+    raise NotFound(f"no interface {name}", f"there are: {', '.join(sorted(here))}")
+
+
+class Routes:
+    """Which interface the kernel sends out of, asked of its routing table once per address."""
+
+    def __init__(self, namespace: netns.Namespace) -> None:
+        self._namespace = namespace
+        self.index_of = cache(self._ask)
+
+    def _ask(self, daddr: str) -> int:
+        """Interface index towards ``daddr``, 0 where there is no route."""
+
+        def ask() -> int:
+            family = socket.AF_INET6 if ":" in daddr else socket.AF_INET
+            with IPRoute() as route:
+                for message in route.route("get", dst=daddr, family=family):
+                    return int(message.get_attr("RTA_OIF") or 0)
+            return 0
+
+        try:
+            return netns.inside(self._namespace, ask)
+        except (NetlinkError, NotFound):
+            return 0

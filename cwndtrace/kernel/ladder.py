@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probe ladder: which rung sees which reason on a kernel with given facts. Pure: it loads nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from cwndtrace.errors import NoRung
+
+REASONS: Final = ("idle", "rto_loss", "app_limited")
+
+FUNCTIONS: Final = {
+    "idle": "tcp_cwnd_restart",
+    "rto_loss": "tcp_enter_loss",
+    "app_limited": "tcp_cwnd_application_limited",
+}
+"""The kernel function in which each reason lowers the window."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One BPF program and where it goes: ``kind`` is raw_tracepoint, fentry, fexit, kprobe or kretprobe."""
+
+    kind: str
+    target: str
+    program: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What has to be known of a kernel before anything is loaded.
+
+    ``tracepoints`` and ``functions`` are those of this project's interest that the kernel has, ``functions``
+    the ones that kept a body of their own (weren't inlined).
+    """
+
+    tracepoints: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
+    kprobes: bool = False
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: the reasons that it can see, each with the programs that this takes, and its exactness."""
+
+    name: str
+    exactness: str
+    attachments: dict[str, tuple[Attachment, ...]]
+
+
+def _raw(target: str, program: str) -> Attachment:
+    return Attachment("raw_tracepoint", target, program)
+
+
+_LOSS_BY_STATE: Final = (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),)
+
+RUNGS: Final = (
+    Rung(
+        "tracepoint",
+        "exact",
+        dict.fromkeys(REASONS, (_raw("tcp_cwnd_reset", "on_tcp_cwnd_reset"),)),
+    ),
+    Rung(
+        "fentry",
+        "exact",
+        {r: (Attachment("fentry", f, f), Attachment("fexit", f, f)) for r, f in FUNCTIONS.items()},
+    ),
+    Rung(
+        "kprobe",
+        "exact",
+        {
+            r: (Attachment("kretprobe", f, "kprobe_out"), Attachment("kprobe", f, "kprobe_in"))
+            for r, f in FUNCTIONS.items()
+        },
+    ),
+    Rung(
+        "sendmsg",
+        "computed by the kernel's rule, confirmed on transmit",
+        {
+            "idle": (
+                _raw("net_dev_queue", "on_net_dev_queue"),
+                _raw("tcp_probe", "on_tcp_probe"),
+                _raw("tcp_destroy_sock", "on_tcp_destroy_sock"),
+                _raw("tcp_sendmsg_locked", "on_tcp_sendmsg_locked"),
+            ),
+            "rto_loss": _LOSS_BY_STATE,
+        },
+    ),
+    Rung(
+        "tcp_probe",
+        "windows compared between ACKs and transmits, seen with the first packet after the rest",
+        {
+            "idle": (
+                _raw("net_dev_queue", "on_net_dev_queue_first"),
+                _raw("napi_poll", "on_napi_poll"),
+                _raw("tcp_probe", "on_tcp_probe_ack"),
+            ),
+            "rto_loss": _LOSS_BY_STATE,
+        },
+    ),
+)
+"""Best first."""
+
+BY_NAME: Final = {rung.name: rung for rung in RUNGS}
+
+
+def tracepoints() -> frozenset[str]:
+    """Every tracepoint that some rung attaches to."""
+    return frozenset(
+        a.target for rung in RUNGS for each in rung.attachments.values() for a in each if a.kind == "raw_tracepoint"
+    )
+
+
+def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
+    """Why ``rung`` can't see ``reason`` on such a kernel, or None where a load is worth trying."""
+    attachments = rung.attachments.get(reason)
+    if attachments is None:
+        return f"this rung can't see {reason}"
+    for a in attachments:
+        if a.kind == "raw_tracepoint" and a.target not in facts.tracepoints:
+            return f"this kernel has no tracepoint {a.target}"
+        if a.kind != "raw_tracepoint" and a.target not in facts.functions:
+            return f"{a.target}() is inlined in this kernel"
+        if a.kind in ("kprobe", "kretprobe") and not facts.kprobes:
+            return "this kernel has no kprobes (CONFIG_KPROBES)"
+    return None
+
+
+@dataclass
+class Choice:
+    """What was chosen: the rung per reason (None where nothing sees it), and why each better one was not."""
+
+    rungs: dict[str, str | None] = field(default_factory=dict)
+    tried: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def choose(
+    facts: Facts,
+    trial: Callable[[str, str], str | None],
+    forced: str | None = None,
+    reasons: Iterable[str] = REASONS,
+) -> Choice:
+    """The best rung for each reason.
+
+    ``trial(rung, reason)`` loads and attaches for real and returns None, or why it failed; it is asked only
+    where the facts allow it, best rung first, until one works. ``forced`` names the only rung to consider.
+    Raises NoRung where none of the reasons can be seen, with what was tried for the first.
+    """
+    choice = Choice()
+    for reason in reasons:
+        choice.rungs[reason] = None
+        tried = choice.tried.setdefault(reason, {})
+        for rung in RUNGS if forced is None else (BY_NAME[forced],):
+            why = lacks(facts, rung, reason) or trial(rung.name, reason)
+            if why is None:
+                choice.rungs[reason] = rung.name
+                break
+            tried[rung.name] = why
+    if choice.rungs and not any(choice.rungs.values()):
+        reason, tried = next(iter(choice.tried.items()))
+        cause = f"no probe can see {reason} resets on this kernel: " + "; ".join(f"{r}: {w}" for r, w in tried.items())
+        raise NoRung(cause, "cwndtrace doctor lists each lack and the command that mends it", tried)
+    return choice

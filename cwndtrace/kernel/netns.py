@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network namespaces: finding them, working in them, and what is set in them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from cwndtrace.errors import NotFound
+from cwndtrace.kernel.sockets import comm, pids
+
+IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
+_CLONE_NEWNET: Final = 0x40000000
+_NAMED: Final = Path("/run/netns")
+_libc = ctypes.CDLL(None, use_errno=True)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A network namespace: the inode that records carry, a name for people, and a file that opens it."""
+
+    inode: int
+    name: str
+    path: Path
+
+
+def own() -> Namespace:
+    """The one that this process is in."""
+    path = Path("/proc/self/ns/net")
+    return Namespace(path.stat().st_ino, "this", path)
+
+
+def all_reachable() -> Iterator[Namespace]:
+    """Each namespace once: this process's, those of ``ip netns``, and those that some process is in."""
+    seen: set[int] = set()
+    for name, path in _candidates():
+        try:
+            inode = path.stat().st_ino
+        except OSError:
+            continue
+        if inode not in seen:
+            seen.add(inode)
+            yield Namespace(inode, name, path)
+
+
+def _candidates() -> Iterator[tuple[str, Path]]:
+    yield "this", Path("/proc/self/ns/net")
+    for path in sorted(_NAMED.iterdir()) if _NAMED.is_dir() else ():
+        yield path.name, path
+    for pid in sorted(pids()):
+        yield f"{comm(pid)}[{pid}]", Path(f"/proc/{pid}/ns/net")
+
+
+def find(text: str) -> Namespace:
+    """The namespace that a person names: as in ``ip netns``, a process's pid, an inode, or a path.
+
+    Raises NotFound, listing those there are.
+    """
+    for path in (_NAMED / text, Path(f"/proc/{text}/ns/net") if text.isdigit() else None, Path(text)):
+        if path is not None and path.exists() and re.match(r"net:|/", _target(path)):
+            return Namespace(path.stat().st_ino, text, path)
+    known = list(all_reachable())
+    for each in known:
+        if text.isdigit() and each.inode == int(text):
+            return each
+    names = ", ".join(n.name for n in known[:20])
+    raise NotFound(f"no network namespace {text}", f"there are: {names}; or give a pid, an inode or a path")
+
+
+def _target(path: Path) -> str:
+    return str(path.readlink()) if path.is_symlink() else str(path)
+
+
+def inside(namespace: Namespace, work: Callable[[], T]) -> T:
+    """The result of ``work`` run in ``namespace``, on a thread of its own so that no other one moves there.
+
+    Raises NotFound where the namespace is gone or may not be entered, and what ``work`` raises.
+    """
+
+    def enter_and_work() -> T:
+        try:
+            fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise NotFound(f"network namespace {namespace.name} is gone: {e.strerror}") from e
+        try:
+            if _libc.setns(fd, _CLONE_NEWNET) != 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise NotFound(f"network namespace {namespace.name} can't be entered: {reason}")
+        finally:
+            os.close(fd)
+        return work()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(enter_and_work).result()
+
+
+def read_sysctl(name: str) -> int:
+    """A sysctl of the namespace that the calling thread is in."""
+    return int(Path("/proc/sys", *name.split(".")).read_text())
+
+
+def idle_sysctl(namespace: Namespace) -> int | None:
+    """``net.ipv4.tcp_slow_start_after_idle`` there; None where the namespace can't be entered."""
+    try:
+        return inside(namespace, lambda: read_sysctl(IDLE_SYSCTL))
+    except (NotFound, OSError):
+        return None

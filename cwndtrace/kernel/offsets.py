@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the members that a BPF source names to the -D integers that it is compiled with (see bpf/kernel.h)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from cwndtrace.errors import KernelLacks
+from cwndtrace.kernel.btf import Btf
+
+_CALL: Final = re.compile(r"\b(GET|GET_OPT)\((\w+), ")
+_MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|AT)\(")
+_OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
+_ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
+_WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
+
+
+def active(text: str, defined: Iterable[str]) -> str:
+    """``text`` without the parts that ``#ifdef NAME`` and ``#if defined(NAME) || …`` switch off.
+
+    Header guards (``#ifndef``) count as on. Comments are removed, so that prose never names a member.
+    """
+    names = set(defined)
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
+    stack: list[bool] = []
+    kept: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("#if"):
+            asked = re.findall(r"defined\((\w+)\)", line) or line.split()[1:2]
+            stack.append(line.startswith("#ifndef") or any(name in names for name in asked))
+        elif line.startswith("#endif"):
+            stack.pop()
+        elif all(stack) and not line.startswith("#define"):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def _arguments(text: str, at: int) -> list[str]:
+    """The top-level arguments of the call whose opening bracket is right before ``at``."""
+    depth, parts, part = 0, [], ""
+    for c in text[at:]:
+        if c == ")" and depth == 0:
+            break
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            parts.append(part.strip())
+            part = ""
+        else:
+            part += c
+    return [*parts, part.strip()]
+
+
+def members(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """(macro, C type or "", struct, member as spelt) for each member that the active ``text`` reads."""
+    for match in _MEMBER.finditer(text):
+        macro, arguments = match[1], _arguments(text, match.end())
+        ctype = arguments[0] if macro in ("GET", "GET_OPT") else ""
+        if re.fullmatch(r"\w+", arguments[-1]) and re.fullmatch(r"\w+", arguments[-2]):
+            yield macro, ctype, arguments[-2], arguments[-1]
+    for match in _OFFSET.finditer(text):
+        yield "AT", "", match[1], match[2]
+
+
+def _path(spelt: str) -> str:
+    """ "a__b__c" is the path a.b.c; leading underscores belong to the name."""
+    body = spelt.lstrip("_")
+    return spelt[: len(spelt) - len(body)] + body.replace("__", ".")
+
+
+def defines(btf: Btf, text: str) -> dict[str, int]:
+    """The macros for the active ``text``: OFF_, SIZE_, SHIFT_, BITS_ and ENUM_ names to integers.
+
+    Raises KernelLacks, naming each member, where this kernel lacks one that isn't optional or stores it
+    in another width than the source reads.
+    """
+    found: dict[str, int] = {}
+    problems: list[str] = []
+    for macro, ctype, struct, spelt in members(text):
+        name = f"{struct}__{spelt}"
+        member = btf.member(struct, spelt) or btf.member(struct, _path(spelt))
+        if macro == "GET_OPT":
+            found[f"OFF_{name}"] = member.offset if member else 0
+            found[f"SIZE_{name}"] = member.size if member else 0
+        elif member is None:
+            problems.append(f"{struct}.{_path(spelt)} is missing")
+        elif ctype and member.size != _WIDTHS[ctype]:
+            problems.append(f"{struct}.{_path(spelt)} has {member.size} bytes, not {_WIDTHS[ctype]}")
+        elif macro == "GET_BITS" and not 0 < member.shift + member.bits <= 8:
+            problems.append(f"{struct}.{_path(spelt)} is no bitfield within a byte")
+        else:
+            found |= {f"OFF_{name}": member.offset, f"SIZE_{name}": member.size}
+            found |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": member.bits} if macro == "GET_BITS" else {}
+    for match in _ENUMERATOR.finditer(text):
+        enum, _, enumerator = match[1].partition("__")
+        value = btf.enumerator(enum, enumerator)
+        found[f"ENUM_{match[1]}"] = int(match[2]) if value is None else value
+    if problems:
+        raise KernelLacks(
+            "this kernel's structures differ from what is read: " + ", ".join(sorted(set(problems))),
+            "report the kernel's version: an alternative can be added where the member is read (bpf/)",
+        )
+    return found
