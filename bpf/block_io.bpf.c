@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Block requests from block_io_start to block_io_done, paired in the kernel and handed over in slabs:
+ * user space pays once for SLAB_RECORDS of them.
+ */
+#include "events.h"
+#include "kernel.h"
+
+#define REQ_OP_BITS 8
+#define SLAB_RECORDS 64
+#define SLOT_BITS 14
+
+BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
+
+enum {
+	COUNT_LOST = 0,		/* records for which the ring buffer had no room */
+	COUNTS = 1,
+};
+BPF_PERCPU_ARRAY(counts, u64, COUNTS);
+
+/* A request under way, known by its address. */
+struct flight {
+	u64 rq;
+	u64 start_ns;
+	u64 issue_ns;
+	u64 sector;
+	u64 cgroup_id;
+	u32 tgid;
+	u32 tid;
+	u32 bytes;
+	u32 cmd_flags;
+	u64 error;
+	char comm[16];
+};
+
+/*
+ * A direct-mapped table, because array look-ups are inlined and hash look-ups are calls: on fast devices
+ * that is half of the cost. A request whose slot is taken by another goes to the hash. Requests come from
+ * a fixed pool per device, so what never finishes (a request merged into another) is overwritten in time.
+ */
+BPF_ARRAY(slots, struct flight, 1 << SLOT_BITS);
+BPF_HASH(overflow, u64, struct flight, 65536);
+BPF_ARRAY(overflow_used, u64, 1);
+
+struct slab {
+	u64 first_ns;
+	u32 count;
+	u32 busy;
+	struct block_io rec[SLAB_RECORDS];
+};
+BPF_PERCPU_ARRAY(slabs, struct slab, 1);
+
+static __always_inline void count_lost(u64 n)
+{
+	int which = COUNT_LOST;
+	u64 *c = counts.lookup(&which);
+
+	if (c)
+		*c += n;
+}
+
+static __always_inline int slot_of(u64 rq)
+{
+	return (rq >> 6) * 0x9E3779B97F4A7C15ULL >> (64 - SLOT_BITS);
+}
+
+#ifdef FILTER_CGROUP
+BPF_HASH(cgroups, u64, u8, 16384);
+#endif
+
+static __always_inline bool wanted(void)
+{
+#ifdef FILTER_PID
+	if (bpf_get_current_pid_tgid() >> 32 != FILTER_PID)
+		return false;
+#endif
+#ifdef FILTER_CGROUP
+	u64 cgroup = bpf_get_current_cgroup_id();
+
+	if (!cgroups.lookup(&cgroup))
+		return false;
+#endif
+	return true;
+}
+
+static __always_inline struct flight *find(u64 rq)
+{
+	int zero = 0, slot = slot_of(rq);
+	struct flight *f = slots.lookup(&slot);
+	u64 *used;
+
+	if (f && f->rq == rq)
+		return f;
+	used = overflow_used.lookup(&zero);
+	if (!used || !*used)
+		return 0;
+	return overflow.lookup(&rq);
+}
+
+static __always_inline void take_off(struct flight *f, u64 rq)
+{
+	u64 pid_tgid = bpf_get_current_pid_tgid();
+
+	f->rq = rq;
+	f->start_ns = bpf_ktime_get_ns();
+	f->issue_ns = 0;
+	f->bytes = 0;
+	f->error = 0;
+	/* A flush sequence clears REQ_PREFLUSH and REQ_FUA later on. */
+	f->cmd_flags = GET(u32, rq, request, cmd_flags);
+	f->sector = GET(u64, rq, request, __sector);
+	f->tgid = pid_tgid >> 32;
+	f->tid = pid_tgid;
+	f->cgroup_id = bpf_get_current_cgroup_id();
+	bpf_get_current_comm(f->comm, sizeof(f->comm));
+	/* io_uring's workers (iou-wrk-N, iou-sqp-N) belong to the application: call them by its name. */
+	if (f->comm[0] == 'i' && f->comm[1] == 'o' && f->comm[2] == 'u' && f->comm[3] == '-') {
+		u64 leader = GET(u64, bpf_get_current_task(), task_struct, group_leader);
+
+		bpf_probe_read_kernel(f->comm, sizeof(f->comm), AT(leader, task_struct, comm));
+	}
+}
+
+int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = ctx->args[0];
+	int zero = 0, slot = slot_of(rq);
+	struct flight *f = slots.lookup(&slot);
+
+	if (!f)
+		return 0;
+	if (!wanted()) {
+		/* What an earlier request of this address left behind must not be taken for this one. */
+		f = find(rq);
+		if (f)
+			f->rq = 0;
+		return 0;
+	}
+	if (f->rq && f->rq != rq) {
+		struct flight other = {};
+		u64 *used = overflow_used.lookup(&zero);
+
+		take_off(&other, rq);
+		if (overflow.update(&rq, &other))
+			count_lost(1);
+		else if (used)
+			*used = 1;
+		return 0;
+	}
+	take_off(f, rq);
+	return 0;
+}
+
+/* Merges are over once a request is issued: where it begins and how long it is are right here, and only here. */
+int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = ctx->args[0];
+	struct flight *f = find(rq);
+
+	if (f && f->rq == rq) {
+		f->issue_ns = bpf_ktime_get_ns();
+		f->bytes = GET(u32, rq, request, __data_len);
+		f->sector = GET(u64, rq, request, __sector);
+	}
+	return 0;
+}
+
+int on_block_rq_error(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = ctx->args[0];
+	struct flight *f = find(rq);
+
+	if (f && f->rq == rq)
+		f->error = (u8)ctx->args[1];
+	return 0;
+}
+
+static __always_inline void fill_record(struct block_io *r, const struct flight *f)
+{
+	u64 disk = GET(u64, GET(u64, f->rq, request, q), request_queue, disk);
+
+	r->start_ns = f->start_ns;
+	r->issue_ns = f->issue_ns;
+	r->done_ns = bpf_ktime_get_ns();
+	r->sector = f->sector;
+	r->cgroup_id = f->cgroup_id;
+	r->bytes = f->bytes;
+	r->dev = GET(s32, disk, gendisk, major) << 20 | GET(s32, disk, gendisk, first_minor);
+	r->flags = f->cmd_flags >> REQ_OP_BITS;
+	r->tgid = f->tgid;
+	r->tid = f->tid;
+	r->cpu = bpf_get_smp_processor_id();
+	r->op = f->cmd_flags;
+	r->error = f->error;
+	__builtin_memcpy(r->comm, f->comm, sizeof(r->comm));
+}
+
+static __always_inline void submit(struct slab *s)
+{
+	if (block_slabs.ringbuf_output(s, sizeof(*s), 0))
+		count_lost(s->count);
+	s->count = 0;
+}
+
+/* Not requests: user space runs on_block_io_done to have records handed over. */
+#define HAND_OVER_OLD 0
+#define HAND_OVER_ALL 1
+
+int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = ctx->args[0];
+	struct flight *f = 0;
+	struct slab *s;
+	int zero = 0, slot;
+	u32 n;
+
+	if (rq > HAND_OVER_ALL) {
+		/* The data phase of a flush sequence: the request ends once more when the sequence does. */
+		if (GET(u32, rq, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
+			return 0;
+		f = find(rq);
+		if (!f || f->rq != rq)
+			return 0;
+	}
+	s = slabs.lookup(&zero);
+	if (!s)
+		return 0;
+	if (s->busy) {
+		/* This CPU was interrupted while it wrote here. */
+		if (f)
+			count_lost(1);
+		goto forget;
+	}
+	s->busy = 1;
+	if (f) {
+		n = s->count;
+		if (n < SLAB_RECORDS) {
+			fill_record(&s->rec[n], f);
+			if (!n)
+				s->first_ns = s->rec[0].done_ns;
+			s->count = n + 1;
+		}
+	}
+	if (s->count >= SLAB_RECORDS ||
+	    (s->count && (rq == HAND_OVER_ALL || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS)))
+		submit(s);
+	s->busy = 0;
+forget:
+	if (f) {
+		slot = slot_of(rq);
+		if (f == slots.lookup(&slot))
+			f->rq = 0;
+		else
+			overflow.delete(&rq);
+	}
+	return 0;
+}

@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Congestion-window resets, one section per rung of the ladder. It is compiled once for each reason that is
+ * traced, with -DREASON and the -DRUNG_* that cwndtrace/kernel/ladder.py chose for it. Every section ends in
+ * emit().
+ */
+#include "sock.h"
+
+BPF_RINGBUF_OUTPUT(cwnd_resets, 64);
+
+enum {
+	COUNT_LOST = 0,		/* records for which the ring buffer had no room, or a stash no memory */
+	COUNT_UNCHANGED = 1,	/* calls that left the window as it was */
+	COUNT_WITHDRAWN = 2,	/* restarts that were due and didn't happen, as when a send blocked */
+	COUNTS = 3,
+};
+BPF_PERCPU_ARRAY(counts, u64, COUNTS);
+
+static __always_inline void count(int which)
+{
+	u64 *n = counts.lookup(&which);
+
+	if (n)
+		(*n)++;
+}
+
+#ifdef FILTER_PID
+/* Inodes of the sockets that the process holds, kept fresh from user space: timers and ACKs have no process. */
+BPF_HASH(pid_sockets, u64, u8, 65536);
+#endif
+#ifdef FILTER_CGROUP
+/* The cgroup that was asked for and those below it, kept fresh from user space. */
+BPF_HASH(cgroups, u64, u8, 16384);
+#endif
+
+static __always_inline bool wanted(const void *sk)
+{
+#ifdef FILTER_NETNS
+	if (sk_netns(sk) != FILTER_NETNS)
+		return false;
+#endif
+#ifdef FILTER_IFINDEX
+	if (sk_ifindex(sk) != FILTER_IFINDEX)
+		return false;
+#endif
+#ifdef FILTER_FAMILY
+	if (sk_family(sk) != FILTER_FAMILY)
+		return false;
+#endif
+#ifdef FILTER_PORT
+	if (sk_sport(sk) != FILTER_PORT && sk_dport(sk) != FILTER_PORT)
+		return false;
+#endif
+#ifdef FILTER_CGROUP
+	u64 cgroup = sk_cgroup(sk);
+
+	if (!cgroups.lookup(&cgroup))
+		return false;
+#endif
+#ifdef FILTER_PID
+	if (!(sk_owned(sk) && bpf_get_current_pid_tgid() >> 32 == FILTER_PID)) {
+		u64 inode = sk_inode(sk);
+
+		if (!pid_sockets.lookup(&inode))
+			return false;
+	}
+#endif
+	return true;
+}
+
+static __always_inline void emit(struct cwnd_reset *r)
+{
+	if (r->cwnd_after >= r->cwnd_before) {
+		count(COUNT_UNCHANGED);
+		return;
+	}
+#ifdef FILTER_MIN_IDLE_US
+	if (r->idle_us < FILTER_MIN_IDLE_US)
+		return;
+#endif
+	if (cwnd_resets.ringbuf_output(r, sizeof(*r), 0))
+		count(COUNT_LOST);
+}
+
+/* The window has fallen just now: the socket shows what came after. */
+static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before)
+{
+	struct cwnd_reset r = {};
+
+	if (!wanted(sk))
+		return;
+	fill_from_sock(&r, sk);
+	r.reason = REASON;
+	r.probe = probe;
+	r.cwnd_before = cwnd_before;
+	r.ssthresh_before = ssthresh_before;
+	if (REASON == REASON_RTO_LOSS)
+		r.ca_state = TCP_CA_LOSS;
+	emit(&r);
+}
+
+/* ---- tracepoint: TP_PROTO(sk, reason, old_cwnd, old_ssthresh, idle) of kernel-patches/ ---- */
+#ifdef RUNG_TRACEPOINT
+int on_tcp_cwnd_reset(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (ctx->args[1] == REASON)
+		emit_fallen((const void *)ctx->args[0], PROBE_TRACEPOINT, ctx->args[2], ctx->args[3]);
+	return 0;
+}
+#endif
+
+/* ---- fentry and kprobe: the window is noted on entry and compared on return ---- */
+#if defined(RUNG_FENTRY) || defined(RUNG_KPROBE)
+struct before {
+	u64 sk;
+	u32 cwnd;
+	u32 ssthresh;
+};
+
+static __always_inline struct before note_before(const void *sk)
+{
+	struct before b = {
+		.sk = (u64)sk,
+		.cwnd = GET(u32, sk, tcp_sock, snd_cwnd),
+		.ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh),
+	};
+
+	return b;
+}
+#endif
+
+#ifdef RUNG_FENTRY
+#if REASON == 0
+#define FUNCTION tcp_cwnd_restart
+#elif REASON == 1
+#define FUNCTION tcp_enter_loss
+#else
+#define FUNCTION tcp_cwnd_application_limited
+#endif
+
+/* The socket is locked between entry and return, so its address is key enough. */
+BPF_HASH(entered, u64, struct before, 16384);
+
+static __always_inline int fentry_in(const void *sk)
+{
+	struct before b = note_before(sk);
+
+	if (entered.update(&b.sk, &b))
+		count(COUNT_LOST);
+	return 0;
+}
+
+static __always_inline int fentry_out(const void *sk)
+{
+	u64 key = (u64)sk;
+	struct before *b = entered.lookup(&key);
+
+	if (!b)
+		return 0;
+	emit_fallen(sk, PROBE_FENTRY, b->cwnd, b->ssthresh);
+	entered.delete(&key);
+	return 0;
+}
+
+/* One more level of macros, so that FUNCTION is expanded before bcc pastes it into the program's name. */
+#define ENTRY_OF(function) KFUNC_PROBE(function, void *sk)
+#define EXIT_OF(function) KRETFUNC_PROBE(function, void *sk)
+
+ENTRY_OF(FUNCTION)
+{
+	return fentry_in(sk);
+}
+
+EXIT_OF(FUNCTION)
+{
+	return fentry_out(sk);
+}
+#endif
+
+#ifdef RUNG_KPROBE
+#include <uapi/linux/ptrace.h>
+
+/*
+ * A return has no arguments, and an interrupt can enter the same function for another socket on the same
+ * thread: the stack pointer tells the calls apart. FRAME_SHIFT is what the return address took of it.
+ */
+struct frame {
+	u64 tid;
+	u64 sp;
+};
+BPF_HASH(frames, struct frame, struct before, 16384);
+
+int kprobe_in(struct pt_regs *ctx)
+{
+	struct frame key = {.tid = bpf_get_current_pid_tgid(), .sp = PT_REGS_SP(ctx)};
+	struct before b = note_before((const void *)PT_REGS_PARM1(ctx));
+
+	if (frames.update(&key, &b))
+		count(COUNT_LOST);
+	return 0;
+}
+
+int kprobe_out(struct pt_regs *ctx)
+{
+	struct frame key = {.tid = bpf_get_current_pid_tgid(), .sp = PT_REGS_SP(ctx) - FRAME_SHIFT};
+	struct before *b = frames.lookup(&key);
+
+	if (!b) {
+		count(COUNT_LOST);
+		return 0;
+	}
+	emit_fallen((const void *)b->sk, PROBE_KPROBE, b->cwnd, b->ssthresh);
+	frames.delete(&key);
+	return 0;
+}
+#endif
+
+/* ---- sendmsg and tcp_probe see a timeout where the congestion state is set ---- */
+#ifdef RUNG_CONG_STATE
+/*
+ * tcp_set_ca_state(sk, TCP_CA_Loss) is called by tcp_enter_loss() after it lowered the window. On the first
+ * timeout of an episode prior_cwnd and prior_ssthresh hold what came before (the latter as
+ * tcp_current_ssthresh() gives it); on a repeated one nothing does, and the window is already at its least.
+ * tcp_simple_retransmit() comes here too: it lowers no window and clears prior_ssthresh.
+ */
+int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
+{
+	const void *sk = (const void *)ctx->args[0];
+	u32 state, prior_ssthresh;
+
+	if ((u8)ctx->args[1] != TCP_CA_LOSS)
+		return 0;
+	state = GET_BITS(sk, inet_connection_sock, icsk_ca_state);
+	if (state > CA_STATE_DISORDER &&
+	    (s32)(GET(u32, sk, tcp_sock, snd_una) - GET(u32, sk, tcp_sock, high_seq)) < 0 &&
+	    !(state == TCP_CA_LOSS && !GET(u8, sk, inet_connection_sock, icsk_retransmits)))
+		return 0;
+	prior_ssthresh = GET(u32, sk, tcp_sock, prior_ssthresh);
+	if (prior_ssthresh)
+		emit_fallen(sk, RUNG_CONG_STATE, GET(u32, sk, tcp_sock, prior_cwnd),
+			    prior_ssthresh);
+	return 0;
+}
+#endif
+
+/* ---- sendmsg: the kernel's own rule, applied before it does, confirmed by what is sent ---- */
+#ifdef RUNG_SENDMSG
+/*
+ * tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the kernel will restart this window now.
+ * Cheapest and most telling test first: this runs on every send.
+ */
+static __always_inline bool idle_restart_due(const void *sk)
+{
+	u64 ca_ops, net;
+
+	if (GET(u32, sk, tcp_sock, packets_out))
+		return false;
+	if ((s32)sk_idle(sk) <= (s32)GET(u32, sk, inet_connection_sock, icsk_rto))
+		return false;
+	ca_ops = GET(u64, sk, inet_connection_sock, icsk_ca_ops);
+	if (GET(u64, ca_ops, tcp_congestion_ops, cong_control))
+		return false;
+	net = GET(u64, sk, sock_common, skc_net__net);
+	return GET(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) != 0;
+}
+
+/* tcp_cwnd_restart() of net/ipv4/tcp_output.c: the window after it. */
+static __always_inline u32 restarted_cwnd(u32 cwnd, u32 init_cwnd, s32 idle, s32 rto)
+{
+	u32 floor = init_cwnd < cwnd ? init_cwnd : cwnd;
+	int i;
+
+	/* A window has 32 bits: it can't be halved more often than that. */
+	for (i = 0; i < 32; i++) {
+		idle -= rto;
+		if (idle <= 0 || cwnd <= floor)
+			break;
+		cwnd >>= 1;
+	}
+	return cwnd > floor ? cwnd : floor;
+}
+
+BPF_HASH(pending, u64, struct cwnd_reset, 16384);
+/* How many there are: spares every packet a hash look-up. */
+BPF_ARRAY(pending_count, u64, 1);
+
+static __always_inline void add_pending(s64 n)
+{
+	int zero = 0;
+	u64 *c = pending_count.lookup(&zero);
+
+	if (c)
+		__sync_fetch_and_add(c, n);
+}
+
+/* If a restart of this socket was expected: has it come? */
+static __always_inline void settle(const void *sk)
+{
+	int zero = 0;
+	u64 key = (u64)sk, *n = pending_count.lookup(&zero);
+	struct cwnd_reset *r;
+
+	if (!n || !*n)
+		return;
+	r = pending.lookup(&key);
+	if (!r)
+		return;
+	r->cwnd_after = GET(u32, sk, tcp_sock, snd_cwnd);
+	r->ssthresh_after = GET(u32, sk, tcp_sock, snd_ssthresh);
+	if (r->cwnd_after < r->cwnd_before)
+		emit(r);
+	else
+		count(COUNT_WITHDRAWN);
+	pending.delete(&key);
+	add_pending(-1);
+}
+
+static __always_inline void expect_restart(const void *sk)
+{
+	struct cwnd_reset r = {};
+	u64 key = (u64)sk;
+
+	if (!idle_restart_due(sk) || !wanted(sk))
+		return;
+	fill_from_sock(&r, sk);
+	r.reason = REASON;
+	r.probe = PROBE_SENDMSG;
+	r.cwnd_before = r.cwnd_after;
+	r.ssthresh_before = r.ssthresh_after;
+	if (restarted_cwnd(r.cwnd_before, r.init_cwnd, sk_idle(sk),
+			   GET(u32, sk, inet_connection_sock, icsk_rto)) >= r.cwnd_before) {
+		count(COUNT_UNCHANGED);
+		return;
+	}
+	if (pending.update(&key, &r))
+		count(COUNT_LOST);
+	else
+		add_pending(1);
+}
+
+int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
+{
+	const void *sk = (const void *)ctx->args[0], *skb = (const void *)ctx->args[2];
+
+	settle(sk);
+	/* Only a new buffer is checked by the kernel (tcp_skb_entail); this one still takes more. */
+	if (skb && (s32)GET(u32, skb, sk_buff, len) < (s32)ctx->args[3] &&
+	    !GET_BITS(AT(skb, sk_buff, cb), tcp_skb_cb, eor))
+		return 0;
+	expect_restart(sk);
+	return 0;
+}
+
+int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
+{
+	const void *sk = (const void *)ctx->args[0];
+
+	settle(sk);
+	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
+	if (!GET(u32, sk, tcp_sock, packets_out) &&
+	    GET(u32, sk, tcp_sock, write_seq) != GET(u32, sk, tcp_sock, snd_nxt))
+		expect_restart(sk);
+	return 0;
+}
+
+int on_net_dev_queue(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	u64 *n = pending_count.lookup(&zero);
+
+	if (n && *n)
+		settle((const void *)GET(u64, ctx->args[0], sk_buff, sk));
+	return 0;
+}
+
+int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
+{
+	settle((const void *)ctx->args[0]);
+	return 0;
+}
+#endif
+
+/* ---- tcp_probe: the window as the last ACK left it, against the one that the next burst starts with ---- */
+#ifdef RUNG_TCP_PROBE
+struct window {
+	u32 cwnd;
+	u32 ssthresh;
+	u32 lsndtime;
+	u32 unused;
+};
+BPF_TABLE("lru_hash", u64, struct window, windows, 65536);
+/* tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. */
+BPF_PERCPU_ARRAY(probed, u64, 1);
+
+static __always_inline void note_window(u64 key)
+{
+	const void *sk = (const void *)key;
+	struct window w = {
+		.cwnd = GET(u32, sk, tcp_sock, snd_cwnd),
+		.ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh),
+		.lsndtime = GET(u32, sk, tcp_sock, lsndtime),
+	};
+
+	windows.update(&key, &w);
+}
+
+int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	u64 key = ctx->args[0], *last = probed.lookup(&zero);
+
+	if (!last)
+		return 0;
+	if (*last && *last != key)
+		note_window(*last);
+	*last = 0;
+	if (!wanted((const void *)key))
+		return 0;
+	*last = key;
+	note_window(key);
+	return 0;
+}
+
+int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	u64 *last = probed.lookup(&zero);
+
+	if (last && *last) {
+		note_window(*last);
+		*last = 0;
+	}
+	return 0;
+}
+
+int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 key = GET(u64, ctx->args[0], sk_buff, sk);
+	const void *sk = (const void *)key;
+	struct window *w;
+	u32 cwnd, rested;
+
+	if (!key || GET(u32, sk, tcp_sock, packets_out))
+		return 0;
+	w = windows.lookup(&key);
+	if (!w)
+		return 0;
+	cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
+	rested = GET(u32, sk, tcp_sock, lsndtime) - w->lsndtime;
+	if (cwnd < w->cwnd && (s32)rested > (s32)GET(u32, sk, inet_connection_sock, icsk_rto) &&
+	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && wanted(sk)) {
+		struct cwnd_reset r = {};
+
+		fill_from_sock(&r, sk);
+		r.reason = REASON;
+		r.probe = PROBE_TCP_PROBE;
+		r.cwnd_before = w->cwnd;
+		r.ssthresh_before = w->ssthresh;
+		r.idle_us = jiffies_to_us(rested);
+		emit(&r);
+	}
+	w->cwnd = cwnd;
+	w->ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh);
+	w->lsndtime = GET(u32, sk, tcp_sock, lsndtime);
+	return 0;
+}
+#endif

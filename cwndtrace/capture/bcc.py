@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading the BPF programs and reading what they hand over: the only file that imports bcc."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib.util
+import os
+import platform
+import re
+import select
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from cwndtrace.capture.bpf_syscall import run_raw_tracepoint
+from cwndtrace.capture.source import Chunk, Counts, Filters
+from cwndtrace.errors import BccError, KernelLacks
+from cwndtrace.events import bpf_dir, code, event
+from cwndtrace.kernel import btf, cgroups, facts, ladder, offsets, sockets
+
+_DISTRIBUTION_PACKAGES: Final = (
+    "/usr/lib/python3/dist-packages",
+    "/usr/lib/python3*/site-packages",
+    "/usr/lib64/python3*/site-packages",
+)
+_INSTALL: Final = (
+    "install the distribution's package: apt install python3-bpfcc (Debian, Ubuntu), dnf install python3-bcc"
+)
+_BLOCK: Final = (
+    ladder.Attachment("raw_tracepoint", "block_io_done", "on_block_io_done"),
+    ladder.Attachment("raw_tracepoint", "block_rq_error", "on_block_rq_error"),
+    ladder.Attachment("raw_tracepoint", "block_rq_issue", "on_block_rq_issue"),
+    ladder.Attachment("raw_tracepoint", "block_io_start", "on_block_io_start"),
+)
+_DONE: Final = "on_block_io_done"
+_HAND_OVER_OLD, _HAND_OVER_ALL = 0, 1  # as in bpf/block_io.bpf.c
+NO_FILTERS: Final = Filters()
+_SLAB_HEADER: Final = 16
+_SLAB_MAX_AGE_NS: Final = 100_000_000
+_RING_PAGES: Final = 2048
+# What is new below a cgroup, and which sockets a process holds, is looked up again this often.
+REFRESH_SECONDS: Final = 1.0
+
+
+@cache
+def module() -> ModuleType:
+    """The distribution's bcc package, from wherever it is installed.
+
+    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where there is
+    none, where libbcc is missing, or where the only ``bcc`` is PyPI's package of that name.
+    """
+    stranger = ""
+    spec = importlib.util.find_spec("bcc")
+    places = [spec.origin] if spec and spec.origin else []
+    for pattern in _DISTRIBUTION_PACKAGES:
+        places += [str(p) for p in sorted(Path("/").glob(pattern.lstrip("/") + "/bcc/__init__.py"))]
+    for place in places:
+        if not Path(place).with_name("libbcc.py").exists():
+            stranger = place
+            continue
+        return _import_from(Path(place))
+    if stranger:
+        raise BccError(f"the bcc in {Path(stranger).parent} is PyPI's unrelated package of that name", _INSTALL)
+    raise BccError("the Python package bcc isn't installed", _INSTALL)
+
+
+def _import_from(init: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bcc", init, submodule_search_locations=[str(init.parent)])
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules["bcc"] = loaded
+    try:
+        spec.loader.exec_module(loaded)
+    except (ImportError, OSError, AttributeError) as e:
+        del sys.modules["bcc"]
+        raise BccError(f"bcc in {init.parent} can't be loaded: {e}", _INSTALL) from e
+    return loaded
+
+
+def version() -> str:
+    """bcc's version, as its package names it."""
+    return str(getattr(module(), "__version__", "unknown"))
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
+    said: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace").strip())
+
+
+def _why(said: list[str], error: Exception) -> str:
+    """One line of why loading failed: bcc's own, else the most telling one of what it printed."""
+    lines = [
+        line for line in "\n".join(said).splitlines() if re.search(r"error|denied|not permitted|invalid", line, re.I)
+    ]
+    text = str(error)
+    if "super-user" in text and os.geteuid() == 0:
+        text = "refused by this system's policy"
+    return f"{text} ({lines[0].strip()})" if lines and lines[0].strip() not in text else text
+
+
+class Program:
+    """One BPF source, compiled for this kernel, and what of it is attached."""
+
+    def __init__(self, source: str, kernel: btf.Btf, hz: int, defines: dict[str, int]) -> None:
+        folder = bpf_dir()
+        text = (folder / source).read_text(encoding="utf-8")
+        headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
+        readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
+        found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
+        flags = [f"-D{name}={value}" for name, value in found.items()]
+        flags += [f"-DCWT_ARCH_{platform.machine().upper()}", f"-I{folder}"]
+        # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
+        os.environ["BCC_KERNEL_SOURCE"] = str(folder / "compat")
+        said: list[str] = []
+        try:
+            with _quiet() as said:
+                self._bpf = module().BPF(text=text.encode(), cflags=flags)
+        except Exception as e:  # bcc raises nothing finer
+            if "compile" in str(e):
+                raise BccError(f"bcc {version()} can't compile {source}: {_why(said, e)}", "report this text") from e
+            raise KernelLacks(_why(said, e)) from e
+        self._loaded: dict[str, int] = {}
+        self.ring_fd = -1
+
+    def attach(self, attachments: tuple[ladder.Attachment, ...]) -> None:
+        """Load and attach programs; raises KernelLacks with the reason where the kernel refuses one."""
+        for a in attachments:
+            said: list[str] = []
+            try:
+                with _quiet() as said:
+                    self._attach(a)
+            except Exception as e:  # bcc raises nothing finer
+                raise KernelLacks(f"{a.kind} {a.target}: {_why(said, e)}") from e
+
+    def _attach(self, a: ladder.Attachment) -> None:
+        target, program = a.target.encode(), a.program.encode()
+        if a.kind == "raw_tracepoint":
+            self._bpf.attach_raw_tracepoint(tp=target, fn_name=program)
+            self._loaded[a.program] = self._bpf.funcs[program].fd
+        elif a.kind in ("fentry", "fexit"):
+            # bcc attaches these by their names as soon as it has compiled them.
+            assert self._bpf.kfunc_entry_fds
+            assert self._bpf.kfunc_exit_fds
+        elif a.kind == "kprobe":
+            self._bpf.attach_kprobe(event=target, fn_name=program)
+        else:
+            self._bpf.attach_kretprobe(event=target, fn_name=program)
+
+    def open_ring(self, table: str, received: Callable[[bytes], None]) -> None:
+        """Have ``consume`` call ``received`` for each entry of the ring buffer."""
+
+        def callback(_ctx: object, data: int, size: int) -> int:
+            received(ctypes.string_at(data, size))
+            return 0
+
+        self._bpf[table].open_ring_buffer(callback)
+        self.ring_fd = self._bpf[table].map_fd
+
+    def consume(self) -> None:
+        """Hand over what the ring buffer holds."""
+        self._bpf.ring_buffer_consume()
+
+    def run_everywhere(self, program: str, *args: int) -> None:
+        """Run a raw tracepoint program once on each CPU that is online."""
+        for cpu in range(os.sysconf("SC_NPROCESSORS_CONF")):
+            try:
+                run_raw_tracepoint(self._loaded[program], cpu, *args)
+            except OSError as e:
+                if e.errno != errno.ENXIO:
+                    raise
+
+    def total(self, index: int) -> int:
+        """One of the source's counters, summed over CPUs."""
+        return int(sum(self._bpf["counts"][ctypes.c_int(index)]))
+
+    def missed(self) -> int:
+        """Runs that the kernel skipped because the program was already running on that CPU."""
+        total = 0
+        for fd in self._loaded.values():
+            match = re.search(r"^recursion_misses:\s*(\d+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.M)
+            total += int(match[1]) if match else 0
+        return total
+
+    def hold(self, table: str, keys: set[int]) -> None:
+        """Make a hash of u64 keys hold exactly ``keys``."""
+        held = self._bpf[table]
+        old = {int(key.value) for key in held}
+        for key in keys - old:
+            held[ctypes.c_uint64(key)] = ctypes.c_uint8(1)
+        for key in old - keys:
+            del held[ctypes.c_uint64(key)]
+
+    def detach(self) -> None:
+        """Stop all programs; maps and counters stay readable."""
+        for target in list(self._bpf.raw_tracepoint_fds):
+            self._bpf.detach_raw_tracepoint(target)
+        for name in list(self._bpf.kfunc_entry_fds):
+            self._bpf.detach_kfunc(name)
+        for name in list(self._bpf.kfunc_exit_fds):
+            self._bpf.detach_kretfunc(name)
+        for name in list(self._bpf.kprobe_fds):
+            self._bpf.detach_kprobe_event(name)
+
+    def close(self) -> None:
+        """Stop all programs and free the maps."""
+        self._bpf.cleanup()
+
+
+def _filter_defines(filters: Filters) -> dict[str, int]:
+    chosen = {
+        "FILTER_IFINDEX": filters.ifindex,
+        "FILTER_NETNS": filters.netns,
+        "FILTER_PID": filters.pid,
+        "FILTER_PORT": filters.port,
+        "FILTER_FAMILY": filters.family,
+        "FILTER_MIN_IDLE_US": filters.min_idle_us,
+        "FILTER_CGROUP": None if filters.cgroup is None else 1,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+class Kernel:
+    """The running kernel as a source of records (see source.Source).
+
+    Loads and attaches on construction. Raises BccError, KernelLacks or NoRung; nothing is left attached then.
+    ``block`` says whether block I/O is traced as well.
+    """
+
+    def __init__(
+        self,
+        filters: Filters = NO_FILTERS,
+        *,
+        probe: str | None = None,
+        block: bool = True,
+        reasons: Iterable[str] = ladder.REASONS,
+    ) -> None:
+        self._filters = filters
+        self._btf = btf.Btf.running()
+        self._hz = facts.hz()
+        self._resets: list[Program] = []
+        self._refused: dict[str, str] = {}
+        self._block: Program | None = None
+        self._chunks: list[Chunk] = []
+        self._epoll = select.epoll()
+        self._refreshed = 0.0
+        try:
+            chosen = ladder.choose(facts.ladder_facts(self._btf), self._try, probe, reasons)
+            self.rungs, self.tried = chosen.rungs, chosen.tried
+            if block:
+                self._block = self._load_block()
+            self._refresh_sets()
+        except BaseException:
+            self.close()
+            raise
+        self.events: tuple[str, ...] = ("cwnd_reset", "block_io") if block else ("cwnd_reset",)
+
+    def _try(self, rung: str, reason: str) -> str | None:
+        if rung in self._refused:
+            return self._refused[rung]
+        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)}
+        attachments = ladder.BY_NAME[rung].attachments[reason]
+        if any(a.target == "tcp_cong_state_set" for a in attachments):
+            defines["RUNG_CONG_STATE"] = code("probe", rung)
+        else:
+            defines[f"RUNG_{rung.upper()}"] = 1
+        program = None
+        try:
+            program = Program("cwnd_reset.bpf.c", self._btf, self._hz, defines)
+            program.attach(attachments)
+            self._open(program, "cwnd_resets", lambda raw: self._chunks.append(("cwnd_reset", raw)))
+        except KernelLacks as e:
+            if program is not None:
+                program.close()
+            if "policy" in e.cause:
+                self._refused[rung] = e.cause
+            return e.cause
+        self._resets.append(program)
+        return None
+
+    def _load_block(self) -> Program:
+        lacking = [a.target for a in _BLOCK if not self._btf.has_tracepoint(a.target)]
+        if lacking:
+            raise KernelLacks(
+                f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
+                "trace without block I/O: --no-block",
+            )
+        sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS}
+        program = Program("block_io.bpf.c", self._btf, self._hz, _filter_defines(self._filters) | sizes)
+        self._open(program, "block_slabs", self._slab)
+        try:
+            program.attach(_BLOCK)
+        except BaseException:
+            program.close()
+            raise
+        return program
+
+    def _open(self, program: Program, table: str, received: Callable[[bytes], None]) -> None:
+        program.open_ring(table, received)
+        self._epoll.register(program.ring_fd, select.EPOLLIN)
+
+    def _slab(self, raw: bytes) -> None:
+        count = int.from_bytes(raw[8:12], "little")
+        self._chunks.append(("block_io", raw[_SLAB_HEADER : _SLAB_HEADER + count * event("block_io").size]))
+
+    def _programs(self) -> list[Program]:
+        return [*self._resets, *([self._block] if self._block else [])]
+
+    def _refresh_sets(self) -> None:
+        self._refreshed = time.monotonic()
+        if self._filters.cgroup is not None:
+            ids = cgroups.ids(self._filters.cgroup)
+            for program in self._programs():
+                program.hold("cgroups", ids)
+        if self._filters.pid is not None:
+            inodes = sockets.inodes_of(self._filters.pid)
+            for program in self._resets:
+                program.hold("pid_sockets", inodes)
+
+    def poll(self, timeout_s: float) -> list[Chunk]:
+        """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
+        self._epoll.poll(timeout_s)
+        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self._refresh_sets()
+        if self._block is not None:
+            self._block.run_everywhere(_DONE, _HAND_OVER_OLD)
+        return self._take()
+
+    def _take(self) -> list[Chunk]:
+        for program in self._programs():
+            program.consume()
+        taken, self._chunks = self._chunks, []
+        return taken
+
+    def counts(self) -> Counts:
+        """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
+        counts = Counts()
+        counts.lost["cwnd_reset"] = sum(p.total(0) + p.missed() for p in self._resets)
+        counts.unchanged = sum(p.total(1) for p in self._resets)
+        counts.withdrawn = sum(p.total(2) for p in self._resets)
+        if self._block is not None:
+            counts.lost["block_io"] = self._block.total(0) + self._block.missed()
+        return counts
+
+    def exhausted(self) -> bool:
+        """Never: a kernel goes on."""
+        return False
+
+    def stop(self) -> list[Chunk]:
+        """Detach and return what was still under way."""
+        for program in self._programs():
+            program.detach()
+        if self._block is not None:
+            self._block.run_everywhere(_DONE, _HAND_OVER_ALL)
+        return self._take()
+
+    def close(self) -> None:
+        """Detach and free everything; the counters are gone."""
+        for program in self._programs():
+            program.close()
+        self._epoll.close()

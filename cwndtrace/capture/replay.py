@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw records in a file: everything behind the probes can be driven without a kernel or root.
+
+The file begins with one line of JSON (layout, rungs, events, counts at the end); then chunks follow, each an
+event's name and its length, and the bytes as the kernel wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from cwndtrace.capture.source import Chunk, Counts, Source
+from cwndtrace.errors import CaptureError
+from cwndtrace.events import event
+
+_CHUNK: Final = struct.Struct("<16sI")
+
+
+def record(path: Path, source: Source, chunks: Iterable[Chunk]) -> None:
+    """Write ``chunks`` that came from ``source`` to ``path``."""
+    head = {
+        "layout": {name: event(name).size for name in source.events},
+        "rungs": source.rungs,
+        "tried": source.tried,
+        "counts": asdict(source.counts()),
+    }
+    with path.open("wb") as file:
+        file.write(json.dumps(head, sort_keys=True).encode() + b"\n")
+        for name, raw in chunks:
+            file.write(_CHUNK.pack(name.encode(), len(raw)) + raw)
+
+
+class Replay:
+    """A recording as a source (see source.Source): a chunk per poll, then nothing.
+
+    Raises CaptureError where the file isn't a recording, is cut off, or has records of another layout.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            first, _, body = path.read_bytes().partition(b"\n")
+            head = json.loads(first)
+            layout = dict(head["layout"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e
+        for name, size in layout.items():
+            if size != event(name).size:
+                raise CaptureError(
+                    f"{path} holds {name} records of {size} bytes, this version's have {event(name).size}",
+                    "record it again",
+                )
+        self.events: tuple[str, ...] = tuple(layout)
+        self.rungs: dict[str, str | None] = head["rungs"]
+        self.tried: dict[str, dict[str, str]] = head["tried"]
+        self._counts = Counts(**head["counts"])
+        self._chunks = list(reversed(self._parse(path, body)))
+
+    @staticmethod
+    def _parse(path: Path, body: bytes) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        at = 0
+        while at < len(body):
+            if at + _CHUNK.size > len(body):
+                raise CaptureError(f"{path} is cut off after {len(chunks)} chunks", "record it again")
+            name, size = _CHUNK.unpack_from(body, at)
+            at += _CHUNK.size + size
+            if at > len(body):
+                raise CaptureError(f"{path} is cut off after {len(chunks)} chunks", "record it again")
+            chunks.append((name.rstrip(b"\0").decode(), body[at - size : at]))
+        return chunks
+
+    def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002  (nothing to wait for)
+        """The next chunk, if there is one."""
+        return [self._chunks.pop()] if self._chunks else []
+
+    def counts(self) -> Counts:
+        """The counters as they stood at the end of the recording."""
+        return self._counts
+
+    def exhausted(self) -> bool:
+        """Whether all chunks have been handed out."""
+        return not self._chunks
+
+    def stop(self) -> list[Chunk]:
+        """What is left."""
+        left, self._chunks = list(reversed(self._chunks)), []
+        return left
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tracing session: raw records from a source become batches, losses are dated, all is described."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow as pa
+
+from cwndtrace import events
+from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.source import Filters, Source
+from cwndtrace.kernel import facts, interfaces, netns
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one event that came in together, in the order in which the kernel handed them over."""
+
+    event: str
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC."""
+        frame: pd.DataFrame = self.table.to_pandas()
+        return frame
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """A dict a record, as ``--json`` prints them."""
+        return events.table_to_dicts(self.event, self.table)
+
+
+def utc_offset_ns() -> int:
+    """What to add to CLOCK_MONOTONIC to get UTC, in nanoseconds; the tightest of a few readings."""
+    best = (1 << 62, 0)
+    for _ in range(5):
+        before = time.monotonic_ns()
+        wall = time.time_ns()
+        after = time.monotonic_ns()
+        best = min(best, (after - before, wall - (before + after) // 2))
+    return best[1]
+
+
+def clock() -> dict[str, int]:
+    """The two clocks now: ``mono_ns`` and ``utc_offset_ns``."""
+    return {"mono_ns": time.monotonic_ns(), "utc_offset_ns": utc_offset_ns()}
+
+
+@dataclass
+class Loss:
+    """Records of one event lost between two moments of CLOCK_MONOTONIC."""
+
+    event: str
+    start_ns: int
+    end_ns: int
+    lost: int
+
+
+@dataclass
+class Tally:
+    """What was kept and lost so far. ``lossy`` are the spans during which the loss counters moved."""
+
+    kept: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    unchanged: int = 0
+    withdrawn: int = 0
+    lossy: list[Loss] = field(default_factory=list)
+
+    def meta(self) -> dict[str, Any]:
+        """As it stands in a capture's meta.json."""
+        names = sorted({*self.kept, *self.lost})
+        return {
+            "counts": {n: {"kept": self.kept.get(n, 0), "lost": self.lost.get(n, 0)} for n in names},
+            "unchanged": self.unchanged,
+            "withdrawn": self.withdrawn,
+            "lossy": [asdict(loss) for loss in self.lossy],
+        }
+
+
+class Session:
+    """Turns what a source yields into batches.
+
+    Use as a context manager; call ``step`` until done, then ``finish`` once. ``tally`` is kept up to date.
+    """
+
+    def __init__(self, source: Source, snapshots: Snapshots | None = None) -> None:
+        self.source = source
+        self.tally = Tally(kept=dict.fromkeys(source.events, 0))
+        self.start = clock()
+        self.snapshots = snapshots
+        self._checked_ns = self.start["mono_ns"]
+
+    def step(self, timeout_s: float = 0.1) -> list[Batch]:
+        """The batches that came in, after waiting at most ``timeout_s`` for the first."""
+        chunks = self.source.poll(timeout_s)
+        batches = self._batches(chunks)
+        if self.snapshots is not None:
+            batches += self._connections(self.snapshots.drain())
+        self._count()
+        return batches
+
+    def finish(self) -> list[Batch]:
+        """Stop the source; the last batches."""
+        batches = self._batches(self.source.stop())
+        if self.snapshots is not None:
+            batches += self._connections(self.snapshots.finish())
+        self._count()
+        return batches
+
+    def _batches(self, chunks: list[tuple[str, bytes]]) -> list[Batch]:
+        raw: dict[str, list[bytes]] = {}
+        for name, data in chunks:
+            raw.setdefault(name, []).append(data)
+        batches = []
+        for name, parts in raw.items():
+            records = events.decode(name, b"".join(parts))
+            if len(records):
+                batches.append(Batch(name, events.to_arrow(name, records, self.start["utc_offset_ns"])))
+                self.tally.kept[name] = self.tally.kept.get(name, 0) + len(records)
+        return batches
+
+    def _connections(self, tables: Iterator[pa.Table]) -> list[Batch]:
+        batches = [Batch("connections", table) for table in tables]
+        rows = sum(len(batch) for batch in batches)
+        self.tally.kept["connections"] = self.tally.kept.get("connections", 0) + rows
+        return batches
+
+    def _count(self) -> None:
+        counts, now = self.source.counts(), time.monotonic_ns()
+        for name, total in counts.lost.items():
+            more = total - self.tally.lost.get(name, 0)
+            self.tally.lost[name] = total
+            if more <= 0:
+                continue
+            last = next((loss for loss in reversed(self.tally.lossy) if loss.event == name), None)
+            if last is not None and last.end_ns == self._checked_ns:
+                last.end_ns, last.lost = now, last.lost + more
+            else:
+                self.tally.lossy.append(Loss(name, self._checked_ns, now, more))
+        self.tally.unchanged, self.tally.withdrawn = counts.unchanged, counts.withdrawn
+        self._checked_ns = now
+
+    def close(self) -> None:
+        """Free what the source holds."""
+        self.source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]:
+    """What a capture's meta.json says of the machine and the request, at the start."""
+    namespaces = [n for n in netns.all_reachable() if filters.netns in (None, n.inode)]
+    here = netns.own()
+    return {
+        "version": version,
+        "host": socket.gethostname(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "boot_id": facts.boot_id(),
+        "pid": os.getpid(),
+        "hz": facts.hz(),
+        "command": sys.argv,
+        "filters": {k: str(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},
+        "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
+        "ended": None,
+        "clock": {"start": session.start, "end": None},
+        "sysctls": {str(n.inode): {"name": n.name, netns.IDLE_SYSCTL: netns.idle_sysctl(n)} for n in namespaces},
+        "rungs": session.source.rungs,
+        "devices": devices(),
+        "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
+        **session.tally.meta(),
+    }
+
+
+def devices() -> dict[str, str]:
+    """Block devices there are now: "major:minor" to name, from /proc/partitions."""
+    rows = [line.split() for line in Path("/proc/partitions").read_text(encoding="ascii").splitlines()[2:]]
+    return {f"{major}:{minor}": name for major, minor, _, name in rows}
+
+
+def ending(session: Session) -> dict[str, Any]:
+    """What meta.json says at the end besides the status."""
+    end = clock()
+    return {
+        "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
+        "clock": {"start": session.start, "end": end},
+        **session.tally.meta(),
+    }
+
+
+class Interrupt:
+    """While it is entered, SIGINT and SIGTERM set ``requested`` in place of what they did; a second one raises."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)

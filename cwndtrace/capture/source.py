@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a source of records is, and what can be asked of it. Knows nothing of BPF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+Chunk = tuple[str, bytes]
+"""An event's name and whole records of it, back to back as the kernel wrote them."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What to trace; everything that is None lets all through. All of it is decided in the kernel.
+
+    ``ifindex`` counts in the namespace ``netns`` (an inode), so it never comes without. ``cgroup`` is a
+    folder of cgroup v2; its descendants belong to it. ``min_idle_us`` applies to idle resets' rest.
+    """
+
+    ifindex: int | None = None
+    netns: int | None = None
+    pid: int | None = None
+    port: int | None = None
+    family: int | None = None
+    cgroup: Path | None = None
+    min_idle_us: int | None = None
+
+
+@dataclass
+class Counts:
+    """Totals since the start, counted in the kernel.
+
+    ``lost`` are records that could not be kept, per event; ``unchanged`` idle restarts that left the window
+    as it was; ``withdrawn`` restarts that were due and didn't happen.
+    """
+
+    lost: dict[str, int] = field(default_factory=dict)
+    unchanged: int = 0
+    withdrawn: int = 0
+
+
+class Source(Protocol):
+    """Something that yields raw records: the running kernel (capture.bcc) or a recording (capture.replay)."""
+
+    rungs: dict[str, str | None]
+    tried: dict[str, dict[str, str]]
+    events: tuple[str, ...]
+
+    def poll(self, timeout_s: float) -> list[Chunk]:
+        """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
+
+    def counts(self) -> Counts:
+        """The counters now."""
+
+    def exhausted(self) -> bool:
+        """Whether nothing can come any more."""
+
+    def stop(self) -> list[Chunk]:
+        """Stop tracing and return all that was still under way. ``counts`` stays callable."""
+
+    def close(self) -> None:
+        """Free everything; nothing else may be called afterwards."""

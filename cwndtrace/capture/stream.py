@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cwndtrace.stream``: live batches for a Python program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Literal, Self
+
+from cwndtrace.capture import target
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.connections import Snapshots, snapshot
+from cwndtrace.capture.session import Batch, Session, Tally
+from cwndtrace.capture.source import Filters
+
+
+class Stream:
+    """Batches of records as they come in: enter it, then iterate. Ends after ``duration`` or ``stop()``.
+
+    ``rungs`` says which rung of the ladder sees which reason, ``tally`` what was kept and lost so far.
+    """
+
+    def __init__(self, session: Session, duration: float | None) -> None:
+        self._session = session
+        self._duration = duration
+        self._stopped = False
+
+    @property
+    def rungs(self) -> dict[str, str | None]:
+        """Reason to rung, None where nothing sees that reason on this kernel."""
+        return self._session.source.rungs
+
+    @property
+    def tally(self) -> Tally:
+        """What was kept and lost so far."""
+        return self._session.tally
+
+    def stop(self) -> None:
+        """End the iteration after what has come in until now; may be called from another thread."""
+        self._stopped = True
+
+    def __iter__(self) -> Iterator[Batch]:
+        end = None if self._duration is None else time.monotonic() + self._duration
+        while not self._stopped and (end is None or time.monotonic() < end):
+            yield from self._session.step()
+        yield from self._session.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._session.close()
+
+
+def stream(
+    *,
+    iface: str | None = None,
+    pid: int | None = None,
+    port: int | None = None,
+    netns: str | None = None,
+    cgroup: str | None = None,
+    family: Literal[4, 6] | None = None,
+    min_idle: float | None = None,
+    block: bool = True,
+    connections: bool = True,
+    probe: str | None = None,
+    duration: float | None = None,
+) -> Stream:
+    """Trace the running kernel and yield batches of ``cwnd_reset``, ``block_io`` and ``connections``.
+
+    The filters are those of ``cwndtrace run``; ``min_idle`` and ``duration`` are in seconds. Tracing has
+    begun when this returns. Needs root. Raises the errors of cwndtrace.errors.
+    """
+    target.need_root("tracing")
+    filters = target.resolve(
+        iface=iface, pid=pid, port=port, namespace=netns, cgroup=cgroup, family=family, min_idle_s=min_idle
+    )
+    return Stream(open_session(filters, probe=probe, block=block, connections=connections), duration)
+
+
+def open_session(
+    filters: Filters, *, probe: str | None = None, block: bool = True, connections: bool = True
+) -> Session:
+    """A session over the running kernel; the caller closes it."""
+    kernel = Kernel(filters, probe=probe, block=block)
+    session = Session(kernel)
+    if connections:
+        try:
+            session.snapshots = Snapshots(lambda: snapshot(filters, session.start["utc_offset_ns"]))
+        except BaseException:
+            session.close()
+            raise
+    return session

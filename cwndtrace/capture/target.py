@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person names (eth0, a pid, a namespace) turned into filters; what isn't there is refused here."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from cwndtrace.capture.source import Filters
+from cwndtrace.errors import NotFound, PermissionNeeded, UsageError
+from cwndtrace.kernel import cgroups, interfaces, netns
+
+
+def need_root(what: str) -> None:
+    """Raise PermissionNeeded unless this process is root's."""
+    if os.geteuid() != 0:
+        raise PermissionNeeded(f"{what} needs root", "prefix the command with sudo")
+
+
+def resolve(
+    *,
+    iface: str | None = None,
+    pid: int | None = None,
+    port: int | None = None,
+    namespace: str | None = None,
+    cgroup: str | None = None,
+    family: Literal[4, 6] | None = None,
+    min_idle_s: float | None = None,
+) -> Filters:
+    """The filters for what was named.
+
+    An interface counts in ``namespace``, or in this process's own. ``min_idle_s`` is in seconds. Raises
+    NotFound for what doesn't exist, listing what does, and UsageError for numbers out of range.
+    """
+    if port is not None and not 0 < port < 65536:
+        raise UsageError(f"no port {port}", "ports go from 1 to 65535")
+    if min_idle_s is not None and min_idle_s < 0:
+        raise UsageError("a rest can't be negative", "give it as 500ms or 2s")
+    if pid is not None and not Path(f"/proc/{pid}").exists():
+        raise NotFound(f"no process {pid}", "see ps; to follow what isn't running yet, filter by port or cgroup")
+    where = netns.find(namespace) if namespace is not None else None
+    if iface is not None:
+        where = where or netns.own()
+    return Filters(
+        ifindex=interfaces.find(iface, where) if iface is not None and where is not None else None,
+        netns=where.inode if where is not None else None,
+        pid=pid,
+        port=port,
+        family={None: None, 4: int(socket.AF_INET), 6: int(socket.AF_INET6)}[family],
+        cgroup=cgroups.find(cgroup) if cgroup is not None else None,
+        min_idle_us=round(min_idle_s * 1e6) if min_idle_s is not None else None,
+    )
