@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: DataFrames in, matplotlib Figures out. Nothing here shows or saves one."""

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pictures need to know about the frames: clocks, spans and which connections to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from cwndtrace import events
+from cwndtrace.errors import UsageError
+
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """``zero_ns`` of CLOCK_MONOTONIC is 0 s of the picture; ``begin`` and ``end`` are its edges in seconds."""
+
+    zero_ns: int
+    begin: float
+    end: float
+    started: str
+
+    def seconds(self, ns: pd.Series) -> Seconds:
+        """Times of records in seconds of the picture."""
+        return (ns.to_numpy(np.int64) - self.zero_ns) / 1e9
+
+    def shown(self, frame: pd.DataFrame, first: str, last: str) -> pd.DataFrame:
+        """The rows that reach into the picture, from their time ``first`` to ``last`` (column names, ns)."""
+        inside = (self.seconds(frame[last]) >= self.begin) & (self.seconds(frame[first]) <= self.end)
+        return frame[inside]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A span in seconds of the picture, during which ``lost`` records of ``event`` couldn't be kept."""
+
+    event: str
+    begin: float
+    end: float
+    lost: int
+
+
+def clock(
+    resets: pd.DataFrame,
+    connections: pd.DataFrame,
+    block_io: pd.DataFrame,
+    meta: Mapping[str, Any],
+    span: tuple[float, float] | None,
+) -> Clock:
+    """The picture's clock: from the capture's metadata, or from its records where that is silent.
+
+    Raises UsageError for a span that ends before it begins.
+    """
+    stamps = [int(frame[name].min()) for frame, name in _timed(resets, connections, block_io)]
+    start, end = (_mapping(_mapping(meta.get("clock")).get(side)) for side in ("start", "end"))
+    zero = _integer(start.get("mono_ns"), min(stamps, default=0))
+    stamps = [int(frame[name].max()) for frame, name in _timed(resets, connections, block_io)]
+    last = max([_integer(end.get("mono_ns"), zero), *stamps])
+    if span and not span[0] < span[1]:
+        raise UsageError(f"The span from {span[0]:g} s to {span[1]:g} s is empty.", "Give the earlier second first.")
+    edges = span or (0.0, max((last - zero) / 1e9, 0.001))
+    offset = start.get("utc_offset_ns")
+    started = events.iso_time(zero + offset) if isinstance(offset, int) else ""
+    return Clock(zero, float(edges[0]), float(edges[1]), started[:23].replace("T", " "))
+
+
+def losses(meta: Mapping[str, Any], at: Clock) -> list[Loss]:
+    """The spans of ``meta["lossy"]`` that reach into the picture; entries that make no sense are passed over."""
+    found = []
+    entries = meta.get("lossy")
+    for entry in entries if isinstance(entries, list) else []:
+        span = _mapping(entry)
+        begin, end, lost = (span.get(name) for name in ("start_ns", "end_ns", "lost"))
+        if not (isinstance(begin, int) and isinstance(end, int) and isinstance(lost, int)):
+            continue
+        loss = Loss(str(span.get("event")), (begin - at.zero_ns) / 1e9, (end - at.zero_ns) / 1e9, lost)
+        if lost > 0 and loss.end >= at.begin and loss.begin <= at.end:
+            found.append(loss)
+    return found
+
+
+def choose(resets: pd.DataFrame, connections: pd.DataFrame, wanted: str | None, most: int) -> tuple[list[str], int]:
+    """The keys of the connections to show, and of how many they were chosen.
+
+    ``wanted`` alone if given, raising UsageError if it isn't there; else the ``most`` with most resets; else,
+    where nothing reset, the ``most`` that sent most.
+    """
+    counts = resets["connection"].value_counts(sort=False)
+    sent = pd.concat([connections[["connection", "bytes_sent"]], resets[["connection", "bytes_sent"]]])
+    most_sent = sent.groupby("connection")["bytes_sent"].max()
+    keys = sorted(most_sent.index, key=lambda key: (-int(counts.get(key, 0)), -int(most_sent[key]), str(key)))
+    if wanted is not None:
+        if wanted not in most_sent.index:
+            cause = f"There is no connection {events.clean(wanted)} in this capture."
+            raise UsageError(cause, f"Those with most resets: {', '.join(keys[:5]) or 'none'}.")
+        return [wanted], len(keys)
+    with_resets = [key for key in keys if counts.get(key, 0)]
+    return (with_resets or keys)[:most], len(keys)
+
+
+def _timed(*frames: pd.DataFrame) -> list[tuple[pd.DataFrame, str]]:
+    return [(f, "ts_ns" if "ts_ns" in f else "start_ns") for f in frames if len(f)]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _integer(value: Any, default: int) -> int:
+    return value if isinstance(value, int) else default

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that must neither overlap nor run out of the picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+LANES = 2
+_LANE_POINTS = 11.5
+_GAP_POINTS = 5.0
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text for the point (x, y) of the data; of two that collide, the one of higher rank stays."""
+
+    x: float
+    y: float
+    text: str
+    rank: float
+    colour: str
+
+
+def headroom(height_points: float) -> float:
+    """The share of a panel of this height that its lanes of labels take at the top."""
+    return (LANES * _LANE_POINTS + 10) / height_points
+
+
+def place(axes: Axes, labels: list[Label], size: float = 8.0) -> int:
+    """Put labels into the lanes at the top of ``axes``, each with a line down to its point; how many fitted.
+
+    The limits and the place of ``axes`` in its figure have to be final.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    left, right = axes.bbox.x0, axes.bbox.x1
+    point = figure.dpi / 72
+    lanes: list[list[tuple[float, float, float]]] = [[] for _ in range(LANES)]
+    placed = 0
+    for label in sorted(labels, key=lambda item: -item.rank):
+        width = _width(figure, label.text, size)
+        stem = float(axes.transData.transform((label.x, label.y))[0])
+        half, gap = width / 2, _GAP_POINTS * point
+        # Over its point if it can be, else beside it, in the upper lane first.
+        tries = (
+            (lane, centre)
+            for lane in range(LANES)
+            for centre in (min(max(stem + half * shift, left + half), right - half) for shift in (0, 0.9, -0.9))
+        )
+        fits = (t for t in tries if _free(lanes, t[0], t[1] - half - gap, t[1] + half + gap, stem))
+        lane, centre = next(fits, (None, stem))
+        if lane is None or width > right - left:
+            continue
+        lanes[lane].append((centre - half - gap, centre + half + gap, stem))
+        placed += 1
+        top = axes.bbox.y1 - lane * _LANE_POINTS * point
+        x, y = axes.transData.inverted().transform((centre, top))
+        axes.text(x, y, label.text, ha="center", va="top", fontsize=size, color=label.colour, zorder=6)
+        foot = axes.transData.inverted().transform((centre, top - 10 * point))[1]
+        axes.plot([label.x, label.x], [foot, label.y], color=label.colour, linewidth=0.6, alpha=0.55, zorder=2)
+    return placed
+
+
+def _free(lanes: list[list[tuple[float, float, float]]], lane: int, begin: float, end: float, stem: float) -> bool:
+    """Whether a label has room in a lane: beside its neighbours, and no line to a point runs through a text."""
+    beside = all(end <= b or begin >= e for b, e, _ in lanes[lane])
+    under = all(not begin < s < end for upper in lanes[:lane] for _, _, s in upper)
+    over = all(not b < stem < e for lower in lanes[lane + 1 :] for b, e, _ in lower)
+    return beside and under and over
+
+
+def fit(text: Text, points: float, least: float = 6.5) -> None:
+    """Make ``text`` no wider than ``points``: smaller letters first, then an ellipsis in its middle."""
+    figure = text.get_figure(root=True)
+    assert figure is not None
+    content = text.get_text()
+    limit = points * figure.dpi / 72
+    while (size := float(text.get_fontsize())) > least and _width(figure, content, size, text) > limit:
+        text.set_fontsize(max(least, size - 0.25))
+    plain = content.replace(r"\$", "$")
+    keep = len(plain)
+    while keep > 8 and _width(figure, text.get_text(), size, text) > limit:
+        keep -= 2
+        shorter = f"{plain[: keep // 2]}…{plain[-(keep // 2) :]}"
+        text.set_text(shorter.replace("$", r"\$"))
+
+
+def extent(artist: Artist) -> Bbox:
+    """Where an artist of a figure will be drawn, in pixels."""
+    figure = artist.get_figure(root=True)
+    assert figure is not None
+    canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
+    renderer: Any = canvas.get_renderer()  # type: ignore[no-untyped-call]
+    return artist.get_window_extent(renderer)
+
+
+def _width(figure: Figure, content: str, size: float, like: Text | None = None) -> float:
+    """The width of a text in pixels."""
+    probe = Text(0, 0, content, figure=figure)
+    if like is not None:
+        probe.set_fontproperties(like.get_fontproperties())
+    probe.set_fontsize(size)
+    return float(extent(probe).width)

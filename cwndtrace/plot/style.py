@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the pictures look: one light and one dark palette, and how text from outside gets onto them.
+
+The hues are those of Okabe and Ito, told apart with every common kind of colour blindness; whatever differs
+by hue differs by shape as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.font_manager import findfont, get_font
+
+from cwndtrace import events
+
+_FONT: Final = "DejaVu Sans"  # ships with matplotlib, has the arrows
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours by what they mean."""
+
+    paper: str
+    ink: str
+    faint: str
+    grid: str
+    window: str
+    rest: str
+    idle: str
+    rto_loss: str
+    app_limited: str
+    read: str
+    write: str
+    other: str
+    error: str
+    lost: str
+
+    def reason(self, label: str) -> str:
+        """The colour of a reset for this reason; that of faint text for one this version doesn't know."""
+        known = {"idle": self.idle, "rto_loss": self.rto_loss, "app_limited": self.app_limited}
+        return known.get(label, self.faint)
+
+
+LIGHT: Final = Palette(
+    paper="#ffffff",
+    ink="#1c1e22",
+    faint="#62666d",
+    grid="#e4e6ea",
+    window="#0072b2",
+    rest="#eceef2",
+    idle="#d55e00",
+    rto_loss="#a0307a",
+    app_limited="#a67c00",
+    read="#009e73",
+    write="#e69f00",
+    other="#7a7f87",
+    error="#d40000",
+    lost="#8a8f98",
+)
+DARK: Final = Palette(
+    paper="#15171c",
+    ink="#eceef1",
+    faint="#a4a9b2",
+    grid="#2b2f37",
+    window="#56b4e9",
+    rest="#252932",
+    idle="#ff8a3d",
+    rto_loss="#e08cc0",
+    app_limited="#f0e442",
+    read="#2fc79a",
+    write="#e6a817",
+    other="#9aa0aa",
+    error="#ff5c5c",
+    lost="#7d838d",
+)
+
+_palette: ContextVar[Palette] = ContextVar("palette", default=LIGHT)
+
+
+@contextmanager
+def use(dark: bool = False) -> Iterator[Palette]:
+    """Figures made inside the ``with`` are drawn with the dark or the light palette."""
+    token = _palette.set(DARK if dark else LIGHT)
+    try:
+        yield _palette.get()
+    finally:
+        _palette.reset(token)
+
+
+def palette() -> Palette:
+    """The palette in use: the light one unless ``use`` says otherwise."""
+    return _palette.get()
+
+
+@contextmanager
+def drawing() -> Iterator[Palette]:
+    """The palette, with matplotlib set up for it; the user's own rc settings come back afterwards."""
+    colours = palette()
+    settings: Any = {
+        "text.usetex": False,
+        "font.family": _FONT,
+        "font.size": 9,
+        "text.color": colours.ink,
+        "axes.labelcolor": colours.ink,
+        "axes.edgecolor": colours.faint,
+        "axes.facecolor": colours.paper,
+        "axes.linewidth": 0.7,
+        "axes.labelsize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.unicode_minus": True,
+        "xtick.color": colours.faint,
+        "ytick.color": colours.faint,
+        "xtick.labelcolor": colours.ink,
+        "ytick.labelcolor": colours.ink,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "grid.color": colours.grid,
+        "grid.linewidth": 0.6,
+        "figure.facecolor": colours.paper,
+        "figure.edgecolor": colours.paper,
+        "hatch.linewidth": 0.8,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+    }
+    with mpl.rc_context(settings):
+        yield colours
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    font: Any = get_font(findfont(_FONT))
+    return frozenset(font.get_charmap())
+
+
+def plain(text: object, limit: int = 200) -> str:
+    """Text from outside as matplotlib draws it to the letter: no control characters, no mathtext, not endless.
+
+    A character that the font can't draw becomes ``?``.
+    """
+    line = "".join(c if ord(c) in _drawable() else "?" for c in events.clean(str(text)))
+    line = line if len(line) <= limit else f"{line[: limit - 1]}…"
+    return line.replace("$", r"\$")

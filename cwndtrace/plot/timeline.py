@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The timeline: each connection's congestion window above, block I/O below, on one axis of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from cwndtrace.plot import panels, style
+from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
+from cwndtrace.plot.labels import extent, fit
+from cwndtrace.plot.style import Palette, plain
+
+MOST_PANELS: Final = 4
+"""Connections in one picture."""
+
+# Inches: the figure is as wide as a page is at 9 point letters, so that half of one is still legible.
+_WIDTH, _LEFT, _RIGHT = 8.6, 0.78, 0.18
+_WINDOW, _WINDOW_OF_MANY, _BLOCK, _HEADING, _GAP = 1.95, 1.5, 1.3, 0.47, 0.16
+_AXIS, _FOOT, _ROW = 0.48, 0.52, 0.18
+
+
+def timeline(
+    resets: pd.DataFrame,
+    connections: pd.DataFrame,
+    block_io: pd.DataFrame | None,
+    *,
+    meta: Mapping[str, Any],
+    connection: str | None = None,
+    span: tuple[float, float] | None = None,
+) -> Figure:
+    """A figure with one panel a connection and, where there is any, block I/O latency below.
+
+    ``resets``, ``connections`` and ``block_io`` are the frames of a Trace (the first two with the column
+    ``connection``); ``meta`` is the capture's metadata. ``connection`` is one key, or None for the at most
+    four connections with most resets. ``span`` is (begin, end) in seconds since the capture started.
+
+    The x axis is in seconds since the start, windows are in segments, latencies in milliseconds. The window
+    is exact at each reset, during the rest before it and at the snapshots; the thin line between these only
+    joins them. Spans in which records were lost are hatched. Colours come from ``style.use``.
+
+    Raises UsageError for a connection that isn't there and for an empty span.
+    """
+    block_io = block_io if block_io is not None else pd.DataFrame(columns=["start_ns", "done_ns", "op", "error"])
+    at = clock(resets, connections, block_io, meta, span)
+    keys, of = choose(resets, connections, connection, MOST_PANELS)
+    block_io = at.shown(block_io, "start_ns", "done_ns")
+    lost = losses(meta, at)
+    with style.drawing() as colours:
+        windows, disk = _axes(max(len(keys), 1), bool(len(block_io)))
+        axes = [*windows, disk] if disk is not None else windows
+        for each in axes:
+            each.set_xlim(at.begin, at.end)
+        legend = _draw_windows(windows, keys, resets, connections, meta, at, colours)
+        if disk is not None:
+            legend |= panels.latency(disk, block_io, at, colours)
+            disk.set_ylabel("block I/O (ms)")
+            if len(keys) == 1:
+                panels.shade_rests(disk, resets[resets["connection"] == keys[0]], at, colours)
+        legend |= _draw_losses(windows, disk, lost, at, colours)
+        for each in axes:
+            each.grid(axis="y")
+            each.tick_params(labelbottom=each is axes[-1])
+        axes[-1].set_xlabel("seconds since the start")
+        figure = axes[0].figure
+        assert isinstance(figure, Figure)
+        figure.align_ylabels(axes)
+        _foot(figure, legend, _caption(meta, at, len(keys), of, disk is None), colours)
+    return figure
+
+
+def _axes(number: int, with_disk: bool) -> tuple[list[Axes], Axes | None]:
+    window = _WINDOW if number == 1 else _WINDOW_OF_MANY
+    disk = (_GAP + _BLOCK) if with_disk else 0
+    total = number * (_HEADING + window) + (number - 1) * _GAP + disk + _AXIS + _FOOT
+    figure = Figure(figsize=(_WIDTH, total), dpi=150)
+    bottoms = [total - (n + 1) * (_HEADING + window) - n * _GAP for n in range(number)]
+    made = [_add(figure, bottom, window, total) for bottom in bottoms]
+    return made, _add(figure, bottoms[-1] - disk, _BLOCK, total) if with_disk else None
+
+
+def _add(figure: Figure, bottom: float, height: float, total: float) -> Axes:
+    return figure.add_axes((_LEFT / _WIDTH, bottom / total, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, height / total))
+
+
+def _draw_windows(
+    windows: list[Axes],
+    keys: list[str],
+    resets: pd.DataFrame,
+    connections: pd.DataFrame,
+    meta: Mapping[str, Any],
+    at: Clock,
+    colours: Palette,
+) -> panels.Legend:
+    legend = panels.Legend()
+    for axes, key in zip(windows, keys, strict=False):
+        mine, snapshots = resets[resets["connection"] == key], connections[connections["connection"] == key]
+        legend |= panels.window(axes, mine, snapshots, at, colours)
+        labelled = panels.label_resets(axes, mine, at, colours)
+        panels.heading(axes, *_titles(mine, snapshots, labelled, meta, at), colours)
+        axes.set_ylabel("window (segments)")
+        if mine.empty:
+            _say(axes, "no reset in this capture", 0.93, colours)
+    if not keys:
+        _say(windows[0], "no connection was seen", 0.6, colours)
+        windows[0].spines["left"].set_visible(False)
+        windows[0].set_yticks([])
+    return legend
+
+
+def _titles(
+    resets: pd.DataFrame, snapshots: pd.DataFrame, labelled: int, meta: Mapping[str, Any], at: Clock
+) -> tuple[str, str]:
+    last = (resets if len(resets) else snapshots).iloc[-1]
+    ends = [f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}" for host, port in (
+        (last["saddr"], last["sport"]), (last["daddr"], last["dport"])
+    )]  # fmt: skip
+    parts = [str(last["ca_name"])]
+    users = [
+        (row["comm"], row[pid]) for f, pid in ((resets, "tgid"), (snapshots, "pid")) for _, row in f.tail(1).iterrows()
+    ]
+    parts += [f"{comm} (pid {pid})" for comm, pid in users if comm][:1]
+    shown = at.shown(resets, "ts_ns", "ts_ns")
+    number = len(shown)
+    if number:
+        parts.append(
+            f"{number} reset{'s' if number > 1 else ''}" + (f", {labelled} labelled" if labelled < number else "")
+        )
+        parts.append("seen by " + ", ".join(sorted(set(shown["probe"].astype(str)))))
+    else:
+        rungs = meta.get("rungs")
+        rung = rungs.get("idle") if isinstance(rungs, Mapping) else None
+        parts.append(f"watched by {rung}" if rung else "no probe saw idle resets here")
+    return plain("  →  ".join(ends)), plain("  ·  ".join(part for part in parts if part))
+
+
+def _say(axes: Axes, text: str, y: float, colours: Palette) -> None:
+    axes.text(0.5, y, text, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=colours.faint)
+
+
+def _draw_losses(
+    windows: list[Axes], disk: Axes | None, lost: list[Loss], at: Clock, colours: Palette
+) -> panels.Legend:
+    shown = [loss for loss in lost if loss.event != "block_io" or disk is not None]
+    for axes in windows:
+        panels.hatch(axes, [loss for loss in shown if loss.event != "block_io"], at, colours)
+    if disk is not None:
+        panels.hatch(disk, [loss for loss in shown if loss.event == "block_io"], at, colours)
+    if not shown:
+        return {}
+    text = f"records lost: {sum(loss.lost for loss in shown):,}"
+    return {text: Patch(facecolor="none", edgecolor=colours.lost, hatch="/////", linewidth=0.6)}
+
+
+def _caption(meta: Mapping[str, Any], at: Clock, shown: int, of: int, no_disk: bool) -> str:
+    where = f"{meta.get('host', 'unknown host')}, Linux {meta.get('kernel', '?')}"
+    parts = [f"0 s is {at.started} UTC on {where}" if at.started else f"on {where}"]
+    if shown < of:
+        parts.append(f"{shown} of {of} connections")
+    if no_disk:
+        parts.append("no block I/O recorded")
+    return plain("  ·  ".join(parts))
+
+
+def _foot(figure: Figure, legend: panels.Legend, caption: str, colours: Palette) -> None:
+    """The legend in as many rows as it needs, and the caption under it; the figure grows by what they take."""
+    room, left = _WIDTH - _LEFT - _RIGHT, _LEFT / _WIDTH
+    shape: dict[str, Any] = {
+        "loc": "lower left", "borderaxespad": 0, "borderpad": 0, "columnspacing": 1.4, "handletextpad": 0.5,
+        "handlelength": 1.5, "labelspacing": 0.35,
+    }  # fmt: skip
+    rows, columns = 0, len(legend)
+    for columns in range(len(legend), 0, -1):
+        rows = -(-len(legend) // columns)
+        trial = figure.legend(list(legend.values()), list(legend), ncols=columns, **shape)
+        width = extent(trial).width / figure.dpi
+        trial.remove()
+        if width <= room:
+            break
+    before = figure.get_size_inches()[1]
+    after = before + max(rows - 1, 0) * _ROW
+    figure.set_size_inches(_WIDTH, after)
+    for axes in figure.axes:
+        box = axes.get_position()
+        up, height = box.y0 * before + after - before, box.height * before
+        axes.set_position((box.x0, up / after, box.width, height / after))
+    if legend:
+        anchor = (left, 0.3 / after)
+        figure.legend(list(legend.values()), list(legend), ncols=columns, bbox_to_anchor=anchor, **shape)
+    fit(figure.text(left, 0.1 / after, caption, fontsize=8, color=colours.faint), room * 72)

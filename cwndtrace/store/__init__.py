@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A capture on disk: a directory with ``meta.json`` and a folder of Parquet parts for each table.
+
+Whatever is on disk is whole: a part and ``meta.json`` are each written under a name that readers skip,
+flushed to the device and then renamed. A writer that is killed, or whose disk fills up, loses the rows
+that it still held in memory and nothing else.
+"""
+
+from cwndtrace.store.layout import SCHEMA_VERSION
+from cwndtrace.store.reader import Capture, open_capture
+from cwndtrace.store.writer import CaptureWriter
+
+__all__ = ["SCHEMA_VERSION", "Capture", "CaptureWriter", "open_capture"]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a capture: what can be read is, and what can't be is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cwndtrace import events
+from cwndtrace.errors import CaptureError
+from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
+
+_UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
+"""What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture as it lies on disk.
+
+    ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
+    never closed it) or ``failed``. ``warnings`` grows as ``table`` meets parts that can't be read.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    status: str
+    warnings: list[str] = field(default_factory=list)
+
+    def table(self, name: str) -> pa.Table:
+        """All rows of a table: its schema first, then columns that a later version may have added.
+
+        Columns that an earlier version didn't write are null; without any part the table is empty. A part
+        that is cut off or corrupt is left out, with a line in ``warnings``. Times come to the microsecond
+        in ``time``, exact in the ``*_ns`` columns. Raises KeyError for a table that neither this version
+        nor the capture knows.
+        """
+        known = events.schema(name) if name in events.TABLES or not (self.path / name).is_dir() else None
+        tables = [table for _, table in self._each(name, known)]
+        if not tables:
+            return known.empty_table() if known else pa.table({})
+        return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+
+    def rows(self, name: str) -> int:
+        """How many rows of a table are on disk; reads only the parts' footers, so it is cheap."""
+        total = 0
+        for part in self._parts(name):
+            try:
+                total += pq.read_metadata(part).num_rows
+            except _UNREADABLE as error:
+                self._warn(part, error)
+        return total
+
+    def _parts(self, name: str) -> list[Path]:
+        return sorted(p for p in (self.path / name).glob("*.parquet") if not p.name.startswith((".", "_")))
+
+    def _each(self, name: str, known: pa.Schema | None) -> Iterator[tuple[Path, pa.Table]]:
+        for part in self._parts(name):
+            try:
+                # Not pq.read_table: it makes columns of a host=... in the path.
+                with pq.ParquetFile(part, page_checksum_verification=True) as file:
+                    data = file.read()
+                yield part, data if known is None else _conform(data, known)
+            except _UNREADABLE as error:
+                self._warn(part, error)
+
+    def _warn(self, part: Path, error: Exception) -> None:
+        reason = events.clean(str(error).split("\n", 1)[0])[:160]
+        line = f"{part.relative_to(self.path)} is cut off or corrupt, its rows are left out ({reason})"
+        if line.split(" (")[0] not in {w.split(" (")[0] for w in self.warnings}:
+            self.warnings.append(line)
+
+
+def open_capture(path: str | os.PathLike[str]) -> Capture:
+    """Open a capture for reading; its tables are read when asked for.
+
+    Raises CaptureError, with what to do about it, for anything that isn't a capture this version can read.
+    """
+    where = Path(path)
+    try:
+        _refuse_mistakes(where)
+        meta = _read_meta(where)
+        if _status(meta) == "interrupted":
+            meta = _read_meta(where)  # its writer may have closed it between our two looks
+    except PermissionError as error:
+        cause = f"{show(where)} can't be read: {error.strerror}."
+        raise CaptureError(cause, "Read it as the user who wrote it, perhaps with sudo.") from error
+    return Capture(where, meta, _status(meta))
+
+
+def _refuse_mistakes(where: Path) -> None:
+    if (where / META).is_file():
+        return
+    if not where.exists():
+        longer = where.with_name(f"{where.name}.cwnd") if where.name else where
+        remedy = f"Did you mean {show(longer)}?" if longer.is_dir() else "Check the name; ls -d *.cwnd lists captures."
+        raise CaptureError(f"There is no {show(where)}.", remedy)
+    owner = next((p for p in where.absolute().parents[:2] if (p / META).is_file()), None)
+    if owner:
+        raise CaptureError(f"{show(where)} is a part of a capture, not the whole.", f"Open {show(owner)}.")
+    if not where.is_dir():
+        raise CaptureError(f"{show(where)} is a file.", "A capture is a directory; give the one that cwndtrace wrote.")
+    inside = sorted(found.parent for pattern in ("*", "*/*") for found in where.glob(f"{pattern}/{META}"))
+    if inside:
+        names = ", ".join(show(found) for found in inside[:8]) + (", ..." if len(inside) > 8 else "")
+        holds = "a capture" if len(inside) == 1 else f"{len(inside)} captures"
+        raise CaptureError(f"{show(where)} isn't a capture, it holds {holds}.", f"Open {names}.")
+    raise CaptureError(f"{show(where)} isn't a capture: no {META} in it.", "Give the directory that cwndtrace wrote.")
+
+
+def _read_meta(where: Path) -> dict[str, Any]:
+    file = where / META
+    tables = f"Its tables may still open with pandas.read_parquet({str(where / 'cwnd_reset')!r})."
+    try:
+        meta = json.loads(file.read_bytes())
+    except PermissionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CaptureError(f"{show(file)} can't be read: {events.clean(str(error))}.", events.clean(tables)) from error
+    version = meta.get("schema") if isinstance(meta, dict) else None
+    if type(version) is not int or version < 1:
+        raise CaptureError(f"{show(file)} isn't that of a capture: no schema number.", "Give another directory.")
+    if version > SCHEMA_VERSION:
+        cause = f"{show(where)} has schema {version}; this cwndtrace reads up to {SCHEMA_VERSION}."
+        writer = events.clean(str(meta.get("version", "a newer one")))[:40]
+        raise CaptureError(cause, f"Upgrade cwndtrace: the capture was written by {writer}.")
+    return dict(meta)
+
+
+def _status(meta: dict[str, Any]) -> str:
+    status = meta.get("status")
+    if status in ("complete", "failed"):
+        return str(status)
+    pid = meta.get("pid")
+    started = process_start(pid) if isinstance(pid, int) and meta.get("boot_id") == boot_id() else None
+    return "running" if started is not None and started == meta.get("pid_start") else "interrupted"
+
+
+def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
+    present = set(data.column_names)
+    columns = [data.column(f.name).cast(f.type) if f.name in present else pa.nulls(len(data), f.type) for f in known]
+    extra = [f for f in data.schema if f.name not in known.names]
+    schema = pa.schema([*known, *extra], metadata=known.metadata)
+    return pa.Table.from_arrays([*columns, *(data.column(f.name) for f in extra)], schema=schema)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace: a capture as DataFrames, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import html
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cwndtrace import events, store
+from cwndtrace.analysis import block_io as block_analysis
+from cwndtrace.analysis import connections as connection_analysis
+
+_CELL = 100  # characters of a line that came from outside
+
+
+def load(path: str | os.PathLike[str]) -> Trace:
+    """Open the capture ``path``, also one that is still being written or was cut short.
+
+    Raises CaptureError, with the cause and what to do, for anything that isn't one.
+    """
+    return Trace(store.open_capture(path))
+
+
+class Trace:
+    """What one capture holds.
+
+    The frames are read when first asked for and then kept. Each begins with ``time`` (UTC) and is in order of
+    time; the other columns are those of the capture's tables, whose units and descriptions are in their
+    Parquet metadata. Text columns are plain strings; in ``block_io``, which can have millions of rows, they
+    are categories. An empty table is a frame with all its columns and no row.
+    """
+
+    def __init__(self, capture: store.Capture) -> None:
+        self._capture = capture
+
+    @property
+    def path(self) -> Path:
+        """The capture's directory."""
+        return self._capture.path
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The content of ``meta.json``."""
+        return self._capture.meta
+
+    @property
+    def status(self) -> str:
+        """``complete``, ``running``, ``interrupted`` or ``failed``."""
+        return self._capture.status
+
+    @property
+    def warnings(self) -> list[str]:
+        """What couldn't be read so far, a line each."""
+        return list(self._capture.warnings)
+
+    @property
+    def resets(self) -> pd.DataFrame:
+        """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses."""
+        return self._identified[0]
+
+    @property
+    def connections(self) -> pd.DataFrame:
+        """One row a snapshot of a connection, with the key ``connection``."""
+        return self._identified[1]
+
+    @cached_property
+    def block_io(self) -> pd.DataFrame:
+        """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
+        return block_analysis.with_latency(self._frame("block_io"), _mapping(self.meta.get("devices")))
+
+    def summary(self) -> pd.DataFrame:
+        """One row a connection; the columns are ``cwndtrace.analysis.connections.COLUMNS``."""
+        return connection_analysis.summary(self.resets, self.connections)
+
+    def block_summary(self) -> pd.DataFrame:
+        """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
+        return block_analysis.summary(self.block_io)
+
+    @cached_property
+    def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        resets, connections = (_as_text(self._frame(name)) for name in ("cwnd_reset", "connections"))
+        return connection_analysis.identify(resets, connections)
+
+    def _frame(self, table: str) -> pd.DataFrame:
+        rows = self._capture.table(table)
+        clock = next(name for name in rows.column_names if name.endswith("_ns"))
+        frame: pd.DataFrame = rows.to_pandas()
+        return frame.sort_values(clock, kind="stable", ignore_index=True)
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        width = max(len(name) for name, _ in facts)
+        head = f"cwndtrace capture {_shown(self.path)} ({self.status})"
+        return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in self._facts()
+        )
+        caption = f"<b>cwndtrace capture</b> <code>{html.escape(_shown(self.path))}</code> ({html.escape(self.status)})"
+        return f"<div>{caption}<table>{rows}</table></div>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What fits on one screen, name and value, fit for a terminal."""
+        meta = self.meta
+        on_disk = {table: self._capture.rows(table) for table in events.TABLES}
+        names = {"cwnd_reset": "resets", "block_io": "block I/Os", "connections": "snapshots of connections"}
+        lost = {table: _lost(meta, table) for table in events.TABLES}
+        facts = [
+            ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),
+            ("span", self._span()),
+            ("kept", ", ".join(f"{on_disk[table]:,} {name}" for table, name in names.items())),
+            ("lost", ", ".join(f"{lost[table]:,} {names[table]}" for table in names if lost[table]) or "nothing"),
+        ]
+        if unchanged := meta.get("unchanged"):
+            facts.append(("unchanged", f"{_shown(unchanged)} idle restarts left the window as it was"))
+        rungs = _mapping(meta.get("rungs"))
+        facts.append(("rungs", _shown(", ".join(f"{reason}: {rung or 'none'}" for reason, rung in rungs.items()))))
+        if filters := {name: value for name, value in _mapping(meta.get("filters")).items() if value is not None}:
+            facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in filters.items()))))
+        warnings = self._capture.warnings
+        facts += [("warning", _shown(line)) for line in warnings[:5]]
+        if len(warnings) > 5:
+            facts.append(("warning", f"and {len(warnings) - 5} more, see .warnings"))
+        return facts
+
+    def _span(self) -> str:
+        started, ended = (_moment(self.meta.get(name)) for name in ("started", "ended"))
+        if started is None:
+            return "unknown"
+        begin = f"from {started:%Y-%m-%d %H:%M:%S} UTC"
+        if ended is None:
+            return begin
+        return f"{begin} to {ended:%H:%M:%S}, {(ended - started).total_seconds():,.1f} s"
+
+
+def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.astype({name: str for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)})
+
+
+def _moment(value: object) -> pd.Timestamp | None:
+    if not isinstance(value, str):
+        return None
+    moment = pd.to_datetime(value, utc=True, errors="coerce")
+    return moment if isinstance(moment, pd.Timestamp) else None
+
+
+def _lost(meta: dict[str, Any], table: str) -> int:
+    """Records that the kernel or the disk lost, as far as ``meta.json`` says."""
+    counts = (_mapping(_mapping(meta.get("counts")).get(table)).get("lost"), _mapping(meta.get("unwritten")).get(table))
+    return sum(n for n in counts if isinstance(n, int))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(value: object) -> str:
+    text = events.clean(str(value))
+    return text if len(text) <= _CELL else f"{text[: _CELL - 1]}…"
