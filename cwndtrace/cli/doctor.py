@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cwndtrace doctor``: what this kernel offers, which rung is used, and what mends what is missing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+
+from cwndtrace.capture import bcc, target
+from cwndtrace.capture.connections import snapshot
+from cwndtrace.capture.source import Filters
+from cwndtrace.cli.summary import columns
+from cwndtrace.errors import CwndtraceError, KernelLacks, NoRung
+from cwndtrace.events import clean
+from cwndtrace.kernel import btf, facts, ladder, netns
+
+OK, LACK, BAD = "ok", "lack", "bad"
+_MARK: Final = {OK: ("ok", "green"), LACK: ("-", "yellow"), BAD: ("BAD", "red")}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line: ``state`` is ok, lack (something better is missing) or bad (tracing fails), ``remedy`` may be empty."""
+
+    name: str
+    value: str
+    state: str = OK
+    remedy: str = ""
+
+
+@dataclass
+class Findings:
+    """All that doctor found; ``rungs`` is None where nothing can trace idle resets here."""
+
+    facts: list[Fact]
+    rungs: dict[str, str | None] | None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor(*, as_json: bool) -> None:
+    """Tell what this kernel offers, which probe is used for what, and what mends each lack.
+
+    Every probe is tried by really loading it. Exits with 77 where nothing can trace here.
+
+    \b
+    Examples:
+      sudo cwndtrace doctor
+      sudo cwndtrace doctor --json | jq .rungs
+    """
+    target.need_root("loading probes")
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps({"facts": [asdict(f) for f in findings.facts], "rungs": findings.rungs}))
+    else:
+        _print(findings)
+    if findings.rungs is None or any(f.state == BAD for f in findings.facts):
+        sys.exit(77)
+
+
+def examine() -> Findings:
+    """Look at the machine and try every probe; nothing stays loaded."""
+    found = [
+        Fact("kernel", f"Linux {platform.release()} {platform.machine()}"),
+        _tracefs(),
+        Fact("lockdown", facts.lockdown()),
+    ]
+    kernel = _btf(found)
+    bcc_works = _bcc(found)
+    rungs = _ladder(found, kernel) if kernel is not None and bcc_works else None
+    found += _sysctls()
+    found += _congestion_controls()
+    return Findings(found, rungs)
+
+
+def _tracefs() -> Fact:
+    if facts.tracefs_mounted():
+        return Fact("tracefs", f"mounted on {facts.TRACEFS}")
+    why = facts.mount_tracefs()
+    if why is None:
+        return Fact("tracefs", f"was not mounted; doctor mounted it on {facts.TRACEFS} (kprobes need it)")
+    return Fact("tracefs", f"not mounted: {why}", LACK, f"mount -t tracefs tracefs {facts.TRACEFS}")
+
+
+def _btf(found: list[Fact]) -> btf.Btf | None:
+    try:
+        kernel = btf.Btf.running()
+        found.append(Fact("BTF", f"{btf.VMLINUX}, HZ={facts.hz()}"))
+    except KernelLacks as e:
+        found.append(Fact("BTF", e.cause, BAD, e.remedy))
+        return None
+    return kernel
+
+
+def _bcc(found: list[Fact]) -> bool:
+    try:
+        found.append(Fact("bcc", f"{bcc.version()} from {Path(str(bcc.module().__file__)).parent}"))
+    except CwndtraceError as e:
+        found.append(Fact("bcc", e.cause, BAD, e.remedy))
+        return False
+    return True
+
+
+def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
+    """A line for each rung and reason, tried one by one."""
+    here = facts.ladder_facts(kernel)
+    worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
+    for rung in ladder.RUNGS:
+        results = {r: ladder.lacks(here, rung, r) or _try(rung.name, r) for r in ladder.REASONS}
+        for reason, why in results.items():
+            if why is None and worked[reason] is None:
+                worked[reason] = rung.name
+        seen = [reason for reason, why in results.items() if why is None]
+        if seen:
+            missing = "; ".join(f"{reason}: {why}" for reason, why in results.items() if why is not None)
+            text = f"sees {', '.join(seen)} ({rung.exactness})" + (f"; {missing}" if missing else "")
+            found.append(Fact(f"rung {rung.name}", text))
+        else:
+            found.append(
+                Fact(f"rung {rung.name}", str(results["idle"]), LACK, _remedy(rung.name, str(results["idle"])))
+            )
+    try:
+        bcc.Kernel(reasons=()).close()
+        found.append(Fact("block I/O", "block_io_start and block_io_done load"))
+    except CwndtraceError as e:
+        found.append(Fact("block I/O", e.cause, LACK, e.remedy))
+    for reason, used in worked.items():
+        if used:
+            found.append(Fact(f"reason {reason}", f"traced by {used}"))
+        else:
+            found.append(Fact(f"reason {reason}", "no rung sees it here", LACK, _remedy("tracepoint", "")))
+    return worked if worked["idle"] else None
+
+
+def _try(rung: str, reason: str) -> str | None:
+    try:
+        bcc.Kernel(probe=rung, block=False, reasons=(reason,)).close()
+    except NoRung as e:
+        return e.tried[rung]
+    except CwndtraceError as e:
+        return e.cause
+    return None
+
+
+def _remedy(rung: str, why: str) -> str:
+    if rung == "tracepoint":
+        return "boot a kernel built by kernel-patches/build"
+    if "policy" in why:
+        return "ask whoever set the policy that refuses this program type (lockdown, an LSM, a hypervisor)"
+    if rung == "kprobe":
+        return "boot a kernel with CONFIG_KPROBES=y, as the distributions' are"
+    if rung == "sendmsg":
+        return "boot Linux 6.16 or newer"
+    return ""
+
+
+def _sysctls() -> list[Fact]:
+    lines = []
+    for namespace in netns.all_reachable():
+        value = netns.idle_sysctl(namespace)
+        name = f"sysctl in {namespace.name}"
+        if value is None:
+            lines.append(Fact(name, "can't be read", LACK))
+        elif value:
+            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = {value}: windows are reset after a rest"))
+        else:
+            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = 0: no window is reset after a rest"))
+    return lines
+
+
+def _congestion_controls() -> list[Fact]:
+    def read(name: str) -> str:
+        return Path("/proc/sys/net/ipv4", name).read_text().strip()
+
+    used = Counter(snapshot(Filters(), 0)["ca_name"].to_pylist())
+    in_use = ", ".join(f"{name} by {n:,}" for name, n in used.most_common()) or "no connection"
+    return [
+        Fact("congestion control", f"default {read('tcp_congestion_control')}; in use: {in_use}"),
+        Fact("there are", read("tcp_available_congestion_control")),
+    ]
+
+
+def _print(findings: Findings) -> None:
+    rows: list[tuple[str, ...]] = [("", "FACT", "WHAT THERE IS")]
+    rows += [(_MARK[f.state][0], f.name, clean(f.value)) for f in findings.facts]
+    header, *body = columns(rows, set())
+    click.echo(click.style(header, bold=True))
+    for line, fact in zip(body, findings.facts, strict=True):
+        click.echo(click.style(line[:3], fg=_MARK[fact.state][1]) + line[3:])
+        if fact.remedy:
+            click.echo(f"{'':<8}mend: {clean(fact.remedy)}")
+    if findings.rungs is None:
+        click.echo("\nNothing here can trace idle resets.")
+    else:
+        click.echo("\nsudo cwndtrace run --iface NAME will work here.")

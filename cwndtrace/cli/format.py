@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values as a person reads them. Everything that came from outside goes through ``clean`` before a terminal sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from cwndtrace.events import clean
+
+_INFINITE: Final = 0x7FFFFFFF
+
+
+def span(us: float) -> str:
+    """A time span with its unit, three digits: 45 us, 2.1 ms, 204 ms, 1.30 s."""
+    if us < 1000:
+        return f"{us:.0f} us"
+    if us < 1_000_000:
+        return f"{_three(us / 1000)} ms"
+    return f"{_three(us / 1_000_000)} s"
+
+
+def _three(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def size(count: float) -> str:
+    """A number of bytes with its unit: 512 B, 4.1 kB, 2.8 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{_three(count)} {unit}"
+        count /= 1000
+    return f"{_three(count)} TB"
+
+
+def threshold(segments: int) -> str:
+    """A slow start threshold in segments; the kernel's "never set" as inf."""
+    return "inf" if segments >= _INFINITE else str(segments)
+
+
+def endpoint(address: str, port: int) -> str:
+    """Address and port, IPv6 in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def connection(row: Mapping[Any, Any]) -> str:
+    """Local and remote end of a record."""
+    return f"{endpoint(row['saddr'], row['sport'])} > {endpoint(row['daddr'], row['dport'])}"
+
+
+def process(comm: str, pid: int) -> str:
+    """Name and pid, a dash where nobody is known."""
+    return f"{clean(comm)}[{pid}]" if pid else "-"

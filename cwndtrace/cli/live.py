@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``run`` shows while it traces: a line a reset, a status line, or JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from typing import Any, Final, Protocol
+
+import click
+import numpy as np
+
+from cwndtrace import events
+from cwndtrace.analysis.histogram import LatencyHistogram
+from cwndtrace.capture.session import Batch, Session
+from cwndtrace.cli import format as fmt
+
+_COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
+_STATUS_EVERY_S: Final = 0.5
+
+
+class View(Protocol):
+    """Something that shows a session as it goes."""
+
+    def begin(self) -> None:
+        """Tracing has begun."""
+
+    def batch(self, batch: Batch) -> None:
+        """Records came in."""
+
+    def tick(self, waiting: str) -> None:
+        """Some time has passed; ``waiting`` says what is being waited for."""
+
+
+class BlockFigures:
+    """Block I/O so far, by device and operation."""
+
+    def __init__(self) -> None:
+        self.latency: dict[tuple[str, str], LatencyHistogram] = {}
+        self.bytes: dict[tuple[str, str], int] = {}
+        self.errors: dict[tuple[str, str], int] = {}
+        self.all = LatencyHistogram()
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch of ``block_io``."""
+        table = batch.table
+        us = (table["done_ns"].to_numpy().astype(np.int64) - table["start_ns"].to_numpy().astype(np.int64)) / 1000
+        size, failed = table["bytes"].to_numpy(), table["error"].to_numpy() != "ok"
+        frame = table.select(["dev", "op"]).to_pandas()
+        self.all.add(us)
+        for key, rows in frame.groupby(["dev", "op"], observed=True).indices.items():
+            pair = (str(key[0]), str(key[1]))
+            self.latency.setdefault(pair, LatencyHistogram()).add(us[rows])
+            self.bytes[pair] = self.bytes.get(pair, 0) + int(size[rows].sum())
+            self.errors[pair] = self.errors.get(pair, 0) + int(failed[rows].sum())
+
+
+class Holders:
+    """Who holds which connection, from snapshots: for resets that a timer or an ACK made, not a process."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], tuple[str, int]] = {}
+
+    def add(self, batch: Batch) -> None:
+        """Learn from a batch of ``connections``."""
+        for row in batch.table.select(["netns_ino", "saddr", "sport", "daddr", "dport", "comm", "pid"]).to_pylist():
+            self._held[self._key(row)] = (row["comm"], row["pid"])
+
+    def of(self, row: dict[str, Any]) -> tuple[str, int]:
+        """Name and pid for a reset; "", 0 where nobody is known."""
+        if row["tgid"]:
+            return row["comm"], row["tgid"]
+        return self._held.get(self._key(row), ("", 0))
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("netns_ino", "saddr", "sport", "daddr", "dport"))
+
+
+class TextView:
+    """Aligned lines on stdout, a status line that rewrites itself on stderr if that is a terminal."""
+
+    HEADER: Final = ("TIME", "REASON", "PROCESS", "CONNECTION", "REST", "RTO", "CWND (segments)", "SSTHRESH", "SRTT")
+
+    def __init__(self, session: Session, *, print_block: bool, quiet: bool) -> None:
+        self._session = session
+        self._print_block = print_block
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
+        self._widths = [15, 11, 20, 41, 8, 8, 15, 8, 8]
+        self._resets = 0
+        self._status_at = 0.0
+        self._status_shown = False
+        self._lost = 0
+        self._holders = Holders()
+        self.block = BlockFigures()
+
+    def begin(self) -> None:
+        """Print the header."""
+        self._line(self.HEADER, bold=True)
+
+    def batch(self, batch: Batch) -> None:
+        """Print what is printed one by one, count the rest."""
+        if batch.event == "cwnd_reset":
+            self._wipe()
+            for row in batch.to_dicts():
+                self._reset(row)
+        elif batch.event == "block_io":
+            self.block.add(batch)
+            if self._print_block:
+                self._wipe()
+                for row in batch.to_dicts():
+                    self._request(row)
+        else:
+            self._holders.add(batch)
+
+    def _reset(self, row: dict[str, Any]) -> None:
+        self._resets += 1
+        cells = (
+            row["time"][11:26],
+            row["reason"],
+            fmt.process(*self._holders.of(row)),
+            fmt.connection(row),
+            fmt.span(row["idle_us"]),
+            fmt.span(row["rto_us"]),
+            f"{row['cwnd_before']} -> {row['cwnd_after']}",
+            fmt.threshold(row["ssthresh_after"]),
+            fmt.span(row["srtt_us"]),
+        )
+        self._line(cells, colour=_COLOURS.get(row["reason"]))
+
+    def _request(self, row: dict[str, Any]) -> None:
+        latency = fmt.span((row["done_ns"] - row["start_ns"]) / 1000)
+        error = "" if row["error"] == "ok" else f" {row['error'].upper()}"
+        click.echo(
+            f"{row['time'][11:26]}  block_io     {fmt.process(row['comm'], row['tgid']):<20}  {row['dev']} {row['op']} "
+            f"sector {row['sector']} {fmt.size(row['bytes'])} in {latency}{error}"
+        )
+
+    def _line(self, cells: tuple[str, ...], *, bold: bool = False, colour: str | None = None) -> None:
+        self._widths = [max(width, len(cell)) for width, cell in zip(self._widths, cells, strict=True)]
+        text = [f"{c:<{w}}" if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, self._widths, strict=True))]
+        if colour:
+            text[6] = click.style(text[6], fg=colour)
+        click.echo("  ".join(click.style(t, bold=True) if bold else t for t in text).rstrip())
+
+    def tick(self, waiting: str) -> None:
+        """Rewrite the status line now and then; say at once when records are lost."""
+        lost = sum(self._session.tally.lost.values())
+        if lost > self._lost and not self._quiet:
+            self._wipe()
+            each = ", ".join(f"{n:,} {event}" for event, n in self._session.tally.lost.items() if n)
+            click.echo(f"lost so far: {each} (counted in the kernel; the buffer was full)", err=True)
+        self._lost = lost
+        now = time.monotonic()
+        if not self._terminal or now - self._status_at < _STATUS_EVERY_S:
+            return
+        self._status_at = now
+        parts = [waiting if not self._resets else f"{self._resets:,} resets"]
+        if self._session.tally.unchanged:
+            parts.append(f"{self._session.tally.unchanged:,} restarts changed nothing")
+        if self.block.all.count:
+            p50, p95, p99 = (fmt.span(self.block.all.percentile(p)) for p in (50, 95, 99))
+            parts.append(f"block I/O {self.block.all.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (to 1 %)")
+        parts.append(f"lost {lost:,}")
+        text = " | ".join(parts)[: shutil.get_terminal_size().columns - 1]
+        click.echo(f"\r\x1b[K{text}", err=True, nl=False)
+        self._status_shown = True
+
+    def _wipe(self) -> None:
+        if self._status_shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+            self._status_shown = False
+            self._status_at = 0.0
+
+    def end(self) -> None:
+        """Leave the cursor on a clean line."""
+        self._wipe()
+
+
+class JsonView:
+    """One object a line on stdout and nothing else there."""
+
+    def __init__(self, session: Session, *, print_block: bool) -> None:
+        self._session = session
+        self._print_block = print_block
+        self._lossy = 0
+        self.block = BlockFigures()
+
+    def begin(self) -> None:
+        """Nothing to say yet."""
+
+    def batch(self, batch: Batch) -> None:
+        """Print resets, and block I/O where it was asked for."""
+        if batch.event == "block_io":
+            self.block.add(batch)
+        if batch.event == "cwnd_reset" or (batch.event == "block_io" and self._print_block):
+            for row in batch.to_dicts():
+                self.write(row)
+
+    def tick(self, waiting: str) -> None:  # noqa: ARG002
+        """Print losses as they become known."""
+        tally = self._session.tally
+        offset = self._session.start["utc_offset_ns"]
+        for loss in tally.lossy[self._lossy :]:
+            span = {"start_ns": loss.start_ns, "end_ns": loss.end_ns, "lost": loss.lost}
+            self.write({"event": "lost", "time": events.iso_time(loss.end_ns + offset), "of": loss.event, **span})
+        self._lossy = len(tally.lossy)
+
+    @staticmethod
+    def write(row: dict[str, Any]) -> None:
+        """Print one object."""
+        click.echo(json.dumps(row, ensure_ascii=True))
+
+    def end(self) -> None:
+        """Nothing to put right."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+from cwndtrace.kernel.ladder import RUNGS
+
+F = TypeVar("F", bound=Callable[..., Any])
+_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+class Span(click.ParamType[float]):
+    """A time span such as 500ms, 2s, 1.5m; a bare number is seconds. Gives seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds from the text."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(\w*)", str(value))
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is no time span: write 500ms, 2s, 10m", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+def filters(command: F) -> F:
+    """The filters of ``run``, decided in the kernel."""
+    for option in reversed(
+        (
+            click.option("-i", "--iface", metavar="NAME", help="Connections whose route goes out of this interface."),
+            click.option("-p", "--pid", type=int, metavar="PID", help="Connections and block I/O of this process."),
+            click.option("-P", "--port", type=int, metavar="PORT", help="Connections with this port at either end."),
+            click.option(
+                "-n", "--netns", "namespace", metavar="NAME", help="This network namespace: name, pid, inode or path."
+            ),
+            click.option("-c", "--cgroup", metavar="FOLDER", help="This cgroup (v2) and those below it."),
+            click.option("-4", "family", flag_value=4, type=int, help="IPv4 only, mapped addresses included."),
+            click.option("-6", "family", flag_value=6, type=int, help="IPv6 only."),
+            click.option("--min-idle", type=Span(), metavar="TIME", help="Rests at least this long, as 500ms or 2s."),
+            click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Force this rung of the ladder."),
+        )
+    ):
+        command = option(command)
+    return command

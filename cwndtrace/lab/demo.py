@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on this machine: trace a connection that rests while a loop device is read.
+
+``python -m cwndtrace.lab.demo [--out FOLDER]`` needs root. It uses loopback only, and puts back all it made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from cwndtrace.capture.target import need_root
+from cwndtrace.errors import CwndtraceError
+
+_BURST: Final = 3_000_000
+_RESTS_S: Final = (0.25, 0.6, 1.2, 0.1, 0.4, 0.9, 0.25, 0.6)
+_DISK_BYTES: Final = 64 << 20
+_BLOCK: Final = 4096
+
+
+@contextmanager
+def loop_device(size: int) -> Iterator[str]:
+    """A loop device of ``size`` bytes on a temporary file; raises CwndtraceError where losetup can't make one."""
+    with tempfile.NamedTemporaryFile(prefix="cwndtrace-demo-") as backing:
+        backing.truncate(size)
+        made = subprocess.run(["losetup", "--find", "--show", backing.name], capture_output=True, text=True, check=False)
+        if made.returncode != 0:
+            raise CwndtraceError(f"no loop device: {made.stderr.strip()}", "load the module: modprobe loop")
+        device = made.stdout.strip()
+        try:
+            yield device
+        finally:
+            subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def read_at_random(device: str, stop: threading.Event) -> None:
+    """Read single blocks directly from ``device``, a hundred a second, until ``stop`` is set."""
+    fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+    # O_DIRECT wants a page-aligned buffer, which an anonymous map is.
+    buffer = mmap.mmap(-1, _BLOCK)
+    try:
+        while not stop.wait(0.01):
+            os.preadv(fd, [buffer], random.randrange(_DISK_BYTES // _BLOCK) * _BLOCK)
+    finally:
+        os.close(fd)
+        buffer.close()
+
+
+@contextmanager
+def cubic_connection() -> Iterator[socket.socket]:
+    """A connection over loopback whose other end is read by a thread."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as sender:
+        # The default may be BBR, which is exempt from idle resets.
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sender.connect(listener.getsockname())
+        receiver, _ = listener.accept()
+        reader = threading.Thread(target=_swallow, args=(receiver,), daemon=True)
+        reader.start()
+        try:
+            yield sender
+        finally:
+            sender.close()
+            reader.join()
+
+
+def _swallow(receiver: socket.socket) -> None:
+    with receiver:
+        while receiver.recv(1 << 20):
+            pass
+
+
+def demo(folder: Path) -> tuple[Path, Path]:
+    """Run it; the capture and the picture, both in ``folder``. Raises CwndtraceError where a step fails."""
+    need_root("the demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    capture = folder / time.strftime("demo-%Y%m%d-%H%M%S.cwnd")
+    picture = capture.with_suffix(".png")
+    command = [sys.executable, "-m", "cwndtrace"]
+    stop = threading.Event()
+    with loop_device(_DISK_BYTES) as device, cubic_connection() as sender:
+        disk = threading.Thread(target=read_at_random, args=(device, stop))
+        disk.start()
+        run = [*command, "run", "--iface", "lo", "--output", str(capture)]
+        tracer = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        try:
+            _wait_until_attached(tracer)
+            for rest in _RESTS_S:
+                sender.sendall(bytes(_BURST))
+                time.sleep(rest)
+            sender.sendall(b"the last burst ends the last rest")
+        finally:
+            tracer.terminate()
+            rest_of_stderr = tracer.communicate()[1]
+            sys.stderr.write(rest_of_stderr)
+            stop.set()
+            disk.join()
+    if tracer.returncode != 0:
+        raise CwndtraceError(f"cwndtrace run ended with exit code {tracer.returncode}", "see what it printed above")
+    subprocess.run([*command, "plot", str(capture), "--output", str(picture)], check=True, stdout=subprocess.DEVNULL)
+    return capture, picture
+
+
+def _wait_until_attached(tracer: subprocess.Popen[str]) -> None:
+    assert tracer.stderr is not None
+    for line in tracer.stderr:
+        sys.stderr.write(line)
+        if line.startswith("Tracing "):
+            return
+
+
+def main() -> None:
+    """Parse the command line and run the demo."""
+    parser = argparse.ArgumentParser(prog="cwndtrace demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(), help="where the capture and the picture go")
+    try:
+        capture, picture = demo(parser.parse_args().out)
+    except CwndtraceError as e:
+        sys.exit(f"cwndtrace: {e.cause}\n  {e.remedy}" if e.remedy else f"cwndtrace: {e.cause}")
+    print(f"\nThe capture is in {capture}")
+    print(f"The picture is in {picture}")
+
+
+if __name__ == "__main__":
+    main()
