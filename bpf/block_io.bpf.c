@@ -8,7 +8,9 @@
 
 #define REQ_OP_BITS 8
 #define SLAB_RECORDS 64
+#ifndef SLOT_BITS
 #define SLOT_BITS 14
+#endif
 
 BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
 
@@ -97,11 +99,29 @@ static __always_inline struct flight *find(u64 rq)
 	return overflow.lookup(&rq);
 }
 
+/*
+ * Two CPUs may want the same free slot at the same moment: one of them gets it. clang compiles BPF's
+ * compare-and-swap only for a CPU model that it finds out by asking the kernel, which it does on x86-64.
+ */
+static __always_inline bool claim(struct flight *f, u64 rq)
+{
+	u64 holder;
+
+#ifdef CWT_ARCH_X86_64
+	holder = __sync_val_compare_and_swap(&f->rq, 0, rq);
+#else
+	holder = f->rq;
+	if (!holder)
+		f->rq = rq;
+#endif
+	return !holder || holder == rq;
+}
+
+/* For a claimed slot, or one of the hash. */
 static __always_inline void take_off(struct flight *f, u64 rq)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid();
 
-	f->rq = rq;
 	f->start_ns = bpf_ktime_get_ns();
 	f->issue_ns = 0;
 	f->bytes = 0;
@@ -136,8 +156,8 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 			f->rq = 0;
 		return 0;
 	}
-	if (f->rq && f->rq != rq) {
-		struct flight other = {};
+	if (!claim(f, rq)) {
+		struct flight other = {.rq = rq};
 		u64 *used = overflow_used.lookup(&zero);
 
 		take_off(&other, rq);

@@ -80,6 +80,9 @@ static __always_inline void emit(struct cwnd_reset *r)
 #endif
 	if (cwnd_resets.ringbuf_output(r, sizeof(*r), 0))
 		count(COUNT_LOST);
+	/* After a timeout the window isn't expected to come back to what it was. */
+	if (REASON != REASON_RTO_LOSS)
+		follow(r);
 }
 
 /* The window has fallen just now: the socket shows what came after. */
@@ -356,6 +359,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	const void *sk = (const void *)ctx->args[0];
 
 	settle(sk);
+	on_ack(sk);
 	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
 	if (!GET(u32, sk, tcp_sock, packets_out) &&
 	    GET(u32, sk, tcp_sock, write_seq) != GET(u32, sk, tcp_sock, snd_nxt))
@@ -376,6 +380,7 @@ int on_net_dev_queue(struct bpf_raw_tracepoint_args *ctx)
 int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 {
 	settle((const void *)ctx->args[0]);
+	forget((const void *)ctx->args[0]);
 	return 0;
 }
 #endif
@@ -409,6 +414,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	int zero = 0;
 	u64 key = ctx->args[0], *last = probed.lookup(&zero);
 
+	on_ack((const void *)key);
 	if (!last)
 		return 0;
 	if (*last && *last != key)

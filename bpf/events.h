@@ -104,6 +104,45 @@ struct cwnd_reset {
 	char ca_name[16];	/* [text] congestion control */
 };
 
+enum outcome {
+	OUTCOME_REGAINED = 0,	/* the window is what it was before the reset */
+	OUTCOME_RESET_AGAIN = 1, /* another reset came first */
+	OUTCOME_LOSS = 2,	/* CWR, fast recovery or a timeout came first */
+	OUTCOME_CLOSED = 3,	/* the connection ended first */
+	OUTCOME_CAPTURE_END = 4, /* tracing ended first */
+};
+
+/* What became of a window after an idle or application-limited reset. */
+struct cwnd_recovery {
+	__u64 reset_ts_ns;	/* [ns] when the window fell, as in cwnd_reset, CLOCK_MONOTONIC */
+	__u64 end_ts_ns;	/* [ns] when following it ended; for regained the ACK that brought the window back */
+	__u64 sock_cookie;	/* [id] socket cookie; 0 where the kernel had not made one */
+	__u64 skaddr;		/* [id] kernel address of the struct sock */
+	__u64 bytes_acked;	/* [bytes] acknowledged since the reset */
+	__u32 acks;		/* [count] ACKs and other segments received since the reset */
+	__u32 target;		/* [segments] window to regain: the one before the reset */
+	__u32 cwnd_start;	/* [segments] window that the reset left */
+	__u32 cwnd_end;		/* [segments] window at the end */
+	__u32 srtt_us;		/* [us] smoothed round-trip time at the end */
+	__u32 netns_ino;	/* [id] inode of the socket's network namespace */
+	__u32 ssthresh_end;	/* [segments] slow start threshold at the end; 2147483647 where never set */
+	__u16 cpu;		/* [id] CPU on which following ended */
+	__u8 reason;		/* [enum reason] what made the window fall */
+	__u8 outcome;		/* [enum outcome] how following ended */
+};
+
+/* The window of a socket that is being followed, at most once per round-trip time. */
+struct cwnd_sample {
+	__u64 ts_ns;		/* [ns] when it was seen, CLOCK_MONOTONIC */
+	__u64 reset_ts_ns;	/* [ns] the reset that it follows */
+	__u64 sock_cookie;	/* [id] socket cookie; 0 where the kernel had not made one */
+	__u64 skaddr;		/* [id] kernel address of the struct sock */
+	__u32 cwnd;		/* [segments] congestion window */
+	__u32 ssthresh;		/* [segments] slow start threshold; 2147483647 where never set */
+	__u32 packets_out;	/* [segments] in flight */
+	__u32 srtt_us;		/* [us] smoothed round-trip time */
+};
+
 /* A finished block request. */
 struct block_io {
 	__u64 start_ns;		/* [ns] entered the block layer, CLOCK_MONOTONIC */

@@ -105,6 +105,8 @@ def parse_layout(text: str) -> Layout:
             if line == "};":
                 enum = None
             elif match := _ENUM_ITEM.match(line):
+                if int(match[2]) in enum:
+                    raise LayoutError(f"line {number}: {match[2]} has a name already: {line}")
                 enum[int(match[2])] = match[1].removeprefix(prefix).lower()
             elif line:
                 raise LayoutError(f"line {number}: not an enum item with a value and a comment: {line}")
@@ -117,6 +119,8 @@ def parse_layout(text: str) -> Layout:
             in_comment = "*/" not in line
         elif line and not line.startswith("#"):
             raise LayoutError(f"line {number}: outside the subset of record headers: {line}")
+    if struct is not None or enum is not None or in_comment:
+        raise LayoutError("the header ends inside a struct, an enum or a comment")
     return layout
 
 
@@ -135,6 +139,10 @@ def _parse_field(line: str, number: int, before: list[Field], layout: Layout) ->
         raise LayoutError(f"line {number}: only char arrays are [text], only bytes and chars form arrays")
     if unit.startswith("enum ") and unit[5:] not in layout.enums:
         raise LayoutError(f"line {number}: enum {unit[5:]} isn't declared above")
+    if any(f.name == name for f in before):
+        raise LayoutError(f"line {number}: there is a field {name} already")
+    if count == "0":
+        raise LayoutError(f"line {number}: an array of nothing: {line}")
     offset = before[-1].offset + before[-1].size if before else 0
     if offset % _width(ctype):
         raise LayoutError(f"line {number}: {name} would be padded; order the fields by size")
@@ -205,7 +213,8 @@ def _device(raw: bytes) -> str:
 # ---- Arrow ----------------------------------------------------------------------------------------
 
 _DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
-_TIME: Final = pa.timestamp("ns", tz="UTC")
+# Microseconds, because Spark reads no finer ones; the records' own *_ns columns are exact.
+_TIME: Final = pa.timestamp("us", tz="UTC")
 
 
 def arrow_schema(name: str) -> pa.Schema:
@@ -238,7 +247,7 @@ def to_arrow(name: str, records: Records, utc_offset_ns: int) -> pa.Table:
     ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds.
     """
     ev = event(name)
-    times = records[ev.fields[0].name].astype(np.int64) + utc_offset_ns
+    times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000
     arrays: list[Any] = [pa.array(times).cast(_TIME)]
     for f in ev.fields:
         column = np.ascontiguousarray(records[f.name])
@@ -266,16 +275,15 @@ def _label(f: Field, raw: bytes) -> str:
 
 
 def table_to_dicts(name: str, table: pa.Table) -> list[dict[str, Any]]:
-    """One dict a row, ready for JSON: ``event``, ``time`` as ISO 8601 UTC with nanoseconds, the columns by name."""
-    stamps = [iso_time(ns) for ns in table.column("time").cast(pa.int64()).to_pylist()]
+    """One dict a row, ready for JSON: ``event``, ``time`` as ISO 8601 UTC with microseconds, the columns by name."""
+    stamps = [iso_time(us * 1000) for us in table.column("time").cast(pa.int64()).to_pylist()]
     rows = table.drop_columns(["time"]).to_pylist()
     return [{"event": name, "time": stamp, **row} for stamp, row in zip(stamps, rows, strict=True)]
 
 
 def iso_time(utc_ns: int) -> str:
-    """ISO 8601 with nanoseconds and Z, from nanoseconds since 1970."""
-    whole = np.datetime64(utc_ns // 1_000_000_000, "s")
-    return f"{whole}.{utc_ns % 1_000_000_000:09d}Z"
+    """ISO 8601 with microseconds and Z, from nanoseconds since 1970."""
+    return f"{np.datetime64(utc_ns // 1000, 'us')}Z"
 
 
 def _snapshot(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
@@ -318,7 +326,7 @@ CONNECTIONS: Final = _snapshot(
 )
 """The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
 
-TABLES: Final = ("cwnd_reset", "block_io", "connections")
+TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "connections")
 """The tables of a capture, in the order in which they are written."""
 
 

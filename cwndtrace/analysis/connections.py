@@ -94,7 +94,7 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
         kind = _dtype(name)
         if kind == "str":
             out[name] = out[name].fillna("").astype(str)
-        elif kind != "datetime64[ns, UTC]":
+        elif kind != "datetime64[us, UTC]":
             out[name] = out[name].fillna(0).astype(kind)
     order = ["resets", "rest_total_us", "first_seen", "connection"]
     return out[list(COLUMNS)].sort_values(order, ascending=[False, False, True, True], ignore_index=True)
@@ -104,7 +104,7 @@ def _dtype(column: str) -> Any:
     if column in ("connection", "saddr", "daddr", "comm", "ca_name", "state"):
         return "str"
     if column in ("first_seen", "last_seen"):
-        return "datetime64[ns, UTC]"
+        return "datetime64[us, UTC]"
     if column == "seen_s":
         return "float64"
     return "uint64" if column == "sock_cookie" else "int64"
@@ -112,7 +112,7 @@ def _dtype(column: str) -> Any:
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """Times as nanoseconds in int64, which sorting and merging agree on; text columns as text."""
-    frame = frame.assign(ts_ns=frame["ts_ns"].astype("int64"), time=frame["time"].astype("datetime64[ns, UTC]"))
+    frame = frame.assign(ts_ns=frame["ts_ns"].astype("int64"), time=frame["time"].astype("datetime64[us, UTC]"))
     return frame.assign(**{name: frame[name].astype(str) for name in _TEXT if name in frame})
 
 

@@ -15,10 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from cwndtrace.capture.bpf_syscall import run_raw_tracepoint
 from cwndtrace.capture.source import Chunk, Counts, Filters
@@ -42,6 +44,7 @@ _BLOCK: Final = (
 )
 _DONE: Final = "on_block_io_done"
 _HAND_OVER_OLD, _HAND_OVER_ALL = 0, 1  # as in bpf/block_io.bpf.c
+_RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
 _SLAB_HEADER: Final = 16
 _SLAB_MAX_AGE_NS: Final = 100_000_000
@@ -120,11 +123,11 @@ def _why(said: list[str], error: Exception) -> str:
 
 
 class Program:
-    """One BPF source, compiled for this kernel, and what of it is attached."""
+    """BPF sources compiled as one for this kernel, and what of them is attached."""
 
-    def __init__(self, source: str, kernel: btf.Btf, hz: int, defines: dict[str, int]) -> None:
+    def __init__(self, sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> None:
         folder = bpf_dir()
-        text = (folder / source).read_text(encoding="utf-8")
+        text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
         headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
         readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
         found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
@@ -138,10 +141,10 @@ class Program:
                 self._bpf = module().BPF(text=text.encode(), cflags=flags)
         except Exception as e:  # bcc raises nothing finer
             if "compile" in str(e):
-                raise BccError(f"bcc {version()} can't compile {source}: {_why(said, e)}", "report this text") from e
+                raise BccError(f"bcc {version()} can't compile {sources[-1]}: {_why(said, e)}", "report this text") from e
             raise KernelLacks(_why(said, e)) from e
         self._loaded: dict[str, int] = {}
-        self.ring_fd = -1
+        self.ring_fds: list[int] = []
 
     def attach(self, attachments: tuple[ladder.Attachment, ...]) -> None:
         """Load and attach programs; raises KernelLacks with the reason where the kernel refuses one."""
@@ -175,7 +178,7 @@ class Program:
             return 0
 
         self._bpf[table].open_ring_buffer(callback)
-        self.ring_fd = self._bpf[table].map_fd
+        self.ring_fds.append(self._bpf[table].map_fd)
 
     def consume(self) -> None:
         """Hand over what the ring buffer holds."""
@@ -190,9 +193,13 @@ class Program:
                 if e.errno != errno.ENXIO:
                     raise
 
-    def total(self, index: int) -> int:
+    def total(self, index: int, table: str = "counts") -> int:
         """One of the source's counters, summed over CPUs."""
-        return int(sum(self._bpf["counts"][ctypes.c_int(index)]))
+        return int(sum(self._bpf[table][ctypes.c_int(index)]))
+
+    def rows(self, table: str) -> list[tuple[int, Any]]:
+        """A hash of u64 keys: key and value (a ctypes structure) of each entry."""
+        return [(int(key.value), leaf) for key, leaf in self._bpf[table].items()]
 
     def missed(self) -> int:
         """Runs that the kernel skipped because the program was already running on that CPU."""
@@ -240,6 +247,18 @@ def _filter_defines(filters: Filters) -> dict[str, int]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
+def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
+    """Recoveries that the end of the trace cut short, as records."""
+    records = np.zeros(len(followed), dtype=event("cwnd_recovery").dtype)
+    records["end_ts_ns"] = time.monotonic_ns()
+    records["outcome"] = code("outcome", "capture_end")
+    for record, (skaddr, f) in zip(records, followed, strict=True):
+        record["skaddr"], record["reset_ts_ns"], record["acks"] = skaddr, f.reset_ts_ns, f.acks
+        record["target"], record["cwnd_start"], record["cwnd_end"] = f.target, f.cwnd_start, f.cwnd
+        record["sock_cookie"], record["netns_ino"], record["reason"] = f.sock_cookie, f.netns_ino, f.reason
+    return records.tobytes()
+
+
 class Kernel:
     """The running kernel as a source of records (see source.Source).
 
@@ -273,7 +292,7 @@ class Kernel:
         except BaseException:
             self.close()
             raise
-        self.events: tuple[str, ...] = ("cwnd_reset", "block_io") if block else ("cwnd_reset",)
+        self.events: tuple[str, ...] = (*_RINGS, *(("block_io",) if block else ()))
 
     def _try(self, rung: str, reason: str) -> str | None:
         if rung in self._refused:
@@ -286,9 +305,10 @@ class Kernel:
             defines[f"RUNG_{rung.upper()}"] = 1
         program = None
         try:
-            program = Program("cwnd_reset.bpf.c", self._btf, self._hz, defines)
+            program = Program(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
             program.attach(attachments)
-            self._open(program, "cwnd_resets", lambda raw: self._chunks.append(("cwnd_reset", raw)))
+            for name, table in _RINGS.items():
+                self._open(program, table, partial(self._record, name))
         except KernelLacks as e:
             if program is not None:
                 program.close()
@@ -306,7 +326,7 @@ class Kernel:
                 "trace without block I/O: --no-block",
             )
         sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS}
-        program = Program("block_io.bpf.c", self._btf, self._hz, _filter_defines(self._filters) | sizes)
+        program = Program(("block_io.bpf.c",), self._btf, self._hz, _filter_defines(self._filters) | sizes)
         self._open(program, "block_slabs", self._slab)
         try:
             program.attach(_BLOCK)
@@ -317,7 +337,10 @@ class Kernel:
 
     def _open(self, program: Program, table: str, received: Callable[[bytes], None]) -> None:
         program.open_ring(table, received)
-        self._epoll.register(program.ring_fd, select.EPOLLIN)
+        self._epoll.register(program.ring_fds[-1], select.EPOLLIN)
+
+    def _record(self, name: str, raw: bytes) -> None:
+        self._chunks.append((name, raw))
 
     def _slab(self, raw: bytes) -> None:
         count = int.from_bytes(raw[8:12], "little")
@@ -356,6 +379,8 @@ class Kernel:
         """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
         counts = Counts()
         counts.lost["cwnd_reset"] = sum(p.total(0) + p.missed() for p in self._resets)
+        for index, name in enumerate(("cwnd_recovery", "cwnd_sample")):
+            counts.lost[name] = sum(p.total(index, "recovery_counts") for p in self._resets)
         counts.unchanged = sum(p.total(1) for p in self._resets)
         counts.withdrawn = sum(p.total(2) for p in self._resets)
         if self._block is not None:
@@ -372,7 +397,9 @@ class Kernel:
             program.detach()
         if self._block is not None:
             self._block.run_everywhere(_DONE, _HAND_OVER_ALL)
-        return self._take()
+        chunks = self._take()
+        unfinished = [row for program in self._resets for row in program.rows("followed")]
+        return [*chunks, ("cwnd_recovery", _cut_short(unfinished))]
 
     def close(self) -> None:
         """Detach and free everything; the counters are gone."""

@@ -88,7 +88,7 @@ def _row(m: Any, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, u
         return int(info.get(f"tcpi_{name}") or 0)
 
     return {
-        "time": now_ns + utc_offset_ns,
+        "time": (now_ns + utc_offset_ns) // 1000,
         "ts_ns": now_ns,
         "sock_cookie": m["idiag_cookie"],
         "netns_ino": inode,

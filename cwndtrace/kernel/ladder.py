@@ -54,24 +54,29 @@ def _raw(target: str, program: str) -> Attachment:
     return Attachment("raw_tracepoint", target, program)
 
 
+# What follows a socket after its reset, on rungs that need these tracepoints for nothing else.
+_FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
+_FOLLOW: Final = (_raw("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
+_FOLLOWED: Final = {"idle": _FOLLOW, "rto_loss": (), "app_limited": _FOLLOW}
+
 _LOSS_BY_STATE: Final = (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),)
 
 RUNGS: Final = (
     Rung(
         "tracepoint",
         "exact",
-        dict.fromkeys(REASONS, (_raw("tcp_cwnd_reset", "on_tcp_cwnd_reset"),)),
+        {r: (_raw("tcp_cwnd_reset", "on_tcp_cwnd_reset"), *_FOLLOWED[r]) for r in REASONS},
     ),
     Rung(
         "fentry",
         "exact",
-        {r: (Attachment("fentry", f, f), Attachment("fexit", f, f)) for r, f in FUNCTIONS.items()},
+        {r: (Attachment("fentry", f, f), Attachment("fexit", f, f), *_FOLLOWED[r]) for r, f in FUNCTIONS.items()},
     ),
     Rung(
         "kprobe",
         "exact",
         {
-            r: (Attachment("kretprobe", f, "kprobe_out"), Attachment("kprobe", f, "kprobe_in"))
+            r: (Attachment("kretprobe", f, "kprobe_out"), Attachment("kprobe", f, "kprobe_in"), *_FOLLOWED[r])
             for r, f in FUNCTIONS.items()
         },
     ),
@@ -96,6 +101,7 @@ RUNGS: Final = (
                 _raw("net_dev_queue", "on_net_dev_queue_first"),
                 _raw("napi_poll", "on_napi_poll"),
                 _raw("tcp_probe", "on_tcp_probe_ack"),
+                *_FOLLOW_END,
             ),
             "rto_loss": _LOSS_BY_STATE,
         },

@@ -187,15 +187,7 @@ class CaptureWriter:
         rows = pa.concat_tables(buffer.tables).unify_dictionaries()
         try:
             with temporary.open("wb") as file:
-                # Spark takes no nanosecond timestamps; the exact time is in the *_ns columns.
-                pq.write_table(
-                    rows,
-                    file,
-                    compression="zstd",
-                    coerce_timestamps="us",
-                    allow_truncated_timestamps=True,
-                    write_page_checksum=True,
-                )
+                pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(final)

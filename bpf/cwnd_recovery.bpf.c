@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Following a socket after a reset, ACK by ACK, until it has its window back. Compiled in front of
+ * cwnd_reset.bpf.c, which calls follow(), on_ack() and forget().
+ *
+ * tcp_probe comes before its ACK is worked in: what it shows is the window that the ACK before it left.
+ */
+#include "sock.h"
+
+#define FOLLOW_BUCKET_BITS 12
+
+BPF_RINGBUF_OUTPUT(cwnd_recoveries, 64);
+BPF_RINGBUF_OUTPUT(cwnd_samples, 256);
+
+struct followed {
+	u64 reset_ts_ns;
+	u64 acked_ns;		/* the last ACK seen, at first the reset itself */
+	u64 sampled_ns;
+	u64 bytes_acked;
+	u32 target;
+	u32 cwnd_start;
+	u32 cwnd;
+	u32 acks;
+	/* For user space, which tells of what the end of the trace cut short. */
+	u64 sock_cookie;
+	u32 netns_ino;
+	u32 reason;
+};
+BPF_HASH(followed, u64, struct followed, 16384);
+/* How many sockets are followed, by some bits of their address: spares all others the hash look-up. */
+BPF_ARRAY(follow_buckets, u64, 1 << FOLLOW_BUCKET_BITS);
+BPF_PERCPU_ARRAY(recovery_counts, u64, 2);
+
+static __always_inline u64 *follow_bucket(u64 sk)
+{
+	int bucket = (sk >> 6) * 0x9E3779B97F4A7C15ULL >> (64 - FOLLOW_BUCKET_BITS);
+
+	return follow_buckets.lookup(&bucket);
+}
+
+static __always_inline void count_unrecovered(int which)
+{
+	u64 *n = recovery_counts.lookup(&which);
+
+	if (n)
+		(*n)++;
+}
+
+static __always_inline void end_following(u64 sk, const struct followed *f, u8 outcome, u64 end_ns, u32 cwnd)
+{
+	struct cwnd_recovery r = {
+		.reset_ts_ns = f->reset_ts_ns,
+		.end_ts_ns = end_ns,
+		.sock_cookie = GET(u64, sk, sock_common, skc_cookie),
+		.skaddr = sk,
+		.bytes_acked = GET(u64, sk, tcp_sock, bytes_acked) - f->bytes_acked,
+		.acks = f->acks,
+		.target = f->target,
+		.cwnd_start = f->cwnd_start,
+		.cwnd_end = cwnd,
+		.ssthresh_end = GET(u32, sk, tcp_sock, snd_ssthresh),
+		.srtt_us = GET(u32, sk, tcp_sock, srtt_us) >> 3,
+		.netns_ino = f->netns_ino,
+		.cpu = bpf_get_smp_processor_id(),
+		.reason = REASON,
+		.outcome = outcome,
+	};
+	u64 *n = follow_bucket(sk);
+
+	if (cwnd_recoveries.ringbuf_output(&r, sizeof(r), 0))
+		count_unrecovered(0);
+	followed.delete(&sk);
+	if (n)
+		__sync_fetch_and_add(n, -1);
+}
+
+/* A socket was reset: from r->cwnd_after it has to get back to r->cwnd_before. */
+static __always_inline void follow(const struct cwnd_reset *r)
+{
+	u64 sk = r->skaddr, *n = follow_bucket(sk);
+	struct followed *old = followed.lookup(&sk);
+	struct followed f = {
+		.reset_ts_ns = r->ts_ns,
+		.acked_ns = r->ts_ns,
+		.sampled_ns = r->ts_ns,
+		.bytes_acked = r->bytes_acked,
+		.target = r->cwnd_before,
+		.cwnd_start = r->cwnd_after,
+		.cwnd = r->cwnd_after,
+		.sock_cookie = r->sock_cookie,
+		.netns_ino = r->netns_ino,
+		.reason = REASON,
+	};
+
+	if (old) {
+		/* The last ACK before this rest may have done it: nothing came after to show that. */
+		bool regained = r->cwnd_before >= old->target;
+		u64 end_ns = regained ? old->acked_ns : r->ts_ns;
+
+		end_following(sk, old, regained ? OUTCOME_REGAINED : OUTCOME_RESET_AGAIN, end_ns, r->cwnd_before);
+	}
+	if (followed.update(&sk, &f))
+		count_unrecovered(0);
+	else if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
+static __always_inline void on_ack(const void *sock)
+{
+	u64 sk = (u64)sock, now, *n = follow_bucket(sk);
+	struct followed *f;
+	u32 cwnd, srtt_us;
+
+	if (!n || !*n)
+		return;
+	f = followed.lookup(&sk);
+	if (!f)
+		return;
+	now = bpf_ktime_get_ns();
+	cwnd = GET(u32, sock, tcp_sock, snd_cwnd);
+	f->cwnd = cwnd;
+	if (GET_BITS(sock, inet_connection_sock, icsk_ca_state) >= CA_STATE_CWR) {
+		end_following(sk, f, OUTCOME_LOSS, now, cwnd);
+		return;
+	}
+	if (cwnd >= f->target) {
+		end_following(sk, f, OUTCOME_REGAINED, f->acked_ns, cwnd);
+		return;
+	}
+	f->acks++;
+	f->acked_ns = now;
+	srtt_us = GET(u32, sock, tcp_sock, srtt_us) >> 3;
+	if (now - f->sampled_ns >= srtt_us * 1000ULL) {
+		struct cwnd_sample s = {
+			.ts_ns = now,
+			.reset_ts_ns = f->reset_ts_ns,
+			.skaddr = sk,
+			.sock_cookie = GET(u64, sk, sock_common, skc_cookie),
+			.cwnd = cwnd,
+			.ssthresh = GET(u32, sock, tcp_sock, snd_ssthresh),
+			.packets_out = GET(u32, sock, tcp_sock, packets_out),
+			.srtt_us = srtt_us,
+		};
+
+		if (cwnd_samples.ringbuf_output(&s, sizeof(s), 0))
+			count_unrecovered(1);
+		f->sampled_ns = now;
+	}
+}
+
+static __always_inline void forget(const void *sock)
+{
+	u64 sk = (u64)sock, *n = follow_bucket(sk);
+	struct followed *f;
+
+	if (!n || !*n)
+		return;
+	f = followed.lookup(&sk);
+	if (f)
+		end_following(sk, f, OUTCOME_CLOSED, bpf_ktime_get_ns(), GET(u32, sock, tcp_sock, snd_cwnd));
+}
+
+/* For the rungs that need these tracepoints for nothing else. */
+int on_tcp_probe_follow(struct bpf_raw_tracepoint_args *ctx)
+{
+	on_ack((const void *)ctx->args[0]);
+	return 0;
+}
+
+int on_tcp_destroy_sock_follow(struct bpf_raw_tracepoint_args *ctx)
+{
+	forget((const void *)ctx->args[0]);
+	return 0;
+}
