@@ -14,6 +14,7 @@ import pandas as pd
 from cwndtrace import events, store
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import connections as connection_analysis
+from cwndtrace.analysis import cost, recovery
 
 _CELL = 100  # characters of a line that came from outside
 
@@ -73,6 +74,20 @@ class Trace:
         """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
         return block_analysis.with_latency(self._frame("block_io"), _mapping(self.meta.get("devices")))
 
+    @cached_property
+    def recoveries(self) -> pd.DataFrame:
+        """One row a window that was followed after its reset, with ``connection``, ``duration_us``, ``round_trips``."""
+        return recovery.with_duration(_as_text(self._frame("cwnd_recovery")), self.resets)
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """The windows on their way back, at most one row a round-trip time, with ``connection``."""
+        return recovery.identify(_as_text(self._frame("cwnd_sample")), self.resets)
+
+    def costs(self) -> pd.DataFrame:
+        """``resets`` with what each is predicted to have cost; the added columns are ``analysis.cost.COLUMNS``."""
+        return cost.predict(self.resets, self.connections)
+
     def summary(self) -> pd.DataFrame:
         """One row a connection; the columns are ``cwndtrace.analysis.connections.COLUMNS``."""
         return connection_analysis.summary(self.resets, self.connections)
@@ -111,7 +126,12 @@ class Trace:
         """What fits on one screen, name and value, fit for a terminal."""
         meta = self.meta
         on_disk = {table: self._capture.rows(table) for table in events.TABLES}
-        names = {"cwnd_reset": "resets", "block_io": "block I/Os", "connections": "snapshots of connections"}
+        names = {
+            "cwnd_reset": "resets",
+            "cwnd_recovery": "recoveries",
+            "block_io": "block I/Os",
+            "connections": "snapshots of connections",
+        }
         lost = {table: _lost(meta, table) for table in events.TABLES}
         facts = [
             ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),

@@ -141,7 +141,9 @@ class Program:
                 self._bpf = module().BPF(text=text.encode(), cflags=flags)
         except Exception as e:  # bcc raises nothing finer
             if "compile" in str(e):
-                raise BccError(f"bcc {version()} can't compile {sources[-1]}: {_why(said, e)}", "report this text") from e
+                raise BccError(
+                    f"bcc {version()} can't compile {sources[-1]}: {_why(said, e)}", "report this text"
+                ) from e
             raise KernelLacks(_why(said, e)) from e
         self._loaded: dict[str, int] = {}
         self.ring_fds: list[int] = []
@@ -177,8 +179,8 @@ class Program:
             received(ctypes.string_at(data, size))
             return 0
 
-        self._bpf[table].open_ring_buffer(callback)
-        self.ring_fds.append(self._bpf[table].map_fd)
+        self._bpf[table.encode()].open_ring_buffer(callback)
+        self.ring_fds.append(self._bpf[table.encode()].map_fd)
 
     def consume(self) -> None:
         """Hand over what the ring buffer holds."""
@@ -211,7 +213,7 @@ class Program:
 
     def hold(self, table: str, keys: set[int]) -> None:
         """Make a hash of u64 keys hold exactly ``keys``."""
-        held = self._bpf[table]
+        held = self._bpf[table.encode()]
         old = {int(key.value) for key in held}
         for key in keys - old:
             held[ctypes.c_uint64(key)] = ctypes.c_uint8(1)

@@ -113,7 +113,7 @@ class TextView:
                 self._wipe()
                 for row in batch.to_dicts():
                     self._request(row)
-        else:
+        elif batch.event == "connections":
             self._holders.add(batch)
 
     def _reset(self, row: dict[str, Any]) -> None:
@@ -193,10 +193,10 @@ class JsonView:
         """Nothing to say yet."""
 
     def batch(self, batch: Batch) -> None:
-        """Print resets, and block I/O where it was asked for."""
+        """Print resets and recoveries, and block I/O where it was asked for."""
         if batch.event == "block_io":
             self.block.add(batch)
-        if batch.event == "cwnd_reset" or (batch.event == "block_io" and self._print_block):
+        if batch.event in ("cwnd_reset", "cwnd_recovery") or (batch.event == "block_io" and self._print_block):
             for row in batch.to_dicts():
                 self.write(row)
 

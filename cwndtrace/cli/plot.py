@@ -42,7 +42,13 @@ def plot(
     span = None if start is None and end is None else (start or 0.0, end if end is not None else float("inf"))
     with style.use(dark=dark):
         figure = timeline(
-            trace.resets, trace.connections, trace.block_io, meta=trace.meta, connection=connection, span=span
+            trace.resets,
+            trace.connections,
+            trace.block_io,
+            meta=trace.meta,
+            samples=trace.samples,
+            connection=connection,
+            span=span,
         )
         try:
             figure.savefig(file)

@@ -35,7 +35,9 @@ def loop_device(size: int) -> Iterator[str]:
     """A loop device of ``size`` bytes on a temporary file; raises CwndtraceError where losetup can't make one."""
     with tempfile.NamedTemporaryFile(prefix="cwndtrace-demo-") as backing:
         backing.truncate(size)
-        made = subprocess.run(["losetup", "--find", "--show", backing.name], capture_output=True, text=True, check=False)
+        made = subprocess.run(
+            ["losetup", "--find", "--show", backing.name], capture_output=True, text=True, check=False
+        )
         if made.returncode != 0:
             raise CwndtraceError(f"no loop device: {made.stderr.strip()}", "load the module: modprobe loop")
         device = made.stdout.strip()

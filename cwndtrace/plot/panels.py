@@ -34,7 +34,7 @@ Legend = dict[str, Artist]
 """The legend's entries by their text, so that panels that share one show it once."""
 
 
-def window(axes: Axes, resets: pd.DataFrame, snapshots: pd.DataFrame, at: Clock, colours: Palette) -> Legend:
+def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, colours: Palette) -> Legend:
     """A connection's congestion window over time. The frames hold the rows of this connection only."""
     resets, legend = resets.sort_values("ts_ns"), Legend()
     when, before, after = at.seconds(resets["ts_ns"]), resets["cwnd_before"], resets["cwnd_after"]
@@ -45,7 +45,7 @@ def window(axes: Axes, resets: pd.DataFrame, snapshots: pd.DataFrame, at: Clock,
     held = np.minimum(began + resets["srtt_us"].to_numpy(np.float64) / 1e6, when)
     levels = before.to_numpy(np.float64)
 
-    seen, sizes = at.seconds(snapshots["ts_ns"]), snapshots["cwnd"].to_numpy(np.float64)
+    seen, sizes = at.seconds(observed["ts_ns"]), observed["cwnd"].to_numpy(np.float64)
     known = pd.DataFrame(
         {
             "x": np.concatenate([np.where(idle, held, when), when, when, seen]),
@@ -64,7 +64,7 @@ def window(axes: Axes, resets: pd.DataFrame, snapshots: pd.DataFrame, at: Clock,
     legend["not observed"] = Line2D([], [], color=colours.window, linewidth=0.8, alpha=0.6)
     if len(seen):
         axes.plot(seen, sizes, "o", color=colours.window, markersize=3.2, zorder=4)
-        legend["snapshot"] = Line2D([], [], color=colours.window, marker="o", markersize=3.2, linestyle="")
+        legend["observed"] = Line2D([], [], color=colours.window, marker="o", markersize=3.2, linestyle="")
     if idle.any():
         shade_rests(axes, resets, at, colours)
         legend["rest"] = Patch(facecolor=colours.rest)

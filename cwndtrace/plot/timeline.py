@@ -31,22 +31,25 @@ def timeline(
     block_io: pd.DataFrame | None,
     *,
     meta: Mapping[str, Any],
+    samples: pd.DataFrame | None = None,
     connection: str | None = None,
     span: tuple[float, float] | None = None,
 ) -> Figure:
     """A figure with one panel a connection and, where there is any, block I/O latency below.
 
-    ``resets``, ``connections`` and ``block_io`` are the frames of a Trace (the first two with the column
-    ``connection``); ``meta`` is the capture's metadata. ``connection`` is one key, or None for the at most
+    ``resets``, ``connections``, ``block_io`` and ``samples`` are the frames of a Trace (all but ``block_io`` with
+    the column ``connection``); ``meta`` is the capture's metadata. ``connection`` is one key, or None for the at most
     four connections with most resets. ``span`` is (begin, end) in seconds since the capture started.
 
     The x axis is in seconds since the start, windows are in segments, latencies in milliseconds. The window
-    is exact at each reset, during the rest before it and at the snapshots; the thin line between these only
-    joins them. Spans in which records were lost are hatched. Colours come from ``style.use``.
+    is exact at each reset, during the rest before it, and where a snapshot or a sample was taken; the thin line
+    between these only joins them. Spans in which records were lost are hatched. Colours come from ``style.use``.
 
     Raises UsageError for a connection that isn't there and for an empty span.
     """
     block_io = block_io if block_io is not None else pd.DataFrame(columns=["start_ns", "done_ns", "op", "error"])
+    seen = ["connection", "ts_ns", "cwnd"]
+    windows_seen = connections[seen] if samples is None else pd.concat([connections[seen], samples[seen]])
     at = clock(resets, connections, block_io, meta, span)
     keys, of = choose(resets, connections, connection, MOST_PANELS)
     block_io = at.shown(block_io, "start_ns", "done_ns")
@@ -56,7 +59,7 @@ def timeline(
         axes = [*windows, disk] if disk is not None else windows
         for each in axes:
             each.set_xlim(at.begin, at.end)
-        legend = _draw_windows(windows, keys, resets, connections, meta, at, colours)
+        legend = _draw_windows(windows, keys, resets, connections, windows_seen, meta, at, colours)
         if disk is not None:
             legend |= panels.latency(disk, block_io, at, colours)
             disk.set_ylabel("block I/O (ms)")
@@ -93,6 +96,7 @@ def _draw_windows(
     keys: list[str],
     resets: pd.DataFrame,
     connections: pd.DataFrame,
+    windows_seen: pd.DataFrame,
     meta: Mapping[str, Any],
     at: Clock,
     colours: Palette,
@@ -100,7 +104,7 @@ def _draw_windows(
     legend = panels.Legend()
     for axes, key in zip(windows, keys, strict=False):
         mine, snapshots = resets[resets["connection"] == key], connections[connections["connection"] == key]
-        legend |= panels.window(axes, mine, snapshots, at, colours)
+        legend |= panels.window(axes, mine, windows_seen[windows_seen["connection"] == key], at, colours)
         labelled = panels.label_resets(axes, mine, at, colours)
         panels.heading(axes, *_titles(mine, snapshots, labelled, meta, at), colours)
         axes.set_ylabel("window (segments)")
