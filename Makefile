@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# Names for what tools/setup and tools/test do; they hold the how and the why.
+
+PREFIX ?= /opt/cwndtrace
+BINDIR ?= /usr/local/bin
+# A Python of your own, and "no" to leave the distribution's packages alone.
+PYTHON ?=
+PACKAGES ?= yes
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+# By env, because sudo drops what it isn't told to keep.
+SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
+
+.DEFAULT_GOAL := help
+.PHONY: help install uninstall demo develop lint test test-distributions vm-test vm-shell
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
+
+install: ## install into PREFIX (/opt/cwndtrace), and `cwndtrace` on root's PATH; needs root
+	@$(SETUP) install
+
+uninstall: ## take that away again; the distribution's packages stay
+	@$(SETUP) uninstall
+
+# -P: the installed package, not the one in this folder.
+demo: ## install, then trace a connection with rests while a disk is read; leaves a capture and a picture
+	@$(SUDO) $(SETUP) install
+	@$(SUDO) '$(PREFIX)/bin/python' -P -m cwndtrace.lab.demo
+
+develop: ## development packages, and .venv with this checkout in it
+	@$(SETUP) develop
+
+lint: develop ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: develop ## unit tests, and as root the live tests too
+	@tools/test
+
+test-distributions: develop ## as root: the project in bare Debian 12 and 13 roots
+	@$(SETUP) packages distributions
+	@tools/test distributions
+
+vm-test: develop ## build kernels with and without the patches, boot each by software emulation, test in them
+	@$(SETUP) packages vm
+	@.venv/bin/python tools/vm test
+
+vm-shell: develop ## a shell in a virtual machine with the patched kernel
+	@$(SETUP) packages vm
+	@.venv/bin/python tools/vm shell

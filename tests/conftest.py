@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: tests that need root are skipped without it, with the command that would run them."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+# No database of examples: the checkout may be somebody else's. No deadline: the machine may be busy.
+hypothesis.settings.register_profile("cwndtrace", database=None, deadline=None)
+hypothesis.settings.load_profile("cwndtrace")
+
+_NEEDS_ROOT = {"live": "sudo make test", "chroot": "sudo make test-distributions"}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip before any fixture is made."""
+    if os.geteuid() == 0:
+        return
+    for marker, command in _NEEDS_ROOT.items():
+        if item.get_closest_marker(marker):
+            pytest.skip(f"needs root: {command}")

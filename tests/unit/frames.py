@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Realistic records for tests, made from the layouts themselves; nothing here needs root or a kernel."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from cwndtrace import events, store
+from cwndtrace.trace import Trace, load
+
+MONO = 5_000_000_000_000
+"""CLOCK_MONOTONIC at the start of each made capture, in nanoseconds."""
+OFFSET = 1_795_000_000_000_000_000
+"""What makes UTC of it."""
+NETNS = 4026531840
+SECOND = 1_000_000_000
+
+
+def packed(address: str) -> bytes:
+    """The 16 bytes of a record for an address; IPv4 as mapped."""
+    ip = ipaddress.ip_address(address)
+    return ipaddress.IPv6Address(f"::ffff:{ip}").packed if ip.version == 4 else ip.packed
+
+
+def reset(at_s: float = 1.0, **fields: Any) -> events.Records:
+    """One cwnd_reset record ``at_s`` seconds after the start; any field by name, addresses and enums as text."""
+    record = np.zeros(1, dtype=events.event("cwnd_reset").dtype)
+    values: dict[str, Any] = {
+        "ts_ns": MONO + int(at_s * SECOND), "sock_cookie": 0x5F, "skaddr": 0xFFFF888012345600, "cgroup_id": 1,
+        "bytes_acked": 40_000_000, "bytes_sent": 40_100_000, "idle_us": 2_100_000, "last_rcv_us": 2_000_000,
+        "rto_us": 308_000, "srtt_us": 107_000, "min_rtt_us": 106_500, "mss": 1448, "cwnd_before": 2827,
+        "cwnd_after": 44, "ssthresh_before": 2_147_483_647, "ssthresh_after": 2120, "snd_wnd": 6_291_456,
+        "init_cwnd": 10, "unsent_bytes": 0, "total_retrans": 0, "netns_ino": NETNS, "tgid": 4242, "tid": 4243,
+        "ifindex": 3, "sport": 443, "dport": 51324, "reason": "idle", "probe": "sendmsg", "ca_state": "open",
+        "saddr": "10.1.0.1", "daddr": "10.2.0.9", "comm": b"replica", "ca_name": b"cubic",
+    }  # fmt: skip
+    values |= fields
+    values.setdefault("family", 10 if ":" in values["saddr"] else 2)
+    return _filled("cwnd_reset", record, values)
+
+
+def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> events.Records:
+    """One block_io record that starts ``at_s`` seconds after the start and takes ``latency_us``."""
+    record = np.zeros(1, dtype=events.event("block_io").dtype)
+    start = MONO + int(at_s * SECOND)
+    values: dict[str, Any] = {
+        "start_ns": start, "issue_ns": start + 4_000, "done_ns": start + int(latency_us * 1000), "sector": 2048,
+        "bytes": 4096, "dev": 7 << 20, "tgid": 777, "tid": 778, "op": "read", "error": "ok", "comm": b"fio",
+    }  # fmt: skip
+    return _filled("block_io", record, values | fields)
+
+
+def _filled(name: str, record: events.Records, values: dict[str, Any]) -> events.Records:
+    for member in events.event(name).fields:
+        if member.name not in values:
+            continue
+        value = values[member.name]
+        if isinstance(value, str) and member.unit == "addr":
+            value = packed(value)
+        elif isinstance(value, str) and member.unit.startswith("enum "):
+            value = events.code(member.unit[5:], value)
+        record[member.name] = value
+    return record
+
+
+def table(name: str, *records: events.Records) -> pa.Table:
+    """An Arrow table of one event from records."""
+    empty = np.zeros(0, dtype=events.event(name).dtype)
+    return events.to_arrow(name, np.concatenate([empty, *records]), OFFSET)
+
+
+def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
+    """One row of the table ``connections``, ``at_s`` seconds after the start."""
+    ts_ns = MONO + int(at_s * SECOND)
+    row: dict[str, Any] = dict.fromkeys(events.CONNECTIONS.names, 0)
+    row |= {
+        "time": (ts_ns + OFFSET) // 1000, "ts_ns": ts_ns, "sock_cookie": 0x5F, "netns_ino": NETNS, "family": 2, "state": "ESTAB",
+        "saddr": "10.1.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51324, "inode": 91234, "pid": 4242,
+        "comm": "replica", "ca_name": "cubic", "cwnd": 2827, "ssthresh": 2_147_483_647, "mss": 1448, "rto_us": 308_000,
+        "srtt_us": 107_000, "min_rtt_us": 106_500, "bytes_acked": 30_000_000, "bytes_sent": 30_100_000,
+    }  # fmt: skip
+    return row | fields
+
+
+def snapshots(*rows: dict[str, Any]) -> pa.Table:
+    """The table ``connections`` from rows."""
+    return pa.Table.from_pylist(list(rows), schema=events.CONNECTIONS)
+
+
+def meta(**values: Any) -> dict[str, Any]:
+    """A complete ``meta.json`` of a capture of 60 s."""
+    return {
+        "version": "0.1.0", "host": "web1", "kernel": "6.18.0", "machine": "x86_64", "hz": 250,
+        "command": ["cwndtrace", "run", "--iface", "eth0"], "filters": {"iface": "eth0"},
+        "started": "2026-11-18T12:30:00Z", "ended": "2026-11-18T12:31:00Z",
+        "clock": {
+            "start": {"mono_ns": MONO, "utc_offset_ns": OFFSET},
+            "end": {"mono_ns": MONO + 60 * SECOND, "utc_offset_ns": OFFSET},
+        },
+        "sysctls": {str(NETNS): {"name": "host", "net.ipv4.tcp_slow_start_after_idle": 1}},
+        "rungs": {"idle": "sendmsg", "rto_loss": "sendmsg", "app_limited": None},
+        "devices": {"7:0": "loop0"}, "interfaces": {"3": "eth0"},
+        "counts": {t: {"kept": 0, "lost": 0} for t in events.TABLES}, "unchanged": 0, "lossy": [],
+    } | values  # fmt: skip
+
+
+def capture(
+    path: Path,
+    *,
+    resets: pa.Table | None = None,
+    block_io: pa.Table | None = None,
+    connections: pa.Table | None = None,
+    **values: Any,
+) -> Trace:
+    """Write a complete capture to ``path`` and load it; ``values`` go into its metadata."""
+    writer = store.CaptureWriter.create(path, meta(**values))
+    for name, data in (("cwnd_reset", resets), ("block_io", block_io), ("connections", connections)):
+        if data is not None:
+            writer.add(name, data)
+    writer.close()
+    return load(path)
+
+
+def story(
+    seed: int = 1,
+    *,
+    seconds: float = 60.0,
+    number: int = 1,
+    peers: int = 1,
+    ends: tuple[str, str] = ("10.1.0.1", "10.2.0.9"),
+    comm: str = "replica",
+) -> tuple[pa.Table, pa.Table]:
+    """Resets and snapshots of ``peers`` connections that send bursts with rests of 0.5 to 5 s between.
+
+    The window halves once an RTO of rest, from about 2800 segments down to 10, as the kernel does it.
+    """
+    rng = np.random.default_rng(seed)
+    resets: list[events.Records] = []
+    rows: list[dict[str, Any]] = []
+    for peer in range(peers):
+        full, at = int(rng.integers(2650, 2900)), 0.4
+        shared = {
+            "sock_cookie": 0x5F + peer + 1000 * number, "saddr": ends[0], "daddr": ends[1],
+            "dport": 20000 + peer, "skaddr": 0xFFFF888000000000 + 4096 * peer,
+        }  # fmt: skip
+        known = {k: v for k, v in shared.items() if k != "skaddr"} | {"comm": comm}
+        rests: list[tuple[float, float]] = []
+        while at < seconds:
+            rest = float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))
+            at += rest
+            before, after = full - int(rng.integers(0, 90)), 0
+            after = max(10, before >> int(rest / 0.308))
+            if at > seconds:
+                break
+            rests.append((at - rest, at))
+            idle = int(rest * 1e6)
+            last_rcv = max(0, idle - 90_000)
+            resets.append(
+                reset(
+                    at, cwnd_before=before, cwnd_after=after, idle_us=idle, last_rcv_us=last_rcv,
+                    comm=comm.encode()[:16], **shared,
+                )
+            )  # fmt: skip
+            at += float(rng.uniform(0.25, 0.9))
+        for tick in np.arange(0.0, seconds, 5.0):
+            resting = any(begin <= tick < end for begin, end in rests)
+            cwnd = full if resting else int(rng.integers(300, full))
+            rows.append(snapshot(float(tick), cwnd=cwnd, family=10 if ":" in ends[0] else 2, **known))
+    return table("cwnd_reset", *resets), snapshots(*rows)
+
+
+def disk(
+    count: int = 3000, seed: int = 2, *, seconds: float = 60.0, slow: tuple[float, float] = (34.0, 39.0)
+) -> pa.Table:
+    """``count`` reads and writes of 0.1 to 3 ms, ten times slower during ``slow`` (seconds since the start)."""
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.uniform(0, seconds, count))
+    latency = np.clip(rng.lognormal(np.log(400), 0.6, count), 90, 3000)
+    latency[(at > slow[0]) & (at < slow[1])] *= 12
+    records = np.repeat(block(), count)
+    records["start_ns"] = MONO + (at * SECOND).astype(np.uint64)
+    records["issue_ns"] = records["start_ns"] + 4000
+    records["done_ns"] = records["start_ns"] + (latency * 1000).astype(np.uint64)
+    records["op"] = rng.choice([0, 0, 0, 1], count)
+    return table("block_io", records)
+
+
+def pandas(data: pa.Table) -> pd.DataFrame:
+    """A table as the DataFrame that Arrow makes of it."""
+    frame: pd.DataFrame = data.to_pandas()
+    return frame

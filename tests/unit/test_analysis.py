@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections and block I/O summed up: each figure is worked out by hand from a few records.
+
+What matters most is that records of one socket meet and those of two never do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cwndtrace.analysis import block_io, connections
+from tests.unit import frames
+
+NONE = frames.pandas(frames.snapshots())
+NO_RESET = frames.pandas(frames.table("cwnd_reset"))
+
+
+def resets(*rows: Any) -> pd.DataFrame:
+    return frames.pandas(frames.table("cwnd_reset", *rows))
+
+
+def snapshots(*rows: dict[str, Any]) -> pd.DataFrame:
+    return frames.pandas(frames.snapshots(*rows))
+
+
+# ---- which records belong together ----------------------------------------------------------------
+
+
+def keys(r: pd.DataFrame, c: pd.DataFrame) -> tuple[list[str], list[str]]:
+    a, b = connections.identify(r, c)
+    return a["connection"].tolist(), b["connection"].tolist()
+
+
+def test_a_cookie_in_a_namespace_is_a_connection() -> None:
+    r = resets(frames.reset(1), frames.reset(2, sock_cookie=0x60), frames.reset(3, netns_ino=7))
+    c = snapshots(frames.snapshot(0), frames.snapshot(0, netns_ino=7, sock_cookie=0x60))
+    assert keys(r, c) == (["4026531840:5f", "4026531840:60", "7:5f"], ["4026531840:5f", "7:60"])
+
+
+def test_a_reset_from_before_the_cookie_goes_to_the_connection_that_got_it() -> None:
+    by_reset = resets(frames.reset(1, sock_cookie=0), frames.reset(2))
+    assert keys(by_reset, NONE)[0] == ["4026531840:5f"] * 2
+    by_snapshot = resets(frames.reset(1, sock_cookie=0))
+    assert keys(by_snapshot, snapshots(frames.snapshot(2)))[0] == ["4026531840:5f"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"netns_ino": 7}, {"sport": 444}, {"dport": 1}, {"saddr": "10.1.0.2"}, {"daddr": "10.2.0.8"}]
+)
+def test_a_reset_without_cookie_goes_to_no_connection_with_other_ends(other: dict[str, Any]) -> None:
+    (key,), _ = keys(resets(frames.reset(1, sock_cookie=0)), snapshots(frames.snapshot(2, **other)))
+    assert key == "4026531840:10.1.0.1:443-10.2.0.9:51324@ffff888012345600"
+
+
+def test_a_reset_without_cookie_goes_to_no_connection_that_ended_before_it() -> None:
+    # A cookie stays once made: what had one before can't be what has none now.
+    (key,), _ = keys(resets(frames.reset(5, sock_cookie=0)), snapshots(frames.snapshot(2)))
+    assert "@" in key
+
+
+def test_two_sockets_that_had_the_same_ports_one_after_the_other_stay_two() -> None:
+    r = resets(frames.reset(1, sock_cookie=0, skaddr=0x1000), frames.reset(9, sock_cookie=0x77, skaddr=0x2000))
+    first, second = keys(r, snapshots(frames.snapshot(8, sock_cookie=0x77)))[0]
+    assert first.endswith("@1000")
+    assert second == "4026531840:77"
+    # The same socket found again behind the other one's snapshot.
+    r = resets(frames.reset(1, sock_cookie=0, skaddr=0x1000), frames.reset(3, sock_cookie=0x5F, skaddr=0x1000))
+    assert keys(r, snapshots(frames.snapshot(2, sock_cookie=0x77)))[0] == ["4026531840:5f"] * 2
+
+
+def test_identify_keeps_rows_order_and_its_own_work() -> None:
+    r, c = frames.story(peers=3, seconds=20)
+    once = connections.identify(frames.pandas(r), frames.pandas(c))
+    twice = connections.identify(*once)
+    for a, b, raw in zip(once, twice, (r, c), strict=True):
+        pd.testing.assert_frame_equal(a, b)
+        pd.testing.assert_frame_equal(a.drop(columns="connection"), frames.pandas(raw))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 12))
+def test_the_key_of_a_record_does_not_depend_on_the_order_of_records(random: Any, number: int) -> None:
+    # A cookie is of one socket; what has none may be of any.
+    sockets = [(5, 0x1000), (0, 0x1000), (0, 0x2000)]
+    picked = [(random.randrange(9), *random.choice(sockets)) for _ in range(number)]
+    rows = [frames.reset(at, sock_cookie=cookie, skaddr=skaddr) for at, cookie, skaddr in picked]
+    seen = [frames.snapshot(random.randrange(9), sock_cookie=random.choice([5, 6]))]
+    order = list(range(number))
+    random.shuffle(order)
+    straight, _ = keys(resets(*rows), snapshots(*seen))
+    shuffled, _ = keys(resets(*(rows[i] for i in order)), snapshots(*seen))
+    assert [straight[i] for i in order] == shuffled
+
+
+# ---- what happened to each ------------------------------------------------------------------------
+
+
+def test_one_connection_summed_by_hand() -> None:
+    r = resets(
+        frames.reset(10, idle_us=2_100_000, cwnd_before=2827, cwnd_after=44, tgid=4242),
+        frames.reset(20, idle_us=900_000, cwnd_before=300, cwnd_after=150),
+        frames.reset(21, reason="rto_loss", idle_us=700_000, cwnd_before=150, cwnd_after=3, tgid=0, comm=b""),
+        frames.reset(25, reason="app_limited", idle_us=1, cwnd_before=100, cwnd_after=60, rto_us=400_000),
+    )
+    c = snapshots(
+        frames.snapshot(0, cwnd=10, ca_name="reno"), frames.snapshot(30, cwnd=90, bytes_sent=7, comm="", pid=0)
+    )
+    (row,) = connections.summary(r, c).to_dict("records")
+    expected = {
+        "connection": "4026531840:5f", "netns_ino": frames.NETNS, "sock_cookie": 0x5F, "family": 2,
+        "saddr": "10.1.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51324, "pid": 4242, "comm": "replica",
+        "ca_name": "cubic", "state": "ESTAB", "seen_s": 30.0, "snapshots": 2, "resets": 4, "resets_idle": 2,
+        "resets_rto_loss": 1, "resets_app_limited": 1, "rest_total_us": 3_000_000, "rest_longest_us": 2_100_000,
+        "cwnd_min_segments": 3, "cwnd_max_segments": 2827, "cwnd_last_segments": 90, "srtt_us": 107_000,
+        "rto_us": 308_000, "bytes_sent": 7, "bytes_acked": 30_000_000, "total_retrans_segments": 0,
+    }  # fmt: skip
+    assert {name: row[name] for name in expected} == expected
+    assert row["first_seen"] == pd.Timestamp("2026-11-18T12:30:00Z")
+    assert row["last_seen"] == pd.Timestamp("2026-11-18T12:30:30Z")
+    assert list(row) == list(connections.COLUMNS)
+
+
+def test_a_connection_that_never_reset_is_there() -> None:
+    (row,) = connections.summary(NO_RESET, snapshots(frames.snapshot(0))).to_dict("records")
+    assert (row["resets"], row["rest_total_us"], row["rest_longest_us"], row["cwnd_last_segments"]) == (0, 0, 0, 2827)
+
+
+def test_a_reset_alone_makes_a_connection_without_snapshots() -> None:
+    (row,) = connections.summary(resets(frames.reset(1, sock_cookie=0)), NONE).to_dict("records")
+    assert (row["sock_cookie"], row["snapshots"], row["state"], row["resets"]) == (0, 0, "", 1)
+    assert row["comm"] == "replica"
+
+
+def test_those_that_suffered_most_come_first() -> None:
+    r = resets(
+        frames.reset(1, sock_cookie=1), frames.reset(2, sock_cookie=1),
+        frames.reset(3, sock_cookie=2, idle_us=9_000_000), frames.reset(4, sock_cookie=3, idle_us=8_000_000),
+    )  # fmt: skip
+    out = connections.summary(r, snapshots(frames.snapshot(0, sock_cookie=4)))
+    assert out["sock_cookie"].tolist() == [1, 2, 3, 4]
+
+
+def test_the_largest_cookies_and_byte_counts_survive() -> None:
+    top = 2**64 - 1
+    out = connections.summary(resets(frames.reset(1, sock_cookie=top, bytes_sent=2**62 + 1)), NONE)
+    assert out["sock_cookie"].tolist() == [top]
+    assert out["bytes_sent"].tolist() == [2**62 + 1]
+
+
+def test_nothing_gives_an_empty_frame_with_the_same_columns_and_types() -> None:
+    empty = connections.summary(NO_RESET, NONE)
+    full = connections.summary(resets(frames.reset(1)), snapshots(frames.snapshot(0)))
+    assert (len(empty), list(empty.columns)) == (0, list(connections.COLUMNS))
+    assert empty.dtypes.to_dict() == full.dtypes.to_dict()
+
+
+def test_the_frames_given_stay_as_they_were() -> None:
+    r, c = resets(frames.reset(1)), snapshots(frames.snapshot(0))
+    before = r.copy(), c.copy()
+    connections.summary(r, c)
+    pd.testing.assert_frame_equal(r, before[0])
+    pd.testing.assert_frame_equal(c, before[1])
+
+
+# ---- block I/O ------------------------------------------------------------------------------------
+
+
+def blocks(*rows: Any) -> pd.DataFrame:
+    return block_io.with_latency(frames.pandas(frames.table("block_io", *rows)), {"7:0": "loop0"})
+
+
+def test_latencies_are_in_us_with_their_fraction() -> None:
+    row = frames.block(1, 250.5)
+    never_issued = frames.block(2, 10, issue_ns=0, dev=8 << 20 | 17)
+    out = blocks(row, never_issued)
+    assert out["latency_us"].tolist() == [250.5, 10.0]
+    assert out["queue_us"].iloc[0] == 4.0
+    assert np.isnan(out["queue_us"].iloc[1])
+    assert out["device"].tolist() == ["loop0", "8:17"]
+
+
+def test_block_figures_by_hand() -> None:
+    reads = [frames.block(n, latency, bytes=4096) for n, latency in enumerate(range(100, 201))]
+    rows = [*reads, frames.block(200, 5000, op="write", bytes=512, error="ioerr"), frames.block(201, 1, dev=8 << 20)]
+    out = block_io.summary(blocks(*rows))
+    assert list(out.columns) == list(block_io.COLUMNS)
+    assert out[["device", "op", "count", "bytes", "errors"]].to_numpy().tolist() == [
+        ["loop0", "read", 101, 101 * 4096, 0],
+        ["loop0", "write", 1, 512, 1],
+        ["8:0", "read", 1, 4096, 0],
+    ]
+    figures = out.iloc[0]
+    assert [figures[f"latency_{name}_us"] for name in ("p50", "p95", "p99", "max")] == [150.0, 195.0, 199.0, 200.0]
+    assert figures["latency_total_us"] == sum(range(100, 201))
+
+
+def test_block_figures_by_submitter() -> None:
+    out = block_io.by_submitter(
+        blocks(
+            frames.block(1, 10, comm=b"a", tgid=1), frames.block(2, 30, comm=b"a", tgid=2), frames.block(3, 5, tgid=1)
+        )
+    )
+    assert list(out.columns) == list(block_io.SUBMITTER_COLUMNS)
+    assert out[["comm", "tgid", "count", "latency_max_us"]].to_numpy().tolist() == [
+        ["a", 2, 1, 30.0], ["a", 1, 1, 10.0], ["fio", 1, 1, 5.0],
+    ]  # fmt: skip
+
+
+def test_no_block_io_gives_empty_frames() -> None:
+    assert list(block_io.summary(blocks()).columns) == list(block_io.COLUMNS)
+    assert len(block_io.summary(blocks())) == len(block_io.by_submitter(blocks())) == 0

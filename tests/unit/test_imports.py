@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which module may import which, and what the package shows to the world.
+
+Read from the syntax trees, so that an import inside a function counts as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cwndtrace
+from cwndtrace import errors
+
+PACKAGE = Path(cwndtrace.__file__).parent
+LEAVES = {"errors", "events"}
+BELOW = {
+    "errors": set[str](),
+    "events": set[str](),
+    "kernel": LEAVES,
+    "store": LEAVES,
+    "analysis": LEAVES,
+    "plot": LEAVES,
+    "capture": LEAVES | {"kernel", "store"},
+    "trace": LEAVES | {"store", "analysis"},
+    "lab": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", ""},
+    "report": LEAVES | {"store", "analysis", "plot", "trace", ""},
+    # The package itself only shows the public names; the commands wire everything.
+    "": LEAVES | {"capture", "trace"},
+    "cli": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", "lab", "report", ""},
+    "__main__": {"cli"},
+}
+"""What each part of the package may import besides itself; the empty name is ``cwndtrace/__init__.py``."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(module: str) -> str:
+    """The part of the package that a dotted name belongs to."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def name_of(path: Path) -> str:
+    pieces = ["cwndtrace", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, by its full dotted name, with the line."""
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            source = ".".join(piece for piece in (base, node.module or "") if piece)
+            for alias in node.names:
+                # "from cwndtrace import events" imports a module, "from cwndtrace import load" a name of the package.
+                inner = PACKAGE.parent.joinpath(*source.split("."), alias.name)
+                is_module = inner.with_suffix(".py").is_file() or inner.is_dir()
+                yield (f"{source}.{alias.name}" if is_module else source), node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
+            yield from (
+                (a.value, node.lineno) for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_one_way(path: Path) -> None:
+    me = part(name_of(path))
+    assert me in BELOW, f"{me} is new: say in this test what it may import"
+    wrong = [
+        f"line {line}: {module}"
+        for module, line in imports(path)
+        if module.split(".")[0] == "cwndtrace" and part(module) not in BELOW[me] | {me}
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_one_file_imports_bcc(path: Path) -> None:
+    found = [line for module, line in imports(path) if module.split(".")[0] == "bcc"]
+    assert not found or name_of(path) == "cwndtrace.capture.bcc"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_commands_print_and_exit(path: Path) -> None:
+    # A command is a module of cli, or the function main of a module that can be run with -m.
+    if part(name_of(path)) in ("cli", "__main__"):
+        return
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    runnable = any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in body)
+    checked = [node for node in body if not (runnable and isinstance(node, ast.FunctionDef) and node.name == "main")]
+    calls = [node for top in checked for node in ast.walk(top) if isinstance(node, ast.Call)]
+    names = ("print", "exit", "quit", "sys.exit", "os._exit")
+    found = [f"line {call.lineno}: {ast.unparse(call.func)}" for call in calls if ast.unparse(call.func) in names]
+    assert found == []
+
+
+def test_plot_knows_no_state_of_pyplot() -> None:
+    for path in (PACKAGE / "plot").glob("*.py"):
+        assert not [module for module, _ in imports(path) if module.startswith("matplotlib.pyplot")]
+
+
+def test_the_rules_themselves_have_no_way_back() -> None:
+    for me, below in BELOW.items():
+        for other in below - {""}:
+            assert me not in BELOW[other], f"{me} and {other} may import each other"
+
+
+def test_the_walk_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cwndtrace" / "plot"
+    folder.mkdir(parents=True)
+    for name in ("__init__", "events", "trace", "plot/__init__", "plot/style"):
+        (tmp_path / "cwndtrace" / f"{name}.py").write_text("")
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "cwndtrace")
+    file = folder / "odd.py"
+    file.write_text(
+        "import cwndtrace.trace\nfrom cwndtrace import events, load\nfrom .. import trace\nfrom . import style\n"
+        "from .style import use\ndef f():\n    from cwndtrace.trace import load\n    importlib.import_module('bcc')\n"
+    )
+    assert [module for module, _ in imports(file)] == [
+        "cwndtrace.trace", "cwndtrace.events", "cwndtrace", "cwndtrace.trace", "cwndtrace.plot.style",
+        "cwndtrace.plot.style", "cwndtrace.trace", "bcc",
+    ]  # fmt: skip
+
+
+def test_the_public_surface() -> None:
+    hierarchy = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert set(cwndtrace.__all__) == {"Batch", "Stream", "Trace", "load", "stream"} | hierarchy
+    assert cwndtrace.__all__ == sorted(cwndtrace.__all__)
+    for name in cwndtrace.__all__:
+        assert getattr(cwndtrace, name).__doc__
+    modules = {name for name in vars(cwndtrace) if f"cwndtrace.{name}" in sys.modules and name not in cwndtrace.__all__}
+    public = {name for name in vars(cwndtrace) if not name.startswith("_")}
+    assert public - modules == set(cwndtrace.__all__)
+
+
+def test_importing_the_package_loads_neither_bcc_nor_what_only_pictures_need() -> None:
+    code = "import sys, cwndtrace; print(sorted({'bcc', 'matplotlib', 'click'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

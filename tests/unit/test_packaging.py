@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user gets: a wheel that is whole and works by itself, licences in each file, commands that exist.
+
+The wheel is built from this checkout and installed into an empty environment, as pip would do it anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_NO_NETWORK = re.compile(r"NewConnectionError|ConnectTimeout|ProxyError|name resolution|Network is unreachable")
+
+
+def _run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # Nothing of the environment that runs the tests may help what is tested.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return subprocess.run(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    done = _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    assert done.returncode == 0, done.stdout
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path) -> Iterator[Path]:
+    """An environment with the wheel and what it depends on, and nothing else."""
+    # Not one of pytest's folders: it keeps those of the last runs, and this one holds half a gigabyte.
+    with tempfile.TemporaryDirectory(prefix="cwndtrace-wheel-") as name:
+        folder = Path(name)
+        made = _run(sys.executable, "-m", "venv", folder, cwd=folder)
+        assert made.returncode == 0, made.stdout
+        done = _run(folder / "bin" / "python", "-m", "pip", "install", "--no-input", wheel, cwd=folder)
+        if done.returncode != 0 and _NO_NETWORK.search(done.stdout):
+            pytest.skip("needs a package index that can be reached: pip could not connect to one")
+        assert done.returncode == 0, done.stdout
+        yield folder
+
+
+def test_wheel_holds_every_source(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    python = {p.relative_to(ROOT).as_posix() for p in (ROOT / "cwndtrace").rglob("*.py")}
+    bpf = {f"cwndtrace/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "bpf").rglob("*") if p.is_file()}
+    assert "cwndtrace/bpf/events.h" in bpf
+    assert not (python | bpf | {"cwndtrace/py.typed"}) - names
+
+
+def test_wheel_holds_nothing_else(wheel: Path) -> None:
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"cwndtrace"}
+
+
+def test_wheel_carries_its_licences(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert "License-Expression: Apache-2.0 AND GPL-2.0-only\n" in archive.read(metadata).decode()
+    licences = {Path(name).name for name in archive.namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "Apache-2.0.txt", "GPL-2.0.txt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--version"], "0.1.0"), (["run", "--help"], "--iface"), (["doctor", "--help"], "--json")],
+)
+def test_command_works_where_only_the_wheel_is(environment: Path, arguments: list[str], expected: str) -> None:
+    done = _run(environment / "bin" / "cwndtrace", *arguments, cwd=environment)
+    assert (done.returncode, expected in done.stdout) == (0, True), done.stdout
+
+
+def test_installed_package_finds_its_own_bpf(environment: Path) -> None:
+    program = "from cwndtrace import events; print(events.bpf_dir()); events.layout()"
+    done = _run(environment / "bin" / "python", "-c", program, cwd=environment)
+    assert done.returncode == 0, done.stdout
+    assert Path(done.stdout.strip()).is_relative_to(environment)
+
+
+def _sources() -> Iterator[Path]:
+    """The files that are written by hand: scripts without a suffix are known by their first line."""
+    for top in ("cwndtrace", "bpf", "kernel-patches", "vagrant", "tests", "tools", "benchmarks", ".ci"):
+        for path in sorted((ROOT / top).rglob("*")):
+            if path.is_file() and (path.suffix in {".py", ".c", ".h", ".sh", ".toml"} or _is_script(path)):
+                yield path
+    yield from (ROOT / "Makefile", ROOT / "pyproject.toml")
+
+
+def _is_script(path: Path) -> bool:
+    with path.open("rb") as file:
+        return not path.suffix and file.read(2) == b"#!"
+
+
+def _has_right_licence(path: Path) -> bool:
+    head = "\n".join(path.read_text(encoding="utf-8").splitlines()[:3])
+    kernel = path.relative_to(ROOT).parts[0] in {"bpf", "kernel-patches"}
+    expected = r"GPL-2\.0(-only)?( WITH Linux-syscall-note)?" if kernel else r"Apache-2\.0"
+    return bool(re.search(rf"SPDX-License-Identifier: {expected}( \*/)?$", head, re.MULTILINE))
+
+
+def test_each_source_names_its_licence() -> None:
+    written = [path for path in _sources() if path.stat().st_size]
+    assert len(written) > 10
+    assert [str(path.relative_to(ROOT)) for path in written if not _has_right_licence(path)] == []
+
+
+def test_readme_names_only_targets_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)$", readme.replace("`", "\n"), re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert not named - targets

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: each artist stands where the records say, labels keep clear of each other, no text is taken for markup.
+
+The figures are really drawn, so that what only fails while drawing fails here.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from cwndtrace.errors import UsageError
+from cwndtrace.plot import panels, style
+from cwndtrace.plot.labels import extent
+from cwndtrace.plot.timeline import timeline
+from cwndtrace.trace import Trace
+from tests.unit import frames
+
+LOSSY = [
+    {"event": "block_io", "start_ns": frames.MONO + 46 * 10**9, "end_ns": frames.MONO + 48 * 10**9, "lost": 1234},
+    {"event": "cwnd_reset", "start_ns": frames.MONO + 20 * 10**9, "end_ns": frames.MONO + 20 * 10**9 + 1, "lost": 3},
+]
+
+
+def figure(trace: Trace, **options: Any) -> Figure:
+    return timeline(trace.resets, trace.connections, trace.block_io, meta=trace.meta, **options)
+
+
+def draw(made: Figure) -> np.ndarray:
+    file = BytesIO()
+    made.savefig(file, format="png")
+    file.seek(0)
+    pixels: np.ndarray = imread(file, format="png")
+    return pixels
+
+
+def texts(made: Figure) -> list[str]:
+    return [text.get_text() for text in made.findobj(Text) if text.get_text()]
+
+
+def legend(made: Figure) -> list[str]:
+    return [text.get_text() for each in made.legends for text in each.get_texts()]
+
+
+def labels(axes: Axes) -> list[Text]:
+    return [text for text in axes.texts if "→" in text.get_text() and "after" in text.get_text()]
+
+
+def story(path: Path, **values: Any) -> Trace:
+    resets, connections = frames.story()
+    return frames.capture(path, **({"resets": resets, "connections": connections, "block_io": frames.disk()} | values))
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Path:
+    return tmp_path / "a.cwnd"
+
+
+def test_marks_stand_where_the_records_say(at: Path) -> None:
+    resets = frames.table("cwnd_reset", frames.reset(12.5, idle_us=2_500_000, srtt_us=500_000))
+    seen = frames.snapshots(frames.snapshot(5, cwnd=100), frames.snapshot(20, cwnd=900))
+    made = figure(
+        frames.capture(at, resets=resets, connections=seen, block_io=frames.table("block_io", frames.block(7)))
+    )
+    draw(made)
+    window, disk = made.axes
+    assert window.get_xlim() == disk.get_xlim() == (0, 60)
+    line = next(item for item in window.lines if len(np.asarray(item.get_xdata())) == 5)
+    # The window is known at the snapshots, from one round trip into the rest to its end, and after the reset.
+    points = list(zip(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(), strict=True))
+    assert points == [(5, 100), (10.5, 2827), (12.5, 2827), (12.5, 44), (20, 900)]
+    arrows = [item for item in window.lines if item.get_marker() == "v"]
+    assert [(list(item.get_xdata()), list(item.get_ydata())) for item in arrows] == [([12.5], [44])]  # type: ignore[arg-type]
+    bars = [patch for each in window.collections for patch in each.get_paths() if each.get_zorder() == 0.5]
+    (extents,) = [path.get_extents() for path in bars]
+    assert (extents.x0, extents.x1) == (10, 12.5)
+    assert [text.get_text() for text in labels(window)] == ["2827 → 44 after 2.5 s"]
+    (dots,) = [each for each in disk.collections if len(np.asarray(each.get_offsets())) == 1 and each.get_zorder() == 3]
+    assert np.asarray(dots.get_offsets()).tolist() == [[7.0, 0.25]]
+
+
+def test_titles_tell_the_ends_the_congestion_control_and_the_rung(at: Path) -> None:
+    made = figure(story(at))
+    said = " ".join(texts(made))
+    for part in ("10.1.0.1:443  →  10.2.0.9:20000", "cubic", "replica (pid 4242)", "21 resets", "seen by sendmsg"):
+        assert part in said
+    assert "0 s is 2026-11-18 12:30:00.000 UTC on web1, Linux 6.18.0" in said
+
+
+@pytest.mark.parametrize(("dark", "paper"), [(False, style.LIGHT.paper), (True, style.DARK.paper)])
+def test_light_and_dark(at: Path, dark: bool, paper: str) -> None:
+    trace = story(at, lossy=LOSSY)
+    before = dict(mpl.rcParams)
+    with style.use(dark) as colours:
+        made = figure(trace)
+    assert colours.paper == paper
+    pixels = draw(made)
+    assert to_hex(pixels[2, 2]) == paper
+    # Enough contrast to be read: the ink against the paper.
+    assert abs(float(np.mean(pixels[2, 2, :3])) - float(np.mean(mpl.colors.to_rgb(colours.ink)))) > 0.7
+    assert dict(mpl.rcParams) == before
+    assert style.palette() is style.LIGHT
+
+
+def everything(made: Figure) -> list[Bbox]:
+    found = [extent(text) for axes in made.axes for text in axes.texts]
+    found += [extent(text) for text in made.texts]
+    return found + [extent(each) for each in made.legends]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lossy": {"lossy": LOSSY},
+    "no block I/O": {"block_io": None},
+    "no resets": {"resets": None},
+    "nothing": {"resets": None, "connections": None, "block_io": None},
+    "dense": {"block_io": frames.disk(panels.SCATTER_MAX + 1), "lossy": LOSSY},
+    "one reset": {"resets": frames.table("cwnd_reset", frames.reset(1)), "connections": None},
+    "all kinds": {
+        "resets": frames.table(
+            "cwnd_reset",
+            frames.reset(5, reason="rto_loss", cwnd_before=60, cwnd_after=12),
+            frames.reset(25, reason="app_limited", cwnd_before=80, cwnd_after=40),
+            frames.reset(40, cwnd_before=68, cwnd_after=10, idle_us=900_000),
+            frames.reset(50, reason=9),
+        ),
+        "block_io": frames.table("block_io", frames.block(1, error="ioerr"), frames.block(2, op="flush")),
+        "lossy": LOSSY,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_text_leaves_the_picture_or_covers_another(at: Path, name: str) -> None:
+    made = figure(story(at, **CASES[name]))
+    draw(made)
+    boxes = everything(made)
+    width, height = made.bbox.width, made.bbox.height
+    for box in boxes:
+        assert -0.5 <= box.x0 < box.x1 <= width + 0.5
+        assert -0.5 <= box.y0 < box.y1 <= height + 0.5
+    for n, box in enumerate(boxes):
+        for other in boxes[:n]:
+            # A line's box has slack above and below its letters: two points of it may meet.
+            slack = 2 * made.dpi / 72
+            apart = box.x1 <= other.x0 or other.x1 <= box.x0
+            assert apart or box.y1 - slack <= other.y0 or other.y1 - slack <= box.y0
+
+
+def test_many_resets_keep_some_labels_and_say_how_many(at: Path) -> None:
+    resets, connections = frames.story(seconds=600)
+    trace = frames.capture(at, resets=resets, connections=connections)
+    made = figure(trace, span=(0, 600))
+    number = len(labels(made.axes[0]))
+    assert 5 <= number < len(trace.resets)
+    assert any(f"{len(trace.resets)} resets, {number} labelled" in text for text in texts(made))
+
+
+def test_lossy_spans_are_hatched_where_they_were_and_counted(at: Path) -> None:
+    made = figure(story(at, lossy=LOSSY))
+    window, disk = made.axes
+    (short,) = [patch.get_extents().transformed(window.transData.inverted()) for patch in window.patches]
+    (long,) = [patch.get_extents().transformed(disk.transData.inverted()) for patch in disk.patches]
+    assert (round(long.x0, 6), round(long.x1, 6)) == (46, 48)
+    assert round(short.x0, 6) == 20
+    assert short.x1 - short.x0 > 0.05  # wide enough to be seen
+    assert all(patch.get_hatch() for patch in [*window.patches, *disk.patches])
+    assert "records lost: 1,237" in legend(made)
+    assert not any("lost" in text for text in legend(figure(story(at.with_name("b.cwnd")))))
+
+
+@pytest.mark.parametrize(
+    "lossy", [None, 5, "x", [1], [{}], [{"start_ns": "a", "end_ns": 2, "lost": 1}], [{**LOSSY[0], "lost": 0}]]
+)
+def test_lossy_spans_that_make_no_sense_are_passed_over(at: Path, lossy: object) -> None:
+    assert not any("lost" in text for text in legend(figure(story(at, lossy=lossy))))
+
+
+def test_without_block_io_there_is_no_panel_for_it(at: Path) -> None:
+    trace = story(at, block_io=None)
+    for block_io in (trace.block_io, None):
+        made = timeline(trace.resets, trace.connections, block_io, meta=trace.meta)
+        assert len(made.axes) == 1
+        assert any("no block I/O recorded" in text for text in texts(made))
+
+
+def test_without_resets_or_connections_it_says_so(at: Path) -> None:
+    made = figure(story(at, resets=None))
+    assert "no reset in this capture" in texts(made)
+    assert any("watched by sendmsg" in text for text in texts(made))
+    assert "no connection was seen" in texts(figure(frames.capture(at.with_name("b.cwnd"))))
+    blind = story(at.with_name("c.cwnd"), resets=None, rungs={"idle": None})
+    assert any("no probe saw idle resets here" in text for text in texts(figure(blind)))
+
+
+def test_of_many_connections_the_four_with_most_resets_are_shown(at: Path) -> None:
+    resets, connections = frames.story(peers=200, seconds=20)
+    trace = frames.capture(at, resets=resets, connections=connections)
+    made = figure(trace)
+    assert len(made.axes) == 4
+    counts = trace.resets["connection"].value_counts()
+    ports = [int(text.rsplit(":", 1)[1]) for text in texts(made) if text.startswith("10.1.0.1:443")]
+    shown = [counts[trace.resets.set_index("dport")["connection"].loc[[port]].iloc[0]] for port in ports]
+    assert shown == sorted(counts, reverse=True)[:4]
+    assert any("4 of 200 connections" in text for text in texts(made))
+
+
+def test_one_connection_by_its_key(at: Path) -> None:
+    resets, connections = frames.story(peers=5, seconds=20)
+    trace = frames.capture(at, resets=resets, connections=connections)
+    key = trace.resets.loc[trace.resets["dport"] == 20003, "connection"].iloc[0]
+    made = figure(trace, connection=key)
+    assert len(made.axes) == 1
+    assert any(":20003" in text for text in texts(made))
+    with pytest.raises(UsageError, match="There is no connection 1:2") as caught:
+        figure(trace, connection="1:2")
+    assert key in caught.value.remedy
+
+
+def test_a_span_shows_what_is_in_it(at: Path) -> None:
+    trace = story(at)
+    made = figure(trace, span=(30, 42))
+    draw(made)
+    assert made.axes[0].get_xlim() == (30, 42)
+    inside = trace.resets[(trace.resets["ts_ns"] - frames.MONO).astype("int64").between(30 * 10**9, 42 * 10**9)]
+    assert any(f"  {len(inside)} resets" in text for text in texts(made))
+    for text in labels(made.axes[0]):
+        assert int(text.get_text().split(" → ")[0]) in set(inside["cwnd_before"])
+    with pytest.raises(UsageError, match="empty"):
+        figure(trace, span=(3, 3))
+
+
+def test_many_requests_become_percentiles(at: Path) -> None:
+    made = figure(story(at, block_io=frames.disk(panels.SCATTER_MAX + 1)))
+    assert f"median of {panels.SCATTER_MAX + 1:,} I/Os" in legend(made)
+    disk = made.axes[1]
+    median = next(line for line in disk.lines if line.get_marker() == "None" and len(np.asarray(line.get_xdata())) > 9)
+    x, y = np.asarray(median.get_xdata()), np.asarray(median.get_ydata())
+    slow = (x > 34.5) & (x < 38.5)
+    quiet = (x < 33.5) | (x > 39.5)
+    assert y[slow].min() > 3 > 0.6 > y[quiet].max()
+    few = figure(story(at.with_name("b.cwnd"), block_io=frames.disk(panels.SCATTER_MAX)))
+    assert "read" in legend(few)
+
+
+def test_failed_requests_are_marked_and_counted(at: Path) -> None:
+    block_io = frames.table("block_io", frames.block(1), frames.block(2, 500, error="medium"))
+    made = figure(story(at, block_io=block_io))
+    assert "I/O error: 1" in legend(made)
+    crosses = next(line for line in made.axes[1].lines if line.get_marker() == "x")
+    assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([2.0], [0.5])  # type: ignore[arg-type]
+
+
+def test_the_window_axis_is_logarithmic_only_where_that_shows_more(at: Path) -> None:
+    assert figure(story(at)).axes[0].get_yscale() == "log"
+    narrow = frames.table("cwnd_reset", frames.reset(1, cwnd_before=68, cwnd_after=10))
+    made = figure(frames.capture(at.with_name("b.cwnd"), resets=narrow))
+    assert made.axes[0].get_yscale() == "linear"
+    assert made.axes[0].get_ylim()[0] == 0
+
+
+EVIL = ["a$b_c^{x}$", "$\\frac{1}{", r"\$x$", "$$", "\x1b[31mred\x07", "\u202eright", "长连接", "{}%s<b>", "$" * 15]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_hostile_names_are_drawn_to_the_letter(at: Path, evil: str) -> None:
+    resets, connections = frames.story(comm=evil, seconds=20)
+    trace = frames.capture(
+        at, resets=resets, connections=connections, host=evil, kernel=evil * 40, rungs={"idle": evil},
+        lossy=[{**LOSSY[0], "event": evil}],
+    )  # fmt: skip
+    with mpl.rc_context({"text.usetex": True}):
+        made = figure(trace)
+    draw(made)
+    for text in made.findobj(Text):
+        assert isinstance(text, Text)
+        assert not text.get_usetex()
+        if any("$" in part for part in text.get_text().split("\\$")):
+            assert text._preprocess_math(text.get_text())[1] is False  # type: ignore[attr-defined]
+    assert all(text.isprintable() for text in texts(made))
+    shown = evil.encode()[:16].decode("utf-8", "ignore")
+    expected = style.plain(shown)
+    assert any(expected in text for text in texts(made))
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=300))
+def test_plain_text_is_never_mathtext_and_never_endless(text: str) -> None:
+    line = style.plain(text, 50)
+    shown, math = Text()._preprocess_math(line)  # type: ignore[attr-defined]
+    assert math is False
+    assert len(shown) <= 50
+    assert len(shown) == min(len(text), 50)
+    ascii_only = "".join(c if c.isprintable() else "?" for c in text if c.isascii())
+    if text.isascii():
+        assert shown in (ascii_only, ascii_only[:49] + "…")
+
+
+def test_long_addresses_fit_the_picture(at: Path) -> None:
+    ends = ("2001:db8:85a3:1234:5678:8a2e:3700:7334", "fd12:3456:789a:bcde:f012:3456:789a:bcde")
+    resets, connections = frames.story(ends=ends, comm="W" * 15)
+    made = figure(frames.capture(at, resets=resets, connections=connections, kernel="6.18" + "y" * 400))
+    draw(made)
+    for text in [*made.axes[0].texts, *made.texts]:
+        box = extent(text)
+        assert box.x0 >= 0
+        assert box.x1 <= made.bbox.width
+    assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in texts(made))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_records_of_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    seconds, number = st.floats(0, 60), st.integers(0, 2**32 - 1)
+    rows = [
+        frames.reset(
+            data.draw(seconds), cwnd_before=data.draw(number), cwnd_after=data.draw(number), srtt_us=data.draw(number),
+            idle_us=data.draw(st.integers(0, 2**63)), reason=data.draw(st.integers(0, 255)), tgid=data.draw(number),
+        )
+        for _ in range(data.draw(st.integers(0, 4)))
+    ]  # fmt: skip
+    requests = [
+        frames.block(data.draw(seconds), data.draw(st.floats(0, 1e9))) for _ in range(data.draw(st.integers(0, 3)))
+    ]
+    seen = [frames.snapshot(data.draw(seconds), cwnd=data.draw(number)) for _ in range(data.draw(st.integers(0, 2)))]
+    trace = frames.capture(
+        tmp_path_factory.mktemp("any") / "a.cwnd", resets=frames.table("cwnd_reset", *rows),
+        block_io=frames.table("block_io", *requests), connections=frames.snapshots(*seen),
+    )  # fmt: skip
+    draw(figure(trace))
+
+
+def test_a_capture_without_its_clock_starts_with_its_first_record(at: Path) -> None:
+    resets = frames.table("cwnd_reset", frames.reset(7), frames.reset(9))
+    made = figure(frames.capture(at, resets=resets, clock={}))
+    assert made.axes[0].get_xlim() == (0, 2)
+    assert any(text.startswith("on web1") for text in texts(made))
+
+
+def test_tables_of_other_frames_can_be_drawn_too(at: Path) -> None:
+    # Arrow's own frames have categories where a Trace has text.
+    resets, connections = frames.story(seconds=20)
+    key = pa.array(["k"] * len(resets))
+    a = frames.pandas(resets.append_column("connection", key))
+    b = frames.pandas(connections.append_column("connection", pa.array(["k"] * len(connections))))
+    draw(timeline(a, b, frames.pandas(frames.disk(50)), meta=frames.meta()))
+    assert not at.exists()

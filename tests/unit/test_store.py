@@ -1,0 +1,633 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A capture on disk: what is there is whole and readable, whatever became of its writer or of its disk.
+
+Writers are killed, disks filled and files damaged for real; nothing waits for luck, each step answers the one before.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cwndtrace import events, store
+from cwndtrace.errors import CaptureError
+from cwndtrace.store import writer as writer_module
+from tests.unit import frames
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def some(first: int, count: int = 3) -> pa.Table:
+    """Rows whose ``sector`` counts up from ``first``."""
+    return frames.table("block_io", *(frames.block(n / 1000, sector=n) for n in range(first, first + count)))
+
+
+def sectors(path: Path) -> list[int]:
+    found: list[int] = store.open_capture(path).table("block_io").column("sector").to_pylist()
+    return found
+
+
+def make(path: Path, **values: Any) -> store.CaptureWriter:
+    return store.CaptureWriter.create(path, frames.meta(**values))
+
+
+def hidden(path: Path) -> list[str]:
+    return [p.name for p in path.rglob(".*")]
+
+
+# ---- what goes in comes out -----------------------------------------------------------------------
+
+
+def test_every_table_comes_back_with_its_schema_and_units(tmp_path: Path) -> None:
+    resets, connections = frames.story(seconds=20)
+    writer = make(tmp_path / "a.cwnd", host="web1")
+    writer.add("cwnd_reset", resets)
+    writer.add("connections", connections)
+    writer.add("block_io", some(0))
+    writer.close(ended="2026-11-18T12:31:00Z")
+    capture = store.open_capture(tmp_path / "a.cwnd")
+    assert (capture.status, capture.warnings) == ("complete", [])
+    assert (capture.meta["host"], capture.meta["ended"]) == ("web1", "2026-11-18T12:31:00Z")
+    assert capture.meta["schema"] == store.SCHEMA_VERSION
+    for name, written in (("cwnd_reset", resets), ("connections", connections), ("block_io", some(0))):
+        table = capture.table(name)
+        assert table.schema.equals(events.schema(name), check_metadata=True)
+        assert table.equals(written)
+        assert capture.rows(name) == len(written)
+    assert hidden(tmp_path) == []
+
+
+def test_other_readers_open_a_table_as_it_is(tmp_path: Path) -> None:
+    frames.capture(tmp_path / "host=web1.cwnd", block_io=some(0, 5))
+    frame = pd.read_parquet(tmp_path / "host=web1.cwnd" / "block_io")
+    assert frame["sector"].tolist() == [0, 1, 2, 3, 4]
+    assert str(frame["time"].dtype) == "datetime64[us, UTC]"
+    assert list(frame.columns) == events.schema("block_io").names
+    (part,) = (tmp_path / "host=web1.cwnd" / "block_io").iterdir()
+    assert pq.read_schema(part).field("bytes").metadata[b"unit"] == b"bytes"
+
+
+def test_a_table_without_parts_is_empty_with_its_schema(tmp_path: Path) -> None:
+    make(tmp_path / "a.cwnd").close()
+    capture = store.open_capture(tmp_path / "a.cwnd")
+    for name in events.TABLES:
+        assert capture.table(name).schema.equals(events.schema(name), check_metadata=True)
+        assert (len(capture.table(name)), capture.rows(name)) == (0, 0)
+    with pytest.raises(KeyError):
+        capture.table("boredom")
+
+
+def test_parts_with_different_texts_become_one_table(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.cwnd")
+    for comm in (b"fio", b"postgres", b"fio"):
+        writer.add("block_io", frames.table("block_io", frames.block(comm=comm)))
+        writer.flush(force=True)
+    writer.close()
+    assert len(list((tmp_path / "a.cwnd" / "block_io").iterdir())) == 3
+    table = store.open_capture(tmp_path / "a.cwnd").table("block_io")
+    assert table.column("comm").to_pylist() == ["fio", "postgres", "fio"]
+    assert table.to_pandas()["comm"].tolist() == ["fio", "postgres", "fio"]
+
+
+def test_rows_of_another_table_or_schema_are_refused(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.cwnd")
+    with pytest.raises(ValueError, match="isn't a table"):
+        writer.add("gossip", some(0))
+    with pytest.raises(ValueError, match="schema differs"):
+        writer.add("cwnd_reset", some(0))
+    with pytest.raises(ValueError, match="schema differs"):
+        writer.add("block_io", some(0).drop_columns(["cpu"]))
+
+
+# ---- when parts are written -----------------------------------------------------------------------
+
+
+def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(writer_module, "PART_ROWS", 10)
+    path = tmp_path / "a.cwnd"
+    writer = make(path)
+    writer.add("block_io", some(0))
+    now += 4.9
+    writer.add("block_io", some(3))
+    writer.flush()
+    assert sectors(path) == []
+    now += 0.1  # five seconds after the first row, not after the last
+    writer.flush()
+    assert sectors(path) == list(range(6))
+    writer.add("block_io", some(6, 9))
+    writer.flush()
+    assert len(sectors(path)) == 6
+    writer.add("block_io", some(15, 1))
+    writer.flush()
+    assert sectors(path) == list(range(16))
+    writer.add("block_io", some(16))
+    writer.flush(force=True)
+    assert sectors(path) == list(range(19))
+
+
+def test_metadata_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.cwnd", command=["run", "\udcff\n"])
+    writer.update_meta(counts={"block_io": {"kept": 3}}, hz=1000)
+    before = (tmp_path / "a.cwnd" / "meta.json").read_bytes()
+    for bad in (object(), float("nan")):
+        with pytest.raises((TypeError, ValueError)):
+            writer.update_meta(hz=250, host=bad)
+    assert (tmp_path / "a.cwnd" / "meta.json").read_bytes() == before
+    assert hidden(tmp_path) == []
+    meta = store.open_capture(tmp_path / "a.cwnd").meta
+    assert (meta["hz"], meta["counts"], meta["command"]) == (1000, {"block_io": {"kept": 3}}, ["run", "\udcff\n"])
+
+
+def test_closing_twice_is_closing_once(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.cwnd")
+    writer.close()
+    writer.close(status="failed")
+    assert store.open_capture(tmp_path / "a.cwnd").status == "complete"
+
+
+# ---- killed writers -------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+from cwndtrace import store
+from tests.unit import frames, test_store
+writer = store.CaptureWriter.create(sys.argv[1], frames.meta(), flush_seconds=0.0)
+print("ready", flush=True)
+for first in range(0, 7 * int(sys.argv[2]), 7):
+    writer.add("block_io", test_store.some(first, 7))
+    writer.flush()
+    writer.update_meta(counts={"block_io": {"kept": first + 7}})
+    print(first + 7, flush=True)
+sys.stdin.read()
+"""
+
+
+def start(path: Path, batches: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, path, str(batches)],
+        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_capture_whose_writer_lives_is_running_and_readable(tmp_path: Path) -> None:
+    path = tmp_path / "a.cwnd"
+    with start(path, 2) as child:
+        assert child.stdout
+        assert [child.stdout.readline() for _ in range(3)] == ["ready\n", "7\n", "14\n"]
+        assert store.open_capture(path).status == "running"
+        assert sectors(path) == list(range(14))
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        # Dead, its exit status not yet collected: its /proc entry is still there.
+        assert Path(f"/proc/{child.pid}/stat").exists()
+        assert store.open_capture(path).status == "interrupted"
+    assert store.open_capture(path).status == "interrupted"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_writer_killed_at_any_moment_leaves_whole_rows(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "a.cwnd"
+    chance = random.Random(seed)
+    with start(path, 1_000_000) as child:
+        assert child.stdout
+        told = 0
+        for _ in range(chance.randrange(1, 12)):
+            line = child.stdout.readline()
+            told = int(line) if line != "ready\n" else 0
+        until = time.perf_counter() + chance.random() * 0.02
+        while time.perf_counter() < until:
+            pass
+        child.send_signal(signal.SIGKILL)
+        rest = child.stdout.read().split()
+        told = max([told, *map(int, rest)])
+    capture = store.open_capture(path)
+    assert capture.status == "interrupted"
+    found = capture.table("block_io").column("sector").to_pylist()
+    assert found == list(range(len(found)))
+    assert len(found) % 7 == 0
+    assert told <= len(found) <= told + 7
+    assert capture.warnings == []
+    kept = capture.meta["counts"]["block_io"]["kept"]
+    assert len(found) - 7 <= kept <= len(found)
+    if found:
+        assert pd.read_parquet(path / "block_io")["sector"].tolist() == found
+
+
+def test_another_process_with_the_old_ones_number_is_not_its_writer(tmp_path: Path) -> None:
+    make(tmp_path / "a.cwnd")
+    file = tmp_path / "a.cwnd" / "meta.json"
+    meta = json.loads(file.read_text())
+    assert store.open_capture(tmp_path / "a.cwnd").status == "running"
+    for change in ({"pid_start": meta["pid_start"] - 1}, {"boot_id": "another"}, {"pid": "1"}, {"pid": 2**40}):
+        file.write_text(json.dumps(meta | change))
+        assert store.open_capture(tmp_path / "a.cwnd").status == "interrupted"
+    for missing in ("pid", "pid_start", "boot_id", "status"):
+        file.write_text(json.dumps({k: v for k, v in meta.items() if k != missing}))
+        expected = "running" if missing == "status" else "interrupted"
+        assert store.open_capture(tmp_path / "a.cwnd").status == expected
+
+
+def test_a_capture_closed_between_two_looks_is_not_taken_for_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = make(tmp_path / "a.cwnd")
+
+    def gone(_: int) -> None:
+        writer.close()
+
+    monkeypatch.setattr(store.reader, "process_start", gone)
+    assert store.open_capture(tmp_path / "a.cwnd").status == "complete"
+
+
+# ---- full disks -----------------------------------------------------------------------------------
+
+FULL = """
+import json, sys
+from pathlib import Path
+from cwndtrace import store
+from cwndtrace.errors import CaptureError
+from tests.unit import frames, test_store
+path, filler = Path(sys.argv[1]) / "a.cwnd", Path(sys.argv[1]) / "filler"
+writer = store.CaptureWriter.create(path, frames.meta())
+writer.add("block_io", test_store.some(0))
+writer.flush(force=True)
+with filler.open("wb", buffering=0) as file:
+    try:
+        while file.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+writer.add("block_io", test_store.some(3))
+failures = []
+for step in (lambda: writer.flush(force=True), lambda: writer.update_meta(hz=1)):
+    try:
+        step()
+    except CaptureError as error:
+        failures.append([error.cause, error.remedy])
+full = test_store.sectors(path), test_store.hidden(path), store.open_capture(path).meta["hz"]
+filler.unlink()
+writer.add("block_io", test_store.some(6))
+writer.close()
+print(json.dumps([failures, full, test_store.sectors(path), store.open_capture(path).status, writer.lost]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small tmpfs")
+def test_a_full_disk_is_named_and_what_is_on_it_stays_and_nothing_is_lost_once_it_has_room(tmp_path: Path) -> None:
+    # In a mount namespace of its own, so that no mount is left whatever happens.
+    script = f'mount -t tmpfs -o size=256k none "{tmp_path}" && exec "$0" -c "$1" "{tmp_path}"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, sys.executable, FULL], cwd=ROOT, text=True, capture_output=True
+    )
+    if done.returncode and ("mount:" in done.stderr or "unshare:" in done.stderr):
+        pytest.skip(f"a tmpfs can't be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    failures, (there, temporary, hz), after, status, lost = json.loads(done.stdout)
+    (flush_cause, flush_remedy), (meta_cause, _) = failures
+    assert "No space left on device" in flush_cause
+    assert "3 rows wait in memory" in flush_cause
+    assert "Free some space" in flush_remedy
+    assert "No space left on device" in meta_cause
+    assert (there, temporary, hz) == ([0, 1, 2], [], 250)
+    assert (after, status, lost) == (list(range(9)), "complete", {})
+
+
+LIMITED = """
+import resource, sys
+from cwndtrace import store
+from cwndtrace.errors import CaptureError
+from tests.unit import frames, test_store
+writer = store.CaptureWriter.create(sys.argv[1], frames.meta())
+writer.add("block_io", test_store.some(0))
+writer.flush(force=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+writer.add("block_io", test_store.some(3))
+try:
+    writer.close()
+except CaptureError as error:
+    print(error)
+"""
+
+
+def test_rows_given_up_at_the_end_are_counted_and_the_capture_says_failed(tmp_path: Path) -> None:
+    path = tmp_path / "a.cwnd"
+    done = subprocess.run([sys.executable, "-c", LIMITED, path], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert "File too large" in done.stdout
+    assert "ulimit -f" in done.stdout
+    assert sectors(path) == [0, 1, 2]
+    assert hidden(path) == []
+    capture = store.open_capture(path)
+    assert (capture.status, capture.meta["unwritten"]) == ("failed", {"block_io": 3})
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("broken", ["write_table", "fsync", "replace", "sync_directory"])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, kind: type[BaseException]
+) -> None:
+    path = tmp_path / "a.cwnd"
+    writer = make(path)
+    writer.add("block_io", some(0))
+    writer.flush(force=True)
+    writer.add("block_io", some(3))
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        target: tuple[Any, str] = {
+            "write_table": (pq, "write_table"),
+            "fsync": (os, "fsync"),
+            "replace": (Path, "replace"),
+            "sync_directory": (writer_module, "_sync_directory"),
+        }[broken]
+        patch.setattr(*target, fail)
+        with pytest.raises(CaptureError if kind is OSError else kind, match="Input/output error"):
+            writer.flush(force=True)
+    assert sectors(path) == [0, 1, 2]
+    assert hidden(path) == []
+    writer.close()
+    assert sectors(path) == list(range(6))
+
+
+def test_each_file_is_on_the_device_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, steps = tmp_path / "a.cwnd", list[str]()
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        steps.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> Path:
+        steps.append(f"name {target.name}")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    writer = make(path)
+    assert steps == ["sync .meta.json.tmp", "name meta.json", "sync a.cwnd", f"sync {tmp_path.name}"]
+    steps.clear()
+    writer.add("block_io", some(0))
+    writer.flush(force=True)
+    part = "part-000001.parquet"
+    assert steps == ["sync a.cwnd", f"sync .{part}.tmp", f"name {part}", "sync block_io"]
+
+
+def test_a_failed_flush_is_tried_again_only_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tries = 1000.0, 0
+
+    def fail(*_: object, **__: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    writer = make(tmp_path / "a.cwnd")
+    monkeypatch.setattr(pq, "write_table", fail)
+    writer.add("block_io", some(0))
+    now += 5
+    with pytest.raises(CaptureError):
+        writer.flush()
+    writer.flush()
+    assert tries == 1
+    now += 5
+    with pytest.raises(CaptureError):
+        writer.flush()
+    assert tries == 2
+
+
+def test_memory_stays_bounded_while_the_disk_refuses_and_the_rest_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "BUFFER_ROWS", 10)
+    writer = make(tmp_path / "a.cwnd")
+    for first in range(0, 15, 3):
+        writer.add("block_io", some(first))
+    writer.close()
+    assert writer.lost == {"block_io": 6}
+    assert sectors(tmp_path / "a.cwnd") == list(range(9))
+    capture = store.open_capture(tmp_path / "a.cwnd")
+    assert (capture.status, capture.meta["unwritten"]) == ("complete", {"block_io": 6})
+
+
+# ---- damaged and foreign captures -----------------------------------------------------------------
+
+
+def three_parts(path: Path) -> list[Path]:
+    writer = make(path)
+    for first in (0, 3, 6):
+        writer.add("block_io", some(first))
+        writer.flush(force=True)
+    writer.close()
+    return sorted((path / "block_io").iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", None])
+def test_a_damaged_part_is_named_and_the_others_load(tmp_path: Path, damage: bytes | None) -> None:
+    parts = three_parts(tmp_path / "a.cwnd")
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    capture = store.open_capture(tmp_path / "a.cwnd")
+    assert capture.rows("block_io") == 6
+    for _ in range(2):
+        assert capture.table("block_io").column("sector").to_pylist() == [0, 1, 2, 6, 7, 8]
+    (warning,) = capture.warnings
+    assert warning.startswith("block_io/part-000002.parquet is cut off or corrupt")
+
+
+@pytest.mark.parametrize("region", ["pages", "footer"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_byte_spoils_no_more_than_its_part(tmp_path: Path, region: str, data: st.DataObject) -> None:
+    path = tmp_path / "a.cwnd"
+    parts = [path / "block_io" / f"part-{n:06}.parquet" for n in (1, 2, 3)] if path.exists() else three_parts(path)
+    whole = parts[1].read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    at = data.draw(st.integers(0, footer - 1) if region == "pages" else st.integers(footer, len(whole) - 1))
+    damaged = whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+    try:
+        parts[1].write_bytes(damaged)
+        capture = store.open_capture(path)
+        found = capture.table("block_io").column("sector").to_pylist()
+        assert (found[:3], found[-3:]) == ([0, 1, 2], [6, 7, 8])
+        assert bool(capture.warnings) == (len(found) == 6)
+        if region == "pages":  # these carry checksums; a footer may still lose a column's name
+            assert found[3:-3] in ([], [3, 4, 5])
+    finally:
+        parts[1].write_bytes(whole)
+
+
+def test_no_byte_of_a_column_can_change_its_values_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.cwnd"
+    parts = three_parts(path)
+    whole = parts[1].read_bytes()
+    columns = pq.read_metadata(parts[1]).row_group(0)
+    (column,) = (c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "sector")
+    begin = column.dictionary_page_offset or column.data_page_offset
+    for at in range(begin, begin + column.total_compressed_size):
+        parts[1].write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert sectors(path) in ([0, 1, 2, 6, 7, 8], list(range(9)))
+
+
+def test_columns_and_tables_of_a_later_version_are_kept_and_of_an_earlier_one_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.cwnd"
+    parts = three_parts(path)
+    table = pq.ParquetFile(parts[0]).read()
+    pq.write_table(table.append_column("mood", pa.array(["good"] * 3)), parts[0])
+    pq.write_table(table.drop_columns(["cpu", "comm"]), parts[1])
+    (path / "gossip").mkdir()
+    pq.write_table(pa.table({"word": ["x"]}), path / "gossip" / "part-000001.parquet")
+    (path / "block_io" / ".part-000009.parquet.tmp").write_bytes(b"half")
+    capture = store.open_capture(path)
+    found = capture.table("block_io")
+    assert found.column_names == [*events.schema("block_io").names, "mood"]
+    assert found.column("mood").to_pylist() == ["good"] * 3 + [None] * 6
+    assert found.column("comm").to_pylist() == ["fio"] * 3 + [None] * 3 + ["fio"] * 3
+    assert capture.table("gossip").to_pydict() == {"word": ["x"]}
+    assert capture.warnings == []
+
+
+def refusal(path: str | Path) -> CaptureError:
+    with pytest.raises(CaptureError) as caught:
+        store.open_capture(path)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert str(caught.value).replace("\n", "").isprintable()
+    return caught.value
+
+
+def test_what_is_not_a_capture_is_refused_with_the_way_to_one(tmp_path: Path) -> None:
+    frames.capture(tmp_path / "a.cwnd", block_io=some(0))
+    (tmp_path / "fleet").mkdir()
+    frames.capture(tmp_path / "fleet" / "b.cwnd")
+    assert "There is no" in refusal(tmp_path / "nothing").cause
+    assert refusal(tmp_path / "a").remedy == f"Did you mean {tmp_path / 'a.cwnd'}?"
+    for part in ("block_io/part-000001.parquet", "block_io", "meta.json"):
+        error = refusal(tmp_path / "a.cwnd" / part)
+        assert "part of a capture" in error.cause
+        assert error.remedy == f"Open {tmp_path / 'a.cwnd'}."
+    error = refusal(tmp_path)
+    assert "holds 2 captures" in error.cause
+    assert str(tmp_path / "a.cwnd") in error.remedy
+    assert str(tmp_path / "fleet" / "b.cwnd") in error.remedy
+    (tmp_path / "empty").mkdir()
+    assert "no meta.json" in refusal(tmp_path / "empty").cause
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refusal(tmp_path / "file").cause
+    assert "\x1b" not in str(refusal(tmp_path / "\x1b[2J"))
+
+
+def test_a_part_given_by_a_relative_name_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames.capture(tmp_path / "a.cwnd", block_io=some(0))
+    monkeypatch.chdir(tmp_path / "a.cwnd" / "block_io")
+    assert refusal("part-000001.parquet").remedy == f"Open {tmp_path / 'a.cwnd'}."
+    assert refusal(".").remedy == f"Open {tmp_path / 'a.cwnd'}."
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (b"", "can't be read"),
+        (b"{", "can't be read"),
+        (b'{"schema": 1', "can't be read"),
+        (b"\xff\xfe\x00", "can't be read"),
+        (b"[" * 100_000, "can't be read"),
+        (b"[1]", "no schema number"),
+        (b"{}", "no schema number"),
+        (b'{"schema": true}', "no schema number"),
+        (b'{"schema": "1"}', "no schema number"),
+        (b'{"schema": 0}', "no schema number"),
+    ],
+)
+def test_bad_metadata_is_refused(tmp_path: Path, text: bytes, cause: str) -> None:
+    make(tmp_path / "a.cwnd")
+    (tmp_path / "a.cwnd" / "meta.json").write_bytes(text)
+    assert cause in refusal(tmp_path / "a.cwnd").cause
+
+
+def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
+    make(tmp_path / "a.cwnd")
+    (tmp_path / "a.cwnd" / "meta.json").write_text('{"schema": 2, "version": "9.0\\u001b[2J"}')
+    error = refusal(tmp_path / "a.cwnd")
+    assert "schema 2" in error.cause
+    assert "Upgrade" in error.remedy
+    assert "9.0" in error.remedy
+
+
+def create_refusal(path: Path) -> CaptureError:
+    with pytest.raises(CaptureError) as caught:
+        make(path)
+    assert len(str(caught.value).splitlines()) == 2
+    return caught.value
+
+
+def test_a_capture_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    assert "exists already" in create_refusal(tmp_path / "there").cause
+    assert "exists already" in create_refusal(tmp_path / "file").cause
+    assert f"folder {tmp_path / 'no'} doesn't exist" in create_refusal(tmp_path / "no" / "a.cwnd").cause
+    assert "Not a directory" in create_refusal(tmp_path / "file" / "a.cwnd").cause
+    assert "shorter name" in create_refusal(tmp_path / ("x" * 300)).remedy
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_a_capture_whose_metadata_cannot_be_written_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert "No space left" in create_refusal(tmp_path / "a.cwnd").cause
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[Callable[[], None]], None]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+
+    def run(step: Callable[[], None]) -> None:
+        os.seteuid(65534)
+        try:
+            step()
+        finally:
+            os.seteuid(0)
+
+    return run
+
+
+def test_places_without_permission_are_named(tmp_path: Path, as_nobody: Callable[[Callable[[], None]], None]) -> None:
+    for folder in [tmp_path, *tmp_path.parents[:-2]]:
+        folder.chmod(0o755)
+    frames.capture(tmp_path / "a.cwnd")
+    (tmp_path / "a.cwnd").chmod(0o700)
+
+    def step() -> None:
+        assert "sudo" in refusal(tmp_path / "a.cwnd").remedy
+        error = create_refusal(tmp_path / "b.cwnd")
+        assert "Permission denied" in error.cause
+        assert "may write" in error.remedy
+
+    as_nobody(step)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trace: frames as promised, and one screen of text that no capture can abuse."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cwndtrace import events
+from cwndtrace.errors import CaptureError
+from cwndtrace.trace import Trace, load
+from tests.unit import frames
+
+EVIL = "<script>alert(1)</script>&amp;\x1b[31m\x1b]0;owned\x07\u202e\n" + "A" * 500
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    resets, connections = frames.story(peers=2, seconds=30)
+    return frames.capture(
+        tmp_path_factory.mktemp("trace") / "a.cwnd", resets=resets, connections=connections, block_io=frames.disk(500),
+        counts={"cwnd_reset": {"kept": 9, "lost": 0}, "block_io": {"kept": 500, "lost": 17}}, unwritten={"block_io": 3},
+        unchanged=4,
+    )  # fmt: skip
+
+
+def test_frames_begin_with_utc_time_in_order(trace: Trace) -> None:
+    for name, frame in (("cwnd_reset", trace.resets), ("connections", trace.connections), ("block_io", trace.block_io)):
+        assert frame.columns[0] == "time"
+        assert str(frame["time"].dt.tz) == "UTC"
+        assert frame["time"].is_monotonic_increasing
+        assert set(events.schema(name).names) <= set(frame.columns)
+        assert frame.index.tolist() == list(range(len(frame)))
+    first = trace.resets.iloc[0]
+    clock = trace.meta["clock"]["start"]
+    assert first["time"] == pd.Timestamp(int(first["ts_ns"]) + clock["utc_offset_ns"], tz="UTC").floor("us")
+
+
+def test_rows_written_out_of_order_come_in_order(tmp_path: Path) -> None:
+    block_io = frames.table("block_io", frames.block(3), frames.block(1), frames.block(2))
+    found = frames.capture(tmp_path / "a.cwnd", block_io=block_io).block_io
+    assert (found["start_ns"] - frames.MONO).tolist() == [10**9, 2 * 10**9, 3 * 10**9]
+
+
+def test_text_can_be_joined_and_block_io_stays_small(trace: Trace) -> None:
+    ends = trace.resets["saddr"] + ":" + trace.resets["sport"].astype(str)
+    assert set(ends) == {"10.1.0.1:443"}
+    assert not any(isinstance(kind, pd.CategoricalDtype) for kind in trace.resets.dtypes)
+    assert isinstance(trace.block_io["comm"].dtype, pd.CategoricalDtype)
+    assert isinstance(trace.block_io["device"].dtype, pd.CategoricalDtype)
+
+
+def test_frames_are_read_once(trace: Trace) -> None:
+    assert trace.resets is trace.resets
+    assert trace.connections is trace.connections
+    assert trace.block_io is trace.block_io
+
+
+def test_a_connection_has_one_key_everywhere(trace: Trace) -> None:
+    assert set(trace.summary()["connection"]) == set(trace.resets["connection"]) == set(trace.connections["connection"])
+    assert trace.summary()["resets"].sum() == len(trace.resets)
+
+
+def test_block_summary_names_devices(trace: Trace) -> None:
+    assert trace.block_summary()["device"].unique().tolist() == ["loop0"]
+    assert trace.block_summary()["count"].sum() == 500
+
+
+def test_repr_tells_the_capture_on_one_screen(trace: Trace) -> None:
+    lines = repr(trace).splitlines()
+    assert len(lines) <= 12
+    text = repr(trace)
+    assert "(complete)" in lines[0]
+    for part in (
+        "web1, Linux 6.18.0",
+        "from 2026-11-18 12:30:00 UTC to 12:31:00, 60.0 s",
+        f"{len(trace.resets)} resets, 0 recoveries, 500 block I/Os",
+        "20 block I/Os",
+        "4 idle restarts left the window as it was",
+        "idle: sendmsg, rto_loss: sendmsg, app_limited: none",
+        "iface=eth0",
+    ):
+        assert part in text
+
+
+class Tags(HTMLParser):
+    """Collects what a browser would take for markup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert [name for name, _ in attrs] in ([], ["style"])
+        self.names.add(tag)
+
+
+def test_no_text_of_a_capture_becomes_markup_or_steers_a_terminal(tmp_path: Path) -> None:
+    evil = frames.capture(
+        tmp_path / "<b>\x1b[2J.cwnd",
+        resets=frames.table("cwnd_reset", frames.reset(1, comm=b"<i>x\x1b[1m")),
+        host=EVIL, kernel=EVIL, started="2026-11-18T12:30:00Z", ended=EVIL, rungs={EVIL: EVIL}, filters={EVIL: EVIL},
+        unchanged=EVIL, counts=EVIL, unwritten=EVIL, devices=EVIL, lossy=EVIL, clock=EVIL,
+    )  # fmt: skip
+    (evil.path / "cwnd_reset" / "<u>\x1b[m.parquet").write_bytes(b"half")
+    text = repr(evil)
+    assert text.replace("\n", "").isprintable()
+    assert len(text.splitlines()) <= 12
+    assert max(map(len, text.splitlines())) < 240
+    page = evil._repr_html_()
+    tags = Tags()
+    tags.feed(page)
+    assert tags.names == {"div", "b", "code", "table", "tr", "th", "td"}
+    assert page.replace("\n", "").isprintable()
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("value", [None, 5, [], "", {}, {"start": 3}, [{"a": 1}]])
+def test_metadata_of_any_shape_still_shows(tmp_path: Path, value: object) -> None:
+    names = ("host", "kernel", "started", "ended", "rungs", "filters", "unchanged", "counts", "unwritten", "devices")
+    trace = frames.capture(
+        tmp_path / "a.cwnd", block_io=frames.table("block_io", frames.block()), **dict.fromkeys(names, value)
+    )
+    assert "cwndtrace capture" in repr(trace)
+    assert "cwndtrace capture" in trace._repr_html_()
+    assert trace.block_io["device"].tolist() == ["7:0"]
+
+
+def test_damage_is_told(tmp_path: Path) -> None:
+    trace = frames.capture(tmp_path / "a.cwnd", block_io=frames.table("block_io", frames.block()))
+    for n in range(2, 10):
+        (trace.path / "block_io" / f"part-{n:06}.parquet").write_bytes(b"PAR1")
+    text = repr(trace)
+    assert "block_io/part-000002.parquet is cut off or corrupt" in text
+    assert "and 3 more, see .warnings" in text
+    assert len(trace.warnings) == 8
+    assert len(trace.block_io) == 1
+
+
+def test_an_empty_capture_has_all_its_columns(tmp_path: Path) -> None:
+    trace = frames.capture(tmp_path / "a.cwnd")
+    assert (len(trace.resets), len(trace.connections), len(trace.block_io)) == (0, 0, 0)
+    assert {"latency_us", "queue_us", "device"} <= set(trace.block_io.columns)
+    assert (len(trace.summary()), len(trace.block_summary())) == (0, 0)
+    assert "0 resets" in repr(trace)
+
+
+def test_what_is_not_a_capture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="There is no"):
+        load(tmp_path / "nothing.cwnd")
