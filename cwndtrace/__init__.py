@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """cwndtrace: congestion-window resets made visible, exact and costed, beside block I/O on the same clock.
 
-with cwndtrace.stream(iface="eth0") as batches:
-    for batch in batches:
-        print(batch.to_pandas())
+    with cwndtrace.stream(iface="eth0") as batches:
+        for batch in batches:
+            print(batch.to_pandas())
 
-trace = cwndtrace.load("cwndtrace-20260102-030405.cwnd")
-trace.resets, trace.block_io, trace.connections, trace.meta
+    trace = cwndtrace.load("cwndtrace-20260102-030405.cwnd")
+    trace.resets, trace.block_io, trace.connections, trace.meta
 """
 
-from cwndtrace.capture.session import Batch
-from cwndtrace.capture.stream import Stream, stream
-from cwndtrace.errors import (
-    BccError,
-    CaptureError,
-    CwndtraceError,
-    KernelLacks,
-    NoRung,
-    NotFound,
-    PermissionNeeded,
-    UsageError,
-)
-from cwndtrace.trace import Trace, load
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cwndtrace.capture.session import Batch
+    from cwndtrace.capture.stream import Stream, stream
+    from cwndtrace.errors import (
+        BccError,
+        CaptureError,
+        CwndtraceError,
+        KernelLacks,
+        NoRung,
+        NotFound,
+        PermissionNeeded,
+        UsageError,
+    )
+    from cwndtrace.trace import Trace, load
 
 __version__ = "0.1.0"
 
@@ -40,3 +46,24 @@ __all__ = [
     "load",
     "stream",
 ]
+
+_ELSEWHERE = {
+    "Batch": "capture.session",
+    "Stream": "capture.stream",
+    "stream": "capture.stream",
+    "Trace": "trace",
+    "load": "trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, because pandas and pyroute2 take most of a second to load, and parts of the package need neither.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

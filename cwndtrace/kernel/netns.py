@@ -33,7 +33,7 @@ class Namespace:
 
 def own() -> Namespace:
     """The one that this process is in."""
-    path = Path("/proc/self/ns/net")
+    path = Path("/proc/thread-self/ns/net")
     return Namespace(path.stat().st_ino, "this", path)
 
 
@@ -51,7 +51,7 @@ def all_reachable() -> Iterator[Namespace]:
 
 
 def _candidates() -> Iterator[tuple[str, Path]]:
-    yield "this", Path("/proc/self/ns/net")
+    yield "this", Path("/proc/thread-self/ns/net")
     for path in sorted(_NAMED.iterdir()) if _NAMED.is_dir() else ():
         yield path.name, path
     for pid in sorted(pids()):

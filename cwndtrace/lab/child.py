@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of the lab: started in a namespace, talked to in JSON lines, never outliving who started them.
 
-A child is ``python -m cwndtrace.lab.MODULE``; it reads commands on stdin and answers on stdout, a line each.
+A child runs a module of this folder as its program; it reads commands on stdin and answers on stdout, a line each.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from cwndtrace import errors
 from cwndtrace.errors import CwndtraceError
 
 _CLONE_NEWNET: Final = 0x40000000
@@ -37,11 +37,9 @@ class Child:
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.what = module
-        here = Path(__file__).resolve().parents[2]
-        path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"cwndtrace.lab.{module}", str(os.getpid()), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             # A Ctrl-C at the terminal is for the parent, which ends its children itself, in order.
             start_new_session=True,
         )  # fmt: skip
@@ -90,7 +88,8 @@ class Child:
             self._messages.put(None)
             raise self._gone()
         if "error" in message:
-            raise CwndtraceError(str(message["error"]), str(message.get("remedy", "")))
+            kind = getattr(errors, str(message.get("kind")), CwndtraceError)
+            raise kind(str(message["error"]), str(message.get("remedy", "")))
         return message
 
     def ask(self, message: Message, timeout_s: float = 10) -> Message:
@@ -137,7 +136,7 @@ def live_with(parent: int) -> None:
     """Have the kernel end this process when its parent ends; end at once if that has happened already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or os.getppid() != parent:
-        os._exit(1)
+        raise SystemExit(1)
 
 
 def be_punctual() -> None:
@@ -161,6 +160,16 @@ def enter(namespace: str) -> None:
         os.close(fd)
 
 
+def end_with_stdin() -> None:
+    """End this process once its parent closes the pipe to it; for a child that takes no commands."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 _say_lock = threading.Lock()
 
 
@@ -170,3 +179,8 @@ def say(message: Message) -> None:
     with _say_lock:
         sys.stdout.write(line)
         sys.stdout.flush()
+
+
+def say_error(e: CwndtraceError) -> None:
+    """Have the parent's ``receive`` raise this error."""
+    say({"error": e.cause, "remedy": e.remedy, "kind": type(e).__name__})

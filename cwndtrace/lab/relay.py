@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The relay: two TUN devices, one in each namespace, and between them the delay, the rate and the loss of a path.
 
-Runs as ``python -m cwndtrace.lab.relay PARENT LINK NAMESPACE NAMESPACE``, where LINK is a JSON object. The
+A process of its own (see cwndtrace.lab.child) with arguments PARENT LINK NAMESPACE NAMESPACE, LINK as JSON. The
 devices vanish with the process. It says ``{"ready": …}``, then answers each line on stdin with its figures so far.
 """
 
@@ -31,10 +31,12 @@ _IFF_VNET_HDR: Final = 0x4000
 # Checksums are never computed, and super-segments of up to 64 KB cross whole (linux/if_tun.h).
 _CHECKSUM: Final = 0x01
 _TSO: Final = 0x02 | 0x04 | 0x08
-_HEADER: Final = 10  # struct virtio_net_hdr; gso_type at 1, hdr_len at 2, gso_size at 4
+_HEADER: Final = 10  # struct virtio_net_hdr; gso_type at 1, gso_size at 4, csum_start at 6
 _ROOM: Final = _HEADER + (1 << 16)
 _BATCH: Final = 64
 _BUCKET_NS: Final = 50_000
+# The longest sleep: of a packet that comes in while this process is held up, at most so much is missed.
+_NAP_NS: Final = 10_000_000
 
 
 class Lateness:
@@ -67,14 +69,14 @@ class Direction:
         self.source = source
         self.sink = sink
         self.lane = lane
-        self.waiting: deque[tuple[int, bytes]] = deque()
+        self.waiting: deque[tuple[int, int, bytes]] = deque()
         self.packets = 0
         self.bytes = 0
         self.refused = 0
         self.late = Lateness()
 
-    def take(self) -> None:
-        """Take in what the device holds, a batch at most."""
+    def take(self, slept_ns: int) -> None:
+        """Take in what the device holds, a batch at most, after sleeping ``slept_ns`` longer than meant."""
         for _ in range(_BATCH):
             try:
                 packet = os.read(self.source, _ROOM)
@@ -82,13 +84,13 @@ class Direction:
                 return
             due = self.lane.offer(time.monotonic_ns(), wire_size(packet))
             if due is not None:
-                self.waiting.append((due, packet))
+                self.waiting.append((due, slept_ns, packet))
 
     def give(self) -> None:
         """Send what is due."""
         waiting = self.waiting
         while waiting:
-            due, packet = waiting[0]
+            due, slept_ns, packet = waiting[0]
             late = time.monotonic_ns() - due
             if late < 0:
                 return
@@ -101,7 +103,7 @@ class Direction:
                 self.refused += 1
             self.packets += 1
             self.bytes += len(packet) - _HEADER
-            self.late.add(late)
+            self.late.add(late + slept_ns)
 
     def figures(self) -> dict[str, Any]:
         """What crossed, what didn't, and how late it was."""
@@ -121,8 +123,10 @@ def wire_size(packet: bytes) -> int:
     size = len(packet) - _HEADER
     if packet[1] == 0:
         return size
-    headers, segment = struct.unpack_from("=HH", packet, 2)
-    return size + headers * ((size - headers - 1) // segment) if segment else size
+    # hdr_len is only a hint and may count data too; where TCP begins and how long its header is are exact.
+    segment, tcp = struct.unpack_from("=HH", packet, 4)
+    headers = tcp + (packet[_HEADER + tcp + 12] >> 4) * 4
+    return int(size + headers * ((size - headers - 1) // segment))
 
 
 def open_tun(namespace: str, segmented: bool) -> int:
@@ -149,12 +153,15 @@ def relay(link: Link, namespaces: list[str]) -> None:
     gc.disable()
     while True:
         dues = [d.waiting[0][0] for d in directions if d.waiting]
-        timeout = max(0.0, (min(dues) - time.monotonic_ns()) / 1e9) if dues else None
+        before = time.monotonic_ns()
+        meant = max(0, min([before + _NAP_NS, *dues]) - before)
         # select takes microseconds, where epoll rounds up to whole milliseconds.
-        ready = select.select([first, second, 0], [], [], timeout)[0]
+        ready = select.select([first, second, 0], [], [], meant / 1e9)[0]
+        # When a packet came in isn't known; but it may have waited since this process should have been awake.
+        slept = max(0, time.monotonic_ns() - before - meant)
         for fd in ready:
             if fd:
-                by_source[fd].take()
+                by_source[fd].take(slept)
             elif not os.read(0, 4096):
                 return
             else:

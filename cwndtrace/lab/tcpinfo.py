@@ -92,11 +92,11 @@ class TcpInfo:
         if len(raw) < _HEAD.size:
             raise ValueError(f"TCP_INFO has {len(raw)} bytes, fewer than the {_HEAD.size} that every kernel gives")
         head = _HEAD.unpack_from(raw)
-        values = dict(
-            state=head[0], ca_state=head[1], rto=head[8], snd_mss=head[10], unacked=head[12],
-            last_data_sent=head[17], last_data_recv=head[19], rtt=head[23], rttvar=head[24],
-            snd_ssthresh=head[25], snd_cwnd=head[26], total_retrans=head[31],
-        )  # fmt: skip
+        values = {
+            "state": head[0], "ca_state": head[1], "rto": head[8], "snd_mss": head[10], "unacked": head[12],
+            "last_data_sent": head[17], "last_data_recv": head[19], "rtt": head[23], "rttvar": head[24],
+            "snd_ssthresh": head[25], "snd_cwnd": head[26], "total_retrans": head[31],
+        }  # fmt: skip
         known = {f.name for f in fields(cls)}
         offset = _HEAD.size
         for code, name in _TAIL:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment over a real path: bursts from here to a server of the user's own.
+
+The bursts go from this side to the server, because it is the sender's window that falls, and only this side is traced.
+A burst's latency runs from its first byte to the moment when this side knows that the last one is there: the answer of
+``cwndtrace serve``, or, with a plain sink, the last acknowledgement. The host's sysctl is left alone unless allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Final, Self
+
+from cwndtrace.errors import CwndtraceError, NotFound
+from cwndtrace.kernel.netns import IDLE_SYSCTL, read_sysctl
+from cwndtrace.lab import cleanup, wire
+from cwndtrace.lab.measurement import Measurement, Setting, limits, measured
+from cwndtrace.lab.owner import Owner
+from cwndtrace.lab.scenario import Scenario
+
+_PATIENCE_S: Final = 60.0
+_WARM_TRIES: Final = 12
+
+
+class Against:
+    """Connections to HOST:PORT, one for each setting. A context manager; ``taken`` keeps what was measured.
+
+    ``plain`` says that the server is a sink that never answers. With ``allow_sysctl`` the setting of this process's
+    own network namespace is switched between on and off and put back; without it, the one that stands is measured.
+    Of the scenario, the bursts, rests, rounds, congestion control and send buffer count.
+    """
+
+    def __init__(
+        self, host: str, port: int, scenario: Scenario, *, plain: bool = False, allow_sysctl: bool = False
+    ) -> None:
+        scenario.check()
+        self.scenario = scenario
+        self.plain = plain
+        self.taken: list[Measurement] = []
+        self.swept: list[str] = []
+        self._host, self._port, self._allow = host, port, allow_sysctl
+        self._stack = ExitStack()
+        self._socks: dict[Setting, socket.socket] = {}
+        self._last_ns: dict[Setting, int] = {}
+        self._number = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            if os.geteuid() == 0:
+                self.swept = cleanup.sweep()
+            current: Setting = "on" if read_sysctl(IDLE_SYSCTL) else "off"
+            self.settings: tuple[Setting, ...] = ("on", "off") if self._allow else (current,)
+            if self._allow:
+                value = "1" if current == "on" else "0"
+                self._write = stack.enter_context(cleanup.host_sysctl(Owner.new(), IDLE_SYSCTL, value))
+            for setting in self.settings:
+                self._socks[setting] = stack.enter_context(self._connect())
+                self._last_ns[setting] = time.monotonic_ns()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    @property
+    def ports(self) -> list[int]:
+        """The local ports of the connections, for a tracer's filter."""
+        return [int(sock.getsockname()[1]) for sock in self._socks.values()]
+
+    def _connect(self) -> socket.socket:
+        try:
+            sock = socket.create_connection((self._host, self._port), 10)
+        except OSError as e:
+            raise NotFound(
+                f"no server at {self._host} port {self._port}: {e.strerror or e}",
+                f"start one there: cwndtrace serve --port {self._port}",
+            ) from e
+        try:
+            wire.set_up(sock, self.scenario.cc, self.scenario.sndbuf)
+            if not self.plain:
+                sock.sendall(wire.HELLO + wire.SINK)
+                answer = wire.receive(sock, len(wire.HELLO))
+                if answer != wire.HELLO:
+                    raise CwndtraceError("the server isn't cwndtrace serve", "say that it is a plain sink")
+        except OSError as e:
+            sock.close()
+            raise CwndtraceError(
+                f"the server doesn't answer as cwndtrace serve does: {e.strerror or e}", "say that it is a plain sink"
+            ) from e
+        except BaseException:
+            sock.close()
+            raise
+        sock.settimeout(_PATIENCE_S)
+        return sock
+
+    def rows(self) -> Iterator[Measurement]:
+        """Measure; a row as soon as it is there. Raises CwndtraceError where the server goes away."""
+        netns_ino = cleanup.here()
+        for number in range(1, self.scenario.rounds + 1):
+            for setting in self.settings:
+                if self._allow:
+                    self._write("1" if setting == "on" else "0")
+                for burst, rest in self.scenario.cells:
+                    self._warm(setting)
+                    latency_ms, end_ns, sent = self._burst(setting, burst, rest)
+                    row = measured(
+                        round=number,
+                        setting=setting,
+                        rest_s=rest,
+                        burst_bytes=burst,
+                        latency_ms=latency_ms,
+                        end_ns=end_ns,
+                        sent=sent,
+                        netns_ino=netns_ino,
+                    )
+                    self.taken.append(row)
+                    yield row
+
+    def notes(self) -> list[str]:
+        """Sentences on what besides the congestion window was the limit."""
+        return limits(self.taken)
+
+    def _warm(self, setting: Setting) -> None:
+        """Send the largest burst over and over until the window no longer grows by it."""
+        largest = max(self.scenario.bursts)
+        still = 0
+        for _ in range(_WARM_TRIES):
+            _, _, sent = self._burst(setting, largest, 0)
+            grown = sent.end.snd_cwnd > sent.before.snd_cwnd
+            still = 0 if grown else still + 1
+            if still == 2 or sent.end.snd_cwnd * sent.end.snd_mss >= 1.9 * largest:
+                return
+
+    def _burst(self, setting: Setting, size: int, rest_s: float) -> tuple[float, int, wire.Sent]:
+        """Rest, send, wait: latency in ms, the end in ns, the kernel's account."""
+        sock = self._socks[setting]
+        time.sleep(max(0.0, (self._last_ns[setting] - time.monotonic_ns()) / 1e9 + rest_s))
+        self._number += 1
+        payload = bytearray(size)
+        wire.STAMP.pack_into(payload, 0, self._number, size)
+        try:
+            sent = wire.send_burst(sock, payload)
+            if not self.plain:
+                wire.receive(sock, len(wire.DONE))
+            elif not sent.acked:
+                raise ConnectionResetError("it closed the connection, or isn't a sink")
+        except OSError as e:
+            raise CwndtraceError(
+                f"the server at {self._host} port {self._port} went away: {e}",
+                f"what was measured until then is kept: {len(self.taken)} bursts",
+            ) from e
+        # With a plain sink the end is when the acknowledgement was noticed, a millisecond late at most.
+        end_ns = sent.end_ns if self.plain else time.monotonic_ns()
+        self._last_ns[setting] = end_ns
+        return (end_ns - sent.start_ns) / 1e6, end_ns, sent

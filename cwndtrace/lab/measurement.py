@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One measured burst, and many of them as a DataFrame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+import pandas as pd
+
+from cwndtrace.lab.wire import Sent
+
+Setting = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One burst after one rest. Windows in segments, times in the unit of their name, on CLOCK_MONOTONIC."""
+
+    round: int
+    setting: Setting
+    """net.ipv4.tcp_slow_start_after_idle"""
+    rest_s: float
+    burst_bytes: int
+    latency_ms: float
+    """from the request (or, where the sender rests by itself, from its first byte) to the last byte, at the receiver"""
+    start_ns: int
+    """when the sender began"""
+    end_ns: int
+    """when the last byte was in"""
+    idle_ms: float
+    """how long the sender's kernel had sent no data"""
+    cwnd_before: int
+    cwnd_after: int
+    """after the first write, before any acknowledgement"""
+    cwnd_end: int
+    """once all was acknowledged"""
+    ssthresh_before: int
+    ssthresh_after: int
+    srtt_ms: float
+    min_rtt_ms: float
+    rto_ms: float
+    mss: int
+    snd_wnd: int
+    """bytes that the receiver offered"""
+    sndbuf: int
+    """send buffer as the kernel counts it, bytes"""
+    taken_at_once: int
+    """bytes that the send buffer took before it was full"""
+    rwnd_limited_ms: float
+    sndbuf_limited_ms: float
+    retrans: int
+    """segments"""
+    read_ms: float
+    """the longest single read from the slow device during the rest; 0 without one"""
+    sock_cookie: int
+    netns_ino: int
+    sport: int
+    """the sender's port"""
+
+    @property
+    def reset(self) -> bool:
+        """Whether the window fell when the burst began."""
+        return self.cwnd_after < self.cwnd_before
+
+
+def measured(
+    *,
+    round: int,
+    setting: Setting,
+    rest_s: float,
+    burst_bytes: int,
+    latency_ms: float,
+    end_ns: int,
+    sent: Sent,
+    netns_ino: int,
+    read_ms: float = 0.0,
+) -> Measurement:
+    """A measurement from both ends' accounts."""
+    before, after, end = sent.before, sent.after, sent.end
+    return Measurement(
+        round=round,
+        setting=setting,
+        rest_s=rest_s,
+        burst_bytes=burst_bytes,
+        latency_ms=latency_ms,
+        start_ns=sent.start_ns,
+        end_ns=end_ns,
+        idle_ms=float(before.last_data_sent),
+        cwnd_before=before.snd_cwnd,
+        cwnd_after=after.snd_cwnd,
+        cwnd_end=end.snd_cwnd,
+        ssthresh_before=before.snd_ssthresh,
+        ssthresh_after=after.snd_ssthresh,
+        srtt_ms=before.rtt / 1e3,
+        min_rtt_ms=before.min_rtt / 1e3,
+        rto_ms=before.rto / 1e3,
+        mss=before.snd_mss,
+        snd_wnd=before.snd_wnd,
+        sndbuf=sent.sndbuf,
+        taken_at_once=sent.first_bytes,
+        rwnd_limited_ms=(end.rwnd_limited - before.rwnd_limited) / 1e3,
+        sndbuf_limited_ms=(end.sndbuf_limited - before.sndbuf_limited) / 1e3,
+        retrans=end.total_retrans - before.total_retrans,
+        read_ms=read_ms,
+        sock_cookie=sent.cookie,
+        netns_ino=netns_ino,
+        sport=sent.port,
+    )
+
+
+def frame(rows: Iterable[Measurement]) -> pd.DataFrame:
+    """A row a measurement, columns as the fields of ``Measurement``, in the order in which they were taken."""
+    return pd.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Measurement)])
+
+
+def limits(rows: Iterable[Measurement]) -> list[str]:
+    """Sentences on what besides the congestion window held bursts back; empty where nothing did."""
+    said: dict[tuple[str, int], str] = {}
+    for row in rows:
+        size = f"the burst of {row.burst_bytes:,} bytes"
+        if row.taken_at_once < row.burst_bytes:
+            said["sndbuf", row.burst_bytes] = (
+                f"{size} is bigger than the send buffer, which took {row.taken_at_once:,} bytes at once and held it"
+                f" back for {row.sndbuf_limited_ms:.0f} ms: raise net.ipv4.tcp_wmem, or the program's SO_SNDBUF"
+            )
+        if row.rwnd_limited_ms > max(1.0, 0.05 * row.latency_ms):
+            said["rwnd", row.burst_bytes] = (
+                f"{size} was held back by the receiver's window of {row.snd_wnd:,} bytes for"
+                f" {row.rwnd_limited_ms:.0f} ms: raise net.ipv4.tcp_rmem at the receiver"
+            )
+    return list(said.values())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network namespaces of the lab's own, kept under /run/netns as ``ip netns`` does, and what is set in them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from cwndtrace.errors import KernelLacks, PermissionNeeded
+from cwndtrace.kernel.netns import Namespace, inside
+
+RUN: Final = Path("/run/netns")
+_CLONE_NEWNET: Final = 0x40000000
+_MS_BIND: Final = 0x1000
+_MNT_DETACH: Final = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _create(path: Path) -> None:
+    _check(_libc.unshare(_CLONE_NEWNET))
+    # Of the thread, not of the process: only this thread is in the new namespace.
+    _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), b"none", _MS_BIND, None))
+
+
+@contextmanager
+def namespace(name: str) -> Iterator[Namespace]:
+    """A new network namespace, gone again at the end together with its devices and sysctls.
+
+    Raises PermissionNeeded without root, KernelLacks where the kernel or a sandbox refuses.
+    """
+    path = RUN / name
+    try:
+        RUN.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o444, exist_ok=False)
+    except PermissionError:
+        raise PermissionNeeded("the lab makes network namespaces, which needs root", "prefix it with sudo") from None
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(_create, path).result()
+        yield Namespace(path.stat().st_ino, name, path)
+    except PermissionError as e:
+        raise PermissionNeeded(f"no network namespace could be made: {e.strerror}", "run as root, in no sandbox") from e
+    finally:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Unmount and remove a namespace's file; fine if it is gone already."""
+    _libc.umount2(os.fsencode(path), _MNT_DETACH)
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+def write_sysctl(where: Namespace, name: str, value: str) -> None:
+    """Set a sysctl in a namespace. Raises KernelLacks where there is no such sysctl per namespace."""
+
+    def write() -> None:
+        file = Path("/proc/sys", *name.split("."))
+        if not file.exists():
+            raise KernelLacks(f"this kernel has no {name} in a network namespace", "Linux 4.15 or later has it")
+        file.write_text(value, encoding="ascii")
+
+    inside(where, write)

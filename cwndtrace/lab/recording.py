@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A capture taken on a thread of its own while the lab runs on this one, and what it says of the lab's bursts."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import pandas as pd
+
+from cwndtrace.analysis import cost
+from cwndtrace.capture import session as sessions
+from cwndtrace.capture import stream
+from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import Filters
+from cwndtrace.store import CaptureWriter
+from cwndtrace.trace import Trace, load
+
+_STEP_S: Final = 0.1
+
+
+class Recording:
+    """Traces into ``path`` while it is entered. ``trace`` opens the capture afterwards.
+
+    Raises what opening a session or a capture raises, and on leaving what the thread ended with.
+    """
+
+    def __init__(self, path: Path, filters: Filters, version: str, *, probe: str | None = None) -> None:
+        self._path = path
+        self._filters = filters
+        self._version = version
+        self._probe = probe
+        self._stop = threading.Event()
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self.session: Session = stream.open_session(self._filters, probe=self._probe)
+        try:
+            about = sessions.describe(self.session, self._filters, self._version)
+            self._writer = CaptureWriter.create(self._path, about)
+        except BaseException:
+            self.session.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        status = "failed"
+        try:
+            while not self._stop.is_set():
+                self._keep(self.session.step(_STEP_S))
+            self._keep(self.session.finish())
+            status = "complete"
+        except Exception as e:
+            self._error = e
+        finally:
+            try:
+                self._writer.close(status, **sessions.ending(self.session))
+            except Exception as e:
+                self._error = self._error or e
+
+    def _keep(self, batches: list[sessions.Batch]) -> None:
+        for batch in batches:
+            self._writer.add(batch.event, batch.table)
+        self._writer.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.session.close()
+        if self._error is not None and error is None:
+            raise self._error
+
+    def trace(self) -> Trace:
+        """What was recorded."""
+        return load(self._path)
+
+
+def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
+    """One row a measured burst that a recorded idle reset began: the reset's columns and the burst's.
+
+    ``measurements`` as of lab.measurement.frame, ``resets`` of a Trace. A reset belongs to the burst of the same
+    socket during which it happened. ``missing`` in the result's ``attrs`` counts bursts whose window fell, by
+    TCP_INFO, and for which there is no record.
+    """
+    idle = resets[resets["reason"] == "idle"]
+    keys = ["netns_ino", "sport"]
+    joined = measurements.reset_index(names="burst").merge(idle, on=keys, suffixes=("_info", ""))
+    during = joined[(joined["ts_ns"] >= joined["start_ns"]) & (joined["ts_ns"] <= joined["end_ns"])].copy()
+    fell = measurements.index[measurements["cwnd_after"] < measurements["cwnd_before"]]
+    during.attrs["missing"] = len(set(fell) - set(during["burst"]))
+    return during
+
+
+def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
+    """Predicted beside measured cost, a row a burst with the setting on that a reset began.
+
+    Columns: ``burst_bytes``, ``rest_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
+    ``measured_ms``: the burst's latency less the median one of its burst and rest with the setting off.
+    """
+    off = measurements[measurements["setting"] == "off"]
+    baseline = off.groupby(["burst_bytes", "rest_s"])["latency_ms"].median().rename("baseline_ms")
+    on = matched(measurements[measurements["setting"] == "on"], resets)
+    priced = cost.price(on).join(baseline, on=["burst_bytes", "rest_s"])
+    return pd.DataFrame(
+        {
+            "burst_bytes": priced["burst_bytes"],
+            "rest_s": priced["rest_s"],
+            "ca_name": priced["ca_name"].astype(str),
+            "rtt_ms": priced["srtt_us"] / 1000,
+            "predicted_ms": priced["predicted_us"] / 1000,
+            "measured_ms": priced["latency_ms"] - priced["baseline_ms"],
+        }
+    ).dropna(ignore_index=True)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server to measure against: it answers requests by bursts, and swallows bursts that it is sent.
+
+Both modes are on one port (see cwndtrace.lab.wire); what speaks neither is swallowed as a plain sink does.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+
+from cwndtrace.errors import CwndtraceError, PermissionNeeded, UsageError
+from cwndtrace.lab import wire
+
+MAX_CONNECTIONS: Final = 64
+# A connection that says nothing for so long is closed: rests are bounded too.
+QUIET_S: Final = wire.MAX_REST_S + 60
+
+Rest = Callable[[float], dict[str, Any]]
+"""Rests for so many seconds by reading a disk; returns what it read."""
+
+
+@dataclass
+class Settings:
+    """What a server's connections get; ``disk`` spends a rest reading, and without it such requests are refused."""
+
+    cc: str | None = None
+    sndbuf: int | None = None
+    disk: Rest | None = None
+    on_burst: Callable[[dict[str, Any]], None] | None = None
+    """told of each burst sent: ``id``, ``size``, ``read`` (from disk), ``sent`` (``wire.Sent``), on some thread"""
+    on_error: Callable[[CwndtraceError], None] | None = None
+    """told of what went wrong with one connection"""
+    patience_s: float = 60.0
+    """how long a peer may take to take in a burst's next bytes"""
+
+
+@dataclass
+class Totals:
+    """What a server has done so far."""
+
+    connections: int = 0
+    refused: int = 0
+    bursts_sent: int = 0
+    bursts_taken: int = 0
+    bytes_taken: int = 0
+    open: set[socket.socket] = field(default_factory=set)
+
+
+class Server:
+    """Listens from the start; ``run`` accepts until ``close``. A context manager."""
+
+    def __init__(self, host: str, port: int, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.totals = Totals()
+        self._lock = threading.Lock()
+        self._closed = False
+        if not 0 <= port < 65536:
+            raise UsageError(f"no port {port}", "ports go from 0 (any free one) to 65535")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
+        except OSError as e:
+            raise _cannot_listen(host, port, e) from e
+        try:
+            wire.set_up(self._listener, self.settings.cc, self.settings.sndbuf)
+        except BaseException:
+            self._listener.close()
+            raise
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self._listener.getsockname()[1])
+
+    def run(self) -> None:
+        """Accept connections until ``close``; a thread each."""
+        while not self._closed:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                # Closed; or else out of descriptors, or the peer went away in the queue: those don't end the server.
+                time.sleep(0.05)
+                continue
+            with self._lock:
+                full = len(self.totals.open) >= MAX_CONNECTIONS
+                if not full:
+                    self.totals.open.add(sock)
+                    self.totals.connections += 1
+                else:
+                    self.totals.refused += 1
+            if full:
+                sock.close()
+            else:
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(QUIET_S)
+            self._speak(sock)
+        except CwndtraceError as e:
+            if self.settings.on_error is not None:
+                self.settings.on_error(e)
+        except OSError:
+            pass  # the peer went away, which is its right
+        finally:
+            with self._lock:
+                self.totals.open.discard(sock)
+            sock.close()
+
+    def _speak(self, sock: socket.socket) -> None:
+        opening = sock.recv(len(wire.HELLO) + 1, socket.MSG_WAITALL)
+        mode = opening[len(wire.HELLO) :]
+        if opening[: len(wire.HELLO)] != wire.HELLO or mode not in (wire.REPLY, wire.SINK):
+            self._swallow(sock, None)
+            return
+        wire.set_up(sock, self.settings.cc, self.settings.sndbuf)
+        sock.sendall(wire.HELLO)
+        while self._reply(sock) if mode == wire.REPLY else self._take(sock):
+            sock.settimeout(QUIET_S)
+
+    def _reply(self, sock: socket.socket) -> bool:
+        raw = sock.recv(wire.REQUEST.size, socket.MSG_WAITALL)
+        if len(raw) < wire.REQUEST.size:
+            return False
+        size, number, rest_s, how = wire.REQUEST.unpack(raw)
+        if not wire.MIN_BURST <= size <= wire.MAX_BURST or not 0 <= rest_s <= wire.MAX_REST_S or how > 2:
+            raise UsageError(f"a peer asked for {size} bytes after {rest_s:g} s: out of bounds")
+        read: dict[str, Any] = {}
+        if wire.RESTS[how] == "disk":
+            if self.settings.disk is None:
+                raise UsageError("a peer asked for a rest on disk, and this server has no slow device")
+            read = self.settings.disk(rest_s)
+        elif wire.RESTS[how] == "timer":
+            time.sleep(rest_s)
+        payload = bytearray(size)
+        wire.STAMP.pack_into(payload, 0, number, time.monotonic_ns())
+        sock.settimeout(self.settings.patience_s)
+        sent = wire.send_burst(sock, payload)
+        with self._lock:
+            self.totals.bursts_sent += 1
+        if self.settings.on_burst is not None:
+            self.settings.on_burst({"id": number, "size": size, "read": read, "sent": sent.to_dict()})
+        return True
+
+    def _take(self, sock: socket.socket) -> bool:
+        raw = sock.recv(wire.STAMP.size, socket.MSG_WAITALL)
+        if len(raw) < wire.STAMP.size:
+            return False
+        _, size = wire.STAMP.unpack(raw)
+        if not wire.MIN_BURST <= size <= wire.MAX_BURST:
+            raise UsageError(f"a peer sent a burst of {size} bytes: out of bounds")
+        sock.settimeout(self.settings.patience_s)
+        self._swallow(sock, size - len(raw))
+        with self._lock:
+            self.totals.bursts_taken += 1
+        sock.sendall(wire.DONE)
+        return True
+
+    def _swallow(self, sock: socket.socket, size: int | None) -> None:
+        """Read and drop ``size`` bytes, or all there are until the end."""
+        room = bytearray(1 << 18)
+        while size is None or size > 0:
+            count = sock.recv_into(room, 0 if size is None else min(size, len(room)))
+            if not count:
+                if size is None:
+                    return
+                raise ConnectionResetError("the peer closed the connection inside a burst")
+            with self._lock:
+                self.totals.bytes_taken += count
+            if size is not None:
+                size -= count
+
+    def close(self) -> None:
+        """Stop accepting and end the connections; may be called from another thread or a signal handler."""
+        self._closed = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in list(self.totals.open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _cannot_listen(host: str, port: int, e: OSError) -> CwndtraceError:
+    if isinstance(e, PermissionError):
+        return PermissionNeeded(f"port {port} is for root only", "choose one above 1023")
+    if e.errno == errno.EADDRINUSE:
+        return UsageError(f"port {port} is taken", "choose another, or stop what listens there: ss -ltnp")
+    return UsageError(f"can't listen on {host} port {port}: {e.strerror or e}", "give an address of this machine")

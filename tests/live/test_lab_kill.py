@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lab killed at any moment leaves nothing that the next start doesn't clean, and the host's settings as they were."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cwndtrace.lab import cleanup, disk
+from cwndtrace.lab.namespaces import namespace
+from cwndtrace.lab.owner import Owner, started
+
+pytestmark = pytest.mark.live
+
+RUN = """
+import sys
+from dataclasses import replace
+from cwndtrace.lab.experiment import Lab
+from cwndtrace.lab.link import Link
+from cwndtrace.lab.scenario import PRESETS
+print("begin", flush=True)
+scenario = replace(PRESETS[sys.argv[1]], link=Link(rtt_ms=20), rests=(0.3,), bursts=(300_000,), rounds=100)
+with Lab(scenario) as lab:
+    for row in lab.rows():
+        pass
+"""
+
+
+def sysctls() -> dict[str, str]:
+    """What of the host's TCP settings can be read; some change by themselves."""
+    folder = Path("/proc/sys/net/ipv4")
+    return {f.name: f.read_text() for f in folder.glob("tcp_*") if os.access(f, os.R_OK) and "key" not in f.name}
+
+
+def processes_of(pid: int) -> list[int]:
+    """Processes of the lab that a parent started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(part.startswith(b"cwndtrace.lab.") for part in command) and str(pid).encode() in command:
+                found.append(int(entry.name))
+    return found
+
+
+def things_of(pid: int) -> list[str]:
+    """All else that carries a run's name: namespaces, cgroups, devices, notes, loop devices."""
+    prefix = f"cwt-{pid}-"
+    folders = [
+        Path("/run/netns"),
+        disk.CONFIGFS,
+        cleanup.NOTES,
+        *Path("/sys/fs/cgroup").glob("*"),
+        Path("/sys/fs/cgroup"),
+    ]
+    found = [str(entry) for folder in folders if folder.is_dir() for entry in folder.iterdir() if prefix in entry.name]
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        if prefix in backing.read_text():
+            found.append(str(backing))
+    return found
+
+
+def eventually(done: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether ``done`` comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.parametrize("preset", ["quick", "disk"])
+def test_killed_at_random_moments(preset: str) -> None:
+    before = sysctls()
+    seen = 0
+    moments = random.Random(11)
+    for _ in range(5):
+        run = subprocess.Popen([sys.executable, "-c", RUN, preset], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert run.stdout is not None
+        try:
+            assert run.stdout.readline() == b"begin\n"
+            # Not waiting for something: the moment is the point.
+            time.sleep(moments.uniform(0, 3))
+        finally:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            run.stdout.close()
+        # The kernel ends the children with their parent, before any sweep.
+        assert eventually(lambda pid=run.pid: not processes_of(pid))  # type: ignore[misc]
+        seen += bool(things_of(run.pid))
+        cleanup.sweep()
+        assert eventually(lambda pid=run.pid: not things_of(pid)), things_of(run.pid)  # type: ignore[misc]
+        assert cleanup.sweep() == []
+        assert sysctls() == before
+    assert seen, "no kill hit a lab that was up"
+
+
+def test_what_belongs_to_the_living_and_to_others_is_left_alone() -> None:
+    with namespace(Owner.new().name("test")) as mine:
+        stranger = Path("/run/netns/cwt-stranger")
+        stranger.touch()
+        try:
+            cleanup.sweep()
+            assert mine.path.exists()
+            assert stranger.exists()
+        finally:
+            stranger.unlink()
+
+
+def test_a_leftover_process_is_ended() -> None:
+    """One that outlived its parent, as where the kernel's signal at a parent's death was lost."""
+    gone = subprocess.Popen(["true"])
+    start = started(gone.pid)
+    gone.wait()
+    dead = Owner(gone.pid, start, 1)
+    with namespace(dead.name("server")) as where:
+        stray = subprocess.Popen(
+            [
+                "nsenter",
+                f"--net={where.path}",
+                sys.executable,
+                "-c",
+                "print(flush=True); input()",
+                "cwndtrace.lab.relay",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert stray.stdout is not None
+            stray.stdout.readline()
+            assert f"process {stray.pid}" in cleanup.sweep()
+            assert stray.wait(10) == -signal.SIGKILL
+            assert not where.path.exists()
+        finally:
+            stray.kill()
+            stray.communicate()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The path is as long, as wide and as lossy as asked for, and carries bytes unharmed.
+
+In namespaces that the test makes. Bounds leave room for a busy machine where being late is no error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path as File
+from typing import Any, Literal
+
+import pytest
+
+from cwndtrace.errors import KernelLacks
+from cwndtrace.kernel import netns
+from cwndtrace.lab import wire
+from cwndtrace.lab.link import Link
+from cwndtrace.lab.path import Path, open_path
+from cwndtrace.lab.tcpinfo import TcpInfo
+
+pytestmark = pytest.mark.live
+
+SEGMENTED = Link(rtt_ms=20, rate=100e6)
+
+
+@contextmanager
+def connection(path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a TCP connection from the client's namespace to the server's."""
+    family = socket.AF_INET6 if ":" in path.server.address else socket.AF_INET
+    listener = netns.inside(
+        path.server.namespace, lambda: socket.create_server((path.server.address, 0), family=family)
+    )
+    with listener:
+        where = listener.getsockname()[:2]
+        client = netns.inside(path.client.namespace, lambda: socket.create_connection(where, 30))
+        server, _ = listener.accept()
+    server.settimeout(60)
+    # The default here may be BBR, whose pace is no measure of the path.
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    with client, server:
+        yield client, server
+
+
+def transfer(server: socket.socket, client: socket.socket, data: bytes) -> tuple[bytes, float]:
+    """What came in of ``data``, and the seconds it took."""
+    sender = threading.Thread(target=server.sendall, args=(data,))
+    begin = time.monotonic()
+    sender.start()
+    received = wire.receive(client, len(data))
+    took = time.monotonic() - begin
+    sender.join()
+    return received, took
+
+
+def least_rtt_ms(path: Path) -> float:
+    with connection(path) as (client, server):
+        for _ in range(8):
+            client.sendall(b"?")
+            wire.receive(server, 1)
+            server.sendall(b"!")
+            wire.receive(client, 1)
+        return TcpInfo.of(client).min_rtt / 1e3
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("rtt_ms", [10.0, 100.0])
+def test_the_rtt_is_held(family: Literal[4, 6], rtt_ms: float) -> None:
+    with open_path(Link(rtt_ms=rtt_ms), family) as path:
+        reached = least_rtt_ms(path)
+        warned = path.warnings()
+    assert rtt_ms <= reached < rtt_ms * 1.05 + 1
+    assert warned == []
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("link", [Link(rtt_ms=20), SEGMENTED], ids=["whole", "segmented"])
+def test_bytes_arrive_unharmed(family: Literal[4, 6], link: Link) -> None:
+    data = random.Random(7).randbytes(5_000_000)
+    with open_path(link, family) as path, connection(path) as (client, server):
+        received, _ = transfer(server, client, data)
+        figures, warned = path.figures(), path.warnings()
+    assert hashlib.sha256(received).digest() == hashlib.sha256(data).digest()
+    if path.kind == "relay":
+        # Whole super-segments, where allowed, and packets of an MTU otherwise.
+        assert (figures["to_client"]["packets"] < 2000) == (not link.segmented)
+        assert figures["to_client"]["bytes"] >= len(data)
+        assert warned == []
+
+
+def test_the_rate_is_held() -> None:
+    # A queue that never overflows, so that nothing but the rate counts.
+    link = Link(rtt_ms=20, rate=40e6, queue_bytes=4_000_000)
+    with open_path(link) as path, connection(path) as (client, server):
+        data = bytes(3_000_000)
+        _, took = transfer(server, client, data)
+        retrans = TcpInfo.of(server).total_retrans
+    line_s = len(data) * 8 * 1500 / 1448 / 40e6
+    assert retrans == 0
+    assert line_s <= took < line_s * 1.15 + 0.3
+
+
+def test_a_full_queue_drops_and_tcp_recovers() -> None:
+    with open_path(Link(rtt_ms=20, rate=20e6, queue_bytes=30_000)) as path, connection(path) as (client, server):
+        transfer(server, client, bytes(1_000_000))
+        retrans = TcpInfo.of(server).total_retrans
+        figures = path.figures()
+    assert retrans > 0
+    if path.kind == "relay":
+        assert figures["to_client"]["dropped"] > 0
+        assert figures["to_client"]["lost"] == 0
+
+
+def test_losses_happen_as_often_as_asked() -> None:
+    with open_path(Link(rtt_ms=4, loss=0.02)) as path, connection(path) as (client, server):
+        transfer(server, client, bytes(3_000_000))
+        retrans = TcpInfo.of(server).total_retrans
+        figures = path.figures()
+    assert retrans > 10
+    if path.kind == "relay":
+        there = figures["to_client"]
+        assert 0.01 < there["lost"] / (there["lost"] + there["packets"]) < 0.035
+
+
+def test_a_forced_kind_is_used_or_refused() -> None:
+    with open_path(Link(rtt_ms=20), force="relay") as path:
+        assert path.kind == "relay"
+        assert least_rtt_ms(path) >= 20
+    with open_path(Link(rtt_ms=20)) as path:
+        has_netem = path.kind == "netem"
+    if has_netem:
+        with open_path(Link(rtt_ms=20), force="netem") as path:
+            assert path.kind == "netem"
+    else:
+        with pytest.raises(KernelLacks, match="netem") as caught, open_path(Link(rtt_ms=20), force="netem"):
+            pass
+        assert "sch_netem" in caught.value.remedy
+
+
+def test_a_relay_that_falls_behind_says_by_how_much() -> None:
+    with open_path(Link(rtt_ms=20), force="relay") as path, connection(path) as (client, server):
+        assert path.relay is not None
+        assert path.warnings() == []
+        client.sendall(b"?")
+        # While it is stopped, what it holds becomes late: wait for what it would have delivered.
+        os.kill(path.relay.pid, signal.SIGSTOP)
+        server.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            server.recv(1)
+        os.kill(path.relay.pid, signal.SIGCONT)
+        server.settimeout(10)
+        assert server.recv(1) == b"?"
+        figures = path.figures()
+        said = path.warnings()
+    assert figures["to_server"]["late_max_ms"] > 200
+    assert len(said) == 1
+    assert "the path was not held" in said[0]
+
+
+def test_without_netem_and_tun_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cwndtrace.lab import path as module
+
+    def refused(*_: Any) -> str:
+        return "this kernel has no netem"
+
+    def no_relay(*_: Any) -> None:
+        raise KernelLacks("no TUN device: No such file or directory", "modprobe tun")
+
+    class Failing:
+        def __init__(self, *_: str) -> None: ...
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        receive: Callable[..., None] = no_relay
+
+    monkeypatch.setattr(module, "_try_netem", refused)
+    monkeypatch.setattr(module, "Child", Failing)
+    with pytest.raises(KernelLacks) as caught, open_path(Link(rtt_ms=20)):
+        pass
+    assert "no netem" in caught.value.cause
+    assert "no TUN" in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_nothing_is_left_and_the_host_is_untouched() -> None:
+    def host() -> tuple[list[str], dict[str, str]]:
+        sysctls = {str(f): f.read_text() for f in File("/proc/sys/net/ipv4").glob("tcp_*") if f.stat().st_mode & 0o400}
+        return sorted(name for _, name in socket.if_nameindex()), sysctls
+
+    before = host()
+    with open_path(Link(rtt_ms=20)) as path:
+        names = [path.client.namespace.path, path.server.namespace.path]
+        assert all(name.exists() for name in names)
+        assert host() == before
+    assert not any(name.exists() for name in names)
+    assert host() == before

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every reset that the sender's own TCP_INFO tells of is in the capture, with the same windows; and no other one.
+
+On whatever rungs this kernel has, in namespaces that the test makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from cwndtrace.capture.session import Batch
+from cwndtrace.capture.source import Filters
+from cwndtrace.capture.stream import open_session
+from cwndtrace.errors import BccError, KernelLacks, NoRung
+from cwndtrace.lab.experiment import Lab
+from cwndtrace.lab.scenario import PRESETS
+
+pytestmark = pytest.mark.live
+
+
+def test_the_capture_has_what_tcp_info_tells() -> None:
+    scenario = replace(PRESETS["quick"], bursts=(100_000, 1_000_000), rests=(0.1, 0.6), rounds=2)
+    batches: list[Batch] = []
+    with Lab(scenario) as lab:
+        try:
+            session = open_session(Filters(netns=lab.path.server.namespace.inode), block=False, connections=False)
+        except (BccError, NoRung) as e:
+            pytest.skip(e.cause)
+        with session:
+            for _ in lab.rows():
+                batches += session.step(0)
+            batches += session.finish()
+        rows = lab.taken
+    records = pd.concat([b.to_pandas() for b in batches if b.event == "cwnd_reset"])
+    assert [row.reset for row in rows] == [row.setting == "on" and row.rest_s > 0.3 for row in rows]
+    for row in rows:
+        mine = records[(records["ts_ns"] >= row.start_ns) & (records["ts_ns"] <= row.end_ns)]
+        assert len(mine) == row.reset, row
+        if not row.reset:
+            continue
+        record = mine.iloc[0]
+        assert record["sport"] == row.sport
+        assert record["sock_cookie"] in (row.sock_cookie, 0)
+        assert (record["cwnd_before"], record["cwnd_after"]) == (row.cwnd_before, row.cwnd_after)
+        assert record["ssthresh_after"] == row.ssthresh_after
+        # TCP_INFO counts in milliseconds, the records in ticks of the kernel.
+        assert abs(record["idle_us"] / 1e3 - row.idle_ms) < 12
+    assert session.tally.lost.get("cwnd_reset", 0) == 0
+
+
+def test_a_rest_on_a_slow_disk_is_covered_by_the_servers_own_block_io() -> None:
+    batches: list[Batch] = []
+    try:
+        with Lab(replace(PRESETS["disk"], rounds=1)) as lab:
+            server = lab.server.child.pid
+            with open_session(Filters(), connections=False) as session:
+                for _ in lab.rows():
+                    batches += session.step(0)
+                batches += session.finish()
+            rows = lab.taken
+    except (BccError, KernelLacks) as e:
+        pytest.skip(e.cause)
+    reads = pd.concat([b.to_pandas() for b in batches if b.event == "block_io"])
+    mine = reads[(reads["tgid"] == server) & (reads["op"] == "read")]
+    for row in rows:
+        rest = mine[(mine["done_ns"] <= row.start_ns) & (mine["start_ns"] >= row.start_ns - (row.rest_s + 0.3) * 1e9)]
+        covered = (rest["done_ns"] - rest["start_ns"]).sum() / 1e9
+        assert covered > 0.8 * row.rest_s
+        assert (rest["bytes"] == 4096).all()

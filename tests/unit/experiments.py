@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A believable experiment: what FACTS.md measured over a path of 100 ms, with some noise, and its records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from cwndtrace.lab import statistics
+from cwndtrace.lab.measurement import Measurement, frame
+from tests.unit import frames
+
+RTT_MS, RTO_MS, MSS, FULL = 100.0, 308.0, 1448, 2796
+ON_MS = {
+    100_000: {0.15: 102.0, 1.0: 101.0, 2.0: 202.0},
+    300_000: {0.15: 103.0, 1.0: 104.0, 2.0: 306.0},
+    1_000_000: {0.15: 108.0, 1.0: 210.0, 2.0: 410.0},
+    2_000_000: {0.15: 111.0, 1.0: 315.0, 2.0: 616.0},
+}
+"""Latency with the setting on, by burst and rest."""
+OFF_MS = {100_000: 102.0, 300_000: 104.0, 1_000_000: 108.0, 2_000_000: 112.0}
+RESTS = (0.15, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment leaves: measurements, and for each setting resets and observed windows."""
+
+    taken: pd.DataFrame
+    resets: dict[str, pd.DataFrame]
+    observed: dict[str, pd.DataFrame]
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """As ``reproduce`` makes it."""
+        return statistics.summarise(self.taken)
+
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """Predicted beside measured cost of what a reset began."""
+        rng = np.random.default_rng(5)
+        on = self.taken[(self.taken["setting"] == "on") & (self.taken["cwnd_after"] < self.taken["cwnd_before"])]
+        cost = on["latency_ms"] - on["burst_bytes"].map(OFF_MS)
+        trips = (cost / RTT_MS).round() + rng.choice([0, 0, 0, 0, 0, 0, 0, 1], len(on))
+        return pd.DataFrame(
+            {
+                "burst_bytes": on["burst_bytes"],
+                "rest_s": on["rest_s"],
+                "ca_name": "cubic",
+                "rtt_ms": on["srtt_ms"],
+                "predicted_ms": trips * on["srtt_ms"],
+                "measured_ms": cost,
+            }
+        ).reset_index(drop=True)
+
+
+def halved(before: int, rest_ms: float, initial: int = 10) -> int:
+    """The kernel's loop, as it is written there."""
+    delta, cwnd, restart = rest_ms - RTO_MS, before, min(initial, before)
+    while delta > 0 and cwnd > restart:
+        cwnd >>= 1
+        delta -= RTO_MS
+    return max(cwnd, restart)
+
+
+def experiment(
+    *, rounds: int = 5, bursts: tuple[int, ...] = tuple(ON_MS), rests: tuple[float, ...] = RESTS, seed: int = 3
+) -> Experiment:
+    """Rounds of turns with the setting on and off, each of all bursts after all rests."""
+    rng = np.random.default_rng(seed)
+    rows: list[Measurement] = []
+    records: list[pd.DataFrame] = []
+    windows: dict[str, list[tuple[int, int]]] = {"on": [], "off": []}
+    now = frames.MONO + frames.SECOND
+    for number in range(1, rounds + 1):
+        for setting in ("on", "off"):
+            for rest in rests:
+                for burst in bursts:
+                    start = now + int(rest * 1e9)
+                    idle = rest * 1e3 + float(rng.uniform(0, 12))
+                    before = FULL + int(rng.integers(-60, 60)) if setting == "on" else FULL
+                    after = halved(before, idle) if setting == "on" else before
+                    known = ON_MS.get(burst, ON_MS[2_000_000])
+                    on_ms = known.get(rest, known[2.0])
+                    base = on_ms if setting == "on" else OFF_MS.get(burst, 112.0)
+                    latency = base + float(rng.gamma(1.5, 1.6))
+                    end = start + int(latency * 1e6)
+                    last = before
+                    if after < before:
+                        record = frames.pandas(frames.table("cwnd_reset", frames.reset(
+                            idle_us=int(idle * 1e3), cwnd_before=before, cwnd_after=after, rto_us=int(RTO_MS * 1e3),
+                            srtt_us=100_400, ts_ns=start + 60_000, sport=5001,
+                        )))  # fmt: skip
+                        records.append(record)
+                        trips = round(latency / RTT_MS)
+                        windows["on"] += [(start + int(n * 0.98e8), min(before, after << n)) for n in range(1, trips)]
+                        last = min(before, after << trips)
+                    rows.append(Measurement(
+                        round=number, setting="on" if setting == "on" else "off", rest_s=rest, burst_bytes=burst,
+                        latency_ms=latency, start_ns=start, end_ns=end, idle_ms=idle, cwnd_before=before,
+                        cwnd_after=after, cwnd_end=last, ssthresh_before=2**31 - 1, ssthresh_after=2**31 - 1,
+                        srtt_ms=100.4, min_rtt_ms=RTT_MS, rto_ms=RTO_MS, mss=MSS, snd_wnd=8_000_000, sndbuf=16_000_000,
+                        taken_at_once=burst, rwnd_limited_ms=0.0, sndbuf_limited_ms=0.0, retrans=0, read_ms=0.0,
+                        sock_cookie=33 if setting == "on" else 34, netns_ino=frames.NETNS, sport=5001,
+                    ))  # fmt: skip
+                    now = end + (500_000_000 if after < before else 110_000_000)
+    empty = frames.pandas(frames.table("cwnd_reset"))
+    observed = {s: pd.DataFrame(points, columns=["ts_ns", "cwnd"]).astype("int64") for s, points in windows.items()}
+    resets = {"on": pd.concat(records, ignore_index=True) if records else empty, "off": empty}
+    return Experiment(frame(rows), resets, observed)

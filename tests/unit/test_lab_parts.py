@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's small parts: names and their owners, TCP_INFO, scenarios, the server's manners."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
+from cwndtrace.lab import serve, wire
+from cwndtrace.lab.owner import Owner, started
+from cwndtrace.lab.scenario import PRESETS, Scenario
+from cwndtrace.lab.tcpinfo import TcpInfo
+
+# ---- owners ----------------------------------------------------------------------------------------
+
+
+def test_a_name_tells_its_owner() -> None:
+    owner = Owner.new()
+    assert Owner.of(owner.name("client")) == owner
+    assert Owner.of(owner.name()) == owner
+    assert owner.alive
+    assert Owner.new() != owner
+
+
+def test_a_pid_that_came_round_again_is_another_owner() -> None:
+    owner = Owner.new()
+    assert not replace(owner, start=owner.start + 1).alive
+    assert not replace(owner, pid=2**22 + 1).alive
+
+
+@pytest.mark.parametrize(
+    "name", ["cwt", "cwt-1", "cwt-1-2", "cwt-x-2-3", "acwt-1-2-3", "cwt-1-2-3-a/b", "eth0", "cwt-1-2-3-A"]
+)
+def test_other_names_have_no_owner(name: str) -> None:
+    assert Owner.of(name) is None
+
+
+def test_a_process_started_after_boot() -> None:
+    assert 0 < started(os.getpid()) < time.monotonic() * os.sysconf("SC_CLK_TCK") * 10 + 1e9
+    with pytest.raises(OSError, match=r"."):
+        started(2**22 + 1)
+
+
+# ---- TCP_INFO --------------------------------------------------------------------------------------
+
+OFFSETS = {
+    "rto": 8, "snd_mss": 16, "unacked": 24, "last_data_sent": 44, "last_data_recv": 52, "rtt": 68, "rttvar": 72,
+    "snd_ssthresh": 76, "snd_cwnd": 80, "total_retrans": 100, "notsent_bytes": 144, "min_rtt": 148, "snd_wnd": 228,
+}  # fmt: skip
+LONG_OFFSETS = {
+    "pacing_rate": 104, "bytes_acked": 120, "delivery_rate": 160, "busy_time": 168, "rwnd_limited": 176,
+    "sndbuf_limited": 184, "bytes_sent": 200,
+}  # fmt: skip
+"""Where struct tcp_info has them, from a C compiler."""
+
+
+def raw_info() -> bytes:
+    raw = bytearray(280)
+    raw[0], raw[1] = 1, 3
+    for number, offset in enumerate(OFFSETS.values(), start=100):
+        struct.pack_into("=I", raw, offset, number)
+    for number, offset in enumerate(LONG_OFFSETS.values(), start=1 << 40):
+        struct.pack_into("=Q", raw, offset, number)
+    return bytes(raw)
+
+
+def test_tcp_info_is_read_where_the_kernel_put_it() -> None:
+    info = TcpInfo.parse(raw_info())
+    assert (info.state, info.ca_state) == (1, 3)
+    assert [getattr(info, name) for name in OFFSETS] == list(range(100, 100 + len(OFFSETS)))
+    assert [getattr(info, name) for name in LONG_OFFSETS] == list(range(1 << 40, (1 << 40) + len(LONG_OFFSETS)))
+
+
+def test_an_older_kernels_tcp_info_is_shorter() -> None:
+    info = TcpInfo.parse(raw_info()[:192])
+    assert info.sndbuf_limited
+    assert info.bytes_sent == info.snd_wnd == 0
+    with pytest.raises(ValueError, match="TCP_INFO has 90 bytes"):
+        TcpInfo.parse(bytes(90))
+
+
+def test_tcp_info_of_a_real_socket() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        info = TcpInfo.of(sock)
+    assert info.state == 1
+    assert info.snd_cwnd >= 10
+    assert 500 < info.snd_mss < 66_000
+
+
+# ---- scenarios -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_possible(name: str) -> None:
+    PRESETS[name].check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bursts": ()}, {"rests": ()}, {"bursts": (1,)}, {"bursts": (10**12,)}, {"rests": (-1.0,)}, {"rests": (1e9,)},
+        {"rounds": 0}, {"rounds": 10**6}, {"family": 5}, {"cc": ""}, {"cc": "cu bic"}, {"sndbuf": 1},
+    ],
+)  # fmt: skip
+def test_impossible_scenarios_are_refused_with_a_remedy(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError) as caught:
+        replace(Scenario(), **change).check()  # type: ignore[arg-type]
+    assert caught.value.remedy
+
+
+# ---- the server ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def errors() -> list[CwndtraceError]:
+    return []
+
+
+@pytest.fixture
+def server(errors: list[CwndtraceError]) -> Iterator[serve.Server]:
+    with serve.Server("127.0.0.1", 0, serve.Settings(on_error=errors.append)) as listener:
+        thread = threading.Thread(target=listener.run)
+        thread.start()
+        yield listener
+        listener.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def connect(server: serve.Server, opening: bytes) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", server.port), 10)
+    sock.sendall(opening)
+    return sock
+
+
+def test_it_answers_requests(server: serve.Server) -> None:
+    with connect(server, wire.HELLO + wire.REPLY) as sock:
+        assert wire.receive(sock, 4) == wire.HELLO
+        for number, size in enumerate((16, 100_000, 3_000_000)):
+            sock.sendall(wire.REQUEST.pack(size, number, 0.0, 0))
+            answer = wire.receive(sock, size)
+            assert wire.STAMP.unpack_from(answer)[0] == number
+            assert 0 < wire.STAMP.unpack_from(answer)[1] <= time.monotonic_ns()
+
+
+def test_it_takes_bursts_and_says_so(server: serve.Server) -> None:
+    with connect(server, wire.HELLO + wire.SINK) as sock:
+        assert wire.receive(sock, 4) == wire.HELLO
+        for size in (16, 2_000_000):
+            burst = bytearray(size)
+            wire.STAMP.pack_into(burst, 0, 1, size)
+            sock.sendall(burst)
+            assert wire.receive(sock, 1) == wire.DONE
+    assert server.totals.bursts_taken == 2
+
+
+def test_it_swallows_what_speaks_otherwise(server: serve.Server) -> None:
+    with connect(server, b"GET / HTTP/1.1\r\n" + bytes(500_000)) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        wire.REQUEST.pack(1 << 60, 1, 0.0, 0),
+        wire.REQUEST.pack(1, 1, 0.0, 0),
+        wire.REQUEST.pack(100, 1, -1.0, 1),
+        wire.REQUEST.pack(100, 1, float("nan"), 1),
+        wire.REQUEST.pack(100, 1, 1e30, 1),
+        wire.REQUEST.pack(100, 1, 0.0, 9),
+        wire.REQUEST.pack(100, 1, 0.0, 2),
+    ],
+)
+def test_it_refuses_what_is_out_of_bounds(server: serve.Server, errors: list[CwndtraceError], request_: bytes) -> None:
+    with connect(server, wire.HELLO + wire.REPLY) as sock:
+        wire.receive(sock, 4)
+        sock.sendall(request_)
+        assert sock.recv(1) == b""
+    assert len(errors) == 1
+
+
+def test_it_takes_only_so_many_connections(server: serve.Server) -> None:
+    socks = [connect(server, wire.HELLO + wire.REPLY) for _ in range(serve.MAX_CONNECTIONS)]
+    try:
+        for sock in socks:
+            wire.receive(sock, 4)
+        with connect(server, b"") as one_more:
+            assert one_more.recv(1) == b""
+        assert server.totals.refused == 1
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_a_taken_port_is_said(server: serve.Server) -> None:
+    with pytest.raises(UsageError, match="is taken"):
+        serve.Server("127.0.0.1", server.port)
+    with pytest.raises(UsageError, match="no port"):
+        serve.Server("127.0.0.1", 70_000)
+    with pytest.raises(UsageError, match="can't listen on"):
+        serve.Server("192.0.2.77", 0)
+
+
+def test_an_unknown_congestion_control_is_said() -> None:
+    with pytest.raises(KernelLacks, match="no congestion control nonesuch") as caught:
+        serve.Server("127.0.0.1", 0, serve.Settings(cc="nonesuch"))
+    assert "reno" in caught.value.remedy

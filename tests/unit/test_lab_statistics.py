@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Medians, intervals and verdicts, on measurements whose answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cwndtrace.lab import statistics
+from cwndtrace.lab.measurement import Measurement, Setting, frame, limits, measured
+from cwndtrace.lab.tcpinfo import TcpInfo
+from cwndtrace.lab.wire import Sent
+
+
+def row(setting: Setting, latency_ms: float, burst: int = 1_000_000, rest: float = 1.0, **over: Any) -> Measurement:
+    """A burst of 50 ms of RTT; the window falls when the setting is on."""
+    before = TcpInfo(snd_cwnd=1392, rtt=51_000, min_rtt=50_000, rto=252_000, snd_mss=1448, snd_wnd=2_000_000)
+    after = TcpInfo(snd_cwnd=174 if setting == "on" else 1392)
+    end = TcpInfo(snd_cwnd=1392, sndbuf_limited=over.get("sndbuf_limited", 0), rwnd_limited=over.get("rwnd_limited", 0))
+    sent = Sent(before, after, end, 1, 2, 3, over.get("first", burst), True, 4_000_000, 9, 5001)
+    return measured(
+        round=1,
+        setting=setting,
+        rest_s=rest,
+        burst_bytes=burst,
+        latency_ms=latency_ms,
+        end_ns=3,
+        sent=sent,
+        netns_ino=4,
+    )
+
+
+def table(on: list[float], off: list[float], **over: Any) -> pd.DataFrame:
+    return frame([row("on", v, **over) for v in on] + [row("off", v, **over) for v in off])
+
+
+def test_a_clear_cost() -> None:
+    summary = statistics.summarise(table([150, 152, 151, 153], [50, 51, 52, 50]))
+    assert len(summary) == 1
+    cell = summary.iloc[0]
+    assert cell["median_on_ms"] == 151.5
+    assert cell["median_off_ms"] == 50.5
+    assert cell["cost_ms"] == 101
+    assert cell["cost_rtts"] == pytest.approx(101 / 50)
+    assert 97 < cell["cost_low_ms"] <= 101 <= cell["cost_high_ms"] < 104
+    assert cell["resets_on"] == 1
+    assert cell["verdict"].startswith("1 MB after 1 s: the setting cost 101 ms (2.0 round trips), 95 % interval")
+    assert "cost up to 101 ms" in statistics.overall(summary)
+
+
+def test_no_difference_costs_nothing() -> None:
+    summary = statistics.summarise(table([50, 51, 52, 53], [50, 51, 52, 53]))
+    assert "cost nothing" in summary.iloc[0]["verdict"]
+    assert "cost nothing" in statistics.overall(summary)
+
+
+def test_the_interval_is_repeatable_and_covers() -> None:
+    random = np.random.default_rng(5)
+    hits = 0
+    for _ in range(100):
+        on, off = random.normal(110, 5, 15), random.normal(100, 5, 15)
+        low, high = statistics.interval(on, off, resamples=500)
+        hits += low <= 10 <= high
+    assert (low, high) == statistics.interval(on, off, resamples=500)
+    # 95 of 100 are meant to cover; fewer than 85 would be a one in thousands accident.
+    assert hits >= 85
+
+
+def test_too_few_rounds_are_said() -> None:
+    summary = statistics.summarise(table([150, 150], [50, 50]))
+    assert np.isnan(summary.iloc[0]["cost_low_ms"])
+    assert "too few rounds" in summary.iloc[0]["verdict"]
+    assert "too few rounds" in statistics.overall(summary)
+
+
+def test_one_setting_only() -> None:
+    summary = statistics.summarise(table([150, 150, 150], []))
+    assert summary.iloc[0]["verdict"].endswith("measured with one setting only")
+    assert "only one setting" in statistics.overall(summary)
+
+
+def test_cells_are_kept_apart_and_sorted() -> None:
+    both = pd.concat([table([9, 9, 9], [9, 9, 9], burst=b, rest=r) for r in (2.0, 0.5) for b in (300_000, 100_000)])
+    summary = statistics.summarise(both)
+    cells = list(zip(summary["burst_bytes"], summary["rest_s"], strict=True))
+    assert cells == [(100_000, 0.5), (100_000, 2.0), (300_000, 0.5), (300_000, 2.0)]
+
+
+def test_a_saving_is_said_as_one() -> None:
+    assert "saved 50 ms" in statistics.summarise(table([50, 50, 50], [100, 100, 100])).iloc[0]["verdict"]
+
+
+@pytest.mark.parametrize(("count", "text"), [(16, "16 B"), (100_000, "100 kB"), (1_500_000, "1.5 MB")])
+def test_sizes(count: int, text: str) -> None:
+    assert statistics.size(count) == text
+
+
+def test_an_empty_frame_has_the_columns() -> None:
+    assert list(frame([]).columns) == list(frame([row("on", 1)]).columns)
+
+
+def test_other_limits_than_the_window_are_said() -> None:
+    assert limits([row("on", 100)]) == []
+    said = limits([row("on", 100, first=400_000, sndbuf_limited=70_000), row("off", 100, rwnd_limited=60_000)])
+    assert len(said) == 2
+    assert "bigger than the send buffer, which took 400,000 bytes at once and held it back for 70 ms" in said[0]
+    assert "receiver's window of 2,000,000 bytes for 60 ms" in said[1]
