@@ -26,7 +26,7 @@ COLUMNS: Final = {
     "rounds_before": "round trips that it would have needed from the window before",
     "predicted_us": "us, estimated: the difference in time",
 }
-"""What ``predict`` adds."""
+"""What ``predict`` adds to resets."""
 
 
 def schedule(
@@ -87,14 +87,19 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
 
 
 def predict(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
-    """``resets`` with ``COLUMNS``, for idle and application-limited resets; missing where the burst is unknown.
+    """``resets`` with ``COLUMNS``: ``bursts`` and their ``price``. Takes frames of a Trace."""
+    return price(resets.assign(burst_bytes=bursts(resets, connections)))
 
-    The round-trip time is the smoothed one of the record, the receiver's window the one of the record.
+
+def price(resets: pd.DataFrame) -> pd.DataFrame:
+    """``resets``, whose ``burst_bytes`` is known, with the other ``COLUMNS``.
+
+    They are missing where the burst is, and for timeouts, whose cost is the loss's. The round-trip time is the
+    smoothed one of the record, the receiver's window the one of the record.
     """
-    out = resets.assign(burst_bytes=bursts(resets, connections))
-    rows = [_predict_one(row) for row in out.to_dict("records")]
     names = ["rounds_after", "rounds_before", "predicted_us"]
-    return out.join(pd.DataFrame(rows, index=out.index, columns=names, dtype="float64"))
+    rows = [_predict_one(row) for row in resets.to_dict("records")]
+    return resets.join(pd.DataFrame(rows, index=resets.index, columns=names, dtype="float64"))
 
 
 def _predict_one(row: dict[Any, Any]) -> tuple[float, float, float]:

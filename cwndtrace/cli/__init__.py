@@ -11,8 +11,10 @@ import click
 import cwndtrace
 from cwndtrace.cli.doctor import doctor
 from cwndtrace.cli.plot import plot
+from cwndtrace.cli.reproduce import reproduce, serve
 from cwndtrace.cli.run import run
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
+from cwndtrace.events import clean
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -27,9 +29,9 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CwndtraceError as e:
-            click.echo(f"cwndtrace: {e.cause}", err=True)
+            click.echo(f"cwndtrace: {clean(e.cause)}", err=True)
             if e.remedy:
-                click.echo(f"  {e.remedy}", err=True)
+                click.echo(f"  {clean(e.remedy)}", err=True)
             sys.exit(exit_code(e))
 
 
@@ -49,8 +51,9 @@ def main() -> None:
     Start here:
       sudo cwndtrace doctor
       sudo cwndtrace run --iface eth0
+      sudo cwndtrace reproduce
     """
 
 
-for command in (run, doctor, plot):
+for command in (run, doctor, plot, reproduce, serve):
     main.add_command(command)

@@ -189,7 +189,7 @@ def _congestion_controls() -> list[Fact]:
 
 def _print(findings: Findings) -> None:
     rows: list[tuple[str, ...]] = [("", "FACT", "WHAT THERE IS")]
-    rows += [(_MARK[f.state][0], f.name, clean(f.value)) for f in findings.facts]
+    rows += [(_MARK[f.state][0], clean(f.name), clean(f.value)) for f in findings.facts]
     header, *body = columns(rows, set())
     click.echo(click.style(header, bold=True))
     for line, fact in zip(body, findings.facts, strict=True):

@@ -12,25 +12,27 @@ _INFINITE: Final = 0x7FFFFFFF
 
 
 def span(us: float) -> str:
-    """A time span with its unit, three digits: 45 us, 2.1 ms, 204 ms, 1.30 s."""
-    if us < 1000:
+    """A time span with its unit, three digits: 45 us, 2.10 ms, 204 ms, 1.30 s."""
+    if us < 999.5:
         return f"{us:.0f} us"
-    if us < 1_000_000:
+    if us < 999_500:
         return f"{_three(us / 1000)} ms"
     return f"{_three(us / 1_000_000)} s"
 
 
 def _three(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def size(count: float) -> str:
-    """A number of bytes with its unit: 512 B, 4.1 kB, 2.8 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{_three(count)} {unit}"
+    """A number of bytes with its unit: 512 B, 4.10 kB, 2.80 GB."""
+    if count < 999.5:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    return f"{_three(count)} TB"
+        if count < 999.5:
+            return f"{_three(count)} {unit}"
+    return f"{_three(count / 1000)} TB"
 
 
 def threshold(segments: int) -> str:

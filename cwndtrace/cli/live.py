@@ -152,7 +152,7 @@ class TextView:
         if lost > self._lost and not self._quiet:
             self._wipe()
             each = ", ".join(f"{n:,} {event}" for event, n in self._session.tally.lost.items() if n)
-            click.echo(f"lost so far: {each} (counted in the kernel; the buffer was full)", err=True)
+            click.echo(f"lost so far: {each} (counted in the kernel)", err=True)
         self._lost = lost
         now = time.monotonic()
         if not self._terminal or now - self._status_at < _STATUS_EVERY_S:

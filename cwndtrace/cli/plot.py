@@ -10,8 +10,6 @@ import click
 import cwndtrace
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.events import clean
-from cwndtrace.plot import style
-from cwndtrace.plot.timeline import timeline
 
 
 @click.command()
@@ -37,6 +35,10 @@ def plot(
       cwndtrace plot cwndtrace-20260102-030405.cwnd
       cwndtrace plot nginx.cwnd --from 10 --to 25 --dark -o talk.svg
     """
+    # Only here, because matplotlib takes longer to load than a probe.
+    from cwndtrace.plot import style
+    from cwndtrace.plot.timeline import timeline
+
     trace = cwndtrace.load(capture)
     file = output or Path(f"{capture.name.removesuffix('.cwnd')}-timeline.png")
     span = None if start is None and end is None else (start or 0.0, end if end is not None else float("inf"))

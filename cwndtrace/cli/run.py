@@ -72,6 +72,10 @@ def run(
     output = output or Path(time.strftime("cwndtrace-%Y%m%d-%H%M%S.cwnd"))
     if output.exists():
         raise CaptureError(f"{clean(str(output))} exists already.", "Choose another name with -o.")
+    if not output.parent.is_dir():
+        raise CaptureError(
+            f"The folder {clean(str(output.parent))} doesn't exist.", "Make it, or choose another with -o."
+        )
     what = iface or (f"port {port}" if port else f"process {pid}" if pid else "this machine")
     with (
         sessions.Interrupt() as interrupt,
@@ -83,18 +87,24 @@ def run(
             view = JsonView(session, print_block=bool(block))
         else:
             view = TextView(session, print_block=bool(block), quiet=quiet)
-        if not quiet:
-            _say_what(session, what, verbose=verbose)
-        trace(session, writer, view, filters, interrupt, duration=duration, what=what, quiet=quiet)
+        try:
+            if not quiet:
+                _say_what(session, what, verbose=verbose)
+            trace(session, writer, view, filters, interrupt, duration=duration, what=what, quiet=quiet)
+        finally:
+            writer.close("failed")  # does nothing if it is closed already
     trace_file = cwndtrace.load(output)
-    if as_json:
-        JsonView.write(summary_object(trace_file, session, view.block))
-    else:
-        print_summary(trace_file, session, view.block)
+    try:
+        if as_json:
+            JsonView.write(summary_object(trace_file, session, view.block))
+        else:
+            print_summary(trace_file, session, view.block)
+    except BrokenPipeError:
+        _nobody_reads()
     if not quiet:
         click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
         click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
-        click.echo(f"  python3 -c 'import cwndtrace; print(cwndtrace.load({str(output)!r}))'", err=True)
+        click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
 def _say_what(session: Session, what: str, *, verbose: bool) -> None:
@@ -137,14 +147,28 @@ def trace(
     except BrokenPipeError:
         # Whoever read our output has gone: that ends the trace like Ctrl-C, without the last words.
         status = "complete"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nobody_reads()
     finally:
-        for batch in session.finish():
-            writer.add(batch.event, batch.table)
-            view.batch(batch)
-        view.tick("")
-        view.end()
-        writer.close(status, **sessions.ending(session))
+        try:
+            last = session.finish()
+            for batch in last:
+                writer.add(batch.event, batch.table)
+            for batch in last:
+                view.batch(batch)
+            view.tick("")
+            view.end()
+        except BrokenPipeError:
+            _nobody_reads()
+        except BaseException:
+            status = "failed"
+            raise
+        finally:
+            writer.close(status, **sessions.ending(session))
+
+
+def _nobody_reads() -> None:
+    """What is still printed, and what Python flushes at its exit, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flush(writer: CaptureWriter, before: CaptureError | None) -> CaptureError | None:

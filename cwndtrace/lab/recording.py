@@ -87,6 +87,7 @@ def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     TCP_INFO, and for which there is no record.
     """
     idle = resets[resets["reason"] == "idle"]
+    # Both connections of a lab have the server's port: the time tells them apart, since they take turns.
     keys = ["netns_ino", "sport"]
     joined = measurements.reset_index(names="burst").merge(idle, on=keys, suffixes=("_info", ""))
     during = joined[(joined["ts_ns"] >= joined["start_ns"]) & (joined["ts_ns"] <= joined["end_ns"])].copy()
@@ -95,16 +96,21 @@ def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     return during
 
 
+def beside_baseline(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
+    """``matched`` for the bursts with the setting on, with ``baseline_ms``: the median latency with it off."""
+    off = measurements[measurements["setting"] == "off"]
+    baseline = off.groupby(["burst_bytes", "rest_s"])["latency_ms"].median().rename("baseline_ms")
+    on = matched(measurements[measurements["setting"] == "on"], resets)
+    return on.join(baseline, on=["burst_bytes", "rest_s"])
+
+
 def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     """Predicted beside measured cost, a row a burst with the setting on that a reset began.
 
     Columns: ``burst_bytes``, ``rest_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
     ``measured_ms``: the burst's latency less the median one of its burst and rest with the setting off.
     """
-    off = measurements[measurements["setting"] == "off"]
-    baseline = off.groupby(["burst_bytes", "rest_s"])["latency_ms"].median().rename("baseline_ms")
-    on = matched(measurements[measurements["setting"] == "on"], resets)
-    priced = cost.price(on).join(baseline, on=["burst_bytes", "rest_s"])
+    priced = cost.price(beside_baseline(measurements, resets))
     return pd.DataFrame(
         {
             "burst_bytes": priced["burst_bytes"],

@@ -24,6 +24,7 @@ SCATTER_MAX: Final = 20_000
 
 _LOG_FROM = 20.0  # the ratio of largest to least from which a logarithmic axis shows more
 _BINS = 160
+_JIFFY_S = 0.01  # at most: HZ=100
 _REASONS: Final = {
     "idle": "reset after rest",
     "rto_loss": "reset by RTO loss",
@@ -41,8 +42,9 @@ def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, 
     reasons = resets["reason"].astype(str).to_numpy()
     idle = reasons == "idle"
     began = when - resets["idle_us"].to_numpy(np.float64) / 1e6
-    # The last data's acknowledgements may still open the window; after that, it holds until the reset.
-    held = np.minimum(began + resets["srtt_us"].to_numpy(np.float64) / 1e6, when)
+    # The last data's acknowledgements may still open the window; after that, it holds until the reset. They may be
+    # as late as srtt and the rest's own inexactness of a jiffy.
+    held = np.minimum(began + resets["srtt_us"].to_numpy(np.float64) / 1e6 + _JIFFY_S, when)
     levels = before.to_numpy(np.float64)
 
     seen, sizes = at.seconds(observed["ts_ns"]), observed["cwnd"].to_numpy(np.float64)

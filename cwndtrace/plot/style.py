@@ -15,6 +15,8 @@ from functools import cache
 from typing import Any, Final
 
 import matplotlib as mpl
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.font_manager import findfont, get_font
 
 from cwndtrace import events
@@ -40,6 +42,14 @@ class Palette:
     other: str
     error: str
     lost: str
+    ramp: tuple[float, float]
+    """the part of matplotlib's viridis that stands out from the paper, for what has an order"""
+
+    def steps(self, number: int) -> list[str]:
+        """``number`` colours in order, told apart by their lightness alone."""
+        low, high = self.ramp
+        shares = [low + (high - low) * n / max(number - 1, 1) for n in range(number)]
+        return [to_hex(colormaps["viridis"](share)) for share in shares]
 
     def reason(self, label: str) -> str:
         """The colour of a reset for this reason; that of faint text for one this version doesn't know."""
@@ -62,6 +72,7 @@ LIGHT: Final = Palette(
     other="#7a7f87",
     error="#d40000",
     lost="#8a8f98",
+    ramp=(0.0, 0.86),
 )
 DARK: Final = Palette(
     paper="#15171c",
@@ -78,6 +89,7 @@ DARK: Final = Palette(
     other="#9aa0aa",
     error="#ff5c5c",
     lost="#7d838d",
+    ramp=(0.36, 1.0),
 )
 
 _palette: ContextVar[Palette] = ContextVar("palette", default=LIGHT)

@@ -82,8 +82,8 @@ def experiment(
                     idle = rest * 1e3 + float(rng.uniform(0, 12))
                     before = FULL + int(rng.integers(-60, 60)) if setting == "on" else FULL
                     after = halved(before, idle) if setting == "on" else before
-                    known = ON_MS.get(burst, ON_MS[2_000_000])
-                    on_ms = known.get(rest, known[2.0])
+                    known = ON_MS[min(ON_MS, key=lambda size: abs(size - burst))]
+                    on_ms = known[min(known, key=lambda length: abs(length - rest))]
                     base = on_ms if setting == "on" else OFF_MS.get(burst, 112.0)
                     latency = base + float(rng.gamma(1.5, 1.6))
                     end = start + int(latency * 1e6)

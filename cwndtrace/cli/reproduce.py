@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cwndtrace reproduce`` and ``cwndtrace serve``: the story told on one machine, or over a path of the user's own."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pandas as pd
+
+import cwndtrace
+from cwndtrace.capture import target
+from cwndtrace.capture.session import Interrupt
+from cwndtrace.capture.source import Filters
+from cwndtrace.cli import options
+from cwndtrace.cli.summary import columns
+from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
+from cwndtrace.events import clean
+from cwndtrace.kernel import netns
+from cwndtrace.lab import serve as servers
+from cwndtrace.lab.against import Against
+from cwndtrace.lab.experiment import Lab
+from cwndtrace.lab.measurement import Measurement, frame
+from cwndtrace.lab.path import KINDS
+from cwndtrace.lab.recording import Recording, costs, matched
+from cwndtrace.lab.scenario import PRESETS, Scenario
+from cwndtrace.lab.statistics import overall, size, summarise
+from cwndtrace.trace import Trace
+
+
+class Amount(click.ParamType[float]):
+    """A number with a decimal unit: 100k, 2M, 1.5G. Gives the plain number."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The plain number from the text."""
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kKMG]?)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is no amount: write 300k, 2M, 1G", param, ctx)
+        return float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+
+
+class List(click.ParamType[tuple[float, ...]]):
+    """Values of another type with commas between them."""
+
+    def __init__(self, of: click.ParamType[float]) -> None:
+        self.name = f"{of.name},..."
+        self._of = of
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """A tuple of what the other type gives."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._of.convert(part.strip(), param, ctx) for part in str(value).split(","))
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise UsageError(f"{text!r} is no HOST:PORT", "write example.org:5001 or [2001:db8::1]:5001")
+    return host.strip("[]"), int(port)
+
+
+@click.command()
+@click.option(
+    "--preset", type=click.Choice(sorted(PRESETS)), default="quick", show_default=True, help="Where to start."
+)
+@click.option("--rtt", type=options.Span(), metavar="TIME", help="Round-trip time of the path, as 200ms.")
+@click.option("--rate", type=Amount(), metavar="BIT/S", help="Bottleneck each way, as 100M; none if left out.")
+@click.option("--loss", type=float, metavar="FRACTION", help="Packets lost each way, as 0.001.")
+@click.option("--burst", type=List(Amount()), metavar="BYTES,...", help="Sizes of bursts, as 100k,1M.")
+@click.option("--rest", type=List(options.Span()), metavar="TIME,...", help="Rests before them, as 500ms,2s.")
+@click.option("--rounds", type=int, help="How often each is measured with each setting.")
+@click.option("--cc", metavar="NAME", help="Congestion control of the sender.")
+@click.option("-4", "family", flag_value=4, type=int, help="Over IPv4.")
+@click.option("-6", "family", flag_value=6, type=int, help="Over IPv6.")
+@click.option("--path", "kind", type=click.Choice(KINDS), help="Force what makes the path long.")
+@click.option("--against", metavar="HOST:PORT", help="Over a real path, to cwndtrace serve there.")
+@click.option("--plain", is_flag=True, help="With --against: the server is a sink that never answers.")
+@click.option("--allow-sysctl", is_flag=True, help="With --against: switch this machine's sysctl, and put it back.")
+@click.option("--probe", metavar="RUNG", help="Force this rung of the ladder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where all of it goes.")
+@click.option("--dark", is_flag=True, help="Pictures for a dark background.")
+def reproduce(
+    *,
+    preset: str,
+    rtt: float | None,
+    rate: float | None,
+    loss: float | None,
+    burst: tuple[float, ...] | None,
+    rest: tuple[float, ...] | None,
+    rounds: int | None,
+    cc: str | None,
+    family: int | None,
+    kind: Literal["netem", "relay"] | None,
+    against: str | None,
+    plain: bool,
+    allow_sysctl: bool,
+    probe: str | None,
+    output: Path | None,
+    dark: bool,
+) -> None:
+    """Measure what tcp_slow_start_after_idle costs on a long path, trace it, and draw it.
+
+    A long-lived connection sends bursts after rests, with the sysctl on and off in turns, in network namespaces
+    of its own: the host's interfaces and sysctls stay as they are.
+
+    \b
+    Examples:
+      sudo cwndtrace reproduce
+      sudo cwndtrace reproduce --preset blog
+      sudo cwndtrace reproduce --rtt 150ms --burst 60k,1M --rest 300ms,2s --rounds 10 --cc reno
+      sudo cwndtrace reproduce --against server.example.org:5001 --rest 1s,3s
+    """
+    target.need_root("reproducing")
+    scenario = _scenario(PRESETS[preset], rtt, rate, loss, burst, rest, rounds, cc, family)
+    folder = output or Path(time.strftime("reproduce-%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir()
+    except OSError as e:
+        raise CaptureError(f"{clean(str(folder))} can't be made: {e.strerror}", "choose another folder with -o") from e
+    if against is not None:
+        host, port = _endpoint(against)
+        with Against(host, port, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
+            _say_swept(remote.swept)
+            here = netns.own()
+            click.echo(f"Sending to {clean(against)}; only this side is traced.", err=True)
+            filters = Filters(netns=here.inode, port=port)
+            _measure(remote, filters, folder, probe=probe, dark=dark)
+    else:
+        with Lab(scenario, kind) as lab:
+            _say_swept(lab.swept)
+            link = scenario.link
+            rate_text = f", {link.rate / 1e6:g} Mbit/s" if link.rate else ""
+            click.echo(f"Path: RTT {link.rtt_ms:g} ms{rate_text}, by {lab.path.kind} ({lab.path.why}).", err=True)
+            click.echo(f"This takes about {lab.expected_s:.0f} s.", err=True)
+            filters = Filters(netns=lab.path.server.namespace.inode)
+            _measure(lab, filters, folder, probe=probe, dark=dark)
+
+
+def _scenario(
+    base: Scenario,
+    rtt: float | None,
+    rate: float | None,
+    loss: float | None,
+    burst: tuple[float, ...] | None,
+    rest: tuple[float, ...] | None,
+    rounds: int | None,
+    cc: str | None,
+    family: int | None,
+) -> Scenario:
+    link: dict[str, Any] = {"rtt_ms": None if rtt is None else rtt * 1e3, "rate": rate, "loss": loss}
+    rest_of_it: dict[str, Any] = {
+        "bursts": None if burst is None else tuple(int(b) for b in burst),
+        "rests": rest,
+        "rounds": rounds,
+        "cc": cc,
+        "family": family,
+    }
+    changed = replace(base.link, **{k: v for k, v in link.items() if v is not None})
+    return replace(base, link=changed, **{k: v for k, v in rest_of_it.items() if v is not None})
+
+
+def _say_swept(swept: list[str]) -> None:
+    for line in swept:
+        click.echo(f"cleaned up what an earlier run left: {clean(line)}", err=True)
+
+
+def _measure(lab: Lab | Against, filters: Filters, folder: Path, *, probe: str | None, dark: bool) -> None:
+    """Trace while the lab measures; write and show everything, also of a run that broke off."""
+    capture = folder / "capture.cwnd"
+    broken: CwndtraceError | None = None
+    with Interrupt() as interrupt, Recording(capture, filters, cwndtrace.__version__, probe=probe) as recording:
+        seen = ", ".join(f"{reason} by {rung}" for reason, rung in recording.session.source.rungs.items() if rung)
+        click.echo(f"Tracing: {seen}.", err=True)
+        click.echo(click.style("ROUND  SETTING   REST     BURST      LATENCY   CWND (segments)", bold=True))
+        try:
+            for row in lab.rows():
+                click.echo(_line(row))
+                if interrupt.requested:
+                    break
+        except CwndtraceError as e:
+            broken = e
+    taken = frame(lab.taken)
+    taken.to_parquet(folder / "measurements.parquet")
+    _report(taken, recording.trace(), folder, lab.notes(), dark=dark)
+    if broken is not None:
+        raise broken
+
+
+def _line(row: Measurement) -> str:
+    fell = f"{row.cwnd_before} -> {row.cwnd_after}" if row.reset else f"{row.cwnd_before}"
+    text = f"{row.round:>5}  {row.setting:<7}  {row.rest_s:>4.2f} s  {size(row.burst_bytes):>8}"
+    return f"{text}  {row.latency_ms:>8.1f} ms   {fell}"
+
+
+def _report(taken: pd.DataFrame, trace: Trace, folder: Path, notes: list[str], *, dark: bool) -> None:
+    if taken.empty:
+        raise CwndtraceError("nothing was measured", "let it run until the first line of a round is there")
+    summary = summarise(taken)
+    click.echo()
+    rows: list[tuple[str, ...]] = [
+        ("BURST", "REST", "ON median", "p95", "OFF median", "p95", "COST", "95 % interval", "ROUND TRIPS", "RESETS")
+    ]
+    for cell in summary.to_dict("records"):
+        rows.append(
+            (
+                size(int(cell["burst_bytes"])),
+                f"{cell['rest_s']:g} s",
+                *(f"{cell[name]:.0f} ms" for name in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
+                f"{cell['cost_ms']:+.0f} ms",
+                f"{cell['cost_low_ms']:+.0f} to {cell['cost_high_ms']:+.0f} ms",
+                f"{cell['cost_rtts']:+.1f}",
+                f"{100 * cell['resets_on']:.0f} %",
+            )
+        )
+    header, *body = columns(rows, set(range(10)))
+    click.echo(click.style(header, bold=True))
+    for line in body:
+        click.echo(line)
+    during = matched(taken, trace.resets)
+    click.echo()
+    click.echo(
+        f"{len(during)} idle resets recorded during these bursts; "
+        f"{during.attrs['missing']} that TCP_INFO saw are missing from the capture."
+    )
+    priced = costs(taken, trace.resets)
+    if len(priced):
+        off = (priced["predicted_ms"] - priced["measured_ms"]).abs()
+        click.echo(
+            f"Predicted from the records alone (estimate): median {priced['predicted_ms'].median():.0f} ms extra, "
+            f"measured {priced['measured_ms'].median():.0f} ms; off by {off.median():.0f} ms at the median."
+        )
+    for note in notes:
+        click.echo(f"note: {clean(note)}")
+    pictures = _draw(taken, summary, trace, priced, folder, dark=dark)
+    click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(folder))}.", err=True)
+    click.echo(f"\nWhat it cost: {overall(summary)}.")
+    click.echo(f"The picture:  {clean(str(pictures[0]))}")
+
+
+def _draw(
+    taken: pd.DataFrame, summary: pd.DataFrame, trace: Trace, priced: pd.DataFrame, folder: Path, *, dark: bool
+) -> list[Path]:
+    """The pictures, as files; the one that tells most first."""
+    # Only here, because matplotlib takes long to load.
+    from cwndtrace.plot import cost, latency, sawtooth, staircase, style
+
+    on, off = (trace_of(trace, taken[taken["setting"] == setting]) for setting in ("on", "off"))
+    drawings: dict[str, Callable[[], Any]] = {
+        "latency": lambda: latency.latency(taken, summary),
+        "sawtooth": lambda: sawtooth.sawtooth(*on, *off, meta=trace.meta, measurements=taken),
+        "staircase": lambda: staircase.staircase(trace.resets),
+        "cost": lambda: cost.cost(priced),
+    }
+    written = []
+    with style.use(dark=dark):
+        for name, draw in drawings.items():
+            written.append(folder / f"{name}.png")
+            draw().savefig(written[-1])
+    return written
+
+
+def trace_of(trace: Trace, taken: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The resets of the sockets that some measurements used, and what was seen of their windows (ts_ns, cwnd)."""
+    resets, snapshots, samples = trace.resets, trace.connections, trace.samples
+    cookies = set(taken["sock_cookie"])
+    known = (frame[frame["sock_cookie"].isin(cookies)]["connection"] for frame in (resets, snapshots))
+    keys = {key for keys in known for key in keys}
+    seen = [f[f["connection"].isin(keys)][["ts_ns", "cwnd"]].astype("int64") for f in (snapshots, samples)]
+    observed = pd.concat(seen).sort_values("ts_ns", ignore_index=True)
+    return resets[resets["connection"].isin(keys)], observed
+
+
+@click.command()
+@click.option("--host", default="::", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=5001, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option("--cc", metavar="NAME", help="Congestion control of what is sent from here.")
+def serve(host: str, port: int, cc: str | None) -> None:
+    """Be the other end for reproduce --against: take in bursts, or answer requests with them. Needs no root.
+
+    \b
+    Examples:
+      cwndtrace serve
+      cwndtrace serve --host 192.0.2.7 --port 5001
+    """
+    with servers.Server(host, port, servers.Settings(cc=cc)) as server:
+        click.echo(f"Listening on {clean(host)} port {server.port}; Ctrl-C ends.", err=True)
+        try:
+            server.run()
+        except KeyboardInterrupt:
+            click.echo(err=True)
+        totals = server.totals
+        click.echo(
+            f"{totals.connections} connections; took in {totals.bursts_taken} bursts ({size(totals.bytes_taken)}), "
+            f"sent {totals.bursts_sent}"
+        )

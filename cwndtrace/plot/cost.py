@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted against measured cost of a reset, burst by burst."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from cwndtrace.plot import layout, style
+from cwndtrace.plot.panels import Legend
+from cwndtrace.plot.style import Palette, plain
+
+SIZES: Final = 6
+"""So many sizes of bursts have a colour each; of more, those of a decade share one."""
+MARKERS: Final = ("o", "s", "^", "D", "v", "P")
+"""A shape for each congestion control; from the sixth on they share the last."""
+
+_SIDE, _LEFT, _BOTTOM = 3.6, 0.78, 0.86
+_ALIKE: Final = 1.25  # the ratio of longest to shortest round trip up to which one band in ms is right for all
+
+Values = npt.NDArray[np.float64]
+
+
+def cost(pairs: pd.DataFrame) -> Figure:
+    """A figure of the predicted extra time of each burst against the measured one.
+
+    ``pairs`` has a row a burst: ``predicted_ms``, ``measured_ms``, ``rtt_ms``, ``burst_bytes``, ``ca_name``; rows with
+    a value missing are passed over. On the line both agree; in the band they are within one round trip. The axes
+    are in milliseconds, or, where the paths' round-trip times differ, in round trips, so that the band holds for all.
+    Colours are sizes of bursts, shapes congestion controls.
+    """
+    used = pairs.dropna(subset=["predicted_ms", "measured_ms", "rtt_ms", "burst_bytes"])
+    used = used[used["rtt_ms"] > 0]
+    predicted, measured, rtt = (used[n].to_numpy(np.float64) for n in ("predicted_ms", "measured_ms", "rtt_ms"))
+    within = np.abs(predicted - measured) <= rtt
+    alike = not len(used) or rtt.max() <= _ALIKE * rtt.min()
+    trip = float(np.median(rtt)) if len(used) else 100.0
+    unit, band = ("ms", trip) if alike else ("round trips", 1.0)
+    x, y = (predicted, measured) if alike else (predicted / rtt, measured / rtt)
+    with style.drawing() as colours:
+        figure = layout.sheet(_BOTTOM + _SIDE + (0.42 if alike else 0.05))
+        axes = layout.add(figure, _LEFT, _BOTTOM, _SIDE, _SIDE)
+        axes.set_xlabel(f"predicted cost ({unit})", fontsize=10)
+        axes.set_ylabel(f"measured cost ({unit})", fontsize=10)
+        values = np.concatenate([x, y, [0.0]])
+        low, high = float(values.min()), float(values.max())
+        high = max(high, low + 2 * band)
+        pad = 0.07 * (high - low)
+        low, high = low - pad, high + pad
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(6))
+        axes.set_xlim(low, high)
+        axes.set_ylim(low, high)
+        axes.grid()
+        legend = _agreement(axes, low, high, band, colours)
+        if alike and len(used):
+            _round_trips(axes, trip, colours)
+        if len(used):
+            _points(axes, used, x, y, colours)
+        else:
+            layout.say(axes, "no burst with both costs", colours)
+        layout.finish(figure, *_titles(within), legend, _caption(used), colours)
+    return figure
+
+
+def _agreement(axes: Axes, low: float, high: float, band: float, colours: Palette) -> Legend:
+    ends = np.array([low, high])
+    axes.fill_between(ends, ends - band, ends + band, color=colours.rest, linewidth=0, zorder=0.5)
+    axes.plot(ends, ends, color=colours.faint, linewidth=1.2, zorder=2)
+    return {
+        "predicted = measured": Line2D([], [], color=colours.faint, linewidth=1.2),
+        "within one round trip": Patch(facecolor=colours.rest),
+    }
+
+
+def _round_trips(axes: Axes, trip: float, colours: Palette) -> None:
+    functions = (lambda ms: ms / trip, lambda trips: trips * trip)
+    top, right = axes.secondary_xaxis("top", functions=functions), axes.secondary_yaxis("right", functions=functions)
+    top.set_xlabel("round trips", fontsize=9.5)
+    right.set_ylabel("round trips", fontsize=9.5)
+    for side, axis, name in ((top, top.xaxis, "top"), (right, right.yaxis, "right")):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+        side.spines[name].set_visible(True)
+        side.tick_params(color=colours.faint, labelcolor=colours.ink, labelsize=8.5)
+
+
+def _points(axes: Axes, used: pd.DataFrame, x: Values, y: Values, colours: Palette) -> None:
+    """The points, and beside the axes what their colours and shapes mean."""
+    label, order = _classes(used["burst_bytes"].to_numpy(np.float64))
+    hues = dict(zip(order, colours.steps(len(order)), strict=True))
+    names = used["ca_name"].astype(str)
+    shapes = {name: MARKERS[min(n, len(MARKERS) - 1)] for n, name in enumerate(names.value_counts().index)}
+    for size in order:
+        for name, marker in shapes.items():
+            mine = (label == size) & (names == name).to_numpy()
+            if mine.any():
+                axes.plot(
+                    x[mine], y[mine], marker, color=hues[size], markersize=6, markeredgecolor=colours.paper,
+                    markeredgewidth=0.5, alpha=0.8, zorder=4,
+                )  # fmt: skip
+    sizes = [Line2D([], [], marker="o", linestyle="", color=hues[size], markersize=6.5, label=size) for size in order]
+    kinds = [
+        Line2D([], [], marker=marker, linestyle="", color=colours.faint, markersize=6.5, label=plain(name, 16))
+        for name, marker in list(shapes.items())[: len(MARKERS)]
+    ]
+    shape: dict[str, Any] = {
+        "loc": "upper left", "borderaxespad": 0, "borderpad": 0, "fontsize": 9, "title_fontsize": 9,
+        "alignment": "left", "labelspacing": 0.4, "handlelength": 1.0, "handletextpad": 0.5,
+    }  # fmt: skip
+    beside = 1 + 0.72 / _SIDE
+    first = axes.legend(handles=sizes, title="burst", bbox_to_anchor=(beside, 1.0), **shape)
+    axes.add_artist(first)
+    down = 1 - (0.182 * (len(sizes) + 1) + 0.16) / _SIDE
+    axes.legend(handles=kinds, title="congestion control", bbox_to_anchor=(beside, down), **shape)
+
+
+def _classes(bursts: Values) -> tuple[npt.NDArray[Any], list[str]]:
+    """The class of each burst, and all classes from small to large."""
+    if len(np.unique(bursts)) <= SIZES:
+        texts = np.array([layout.size(burst) for burst in bursts])
+    else:
+        decades = np.clip(np.floor(np.log10(np.maximum(bursts, 1))), 3, 9).astype(int)
+        texts = np.array([_decade(int(decade)) for decade in decades])
+    ordered = [str(texts[n]) for n in np.argsort(bursts, kind="stable")]
+    return texts, list(dict.fromkeys(ordered))
+
+
+def _decade(decade: int) -> str:
+    if decade == 3:
+        return "below 10 kB"
+    if decade == 9:
+        return "1 GB and more"
+    return f"{layout.size(10.0**decade)} to {layout.size(10.0 ** (decade + 1))}"
+
+
+def _titles(within: npt.NDArray[np.bool_]) -> tuple[str, str]:
+    second = "extra time of each burst that a reset began, from the records alone and as measured"
+    number, good = len(within), int(within.sum())
+    if not number:
+        return "No burst has both a predicted and a measured cost", second
+    if good == number:
+        whole = "The burst was" if number == 1 else f"All {number:,} bursts were"
+        return f"{whole} within one round trip of the prediction", second
+    return f"{good:,} of {number:,} bursts were within one round trip of the prediction", second
+
+
+def _caption(used: pd.DataFrame) -> str:
+    if used.empty:
+        return "measured: latency with the setting on less the median with it off"
+    off = float((used["predicted_ms"] - used["measured_ms"]).abs().median())
+    rtt = used["rtt_ms"]
+    span = f"{rtt.min():.0f} ms" if math.ceil(rtt.max()) - math.floor(rtt.min()) <= 1 else (
+        f"{rtt.min():.0f} to {rtt.max():.0f} ms"
+    )  # fmt: skip
+    return f"RTT {span}  ·  off by {off:.0f} ms at the median  ·  measured: on less the median with the setting off"

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pictures of an experiment share: a sheet with a headline that says the finding, a legend and a caption.
+
+Everything is placed in inches from the bottom left, so that nothing moves when the headline is put on top.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cwndtrace.plot.labels import extent, fit
+from cwndtrace.plot.panels import Legend
+from cwndtrace.plot.style import Palette
+
+WIDTH: Final = 7.2
+"""Inches: narrower than a page, so that the letters stay legible at half of one."""
+SYSCTL: Final = "tcp_slow_start_after_idle"
+
+_LEFT, _RIGHT = 0.12, 0.12
+_HEADING, _ROW, _SPACE = 0.62, 0.2, 0.14
+
+
+def sheet(height: float) -> Figure:
+    """A figure for axes up to ``height``; ``finish`` adds what stands above them."""
+    return Figure(figsize=(WIDTH, height), dpi=150)
+
+
+def add(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def finish(figure: Figure, first: str, second: str, legend: Legend, caption: str, colours: Palette) -> None:
+    """Make the sheet higher and write the headline, a line below it, the legend and, at the foot, the caption.
+
+    All plain text already.
+    """
+    room = WIDTH - _LEFT - _RIGHT
+    shape: dict[str, Any] = {
+        "borderaxespad": 0, "borderpad": 0, "columnspacing": 1.4, "handletextpad": 0.5, "handlelength": 1.5,
+        "labelspacing": 0.35, "fontsize": 9,
+    }  # fmt: skip
+    rows, columns = _columns(figure, legend, shape, room)
+    before = float(figure.get_size_inches()[1])
+    after = before + _HEADING + rows * _ROW + _SPACE
+    boxes = [axes.get_position() for axes in figure.axes]
+    figure.set_size_inches(WIDTH, after)
+    for axes, box in zip(figure.axes, boxes, strict=True):
+        axes.set_position((box.x0, box.y0 * before / after, box.width, box.height * before / after))
+    left = _LEFT / WIDTH
+    top, below = (figure.text(left, 1 - inches / after, "", va="baseline") for inches in (0.28, 0.5))
+    top.set(text=first, fontsize=12.5, fontweight="bold", color=colours.ink)
+    below.set(text=second, fontsize=9.5, color=colours.faint)
+    foot = figure.text(left, 0.1 / after, caption, fontsize=8, color=colours.faint, va="bottom")
+    for text in (top, below, foot):
+        fit(text, room * 72)
+    if legend:
+        anchor = (left, 1 - _HEADING / after)
+        figure.legend(
+            list(legend.values()), list(legend), ncols=columns, loc="upper left", bbox_to_anchor=anchor, **shape
+        )
+
+
+def _columns(figure: Figure, legend: Legend, shape: dict[str, Any], room: float) -> tuple[int, int]:
+    """Into how many rows and columns the legend has to be broken to be no wider than ``room`` inches."""
+    for columns in range(len(legend), 0, -1):
+        trial = figure.legend(list(legend.values()), list(legend), ncols=columns, loc="upper left", **shape)
+        width = extent(trial).width / figure.dpi
+        trial.remove()
+        if width <= room or columns == 1:
+            return -(-len(legend) // columns), columns
+    return 0, 1
+
+
+def say(axes: Axes, text: str, colours: Palette) -> None:
+    """Say in the middle of ``axes`` why nothing is drawn there."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10.5, color=colours.faint)
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them: 300 kB, 1.5 MB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 reset``, ``2,000 resets``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
