@@ -71,7 +71,8 @@ def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, 
         shade_rests(axes, resets, at, colours)
         legend["rest"] = Patch(facecolor=colours.rest)
     for reason in sorted(set(reasons)):
-        mine = reasons == reason
+        # Markers aren't clipped at the axis, so those outside the span are left out here.
+        mine = (reasons == reason) & (when >= at.begin) & (when <= at.end)
         colour = colours.reason(reason)
         axes.vlines(when[mine], after[mine], before[mine], color=colour, linewidth=1.4, zorder=5)
         axes.plot(

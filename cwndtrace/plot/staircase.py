@@ -184,4 +184,4 @@ def _caption(used: pd.DataFrame) -> str:
         return "only resets after a rest are drawn here"
     rto = used["rto_us"].to_numpy(np.float64) / 1000
     span = f"{rto.min():.0f} ms" if rto.max() - rto.min() < 1 else f"{rto.min():.0f} to {rto.max():.0f} ms"
-    return f"RTO {span}  ·  rule: tcp_cwnd_restart() in net/ipv4/tcp_input.c"
+    return f"RTO {span}  ·  rule: tcp_cwnd_restart() in net/ipv4/tcp_output.c"

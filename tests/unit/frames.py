@@ -80,7 +80,8 @@ def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
     ts_ns = MONO + int(at_s * SECOND)
     row: dict[str, Any] = dict.fromkeys(events.CONNECTIONS.names, 0)
     row |= {
-        "time": (ts_ns + OFFSET) // 1000, "ts_ns": ts_ns, "sock_cookie": 0x5F, "netns_ino": NETNS, "family": 2, "state": "ESTAB",
+        "time": (ts_ns + OFFSET) // 1000, "ts_ns": ts_ns, "sock_cookie": 0x5F, "netns_ino": NETNS, "family": 2,
+        "state": "ESTAB",
         "saddr": "10.1.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51324, "inode": 91234, "pid": 4242,
         "comm": "replica", "ca_name": "cubic", "cwnd": 2827, "ssthresh": 2_147_483_647, "mss": 1448, "rto_us": 308_000,
         "srtt_us": 107_000, "min_rtt_us": 106_500, "bytes_acked": 30_000_000, "bytes_sent": 30_100_000,

@@ -80,9 +80,9 @@ def test_marks_stand_where_the_records_say(at: Path) -> None:
     window, disk = made.axes
     assert window.get_xlim() == disk.get_xlim() == (0, 60)
     line = next(item for item in window.lines if len(np.asarray(item.get_xdata())) == 5)
-    # The window is known at the snapshots, from one round trip into the rest to its end, and after the reset.
+    # The window is known at the snapshots, from a round trip and a jiffy into the rest to its end, and after it.
     points = list(zip(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(), strict=True))
-    assert points == [(5, 100), (10.5, 2827), (12.5, 2827), (12.5, 44), (20, 900)]
+    assert points == [(5, 100), (10.51, 2827), (12.5, 2827), (12.5, 44), (20, 900)]
     arrows = [item for item in window.lines if item.get_marker() == "v"]
     assert [(list(item.get_xdata()), list(item.get_ydata())) for item in arrows] == [([12.5], [44])]  # type: ignore[arg-type]
     bars = [patch for each in window.collections for patch in each.get_paths() if each.get_zorder() == 0.5]
