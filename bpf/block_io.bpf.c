@@ -7,6 +7,8 @@
 #include "kernel.h"
 
 #define REQ_OP_BITS 8
+/* From here on commands to the device itself, whose end the kernel need not tell. */
+#define REQ_OP_PASSTHROUGH 32
 #define SLAB_RECORDS 64
 #ifndef SLOT_BITS
 #define SLOT_BITS 14
@@ -15,7 +17,7 @@
 BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
 
 enum {
-	COUNT_LOST = 0,		/* records for which the ring buffer had no room */
+	COUNT_LOST = 0,		/* records for which the ring buffer had no room, and ends that were not seen */
 	COUNTS = 1,
 };
 BPF_PERCPU_ARRAY(counts, u64, COUNTS);
@@ -44,10 +46,14 @@ BPF_ARRAY(slots, struct flight, 1 << SLOT_BITS);
 BPF_HASH(overflow, u64, struct flight, 65536);
 BPF_ARRAY(overflow_used, u64, 1);
 
+/* The compiler may not move what is between two of these: an interrupt on this CPU looks at it. */
+#define barrier() asm volatile("" ::: "memory")
+
 struct slab {
 	u64 first_ns;
 	u32 count;
-	u32 busy;
+	u16 busy;
+	u16 unannounced;
 	struct block_io rec[SLAB_RECORDS];
 };
 BPF_PERCPU_ARRAY(slabs, struct slab, 1);
@@ -117,6 +123,17 @@ static __always_inline bool claim(struct flight *f, u64 rq)
 	return !holder || holder == rq;
 }
 
+/*
+ * The request begins anew, and it was issued before, so that its end was not seen. The kernel may not run programs
+ * over tasks that a policy protects, and an end comes in an interrupt over any task; and it tells no end
+ * at all where a device's queue/iostats is 0. A request that was merged into another one is never issued.
+ */
+static __always_inline void give_up(const struct flight *f, u64 rq)
+{
+	if (f->rq == rq && f->issue_ns && (u8)f->cmd_flags < REQ_OP_PASSTHROUGH)
+		count_lost(1);
+}
+
 /* For a claimed slot, or one of the hash. */
 static __always_inline void take_off(struct flight *f, u64 rq)
 {
@@ -152,14 +169,19 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 	if (!wanted()) {
 		/* What an earlier request of this address left behind must not be taken for this one. */
 		f = find(rq);
-		if (f)
+		if (f) {
+			give_up(f, rq);
 			f->rq = 0;
+		}
 		return 0;
 	}
+	give_up(f, rq);
 	if (!claim(f, rq)) {
-		struct flight other = {.rq = rq};
+		struct flight other = {.rq = rq}, *old = overflow.lookup(&rq);
 		u64 *used = overflow_used.lookup(&zero);
 
+		if (old)
+			give_up(old, rq);
 		take_off(&other, rq);
 		if (overflow.update(&rq, &other))
 			count_lost(1);
@@ -215,63 +237,90 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 	__builtin_memcpy(r->comm, f->comm, sizeof(r->comm));
 }
 
+/*
+ * User space looks ten times a second. Between it is woken only when the ring may be a quarter full of slabs
+ * that it doesn't know of, or it would be for each.
+ */
+#define WAKE_EVERY (RING_PAGES * 4096 / 4 / sizeof(struct slab) / CPUS)
+#define NO_WAKEUP 1		/* BPF_RB_* of linux/bpf.h */
+#define FORCE_WAKEUP 2
+
 static __always_inline void submit(struct slab *s)
 {
-	if (block_slabs.ringbuf_output(s, sizeof(*s), 0))
+	u64 flags = NO_WAKEUP;
+
+	if (++s->unannounced >= WAKE_EVERY) {
+		s->unannounced = 0;
+		flags = FORCE_WAKEUP;
+	}
+	if (block_slabs.ringbuf_output(s, sizeof(*s), flags))
 		count_lost(s->count);
 	s->count = 0;
 }
 
-/* Not requests: user space runs on_block_io_done to have records handed over. */
-#define HAND_OVER_OLD 0
-#define HAND_OVER_ALL 1
-
 int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 rq = ctx->args[0];
-	struct flight *f = 0;
+	struct flight *f;
 	struct slab *s;
 	int zero = 0, slot;
 	u32 n;
 
-	if (rq > HAND_OVER_ALL) {
-		/* The data phase of a flush sequence: the request ends once more when the sequence does. */
-		if (GET(u32, rq, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
-			return 0;
-		f = find(rq);
-		if (!f || f->rq != rq)
-			return 0;
-	}
+	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
+	if (GET(u32, rq, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
+		return 0;
+	f = find(rq);
+	if (!f || f->rq != rq)
+		return 0;
 	s = slabs.lookup(&zero);
 	if (!s)
 		return 0;
 	if (s->busy) {
 		/* This CPU was interrupted while it wrote here. */
-		if (f)
-			count_lost(1);
+		count_lost(1);
 		goto forget;
 	}
 	s->busy = 1;
-	if (f) {
-		n = s->count;
-		if (n < SLAB_RECORDS) {
-			fill_record(&s->rec[n], f);
-			if (!n)
-				s->first_ns = s->rec[0].done_ns;
-			s->count = n + 1;
-		}
+	barrier();
+	n = s->count;
+	if (n < SLAB_RECORDS) {
+		fill_record(&s->rec[n], f);
+		if (!n)
+			s->first_ns = s->rec[0].done_ns;
+		s->count = n + 1;
 	}
-	if (s->count >= SLAB_RECORDS ||
-	    (s->count && (rq == HAND_OVER_ALL || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS)))
+	if (s->count >= SLAB_RECORDS || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS)
 		submit(s);
+	barrier();
 	s->busy = 0;
 forget:
-	if (f) {
-		slot = slot_of(rq);
-		if (f == slots.lookup(&slot))
-			f->rq = 0;
-		else
-			overflow.delete(&rq);
-	}
+	slot = slot_of(rq);
+	if (f == slots.lookup(&slot))
+		f->rq = 0;
+	else
+		overflow.delete(&rq);
+	return 0;
+}
+
+/*
+ * User space runs this on each CPU: records go out though no request follows, old ones only or (args[0]) all.
+ *
+ * It must not be one of the attached programs: a run on demand doesn't ask whether the program is already
+ * running on this CPU, and in kernels where a program has one stack per CPU (6.13 and later) it would
+ * overwrite what the interrupted run holds there.
+ */
+int hand_over(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	struct slab *s = slabs.lookup(&zero);
+
+	if (!s || s->busy)
+		return 0;
+	s->busy = 1;
+	barrier();
+	if (s->count && (ctx->args[0] || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS))
+		submit(s);
+	barrier();
+	s->busy = 0;
 	return 0;
 }

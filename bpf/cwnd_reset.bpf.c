@@ -86,19 +86,25 @@ static __always_inline void emit(struct cwnd_reset *r)
 }
 
 /* The window has fallen just now: the socket shows what came after. */
-static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before)
+static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before,
+					u32 idle)
 {
 	struct cwnd_reset r = {};
 
 	if (!wanted(sk))
 		return;
 	fill_from_sock(&r, sk);
+	r.idle_us = jiffies_to_us(idle);
 	r.reason = REASON;
 	r.probe = probe;
 	r.cwnd_before = cwnd_before;
 	r.ssthresh_before = ssthresh_before;
-	if (REASON == REASON_RTO_LOSS)
+	if (REASON == REASON_RTO_LOSS) {
 		r.ca_state = TCP_CA_LOSS;
+		/* While a SYN is all that was sent, lsndtime isn't set. */
+		if (!GET(u32, sk, tcp_sock, data_segs_out))
+			r.idle_us = 0;
+	}
 	emit(&r);
 }
 
@@ -107,7 +113,8 @@ static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_befor
 int on_tcp_cwnd_reset(struct bpf_raw_tracepoint_args *ctx)
 {
 	if (ctx->args[1] == REASON)
-		emit_fallen((const void *)ctx->args[0], PROBE_TRACEPOINT, ctx->args[2], ctx->args[3]);
+		emit_fallen((const void *)ctx->args[0], PROBE_TRACEPOINT, ctx->args[2], ctx->args[3],
+			    ctx->args[4]);
 	return 0;
 }
 #endif
@@ -118,6 +125,8 @@ struct before {
 	u64 sk;
 	u32 cwnd;
 	u32 ssthresh;
+	u32 idle;
+	u32 unused;
 };
 
 static __always_inline struct before note_before(const void *sk)
@@ -126,6 +135,7 @@ static __always_inline struct before note_before(const void *sk)
 		.sk = (u64)sk,
 		.cwnd = GET(u32, sk, tcp_sock, snd_cwnd),
 		.ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh),
+		.idle = sk_idle(sk),
 	};
 
 	return b;
@@ -160,7 +170,7 @@ static __always_inline int fentry_out(const void *sk)
 
 	if (!b)
 		return 0;
-	emit_fallen(sk, PROBE_FENTRY, b->cwnd, b->ssthresh);
+	emit_fallen(sk, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle);
 	entered.delete(&key);
 	return 0;
 }
@@ -212,7 +222,7 @@ int kprobe_out(struct pt_regs *ctx)
 		count(COUNT_LOST);
 		return 0;
 	}
-	emit_fallen((const void *)b->sk, PROBE_KPROBE, b->cwnd, b->ssthresh);
+	emit_fallen((const void *)b->sk, PROBE_KPROBE, b->cwnd, b->ssthresh, b->idle);
 	frames.delete(&key);
 	return 0;
 }
@@ -241,8 +251,23 @@ int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 	prior_ssthresh = GET(u32, sk, tcp_sock, prior_ssthresh);
 	if (prior_ssthresh)
 		emit_fallen(sk, RUNG_CONG_STATE, GET(u32, sk, tcp_sock, prior_cwnd),
-			    prior_ssthresh);
+			    prior_ssthresh, sk_idle(sk));
 	return 0;
+}
+#endif
+
+#if defined(RUNG_SENDMSG) || defined(RUNG_TCP_PROBE)
+/* Whether a rest can cost this socket its window: not where the sysctl is off or the congestion control is exempt. */
+static __always_inline bool restarts(const void *sk)
+{
+	u64 ca_ops = GET(u64, sk, inet_connection_sock, icsk_ca_ops);
+	u64 net = GET(u64, sk, sock_common, skc_net__net);
+
+	if (GET(u64, ca_ops, tcp_congestion_ops, cong_control))
+		return false;
+	/* An int in older kernels, a byte in newer ones. */
+	return GET_OPT(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) ||
+	       GET_OPT(u32, net, net, ipv4__sysctl_tcp_slow_start_after_idle);
 }
 #endif
 
@@ -254,17 +279,11 @@ int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
  */
 static __always_inline bool idle_restart_due(const void *sk)
 {
-	u64 ca_ops, net;
-
 	if (GET(u32, sk, tcp_sock, packets_out))
 		return false;
 	if ((s32)sk_idle(sk) <= (s32)GET(u32, sk, inet_connection_sock, icsk_rto))
 		return false;
-	ca_ops = GET(u64, sk, inet_connection_sock, icsk_ca_ops);
-	if (GET(u64, ca_ops, tcp_congestion_ops, cong_control))
-		return false;
-	net = GET(u64, sk, sock_common, skc_net__net);
-	return GET(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) != 0;
+	return restarts(sk);
 }
 
 /* tcp_cwnd_restart() of net/ipv4/tcp_output.c: the window after it. */
@@ -388,10 +407,11 @@ int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 /* ---- tcp_probe: the window as the last ACK left it, against the one that the next burst starts with ---- */
 #ifdef RUNG_TCP_PROBE
 struct window {
+	u64 bytes_acked;
+	u32 ports;
 	u32 cwnd;
 	u32 ssthresh;
 	u32 lsndtime;
-	u32 unused;
 };
 BPF_TABLE("lru_hash", u64, struct window, windows, 65536);
 /* tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. */
@@ -401,6 +421,8 @@ static __always_inline void note_window(u64 key)
 {
 	const void *sk = (const void *)key;
 	struct window w = {
+		.bytes_acked = GET(u64, sk, tcp_sock, bytes_acked),
+		.ports = sk_ports(sk),
 		.cwnd = GET(u32, sk, tcp_sock, snd_cwnd),
 		.ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh),
 		.lsndtime = GET(u32, sk, tcp_sock, lsndtime),
@@ -449,12 +471,13 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 	if (!key || GET(u32, sk, tcp_sock, packets_out))
 		return 0;
 	w = windows.lookup(&key);
-	if (!w)
+	/* A socket is freed and its memory used for the next one: is this still the connection that was seen? */
+	if (!w || w->ports != sk_ports(sk) || w->bytes_acked > GET(u64, sk, tcp_sock, bytes_acked))
 		return 0;
 	cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
 	rested = GET(u32, sk, tcp_sock, lsndtime) - w->lsndtime;
 	if (cwnd < w->cwnd && (s32)rested > (s32)GET(u32, sk, inet_connection_sock, icsk_rto) &&
-	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && wanted(sk)) {
+	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts(sk) && wanted(sk)) {
 		struct cwnd_reset r = {};
 
 		fill_from_sock(&r, sk);

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """cwndtrace: congestion-window resets made visible, exact and costed, beside block I/O on the same clock.
 
-    with cwndtrace.stream(iface="eth0") as batches:
-        for batch in batches:
-            print(batch.to_pandas())
+with cwndtrace.stream(iface="eth0") as batches:
+    for batch in batches:
+        print(batch.to_pandas())
 
-    trace = cwndtrace.load("cwndtrace-20260102-030405.cwnd")
-    trace.resets, trace.block_io, trace.connections, trace.meta
+trace = cwndtrace.load("cwndtrace-20260102-030405.cwnd")
+trace.resets, trace.block_io, trace.connections, trace.meta
 """
 
 from __future__ import annotations

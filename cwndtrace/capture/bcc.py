@@ -42,13 +42,16 @@ _BLOCK: Final = (
     ladder.Attachment("raw_tracepoint", "block_rq_issue", "on_block_rq_issue"),
     ladder.Attachment("raw_tracepoint", "block_io_start", "on_block_io_start"),
 )
-_DONE: Final = "on_block_io_done"
-_HAND_OVER_OLD, _HAND_OVER_ALL = 0, 1  # as in bpf/block_io.bpf.c
+_HAND_OVER: Final = "hand_over"
+_OLD, _ALL = 0, 1
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
+# What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset.bpf.c, kprobe).
+_FRAME_SHIFT: Final = {"x86_64": 8}
 _SLAB_HEADER: Final = 16
 _SLAB_MAX_AGE_NS: Final = 100_000_000
 _RING_PAGES: Final = 2048
+_CPUS: Final = "SC_NPROCESSORS_CONF"
 # What is new below a cgroup, and which sockets a process holds, is looked up again this often.
 REFRESH_SECONDS: Final = 1.0
 
@@ -122,17 +125,23 @@ def _why(said: list[str], error: Exception) -> str:
     return f"{text} ({lines[0].strip()})" if lines and lines[0].strip() not in text else text
 
 
+def _fdinfo(fd: int, name: str) -> int:
+    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
+    match = re.search(rf"^{name}:\s*(\d+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
 class Program:
     """BPF sources compiled as one for this kernel, and what of them is attached."""
 
     def __init__(self, sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> None:
-        folder = bpf_dir()
+        folder, machine = bpf_dir(), platform.machine()
         text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
         headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
         readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
         found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
         flags = [f"-D{name}={value}" for name, value in found.items()]
-        flags += [f"-DCWT_ARCH_{platform.machine().upper()}", f"-I{folder}"]
+        flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}", f"-I{folder}"]
         # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
         os.environ["BCC_KERNEL_SOURCE"] = str(folder / "compat")
         said: list[str] = []
@@ -187,29 +196,30 @@ class Program:
         self._bpf.ring_buffer_consume()
 
     def run_everywhere(self, program: str, *args: int) -> None:
-        """Run a raw tracepoint program once on each CPU that is online."""
-        for cpu in range(os.sysconf("SC_NPROCESSORS_CONF")):
+        """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
+        fd = self._bpf.load_func(program.encode(), module().BPF.RAW_TRACEPOINT).fd
+        for cpu in range(os.sysconf(_CPUS)):
             try:
-                run_raw_tracepoint(self._loaded[program], cpu, *args)
+                run_raw_tracepoint(fd, cpu, *args)
             except OSError as e:
                 if e.errno != errno.ENXIO:
                     raise
 
     def total(self, index: int, table: str = "counts") -> int:
         """One of the source's counters, summed over CPUs."""
-        return int(sum(self._bpf[table][ctypes.c_int(index)]))
+        return int(sum(self._bpf[table.encode()][ctypes.c_int(index)]))
 
     def rows(self, table: str) -> list[tuple[int, Any]]:
         """A hash of u64 keys: key and value (a ctypes structure) of each entry."""
-        return [(int(key.value), leaf) for key, leaf in self._bpf[table].items()]
+        return [(int(key.value), leaf) for key, leaf in self._bpf[table.encode()].items()]
+
+    def run_times(self) -> dict[str, tuple[int, int]]:
+        """Each attached raw tracepoint program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
+        return {name: (_fdinfo(fd, "run_cnt"), _fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
 
     def missed(self) -> int:
         """Runs that the kernel skipped because the program was already running on that CPU."""
-        total = 0
-        for fd in self._loaded.values():
-            match = re.search(r"^recursion_misses:\s*(\d+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.M)
-            total += int(match[1]) if match else 0
-        return total
+        return sum(_fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
 
     def hold(self, table: str, keys: set[int]) -> None:
         """Make a hash of u64 keys hold exactly ``keys``."""
@@ -278,6 +288,8 @@ class Kernel:
     ) -> None:
         self._filters = filters
         self._btf = btf.Btf.running()
+        if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
+            raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
         self._hz = facts.hz()
         self._resets: list[Program] = []
         self._refused: dict[str, str] = {}
@@ -327,7 +339,7 @@ class Kernel:
                 f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
                 "trace without block I/O: --no-block",
             )
-        sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS}
+        sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS, "CPUS": os.sysconf(_CPUS)}
         program = Program(("block_io.bpf.c",), self._btf, self._hz, _filter_defines(self._filters) | sizes)
         self._open(program, "block_slabs", self._slab)
         try:
@@ -339,7 +351,8 @@ class Kernel:
 
     def _open(self, program: Program, table: str, received: Callable[[bytes], None]) -> None:
         program.open_ring(table, received)
-        self._epoll.register(program.ring_fds[-1], select.EPOLLIN)
+        # By edge: a ring that holds data which nobody was woken for (block I/O, see submit() there) must not end a wait.
+        self._epoll.register(program.ring_fds[-1], select.EPOLLIN | select.EPOLLET)
 
     def _record(self, name: str, raw: bytes) -> None:
         self._chunks.append((name, raw))
@@ -368,7 +381,7 @@ class Kernel:
         if time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._refresh_sets()
         if self._block is not None:
-            self._block.run_everywhere(_DONE, _HAND_OVER_OLD)
+            self._block.run_everywhere(_HAND_OVER, _OLD)
         return self._take()
 
     def _take(self) -> list[Chunk]:
@@ -389,6 +402,15 @@ class Kernel:
             counts.lost["block_io"] = self._block.total(0) + self._block.missed()
         return counts
 
+    def run_times(self) -> dict[str, tuple[int, int]]:
+        """Runs and nanoseconds by program (see Program.run_times); those of one name are added up."""
+        total: dict[str, tuple[int, int]] = {}
+        for program in self._programs():
+            for name, (runs, spent) in program.run_times().items():
+                before = total.get(name, (0, 0))
+                total[name] = (before[0] + runs, before[1] + spent)
+        return total
+
     def exhausted(self) -> bool:
         """Never: a kernel goes on."""
         return False
@@ -398,7 +420,7 @@ class Kernel:
         for program in self._programs():
             program.detach()
         if self._block is not None:
-            self._block.run_everywhere(_DONE, _HAND_OVER_ALL)
+            self._block.run_everywhere(_HAND_OVER, _ALL)
         chunks = self._take()
         unfinished = [row for program in self._resets for row in program.rows("followed")]
         return [*chunks, ("cwnd_recovery", _cut_short(unfinished))]

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 from pyroute2 import DiagSocket
+from pyroute2.netlink.exceptions import NetlinkError
 
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
@@ -51,7 +52,7 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
             continue
         try:
             found = netns.inside(namespace, _dump)
-        except (NotFound, OSError):
+        except (NotFound, NetlinkError, OSError):
             continue
         routes = interfaces.Routes(namespace)
         now = time.monotonic_ns()

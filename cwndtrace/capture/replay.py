@@ -16,7 +16,7 @@ from typing import Final
 
 from cwndtrace.capture.source import Chunk, Counts, Source
 from cwndtrace.errors import CaptureError
-from cwndtrace.events import event
+from cwndtrace.events import event, layout
 
 _CHUNK: Final = struct.Struct("<16sI")
 
@@ -45,23 +45,23 @@ class Replay:
         try:
             first, _, body = path.read_bytes().partition(b"\n")
             head = json.loads(first)
-            layout = dict(head["layout"])
+            sizes = dict(head["layout"])
+            self.rungs: dict[str, str | None] = dict(head["rungs"])
+            self.tried: dict[str, dict[str, str]] = dict(head["tried"])
+            self._counts = Counts(**head["counts"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e
-        for name, size in layout.items():
-            if size != event(name).size:
-                raise CaptureError(
-                    f"{path} holds {name} records of {size} bytes, this version's have {event(name).size}",
-                    "record it again",
-                )
-        self.events: tuple[str, ...] = tuple(layout)
-        self.rungs: dict[str, str | None] = head["rungs"]
-        self.tried: dict[str, dict[str, str]] = head["tried"]
-        self._counts = Counts(**head["counts"])
-        self._chunks = list(reversed(self._parse(path, body)))
+        ours = {name: each.size for name, each in layout().events.items()}
+        for name, size in sizes.items():
+            if size != ours.get(name):
+                here = f"has {ours[name]}" if name in ours else "knows none"
+                cause = f"{path} holds {name} records of {size} bytes, this version {here}"
+                raise CaptureError(cause, "record it again")
+        self.events: tuple[str, ...] = tuple(sizes)
+        self._chunks = list(reversed(self._parse(path, body, sizes)))
 
     @staticmethod
-    def _parse(path: Path, body: bytes) -> list[Chunk]:
+    def _parse(path: Path, body: bytes, sizes: dict[str, int]) -> list[Chunk]:
         chunks: list[Chunk] = []
         at = 0
         while at < len(body):
@@ -71,7 +71,10 @@ class Replay:
             at += _CHUNK.size + size
             if at > len(body):
                 raise CaptureError(f"{path} is cut off after {len(chunks)} chunks", "record it again")
-            chunks.append((name.rstrip(b"\0").decode(), body[at - size : at]))
+            which = name.rstrip(b"\0").decode("ascii", "replace")
+            if which not in sizes or size % sizes[which]:
+                raise CaptureError(f"{path} is damaged after {len(chunks)} chunks", "record it again")
+            chunks.append((which, body[at - size : at]))
         return chunks
 
     def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002  (nothing to wait for)

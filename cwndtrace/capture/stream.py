@@ -13,6 +13,8 @@ from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots, snapshot
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
+from cwndtrace.errors import UsageError
+from cwndtrace.kernel import ladder
 
 
 class Stream:
@@ -73,6 +75,8 @@ def stream(
     begun when this returns. Needs root. Raises the errors of cwndtrace.errors.
     """
     target.need_root("tracing")
+    if probe is not None and probe not in ladder.BY_NAME:
+        raise UsageError(f"no probe {probe}", f"there are: {', '.join(ladder.BY_NAME)}")
     filters = target.resolve(
         iface=iface, pid=pid, port=port, namespace=netns, cgroup=cgroup, family=family, min_idle_s=min_idle
     )

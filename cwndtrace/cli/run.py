@@ -73,9 +73,8 @@ def run(
     if output.exists():
         raise CaptureError(f"{clean(str(output))} exists already.", "Choose another name with -o.")
     if not output.parent.is_dir():
-        raise CaptureError(
-            f"The folder {clean(str(output.parent))} doesn't exist.", "Make it, or choose another with -o."
-        )
+        cause = f"The folder {clean(str(output.parent))} doesn't exist."
+        raise CaptureError(cause, "Make it, or choose another place with -o.")
     what = iface or (f"port {port}" if port else f"process {pid}" if pid else "this machine")
     with (
         sessions.Interrupt() as interrupt,

@@ -152,7 +152,7 @@ def choose(
 
     ``trial(rung, reason)`` loads and attaches for real and returns None, or why it failed; it is asked only
     where the facts allow it, best rung first, until one works. ``forced`` names the only rung to consider.
-    Raises NoRung where none of the reasons can be seen, with what was tried for the first.
+    Raises NoRung, with what was tried, where ``idle`` is asked for and can't be seen, or nothing that is asked for can.
     """
     choice = Choice()
     for reason in reasons:
@@ -164,8 +164,9 @@ def choose(
                 choice.rungs[reason] = rung.name
                 break
             tried[rung.name] = why
-    if choice.rungs and not any(choice.rungs.values()):
-        reason, tried = next(iter(choice.tried.items()))
+    needed = {"idle"} & choice.rungs.keys() or choice.rungs.keys()
+    if needed and not any(choice.rungs[reason] for reason in needed):
+        reason, tried = next((r, choice.tried[r]) for r in choice.rungs if r in needed)
         cause = f"no probe can see {reason} resets on this kernel: " + "; ".join(f"{r}: {w}" for r, w in tried.items())
         raise NoRung(cause, "cwndtrace doctor lists each lack and the command that mends it", tried)
     return choice

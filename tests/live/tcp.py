@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections of which everything is known: TCP_INFO is read right before and right after each send.
+
+What a small send does to the window is the kernel's doing at that very moment: it is too little to make the
+window grow, and all that came before it is acknowledged. So a window that is smaller after it was reset by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+from cwndtrace.errors import NotFound
+from cwndtrace.kernel import cgroups, netns
+
+INIT_CWND: Final = 10
+PREFIX: Final = "cwt-test-"
+"""How the names of the tests' network namespaces begin."""
+CORK: Final = socket.TCP_CORK
+MSG_ZEROCOPY: Final = 0x4000000
+_SO_ZEROCOPY: Final = 60
+_SO_COOKIE: Final = 57
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+# An Ethernet's: with loopback's own 64 KiB a window of ten segments would be more than a burst.
+_MTU: Final = 1500
+# Less than the receiver's buffer, so that a receiver that is slow never closes the window.
+_BURST: Final = 300_000
+_BUFFER: Final = 4_000_000
+
+
+def until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Return once ``condition`` holds; fails with ``what`` was waited for once ``seconds`` are over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.001)
+
+
+def run(*command: str) -> str:
+    """What a command printed; fails with what it had to say where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+    return done.stdout
+
+
+# ---- TCP_INFO ---------------------------------------------------------------------------------------------
+
+
+class Info(NamedTuple):
+    """The members of struct tcp_info that are compared with records; 0 where this kernel doesn't tell one."""
+
+    ca_state: int
+    retransmits: int
+    rto_us: int
+    mss: int
+    unacked: int
+    last_snd_us: int
+    last_rcv_us: int
+    srtt_us: int
+    ssthresh: int
+    cwnd: int
+    total_retrans: int
+    bytes_acked: int
+    bytes_received: int
+    unsent: int
+    min_rtt_us: int
+    bytes_sent: int
+    snd_wnd: int
+
+
+_SIZE: Final = 232
+_U32: Final = {
+    "rto_us": 8,
+    "mss": 16,
+    "unacked": 24,
+    "last_snd_us": 44,
+    "last_rcv_us": 52,
+    "srtt_us": 68,
+    "ssthresh": 76,
+    "cwnd": 80,
+    "total_retrans": 100,
+    "unsent": 144,
+    "min_rtt_us": 148,
+    "snd_wnd": 228,
+}
+_U64: Final = {"bytes_acked": 120, "bytes_received": 128, "bytes_sent": 200}
+
+
+def info(sock: socket.socket) -> Info:
+    """TCP_INFO of ``sock`` now; times in microseconds (the kernel gives the rests in milliseconds)."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE).ljust(_SIZE, b"\0")
+    values = {name: struct.unpack_from("=I", raw, at)[0] for name, at in _U32.items()}
+    values |= {name: struct.unpack_from("=Q", raw, at)[0] for name, at in _U64.items()}
+    values["last_snd_us"] *= 1000
+    values["last_rcv_us"] *= 1000
+    return Info(ca_state=raw[1], retransmits=raw[2], **values)
+
+
+# ---- network namespaces -----------------------------------------------------------------------------------
+
+
+class Here:
+    """The network namespace that the tests run in: nothing is changed in it, and others use it too."""
+
+    private = False
+
+    def __init__(self) -> None:
+        self.name = "this"
+        self.inode = netns.own().inode
+
+    def enter(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives when it runs in this namespace."""
+        return work()
+
+    def index(self, device: str) -> int:
+        """The index of one of its interfaces."""
+        return int(self.enter(lambda: socket.if_nametoindex(device)))
+
+
+class Space(Here):
+    """A network namespace of the test's own, with loopback up at an Ethernet's MTU."""
+
+    private = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        run("ip", "netns", "add", name)
+        try:
+            self._namespace = netns.find(name)
+            self.inode = self._namespace.inode
+            self.ip("link", "set", "lo", "mtu", str(_MTU), "up")
+            # Nothing learnt on one connection shall start another one's threshold.
+            self.sysctl("net.ipv4.tcp_no_metrics_save", "1")
+        except BaseException:
+            self.close()
+            raise
+
+    def ip(self, *arguments: str) -> str:
+        """``ip`` in this namespace."""
+        return run("ip", "-n", self.name, *arguments)
+
+    def sysctl(self, name: str, value: str) -> None:
+        """Set a sysctl of this namespace."""
+        run("ip", "netns", "exec", self.name, "sysctl", "-q", f"{name}={value}")
+
+    def enter(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives when it runs in this namespace, on a thread of its own."""
+        return netns.inside(self._namespace, work)
+
+    def close(self) -> None:
+        """Delete it; its interfaces go with it."""
+        subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
+
+
+def delete_left_behind() -> None:
+    """Delete the namespaces of test runs that were killed: their names hold the pid."""
+    for line in run("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        pid = name.removeprefix(PREFIX).split("-")[0]
+        if name.startswith(PREFIX) and not Path(f"/proc/{pid}").exists():
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def join(a: Space, b: Space, name: str, a_addresses: list[str], b_addresses: list[str]) -> None:
+    """A veth pair called ``name`` at both ends, up, with addresses like 10.0.0.1/24."""
+    a.ip("link", "add", name, "mtu", str(_MTU), "type", "veth", "peer", "name", name, "netns", b.name)
+    for space, addresses in ((a, a_addresses), (b, b_addresses)):
+        for address in addresses:
+            space.ip("addr", "add", address, "dev", name, *(["nodad"] if ":" in address else []))
+        space.ip("link", "set", name, "mtu", str(_MTU), "up")
+
+
+# ---- connections ------------------------------------------------------------------------------------------
+
+
+class Drain:
+    """One thread that reads all that comes in on the sockets it was given."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._sockets: dict[int, socket.socket] = {}
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._thread.start()
+
+    def add(self, sock: socket.socket) -> None:
+        """Read ``sock`` from now on."""
+        self._sockets[sock.fileno()] = sock
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def pause(self, sock: socket.socket) -> None:
+        """Read it no longer; what is being read just now still is."""
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(sock.fileno())
+
+    def _run(self) -> None:
+        while not self._stopped:
+            for fd, _ in self._epoll.poll(0.05):
+                try:
+                    data = self._sockets[fd].recv(1 << 20, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                except (OSError, KeyError):
+                    data = b""
+                if not data:
+                    with contextlib.suppress(OSError):
+                        self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stopped = True
+        self._thread.join()
+        self._epoll.close()
+
+
+@dataclass(frozen=True)
+class Send:
+    """One send: TCP_INFO and CLOCK_MONOTONIC before and after it, and who sent."""
+
+    before: Info
+    after: Info
+    start_ns: int
+    end_ns: int
+    tgid: int
+    tid: int
+    comm: str
+
+    @property
+    def reason(self) -> str | None:
+        """What made the window fall in it, if it did.
+
+        A restart halves at least once, down to the initial window at most; the other place that lowers a
+        window in a send, tcp_cwnd_application_limited(), takes less than half of it.
+        """
+        if self.after.cwnd >= self.before.cwnd:
+            return None
+        return "idle" if self.after.cwnd <= max(self.before.cwnd >> 1, INIT_CWND) else "app_limited"
+
+
+@dataclass
+class Connection:
+    """A connection over whose sending end ``sock`` everything is known; ``peer`` only takes."""
+
+    space: Here
+    sock: socket.socket
+    peer: socket.socket
+    drain: Drain
+    family: int
+    ca: str
+    ifindex: int
+    cgroup_id: int
+    init_cwnd: int = INIT_CWND
+    sends: list[Send] = field(default_factory=list)
+    saddr: str = ""
+    daddr: str = ""
+    sport: int = 0
+    dport: int = 0
+
+    def __post_init__(self) -> None:
+        local, remote = self.sock.getsockname(), self.sock.getpeername()
+        self.saddr, self.daddr = (str(end[0]).removeprefix("::ffff:") for end in (local, remote))
+        self.sport, self.dport = local[1], remote[1]
+
+    @property
+    def key(self) -> tuple[int, str, int, str, int]:
+        """What tells it from every other connection."""
+        return self.space.inode, self.saddr, self.sport, self.daddr, self.dport
+
+    def info(self) -> Info:
+        """TCP_INFO of the sending end."""
+        return info(self.sock)
+
+    def fill(self) -> Info:
+        """Send, with the other end not reading, until its window is closed and a little is left; TCP_INFO then."""
+        self.drain.pause(self.peer)
+        for _ in range(10_000):
+            window = self.info().snd_wnd
+            # The last of the window in one piece: what doesn't fit in whole would wait for the probe timer.
+            self.sock.send(bytes(min(window, 4 * _MTU) or 100), socket.MSG_EOR)
+            # The other end shall not wait with its ACK for more.
+            self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            if not window:
+                return self.until(lambda i: not i.unacked and bool(i.unsent) and not i.snd_wnd, "a closed window")
+            self.quiet()
+        raise AssertionError(f"the peer's window never closed: {self.info()}")
+
+    def cookie(self) -> int:
+        """Its cookie; the kernel makes one where there is none yet."""
+        return int(struct.unpack("=Q", self.sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
+
+    def until(self, condition: Callable[[Info], bool], what: str) -> Info:
+        """TCP_INFO once ``condition`` holds for it."""
+        seen: list[Info] = []
+
+        def holds() -> bool:
+            seen[:] = [self.info()]
+            return condition(seen[0])
+
+        until(holds, 20, what)
+        return seen[0]
+
+    def quiet(self) -> Info:
+        """TCP_INFO once all is sent and acknowledged."""
+        return self.until(lambda i: not i.unacked and not i.unsent, "all data acknowledged")
+
+    def send(self, how: Callable[[], Any] | None = None, by: tuple[int, int, str] | None = None) -> Send:
+        """A small send, noted; ``how`` does it in another way, ``by`` says which other task does."""
+        me = by or (os.getpid(), threading.get_native_id(), thread_name())
+        # The clock is read around both looks, so that whatever comes between is within it.
+        start, before = time.monotonic_ns(), self.info()
+        if how is None:
+            self.sock.send(b"x" * 100)
+        else:
+            how()
+        end, after = time.monotonic_ns(), self.info()
+        self.sends.append(Send(before, after, start, end, *me))
+        return self.sends[-1]
+
+    def grow(self, least: int = 24, burst: int = _BURST) -> Info:
+        """Send bursts of so many bytes until the window holds at least ``least`` segments; TCP_INFO after the last.
+
+        Starts with a small send that is noted: no burst begins after a rest, where a reset would go unseen.
+        """
+        for _ in range(200):
+            small = self.send()
+            self.sock.send(bytes(1000))
+            took_us = (time.monotonic_ns() - small.start_ns) // 1000
+            assert took_us < small.before.rto_us, f"this machine stalled for {took_us} us: the truth isn't known"
+            self.sock.sendall(bytes(burst))
+            last = self.quiet()
+            if last.cwnd >= least:
+                return last
+        raise AssertionError(f"the window never grew to {least}: {last}")
+
+    def close(self) -> None:
+        """Close both ends; a second time it does nothing."""
+        if self.peer.fileno() >= 0:
+            self.drain.pause(self.peer)
+        self.sock.close()
+        self.peer.close()
+
+
+def own_cgroup() -> int:
+    """The id of this process's cgroup v2: the inode of its folder. 0 where cgroup v2 isn't mounted."""
+    path = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    try:
+        return (cgroups.mount_point() / path.lstrip("/")).stat().st_ino
+    except NotFound:
+        return 0
+
+
+def thread_name() -> str:
+    """The calling thread's, as the kernel knows it."""
+    return Path("/proc/thread-self/comm").read_text().rstrip("\n")
+
+
+def connect(
+    space: Here,
+    drain: Drain,
+    *,
+    ca: str = "cubic",
+    address: str = "127.0.0.1",
+    mapped: bool = False,
+    from_server: bool = False,
+    source: tuple[str, int] | None = None,
+    port: int = 0,
+    to: Here | None = None,
+    device: str = "lo",
+    init_cwnd: int = INIT_CWND,
+    read_buffer: int = _BUFFER,
+    by: Holder | None = None,
+) -> Connection:
+    """A connection to ``address`` in ``to`` (the same namespace by default).
+
+    The end in ``space`` sends, or with ``from_server`` the end that accepted (then both are in ``space``).
+    ``mapped`` uses IPv6 sockets with IPv4-mapped addresses; ``by`` is the process that makes the sending end.
+    """
+    v6 = mapped or ":" in address
+    family = socket.AF_INET6 if v6 else socket.AF_INET
+    place = f"::ffff:{address}" if mapped else address
+
+    def make() -> socket.socket:
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, ca.encode())
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not space.private:
+            # Loopback's own MTU is large.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _MTU)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, read_buffer)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+        return sock
+
+    listener: socket.socket = (to or space).enter(make)
+    client: socket.socket | None = None
+    try:
+        listener.bind((place, port))
+        listener.listen()
+        client = by.connect(*listener.getsockname()) if by else space.enter(make)
+        assert client is not None
+        if not by:
+            if source:
+                client.bind(source)
+            client.settimeout(20)
+            client.connect(listener.getsockname())
+            client.settimeout(None)
+        server, _ = listener.accept()
+    except BaseException:
+        if client is not None:
+            client.close()
+        raise
+    finally:
+        listener.close()
+    sock, peer = (server, client) if from_server else (client, server)
+    drain.add(peer)
+    shown = int(socket.AF_INET6 if v6 and not mapped else socket.AF_INET)
+    return Connection(
+        space, sock, peer, drain, shown, ca, space.index(device), by.cgroup_id if by else own_cgroup(), init_cwnd
+    )
+
+
+_HOLDER: Final = """
+import socket, sys
+control = socket.socket(fileno=int(sys.argv[1]))
+held = []
+while command := control.recv(100).decode().split():
+    if command[0] == "connect":
+        sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.connect((command[1], int(command[2])))
+        held.append(sock)
+        socket.send_fds(control, [b"done"], [sock.fileno()])
+    else:
+        held[int(command[1])].send(b"x" * 100)
+        control.send(b"done")
+"""
+
+
+class Holder:
+    """Another process, in a namespace and a cgroup (a folder of cgroup v2), that makes and holds connections.
+
+    The tests hold them too, to look at them.
+    """
+
+    def __init__(self, space: Space, cgroup: Path) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fd = str(theirs.fileno())
+        with theirs:
+            self._process = subprocess.Popen(
+                ["ip", "netns", "exec", space.name, sys.executable, "-c", _HOLDER, fd], pass_fds=[theirs.fileno()]
+            )
+        self.pid = self._process.pid
+        (cgroup / "cgroup.procs").write_text(str(self.pid))
+        self.cgroup_id = cgroup.stat().st_ino
+
+    def connect(self, address: str, port: int, *_: object) -> socket.socket:
+        """A cubic connection to an IPv4 address, made by it."""
+        self._control.send(f"connect {address} {port}".encode())
+        received = socket.recv_fds(self._control, 100, 1)
+        return socket.socket(fileno=received[1][0])
+
+    def send(self, number: int) -> None:
+        """Have it send on the connection that it made as this one, counted from 0."""
+        self._control.send(f"send {number}".encode())
+        assert self._control.recv(100) == b"done"
+
+    @property
+    def who(self) -> tuple[int, int, str]:
+        """Its tgid, tid and name."""
+        return self.pid, self.pid, Path(f"/proc/{self.pid}/comm").read_text().rstrip("\n")
+
+    def close(self) -> None:
+        """End it."""
+        self._control.close()
+        self._process.wait()
+
+
+@contextmanager
+def corked(sock: socket.socket) -> Iterator[None]:
+    """While it is entered, small data waits for more."""
+    sock.setsockopt(socket.IPPROTO_TCP, CORK, 1)
+    try:
+        yield
+    finally:
+        sock.setsockopt(socket.IPPROTO_TCP, CORK, 0)
+
+
+def allow_zerocopy(sock: socket.socket) -> None:
+    """Let MSG_ZEROCOPY be asked for."""
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
+
+
+class Child:
+    """A process that sends on a socket which it inherited, each time it is told to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        script = "while read -r line; do printf %100s .; echo sent >&2; done"
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=sock.fileno(), stderr=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+
+    def send(self) -> None:
+        """Have it send, and wait until it has."""
+        assert self._process.stdin is not None
+        assert self._process.stderr is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        assert self._process.stderr.readline() == "sent\n"
+
+    @property
+    def who(self) -> tuple[int, int, str]:
+        """Its tgid, tid and name."""
+        return self.pid, self.pid, Path(f"/proc/{self.pid}/comm").read_text().rstrip("\n")
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

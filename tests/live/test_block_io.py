@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block I/O on loop devices of the tests' own, against what the kernel itself counts (diskstats).
+
+Every request that the kernel counts has one record, with the right length, place, times and submitter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cwndtrace.capture import bcc
+from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import Filters
+from cwndtrace.kernel import cgroups
+from tests.live.disk import BLOCK, SECTOR, Disk, Stat, Traced, accounted, again_if_hidden, aligned, fio, loop, stat_of
+
+pytestmark = pytest.mark.live
+
+needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio: apt install fio")
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    with loop() as made:
+        yield made
+
+
+def mine(records: pd.DataFrame) -> pd.DataFrame:
+    ours = records[records["tgid"] == os.getpid()]
+    return ours.sort_values("start_ns", ignore_index=True)
+
+
+def assert_sound(records: pd.DataFrame) -> None:
+    """What holds for every record of a loop device."""
+    assert (records["start_ns"] <= records["issue_ns"]).all()
+    assert (records["issue_ns"] < records["done_ns"]).all()
+
+
+# ---- what a record says ----------------------------------------------------------------------------
+
+
+@again_if_hidden
+def test_each_direct_request_has_one_record(disk: Disk) -> None:
+    blocks = random.sample(range(disk.size // BLOCK), 211)
+    reads, writes = blocks[:97], blocks[97:]
+    before, begin = disk.stat(), time.monotonic_ns()
+    with Traced() as traced:
+        disk.read(*reads)
+        disk.write(*writes)
+    counted = disk.stat() - before
+    records = traced.records(disk)
+    assert_sound(records)
+    assert stat_of(records) == counted
+    assert counted.reads >= len(reads)
+    assert counted.writes == len(writes)
+
+    own = mine(records)
+    assert list(own["op"]) == ["read"] * len(reads) + ["write"] * len(writes)
+    assert list(own["sector"]) == [block * BLOCK // SECTOR for block in blocks]
+    assert set(own["bytes"]) == {BLOCK}
+    assert set(own["tid"]) == {threading.get_native_id()}
+    assert set(own["comm"]) == {Path("/proc/thread-self/comm").read_text().strip()}
+    assert set(own["error"]) == {"ok"}
+    assert own["start_ns"].iloc[0] > begin
+    assert own["done_ns"].iloc[-1] < time.monotonic_ns()
+    assert set(own["cpu"]) <= os.sched_getaffinity(0)
+    assert traced.lost == 0
+
+
+@again_if_hidden
+def test_a_thread_is_named_as_itself(disk: Disk) -> None:
+    tids: list[int] = []
+
+    def work() -> None:
+        Path("/proc/thread-self/comm").write_text("a reader")
+        tids.append(threading.get_native_id())
+        disk.read(1, 2, 3)
+
+    with Traced() as traced:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    records = mine(traced.records(disk))
+    assert list(records["tid"]) == tids * 3
+    assert set(records["comm"]) == {"a reader"}
+
+
+@pytest.mark.parametrize("length", [512, 4096, 128 << 10, 1 << 20])
+@again_if_hidden
+def test_lengths_are_those_of_the_kernel(disk: Disk, length: int) -> None:
+    before = disk.stat()
+    with Traced() as traced, disk.opened() as fd, aligned(length) as buffer:
+        for i in range(3):
+            assert os.preadv(fd, [buffer], i * length) == length
+    records = traced.records(disk)
+    assert stat_of(records) == disk.stat() - before
+    assert mine(records)["bytes"].sum() == 3 * length
+
+
+@again_if_hidden
+def test_two_devices_at_once() -> None:
+    with loop() as one, loop() as two:
+        before = one.stat(), two.stat()
+        with Traced() as traced:
+            threads = [
+                threading.Thread(target=one.read, args=range(500)),
+                threading.Thread(target=two.write, args=range(300)),
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert stat_of(traced.records(one)) == one.stat() - before[0]
+        assert stat_of(traced.records(two)) == two.stat() - before[1]
+        assert set(mine(traced.records(one))["op"]) == {"read"}
+        assert set(mine(traced.records(two))["op"]) == {"write"}
+
+
+@again_if_hidden
+def test_discard(disk: Disk) -> None:
+    before = disk.stat()
+    with Traced() as traced:
+        disk.discard(1 << 20, 3 << 20)
+    records = mine(traced.records(disk))
+    assert stat_of(traced.records(disk)) == disk.stat() - before
+    assert set(records["op"]) == {"discard"}
+    assert records["bytes"].sum() == 3 << 20
+    assert records["sector"].iloc[0] == (1 << 20) // SECTOR
+
+
+@again_if_hidden
+def test_an_error_is_recorded(disk: Disk) -> None:
+    disk.write(0, 1)
+    # The loop driver finds nothing there any more.
+    os.ftruncate(disk.backing, BLOCK)
+    before = disk.stat()
+    with Traced() as traced:
+        disk.read(0)
+        with pytest.raises(OSError, match=r"Input/output error"):
+            disk.read(1)
+    assert disk.stat() - before == Stat(2, 2 * BLOCK // SECTOR, 0, 0, 0, 0)
+    records = mine(traced.records(disk))
+    assert list(records["error"]) == ["ok", "ioerr"]
+    assert list(records["sector"]) == [0, BLOCK // SECTOR]
+
+
+# ---- who did it ------------------------------------------------------------------------------------
+
+
+@again_if_hidden
+def test_buffered_reads_belong_to_the_reader(disk: Disk) -> None:
+    disk.forget()
+    with Traced() as traced, disk.opened(os.O_RDONLY) as fd:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for block in range(0, 1000, 100):
+            os.pread(fd, BLOCK, block * BLOCK)
+    records = mine(traced.records(disk))
+    assert list(records["sector"]) == [block * BLOCK // SECTOR for block in range(0, 1000, 100)]
+
+
+@again_if_hidden
+def test_page_faults_belong_to_who_faults(disk: Disk) -> None:
+    disk.forget()
+    shared = mmap.MAP_SHARED
+    with Traced() as traced, disk.opened(os.O_RDONLY) as fd, mmap.mmap(fd, disk.size, shared, mmap.PROT_READ) as memory:
+        memory.madvise(mmap.MADV_RANDOM)
+        for block in range(0, 700, 100):
+            memory[block * BLOCK]
+    records = mine(traced.records(disk))
+    assert set(records["tid"]) == {threading.get_native_id()}
+    assert list(records["sector"]) == [block * BLOCK // SECTOR for block in range(0, 700, 100)]
+
+
+_IN_A_FILE_SYSTEM = """
+import ctypes, os, sys
+device, folder = sys.argv[1:]
+def run(command): assert os.system(command) == 0, command
+run(f"mount -t ext4 {device} {folder}")
+one, two = (os.open(f"{folder}/{name}", os.O_CREAT | os.O_RDWR) for name in ("one", "two"))
+assert ctypes.CDLL(None).syncfs(two) == 0
+print("ready", flush=True)
+assert sys.stdin.readline()
+for i in range(20):
+    os.pwrite(one, bytes(4096), i * 4096)
+    os.fsync(one)
+os.pwrite(two, bytes(1 << 20), 0)
+assert ctypes.CDLL(None).syncfs(two) == 0
+os.close(one)
+os.close(two)
+run(f"umount {folder}")
+print("done", flush=True)
+"""
+
+
+@again_if_hidden
+def test_a_file_system_is_attributed_to_who_writes(disk: Disk, tmp_path: Path) -> None:
+    """fsync writes data itself and has the journal commit; write-back is done by a kworker."""
+    # Nothing is left to be written later on by itself.
+    subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(disk.path)], check=True)
+    # In a mount namespace of its own, so that nothing stays mounted whatever happens.
+    command = ["unshare", "--mount", sys.executable, "-c", _IN_A_FILE_SYSTEM, str(disk.path), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            with Traced() as traced:
+                before = disk.stat()
+                assert writer.communicate("go\n", timeout=30)[0] == "done\n"
+            counted = disk.stat() - before
+        finally:
+            writer.kill()
+    assert writer.returncode == 0
+    records = traced.records(disk)
+    # Flush sequences end twice in the kernel and count once.
+    accounted(traced, counted, disk)
+    assert_sound(records[records["bytes"] > 0])
+    writes = records[records["op"] == "write"]
+    # After the last fsync of a block, its data has been written by whoever called it.
+    assert len(writes[writes["tgid"] == writer.pid]) >= 20
+    assert set(writes[writes["tgid"] == writer.pid]["comm"]) == {Path(sys.executable).name[:15]}
+    assert writes["comm"].str.startswith("jbd2/").any()
+    assert writes[writes["comm"].str.startswith("kworker/")]["bytes"].sum() >= 1 << 20
+
+
+def _uring_refused() -> str | None:
+    number = {"x86_64": 425, "aarch64": 425, "riscv64": 425}.get(os.uname().machine, 425)
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(number, 1, ctypes.create_string_buffer(120))
+    if fd >= 0:
+        os.close(fd)
+        return None
+    return f"this kernel refuses io_uring ({os.strerror(ctypes.get_errno())}): sysctl -w kernel.io_uring_disabled=0"
+
+
+@needs_fio
+@pytest.mark.parametrize("mode", ["", "--force_async=1", "--sqthread_poll=1"], ids=["inline", "workers", "sqpoll"])
+@again_if_hidden
+def test_io_uring_belongs_to_the_application(disk: Disk, mode: str) -> None:
+    why = _uring_refused()
+    if why:
+        pytest.skip(why)
+    before = disk.stat()
+    with Traced() as traced:
+        fio(disk, "--ioengine=io_uring", "--iodepth=8", "--number_ios=2000", *([mode] if mode else []))
+    accounted(traced, disk.stat() - before, disk)
+    records = traced.records(disk)
+    by_fio = records[records["comm"] == "fio"]
+    assert len(by_fio) >= 2000
+    assert by_fio["tgid"].value_counts().iloc[0] >= 2000
+    assert not records["comm"].str.startswith("iou-").any()
+    if mode:
+        workers = by_fio[by_fio["tid"] != by_fio["tgid"]]
+        assert len(workers) >= 1000, "the kernel's workers did no I/O"
+
+
+# ---- at a high rate, and when there is no room -----------------------------------------------------
+
+
+@needs_fio
+@again_if_hidden
+def test_a_flood_is_kept_or_counted(disk: Disk) -> None:
+    before = disk.stat()
+    with Traced() as traced:
+        fio(disk, "--ioengine=libaio", "--iodepth=32", "--norandommap", "--io_size=500m")
+    counted = disk.stat() - before
+    records = traced.records(disk)
+    assert counted.reads >= 120_000
+    accounted(traced, counted, disk)
+    assert len(records) > 0.99 * counted.reads
+    assert_sound(records)
+    assert set(records["bytes"]) == {BLOCK}
+    # No request is under way twice at the same time with itself: an address, a start.
+    assert not records.duplicated(["start_ns", "sector"]).any()
+
+
+@needs_fio
+@pytest.mark.parametrize("bits", [1, 4])
+@again_if_hidden
+def test_a_crowded_table_chains(disk: Disk, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """With two or sixteen slots nearly every request finds its slot taken."""
+    real = bcc._filter_defines
+    monkeypatch.setattr(bcc, "_filter_defines", lambda filters: {**real(filters), "SLOT_BITS": bits})
+    before = disk.stat()
+    with Traced() as traced:
+        fio(disk, "--ioengine=libaio", "--iodepth=16", "--number_ios=20000", "--numjobs=2", "--rw=randrw")
+    counted = disk.stat() - before
+    records = traced.records(disk)
+    accounted(traced, counted, disk)
+    assert len(records) > 0.99 * (counted.reads + counted.writes)
+    assert set(records["bytes"]) == {BLOCK}
+    assert_sound(records)
+
+
+@again_if_hidden
+def test_a_full_buffer_is_counted(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bcc, "_RING_PAGES", 2)
+    before = disk.stat()
+    with Traced(poll=False) as traced:
+        disk.read(*range(1500))
+    counted = disk.stat() - before
+    records = traced.records(disk)
+    assert traced.lost > 0
+    assert len(records) + traced.lost >= counted.reads
+    assert [loss.event for loss in traced.tally.lossy] == ["block_io"]
+    assert traced.tally.lossy[0].lost == traced.lost
+
+
+@again_if_hidden
+def test_a_few_records_come_soon_though_nothing_follows(disk: Disk) -> None:
+    with Traced(poll=False) as traced:
+        disk.read(5)
+        done = time.monotonic()
+        while not len(traced.records(disk)) and time.monotonic() - done < 5:
+            traced.seen += traced.session.step()
+        took = time.monotonic() - done
+        assert list(mine(traced.records(disk))["sector"]) == [5 * BLOCK // SECTOR]
+    assert took < 0.5
+    assert len(mine(traced.records(disk))) == 1
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 129])
+@again_if_hidden
+def test_nothing_is_left_behind_at_the_end(disk: Disk, count: int) -> None:
+    with Traced(poll=False) as traced:
+        disk.read(*range(count))
+    assert len(mine(traced.records(disk))) == count
+    assert traced.lost == 0
+
+
+# ---- filters ---------------------------------------------------------------------------------------
+
+_READER = """
+import mmap, os, sys
+fd, buffer = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)
+print("ready", flush=True)
+assert sys.stdin.readline()
+for block in range(int(sys.argv[2])):
+    os.preadv(fd, [buffer], block * 4096)
+"""
+
+
+@contextmanager
+def reader(disk: Disk, blocks: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has opened ``disk`` and reads ``blocks`` blocks when told to by ``communicate``."""
+    command = [sys.executable, "-c", _READER, str(disk.path), str(blocks)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@again_if_hidden
+def test_filter_by_process(disk: Disk) -> None:
+    with reader(disk, 71) as wanted, reader(disk, 53) as other, Traced(Filters(pid=wanted.pid)) as traced:
+        disk.read(*range(31))
+        other.communicate("go\n")
+        wanted.communicate("go\n")
+        disk.read(*range(31))
+    records = pd.concat([batch.to_pandas() for batch in traced.seen])
+    assert set(records["tgid"]) == {wanted.pid}
+    assert len(records) == 71
+
+
+@again_if_hidden
+def test_filter_by_cgroup(disk: Disk) -> None:
+    folder = cgroups.mount_point() / f"cwndtrace-test-{os.getpid()}"
+    below = folder / "below"
+    below.mkdir(parents=True)
+    try:
+        with reader(disk, 71) as direct, reader(disk, 53) as deeper, reader(disk, 31) as outside:
+            (folder / "cgroup.procs").write_text(str(direct.pid))
+            (below / "cgroup.procs").write_text(str(deeper.pid))
+            with Traced(Filters(cgroup=folder)) as traced:
+                for process in (outside, direct, deeper):
+                    process.communicate("go\n")
+        records = pd.concat([batch.to_pandas() for batch in traced.seen])
+        # Threads of a process that ends may still read something: its page faults.
+        ours = records[records["dev"] == disk.dev]
+        assert ours["tgid"].value_counts().to_dict() == {direct.pid: 71, deeper.pid: 53}
+        assert set(ours[ours["tgid"] == deeper.pid]["cgroup_id"]) == {below.stat().st_ino}
+        assert not (records["tgid"] == outside.pid).any()
+    finally:
+        below.rmdir()
+        folder.rmdir()
+
+
+@again_if_hidden
+def test_a_cgroup_made_later_is_followed(disk: Disk) -> None:
+    folder = cgroups.mount_point() / f"cwndtrace-test-{os.getpid()}"
+    below = folder / "later"
+    folder.mkdir()
+    try:
+        with reader(disk, 17) as process, Traced(Filters(cgroup=folder), poll=False) as traced:
+            below.mkdir()
+            (below / "cgroup.procs").write_text(str(process.pid))
+            known = time.monotonic() + bcc.REFRESH_SECONDS + 0.2
+            while time.monotonic() < known:
+                traced.seen += traced.session.step()
+            process.communicate("go\n")
+        assert len(traced.records(disk)) == 17
+    finally:
+        if below.is_dir():
+            below.rmdir()
+        folder.rmdir()
+
+
+# ---- side by side ----------------------------------------------------------------------------------
+
+
+@again_if_hidden
+def test_two_traces_see_the_same(disk: Disk) -> None:
+    with Traced() as one, Traced() as two:
+        disk.read(*range(83))
+    a, b = (mine(traced.records(disk)) for traced in (one, two))
+    assert list(a["sector"]) == list(b["sector"])
+    assert np.abs(a["start_ns"].astype("int64") - b["start_ns"].astype("int64")).max() < 10_000_000
+
+
+@again_if_hidden
+def test_stopping_frees_the_probes(disk: Disk) -> None:
+    """After close the kernel runs none of the programs any more."""
+    kernel = bcc.Kernel(reasons=())
+    session = Session(kernel)
+    disk.read(1)
+    session.finish()
+    kept = session.tally.kept["block_io"]
+    disk.read(2)
+    assert not any(raw for name, raw in session.source.stop() if name == "block_io")
+    assert session.tally.kept["block_io"] == kept
+    session.close()

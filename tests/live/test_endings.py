@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows that fall, or that were due to and didn't, where it isn't a plain send that decides.
+
+A closed window that opens again, a send that blocks, a retransmission timeout, a window that goes unused, and
+connections that end in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.tcp import until
+from tests.live.tracing import EXACT, Record, Tracer, check
+
+pytestmark = pytest.mark.live
+
+LONG = 0.45
+NOBODY = (0, 0, "")
+"""Who sends when a timer or an ACK does."""
+
+
+def reopen(connection: tcp.Connection) -> tcp.Send:
+    """Let the other end read again; the send that the opened window allows, noted.
+
+    It is watched from the other end: a look at the sender would hold its lock when the ACK comes, and the send would be
+    the looker's.
+    """
+
+    def received() -> int:
+        return tcp.info(connection.peer).bytes_received
+
+    total = received() + connection.info().unsent
+
+    def opened() -> None:
+        connection.drain.add(connection.peer)
+        until(lambda: received() == total, 20, "the rest of the data")
+
+    send = connection.send(opened, NOBODY)
+    connection.quiet()
+    return send
+
+
+def test_a_closed_window_that_opens(tracer: Tracer, connect: Connect) -> None:
+    connection = connect(read_buffer=200_000)
+    connection.grow()
+    closed = connection.fill()
+    time.sleep(LONG)
+    send = reopen(connection)
+    assert (send.reason, send.before.snd_wnd, closed.unsent > 0) == ("idle", 0, True)
+    assert check(tracer, connection) == 1
+
+
+def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
+    connection = connect(counted_space, read_buffer=200_000)
+    connection.grow()
+    connection.fill()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    counter.settle()
+    before = counter.tally.withdrawn
+
+    def blocked() -> None:
+        with pytest.raises(BlockingIOError):
+            connection.sock.send(b"x" * 100_000, socket.MSG_DONTWAIT)
+
+    with contextlib.suppress(BlockingIOError):
+        # In small pieces: the last one may be as large as it likes.
+        while True:
+            connection.sock.send(b"x", socket.MSG_DONTWAIT | socket.MSG_EOR)
+    time.sleep(LONG)
+    send = connection.send(blocked)
+    assert send.reason is None
+    assert send.before.last_snd_us > send.before.rto_us
+    assert not counter.of(connection)
+    reopen(connection)
+    assert check(counter, connection) == 1
+    if counter.probe == "sendmsg":
+        assert counter.tally.withdrawn > before
+
+
+def test_data_queued_behind_a_closed_window(tracer: Tracer, connect: Connect) -> None:
+    """Each new buffer is another restart, as long as nothing can be sent."""
+    connection = connect(read_buffer=200_000)
+    connection.grow(80)
+    connection.fill()
+    time.sleep(0.25)
+    # One after the other, because each ends its buffer.
+    for _ in range(3):
+        connection.send(lambda: connection.sock.send(b"x", socket.MSG_EOR))
+    assert [s.reason for s in connection.sends[-3:]] == ["idle"] * 3
+    windows = [s.before.cwnd for s in connection.sends[-3:]] + [connection.info().cwnd]
+    assert windows == sorted(windows, reverse=True)
+    reopen(connection)
+    if tracer.probe == "tcp_probe":
+        # Nothing is sent between these falls: it sees where they began and ended, or nothing after a probe's ACK.
+        assert all(r["cwnd_before"] in windows for r in tracer.of(connection))
+    else:
+        check(tracer, connection)
+
+
+def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
+    connections = [connect(counted_space) for _ in range(3)]
+    for connection in connections:
+        connection.send()
+    counter.settle()
+    before = counter.tally.unchanged
+    time.sleep(LONG)
+    for connection in connections:
+        connection.send()
+        assert connection.sends[-1].before.cwnd == connection.sends[-1].after.cwnd == tcp.INIT_CWND
+    assert check(counter, *connections) == 0
+    counter.settle()
+    # The tracepoint is silent where the window stays, and tcp_probe only compares windows: they have seen nothing.
+    seen = 0 if counter.probe in ("tracepoint", "tcp_probe") else len(connections)
+    assert counter.tally.unchanged - before == seen
+
+
+def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
+    connection = connect(counted_space)
+    connection.grow()
+    time.sleep(LONG)
+    before = counter.tally.withdrawn
+    with tcp.corked(connection.sock):
+        connection.send()
+        connection.send()
+        first, second = connection.sends[-2:]
+        assert (first.reason, second.reason, second.before.unsent) == ("idle", None, 100)
+        assert second.before.last_snd_us > second.before.rto_us
+    connection.quiet()
+    records = counter.of(connection)
+    assert [(r["cwnd_before"], r["cwnd_after"]) for r in records] == [(first.before.cwnd, first.after.cwnd)]
+    assert counter.tally.withdrawn == before
+    if counter.probe != "tcp_probe":
+        assert check(counter, connection) == 1
+
+
+def test_a_connection_that_is_aborted_with_data_corked(tracer: Tracer, connect: Connect) -> None:
+    connection = connect()
+    connection.grow()
+    time.sleep(LONG)
+    connection.sock.setsockopt(socket.IPPROTO_TCP, tcp.CORK, 1)
+    send = connection.send()
+    assert (send.reason, send.after.unsent) == ("idle", 100)
+    connection.cookie = lambda: 0  # type: ignore[method-assign]
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.sock.close()
+    if tracer.probe == "tcp_probe":
+        assert not tracer.of(connection)
+    else:
+        assert check(tracer, connection) == 1
+
+
+def test_a_new_connection_in_the_memory_of_an_old_one(tracer: Tracer, connect: Connect) -> None:
+    """Nothing of a connection with a large window may be held against the next one whose socket lies there."""
+    first = [connect() for _ in range(20)]
+    for connection in first:
+        connection.grow()
+        connection.close()
+    time.sleep(0.25)
+    second = [connect() for _ in range(20)]
+    for connection in second:
+        connection.send()
+    assert check(tracer, *second) == 0
+
+
+# ---- retransmission timeouts ------------------------------------------------------------------------------
+
+
+class Link:
+    """A veth pair between two namespaces; what goes from ``a`` to 10.9.0.2 can be made to vanish."""
+
+    def __init__(self, make_space: Callable[[], tcp.Space]) -> None:
+        self.a, self.b = make_space(), make_space()
+        tcp.join(self.a, self.b, "cwt0", ["10.9.0.1/24"], ["10.9.0.2/24"])
+        self._mac = tcp.run("ip", "-n", self.b.name, "-o", "link", "show", "cwt0").split("link/ether ")[1].split()[0]
+        self._send_to(self._mac)
+
+    def _send_to(self, mac: str) -> None:
+        self.a.ip("neigh", "replace", "10.9.0.2", "lladdr", mac, "dev", "cwt0", "nud", "permanent")
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """While it is entered, frames go to an address that nobody has: the sender isn't told."""
+        self._send_to("02:00:00:00:00:99")
+        try:
+            yield
+        finally:
+            self._send_to(self._mac)
+
+    def timeouts(self) -> int:
+        """How many retransmission timeouts there were in ``a``."""
+
+        def read() -> int:
+            with open("/proc/thread-self/net/netstat") as file:  # noqa: PTH123
+                names, values = [line.split() for line in file if line.startswith("TcpExt:")]
+            return int(values[names.index("TCPTimeouts")])
+
+        return int(self.a.enter(read))
+
+
+@pytest.fixture(scope="session")
+def link(make_space: Callable[[], tcp.Space]) -> Link:
+    return Link(make_space)
+
+
+def test_retransmission_timeouts(tracer: Tracer, link: Link, connect: Connect) -> None:
+    kinds = [("cubic", 1), ("reno", 1), ("cubic", 20), ("reno", 20)]
+    connections = [connect(link.a, to=link.b, address="10.9.0.2", device="cwt0", ca=ca) for ca, _ in kinds]
+    for connection in connections:
+        connection.grow()
+    with link.cut():
+        timeouts = link.timeouts()
+        for connection, (_, segments) in zip(connections, kinds, strict=True):
+            # Where cutting the link took long, this ends a rest: what it leaves is what the timeout takes.
+            connection.send(lambda c=connection, n=segments: c.sock.send(bytes(1448 * n)))  # type: ignore[misc]
+        # Not TCP_INFO: a look at a connection would hold its lock, and the timeout would be the looker's.
+        until(lambda: link.timeouts() >= timeouts + len(kinds), 20, "the retransmission timeouts")
+        afters = [c.info() for c in connections]
+    for connection, after in zip(connections, afters, strict=True):
+        check_timeout(tracer, connection, connection.sends[-1].after, after)
+    for connection in connections:
+        # Getting over it is no reset, and in the end no retransmission is left for the next test to see.
+        connection.quiet()
+    assert len(timeouts_of(tracer, *connections)) == (len(kinds) if tracer.sees("rto_loss") else 0)
+
+
+def timeouts_of(tracer: Tracer, *connections: tcp.Connection) -> list[Record]:
+    return [r for r in tracer.of(*connections) if r["reason"] != "idle"]
+
+
+def check_timeout(tracer: Tracer, connection: tcp.Connection, before: tcp.Info, after: tcp.Info) -> None:
+    assert (after.ca_state, before.ca_state, after.cwnd < before.cwnd) == (4, 0, True)
+    if not tracer.sees("rto_loss"):
+        assert not timeouts_of(tracer, connection)
+        return
+    (record,) = timeouts_of(tracer, connection)
+    # prior_ssthresh, all that the tracepoint shows, is what tcp_current_ssthresh() makes of it.
+    before_ssthresh = before.ssthresh
+    if tracer.probe not in EXACT:
+        before_ssthresh = max(before.ssthresh, (before.cwnd >> 1) + (before.cwnd >> 2))
+    truth = {
+        "reason": "rto_loss",
+        "probe": tracer.rungs["rto_loss"],
+        "ca_name": connection.ca,
+        "ca_state": "loss",
+        "cwnd_before": before.cwnd,
+        "cwnd_after": after.cwnd,
+        "ssthresh_before": before_ssthresh,
+        "ssthresh_after": after.ssthresh,
+        "rto_us": before.rto_us,
+        "srtt_us": before.srtt_us,
+        "bytes_acked": before.bytes_acked,
+        "ifindex": connection.ifindex,
+        "tgid": 0,
+        "tid": 0,
+        "comm": "",
+    }
+    assert {name: record[name] for name in truth} == truth
+
+
+# ---- windows that go unused -------------------------------------------------------------------------------
+
+
+def test_a_rest_of_exactly_the_timeout(tracer: Tracer, connect: Connect) -> None:
+    """It is no restart yet, but long enough for tcp_cwnd_application_limited(): half of what went unused is lost."""
+    connections = [connect(ca=ca) for ca in ("cubic", "reno")]
+    for connection in connections * 3:
+        connection.grow(60)
+        connection.until(lambda i: i.last_snd_us >= i.rto_us, "the rest to last that long")
+        connection.send()
+    reasons = [s.reason for c in connections for s in c.sends]
+    assert "app_limited" in reasons
+    check(tracer, *connections)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each filter lets through exactly its own: resets as they happen, and the connections of the snapshots.
+
+Connections of every kind that a filter tells apart send at the same times, and one tracer for each filter watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from cwndtrace.capture.connections import snapshot
+from cwndtrace.capture.source import Filters
+from cwndtrace.errors import NotFound
+from cwndtrace.kernel import cgroups
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.tcp import Connection, Send, until
+from tests.live.test_endings import NOBODY, reopen
+from tests.live.tracing import Tracer, check, differences, key
+
+pytestmark = pytest.mark.live
+
+SHORT, LONG = 0.45, 0.9
+MIN_IDLE: Final = 0.7
+"""Between the two rests, in seconds."""
+
+
+@pytest.fixture(scope="module")
+def cgroup() -> Iterator[Path]:
+    """A cgroup below one of the test's own; both are removed."""
+    try:
+        outer = cgroups.mount_point() / f"{tcp.PREFIX}{os.getpid()}"
+    except NotFound as e:
+        pytest.skip(f"{e.cause}; {e.remedy}")
+    inner = outer / "inner"
+    inner.mkdir(parents=True)
+    try:
+        yield inner
+    finally:
+        for folder in (inner, outer):
+            until(lambda f=folder: _removed(f), 20, f"{folder} to be empty")  # type: ignore[misc]
+
+
+def _removed(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
+
+
+@dataclass
+class World:
+    """Two namespaces with two links between them, another process, and a connection of each kind by name."""
+
+    a: tcp.Space
+    b: tcp.Space
+    holder: tcp.Holder
+    cgroup: Path
+    named: dict[str, Connection] = field(default_factory=dict)
+
+    @property
+    def all(self) -> list[Connection]:
+        return list(self.named.values())
+
+    def names(self, keys: list[Any]) -> list[str]:
+        """The names of the connections with these keys."""
+        by_key = {c.key: name for name, c in self.named.items()}
+        return sorted(by_key[k] for k in keys if k in by_key)
+
+
+@pytest.fixture(scope="module")
+def world(tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain, cgroup: Path) -> Iterator[World]:
+    # New for each rung: a rest that began before a tracer did is not for it to see.
+    tracer.settle()
+    a, b = make_space(), make_space()
+    tcp.join(a, b, "cwt1", ["10.1.0.1/24"], ["10.1.0.2/24"])
+    tcp.join(a, b, "cwt2", ["10.2.0.1/24", "fd00:2::1/64"], ["10.2.0.2/24", "fd00:2::2/64"])
+    # The first to cross a new IPv6 link may wait for it, and have a long timeout for that.
+    tcp.connect(a, drain, to=b, address="fd00:2::2", device="cwt2").close()
+    holder = tcp.Holder(a, cgroup)
+    made = World(a, b, holder, cgroup)
+    try:
+        made.named = {
+            "first": tcp.connect(a, drain, to=b, address="10.1.0.2", device="cwt1"),
+            "second": tcp.connect(a, drain, to=b, address="10.2.0.2", device="cwt2"),
+            "second6": tcp.connect(a, drain, to=b, address="fd00:2::2", device="cwt2", ca="reno"),
+            "mapped": tcp.connect(a, drain, to=b, address="10.1.0.2", device="cwt1", mapped=True),
+            "back": tcp.connect(b, drain, to=a, address="10.1.0.1", device="cwt1"),
+            "lo": tcp.connect(a, drain),
+            "lo_b": tcp.connect(b, drain, from_server=True),
+            "here": tcp.connect(tcp.Here(), drain),
+            "held": tcp.connect(a, drain, by=holder),
+            "closed": tcp.connect(a, drain, by=holder, read_buffer=200_000),
+        }
+        yield made
+    finally:
+        for connection in made.all:
+            connection.close()
+        holder.close()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A filter as it is asked for, and the connections whose resets pass it."""
+
+    ask: Callable[[World], dict[str, Any]]
+    names: str
+    min_idle: float = 0.0
+
+
+EVERY: Final = "first second second6 mapped back lo lo_b here held closed"
+
+CASES: Final = {
+    "iface": Case(lambda w: {"iface": "cwt1", "netns": w.a.name}, "first mapped"),
+    "iface here": Case(lambda _: {"iface": "lo"}, "here"),
+    "pid": Case(lambda w: {"pid": w.holder.pid}, "held closed"),
+    "port local": Case(lambda w: {"port": w.named["first"].sport}, "first"),
+    "port remote": Case(lambda w: {"port": w.named["second6"].dport}, "second6"),
+    "netns": Case(lambda w: {"netns": w.b.name}, "back lo_b"),
+    "cgroup": Case(lambda w: {"cgroup": str(w.cgroup.parent)}, "held closed"),
+    "family 4": Case(lambda _: {"family": 4}, EVERY.replace("second6 ", "")),
+    "family 6": Case(lambda _: {"family": 6}, "second6"),
+    "min idle": Case(lambda _: {"min_idle": MIN_IDLE}, EVERY, MIN_IDLE),
+    "all at once": Case(
+        lambda w: {
+            "iface": "lo",
+            "netns": w.a.name,
+            "pid": w.holder.pid,
+            "port": w.named["held"].dport,
+            "cgroup": str(w.cgroup),
+            "family": 4,
+            "min_idle": MIN_IDLE,
+        },
+        "held",
+        MIN_IDLE,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
+    """The tracer of each case, after every connection has rested short and long."""
+    with contextlib.ExitStack() as stack:
+        tracers = {}
+        for name, case in CASES.items():
+            made = stack.enter_context(Tracer(tracer.probe, connections=True, idle_only=True, **case.ask(world)))
+            made.lets = _lets(world, case)
+            tracers[name] = made
+        for rest in (SHORT, LONG):
+            for connection in world.all:
+                connection.grow()
+            world.named["closed"].fill()
+            time.sleep(rest)
+            for name, connection in world.named.items():
+                if name == "held":
+                    connection.send(lambda: world.holder.send(0), world.holder.who)
+                elif name == "closed":
+                    reopen(connection)
+                else:
+                    connection.send()
+            reasons = {name: c.sends[-1].reason for name, c in world.named.items()}
+            assert reasons == dict.fromkeys(world.named, "idle")
+        yield tracers
+
+
+def _lets(world: World, case: Case) -> Callable[[Connection, Send], bool]:
+    passing = {world.named[name].key for name in case.names.split()}
+    return lambda c, s: c.key in passing and s.before.last_snd_us >= case.min_idle * 1e6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resets(watched: dict[str, Tracer], world: World, name: str) -> None:
+    resets = check(watched[name], *world.all)
+    case = CASES[name]
+    assert resets == len(case.names.split()) * (1 if case.min_idle else 2)
+    assert watched[name].tally.lost["cwnd_reset"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_snapshots(watched: dict[str, Tracer], world: World, name: str) -> None:
+    """The rest of a connection isn't known beforehand, so that min_idle counts for resets only."""
+    watched[name].settle()
+    found = {key(row) for row in watched[name].snapshots}
+    assert world.names(list(found)) == sorted(CASES[name].names.split())
+
+
+def test_a_reset_that_no_process_made_passes_its_holder(watched: dict[str, Tracer], world: World) -> None:
+    records = watched["pid"].of(world.named["closed"])
+    assert [r["tgid"] for r in records] == [NOBODY[0]] * 2
+
+
+def test_what_a_snapshot_says(tracer: Tracer, world: World) -> None:
+    """All of it, against TCP_INFO and /proc."""
+    tracer.settle()
+    infos = {name: connection.quiet() for name, connection in world.named.items()}
+    cookies = {name: connection.cookie() for name, connection in world.named.items()}
+    rows = {key(row): row for row in snapshot(Filters(), 0).to_pylist()}
+    for name, connection in world.named.items():
+        row, info = rows[connection.key], infos[name]
+        holder = min(os.getpid(), world.holder.pid) if name in ("held", "closed") else os.getpid()
+        truth = {
+            "sock_cookie": cookies[name],
+            "family": connection.family,
+            "state": "ESTAB",
+            "inode": os.fstat(connection.sock.fileno()).st_ino,
+            "uid": 0,
+            "pid": holder,
+            "comm": Path(f"/proc/{holder}/comm").read_text().rstrip("\n"),
+            "ca_name": connection.ca,
+            "ca_state": 0,
+            "cwnd": info.cwnd,
+            "ssthresh": info.ssthresh,
+            "mss": info.mss,
+            "rto_us": info.rto_us,
+            "srtt_us": info.srtt_us,
+            "min_rtt_us": info.min_rtt_us,
+            "snd_wnd": info.snd_wnd,
+            "bytes_acked": info.bytes_acked,
+            "bytes_sent": info.bytes_sent,
+            "unsent_bytes": 0,
+            "unacked": 0,
+            "total_retrans": info.total_retrans,
+        }
+        assert {column: row[column] for column in truth} == truth
+        for column, since in (("last_snd_us", info.last_snd_us), ("last_rcv_us", info.last_rcv_us)):
+            assert since <= row[column] < since + 20_000_000
+    assert {rows[world.named["mapped"].key]["saddr"]} == {"10.1.0.1"}
+
+
+def test_a_process_that_takes_a_socket_over_later(tracer: Tracer, connect: Connect, world: World) -> None:
+    """Which sockets a process holds is looked up again while it is traced."""
+    with Tracer(tracer.probe, idle_only=True, pid=world.holder.pid) as watching:
+        late = connect(world.a, by=world.holder)
+        for _ in range(6):
+            late.grow()
+            time.sleep(SHORT)
+            late.send()
+            if watching.of(late):
+                break
+        (record,) = watching.of(late)
+        assert not differences(watching, late, late.sends[-1], record)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resets after a rest, against TCP_INFO: every one is found, none is invented, every field is right.
+
+Each way in which a program can send, each kind of address, congestion control and route that matters to the
+kernel's rule is here, on each rung of the ladder that this kernel has.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cwndtrace
+from cwndtrace.kernel import ladder
+from tests.live import tcp
+from tests.live.conftest import Connect, left_out
+from tests.live.tracing import Tracer, check, expected
+
+pytestmark = pytest.mark.live
+
+LONG = 0.45
+"""A rest of two retransmission timeouts of a short path (200 ms), in seconds."""
+
+KINDS: tuple[dict[str, object], ...] = (
+    {"ca": "cubic"},
+    {"ca": "reno", "from_server": True},
+    {"ca": "cubic", "address": "::1", "from_server": True},
+    {"ca": "reno", "address": "::1"},
+    {"ca": "cubic", "mapped": True},
+    {"ca": "reno", "mapped": True, "from_server": True},
+    {"ca": "cubic", "address": "127.1.2.3", "from_server": True},
+)
+"""A prime number of connections, so that no two of them stay in step."""
+
+RESTS = (0.3, 0.6, 0.96, 0.98, 1.0, 1.02, 1.04, 1.1, 1.5, 2.1, 3.2)
+"""In retransmission timeouts, most of them around one."""
+
+
+@pytest.mark.parametrize("rung", [rung.name for rung in ladder.RUNGS])
+def test_the_rung_is_there(rung: str) -> None:
+    why = left_out().get(rung)
+    if why:
+        pytest.skip(f"rung {rung}: {why}; the kernels of tests/vm have it")
+
+
+def rest_and_send(connections: list[tcp.Connection]) -> None:
+    """Each connection sends a burst and rests, over and over, in an order of its own."""
+    order = random.Random(7)
+    rests = {i: order.sample(RESTS, len(RESTS)) for i in range(len(connections))}
+    due: list[tuple[float, int]] = []
+
+    def burst(i: int) -> None:
+        rto = connections[i].grow().rto_us / 1e6
+        if rests[i]:
+            heapq.heappush(due, (time.monotonic() + rests[i].pop() * rto, i))
+
+    for i in range(len(connections)):
+        burst(i)
+    while due:
+        when, i = heapq.heappop(due)
+        time.sleep(max(0.0, when - time.monotonic()))
+        connections[i].send()
+        burst(i)
+
+
+def test_every_reset_is_found_and_none_invented(tracer: Tracer, connect: Connect) -> None:
+    connections = [connect(**kind) for kind in KINDS]
+    rest_and_send(connections)
+    resets = check(tracer, *connections)
+    sends = sum(len(c.sends) for c in connections)
+    idle = [r["idle_us"] - s.before.last_snd_us for c in connections for s, r in idle_pairs(tracer, c)]
+    print(f"{tracer.probe}: {resets} resets in {sends} sends; rest less TCP_INFO's, in us: {sorted(set(idle))}")
+    # Four in eleven rests are longer than any delay makes the short ones.
+    assert resets >= 4 * len(connections)
+    assert sends - resets >= 2 * len(connections)
+
+
+def idle_pairs(tracer: Tracer, connection: tcp.Connection) -> list[tuple[tcp.Send, dict[str, int]]]:
+    pairs = zip(expected(connection, tracer), tracer.of(connection), strict=True)
+    return [(s, r) for s, r in pairs if s.reason == "idle"]
+
+
+def rested(connect: Connect, **options: object) -> tcp.Connection:
+    """A connection that has grown its window and then rested for long."""
+    connection = connect(**options)
+    connection.grow()
+    time.sleep(LONG)
+    return connection
+
+
+def expect_one(tracer: Tracer, connection: tcp.Connection) -> None:
+    """Its last send, and no other one, reset its window."""
+    assert [s.reason for s in connection.sends[-2:]] == [None, "idle"]
+    assert check(tracer, connection) == 1
+
+
+def test_sendfile(tracer: Tracer, connect: Connect) -> None:
+    connection = rested(connect)
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * 100)
+        file.flush()
+        connection.send(lambda: os.sendfile(connection.sock.fileno(), file.fileno(), 0, 100))
+    expect_one(tracer, connection)
+
+
+def test_zerocopy(tracer: Tracer, connect: Connect) -> None:
+    connection = rested(connect)
+    tcp.allow_zerocopy(connection.sock)
+    connection.send(lambda: connection.sock.send(b"x" * 1000, tcp.MSG_ZEROCOPY))
+    expect_one(tracer, connection)
+
+
+def test_gathered_write(tracer: Tracer, connect: Connect) -> None:
+    connection = rested(connect)
+    connection.send(lambda: connection.sock.sendmsg([b"x" * 50] * 20))
+    expect_one(tracer, connection)
+
+
+def test_cork_resets_once_when_the_first_piece_is_queued(tracer: Tracer, connect: Connect) -> None:
+    connection = rested(connect)
+
+    def in_pieces() -> None:
+        with tcp.corked(connection.sock):
+            for _ in range(5):
+                connection.sock.send(b"x" * 50)
+
+    connection.send(in_pieces)
+    expect_one(tracer, connection)
+
+
+def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
+    connection = connect()
+    connection.grow()
+    with tcp.Child(connection.sock) as child:
+        time.sleep(LONG)
+        send = connection.send(child.send, child.who)
+    assert send.comm == "sh"
+    assert send.tgid != os.getpid()
+    expect_one(tracer, connection)
+
+
+def test_a_thread_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
+    connection = rested(connect)
+    ready, go, sent = threading.Event(), threading.Event(), threading.Event()
+    who: list[tuple[int, int, str]] = []
+
+    def have_it_sent() -> None:
+        go.set()
+        sent.wait()
+
+    def work() -> None:
+        Path("/proc/thread-self/comm").write_text("writer")
+        who.append((os.getpid(), threading.get_native_id(), "writer"))
+        ready.set()
+        go.wait()
+        connection.sock.send(b"x")
+        sent.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    send = connection.send(have_it_sent, who[0])
+    thread.join()
+    assert send.tid != send.tgid
+    expect_one(tracer, connection)
+
+
+def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Connect) -> None:
+    connection = connect()
+    cookie = connection.cookie()
+    connection.grow()
+    time.sleep(LONG)
+    connection.send()
+    expect_one(tracer, connection)
+    assert tracer.of(connection)[0]["sock_cookie"] == cookie != 0
+
+
+def test_when_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
+    connection = connect()
+    connection.grow()
+    time.sleep(LONG / 2)
+    connection.peer.send(b"a request")
+    time.sleep(LONG / 2)
+    connection.send()
+    expect_one(tracer, connection)
+    record = tracer.of(connection)[0]
+    assert LONG / 3 < record["last_rcv_us"] / 1e6 < record["idle_us"] / 1e6 - LONG / 3
+
+
+def test_a_route_that_sets_the_initial_window(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
+    space.ip("route", "replace", "local", "127.9.9.9", "dev", "lo", "table", "local", "initcwnd", "20")
+    connection = connect(address="127.9.9.9", init_cwnd=20)
+    connection.grow(30)
+    time.sleep(1.3)
+    send = connection.send()
+    assert send.after.cwnd == 20
+    expect_one(tracer, connection)
+
+
+def test_namespaces_with_the_same_addresses_and_ports(
+    tracer: Tracer, make_space: Callable[[], tcp.Space], connect: Connect
+) -> None:
+    same: dict[str, object] = {"source": ("127.0.0.1", 40001), "port": 40002}
+    pair = [connect(make_space(), **same) for _ in range(2)]
+    assert pair[0].key[1:] == pair[1].key[1:]
+    for connection in pair:
+        connection.grow()
+    time.sleep(LONG)
+    pair[0].send()
+    pair[1].grow()
+    time.sleep(LONG)
+    pair[1].send()
+    assert check(tracer, *pair) == 3
+    assert [len(tracer.of(c)) for c in pair] == [1, 2]
+
+
+def test_nothing_where_the_sysctl_is_off(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
+    counted_space.sysctl("net.ipv4.tcp_slow_start_after_idle", "0")
+    try:
+        expect_nothing(counter, connect(counted_space))
+    finally:
+        counted_space.sysctl("net.ipv4.tcp_slow_start_after_idle", "1")
+
+
+def test_nothing_for_a_congestion_control_that_is_exempt(
+    counter: Tracer, counted_space: tcp.Space, connect: Connect
+) -> None:
+    if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+        pytest.skip("this kernel has no BBR; a kernel with CONFIG_TCP_CONG_BBR does (modprobe tcp_bbr)")
+    expect_nothing(counter, connect(counted_space, ca="bbr"))
+
+
+def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
+    """A connection that rests is never reset, nor taken for one that would be."""
+    counter.settle()
+    before = counter.tally.unchanged, counter.tally.withdrawn
+    for _ in range(2):
+        connection.grow(11)
+        time.sleep(LONG)
+        send = connection.send()
+        assert send.before.last_snd_us > send.before.rto_us
+        assert send.reason is None
+    assert not counter.within(connection.space.inode, since_ns=connection.sends[0].start_ns)
+    assert (counter.tally.unchanged, counter.tally.withdrawn) == before
+
+
+def test_a_large_write_is_one_reset(tracer: Tracer, connect: Connect) -> None:
+    connection = rested(connect)
+    before, resets = connection.info(), check(tracer, connection)
+    assert resets == 0
+    connection.sock.sendall(bytes(500_000))
+    connection.quiet()
+    records = tracer.of(connection)
+    assert [(r["cwnd_before"], r["cwnd_after"]) for r in records] == [
+        (before.cwnd, restarted(before.cwnd, records[0]["idle_us"], before.rto_us))
+    ]
+
+
+def restarted(cwnd: int, idle_us: int, rto_us: int) -> int:
+    """tcp_cwnd_restart() in words: half for each whole timeout of rest, down to ten."""
+    halvings = -(-idle_us // rto_us) - 1
+    return max(cwnd >> halvings, min(cwnd, tcp.INIT_CWND))
+
+
+def test_two_hundred_connections_at_once(tracer: Tracer, connect: Connect) -> None:
+    connections = [connect(ca=("cubic", "reno")[i % 2]) for i in range(200)]
+    for connection in connections:
+        connection.grow(burst=60_000)
+    time.sleep(LONG)
+    for connection in connections:
+        connection.send()
+    assert all(c.sends[-1].reason == "idle" for c in connections)
+    assert check(tracer, *connections) == 200
+
+
+def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
+    connection = connect()
+    with cwndtrace.stream(port=connection.sport, block=False, probe=tracer.probe) as batches:
+        connection.grow()
+        time.sleep(LONG)
+        connection.send()
+        batches.stop()
+        frames = [b.to_pandas() for b in batches if b.event == "cwnd_reset"]
+    expect_one(tracer, connection)
+    assert len(frames) == 1
+    assert frames[0][["cwnd_before", "cwnd_after"]].to_numpy().tolist() == [
+        [connection.sends[-1].before.cwnd, connection.sends[-1].after.cwnd]
+    ]

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a person types it: run, doctor and plot in processes of their own, on this machine's kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cwndtrace
+from cwndtrace.cli.live import TextView
+from cwndtrace.kernel import ladder, netns
+from tests.live import tcp
+from tests.live.conftest import Connect, left_out
+from tests.live.disk import loop
+
+pytestmark = pytest.mark.live
+
+COMMAND = [sys.executable, "-m", "cwndtrace"]
+CHECKOUT = str(Path(__file__).resolve().parents[2])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
+ATTACHED = re.compile(r"^Tracing .+: idle by \w+")
+IDLE = "net.ipv4.tcp_slow_start_after_idle"
+
+
+Done = subprocess.CompletedProcess[str]
+
+
+def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...] = ()) -> Done:
+    """Run the command to its end; ``before`` stands before it, as sudo would."""
+    command = [*before, *COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT, cwd=cwd)
+
+
+class Running:
+    """``cwndtrace run`` in the background, attached once this has been made."""
+
+    def __init__(self, *arguments: str | Path, before: tuple[str, ...] = (), stdout: int | None = None) -> None:
+        command = [*before, *COMMAND, "run", *map(str, arguments)]
+        out = subprocess.PIPE if stdout is None else stdout
+        self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        self.said = ""
+        self.wait_for(ATTACHED)
+
+    def wait_for(self, pattern: re.Pattern[str], seconds: float = 60) -> None:
+        """Read its stderr until a line of it matches."""
+        assert self.process.stderr is not None
+        fd, deadline = self.process.stderr.fileno(), time.monotonic() + seconds
+        while not any(pattern.search(line) for line in self.said.splitlines()):
+            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+            more = os.read(fd, 65536).decode() if ready else ""
+            assert more, f"{pattern.pattern} never came: {self.said}"
+            self.said += more
+
+    def end(self, number: signal.Signals | None = signal.SIGINT) -> tuple[int, str, str]:
+        """Send a signal; its exit code, what it printed and what it said."""
+        if number is not None:
+            self.process.send_signal(number)
+        shown, rest = self.process.communicate(timeout=60)
+        return self.process.returncode, shown or "", self.said + rest
+
+
+@contextmanager
+def running(*arguments: str | Path, before: tuple[str, ...] = (), stdout: int | None = None) -> Iterator[Running]:
+    made = Running(*arguments, before=before, stdout=stdout)
+    try:
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
+            made.process.communicate()
+
+
+def rest_once(connection: tcp.Connection) -> tcp.Send:
+    """A reset that is known."""
+    connection.grow()
+    time.sleep(connection.info().rto_us / 1e6 + 0.15)
+    send = connection.send()
+    assert send.reason == "idle", send
+    return send
+
+
+def within(space: tcp.Space) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", space.name)
+
+
+def assert_short(done: Done, code: int, *patterns: str) -> None:
+    """One or two lines on stderr, nothing on stdout, no traceback, the right exit code."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert 1 <= len(lines) <= 2, done.stderr
+    assert lines[0].startswith("cwndtrace: ")
+    for pattern in patterns:
+        assert re.search(pattern, done.stderr), done.stderr
+
+
+# ---- run -------------------------------------------------------------------------------------------
+
+
+def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with running("-i", "lo", "-n", space.name, "-d", "4s", "-o", tmp_path / "a.cwnd") as run:
+        connection = connect()
+        sends = [rest_once(connection) for _ in range(3)]
+        code, shown, said = run.end(None)
+    assert code == 0
+    header, *lines = shown.splitlines()
+    assert header.split() == " ".join(TextView.HEADER).split()
+    ends = f"{connection.saddr}:{connection.sport} > {connection.daddr}:{connection.dport}"
+    resets = [line for line in lines if re.match(r"\d\d:\d\d:\d\d\.\d+  idle ", line)]
+    assert len(resets) == 3
+    for line, send in zip(resets, sends, strict=True):
+        assert f"{send.before.cwnd} -> {send.after.cwnd}" in line
+        assert f"[{os.getpid()}]" in line
+        assert line.index(ends) == header.index("CONNECTION")
+    assert re.search(r"^CONNECTION +PROCESS +CC +RESETS", shown, re.MULTILINE)
+    row = next(line for line in lines[4:] if line.startswith(ends) and "cubic" in line)
+    assert re.search(r"cubic +3 +3 +0 +0 ", row)
+    assert re.search(r"^kept 3 resets, \d[\d,]* block I/Os; lost 0 and ", shown, re.MULTILINE)
+    assert "\x1b" not in shown + said
+    assert "waiting for" not in said
+    assert said.splitlines()[0].startswith("Tracing lo: idle by ")
+    assert f"The capture is in {tmp_path / 'a.cwnd'}" in said
+    assert f"cwndtrace plot {tmp_path / 'a.cwnd'}" in said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    assert trace.status == "complete"
+    assert list(trace.resets["cwnd_after"]) == [send.after.cwnd for send in sends]
+    assert not trace.connections.empty
+    assert trace.warnings == []
+
+
+def test_a_signal_ends_it_cleanly(space: tcp.Space, tmp_path: Path) -> None:
+    with running("-n", space.name, "-o", tmp_path / "a.cwnd") as run:
+        code, shown, said = run.end(signal.SIGTERM)
+    assert code == 0
+    assert "kept 0 resets" in shown
+    assert "The capture is in" in said
+    assert cwndtrace.load(tmp_path / "a.cwnd").status == "complete"
+
+
+def test_a_second_signal_insists(space: tcp.Space, tmp_path: Path) -> None:
+    with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
+        # Both wait for the process to run again, so that the second one surely finds it at work on the first.
+        for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+            run.process.send_signal(number)
+        code, _, said = run.end(None)
+    assert code == 1
+    assert said.endswith("Aborted!\n")
+    assert "Traceback" not in said
+    assert cwndtrace.load(tmp_path / "a.cwnd").status in ("failed", "complete")
+
+
+def test_a_killed_trace_opens_as_interrupted(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
+        rest_once(connect())
+        folder = tmp_path / "a.cwnd" / "cwnd_reset"
+        tcp.until(lambda: list(folder.glob("part-*.parquet")), 20, "the first part on disk")
+        assert cwndtrace.load(tmp_path / "a.cwnd").status == "running"
+        run.end(signal.SIGKILL)
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    assert trace.status == "interrupted"
+    assert len(trace.resets) == 1
+    assert call("plot", tmp_path / "a.cwnd", "-o", tmp_path / "a.png").returncode == 0
+
+
+def test_json_is_all_there_is_on_stdout(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with loop() as disk, running("-n", space.name, "--json", "--block", "-o", tmp_path / "a.cwnd") as run:
+        send = rest_once(connect())
+        disk.read(*range(10))
+        code, shown, _ = run.end()
+    assert code == 0
+    rows: list[dict[str, Any]] = [json.loads(line, parse_constant=pytest.fail) for line in shown.splitlines()]
+    assert {row["event"] for row in rows} <= {"cwnd_reset", "cwnd_recovery", "block_io", "lost", "summary"}
+    (reset,) = (row for row in rows if row["event"] == "cwnd_reset")
+    assert (reset["cwnd_before"], reset["cwnd_after"]) == (send.before.cwnd, send.after.cwnd)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", reset["time"])
+    own = [row for row in rows if row["event"] == "block_io" and row["dev"] == disk.dev and row["tgid"] == os.getpid()]
+    assert len(own) >= 9
+    assert rows[-1]["event"] == "summary"
+    assert rows[-1]["kept"]["cwnd_reset"] == 1
+    assert rows[-1]["capture"] == str(tmp_path / "a.cwnd")
+    assert {row["dev"] for row in rows[-1]["block_io"]} >= {disk.dev}
+
+
+def test_quiet_says_nothing(space: tcp.Space, tmp_path: Path) -> None:
+    done = call("run", "-q", "-n", space.name, "-d", "200ms", "--no-block", "-o", tmp_path / "a.cwnd")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "kept 0 resets, 0 block I/Os" in done.stdout
+
+
+def test_a_default_name_and_why_not_a_better_rung(space: tcp.Space, tmp_path: Path) -> None:
+    done = call("run", "-v", "-n", space.name, "-d", "50ms", "--no-block", cwd=tmp_path)
+    assert done.returncode == 0
+    (made,) = tmp_path.iterdir()
+    assert re.fullmatch(r"cwndtrace-\d{8}-\d{6}\.cwnd", made.name)
+    order = [rung.name for rung in ladder.RUNGS]
+    for name in order[: order.index(cwndtrace.load(made).meta["rungs"]["idle"])]:
+        assert f"  idle: not {name}: " in done.stderr
+
+
+def test_whoever_reads_may_leave(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=writer) as run:
+        os.close(writer)
+        assert os.read(reader, 4).startswith(b"TIME")
+        os.close(reader)
+        rest_once(connect())
+        code, _, said = run.end(None)
+    assert code == 0
+    assert "Traceback" not in said
+    assert "Broken pipe" not in said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    assert (trace.status, len(trace.resets)) == ("complete", 1)
+
+
+def test_whoever_reads_may_leave_before_anything_happens(space: tcp.Space, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=writer) as run:
+        os.close(writer)
+        assert os.read(reader, 4).startswith(b"TIME")
+        os.close(reader)
+        # The next that is printed is the summary.
+        code, _, said = run.end()
+    assert code == 0
+    assert "Traceback" not in said
+    assert cwndtrace.load(tmp_path / "a.cwnd").status == "complete"
+
+
+def test_colours_and_a_status_line_on_a_terminal(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    command = [*COMMAND, "run", "-n", space.name, "-o", str(tmp_path / "a.cwnd")]
+    shown = b""
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
+        try:
+            os.close(slave)
+
+            def read_until(pattern: bytes) -> None:
+                nonlocal shown
+                deadline = time.monotonic() + 60
+                while not re.search(pattern, shown):
+                    assert select.select([master], [], [], max(0.0, deadline - time.monotonic()))[0], shown
+                    shown += os.read(master, 65536)
+
+            read_until(rb"waiting for a rest longer than the RTO")
+            rest_once(connect())
+            read_until(rb"\x1b\[33m *\d+ -> \d+\x1b\[0m")
+            read_until(rb"\r\x1b\[K1 resets")
+            process.send_signal(signal.SIGINT)
+            read_until(rb"What to do with it:")
+            with contextlib.suppress(OSError):  # the other end is closed
+                while more := os.read(master, 65536):
+                    shown += more
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            os.close(master)
+    assert b"\x1b[1m" in shown
+    assert b"Traceback" not in shown
+
+
+def test_two_at_once(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str | Path]:
+        return ["-n", space.name, "--no-block", "-o", tmp_path / name]
+
+    with running(*arguments("a.cwnd")) as one, running(*arguments("b.cwnd")) as two:
+        send = rest_once(connect())
+        assert one.end()[0] == two.end()[0] == 0
+    for name in ("a.cwnd", "b.cwnd"):
+        assert list(cwndtrace.load(tmp_path / name).resets["cwnd_before"]) == [send.before.cwnd]
+
+
+def test_a_full_disk_is_said_and_the_trace_goes_on(space: tcp.Space, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    tcp.run("mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small))
+    try:
+        with loop() as disk, running("-n", space.name, "-o", small / "a.cwnd") as run:
+            (small / "filler").write_bytes(bytes((os.statvfs(small).f_bavail - 1) * 4096))
+            disk.read(*range(3000))
+            run.wait_for(re.compile("No space left on device"), 30)
+            run.wait_for(re.compile("Free some space there, or write to another disk with -o"), 5)
+            assert run.process.poll() is None
+            (small / "filler").unlink()
+            parts = small / "a.cwnd" / "block_io"
+            tcp.until(lambda: list(parts.glob("part-*.parquet")), 30, "the rows that waited")
+            code, shown, said = run.end()
+        assert code == 0, said
+        assert said.count("No space left on device") == 1
+        assert "Traceback" not in said
+        trace = cwndtrace.load(small / "a.cwnd")
+        assert trace.status == "complete"
+        kept = trace.meta["counts"]["block_io"]["kept"]
+        assert len(trace.block_io) == kept > 2900
+        assert "kept 0 resets" in shown
+    finally:
+        tcp.run("umount", str(small))
+
+
+# ---- warnings --------------------------------------------------------------------------------------
+
+
+def test_warns_that_the_setting_is_off_and_there_is_no_connection(
+    make_space: Callable[[], tcp.Space], tmp_path: Path
+) -> None:
+    space = make_space()
+    space.sysctl(IDLE, "0")
+    done = call("run", "-i", "lo", "-d", "2500ms", "--no-block", "-o", tmp_path / "a.cwnd", before=within(space))
+    assert done.returncode == 0
+    # Once, though connections are looked at again after two seconds.
+    assert done.stderr.count(f"warning: {IDLE} is 0 in this network namespace") == 1
+    assert f"(sysctl -w {IDLE}=1 turns it on)" in done.stderr
+    assert done.stderr.count("warning: lo carries no TCP connection now") == 1
+    assert "No TCP connection was seen." in done.stdout
+
+
+def test_warns_that_every_connection_is_exempt(
+    make_space: Callable[[], tcp.Space], drain: tcp.Drain, tmp_path: Path
+) -> None:
+    if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+        pytest.skip("this kernel has no bbr: modprobe tcp_bbr")
+    space = make_space()
+    exempt = tcp.connect(space, drain, ca="bbr")
+    try:
+        # The other end takes its congestion control from the namespace.
+        exempt.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+        done = call("run", "-i", "lo", "-n", space.name, "-d", "100ms", "--no-block", "-o", tmp_path / "a.cwnd")
+        assert "warning: every connection on lo uses bbr, which is exempt from idle resets" in done.stderr
+    finally:
+        exempt.close()
+
+
+# ---- bad input -------------------------------------------------------------------------------------
+
+
+def test_not_root(tmp_path: Path) -> None:
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    for arguments in (["run", "-o", str(tmp_path / "a.cwnd")], ["doctor"]):
+        done = call(*arguments, before=nobody)
+        if "No module named" in done.stderr:
+            pytest.skip("this checkout can't be read by nobody: chmod o+rx the folders above it")
+        assert_short(done, 1, "needs root", "sudo")
+
+
+def test_no_such_interface(space: tcp.Space, tmp_path: Path) -> None:
+    done = call("run", "-i", "eth\x1b[2J", "-n", space.name, "-o", tmp_path / "a.cwnd")
+    assert_short(done, 1, "no interface eth", "there are: lo$")
+    assert "\x1b" not in done.stderr
+    assert not (tmp_path / "a.cwnd").exists()
+
+
+def test_an_interface_of_another_namespace(make_space: Callable[[], tcp.Space], tmp_path: Path) -> None:
+    space = make_space()
+    space.ip("link", "add", "cwttest0", "type", "veth", "peer", "name", "cwttest1")
+    done = call("run", "-i", "cwttest0", "-o", tmp_path / "a.cwnd")
+    assert_short(done, 1, f"cwttest0 is in network namespace {space.name}, not in this", f"--netns {space.name}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        (["-p", "4194305"], ["no process 4194305"]),
+        (["-c", "no/such"], ["no cgroup no/such", "give a folder below /"]),
+        (["-n", "nowhere"], ["no network namespace nowhere", "there are: this"]),
+        (["-n", "4194305"], ["no network namespace 4194305"]),
+    ],
+)
+def test_what_is_not_there(arguments: list[str], patterns: list[str], tmp_path: Path) -> None:
+    assert_short(call("run", *arguments, "-o", tmp_path / "a.cwnd"), 1, *patterns)
+    assert not (tmp_path / "a.cwnd").exists()
+
+
+@pytest.mark.parametrize("arguments", [["-P", "70000"], ["-P", "0"]])
+def test_numbers_out_of_range(arguments: list[str]) -> None:
+    assert_short(call("run", *arguments), 2, "ports go from 1 to 65535")
+
+
+def test_an_unknown_probe() -> None:
+    done = call("run", "--probe", "crystal-ball")
+    assert done.returncode == 2
+    assert "'crystal-ball' is not one of 'tracepoint', 'fentry', 'kprobe', 'sendmsg', 'tcp_probe'" in done.stderr
+
+
+def test_a_probe_that_this_kernel_refuses(tmp_path: Path) -> None:
+    refused = left_out()
+    assert refused, "a kernel that has every rung: nothing to see here"
+    for name, why in refused.items():
+        done = call("run", "--probe", name, "-o", tmp_path / "a.cwnd")
+        assert_short(
+            done, 77, "no probe can see idle resets on this kernel", f"{name}: {re.escape(why[:20])}", "doctor"
+        )
+    assert not (tmp_path / "a.cwnd").exists()
+
+
+def test_where_the_capture_can_not_go(tmp_path: Path) -> None:
+    (tmp_path / "a.cwnd").mkdir()
+    (tmp_path / "file").touch()
+    assert_short(call("run", "-o", tmp_path / "a.cwnd"), 1, "exists already", "-o")
+    assert_short(call("run", "-o", tmp_path / "missing" / "a.cwnd"), 1, "missing doesn't exist", "-o")
+    assert_short(call("run", "-o", tmp_path / "file" / "a.cwnd"), 1, "file doesn't exist", "-o")
+    assert_short(call("run", "--no-block", "-o", "/proc/a.cwnd"), 1, r"/proc/a\.cwnd can't be made|doesn't exist", "-o")
+
+
+# ---- doctor ----------------------------------------------------------------------------------------
+
+
+def test_doctor(space: tcp.Space) -> None:
+    space.sysctl(IDLE, "0")
+    try:
+        done = call("doctor", "--json")
+    finally:
+        space.sysctl(IDLE, "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    machine = json.loads(done.stdout)
+    by_name = {fact["name"]: fact for fact in machine["facts"]}
+    assert by_name["kernel"]["value"].startswith(f"Linux {os.uname().release}")
+    for name in ("BTF", "bcc", "tracefs", "lockdown", "block I/O", "congestion control"):
+        assert by_name[name]["value"]
+    for name, why in left_out().items():
+        fact = by_name[f"rung {name}"]
+        assert (fact["state"], fact["value"]) == ("lack", why)
+        assert fact["remedy"]
+    assert machine["rungs"]["idle"] not in (None, *left_out())
+    assert "= 0: no window is reset" in by_name[f"sysctl in {space.name}"]["value"]
+    assert f"{IDLE} = {netns.idle_sysctl(netns.own())}" in by_name["sysctl in this"]["value"]
+
+
+# ---- names from outside ----------------------------------------------------------------------------
+
+EVIL = b"\x1b[2J\x07evil\n"
+
+
+@contextmanager
+def evil_thread_name() -> Iterator[None]:
+    libc = ctypes.CDLL(None)
+    old = tcp.thread_name().encode()
+    libc.prctl(15, EVIL, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(15, old, 0, 0, 0)
+
+
+def test_a_hostile_name_never_reaches_the_terminal(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with loop() as disk, running("-n", space.name, "--block", "-o", tmp_path / "a.cwnd") as run:
+        connection = connect()
+        connection.grow()
+        with evil_thread_name():
+            time.sleep(connection.info().rto_us / 1e6 + 0.15)
+            connection.send()
+            disk.read(1, 2, 3)
+        code, shown, said = run.end()
+    with evil_thread_name():
+        # This process holds a connection now that the snapshots find under that name, and a namespace.
+        plot = call("plot", tmp_path / "a.cwnd", "-o", tmp_path / "a.svg")
+        doctor = call("doctor")
+        missing = call("run", "-n", "nowhere")
+    assert code == plot.returncode == doctor.returncode == 0
+    assert "?[2J?evil?" in shown
+    for text in (shown, said, plot.stdout, plot.stderr, doctor.stdout, doctor.stderr, missing.stderr):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+    assert "sudo cwndtrace run --iface NAME will work here." in doctor.stdout
+    assert "mend: " in doctor.stdout
+    assert "\x1b" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    # In the capture the name is what it was.
+    assert set(cwndtrace.load(tmp_path / "a.cwnd").resets["comm"]) == {EVIL.decode()}

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record raw bytes of a real trace for the unit tests: ``sudo python -m tests.record`` writes tests/data/trace.raw.
+
+Four cubic connections rest six times each, while this process reads and writes a loop device. Only this process is
+traced. Record again when bpf/events.h changes; the tests say so then.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.replay import record
+from cwndtrace.capture.source import Chunk, Filters
+from tests.live import disk, tcp
+
+FILE: Final = Path(__file__).parent / "data" / "trace.raw"
+CONNECTIONS: Final = 4
+RESTS: Final = 6
+BLOCKS: Final = 150
+
+
+def work(space: tcp.Space, drain: tcp.Drain, device: disk.Disk) -> None:
+    """What is recorded."""
+    connections = [tcp.connect(space, drain) for _ in range(CONNECTIONS)]
+    for _ in range(RESTS):
+        for connection in connections:
+            connection.grow()
+        time.sleep(0.5)
+        for connection in connections:
+            connection.send()
+    device.read(*range(BLOCKS))
+    device.write(*range(BLOCKS))
+    for connection in connections:
+        connection.close()
+
+
+def main() -> None:
+    """Trace ``work`` and write what came in, as it came in."""
+    chunks: list[Chunk] = []
+    space, drain = tcp.Space(f"cwt-record-{os.getpid()}"), tcp.Drain()
+    try:
+        with disk.loop() as device:
+            kernel = Kernel(Filters(pid=os.getpid()))
+            worker = threading.Thread(target=work, args=(space, drain, device))
+            worker.start()
+            while worker.is_alive():
+                chunks += kernel.poll(0.1)
+            chunks += kernel.stop()
+            FILE.parent.mkdir(exist_ok=True)
+            record(FILE, kernel, chunks)
+            kernel.close()
+    finally:
+        drain.close()
+        space.close()
+    print(f"{FILE}: {FILE.stat().st_size:,} bytes, {len(chunks)} chunks")
+
+
+if __name__ == "__main__":
+    main()

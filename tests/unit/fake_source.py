@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source that yields what a test says: the protocol's third implementation."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from cwndtrace.capture.source import Chunk, Counts
+
+
+class FakeSource:
+    """Each poll gives the next of ``polls``; ``count`` holds the counters, which a test moves as it likes."""
+
+    events: tuple[str, ...] = ("cwnd_reset", "block_io")
+
+    def __init__(self, *polls: list[Chunk], last: list[Chunk] | None = None) -> None:
+        self.rungs: dict[str, str | None] = {"idle": "sendmsg", "rto_loss": None, "app_limited": None}
+        self.tried: dict[str, dict[str, str]] = {"idle": {"fentry": "refused"}}
+        self.count = Counts(lost=dict.fromkeys(self.events, 0))
+        self.closed = False
+        self._polls = list(polls)
+        self._last = last or []
+
+    def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002
+        return self._polls.pop(0) if self._polls else []
+
+    def counts(self) -> Counts:
+        return deepcopy(self.count)
+
+    def exhausted(self) -> bool:
+        return not self._polls
+
+    def stop(self) -> list[Chunk]:
+        return self._last
+
+    def close(self) -> None:
+        self.closed = True

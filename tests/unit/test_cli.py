@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as far as it goes without root: help, options, bad input, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from cwndtrace import errors
+from cwndtrace.cli import exit_code, main
+from cwndtrace.cli.options import Span
+from tests.unit import frames
+
+RESETS = frames.table("cwnd_reset", frames.reset(1.0))
+BLOCKS = frames.table("block_io", frames.block(1.5))
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not root."""
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+
+
+# ---- help ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, command in main.commands.items() if not command.hidden])
+def test_every_command_has_an_example(name: str) -> None:
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    _, found, examples = result.output.partition("Example")
+    assert found, result.output
+    assert f"cwndtrace {name} " in f"{examples}".replace("\n", " ")
+    assert call(name, "-h").output == result.output
+
+
+def test_the_group_tells_how_to_start() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    assert "sudo cwndtrace doctor" in result.output
+    assert "sudo cwndtrace run --iface eth0" in result.output
+
+
+def test_version() -> None:
+    assert call("--version").output.startswith("cwndtrace, version ")
+
+
+# ---- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("2s", 2), ("2", 2), ("1.5m", 90), (".5", 0.5), ("10 min", 600), ("1h", 3600), ("250us", 0.00025)],
+)
+def test_spans(text: str, seconds: float) -> None:
+    assert Span().convert(text, None, None) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1s", "1 fortnight", "1e3", "1.2.3s", "s"])
+def test_spans_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no time span: write 500ms, 2s, 10m"):
+        Span().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["run", "--probe", "crystal-ball"], "'crystal-ball' is not one of"),
+        (["run", "-d", "soon"], "'soon' is no time span"),
+        (["run", "-p", "nginx"], "'nginx' is not a valid integer"),
+        (["run", "--colour"], "No such option"),
+        (["trace"], "No such command 'trace'"),
+        (["plot"], "Missing argument"),
+    ],
+)
+def test_usage_errors(arguments: list[str], cause: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert cause in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_not_root(command: str) -> None:
+    result = call(command)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[1:] == ["  prefix the command with sudo"]
+    assert "needs root" in result.stderr
+    assert result.stdout == ""
+
+
+# ---- exit codes ------------------------------------------------------------------------------------
+
+
+def test_exit_codes() -> None:
+    assert exit_code(errors.NoRung("x", "y", {})) == 77
+    assert exit_code(errors.KernelLacks("x")) == 77
+    assert exit_code(errors.UsageError("x")) == 2
+    for kind in (errors.CaptureError, errors.NotFound, errors.PermissionNeeded, errors.BccError):
+        assert exit_code(kind("x")) == 1
+
+
+def test_an_error_is_two_lines_without_control_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(path: object) -> None:  # noqa: ARG001
+        raise errors.CaptureError("no \x1b[31mname\nof yours", "try \x07another")
+
+    monkeypatch.setattr("cwndtrace.load", fail)
+    result = call("plot", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr == "cwndtrace: no ?[31mname?of yours\n  try ?another\n"
+
+
+# ---- plot ------------------------------------------------------------------------------------------
+
+
+def test_plot_writes_and_names_its_file(tmp_path: Path) -> None:
+    capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS, block_io=BLOCKS)
+    result = call("plot", capture.path, "-o", tmp_path / "a.svg")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{tmp_path / 'a.svg'}\n", "")
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
+def test_plot_of_what_is_no_capture(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder", "file", "nothing", "\x1b[2J"):
+        result = call("plot", tmp_path / name, "-o", tmp_path / "a.png")
+        assert result.exit_code == 1
+        assert len(result.stderr.splitlines()) == 2
+        assert result.stderr.startswith("cwndtrace: ")
+        assert "\x1b" not in result.stderr
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_plot_of_a_newer_capture(tmp_path: Path) -> None:
+    capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
+    meta = json.loads((capture.path / "meta.json").read_text())
+    (capture.path / "meta.json").write_text(json.dumps(meta | {"schema": 999, "version": "9.9"}))
+    result = call("plot", capture.path)
+    assert result.exit_code == 1
+    assert "has schema 999" in result.stderr
+    assert "Upgrade cwndtrace" in result.stderr
+
+
+def test_plot_of_one_that_is_cut_off_draws_the_rest_and_says_so(tmp_path: Path) -> None:
+    capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS, block_io=BLOCKS)
+    (part,) = (capture.path / "block_io").glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-100])
+    result = call("plot", capture.path, "-o", tmp_path / "a.png")
+    assert result.exit_code == 0
+    assert "warning: block_io/part-000001.parquet is cut off or corrupt" in result.stderr
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["missing/a.png", "a.nonsense"])
+def test_plot_into_what_can_not_be_written(tmp_path: Path, name: str) -> None:
+    capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
+    result = call("plot", capture.path, "-o", tmp_path / name)
+    assert result.exit_code == 1
+    assert "can't be written" in result.stderr
+    assert "choose another file with -o" in result.stderr

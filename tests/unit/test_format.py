@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values as a person reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from cwndtrace.cli import format as fmt
+from cwndtrace.cli.summary import columns
+
+
+@pytest.mark.parametrize(
+    ("us", "text"),
+    [
+        (0, "0 us"),
+        (45, "45 us"),
+        (999.4, "999 us"),
+        (1000, "1.00 ms"),
+        (2100, "2.10 ms"),
+        (20_400, "20.4 ms"),
+        (204_000, "204 ms"),
+        (999_400, "999 ms"),
+        (1_300_000, "1.30 s"),
+        (3_600_000_000, "3600 s"),
+    ],
+)
+def test_spans(us: float, text: str) -> None:
+    assert fmt.span(us) == text
+
+
+@pytest.mark.parametrize("us", [999.6, 9_999, 99_990, 999_600, 9_999_000])
+def test_a_span_never_shows_more_than_three_digits(us: float) -> None:
+    number, unit = fmt.span(us).split()
+    assert len(number.replace(".", "")) <= 3, fmt.span(us)
+    assert float(number) * {"us": 1, "ms": 1e3, "s": 1e6}[unit] == pytest.approx(us, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (999, "999 B"),
+        (4096, "4.10 kB"),
+        (2.8e9, "2.80 GB"),
+        (3e12, "3.00 TB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_sizes(count: float, text: str) -> None:
+    assert fmt.size(count) == text
+
+
+def test_thresholds() -> None:
+    assert fmt.threshold(2120) == "2120"
+    assert fmt.threshold(0x7FFFFFFF) == "inf"
+
+
+def test_endpoints() -> None:
+    assert fmt.endpoint("10.0.0.1", 443) == "10.0.0.1:443"
+    assert fmt.endpoint("2001:db8::1", 443) == "[2001:db8::1]:443"
+    row = {"saddr": "10.0.0.1", "sport": 1, "daddr": "::1", "dport": 2}
+    assert fmt.connection(row) == "10.0.0.1:1 > [::1]:2"
+
+
+def test_processes() -> None:
+    assert fmt.process("nginx", 7) == "nginx[7]"
+    assert fmt.process("", 0) == "-"
+    assert fmt.process("\x1b[2Jevil\n", 7) == "?[2Jevil?[7]"
+
+
+def test_columns_are_as_wide_as_their_widest_cell() -> None:
+    lines = columns([("NAME", "N"), ("a", "1"), ("longer", "100")], right={1})
+    assert lines == ["NAME      N", "a         1", "longer  100"]

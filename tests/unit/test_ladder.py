@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rung sees which reason, on recorded facts of many kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from cwndtrace.errors import KernelLacks, NoRung
+from cwndtrace.events import bpf_dir
+from cwndtrace.kernel import ladder
+from cwndtrace.kernel.ladder import FUNCTIONS, REASONS, Facts
+
+POLICY = "refused by this system's policy"
+OLD = frozenset({"net_dev_queue", "napi_poll", "tcp_probe", "tcp_destroy_sock"})
+CURRENT = OLD | {"tcp_cong_state_set"}
+NEW = CURRENT | {"tcp_sendmsg_locked"}
+ALL = frozenset(FUNCTIONS.values())
+NOT_INLINED = ALL - {"tcp_cwnd_application_limited"}
+
+Trial = Callable[[str, str], str | None]
+
+
+def works(rung: str, reason: str) -> str | None:  # noqa: ARG001
+    return None
+
+
+def refuses(*rungs: str, why: str = POLICY) -> Trial:
+    return lambda rung, reason: why if rung in rungs else None  # noqa: ARG005
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Facts of a kernel, and what it chooses: for idle, rto_loss and app_limited."""
+
+    facts: Facts
+    trial: Trial
+    expected: tuple[str | None, str | None, str | None]
+
+
+KERNELS = {
+    "patched": Kernel(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, ("tracepoint",) * 3),
+    "patched, locked down": Kernel(
+        Facts(NEW | {"tcp_cwnd_reset"}, NOT_INLINED, False), refuses("fentry"), ("tracepoint",) * 3
+    ),
+    "Debian 12, Linux 6.1": Kernel(Facts(CURRENT, ALL, True), works, ("fentry",) * 3),
+    "Debian 12, fentry refused": Kernel(Facts(CURRENT, ALL, True), refuses("fentry"), ("kprobe",) * 3),
+    "Ubuntu 22.04, Linux 5.15": Kernel(Facts(OLD, NOT_INLINED, True), works, ("fentry", "fentry", None)),
+    "Ubuntu 22.04, no fentry and no kprobes": Kernel(
+        Facts(OLD, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", None, None)
+    ),
+    "Linux 6.12, app_limited inlined": Kernel(Facts(CURRENT, NOT_INLINED, True), works, ("fentry", "fentry", None)),
+    "Linux 6.12, locked down": Kernel(
+        Facts(CURRENT, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", "sendmsg", None)
+    ),
+    "Linux 6.18, locked down without kprobes": Kernel(
+        Facts(NEW, NOT_INLINED, False), refuses("fentry"), ("sendmsg", "sendmsg", None)
+    ),
+    "Linux 6.18, tcp_cwnd_restart inlined": Kernel(
+        Facts(NEW, ALL - {"tcp_cwnd_restart"}, True), works, ("sendmsg", "fentry", "fentry")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
+    kernel = KERNELS[name]
+    choice = ladder.choose(kernel.facts, kernel.trial)
+    assert tuple(choice.rungs[reason] for reason in REASONS) == kernel.expected
+    order = [rung.name for rung in ladder.RUNGS]
+    for reason, rung in choice.rungs.items():
+        # Each better one was considered, and it is said why it was not taken.
+        better = order[: order.index(rung)] if rung else order
+        assert list(choice.tried[reason]) == better
+        assert all(choice.tried[reason].values())
+
+
+def test_what_the_facts_rule_out_is_never_tried() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def trial(rung: str, reason: str) -> str | None:
+        asked.append((rung, reason))
+        return None
+
+    ladder.choose(Facts(NEW, NOT_INLINED, False), trial)
+    assert asked == [("fentry", "idle"), ("fentry", "rto_loss")]
+
+
+def test_no_rung_at_all_says_what_was_tried() -> None:
+    with pytest.raises(NoRung) as caught:
+        ladder.choose(Facts(), works)
+    error = caught.value
+    assert isinstance(error, KernelLacks)
+    assert list(error.tried) == [rung.name for rung in ladder.RUNGS]
+    assert error.tried["tracepoint"] == "this kernel has no tracepoint tcp_cwnd_reset"
+    assert error.tried["fentry"] == "tcp_cwnd_restart() is inlined in this kernel"
+    assert all(f"{rung}: {why}" in error.cause for rung, why in error.tried.items())
+    assert "cwndtrace doctor" in error.remedy
+
+
+def test_a_kernel_that_has_all_and_loads_nothing() -> None:
+    with pytest.raises(NoRung) as caught:
+        ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), refuses(*ladder.BY_NAME))
+    assert set(caught.value.tried.values()) == {POLICY}
+
+
+@pytest.mark.parametrize("rung", ladder.BY_NAME)
+def test_a_forced_rung_is_the_only_one_considered(rung: str) -> None:
+    choice = ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, forced=rung)
+    for reason in REASONS:
+        assert choice.rungs[reason] == (rung if reason in ladder.BY_NAME[rung].attachments else None)
+
+
+def test_a_forced_rung_that_fails_has_no_substitute() -> None:
+    with pytest.raises(NoRung) as caught:
+        ladder.choose(Facts(NEW, NOT_INLINED, True), refuses("fentry"), forced="fentry")
+    assert caught.value.tried == {"fentry": POLICY}
+
+
+def test_no_reason_needs_no_rung() -> None:
+    assert ladder.choose(Facts(), works, reasons=()).rungs == {}
+
+
+def test_kprobes_need_to_be_there() -> None:
+    facts = Facts(CURRENT, ALL, False)
+    assert ladder.lacks(facts, ladder.BY_NAME["kprobe"], "idle") == "this kernel has no kprobes (CONFIG_KPROBES)"
+
+
+def test_every_rung_names_programs_that_exist() -> None:
+    text = "".join(file.read_text(encoding="utf-8") for file in bpf_dir().glob("*.bpf.c"))
+    for rung in ladder.RUNGS:
+        for attachments in rung.attachments.values():
+            for attachment in attachments:
+                if attachment.kind not in ("fentry", "fexit"):
+                    assert f"int {attachment.program}(" in text, attachment

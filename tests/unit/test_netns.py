@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Namespaces, cgroups, processes and interfaces by name, as far as it goes without root."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from cwndtrace.capture import target
+from cwndtrace.capture.source import Filters
+from cwndtrace.errors import KernelLacks, NotFound, UsageError
+from cwndtrace.kernel import cgroups, facts, netns, sockets
+
+
+def test_this_namespace_is_found_by_each_of_its_names() -> None:
+    own = netns.own()
+    assert own.inode == Path("/proc/self/ns/net").stat().st_ino
+    for text in (str(os.getpid()), "/proc/self/ns/net", str(own.inode)):
+        assert netns.find(text).inode == own.inode
+    assert own.inode in {each.inode for each in netns.all_reachable()}
+
+
+def test_each_namespace_comes_once() -> None:
+    inodes = [each.inode for each in netns.all_reachable()]
+    assert len(inodes) == len(set(inodes))
+    assert inodes[0] == netns.own().inode
+
+
+ANY_PATH = pytest.mark.xfail(reason="netns.find() takes any path that exists for a namespace")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nowhere", "4294967295", "/etc/passwd/x", *(pytest.param(t, marks=ANY_PATH) for t in ("/proc/self/ns", "", "."))],
+)
+def test_a_namespace_that_is_not_there_lists_those_that_are(text: str) -> None:
+    with pytest.raises(NotFound, match="no network namespace") as caught:
+        netns.find(text)
+    assert "there are: this" in caught.value.remedy
+
+
+def test_a_sysctl() -> None:
+    assert netns.read_sysctl(netns.IDLE_SYSCTL) in (0, 1)
+
+
+def test_sockets_of_a_process_and_their_holders() -> None:
+    with socket.socket() as made:
+        inode = os.fstat(made.fileno()).st_ino
+        assert inode in sockets.inodes_of(os.getpid())
+        pid, name = sockets.holders()[inode]
+        assert pid == os.getpid()
+        assert name == sockets.comm(pid)
+    assert inode not in sockets.inodes_of(os.getpid())
+    assert sockets.inodes_of(2**22 + 1) == set()
+    assert sockets.comm(2**22 + 1) == ""
+
+
+# ---- what a person names ---------------------------------------------------------------------------
+
+
+def test_filters_of_nothing_let_all_through() -> None:
+    assert target.resolve() == Filters()
+
+
+def test_plain_filters() -> None:
+    filters = target.resolve(pid=os.getpid(), port=443, family=6, min_idle_s=0.25)
+    assert (filters.pid, filters.port, filters.family, filters.min_idle_us) == (os.getpid(), 443, 10, 250_000)
+    assert target.resolve(family=4).family == 2
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_ports_out_of_range(port: int) -> None:
+    with pytest.raises(UsageError, match=f"no port {port}"):
+        target.resolve(port=port)
+
+
+def test_a_rest_is_not_negative() -> None:
+    with pytest.raises(UsageError, match="can't be negative"):
+        target.resolve(min_idle_s=-1)
+
+
+def test_a_process_that_is_not_there() -> None:
+    with pytest.raises(NotFound, match="no process 4194305"):
+        target.resolve(pid=2**22 + 1)
+
+
+@pytest.mark.parametrize("pid", [0, -1])
+def test_a_pid_that_is_none(pid: int) -> None:
+    with pytest.raises(NotFound, match=f"no process {pid}"):
+        target.resolve(pid=pid)
+
+
+# ---- cgroups ---------------------------------------------------------------------------------------
+
+
+def test_where_cgroups_are(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text("proc /proc proc rw 0 0\nnone /a/cgroup2 cgroup2 rw 0 0\n")
+    assert cgroups.mount_point(mounts) == Path("/a/cgroup2")
+    mounts.write_text("proc /proc proc rw 0 0\n")
+    with pytest.raises(NotFound, match="isn't mounted") as caught:
+        cgroups.mount_point(mounts)
+    assert caught.value.remedy.startswith("mount -t cgroup2")
+
+
+def test_a_cgroup_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "system.slice" / "nginx.service"
+    folder.mkdir(parents=True)
+    (tmp_path / "plain").mkdir()
+    (folder / "cgroup.controllers").touch()
+    monkeypatch.setattr(cgroups, "mount_point", lambda: tmp_path)
+    for name in ("system.slice/nginx.service", "/system.slice/nginx.service", str(folder)):
+        assert cgroups.find(name) == folder
+    for name in ("plain", "nothing"):
+        with pytest.raises(NotFound, match=f"no cgroup {name}") as caught:
+            cgroups.find(name)
+        assert str(tmp_path) in caught.value.remedy
+
+
+def test_the_ids_of_a_cgroup_and_those_below(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    expected = {p.stat().st_ino for p in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")}
+    assert cgroups.ids(tmp_path) == expected
+    assert cgroups.ids(tmp_path / "gone") == set()
+
+
+# ---- facts -----------------------------------------------------------------------------------------
+
+
+def test_hz_from_the_kernels_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.gz").write_bytes(gzip.compress(b"CONFIG_HZ_300=y\nCONFIG_HZ=300\n"))
+    assert facts.hz(proc=tmp_path) == 300
+
+
+def test_hz_from_boot(tmp_path: Path) -> None:
+    (tmp_path / f"config-{os.uname().release}").write_text("CONFIG_HZ=100\n")
+    assert facts.hz(boot=tmp_path, proc=tmp_path) == 100
+
+
+def test_hz_that_nothing_tells(tmp_path: Path) -> None:
+    with pytest.raises(KernelLacks, match="can't tell the kernel's HZ") as caught:
+        facts.hz(boot=tmp_path, proc=tmp_path)
+    assert "/boot" in caught.value.remedy

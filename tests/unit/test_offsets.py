@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the members that C names to -D integers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cwndtrace.errors import KernelLacks
+from cwndtrace.events import bpf_dir
+from cwndtrace.kernel import offsets
+from cwndtrace.kernel.btf import Btf
+from tests.unit.btf_blob import Blob
+
+
+@pytest.fixture
+def kernel() -> Btf:
+    blob = Blob()
+    u8, u16, u32, u64 = (blob.integer(f"u{8 * n}", n) for n in (1, 2, 4, 8))
+    pair = blob.struct("pair", 8, [("t", u32, 0), ("v", u32, 32)])
+    blob.struct(
+        "sock", 32, [("a", u32, 0), ("b", u16, 32), ("p", blob.pointer(u8), 64), ("m", blob.array(pair, 2), 128)]
+    )
+    blob.struct("flags", 2, [("x", u8, 5 << 24 | 3), ("wide", u16, 12 << 24 | 0)], bitfields=True)
+    blob.struct("odd", 16, [("__pad", u64, 0), ("_metrics", u64, 64)])
+    blob.enum("rqf", {"RQF_SEQ": 7})
+    return blob.btf()
+
+
+# ---- active ----------------------------------------------------------------------------------------
+
+
+def test_switched_off_parts_are_left_out() -> None:
+    text = "one\n#ifdef A\ntwo\n#endif\n#if defined(A) || defined(B)\nthree\n#ifdef C\nfour\n#endif\n#endif\nfive"
+    assert offsets.active(text, ()).split() == ["one", "five"]
+    assert offsets.active(text, ["A"]).split() == ["one", "two", "three", "five"]
+    assert offsets.active(text, ["B"]).split() == ["one", "three", "five"]
+    assert offsets.active(text, ["C"]).split() == ["one", "five"]
+    assert offsets.active(text, ["B", "C"]).split() == ["one", "three", "four", "five"]
+
+
+def test_guards_count_as_on_and_definitions_are_no_reads() -> None:
+    text = "#ifndef GUARD_H\n#define GUARD_H\n#define GET(T, base, type, member) x\nkept\n#endif"
+    assert offsets.active(text, ()).split() == ["kept"]
+
+
+def test_comments_name_nothing() -> None:
+    text = "a /* GET(u32, sk, sock, gone) */ b\n// GET(u32, sk, sock, gone)\nc /* over\nlines GET(u32, x, y, z) */ d"
+    assert offsets.active(text, ()).split() == ["a", "b", "c", "d"]
+
+
+# ---- members ---------------------------------------------------------------------------------------
+
+
+def test_members_are_found_where_they_are_read() -> None:
+    text = """
+        GET(u32, sk, sock, a); GET_OPT(u64, GET(u64, sk, sock, p), cgroup, kn);
+        GET_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
+    """
+    assert sorted(offsets.members(text)) == sorted(
+        [
+            ("GET", "u32", "sock", "a"),
+            ("GET_OPT", "u64", "cgroup", "kn"),
+            ("GET", "u64", "sock", "p"),
+            ("GET_BITS", "", "flags", "x"),
+            ("AT", "", "sock", "m"),
+            ("AT", "", "socket_alloc", "socket"),
+        ]
+    )
+
+
+def test_every_program_of_the_project_reads_members() -> None:
+    for source, least in (("block_io.bpf.c", 10), ("sock.h", 25)):
+        text = offsets.active((bpf_dir() / source).read_text(encoding="utf-8"), ())
+        assert len(set(offsets.members(text))) >= least
+
+
+# ---- defines ---------------------------------------------------------------------------------------
+
+
+def test_offsets_sizes_and_bits(kernel: Btf) -> None:
+    text = "GET(u32, sk, sock, a) GET(u16, sk, sock, b) GET(u64, sk, sock, p) GET_BITS(f, flags, x) AT(sk, sock, m)"
+    assert offsets.defines(kernel, text) == {
+        "OFF_sock__a": 0, "SIZE_sock__a": 4,
+        "OFF_sock__b": 4, "SIZE_sock__b": 2,
+        "OFF_sock__p": 8, "SIZE_sock__p": 8,
+        "OFF_flags__x": 0, "SIZE_flags__x": 1, "SHIFT_flags__x": 3, "BITS_flags__x": 5,
+        "OFF_sock__m": 16, "SIZE_sock__m": 16,
+    }  # fmt: skip
+
+
+def test_two_underscores_walk_into_a_member_unless_they_are_its_name(kernel: Btf) -> None:
+    found = offsets.defines(kernel, "GET(u32, sk, sock, m__v) GET(u64, d, odd, __pad) GET(u64, d, odd, _metrics)")
+    assert found["OFF_sock__m__v"] == 20
+    assert found["OFF_odd____pad"] == 0
+    assert found["OFF_odd___metrics"] == 8
+
+
+def test_a_missing_member_is_named(kernel: Btf) -> None:
+    with pytest.raises(KernelLacks, match=r"differ from what is read: sock\.gone is missing, sock\.m\.w is missing"):
+        offsets.defines(kernel, "GET(u32, sk, sock, gone) GET(u32, sk, sock, m__w) GET(u32, sk, sock, a)")
+
+
+def test_a_wrong_width_is_named(kernel: Btf) -> None:
+    with pytest.raises(KernelLacks, match=r"sock\.a has 4 bytes, not 8"):
+        offsets.defines(kernel, "GET(u64, sk, sock, a)")
+
+
+def test_what_is_no_small_bitfield_is_named(kernel: Btf) -> None:
+    for member in ("flags, wide", "sock, a"):
+        with pytest.raises(KernelLacks, match="is no bitfield within a byte"):
+            offsets.defines(kernel, f"GET_BITS(sk, {member})")
+
+
+def test_an_optional_member_is_nothing_where_it_is_missing(kernel: Btf) -> None:
+    found = offsets.defines(kernel, "GET_OPT(u64, sk, sock, gone) GET_OPT(u32, sk, sock, a)")
+    assert found == {"OFF_sock__gone": 0, "SIZE_sock__gone": 0, "OFF_sock__a": 0, "SIZE_sock__a": 4}
+
+
+def test_an_enumerator_has_its_value_or_the_fallback(kernel: Btf) -> None:
+    found = offsets.defines(kernel, "ENUMERATOR(rqf__RQF_SEQ, 4) ENUMERATOR(gone__GONE, 9)")
+    assert found == {"ENUM_rqf__RQF_SEQ": 7, "ENUM_gone__GONE": 9}
+
+
+@pytest.mark.parametrize("ctype", ["u8", "u16", "u32", "s32", "u64"])
+def test_every_type_has_a_width(ctype: str) -> None:
+    blob = Blob()
+    size = int(ctype[1:]) // 8
+    blob.struct("s", 8, [("m", blob.integer(ctype, size), 0)])
+    assert offsets.defines(blob.btf(), f"GET({ctype}, x, s, m)")["SIZE_s__m"] == size
+
+
+def test_nested_calls_keep_their_arguments_apart() -> None:
+    depths = ["x", "GET(u64, x, a, b)", "AT(f(x, y) - 3, a, b)"]
+    for inner, outer in itertools.product(depths, ("GET(u64, {}, c, d)", "GET_OPT(u64, {}, c, d)")):
+        assert outer.split("(")[0] in {m[0] for m in offsets.members(outer.format(inner)) if m[2:] == ("c", "d")}

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole path behind the probes, driven by raw bytes that a real trace left (tests/record.py)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cwndtrace
+from cwndtrace.capture import session as sessions
+from cwndtrace.capture.replay import Replay, record
+from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import Filters, Source
+from cwndtrace.cli.live import JsonView, TextView
+from cwndtrace.cli.run import trace
+from cwndtrace.cli.summary import print_summary, summary_object
+from cwndtrace.errors import CaptureError
+from cwndtrace.plot.timeline import timeline
+from cwndtrace.store import CaptureWriter
+from tests.record import BLOCKS, CONNECTIONS, FILE, RESTS
+from tests.unit import frames
+from tests.unit.fake_source import FakeSource
+
+RESETS = CONNECTIONS * RESTS
+
+
+def start_of(session: Session) -> dict[str, Any]:
+    """A capture's metadata without what needs root to be known."""
+    started = session.start["mono_ns"] + session.start["utc_offset_ns"]
+    return {
+        "version": cwndtrace.__version__,
+        "host": "test",
+        "kernel": "0",
+        "started": cwndtrace.events.iso_time(started),
+        "clock": {"start": session.start, "end": None},
+        "rungs": session.source.rungs,
+        "devices": {},
+        **session.tally.meta(),
+    }
+
+
+Played = tuple[cwndtrace.Trace, Session]
+
+
+def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = False) -> Played:
+    """``cwndtrace run`` on ``source``, from the first record to the summary."""
+    with Session(source) as session:
+        writer = CaptureWriter.create(folder / "x.cwnd", start_of(session))
+        view: TextView | JsonView
+        if as_json:
+            view = JsonView(session, print_block=print_block)
+        else:
+            view = TextView(session, print_block=print_block, quiet=True)
+        interrupt = sessions.Interrupt()
+        trace(session, writer, view, Filters(), interrupt, duration=None, what="a recording", quiet=True)
+    capture = cwndtrace.load(folder / "x.cwnd")
+    if as_json:
+        JsonView.write(summary_object(capture, session, view.block))
+    else:
+        print_summary(capture, session, view.block)
+    return capture, session
+
+
+def test_the_recording_is_of_this_layout() -> None:
+    source = Replay(FILE)
+    assert source.rungs["idle"]
+    assert {"cwnd_reset", "block_io"} <= set(source.events)
+
+
+def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capture, session = played(Replay(FILE), tmp_path, as_json=False)
+    shown, said = capsys.readouterr()
+    assert said == ""
+    header, *lines = shown.splitlines()
+    assert header.split() == " ".join(TextView.HEADER).split()
+    resets = [line for line in lines if " -> " in line]
+    assert len(resets) == RESETS
+    # Aligned: what stands above each column begins or ends where its values do.
+    for line in resets:
+        assert line.index("127.0.0.1:") == header.index("CONNECTION")
+        assert line.index(" idle ") + 1 == header.index("REASON")
+    assert f"kept {RESETS} resets, {2 * BLOCKS} block I/Os; lost 0 and 0" in shown
+    assert "No TCP connection" not in shown
+    assert capture.status == "complete"
+    assert session.tally.kept["cwnd_reset"] == RESETS
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capture, _ = played(Replay(FILE), tmp_path, as_json=True, print_block=True)
+    shown, said = capsys.readouterr()
+    assert said == ""
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in shown.splitlines()]
+    by_event: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_event.setdefault(row["event"], []).append(row)
+    assert len(by_event["cwnd_reset"]) == RESETS
+    assert len(by_event["block_io"]) == 2 * BLOCKS
+    (summary,) = by_event["summary"]
+    assert rows[-1] == summary
+    assert summary["kept"]["cwnd_reset"] == RESETS
+    assert sum(row["resets"] for row in summary["connections"]) == RESETS
+    assert {(row["op"], row["count"], row["bytes"]) for row in summary["block_io"]} == {
+        ("read", BLOCKS, BLOCKS * 4096),
+        ("write", BLOCKS, BLOCKS * 4096),
+    }
+    # What was printed is what lies on disk.
+    assert [row["ts_ns"] for row in by_event["cwnd_reset"]] == list(capture.resets["ts_ns"])
+    assert all(row["time"].endswith("Z") for row in rows)
+
+
+def test_block_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    played(Replay(FILE), tmp_path, as_json=False, print_block=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  block_io  " in line]
+    assert len(lines) == 2 * BLOCKS
+    assert all(" sector " in line and "4.10 kB" in line for line in lines)
+
+
+def test_the_capture_holds_what_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capture, _ = played(Replay(FILE), tmp_path, as_json=False)
+    capsys.readouterr()
+    resets = capture.resets
+    assert len(resets) == RESETS
+    assert resets["connection"].nunique() == CONNECTIONS
+    assert set(resets["reason"]) == {"idle"}
+    assert (resets["cwnd_after"] < resets["cwnd_before"]).all()
+    assert (resets["idle_us"] > resets["rto_us"]).all()
+    assert set(resets["ca_name"]) == {"cubic"}
+    blocks = capture.block_io
+    assert list(blocks.groupby("op", observed=True).size()) == [BLOCKS, BLOCKS]
+    assert (blocks["latency_us"] > 0).all()
+    summary = capture.summary()
+    assert sorted(summary["resets"]) == [RESTS] * CONNECTIONS
+
+
+def test_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capture, _ = played(Replay(FILE), tmp_path, as_json=False)
+    capsys.readouterr()
+    figure = timeline(capture.resets, capture.connections, capture.block_io, meta=capture.meta)
+    figure.savefig(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 20_000
+
+
+def test_losses_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = FakeSource([("block_io", frames.block().tobytes())], [])
+    source.count.lost["block_io"] = 1234
+    capture, _ = played(source, tmp_path, as_json=True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (lost,) = (row for row in rows if row["event"] == "lost")
+    assert (lost["of"], lost["lost"]) == ("block_io", 1234)
+    assert lost["start_ns"] < lost["end_ns"]
+    assert rows[-1]["lost"]["block_io"] == 1234
+    assert capture.meta["counts"]["block_io"] == {"kept": 1, "lost": 1234}
+    assert capture.meta["lossy"][0]["lost"] == 1234
+
+
+def test_hostile_names_never_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = b"\x1b]0;p\x07\x9b1m\r\n\xff"
+    reset, block = frames.reset(comm=evil, ca_name=evil), frames.block(comm=evil)
+    source = FakeSource([("cwnd_reset", reset.tobytes()), ("block_io", block.tobytes())], [])
+    played(source, tmp_path, as_json=False, print_block=True)
+    shown = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    assert "]0;p" in shown
+
+
+# ---- recordings ------------------------------------------------------------------------------------
+
+
+def test_a_recording_can_be_written_and_read(tmp_path: Path) -> None:
+    chunks = [("cwnd_reset", frames.reset().tobytes()), ("block_io", frames.block().tobytes() * 5)]
+    source = FakeSource()
+    source.count.lost["block_io"], source.count.unchanged = 3, 2
+    record(tmp_path / "a.raw", source, chunks)
+    replay = Replay(tmp_path / "a.raw")
+    assert (replay.rungs, replay.tried, set(replay.events)) == (source.rungs, source.tried, set(source.events))
+    assert replay.counts() == source.count
+    assert replay.poll(0) == [chunks[0]]
+    assert not replay.exhausted()
+    assert replay.stop() == [chunks[1]]
+    assert replay.exhausted()
+    assert replay.poll(0) == []
+
+
+def test_a_replay_does_not_wait() -> None:
+    source, begin = Replay(FILE), time.monotonic()
+    while not source.exhausted():
+        source.poll(10)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("cut", [1, 7, 21, 100])
+def test_a_recording_that_is_cut_off_is_refused(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "a.raw").write_bytes(FILE.read_bytes()[:-cut])
+    with pytest.raises(CaptureError, match=r"a\.raw is cut off after \d+ chunks"):
+        Replay(tmp_path / "a.raw")
+
+
+def _with_head(folder: Path, **changes: Any) -> Path:
+    first, _, body = FILE.read_bytes().partition(b"\n")
+    head = json.loads(first) | changes
+    (folder / "a.raw").write_bytes(json.dumps(head).encode() + b"\n" + body)
+    return folder / "a.raw"
+
+
+def test_records_of_another_layout_are_refused(tmp_path: Path) -> None:
+    path = _with_head(tmp_path, layout={"block_io": 72, "cwnd_reset": 200})
+    with pytest.raises(CaptureError, match=r"holds block_io records of 72 bytes, this version has \d+") as caught:
+        Replay(path)
+    assert caught.value.remedy == "record it again"
+
+
+def test_records_that_this_version_does_not_know_are_refused(tmp_path: Path) -> None:
+    path = _with_head(tmp_path, layout={"tea_break": 8})
+    with pytest.raises(CaptureError, match="holds tea_break records of 8 bytes, this version knows none"):
+        Replay(path)
+
+
+def test_a_chunk_of_an_event_that_was_not_declared_is_refused(tmp_path: Path) -> None:
+    path = _with_head(tmp_path, layout={})
+    with pytest.raises(CaptureError, match="is damaged after 0 chunks"):
+        Replay(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no json\n", b"[]\n", b"{}\n", b'{"layout": {}}\n', b"\xff\xfe\n", b'{"layout": 5}\n']
+)
+def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.raw").write_bytes(content)
+    with pytest.raises(CaptureError, match="isn't a recording of raw records"):
+        Replay(tmp_path / "a.raw")
+
+
+def test_a_recording_that_is_missing_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="No such file"):
+        Replay(tmp_path / "a.raw")

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session: raw records into batches, losses into dated spans, signals into a request to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from cwndtrace import events
+from cwndtrace.capture.session import Interrupt, Session, ending, utc_offset_ns
+from tests.unit import frames
+from tests.unit.fake_source import FakeSource
+
+
+def test_chunks_of_one_poll_become_one_batch_an_event() -> None:
+    a, b = frames.reset(1.0).tobytes(), frames.reset(2.0).tobytes()
+    io = frames.block(1.5).tobytes()
+    session = Session(FakeSource([("cwnd_reset", a), ("block_io", io), ("cwnd_reset", b)]))
+    batches = session.step()
+    assert [(batch.event, len(batch)) for batch in batches] == [("cwnd_reset", 2), ("block_io", 1)]
+    assert session.tally.kept == {"cwnd_reset": 2, "block_io": 1}
+    assert list(batches[0].to_pandas()["ts_ns"]) == [frames.MONO + frames.SECOND, frames.MONO + 2 * frames.SECOND]
+
+
+def test_empty_chunks_are_no_batch() -> None:
+    session = Session(FakeSource([("block_io", b"")]))
+    assert session.step() == []
+    assert session.tally.kept == {"cwnd_reset": 0, "block_io": 0}
+
+
+def test_what_is_left_at_the_end_counts() -> None:
+    source = FakeSource(last=[("block_io", frames.block().tobytes() * 3)])
+    with Session(source) as session:
+        assert [len(batch) for batch in session.finish()] == [3]
+        assert session.tally.kept["block_io"] == 3
+        assert not source.closed
+    assert source.closed
+
+
+def test_broken_records_are_refused() -> None:
+    session = Session(FakeSource([("block_io", frames.block().tobytes()[:-1])]))
+    with pytest.raises(ValueError, match="multiple"):
+        session.step()
+
+
+def test_losses_are_dated_and_adjacent_ones_joined() -> None:
+    source = FakeSource(*[[] for _ in range(6)])
+    session = Session(source)
+    session.step()
+    assert session.tally.lossy == []
+    before = time.monotonic_ns()
+    source.count.lost["block_io"] = 7
+    session.step()
+    source.count.lost["block_io"] = 10
+    session.step()
+    after = time.monotonic_ns()
+    session.step()  # nothing lost here, so that the next loss is a span of its own
+    source.count.lost["block_io"] = 11
+    source.count.lost["cwnd_reset"] = 2
+    session.step()
+    spans = sorted(session.tally.lossy, key=lambda span: (span.event, span.start_ns))
+    assert [(span.event, span.lost) for span in spans] == [("block_io", 10), ("block_io", 1), ("cwnd_reset", 2)]
+    assert session.start["mono_ns"] <= spans[0].start_ns <= before
+    assert before <= spans[0].end_ns <= after <= spans[1].start_ns <= spans[1].end_ns
+    assert session.tally.lost == {"block_io": 11, "cwnd_reset": 2}
+    meta = ending(session)
+    assert meta["counts"] == {"block_io": {"kept": 0, "lost": 11}, "cwnd_reset": {"kept": 0, "lost": 2}}
+    assert sum(span["lost"] for span in meta["lossy"]) == 13
+    assert meta["clock"]["end"]["mono_ns"] >= meta["clock"]["start"]["mono_ns"]
+
+
+def test_what_changed_nothing_is_counted() -> None:
+    source = FakeSource([])
+    source.count.unchanged, source.count.withdrawn = 5, 3
+    session = Session(source)
+    session.step()
+    assert (session.tally.unchanged, session.tally.withdrawn) == (5, 3)
+
+
+def test_times_are_on_the_wall_clock() -> None:
+    now = np.zeros(1, dtype=events.event("block_io").dtype)
+    now["start_ns"] = time.monotonic_ns()
+    session = Session(FakeSource([("block_io", now.tobytes())]))
+    seen = session.step()[0].to_pandas()["time"].iloc[0]
+    assert abs(seen.timestamp() - time.time()) < 0.5
+    assert abs(utc_offset_ns() - (time.time_ns() - time.monotonic_ns())) < 10_000_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_a_second_one_insists(number: signal.Signals) -> None:
+    old = signal.getsignal(number)
+    with Interrupt() as interrupt:
+        seen = [interrupt.requested]
+        os.kill(os.getpid(), number)
+        seen.append(interrupt.requested)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert seen == [False, True]
+    assert signal.getsignal(number) is old

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would make a trace wait in vain, and doctor's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cwndtrace.cli import waiting
+from cwndtrace.cli.doctor import BAD, LACK, Fact, Findings, _print
+from cwndtrace.kernel import netns
+from cwndtrace.kernel.netns import Namespace
+
+THIS = Namespace(1, "this", Path("/proc/self/ns/net"))
+NAMED = Namespace(2, "blue", Path("/run/netns/blue"))
+POD = Namespace(3, "nginx[7]", Path("/proc/7/ns/net"))
+CUBIC = pd.DataFrame({"ca_name": ["cubic", "bbr"]})
+
+
+def warnings(
+    monkeypatch: pytest.MonkeyPatch, sysctls: dict[int, int | None], connections: pd.DataFrame, *namespaces: Namespace
+) -> list[str]:
+    monkeypatch.setattr(netns, "idle_sysctl", lambda namespace: sysctls[namespace.inode])
+    return waiting.warnings(connections, list(namespaces), "eth0")
+
+
+def test_nothing_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert warnings(monkeypatch, {1: 1}, CUBIC, THIS) == []
+
+
+@pytest.mark.parametrize(
+    ("namespace", "where", "command"),
+    [
+        (THIS, "in this network namespace", "(sysctl -w net.ipv4.tcp_slow_start_after_idle=1 turns"),
+        (NAMED, "in network namespace blue", "(ip netns exec blue sysctl -w net.ipv4.tcp_slow_start_after_idle=1 "),
+    ],
+)
+def test_the_setting_is_off(monkeypatch: pytest.MonkeyPatch, namespace: Namespace, where: str, command: str) -> None:
+    (line,) = warnings(monkeypatch, {namespace.inode: 0}, CUBIC, namespace)
+    assert where in line
+    assert command in line
+
+
+def test_the_setting_is_on_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert warnings(monkeypatch, {1: 0, 3: 1}, CUBIC, THIS, POD) == []
+    assert warnings(monkeypatch, {1: 0, 3: None}, CUBIC, THIS, POD) == []
+
+
+def test_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = warnings(monkeypatch, {1: 1}, CUBIC[:0], THIS)
+    assert line == "eth0 carries no TCP connection now"
+
+
+def test_all_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = warnings(monkeypatch, {1: 1}, CUBIC[1:], THIS)
+    assert line.startswith("every connection on eth0 uses bbr, which is exempt")
+
+
+# ---- doctor ----------------------------------------------------------------------------------------
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = [
+        Fact("kernel", "Linux 6"),
+        Fact("rung fentry", "refused", LACK, "ask for it"),
+        Fact("sysctl in \x1b[2J\x07evil", "\x07x", BAD, "mend \x1b it"),
+    ]
+    _print(Findings(facts, {"idle": "sendmsg"}))
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    assert lines[1].startswith("ok ")
+    assert lines[2].startswith("-  ")
+    assert lines[3].strip() == "mend: ask for it"
+    assert lines[4].startswith("BAD")
+    assert lines[1].index("Linux") == lines[2].index("refused") == lines[4].index("?x")
+    assert lines[-1] == "sudo cwndtrace run --iface NAME will work here."
+
+
+def test_nothing_works(capsys: pytest.CaptureFixture[str]) -> None:
+    _print(Findings([Fact("BTF", "none", BAD)], None))
+    assert "Nothing here can trace idle resets." in capsys.readouterr().out

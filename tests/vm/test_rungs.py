@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rungs side by side on the same connections: what one sees the others see, field by field.
+
+The traffic forces each reason: rests for idle, a link that drops everything for rto_loss, and for app_limited a rest
+of exactly the timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cwndtrace.cli.doctor import Findings, examine
+from cwndtrace.errors import NoRung
+from cwndtrace.kernel import btf, facts, ladder
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.tracing import EXACT, Tracer
+
+pytestmark = pytest.mark.vm
+
+KERNEL = os.environ.get("CWNDTRACE_VM", "")
+PATCHED = bool(KERNEL) and "unpatched" not in KERNEL
+LONG = 0.6
+
+# What a rung that sees the window only with the first packet under way can't tell as the others do.
+LATE = {"bytes_sent", "unsent_bytes", "sock_cookie"}
+ALWAYS = {"ts_ns", "time", "probe", "idle_us", "last_rcv_us"}
+# Each probe reads the clock when it is its turn, and an emulated machine takes a while from one to the next.
+TURN_US = 50_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_the_vm() -> None:
+    """These tests need the kernels of this project."""
+    if not KERNEL:
+        pytest.skip("needs one of the project's kernels: make vm-test")
+
+
+@pytest.fixture(scope="module")
+def tracers() -> Iterator[dict[str, Tracer]]:
+    """A tracer on every rung that sees idle resets here, all at the same time."""
+    here = facts.ladder_facts(btf.Btf.running())
+    made: dict[str, Tracer] = {}
+    try:
+        for rung in ladder.RUNGS:
+            if ladder.lacks(here, rung, "idle") is None:
+                made[rung.name] = Tracer(rung.name)
+        yield made
+    finally:
+        for tracer in made.values():
+            tracer.close()
+
+
+@pytest.fixture(scope="module")
+def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> dict[str, list[tcp.Connection]]:
+    """Connections on which each reason was forced, by reason."""
+    kinds: list[dict[str, Any]] = [
+        {"ca": "cubic"},
+        {"ca": "reno"},
+        {"ca": "cubic", "address": "::1"},
+        {"ca": "cubic", "mapped": True},
+    ]
+    made = {reason: [tcp.connect(space, drain, **kind) for kind in kinds] for reason in ladder.REASONS}
+    for connection in made["idle"]:
+        connection.grow()
+    time.sleep(LONG)
+    for connection in made["idle"]:
+        connection.send()
+    for connection in made["app_limited"]:
+        leave_unused(connection)
+    for connection in made["rto_loss"]:
+        connection.grow()
+    drop_until_a_timeout(space, made["rto_loss"])
+    for tracer in tracers.values():
+        tracer.settle()
+    return made
+
+
+def leave_unused(connection: tcp.Connection) -> None:
+    """Rest for exactly the timeout: too short for a restart, long enough for tcp_cwnd_application_limited()."""
+    for _ in range(20):
+        connection.grow(40)
+        tcp.until(lambda: (i := connection.info()).last_snd_us >= i.rto_us, 10, "the rest to last that long")
+        if connection.send().reason == "app_limited":
+            return
+    raise AssertionError("no send hit the very tick at which the rest is as long as the timeout")
+
+
+def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.Connection]) -> None:
+    """Drop all packets of the namespace's loopback until each connection has had a retransmission timeout."""
+    tcp.run("tc", "-n", space.name, "qdisc", "replace", "dev", "lo", "root", "netem", "loss", "100%")
+    try:
+        for connection in connections:
+            connection.sock.send(b"x" * 5000)
+        tcp.until(lambda: all(c.info().retransmits for c in connections), 60, "a retransmission timeout of each")
+    finally:
+        tcp.run("tc", "-n", space.name, "qdisc", "del", "dev", "lo", "root")
+    for connection in connections:
+        connection.quiet()
+
+
+def records(tracer: Tracer, connections: list[tcp.Connection], reason: str) -> list[dict[str, Any]]:
+    return [r for r in tracer.of(*connections) if r["reason"] == reason]
+
+
+@pytest.mark.parametrize("reason", ladder.REASONS)
+def test_all_rungs_see_the_same(
+    tracers: dict[str, Tracer], traffic: dict[str, list[tcp.Connection]], reason: str
+) -> None:
+    seen = {n: records(t, traffic[reason], reason) for n, t in tracers.items() if t.sees(reason)}
+    print({name: len(found) for name, found in seen.items()})
+    if not seen:
+        assert not PATCHED
+        pytest.skip(f"no rung of {KERNEL} sees {reason}: a kernel with kernel-patches/ does")
+    first = next(iter(seen))
+    assert first in EXACT
+    assert len(seen[first]) >= len(traffic[reason])
+    for name, found in seen.items():
+        assert len(found) == len(seen[first]), f"{name} against {first}"
+        for mine, its in zip(found, seen[first], strict=True):
+            ignored = ALWAYS | (LATE if name not in EXACT else set())
+            if name not in EXACT and reason == "rto_loss":
+                # prior_ssthresh is what tcp_current_ssthresh() gave: three quarters of the window where that is more.
+                ignored |= {"ssthresh_before"}
+            differing = {k: (mine[k], its[k]) for k in mine if k not in ignored and mine[k] != its[k]}
+            assert not differing, f"{name} against {first}: {differing}"
+            apart = {k: mine[k] - its[k] for k in ("idle_us", "last_rcv_us")}
+            apart["ts_ns"] = (mine["ts_ns"] - its["ts_ns"]) // 1000
+            assert all(abs(us) < TURN_US for us in apart.values()), f"{name} against {first}: {apart}"
+
+
+@pytest.fixture(scope="module")
+def findings() -> Findings:
+    """What doctor says of this kernel."""
+    return examine()
+
+
+def test_the_best_rung_is_chosen(findings: Findings) -> None:
+    expected = {"idle": "tracepoint", "rto_loss": "tracepoint", "app_limited": "tracepoint"}
+    if not PATCHED:
+        expected = {"idle": "fentry", "rto_loss": "fentry"}
+    rungs = findings.rungs
+    assert rungs is not None
+    assert {reason: rungs[reason] for reason in expected} == expected
+
+
+def test_doctor_says_what_is_inlined(findings: Findings) -> None:
+    here = facts.ladder_facts(btf.Btf.running())
+    inlined = "tcp_cwnd_application_limited" not in here.functions
+    said = {f.name: f.value for f in findings.facts}
+    for rung in ("fentry", "kprobe"):
+        assert ("tcp_cwnd_application_limited() is inlined" in said[f"rung {rung}"]) == inlined
+
+
+def test_a_forced_rung_that_is_missing_is_refused() -> None:
+    missing = "sendmsg" if KERNEL.startswith("6.12") else None
+    if missing is None:
+        pytest.skip("this kernel has every rung; the 6.12 ones lack sendmsg")
+    with pytest.raises(NoRung, match="tcp_sendmsg_locked"):
+        Tracer(missing)
+
+
+def test_the_connections_close(traffic: dict[str, list[tcp.Connection]], connect: Connect) -> None:
+    # Last in this file: what was opened for all of it is closed here, and a new connection still works.
+    for each in traffic.values():
+        for connection in each:
+            connection.close()
+    assert connect().send().reason is None

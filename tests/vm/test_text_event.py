@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tracepoint as tracefs prints it, against the BPF record of the same reset; and the kernel's own selftest."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cwndtrace.capture.bcc import Kernel
+from tests.live.conftest import Connect
+from tests.live.tracing import Tracer
+
+pytestmark = pytest.mark.vm
+
+KERNEL = os.environ.get("CWNDTRACE_VM", "")
+EVENT = Path("/sys/kernel/tracing/events/tcp/tcp_cwnd_reset")
+TRACE = Path("/sys/kernel/tracing/trace")
+
+
+@pytest.fixture(autouse=True)
+def patched() -> None:
+    """Only a kernel with the patches has the event."""
+    if not KERNEL or "unpatched" in KERNEL:
+        pytest.skip("needs a kernel with kernel-patches/: make vm-test")
+
+
+@pytest.fixture
+def text() -> Iterator[Path]:
+    """The event is printed into tracefs while this is in use."""
+    TRACE.write_text("")
+    (EVENT / "enable").write_text("1")
+    try:
+        yield TRACE
+    finally:
+        (EVENT / "enable").write_text("0")
+
+
+def parse(line: str) -> dict[str, str]:
+    """The name=value pairs of one line of the trace."""
+    return dict(re.findall(r"(\w+)=(\S+)", line.partition("tcp_cwnd_reset: ")[2]))
+
+
+@pytest.mark.parametrize("kind", [{}, {"address": "::1"}, {"mapped": True}], ids=["IPv4", "IPv6", "mapped"])
+def test_text_and_record_agree(text: Path, connect: Connect, kind: dict[str, Any]) -> None:
+    with Tracer("tracepoint") as tracer:
+        connection = connect(**kind)
+        connection.grow()
+        time.sleep(0.6)
+        connection.send()
+        (record,) = [r for r in tracer.of(connection) if r["reason"] == "idle"]
+    lines = [line for line in text.read_text().splitlines() if f"sport={connection.sport} " in line]
+    (said,) = [parse(line) for line in lines if "reason=idle" in line]
+    for name in ("cwnd_before", "cwnd_after", "ssthresh_before", "ssthresh_after", "rto_us", "srtt_us", "mss", "dport"):
+        assert int(said[name]) == record[name], name
+    # The event counts rests in whole milliseconds.
+    assert int(said["idle_us"]) == record["idle_us"] // 1000 * 1000
+    native = "address" in kind
+    assert said["family"] == ("AF_INET6" if kind else "AF_INET")
+    assert said["saddr"] == ("0.0.0.0" if native else record["saddr"])
+    assert said["saddrv6"] == (record["saddr"] if native else f"::ffff:{record['saddr']}")
+    assert int(said["sock_cookie"], 16) == connection.cookie()
+
+
+def test_nothing_is_printed_where_the_window_did_not_fall(text: Path, connect: Connect) -> None:
+    connection = connect()
+    connection.send()
+    connection.quiet()
+    time.sleep(0.6)
+    assert connection.send().reason is None
+    assert f"sport={connection.sport} " not in text.read_text()
+
+
+def test_the_selftest_passes() -> None:
+    program = Path(os.environ["CWNDTRACE_VM_KERNEL"]) / "selftests/tcp_cwnd_reset"
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=600)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert re.search(r"^ok \d+", done.stdout, re.MULTILINE)
+    assert "not ok" not in done.stdout
+    assert "SKIP" not in done.stdout
+
+
+def test_what_an_event_costs(connect: Connect) -> None:
+    # By the kernel's own counters. Under software emulation the figure is for comparison only.
+    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
+    before = switch.read_text()
+    switch.write_text("1")
+    kernel = Kernel(probe="tracepoint", block=False, reasons=("idle",))
+    try:
+        connections = [connect() for _ in range(20)]
+        for connection in connections:
+            connection.grow()
+        time.sleep(0.6)
+        for connection in connections:
+            connection.send()
+        runs, spent = kernel.run_times()["on_tcp_cwnd_reset"]
+    finally:
+        switch.write_text(before)
+        kernel.close()
+    print(f"on_tcp_cwnd_reset: {runs} runs, {spent / runs:.0f} ns each")
+    assert runs >= len(connections)
