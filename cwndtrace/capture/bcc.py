@@ -351,7 +351,7 @@ class Kernel:
 
     def _open(self, program: Program, table: str, received: Callable[[bytes], None]) -> None:
         program.open_ring(table, received)
-        # By edge: a ring that holds data which nobody was woken for (block I/O, see submit() there) must not end a wait.
+        # By edge: data that nobody was woken for (block I/O: submit() in bpf/block_io.bpf.c) must not end a wait.
         self._epoll.register(program.ring_fds[-1], select.EPOLLIN | select.EPOLLET)
 
     def _record(self, name: str, raw: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def find(text: str) -> Namespace:
     Raises NotFound, listing those there are.
     """
     for path in (_NAMED / text, Path(f"/proc/{text}/ns/net") if text.isdigit() else None, Path(text)):
-        if path is not None and path.exists() and re.match(r"net:|/", _target(path)):
+        if path is not None and _is_namespace(path):
             return Namespace(path.stat().st_ino, text, path)
     known = list(all_reachable())
     for each in known:
@@ -74,8 +74,13 @@ def find(text: str) -> Namespace:
     raise NotFound(f"no network namespace {text}", f"there are: {names}; or give a pid, an inode or a path")
 
 
-def _target(path: Path) -> str:
-    return str(path.readlink()) if path.is_symlink() else str(path)
+def _is_namespace(path: Path) -> bool:
+    """Whether opening ``path`` gives a namespace: those are files of a file system of their own (nsfs)."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_dev == own().path.stat().st_dev
 
 
 def inside(namespace: Namespace, work: Callable[[], T]) -> T:
