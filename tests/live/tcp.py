@@ -284,12 +284,16 @@ class Connection:
         return info(self.sock)
 
     def fill(self) -> Info:
-        """Send, with the other end not reading, until its window is closed and a little is left; TCP_INFO then."""
+        """Send, with the other end not reading, until its window is closed and a little is left; TCP_INFO then.
+
+        The sends are noted: on a slow machine there may be a rest between them.
+        """
         self.drain.pause(self.peer)
         for _ in range(10_000):
             window = self.info().snd_wnd
             # The last of the window in one piece: what doesn't fit in whole would wait for the probe timer.
-            self.sock.send(bytes(min(window, 4 * _MTU) or 100), socket.MSG_EOR)
+            piece = bytes(min(window, 4 * _MTU) or 100)
+            self.send(lambda data=piece: self.sock.send(data, socket.MSG_EOR))  # type: ignore[misc]
             # The other end shall not wait with its ACK for more.
             self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             if not window:
