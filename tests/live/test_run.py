@@ -287,7 +287,7 @@ def test_two_at_once(connect: Connect, space: tcp.Space, tmp_path: Path) -> None
 def test_a_full_disk_is_said_and_the_trace_goes_on(space: tcp.Space, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    tcp.run("mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small))
+    tcp.run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small))
     try:
         with loop() as disk, running("-n", space.name, "-o", small / "a.cwnd") as run:
             (small / "filler").write_bytes(bytes((os.statvfs(small).f_bavail - 1) * 4096))
