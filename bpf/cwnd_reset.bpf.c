@@ -450,7 +450,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline int refresh_probed(void)
 {
 	int zero = 0;
 	u64 *last = probed.lookup(&zero);
@@ -460,6 +460,20 @@ int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 		*last = 0;
 	}
 	return 0;
+}
+
+int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
+{
+	return refresh_probed();
+}
+
+/*
+ * User space runs this on each CPU, more often than the shortest RTO: an ACK that a process worked in, from the
+ * socket's backlog, is followed by no poll. Not an attached program, for the reason that hand_over() gives.
+ */
+int refresh(struct bpf_raw_tracepoint_args *ctx)
+{
+	return refresh_probed();
 }
 
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)

@@ -293,6 +293,7 @@ class Kernel:
         self._hz = facts.hz()
         self._resets: list[Program] = []
         self._refused: dict[str, str] = {}
+        self._refreshed_here: list[Program] = []
         self._block: Program | None = None
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
@@ -330,6 +331,8 @@ class Kernel:
                 self._refused[rung] = e.cause
             return e.cause
         self._resets.append(program)
+        if (rung, reason) == ("tcp_probe", "idle"):
+            self._refreshed_here.append(program)
         return None
 
     def _load_block(self) -> Program:
@@ -382,6 +385,8 @@ class Kernel:
             self._refresh_sets()
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER, _OLD)
+        for program in self._refreshed_here:
+            program.run_everywhere("refresh", 0)
         return self._take()
 
     def _take(self) -> list[Chunk]:

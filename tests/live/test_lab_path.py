@@ -145,20 +145,30 @@ def test_a_forced_kind_is_used_or_refused() -> None:
         assert "sch_netem" in caught.value.remedy
 
 
+def stop_for_a_while(relay: int, client: socket.socket, server: socket.socket) -> None:
+    """Send a byte and hold the relay up for 0.3 s, during which it can't arrive."""
+    client.sendall(b"?")
+    os.kill(relay, signal.SIGSTOP)
+    try:
+        server.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            server.recv(1)
+    finally:
+        os.kill(relay, signal.SIGCONT)
+    server.settimeout(10)
+    assert server.recv(1) == b"?"
+
+
 def test_a_relay_that_falls_behind_says_by_how_much() -> None:
     with open_path(Link(rtt_ms=20), force="relay") as path, connection(path) as (client, server):
         assert path.relay is not None
         assert path.warnings() == []
-        client.sendall(b"?")
-        # While it is stopped, what it holds becomes late: wait for what it would have delivered.
-        os.kill(path.relay.pid, signal.SIGSTOP)
-        server.settimeout(0.3)
-        with pytest.raises(TimeoutError):
-            server.recv(1)
-        os.kill(path.relay.pid, signal.SIGCONT)
-        server.settimeout(10)
-        assert server.recv(1) == b"?"
-        figures = path.figures()
+        # What it hadn't taken in when it was stopped isn't late by its own clock: then again.
+        for _ in range(10):
+            stop_for_a_while(path.relay.pid, client, server)
+            figures = path.figures()
+            if figures["to_server"]["late_max_ms"] > 200:
+                break
         said = path.warnings()
     assert figures["to_server"]["late_max_ms"] > 200
     assert len(said) == 1
