@@ -197,7 +197,7 @@ class Program:
 
     def run_everywhere(self, program: str, *args: int) -> None:
         """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
-        fd = self._bpf.load_func(program.encode(), module().BPF.RAW_TRACEPOINT).fd
+        fd = self._bpf.load_func(program.encode(), self._bpf.RAW_TRACEPOINT).fd
         for cpu in range(os.sysconf(_CPUS)):
             try:
                 run_raw_tracepoint(fd, cpu, *args)
