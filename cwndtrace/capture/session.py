@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import socket
@@ -166,7 +165,7 @@ class Session:
 
 
 def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]:
-    """What a capture's meta.json says of the machine and the request, at the start."""
+    """What a capture's meta.json says of the machine and the request, at the start; the writer adds who it is."""
     namespaces = [n for n in netns.all_reachable() if filters.netns in (None, n.inode)]
     here = netns.own()
     return {
@@ -174,8 +173,6 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "host": socket.gethostname(),
         "kernel": platform.release(),
         "machine": platform.machine(),
-        "boot_id": facts.boot_id(),
-        "pid": os.getpid(),
         "hz": facts.hz(),
         "command": sys.argv,
         "filters": {k: str(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},

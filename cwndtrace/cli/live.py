@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import click
 import numpy as np
@@ -19,19 +19,6 @@ from cwndtrace.cli import format as fmt
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
-
-
-class View(Protocol):
-    """Something that shows a session as it goes."""
-
-    def begin(self) -> None:
-        """Tracing has begun."""
-
-    def batch(self, batch: Batch) -> None:
-        """Records came in."""
-
-    def tick(self, waiting: str) -> None:
-        """Some time has passed; ``waiting`` says what is being waited for."""
 
 
 class BlockFigures:

@@ -15,7 +15,7 @@ from cwndtrace.errors import KernelLacks
 
 VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
 
-_PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _FWD, _TYPEDEF = 2, 3, 4, 5, 6, 7, 8
+_PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 2, 3, 4, 5, 6, 8
 _VOLATILE, _CONST, _RESTRICT, _FUNC, _TYPE_TAG = 9, 10, 11, 12, 18
 _ALIASES: Final = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
 # Bytes after the 12-byte header: fixed, or per element of vlen.

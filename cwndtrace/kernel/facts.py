@@ -19,11 +19,6 @@ TRACEFS: Final = Path("/sys/kernel/tracing")
 _HZ_CHOICES: Final = (100, 250, 300, 1000)
 
 
-def boot_id() -> str:
-    """The kernel's random name of this boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 def hz(boot: Path = Path("/boot"), proc: Path = Path("/proc")) -> int:
     """Timer ticks a second (CONFIG_HZ): from the kernel's configuration, else measured on its clock.
 

@@ -10,7 +10,6 @@ from typing import Final
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel.btf import Btf
 
-_CALL: Final = re.compile(r"\b(GET|GET_OPT)\((\w+), ")
 _MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")

@@ -65,7 +65,6 @@ class Lab:
         self.taken: list[Measurement] = []
         self._stack = ExitStack()
         self._number = 0
-        self._setting: Setting | None = None
 
     def __enter__(self) -> Self:
         need_root("the lab")
@@ -165,7 +164,6 @@ class Lab:
 
     def _switch(self, setting: Setting) -> None:
         set_in_both(self.path, IDLE_SYSCTL, _SYSCTL_VALUE[setting])
-        self._setting = setting
 
     def _exchange(
         self, name: Setting, size: int, rest_s: float, how: str
