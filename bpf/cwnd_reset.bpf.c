@@ -275,14 +275,20 @@ static __always_inline bool restarts(const void *sk)
 /* ---- sendmsg: the kernel's own rule, applied before it does, confirmed by what is sent ---- */
 #ifdef RUNG_SENDMSG
 /*
- * tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the kernel will restart this window now.
+ * The sender goes on from here to the kernel's own look at the clock: a tick, or the time that another task has
+ * the CPU, may fall between. A rest that is short of the RTO by no more than this (20 ms) may still become one.
+ */
+#define LATE_JIFFIES (CWT_HZ / 50)
+
+/*
+ * tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the kernel may restart this window now.
  * Cheapest and most telling test first: this runs on every send.
  */
-static __always_inline bool idle_restart_due(const void *sk)
+static __always_inline bool idle_restart_possible(const void *sk)
 {
 	if (GET(u32, sk, tcp_sock, packets_out))
 		return false;
-	if ((s32)sk_idle(sk) <= (s32)GET(u32, sk, inet_connection_sock, icsk_rto))
+	if ((s32)(sk_idle(sk) + LATE_JIFFIES) <= (s32)GET(u32, sk, inet_connection_sock, icsk_rto))
 		return false;
 	return restarts(sk);
 }
@@ -330,10 +336,14 @@ static __always_inline void settle(const void *sk)
 		return;
 	r->cwnd_after = GET(u32, sk, tcp_sock, snd_cwnd);
 	r->ssthresh_after = GET(u32, sk, tcp_sock, snd_ssthresh);
-	if (r->cwnd_after < r->cwnd_before)
+	if (r->cwnd_after < r->cwnd_before) {
+		/* The kernel saw the first tick behind the RTO, at least. */
+		if (r->idle_us <= r->rto_us)
+			r->idle_us = r->rto_us + jiffies_to_us(1);
 		emit(r);
-	else
+	} else if (r->idle_us > r->rto_us) {
 		count(COUNT_WITHDRAWN);
+	}
 	pending.delete(&key);
 	add_pending(-1);
 }
@@ -342,17 +352,19 @@ static __always_inline void expect_restart(const void *sk)
 {
 	struct cwnd_reset r = {};
 	u64 key = (u64)sk;
+	u32 rto = GET(u32, sk, inet_connection_sock, icsk_rto), idle = sk_idle(sk);
 
-	if (!idle_restart_due(sk) || !wanted(sk))
+	if (!idle_restart_possible(sk) || !wanted(sk))
 		return;
 	fill_from_sock(&r, sk);
 	r.reason = REASON;
 	r.probe = PROBE_SENDMSG;
 	r.cwnd_before = r.cwnd_after;
 	r.ssthresh_before = r.ssthresh_after;
-	if (restarted_cwnd(r.cwnd_before, r.init_cwnd, sk_idle(sk),
-			   GET(u32, sk, inet_connection_sock, icsk_rto)) >= r.cwnd_before) {
-		count(COUNT_UNCHANGED);
+	if (restarted_cwnd(r.cwnd_before, r.init_cwnd, (s32)idle > (s32)rto ? idle : rto + 1, rto) >=
+	    r.cwnd_before) {
+		if ((s32)idle > (s32)rto)
+			count(COUNT_UNCHANGED);
 		return;
 	}
 	if (pending.update(&key, &r))
@@ -415,8 +427,11 @@ struct window {
 	u32 lsndtime;
 };
 BPF_TABLE("lru_hash", u64, struct window, windows, 65536);
-/* tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. */
-BPF_PERCPU_ARRAY(probed, u64, 1);
+/*
+ * tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. Two of them,
+ * because an ACK that a process works in, from the socket's backlog, can be interrupted by others.
+ */
+BPF_PERCPU_ARRAY(probed, u64, 2);
 
 static __always_inline void note_window(u64 key)
 {
@@ -434,10 +449,11 @@ static __always_inline void note_window(u64 key)
 
 int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 {
-	int zero = 0;
-	u64 key = ctx->args[0], *last = probed.lookup(&zero);
+	u64 key = ctx->args[0], *last;
+	int which = sk_owned((const void *)key);
 
 	on_ack((const void *)key);
+	last = probed.lookup(&which);
 	if (!last)
 		return 0;
 	if (*last && *last != key)
@@ -450,30 +466,34 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-static __always_inline int refresh_probed(void)
+static __always_inline void refresh_one(int which)
 {
-	int zero = 0;
-	u64 *last = probed.lookup(&zero);
+	u64 *last = probed.lookup(&which);
 
-	if (last && *last) {
-		note_window(*last);
+	if (!last || !*last)
+		return;
+	note_window(*last);
+	/* A process may still be at it. */
+	if (!sk_owned((const void *)*last))
 		*last = 0;
-	}
-	return 0;
 }
 
 int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 {
-	return refresh_probed();
+	refresh_one(0);
+	refresh_one(1);
+	return 0;
 }
 
 /*
- * User space runs this on each CPU, more often than the shortest RTO: an ACK that a process worked in, from the
- * socket's backlog, is followed by no poll. Not an attached program, for the reason that hand_over() gives.
+ * User space runs this on each CPU, more often than the shortest RTO: an ACK from a backlog is followed by no
+ * poll. Not an attached program, for the reason that hand_over() gives.
  */
 int refresh(struct bpf_raw_tracepoint_args *ctx)
 {
-	return refresh_probed();
+	refresh_one(0);
+	refresh_one(1);
+	return 0;
 }
 
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
