@@ -95,9 +95,11 @@ class Tracer:
         return self.taken(*connections)
 
     def taken(self, *connections: Connection) -> list[Record]:
-        """Those of them that are here already, without waiting for more."""
-        keys = {c.key for c in connections}
-        return sorted((r for r in self.records if key(r) in keys), key=lambda r: int(r["ts_ns"]))
+        """Those of them that are here already, without waiting for more; none of a moment when nothing is known."""
+        by_key = {c.key: c for c in connections}
+        mine = ((by_key.get(key(r)), r) for r in self.records)
+        known = (r for c, r in mine if c and not any(start < r["ts_ns"] < end for start, end in c.blind))
+        return sorted(known, key=lambda r: int(r["ts_ns"]))
 
     def within(self, *inodes: int, since_ns: int = 0) -> list[Record]:
         """The records of these network namespaces from a moment of CLOCK_MONOTONIC on."""
