@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -311,6 +312,8 @@ def serve(host: str, port: int, cc: str | None) -> None:
       cwndtrace serve
       cwndtrace serve --host 192.0.2.7 --port 5001
     """
+    # What systemd or kill sends ends it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with servers.Server(host, port, servers.Settings(cc=cc)) as server:
         click.echo(f"Listening on {clean(host)} port {server.port}; Ctrl-C ends.", err=True)
         try:
