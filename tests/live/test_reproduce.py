@@ -173,13 +173,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """``reproduce --preset quick``, once for all that look at it."""
     folder, load = tmp_path_factory.mktemp("reproduce") / "quick", os.getloadavg()[0]
     before, begin = of_the_host(), time.monotonic()
-    done = call("reproduce", "--preset", "quick", "-o", folder)
+    done = call("reproduce", "--preset", "quick", "-o", folder, seconds=300)
     took_s = time.monotonic() - begin
     assert done.returncode == 0, done.stderr
     assert of_the_host() == before
     return Run(done, folder, took_s, load)
 
 
+@pytest.mark.skipif("CWNDTRACE_VM" in os.environ, reason="an emulated machine is ten times slower: sudo make test")
 def test_quick_is_done_in_half_a_minute(quick: Run) -> None:
     busy = quick.load > (os.cpu_count() or 1)
     print(f"{quick.took_s:.1f} s, load average {quick.load:.1f}{', so twice the time is allowed' if busy else ''}")
