@@ -5,7 +5,8 @@ The growth rules are the kernel's. Slow start adds what was acknowledged, up to 
 delays its ACKs (tcp_slow_start() in net/ipv4/tcp_cong.c), so the window doubles each round trip that used it up.
 Then reno adds one segment a round trip (tcp_cong_avoid_ai()); cubic at most half of the window
 (bictcp_update() in net/ipv4/tcp_cubic.c), which it does as long as its curve is above the window: after a rest
-the curve goes on where it was, at the window before.
+the curve goes on where it was, at the window before. Where the connection had left slow start only a second or two
+ago and never lost a packet the curve isn't there yet, and the window grows by a twentieth: then this is too little.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ COLUMNS: Final = {
     "rounds_after": "round trips that the burst needs from the window after the reset",
     "rounds_before": "round trips that it would have needed from the window before",
     "predicted_us": "us, estimated: the difference in time",
+    "regain_us": "us, estimated: until the window is what it was, with data to send all the time; missing where never",
 }
-"""What ``predict`` adds to resets."""
+"""What ``price`` adds to resets."""
+
+MEASURED: Final = {
+    "regained_us": "us, measured: until the window was what it had been; missing where it wasn't, or wasn't followed",
+}
+"""What ``predict`` adds besides."""
 
 
 def schedule(
@@ -46,14 +53,32 @@ def schedule(
         sent = min(left, int(window), limit)
         rounds.append(sent)
         left -= sent
-        if sent < int(window):
-            continue  # the window wasn't used up: it doesn't grow (tcp_is_cwnd_limited())
-        if window < ssthresh:
-            window = min(window + sent, float(ssthresh))
-        elif ca == "reno" or window >= target:
-            window += 1
-        else:
-            window = min(window * 1.5, float(target))
+        # One that wasn't used up doesn't grow (tcp_is_cwnd_limited()).
+        if sent == int(window):
+            window = _grown(window, ssthresh, target, ca)
+    return rounds
+
+
+def _grown(window: float, ssthresh: int, target: int, ca: str) -> float:
+    """A window after a round trip that used it up."""
+    if window < ssthresh:
+        return min(window + int(window), float(ssthresh))
+    if ca == "reno" or window >= target:
+        return window + 1
+    return min(window * 1.5, float(target))
+
+
+def regain(cwnd: int, ssthresh: int, target: int, *, mss: int, limit_bytes: int = _INFINITE, ca: str = "cubic") -> int:
+    """The round trips in which a window that is always used up grows from ``cwnd`` to ``target``.
+
+    -1 where the receiver's window or the send buffer (``limit_bytes``) keeps it from ever growing so far.
+    """
+    limit, window, rounds = max(1, limit_bytes // max(mss, 1)), float(max(cwnd, 1)), 0
+    while window < target:
+        if int(window) > limit or rounds == _MOST_ROUNDS:
+            return -1
+        window = _grown(window, ssthresh, target, ca)
+        rounds += 1
     return rounds
 
 
@@ -86,9 +111,12 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
     return sent.where(sent >= 0).reindex(resets.index)
 
 
-def predict(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
-    """``resets`` with ``COLUMNS``: ``bursts`` and their ``price``. Takes frames of a Trace."""
-    return price(resets.assign(burst_bytes=bursts(resets, connections)))
+def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.DataFrame) -> pd.DataFrame:
+    """``resets`` with ``COLUMNS`` and, beside them, ``MEASURED``. Takes frames of a Trace."""
+    regained = recoveries[recoveries["outcome"] == "regained"]
+    measured = regained[["skaddr", "reset_ts_ns", "duration_us"]].set_axis(["skaddr", "ts_ns", "regained_us"], axis=1)
+    priced = price(resets.assign(burst_bytes=bursts(resets, connections)))
+    return priced.merge(measured, how="left", on=["skaddr", "ts_ns"]).set_axis(priced.index)
 
 
 def price(resets: pd.DataFrame) -> pd.DataFrame:
@@ -97,22 +125,23 @@ def price(resets: pd.DataFrame) -> pd.DataFrame:
     They are missing where the burst is, and for timeouts, whose cost is the loss's. The round-trip time is the
     smoothed one of the record, the receiver's window the one of the record.
     """
-    names = ["rounds_after", "rounds_before", "predicted_us"]
+    names = ["rounds_after", "rounds_before", "predicted_us", "regain_us"]
     rows = [_predict_one(row) for row in resets.to_dict("records")]
     return resets.join(pd.DataFrame(rows, index=resets.index, columns=names, dtype="float64"))
 
 
-def _predict_one(row: dict[Any, Any]) -> tuple[float, float, float]:
+def _predict_one(row: dict[Any, Any]) -> tuple[float, float, float, float]:
     burst = row["burst_bytes"]
-    if row["reason"] == "rto_loss" or not np.isfinite(burst):
-        return (math.nan, math.nan, math.nan)
-    common: dict[str, Any] = {
-        "mss": int(row["mss"]),
-        "limit_bytes": int(row["snd_wnd"]),
-        "target": int(row["cwnd_before"]),
-        "ca": str(row["ca_name"]),
-    }
-    after = schedule(int(burst), int(row["cwnd_after"]), int(row["ssthresh_after"]), **common)
-    before = schedule(int(burst), int(row["cwnd_before"]), int(row["ssthresh_before"]), **common)
-    extra = [duration_us(r, rtt_us=float(row["srtt_us"]), mss=int(row["mss"])) for r in (after, before)]
-    return (float(len(after)), float(len(before)), extra[0] - extra[1])
+    if row["reason"] == "rto_loss":
+        return (math.nan,) * 4
+    mss, rtt_us, target = int(row["mss"]), float(row["srtt_us"]), int(row["cwnd_before"])
+    path: dict[str, Any] = {"mss": mss, "limit_bytes": int(row["snd_wnd"]), "ca": str(row["ca_name"])}
+    fallen = int(row["cwnd_after"]), int(row["ssthresh_after"])
+    rounds = regain(*fallen, target, **path)
+    regain_us = rounds * rtt_us if rounds >= 0 else math.nan
+    if not np.isfinite(burst):
+        return (math.nan, math.nan, math.nan, regain_us)
+    after = schedule(int(burst), *fallen, target=target, **path)
+    before = schedule(int(burst), target, int(row["ssthresh_before"]), target=target, **path)
+    extra = [duration_us(r, rtt_us=rtt_us, mss=mss) for r in (after, before)]
+    return (float(len(after)), float(len(before)), extra[0] - extra[1], regain_us)
