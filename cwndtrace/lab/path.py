@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A long path between two network namespaces of its own: veth with netem, or two TUN devices and a relay."""
+"""A long path between two network namespaces of its own: a router with netem, or two TUN devices and a relay."""
 
 from __future__ import annotations
 
@@ -107,16 +107,25 @@ def open_path(
     with ExitStack() as stack:
         client = End(stack.enter_context(namespace(owner.name("client"))), local)
         server = End(stack.enter_context(namespace(owner.name("server"))), remote)
+        ends = client, server
         path = Path("netem", "this kernel has netem", link, client, server)
-        tried = "as asked" if force == "relay" else _try_netem(link, client, server)
-        if tried is not None:
+        router: netns.Namespace | None = None
+        why = "as asked"
+        if force != "relay":
+            try:
+                router = stack.enter_context(_open_netem(link, ends, owner))
+            except _NoNetemError as e:
+                why = str(e)
+        if router is None:
             if force == "netem":
-                raise KernelLacks(f"no path by netem: {tried}", "modprobe sch_netem, or let the relay make the path")
-            path.kind, path.why = "relay", tried
-            without = "" if force == "relay" else f"{tried}, and "
+                raise KernelLacks(f"no path by netem: {why}", "modprobe sch_netem, or let the relay make the path")
+            path.kind, path.why = "relay", why
+            without = "" if force == "relay" else f"{why}, and "
             path.relay = stack.enter_context(_open_relay(link, client, server, without))
-        for end in (client, server):
+        for end in ends:
             netns.inside(end.namespace, lambda end=end: _bring_up(end, bits))  # type: ignore[misc]
+        if router is not None:
+            _forward(ends, router)
         path._refused = _refused(path.figures())
         yield path
 
@@ -125,29 +134,95 @@ def _refused(figures: dict[str, Any]) -> int:
     return sum(figures[way]["refused"] for way in ("to_server", "to_client") if way in figures)
 
 
-def _try_netem(link: Link, client: End, server: End) -> str | None:
-    """Join the ends by veth and netem; None, or why this kernel can't."""
+class _NoNetemError(Exception):
+    """What this kernel lacks for a path by netem."""
+
+
+@contextmanager
+def _open_netem(link: Link, ends: tuple[End, End], owner: Owner) -> Iterator[netns.Namespace]:
+    """Join the ends by veth through a router whose ways out have netem. Raises _NoNetemError where the kernel can't.
+
+    Not on the ends' own ways out: TCP is told of a full queue there at once, where a real one loses packets.
+    """
 
     def join() -> None:
         with IPRoute() as route:
-            fd = server.namespace.path.open("rb")
-            with fd:
-                peer = {"ifname": server.device, "net_ns_fd": fd.fileno()}
-                route.link("add", ifname=client.device, kind="veth", peer=peer)
+            for end in ends:
+                with end.namespace.path.open("rb") as fd:
+                    peer = {"ifname": end.device, "net_ns_fd": fd.fileno()}
+                    route.link("add", ifname=_towards(end), kind="veth", peer=peer)
 
-    try:
-        netns.inside(client.namespace, join)
-    except NetlinkError as e:
-        return f"this kernel has no veth ({e})"
-    for end in (client, server):
+    def lengthen() -> None:
+        for end in ends:
+            _netem(link, _towards(end))
+
+    def part() -> None:
+        for end in ends:
+            _delete(_towards(end))
+
+    with namespace(owner.name("router")) as router:
         try:
-            netns.inside(end.namespace, lambda end=end: _netem(link, end))  # type: ignore[misc]
+            netns.inside(router, join)
         except NetlinkError as e:
-            netns.inside(client.namespace, lambda: _delete(client.device))
+            raise _NoNetemError(f"this kernel has no veth ({e})") from e
+        try:
+            netns.inside(router, lengthen)
+        except NetlinkError as e:
+            # With the namespace they would go too, but only some time later, and the relay wants their names.
+            netns.inside(router, part)
             if e.code not in (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL):
                 raise KernelLacks(f"netem failed: {e}", "force the relay") from e
-            return "this kernel has no netem"
-    return None
+            raise _NoNetemError("this kernel has no netem") from e
+        if link.segmented:
+            for end in ends:
+                netns.inside(end.namespace, lambda end=end: _segment(end.device))  # type: ignore[misc]
+        yield router
+
+
+def _towards(end: End) -> str:
+    """The name of the router's device that leads to an end."""
+    return f"to-{end.namespace.name.rpartition('-')[2]}"
+
+
+def _forward(ends: tuple[End, End], router: netns.Namespace) -> None:
+    """Have the router pass packets on; the ends are up. Hardware addresses are written down, so nobody asks for one."""
+    six = ":" in ends[0].address
+    write_sysctl(router, "net.ipv6.conf.all.forwarding" if six else "net.ipv4.ip_forward", "1")
+    for end, other in (ends, ends[::-1]):
+        theirs = netns.inside(end.namespace, lambda end=end: _hardware(end.device))  # type: ignore[misc]
+        ours = netns.inside(router, lambda end=end, lladdr=theirs: _lead_to(end, lladdr))  # type: ignore[misc]
+        netns.inside(
+            end.namespace,
+            lambda end=end, other=other, lladdr=ours: _know(end.device, other.address, lladdr),  # type: ignore[misc]
+        )
+
+
+def _lead_to(end: End, lladdr: str) -> str:
+    """In the router: the way to an end; the hardware address of the device that leads there."""
+    device = _towards(end)
+    with IPRoute() as route:
+        index = _index(route, device)
+        route.link("set", index=index, state="up")
+        route.route("add", dst=f"{end.address}/{128 if ':' in end.address else 32}", oif=index)
+    _know(device, end.address, lladdr)
+    return _hardware(device)
+
+
+def _know(device: str, address: str, lladdr: str) -> None:
+    """Who has an address, for good."""
+    with IPRoute() as route:
+        route.neigh("add", dst=address, lladdr=lladdr, ifindex=_index(route, device), state="permanent")
+
+
+def _hardware(device: str) -> str:
+    with IPRoute() as route:
+        return str(route.get_links(_index(route, device))[0].get_attr("IFLA_ADDRESS"))
+
+
+def _segment(device: str) -> None:
+    """No super-segments: each packet on its own."""
+    with IPRoute() as route:
+        route.link("set", index=_index(route, device), gso_max_segs=1)
 
 
 def _index(route: IPRoute, device: str) -> int:
@@ -159,8 +234,8 @@ def _delete(device: str) -> None:
         route.link("del", index=_index(route, device))
 
 
-def _netem(link: Link, end: End) -> None:
-    """netem on one end's way out. Its limit counts what is delayed as well as what waits; it takes no seed."""
+def _netem(link: Link, device: str) -> None:
+    """netem on the way out of a device. Its limit counts what is delayed as well as what waits; it takes no seed."""
     options: dict[str, Any] = {"delay": link.one_way_ns // 1000, "limit": _ROOMY}
     if link.rate is not None:
         options["rate"] = f"{round(link.rate)}bit"
@@ -168,9 +243,7 @@ def _netem(link: Link, end: End) -> None:
     if link.loss:
         options["loss"] = link.loss * 100
     with IPRoute() as route:
-        index = _index(route, end.device)
-        if link.segmented:
-            route.link("set", index=index, gso_max_segs=1)
+        index = _index(route, device)
         message = tcmsg()
         message["index"], message["parent"], message["handle"] = index, TC_H_ROOT, 1 << 16
         # route.tc would send the rate twice, the second time as an estimator, which the kernel refuses.

@@ -178,8 +178,8 @@ def test_a_relay_that_falls_behind_says_by_how_much() -> None:
 def test_without_netem_and_tun_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from cwndtrace.lab import path as module
 
-    def refused(*_: Any) -> str:
-        return "this kernel has no netem"
+    def refused(*_: Any) -> None:
+        raise module._NoNetemError("this kernel has no netem")
 
     def no_relay(*_: Any) -> None:
         raise KernelLacks("no TUN device: No such file or directory", "modprobe tun")
@@ -193,7 +193,7 @@ def test_without_netem_and_tun_both_are_named(monkeypatch: pytest.MonkeyPatch) -
 
         receive: Callable[..., None] = no_relay
 
-    monkeypatch.setattr(module, "_try_netem", refused)
+    monkeypatch.setattr(module, "_open_netem", refused)
     monkeypatch.setattr(module, "Child", Failing)
     with pytest.raises(KernelLacks) as caught, open_path(Link(rtt_ms=20)):
         pass
