@@ -119,6 +119,9 @@ def _row(m: Any, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, u
         "unsent_bytes": value("notsent_bytes"),
         "unacked": value("unacked"),
         "total_retrans": value("total_retrans"),
+        "busy_us": value("busy_time"),
+        "rwnd_limited_us": value("rwnd_limited"),
+        "sndbuf_limited_us": value("sndbuf_limited"),
     }
 
 

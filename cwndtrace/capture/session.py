@@ -166,7 +166,6 @@ class Session:
 
 def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]:
     """What a capture's meta.json says of the machine and the request, at the start; the writer adds who it is."""
-    namespaces = [n for n in netns.all_reachable() if filters.netns in (None, n.inode)]
     here = netns.own()
     return {
         "version": version,
@@ -179,7 +178,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
         "ended": None,
         "clock": {"start": session.start, "end": None},
-        "sysctls": {str(n.inode): {"name": n.name, netns.IDLE_SYSCTL: netns.idle_sysctl(n)} for n in namespaces},
+        "sysctls": netns.settings(),
         "rungs": session.source.rungs,
         "devices": devices(),
         "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
