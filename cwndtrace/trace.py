@@ -14,7 +14,7 @@ import pandas as pd
 from cwndtrace import events, store
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import connections as connection_analysis
-from cwndtrace.analysis import cost, recovery
+from cwndtrace.analysis import cost, idle_cause, recovery, verdict
 
 _CELL = 100  # characters of a line that came from outside
 
@@ -86,11 +86,31 @@ class Trace:
 
     def costs(self) -> pd.DataFrame:
         """``resets`` with what each is predicted to have cost; the added columns are ``analysis.cost.COLUMNS``."""
-        return cost.predict(self.resets, self.connections)
+        return cost.predict(self.resets, self.connections, self.recoveries)
+
+    @cached_property
+    def verdicts(self) -> pd.DataFrame:
+        """``costs()`` with what each reset meant and why its connection had rested.
+
+        The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
+        """
+        judged = verdict.resets(self.costs(), self.connections)
+        return idle_cause.with_cause(judged, self.block_io, recorded=self.block_recorded)
+
+    @property
+    def block_recorded(self) -> bool:
+        """Whether block I/O was traced, so that none in a rest means that there was none."""
+        counts = self.meta.get("counts")
+        return not isinstance(counts, dict) or "block_io" in counts or not self.block_io.empty
 
     def summary(self) -> pd.DataFrame:
-        """One row a connection; the columns are ``cwndtrace.analysis.connections.COLUMNS``."""
-        return connection_analysis.summary(self.resets, self.connections)
+        """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
+        rows = connection_analysis.summary(self.resets, self.connections)
+        return verdict.connections(rows, self.verdicts, self.connections, self.meta)
+
+    def host(self) -> verdict.Host:
+        """What the resets cost on the whole, and whether that is the answer at all."""
+        return verdict.host(self.summary(), self.verdicts)
 
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""

@@ -10,65 +10,53 @@ the curve goes on where it was, at the window before.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-_INFINITE: Final = 0x7FFFFFFF
-# Round trips that are simulated at most: a window of 1 has sent 2**30 segments by then even at half growth.
-_MOST_ROUNDS: Final = 10_000
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
     "rounds_after": "round trips that the burst needs from the window after the reset",
     "rounds_before": "round trips that it would have needed from the window before",
-    "predicted_us": "us, estimated: the difference in time",
+    "rounds_lost": "round trips, estimated: the difference, or where fewer the doublings that the window went through",
+    "predicted_us": "us, estimated: rounds_lost times the smoothed round-trip time",
+    "grew_rounds": "doublings that the window went through while it was followed; missing where that isn't known",
+    "measured_us": "us from the reset until the window was back, less what the bytes acknowledged until then need from "
+    "the window before: an upper bound, pauses of the application count; missing where the window never came back",
 }
 """What ``predict`` adds to resets."""
 
 
-def schedule(
-    burst: int, cwnd: int, ssthresh: int, *, mss: int, limit_bytes: int = _INFINITE, target: int = 0, ca: str = "cubic"
-) -> list[int]:
-    """The segments sent in each round trip of a burst.
+def rounds(burst: Ints, *, cwnd: Ints, ssthresh: Ints, limit_bytes: Ints, mss: Ints, target: Ints, reno: Bools) -> Ints:
+    """The round trips in which each burst is sent; all arguments are arrays of one length.
 
     ``burst`` in bytes, ``cwnd`` and ``ssthresh`` in segments at its begin, ``limit_bytes`` the receiver's
-    window or the send buffer, whichever is less; ``target`` is the window up to which cubic's curve is known
-    to reach (0 where it isn't known). The sum is the burst in segments; empty for an empty burst.
+    window or the send buffer, whichever is less; ``target`` is the window in segments up to which cubic's curve
+    is known to reach (0 where it isn't known). 0 for an empty burst.
     """
-    left = math.ceil(burst / max(mss, 1))
-    limit = max(1, limit_bytes // max(mss, 1))
-    window = float(max(cwnd, 1))
-    rounds: list[int] = []
-    while left > 0 and len(rounds) < _MOST_ROUNDS:
-        sent = min(left, int(window), limit)
-        rounds.append(sent)
-        left -= sent
-        if sent < int(window):
-            continue  # the window wasn't used up: it doesn't grow (tcp_is_cwnd_limited())
-        if window < ssthresh:
-            window = min(window + sent, float(ssthresh))
-        elif ca == "reno" or window >= target:
-            window += 1
-        else:
-            window = min(window * 1.5, float(target))
-    return rounds
-
-
-def duration_us(rounds: list[int], *, rtt_us: float, mss: int, rate: float | None = None) -> float:
-    """Time from a request to the last byte of its reply, in microseconds.
-
-    ``rounds`` is a ``schedule``; ``rate`` the bottleneck in bytes a second, None where there is none. A round
-    trip lasts as long as its segments need on the bottleneck, if that is longer.
-    """
-    if not rounds:
-        return 0.0
-    if rate is None:
-        return rtt_us * len(rounds)
-    needs = [sent * mss / rate * 1e6 for sent in rounds]
-    return rtt_us + sum(max(rtt_us, need) for need in needs[:-1]) + needs[-1]
+    mss = np.maximum(mss, 1)
+    left, limit = -(-burst // mss), np.maximum(limit_bytes // mss, 1)
+    window, total = np.maximum(cwnd, 1).astype(np.float64), np.zeros(len(burst), dtype=np.int64)
+    active = np.flatnonzero(left > 0)
+    while len(active):
+        w, room = window[active], np.minimum(window[active].astype(np.int64), limit[active])
+        # Where the window isn't used up it no longer grows (tcp_is_cwnd_limited()): the rest goes at one pace.
+        steady = (left[active] <= room) | (room < w.astype(np.int64))
+        total[active] += np.where(steady, -(-left[active] // room), 1)
+        grown = np.where(
+            w < ssthresh[active],
+            np.minimum(w + room, ssthresh[active]),
+            np.where(reno[active] | (w >= target[active]), w + 1, np.minimum(w * 1.5, target[active])),
+        )
+        window[active] = grown
+        left[active] -= room
+        active = active[~steady]
+    return total
 
 
 def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
@@ -86,33 +74,68 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
     return sent.where(sent >= 0).reindex(resets.index)
 
 
-def predict(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
+def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
     """``resets`` with ``COLUMNS``: ``bursts`` and their ``price``. Takes frames of a Trace."""
-    return price(resets.assign(burst_bytes=bursts(resets, connections)))
+    return price(resets.assign(burst_bytes=bursts(resets, connections)), recoveries)
 
 
-def price(resets: pd.DataFrame) -> pd.DataFrame:
+def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
     """``resets``, whose ``burst_bytes`` is known, with the other ``COLUMNS``.
 
     They are missing where the burst is, and for timeouts, whose cost is the loss's. The round-trip time is the
-    smoothed one of the record, the receiver's window the one of the record.
+    smoothed one of the record, the receiver's window the one of the record. What the window did afterwards
+    (``recoveries`` of a Trace) bounds the estimate: a burst that comes in pieces needs less than one at once.
     """
-    names = ["rounds_after", "rounds_before", "predicted_us"]
-    rows = [_predict_one(row) for row in resets.to_dict("records")]
-    return resets.join(pd.DataFrame(rows, index=resets.index, columns=names, dtype="float64"))
+    out = resets.join(_followed(resets, recoveries))
+    priced = (out["reason"].astype(str) != "rto_loss") & out["burst_bytes"].notna()
+    acked = out.pop("_acked")
+    after, before = (_rounds(out, out["burst_bytes"].where(priced), side) for side in ("after", "before"))
+    difference = after - before
+    lost = pd.concat([difference, out["grew_rounds"]], axis=1).min(axis=1).where(difference.notna())
+    srtt = out["srtt_us"].astype("float64")
+    spent = out.pop("_spent_us") - _rounds(out, acked.where(priced), "before") * srtt
+    out = out.assign(
+        rounds_after=after,
+        rounds_before=before,
+        rounds_lost=lost,
+        predicted_us=lost * srtt,
+        measured_us=np.maximum(spent, 0),
+    )
+    return out[[*resets.columns, *(name for name in COLUMNS if name not in resets)]]
 
 
-def _predict_one(row: dict[Any, Any]) -> tuple[float, float, float]:
-    burst = row["burst_bytes"]
-    if row["reason"] == "rto_loss" or not np.isfinite(burst):
-        return (math.nan, math.nan, math.nan)
-    common: dict[str, Any] = {
-        "mss": int(row["mss"]),
-        "limit_bytes": int(row["snd_wnd"]),
-        "target": int(row["cwnd_before"]),
-        "ca": str(row["ca_name"]),
-    }
-    after = schedule(int(burst), int(row["cwnd_after"]), int(row["ssthresh_after"]), **common)
-    before = schedule(int(burst), int(row["cwnd_before"]), int(row["ssthresh_before"]), **common)
-    extra = [duration_us(r, rtt_us=float(row["srtt_us"]), mss=int(row["mss"])) for r in (after, before)]
-    return (float(len(after)), float(len(before)), extra[0] - extra[1])
+def _rounds(rows: pd.DataFrame, sent: pd.Series, side: str) -> pd.Series:
+    """``rounds`` for bytes sent from the window on one ``side`` of each reset; missing where the bytes are."""
+    known = rows[sent.notna()]
+    column = {name: known[name].to_numpy(np.int64) for name in (f"cwnd_{side}", f"ssthresh_{side}", "snd_wnd", "mss")}
+    count = rounds(
+        sent[known.index].to_numpy().astype(np.int64),
+        cwnd=column[f"cwnd_{side}"],
+        ssthresh=column[f"ssthresh_{side}"],
+        limit_bytes=column["snd_wnd"],
+        mss=column["mss"],
+        target=known["cwnd_before"].to_numpy(np.int64),
+        reno=(known["ca_name"].astype(str) == "reno").to_numpy(),
+    )
+    return pd.Series(count, index=known.index, dtype="float64").reindex(rows.index)
+
+
+def _followed(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataFrame:
+    """``grew_rounds``, and for windows that came back bytes acknowledged and us until then; indexed as ``resets``."""
+    names = ["grew_rounds", "_acked", "_spent_us"]
+    if recoveries is None or recoveries.empty:
+        return pd.DataFrame(np.nan, index=resets.index, columns=names)
+    keys = resets[["skaddr", "ts_ns"]].rename(columns={"ts_ns": "reset_ts_ns"})
+    row = keys.merge(recoveries.drop_duplicates(["skaddr", "reset_ts_ns"]), how="left", on=list(keys.columns))
+    row.index = resets.index
+    start, end = row["cwnd_start"].astype("float64").clip(lower=1), row["cwnd_end"].astype("float64")
+    # In slow start a round trip that the window held back doubles it. Later it needn't, and what a loss takes away
+    # hides how far it had come.
+    told = (end < row["ssthresh_end"].astype("float64")) & (row["outcome"].astype(str) != "loss")
+    back = row["outcome"].astype(str) == "regained"
+    values = (
+        pd.Series(np.ceil(np.log2((end / start).clip(lower=1))), index=row.index).where(told),
+        row["bytes_acked"].astype("float64").where(back),
+        row["duration_us"].where(back),
+    )
+    return pd.DataFrame(dict(zip(names, values, strict=True)))

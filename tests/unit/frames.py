@@ -56,6 +56,19 @@ def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> events
     return _filled("block_io", record, values | fields)
 
 
+def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> events.Records:
+    """One cwnd_recovery record of ``reset(at_s)``, followed for ``took_s`` seconds until its window was back."""
+    record = np.zeros(1, dtype=events.event("cwnd_recovery").dtype)
+    began = MONO + int(at_s * SECOND)
+    values: dict[str, Any] = {
+        "reset_ts_ns": began, "end_ts_ns": began + int(took_s * SECOND), "sock_cookie": 0x5F,
+        "skaddr": 0xFFFF888012345600, "bytes_acked": 3_000_000, "acks": 90, "target": 2827, "cwnd_start": 44,
+        "cwnd_end": 2827, "srtt_us": 107_000, "netns_ino": NETNS, "ssthresh_end": 2_147_483_647, "reason": "idle",
+        "outcome": "regained",
+    }  # fmt: skip
+    return _filled("cwnd_recovery", record, values | fields)
+
+
 def _filled(name: str, record: events.Records, values: dict[str, Any]) -> events.Records:
     for member in events.event(name).fields:
         if member.name not in values:
@@ -117,11 +130,15 @@ def capture(
     resets: pa.Table | None = None,
     block_io: pa.Table | None = None,
     connections: pa.Table | None = None,
+    recoveries: pa.Table | None = None,
     **values: Any,
 ) -> Trace:
     """Write a complete capture to ``path`` and load it; ``values`` go into its metadata."""
     writer = store.CaptureWriter.create(path, meta(**values))
-    for name, data in (("cwnd_reset", resets), ("block_io", block_io), ("connections", connections)):
+    tables = {
+        "cwnd_reset": resets, "cwnd_recovery": recoveries, "block_io": block_io, "connections": connections
+    }  # fmt: skip
+    for name, data in tables.items():
         if data is not None:
             writer.add(name, data)
     writer.close()

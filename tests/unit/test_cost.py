@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reset cost: against a simulation of one burst at a time, and bounds from what the window did afterwards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cwndtrace.analysis import cost, recovery
+from tests.unit import frames
+
+INF = 2_147_483_647
+
+
+def simulated(burst: int, cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, reno: bool) -> int:
+    """The round trips of one burst, one after the other."""
+    left, limit = math.ceil(burst / mss), max(1, limit_bytes // mss)
+    window, trips = float(max(cwnd, 1)), 0
+    while left > 0:
+        sent = min(left, int(window), limit)
+        trips, left = trips + 1, left - sent
+        if sent < int(window):
+            continue
+        if window < ssthresh:
+            window = min(window + sent, float(ssthresh))
+        elif reno or window >= target:
+            window += 1
+        else:
+            window = min(window * 1.5, float(target))
+    return trips
+
+
+BURST = st.tuples(
+    st.integers(0, 3_000_000), st.integers(0, 500), st.one_of(st.integers(2, 600), st.just(INF)),
+    st.integers(0, 1_000_000), st.sampled_from([536, 1448]), st.integers(0, 600), st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(BURST, max_size=8))
+def test_rounds_are_those_of_a_simulation(rows: list[tuple[Any, ...]]) -> None:
+    names = ("burst", "cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
+    columns = {n: np.array([row[i] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)}
+    assert cost.rounds(**columns).tolist() == [simulated(*row) for row in rows]
+
+
+def test_rounds_leaves_its_arguments_alone() -> None:
+    one = {n: np.array([5]) for n in ("cwnd", "ssthresh", "limit_bytes", "mss", "target")}
+    burst = np.array([1000])
+    cost.rounds(burst, **one, reno=np.array([True]))
+    assert (burst.tolist(), {v.item() for v in one.values()}) == ([1000], {5})
+
+
+def priced(*resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_000_000) -> list[dict[Any, Any]]:
+    r = frames.pandas(frames.table("cwnd_reset", *resets)).assign(connection="a")
+    followed = recovery.with_duration(frames.pandas(frames.table("cwnd_recovery", *recoveries)), r)
+    snapshots = frames.pandas(frames.snapshots(frames.snapshot(50, bytes_sent=bytes_sent))).assign(connection="a")
+    out = cost.predict(r, snapshots, followed)
+    assert list(out.columns)[-len(cost.COLUMNS) :] == list(cost.COLUMNS)
+    return out.to_dict("records")
+
+
+def test_a_burst_by_hand() -> None:
+    # 691 segments: 44, 88, 176, 352 and the rest in five round trips; all at once from the window before.
+    (row,) = priced(frames.reset(1))
+    assert (row["burst_bytes"], row["rounds_after"], row["rounds_before"]) == (1_000_000, 5, 1)
+    assert (row["rounds_lost"], row["predicted_us"]) == (4, 4 * 107_000)
+    assert math.isnan(row["grew_rounds"])
+    assert math.isnan(row["measured_us"])
+
+
+def test_the_burst_ends_where_the_next_reset_begins() -> None:
+    first, last = priced(frames.reset(1), frames.reset(9, bytes_sent=40_100_000 + 5000))
+    assert (first["burst_bytes"], first["rounds_lost"]) == (5000, 0)
+    assert last["burst_bytes"] == 995_000
+
+
+def test_a_timeout_has_no_price() -> None:
+    (row,) = priced(frames.reset(1, reason="rto_loss"))
+    assert math.isnan(row["predicted_us"])
+
+
+def test_where_nothing_tells_the_burst_nothing_is_predicted() -> None:
+    (row,) = priced(frames.reset(1), bytes_sent=5)
+    assert all(math.isnan(row[name]) for name in ("burst_bytes", "rounds_after", "rounds_lost", "predicted_us"))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "end", "ssthresh_end", "lost"),
+    [
+        ("reset_again", 44, INF, 0),
+        ("capture_end", 90, INF, 2),
+        ("closed", 2000, INF, 4),
+        ("loss", 44, INF, 4),
+        ("reset_again", 60, 60, 4),
+    ],
+)
+def test_a_window_that_hardly_grew_held_nothing_back(outcome: str, end: int, ssthresh_end: int, lost: int) -> None:
+    followed = frames.recovered(1, outcome=outcome, cwnd_end=end, ssthresh_end=ssthresh_end)
+    (row,) = priced(frames.reset(1), recoveries=[followed])
+    assert (row["rounds_lost"], row["predicted_us"]) == (lost, lost * 107_000)
+    assert math.isnan(row["measured_us"])
+
+
+def test_the_time_until_the_window_was_back_is_an_upper_bound() -> None:
+    followed = frames.recovered(1, took_s=0.9, bytes_acked=3_000_000)
+    (row,) = priced(frames.reset(1), recoveries=[followed])
+    # 2072 segments fit the window before: one round trip.
+    assert row["measured_us"] == 900_000 - 107_000
+
+
+def test_other_columns_and_rows_stay() -> None:
+    r = frames.pandas(frames.story(seed=5)[0]).assign(burst_bytes=5.0)
+    out = cost.price(r.sample(frac=1, random_state=1))
+    pd.testing.assert_frame_equal(out[r.columns].sort_index(), r)
+
+
+def test_nothing_costs_nothing() -> None:
+    assert priced() == []
