@@ -13,8 +13,9 @@ import pandas as pd
 
 from cwndtrace import events, store
 from cwndtrace.analysis import block_io as block_analysis
+from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
-from cwndtrace.analysis import cost, idle_cause, recovery, verdict
+from cwndtrace.errors import NotFound
 
 _CELL = 100  # characters of a line that came from outside
 
@@ -107,6 +108,30 @@ class Trace:
         """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
         rows = connection_analysis.summary(self.resets, self.connections)
         return verdict.connections(rows, self.verdicts, self.connections, self.meta)
+
+    def remedies(self, connection: str | None = None) -> pd.DataFrame:
+        """What to do, best first, for all or for one ``connection``; the columns are ``analysis.remedy.COLUMNS``.
+
+        Raises NotFound for a key that isn't in ``summary()``.
+        """
+        judged, rows = self.verdicts, self.summary()
+        if connection is not None:
+            judged, rows = (frame[frame["connection"] == connection] for frame in (judged, rows))
+            if rows.empty:
+                raise NotFound(f"there is no connection {connection} in this capture", "Trace.summary() has the keys")
+        return remedy.remedies(judged, rows, self.meta)
+
+    def compare(self, after: Trace) -> pd.DataFrame:
+        """What differs in a later capture, how surely and how much; the columns are ``analysis.compare.COLUMNS``."""
+        return compare.compare(self._measures(), after._measures())
+
+    def _measures(self) -> dict[str, Any]:
+        span = compare.span(self.meta, self.resets, self.connections)
+        return dict(compare.measures(self.verdicts, self.connections, self.recoveries, self.block_io, span))
+
+    def audit(self) -> pd.DataFrame:
+        """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
+        return remedy.audit(self.verdicts, self.connections, self.meta)
 
     def host(self) -> verdict.Host:
         """What the resets cost on the whole, and whether that is the answer at all."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 import click
 
 import cwndtrace
+from cwndtrace.cli.compare import compare
 from cwndtrace.cli.doctor import doctor
 from cwndtrace.cli.plot import plot
 from cwndtrace.cli.reproduce import reproduce, serve
@@ -55,5 +56,5 @@ def main() -> None:
     """
 
 
-for command in (run, doctor, plot, reproduce, serve):
+for command in (run, doctor, plot, compare, reproduce, serve):
     main.add_command(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ SENT = 40_100_000
 
 def capture(path: Path, resets: list[Any], snapshots: list[Any], **options: Any) -> Trace:
     options |= {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*snapshots)}
-    return frames.capture(path / "a.cwnd", **options)
+    return frames.capture(Path(mkdtemp(dir=path)) / "a.cwnd", **options)
 
 
 def snapshots(burst: int, **last: Any) -> list[dict[str, Any]]:
@@ -189,7 +190,7 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
     trace = capture(tmp_path, [], [])
     assert trace.host().text == "No TCP connection was seen."
     assert (len(trace.verdicts), len(trace.summary())) == (0, 0)
-    full = capture(tmp_path / "..", [frames.reset(10)], snapshots(9)).summary()
+    full = capture(tmp_path, [frames.reset(10)], snapshots(9)).summary()
     assert list(trace.summary().columns) == list(full.columns)
 
 
