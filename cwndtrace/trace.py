@@ -61,6 +61,18 @@ class Trace:
         return list(self._capture.warnings)
 
     @property
+    def started_ns(self) -> int:
+        """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
+        mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
+        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self.block_io, "start_ns"))
+        return mono if isinstance(mono, int) else min((int(f[name].min()) for f, name in frames if len(f)), default=0)
+
+    def lost(self, table: str) -> int:
+        """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
+        counts = _mapping(_mapping(self.meta.get("counts")).get(table)).get("lost")
+        return sum(n for n in (counts, _mapping(self.meta.get("unwritten")).get(table)) if isinstance(n, int))
+
+    @property
     def resets(self) -> pd.DataFrame:
         """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses."""
         return self._identified[0]
@@ -106,6 +118,10 @@ class Trace:
 
     def summary(self) -> pd.DataFrame:
         """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
+        return self._summary.copy()
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self.resets, self.connections)
         return verdict.connections(rows, self.verdicts, self.connections, self.meta)
 
@@ -153,7 +169,7 @@ class Trace:
         return frame.sort_values(clock, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
-        facts = self._facts()
+        facts = self.facts()
         width = max(len(name) for name, _ in facts)
         head = f"cwndtrace capture {_shown(self.path)} ({self.status})"
         return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
@@ -162,12 +178,12 @@ class Trace:
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self._facts()
+            for name, value in self.facts()
         )
         caption = f"<b>cwndtrace capture</b> <code>{html.escape(_shown(self.path))}</code> ({html.escape(self.status)})"
         return f"<div>{caption}<table>{rows}</table></div>"
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
         meta = self.meta
         on_disk = {table: self._capture.rows(table) for table in events.TABLES}
@@ -177,7 +193,7 @@ class Trace:
             "block_io": "block I/Os",
             "connections": "snapshots of connections",
         }
-        lost = {table: _lost(meta, table) for table in events.TABLES}
+        lost = {table: self.lost(table) for table in events.TABLES}
         facts = [
             ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),
             ("span", self._span()),
@@ -215,12 +231,6 @@ def _moment(value: object) -> pd.Timestamp | None:
         return None
     moment = pd.to_datetime(value, utc=True, errors="coerce")
     return moment if isinstance(moment, pd.Timestamp) else None
-
-
-def _lost(meta: dict[str, Any], table: str) -> int:
-    """Records that the kernel or the disk lost, as far as ``meta.json`` says."""
-    counts = (_mapping(_mapping(meta.get("counts")).get(table)).get("lost"), _mapping(meta.get("unwritten")).get(table))
-    return sum(n for n in counts if isinstance(n, int))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

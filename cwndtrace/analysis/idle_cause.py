@@ -82,6 +82,30 @@ def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool =
     )
 
 
+SUMMARY_COLUMNS: Final = {
+    "cause": "as in COLUMNS",
+    "resets": "idle resets whose rest was mostly that",
+    "harmful": "of these, those that cost their burst a round trip",
+    "lost_us": "us that these cost, estimated, summed",
+    "rest_us": "us of rest, summed",
+    "disk_us": "us of it under block I/O of the sending process",
+    "disk_device": "the device that most of these rests name; empty where none does",
+}
+"""The columns of ``summary``."""
+
+
+def summary(judged: pd.DataFrame) -> pd.DataFrame:
+    """One row a cause, the dearest first; ``judged`` are the ``verdicts`` of a Trace. The columns are above."""
+    idle = judged[judged["cause"] != ""]
+    rest = idle[["peer_us", "disk_us", "application_us"]].sum(axis=1)
+    rows = idle.assign(rest_us=rest, harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1)
+    groups = rows.groupby("cause", sort=False)
+    out = groups[["resets", "harmful", "lost_us", "rest_us", "disk_us"]].sum().reset_index()
+    named = rows[rows["disk_device"] != ""].groupby("cause")["disk_device"].agg(lambda names: names.mode().iloc[0])
+    out["disk_device"] = pd.Series([str(named.get(cause, "")) for cause in out["cause"]], dtype="str")
+    return out.sort_values(["lost_us", "resets"], ascending=False, ignore_index=True)[list(SUMMARY_COLUMNS)]
+
+
 def reopened(resets: pd.DataFrame) -> npt.NDArray[np.bool_]:
     """Which idle resets came with an ACK that opened the peer's closed window: unsent data waited, and no task sent."""
     asleep = (resets["tgid"] == 0) & (resets["unsent_bytes"] > 0) & (resets["reason"].astype(str) == "idle")

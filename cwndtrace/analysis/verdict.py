@@ -24,7 +24,7 @@ EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
 (include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
 
 LABELS: Final = {
-    "harmful": "cost at least one round trip",
+    "harmful": "harmful: cost at least one round trip",
     "burst_fits": "harmless: the burst fits the window after",
     "same_rounds": "harmless: the burst needs as many round trips from either window",
     "never_full": "harmless: the window was never used up afterwards",

@@ -156,7 +156,7 @@ def story(
 ) -> tuple[pa.Table, pa.Table]:
     """Resets and snapshots of ``peers`` connections that send bursts with rests of 0.5 to 5 s between.
 
-    The window halves once an RTO of rest, from about 2800 segments down to 10, as the kernel does it.
+    The window halves once an RTO of rest, from about 2800 segments down to 10, as the kernel does it. Bursts are 1 MB.
     """
     rng = np.random.default_rng(seed)
     resets: list[events.Records] = []
@@ -182,14 +182,15 @@ def story(
             resets.append(
                 reset(
                     at, cwnd_before=before, cwnd_after=after, idle_us=idle, last_rcv_us=last_rcv,
-                    comm=comm.encode()[:16], **shared,
+                    comm=comm.encode()[:16], bytes_sent=40_100_000 + 1_000_000 * (len(rests) - 1), **shared,
                 )
             )  # fmt: skip
             at += float(rng.uniform(0.25, 0.9))
         for tick in np.arange(0.0, seconds, 5.0):
             resting = any(begin <= tick < end for begin, end in rests)
             cwnd = full if resting else int(rng.integers(300, full))
-            rows.append(snapshot(float(tick), cwnd=cwnd, family=10 if ":" in ends[0] else 2, **known))
+            sent = 40_100_000 + 1_000_000 * sum(end < tick for _, end in rests)
+            rows.append(snapshot(float(tick), cwnd=cwnd, bytes_sent=sent, family=10 if ":" in ends[0] else 2, **known))
     return table("cwnd_reset", *resets), snapshots(*rows)
 
 
