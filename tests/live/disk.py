@@ -7,7 +7,6 @@ import fcntl
 import functools
 import mmap
 import os
-import shutil
 import struct
 import subprocess
 import threading
@@ -23,6 +22,7 @@ import pandas as pd
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
+from tests.live.tcp import until
 
 SECTOR: Final = 512
 BLOCK: Final = 4096
@@ -75,15 +75,25 @@ class Disk:
         finally:
             os.close(fd)
 
+    @contextmanager
+    def counted(self, requests: int) -> Iterator[None]:
+        """Leaving it waits until the kernel has counted so many more reads and writes.
+
+        It wakes who waits for a request before it counts it and calls block_io_done.
+        """
+        before = self.stat()
+        yield
+        until(lambda: (d := self.stat() - before).reads + d.writes >= requests, 10, f"{requests} requests counted")
+
     def read(self, *blocks: int) -> None:
         """Read these blocks of 4 KiB directly, one request each."""
-        with self.opened() as fd, aligned(BLOCK) as buffer:
+        with self.counted(len(blocks)), self.opened() as fd, aligned(BLOCK) as buffer:
             for block in blocks:
                 assert os.preadv(fd, [buffer], block * BLOCK) == BLOCK
 
     def write(self, *blocks: int) -> None:
         """Write these blocks of 4 KiB directly, one request each."""
-        with self.opened() as fd, aligned(BLOCK) as buffer:
+        with self.counted(len(blocks)), self.opened() as fd, aligned(BLOCK) as buffer:
             for block in blocks:
                 assert os.pwritev(fd, [buffer], block * BLOCK) == BLOCK
 
@@ -120,10 +130,10 @@ def loop(size: int = 64 << 20) -> Iterator[Disk]:
         assert made.returncode == 0, f"losetup failed, perhaps for lack of the module (modprobe loop): {made.stderr}"
         disk = Disk(Path(made.stdout.strip()), backing, size)
         try:
-            # Where udev runs, it reads a new device to see what is on it.
-            if shutil.which("udevadm"):
-                subprocess.run(["udevadm", "settle"], check=False)
-            yield disk
+            # udev reads a device that is new or was written to, but not one that somebody has locked.
+            with disk.opened(os.O_RDONLY) as locked:
+                fcntl.flock(locked, fcntl.LOCK_EX)
+                yield disk
         finally:
             subprocess.run(["losetup", "--detach", str(disk.path)], check=True)
     finally:

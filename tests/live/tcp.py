@@ -264,6 +264,8 @@ class Connection:
     cgroup_id: int
     init_cwnd: int = INIT_CWND
     sends: list[Send] = field(default_factory=list)
+    blind: list[tuple[int, int]] = field(default_factory=list)
+    """Spans of CLOCK_MONOTONIC in which the window may have been cut unseen, because the machine stalled."""
     saddr: str = ""
     daddr: str = ""
     sport: int = 0
@@ -341,9 +343,11 @@ class Connection:
         for _ in range(200):
             small = self.send()
             self.sock.send(bytes(1000))
-            took_us = (time.monotonic_ns() - small.start_ns) // 1000
-            assert took_us < small.before.rto_us, f"this machine stalled for {took_us} us: the truth isn't known"
             self.sock.sendall(bytes(burst))
+            now = time.monotonic_ns()
+            # An emulated machine may take longer over this than the RTO, and so rest within it.
+            if now - small.start_ns > small.before.rto_us * 1000:
+                self.blind.append((small.end_ns, now))
             last = self.quiet()
             if last.cwnd >= least:
                 return last

@@ -92,7 +92,7 @@ def test_a_rest_on_a_slow_disk() -> None:
 
 
 def test_a_burst_bigger_than_the_send_buffer_is_said() -> None:
-    scenario = replace(SHORT, link=Link(rtt_ms=20), sndbuf=200_000, rests=(0.3,), rounds=1)
+    scenario = replace(SHORT, link=Link(rtt_ms=50), sndbuf=200_000, rests=(0.3,), rounds=1)
     with Lab(scenario) as lab:
         rows = list(lab.rows())
         notes = lab.notes()
@@ -101,7 +101,7 @@ def test_a_burst_bigger_than_the_send_buffer_is_said() -> None:
 
 
 def test_a_server_that_dies_is_an_error_and_what_was_measured_stays() -> None:
-    with Lab(replace(SHORT, link=Link(rtt_ms=10), rests=(0.0,), rounds=50)) as lab:
+    with Lab(replace(SHORT, link=Link(rtt_ms=50), rests=(0.0,), rounds=50)) as lab:
         rows = lab.rows()
         next(rows)
         os.kill(lab.server.child.pid, signal.SIGKILL)

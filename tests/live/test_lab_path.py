@@ -109,8 +109,8 @@ def test_the_rate_is_held() -> None:
 
 
 def test_a_full_queue_drops_and_tcp_recovers() -> None:
-    with open_path(Link(rtt_ms=20, rate=20e6, queue_bytes=30_000)) as path, connection(path) as (client, server):
-        transfer(server, client, bytes(1_000_000))
+    with open_path(Link(rtt_ms=20, rate=20e6, queue_bytes=9_000)) as path, connection(path) as (client, server):
+        transfer(server, client, bytes(2_000_000))
         retrans = TcpInfo.of(server).total_retrans
         figures = path.figures()
     assert retrans > 0
