@@ -46,6 +46,8 @@ AUDIT_COLUMNS: Final = {
 _RISKS: Final = ("low", "medium", "high")
 _PING_MARGIN: Final = 0.8
 """A ping must come before the RTO is over even when it is late."""
+_SPACES: Final = 3
+"""Namespaces for which a command is shown."""
 _BROAD: Final = 64
 """An initial window in segments beyond which a new connection's first flight is a burst that few paths expect."""
 
@@ -78,17 +80,18 @@ def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
     if harmful.empty:
         return
     touched, lost = int(harmful["connection"].nunique()), float(harmful["lost_us"].sum())
-    for inode, mine in harmful.groupby("netns_ino"):
-        number = int(mine["connection"].nunique())
-        yield _Remedy(
-            "sysctl",
-            f"{_inside(str(inode), meta)}sysctl -w {events.IDLE_SYSCTL}=0{_elsewhere(str(inode), meta)}",
-            float(mine["lost_us"].sum()),
-            "low",
-            "each connection in the namespace may send its old window at once after a rest, into a path that may be "
-            "busier by then",
-            number,
-        )
+    spaces = [str(inode) for inode in harmful.groupby("netns_ino")["lost_us"].sum().sort_values().index[::-1]]
+    commands = [f"{_inside(inode, meta)}sysctl -w {events.IDLE_SYSCTL}=0{_elsewhere(inode, meta)}" for inode in spaces]
+    more = [f"and in {plural(len(spaces) - _SPACES, 'more namespace')}"] if len(spaces) > _SPACES else []
+    yield _Remedy(
+        "sysctl",
+        "; ".join([*commands[:_SPACES], *more]),
+        lost,
+        "low",
+        "each connection in the namespace may send its old window at once after a rest, into a path that may be busier "
+        "by then",
+        touched,
+    )
     yield _initcwnd(harmful)
     idle = harmful[harmful["reason"].astype(str) == "idle"]
     if len(idle):
@@ -172,9 +175,11 @@ def _limits(rows: pd.DataFrame) -> Iterator[_Remedy]:
 def _inside(inode: str, meta: Mapping[str, Any]) -> str:
     """The prefix of a command that has to run in a network namespace."""
     about = _namespaces(meta).get(inode, {})
-    name = str(about.get("name", "this"))
+    name = str(about.get("name", ""))
     if about.get("host") or name == "this":
         return ""
+    if not name:
+        return f"in network namespace {inode}: "
     if name.endswith("]") and "[" in name:
         return f"nsenter -t {name.rpartition('[')[2][:-1]} -n "
     return f"ip netns exec {shlex.quote(name)} "

@@ -110,6 +110,20 @@ def test_the_command_goes_to_the_right_namespace(tmp_path: Path, about: dict[str
     assert by_name(trace)["sysctl"]["action"].startswith(command)
 
 
+def test_all_namespaces_are_one_remedy(tmp_path: Path) -> None:
+    resets = [frames.reset(10, sock_cookie=n, netns_ino=n) for n in range(1, 6)]
+    seen = [frames.snapshot(20, sock_cookie=n, netns_ino=n, bytes_sent=SENT + n * 200_000) for n in range(1, 6)]
+    sysctls = {str(n): space(f"pod{n}") for n in range(1, 5)}
+    options = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)}
+    found = by_name(capture(tmp_path, sysctls=sysctls, **options))["sysctl"]
+    assert (found["connections"], found["saves_us"]) == (5, by_name(capture(tmp_path, **options))["bbr"]["saves_us"])
+    setting = "sysctl -w net.ipv4.tcp_slow_start_after_idle=0"
+    assert found["action"].split("; ")[0] == f"in network namespace 5: {setting}"
+    assert found["action"].split("; ")[1:] == [
+        f"ip netns exec pod4 {setting}", f"ip netns exec pod3 {setting}", "and in 2 more namespaces"
+    ]  # fmt: skip
+
+
 def test_a_container_whose_host_is_set_already_is_named(tmp_path: Path) -> None:
     sysctls = {"1": space("init", 0, host=True), str(POD): space("pod")}
     trace = capture(tmp_path, 1_000_000, netns=POD, sysctls=sysctls)
