@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import html
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cwndtrace import events, store
+from cwndtrace import events, store, words
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
+from cwndtrace.analysis.verdict import Host, Verdict
 from cwndtrace.errors import NotFound
 
 _CELL = 100  # characters of a line that came from outside
@@ -28,13 +30,57 @@ def load(path: str | os.PathLike[str]) -> Trace:
     return Trace(store.open_capture(path))
 
 
+@dataclass(frozen=True, repr=False)
+class Connection:
+    """One connection of a trace; its frames are rows of the trace's. ``about`` is its row of ``Trace.summary()``."""
+
+    about: dict[str, Any]
+    resets: pd.DataFrame
+    snapshots: pd.DataFrame
+    recoveries: pd.DataFrame
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether its resets mattered, with the evidence."""
+        return Verdict(self.about["verdict"], self.about["why"])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What fits on one screen, name and value, fit for a terminal."""
+        row = self.about
+        facts = [
+            ("process", _shown(words.process(row["comm"], row["pid"]))),
+            ("congestion control", _shown(row["ca_name"])),
+            ("seen", f"{row['seen_s']:,.1f} s in {words.plural(row['snapshots'], 'snapshot')}"),
+            ("state", _shown(row["state"] or "unknown")),
+            (
+                "resets",
+                f"{row['resets']} ({row['resets_harmful']} harmful), lost {words.span(row['lost_us'])} (estimated)",
+            ),
+            ("window", f"{row['cwnd_min_segments']} to {row['cwnd_max_segments']} segments"),
+            ("round trip, RTO", f"{words.span(row['srtt_us'])}, {words.span(row['rto_us'])}"),
+            ("sent", words.size(row["sent_bytes"])),
+        ]
+        if row["resets_idle"]:
+            longest = f"{words.span(row['rest_longest_us'])}, {row['rest_per_rto_max']:.1f} RTOs"
+            facts.insert(4, ("longest rest", longest))
+        dear = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
+        facts += [("dear reset", events.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
+        return [*facts, ("verdict", str(self.verdict))]
+
+    def __repr__(self) -> str:
+        return _text(f"connection {_shown(words.connection(self.about))}", self.facts())
+
+    def _repr_html_(self) -> str:
+        return _table(f"<b>connection</b> <code>{_escaped(words.connection(self.about))}</code>", self.facts())
+
+
 class Trace:
     """What one capture holds.
 
     The frames are read when first asked for and then kept. Each begins with ``time`` (UTC) and is in order of
-    time; the other columns are those of the capture's tables, whose units and descriptions are in their
-    Parquet metadata. Text columns are plain strings; in ``block_io``, which can have millions of rows, they
-    are categories. An empty table is a frame with all its columns and no row.
+    time; the other columns are those of the capture's tables, whose units and descriptions are in their Parquet
+    metadata, the units in ``frame.attrs["units"]`` too. Text columns are plain strings; in ``block_io``, which can have
+    millions of rows, they are categories. An empty table is a frame with all its columns and no row.
     """
 
     def __init__(self, capture: store.Capture) -> None:
@@ -130,11 +176,9 @@ class Trace:
 
         Raises NotFound for a key that isn't in ``summary()``.
         """
-        judged, rows = self.verdicts, self.summary()
+        judged, rows = self.verdicts, self._summary
         if connection is not None:
-            judged, rows = (frame[frame["connection"] == connection] for frame in (judged, rows))
-            if rows.empty:
-                raise NotFound(f"there is no connection {connection} in this capture", "Trace.summary() has the keys")
+            judged, rows = self.connection(connection).resets, rows[rows["connection"] == connection]
         return remedy.remedies(judged, rows, self.meta)
 
     def compare(self, after: Trace) -> pd.DataFrame:
@@ -145,13 +189,27 @@ class Trace:
         span = compare.span(self.meta, self.resets, self.connections)
         return dict(compare.measures(self.verdicts, self.connections, self.recoveries, self.block_io, span))
 
+    def connection(self, key: str) -> Connection:
+        """One connection by its key in ``summary()``; raises NotFound where there is none."""
+        rows = self._summary[self._summary["connection"] == key]
+        if rows.empty:
+            raise NotFound(f"there is no connection {key} in this capture", "Trace.summary() has the keys")
+        frames = (self.verdicts, self.connections, self.recoveries)
+        about = {str(name): value for name, value in rows.iloc[0].to_dict().items()}
+        return Connection(about, *(frame[frame["connection"] == key] for frame in frames))
+
+    def explain(self, reset: int) -> Verdict:
+        """What one reset meant, by its row in ``verdicts``; raises KeyError where there is none."""
+        row = self.verdicts.loc[reset].to_dict()
+        return Verdict(row["verdict"], verdict.explain(row))
+
     def audit(self) -> pd.DataFrame:
         """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
         return remedy.audit(self.verdicts, self.connections, self.meta)
 
-    def host(self) -> verdict.Host:
+    def host(self) -> Host:
         """What the resets cost on the whole, and whether that is the answer at all."""
-        return verdict.host(self.summary(), self.verdicts)
+        return verdict.host(self._summary, self.verdicts)
 
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
@@ -166,22 +224,17 @@ class Trace:
         rows = self._capture.table(table)
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
         frame: pd.DataFrame = rows.to_pandas()
-        return frame.sort_values(clock, kind="stable", ignore_index=True)
+        frame = frame.sort_values(clock, kind="stable", ignore_index=True)
+        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
+        frame.attrs["units"] = told
+        return frame
 
     def __repr__(self) -> str:
-        facts = self.facts()
-        width = max(len(name) for name, _ in facts)
-        head = f"cwndtrace capture {_shown(self.path)} ({self.status})"
-        return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+        return _text(f"cwndtrace capture {_shown(self.path)} ({self.status})", self.facts())
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self.facts()
-        )
-        caption = f"<b>cwndtrace capture</b> <code>{html.escape(_shown(self.path))}</code> ({html.escape(self.status)})"
-        return f"<div>{caption}<table>{rows}</table></div>"
+        caption = f"<b>cwndtrace capture</b> <code>{_escaped(self.path)}</code> ({_escaped(self.status)})"
+        return _table(caption, self.facts())
 
     def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
@@ -220,6 +273,23 @@ class Trace:
         if ended is None:
             return begin
         return f"{begin} to {ended:%H:%M:%S}, {(ended - started).total_seconds():,.1f} s"
+
+
+def _text(head: str, facts: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+
+
+def _table(caption: str, facts: list[tuple[str, str]]) -> str:
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{_escaped(name)}</th><td style='text-align:left'>{_escaped(value)}</td></tr>"
+        for name, value in facts
+    )
+    return f"<div>{caption}<table>{rows}</table></div>"
+
+
+def _escaped(value: object) -> str:
+    return html.escape(_shown(value))
 
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:

@@ -75,8 +75,12 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
 
 
 def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
-    """``resets`` with ``COLUMNS``: ``bursts`` and their ``price``. Takes frames of a Trace."""
-    return price(resets.assign(burst_bytes=bursts(resets, connections)), recoveries)
+    """``resets`` with ``COLUMNS``: ``bursts`` and their ``price``. Takes frames of a Trace.
+
+    A connection that ended before another snapshot has sent at least what was acknowledged while it was followed.
+    """
+    seen = pd.concat([bursts(resets, connections), _followed(resets, recoveries)["_since"]], axis=1)
+    return price(resets.assign(burst_bytes=seen.max(axis=1)), recoveries)
 
 
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -121,8 +125,8 @@ def _rounds(rows: pd.DataFrame, sent: pd.Series, side: str) -> pd.Series:
 
 
 def _followed(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataFrame:
-    """``grew_rounds``, and for windows that came back bytes acknowledged and us until then; indexed as ``resets``."""
-    names = ["grew_rounds", "_acked", "_spent_us"]
+    """``grew_rounds``, bytes acknowledged since, and these and us for windows that came back; indexed as ``resets``."""
+    names = ["grew_rounds", "_since", "_acked", "_spent_us"]
     if recoveries is None or recoveries.empty:
         return pd.DataFrame(np.nan, index=resets.index, columns=names)
     keys = resets[["skaddr", "ts_ns"]].rename(columns={"ts_ns": "reset_ts_ns"})
@@ -135,6 +139,7 @@ def _followed(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataF
     back = row["outcome"].astype(str) == "regained"
     values = (
         pd.Series(np.ceil(np.log2((end / start).clip(lower=1))), index=row.index).where(told),
+        row["bytes_acked"].astype("float64"),
         row["bytes_acked"].astype("float64").where(back),
         row["duration_us"].where(back),
     )

@@ -8,6 +8,7 @@ snapshots (tcp_chrono_*() in net/ipv4/tcp_output.c).
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,7 +32,7 @@ LABELS: Final = {
     "receiver_window": "not the window: the receiver's window was the limit",
     "send_buffer": "not the window: the send buffer was the limit",
     "loss": "loss, not rest",
-    "nothing_sent": "harmless: nothing was sent afterwards",
+    "nothing_sent": "harmless: nothing was sent",
     "unknown": "not enough data to say",
     "exempt": "its congestion control is exempt from idle resets",
     "sysctl_off": "idle resets are off in its network namespace",
@@ -73,7 +74,25 @@ _MOST: Final = 0.5
 
 
 @dataclass(frozen=True)
-class Host:
+class Verdict:
+    """One of ``LABELS`` as ``verdict``, and its evidence as ``text``. Shows itself in a terminal and in Jupyter."""
+
+    verdict: str
+    text: str
+
+    def __str__(self) -> str:
+        return events.clean(f"{LABELS[self.verdict]}. {self.text}")
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        colour = "#c04a00" if self.verdict == "harmful" else "#00805a"
+        label, text = (html.escape(events.clean(part)) for part in (LABELS[self.verdict], self.text))
+        return f"<div><b style='color:{colour}'>{label}</b><br><bdi>{text}</bdi></div>"
+
+
+@dataclass(frozen=True, repr=False)
+class Host(Verdict):
     """What the resets of a whole capture cost. Times in us, estimated; ``busy_us`` is NaN where nothing tells it."""
 
     resets: int
@@ -82,11 +101,11 @@ class Host:
     connections_seen: int
     lost_us: float
     busy_us: float
-    verdict: str
-    text: str
 
     def __str__(self) -> str:
-        return self.text
+        return events.clean(self.text)
+
+    __repr__ = __str__
 
 
 def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
@@ -236,10 +255,10 @@ def explain(row: Mapping[Any, Any]) -> str:
     burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
     fits = size(row["cwnd_after"] * row["mss"])
     told: dict[str, str] = {
-        "harmful": f"the burst of {burst} needs about {row['rounds_lost']:.0f} round trips more: "
+        "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more: "
         f"{span(row['lost_us'])} at {span(row['srtt_us'])} each (estimated)",
         "burst_fits": f"the burst of {burst} fits the window after ({fits})",
-        "same_rounds": f"the burst of {burst} needs {row['rounds_after']:.0f} round trips from either window",
+        "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
         "never_full": f"the burst of {burst} came in pieces that never used the window up: it didn't grow",
         "receiver_window": _narrow(row, burst),
         "send_buffer": f"the send buffer held the sender back for {_percent(row['sndbuf_limited_share'])} of the time "
@@ -260,6 +279,10 @@ def _narrow(row: Mapping[Any, Any], burst: str) -> str:
             f"under way; at most {_share_of_rounds(row)}"
         )
     return f"the peer offered {size(row['snd_wnd'])}, less than the burst of {burst} and than the window after"
+
+
+def _trips(number: float) -> str:
+    return plural(round(number), "round trip") if number == number else "an unknown number of round trips"
 
 
 def _share_of_rounds(row: Mapping[Any, Any]) -> str:
@@ -321,4 +344,4 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
         text = f"It is not the window: no reset on {plural(len(rows), 'connection')} ({reasons})."
     else:
         verdict, text = "unknown", "No TCP connection was seen."
-    return Host(len(judged), len(harmful), touched, len(rows), lost, busy, verdict, text)
+    return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, losses
@@ -42,8 +43,12 @@ def heat(cells: pd.DataFrame, *, zero_ns: int, meta: Mapping[str, Any]) -> Figur
                 edges, rows, counts, norm=LogNorm(1, max(int(counts.max()), 2)), cmap="viridis", rasterized=True
             )
             axes.set_yscale("log")
+            panels.plain_log(axes, float(rows[0]), float(rows[-1]))
             bar = layout.add(figure, _LEFT + _WIDTH + 0.12, _BOTTOM, 0.12, _HEIGHT)
-            figure.colorbar(drawn, cax=bar).set_label("requests")
+            figure.colorbar(drawn, cax=bar, format=FuncFormatter(lambda value, _: f"{value:,.0f}")).set_label(
+                "requests"
+            )
+            bar.yaxis.set_minor_formatter(NullFormatter())
         else:
             layout.say(axes, "no block I/O recorded", colours)
         lost = [loss for loss in losses(meta, at) if loss.event == "block_io"]

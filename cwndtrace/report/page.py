@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.collections import PathCollection
@@ -97,12 +98,28 @@ def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str
 
         def draw(key: str = key) -> Figure:
             return timeline(
-                trace.resets, trace.connections, trace.block_io, meta=trace.meta, samples=trace.samples, connection=key
+                trace.resets,
+                trace.connections,
+                trace.block_io,
+                meta=trace.meta,
+                samples=trace.samples,
+                connection=key,
+                span=_seen(report, key),
             )
 
         worst = mine.sort_values("lost_us", ascending=False, kind="stable").head(_RESETS).sort_values("ts_ns")
         shown[key] = {"id": number, "row": row, "picture": _pair(draw), "resets": worst.to_dict("records")}
     return shown
+
+
+def _seen(report: Report, key: str) -> tuple[float, float]:
+    """From when to when a connection was watched, with the rest before its first reset, in seconds of the capture."""
+    trace, mine = report.trace, report.resets[report.resets["connection"] == key]
+    stamps = pd.concat([mine["ts_ns"], trace.connections.loc[trace.connections["connection"] == key, "ts_ns"]])
+    begin = min(int(stamps.min()), int((mine["ts_ns"].astype("int64") - mine["idle_us"].astype("int64") * 1000).min()))
+    span = (begin - trace.started_ns) / 1e9, (int(stamps.max()) - trace.started_ns) / 1e9
+    margin = max(0.02 * (span[1] - span[0]), 0.1)
+    return span[0] - margin, span[1] + margin
 
 
 def _heat(report: Report) -> dict[str, str]:

@@ -90,6 +90,14 @@ def test_where_nothing_tells_the_burst_nothing_is_predicted() -> None:
     assert all(math.isnan(row[name]) for name in ("burst_bytes", "rounds_after", "rounds_lost", "predicted_us"))
 
 
+def test_what_was_acknowledged_while_it_was_followed_is_a_burst_too() -> None:
+    followed = frames.recovered(1, outcome="closed", bytes_acked=1_000_000)
+    (row,) = priced(frames.reset(1), recoveries=[followed], bytes_sent=5)
+    assert (row["burst_bytes"], row["rounds_lost"]) == (1_000_000, 4)
+    (row,) = priced(frames.reset(1), recoveries=[followed], bytes_sent=40_100_000 + 2_000_000)
+    assert row["burst_bytes"] == 2_000_000
+
+
 @pytest.mark.parametrize(
     ("outcome", "end", "ssthresh_end", "lost"),
     [
@@ -101,7 +109,7 @@ def test_where_nothing_tells_the_burst_nothing_is_predicted() -> None:
     ],
 )
 def test_a_window_that_hardly_grew_held_nothing_back(outcome: str, end: int, ssthresh_end: int, lost: int) -> None:
-    followed = frames.recovered(1, outcome=outcome, cwnd_end=end, ssthresh_end=ssthresh_end)
+    followed = frames.recovered(1, outcome=outcome, cwnd_end=end, ssthresh_end=ssthresh_end, bytes_acked=9)
     (row,) = priced(frames.reset(1), recoveries=[followed])
     assert (row["rounds_lost"], row["predicted_us"]) == (lost, lost * 107_000)
     assert math.isnan(row["measured_us"])
