@@ -18,7 +18,7 @@ import pytest
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.tcp import until
-from tests.live.tracing import EXACT, Record, Tracer, check
+from tests.live.tracing import EMULATED, EXACT, Record, Tracer, check
 
 pytestmark = pytest.mark.live
 
@@ -268,6 +268,9 @@ def check_timeout(tracer: Tracer, connection: tcp.Connection, before: tcp.Info, 
 # ---- windows that go unused -------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    EMULATED, reason="a tick is too short for an emulated machine; tests/vm/test_rungs.py has netem for it"
+)
 def test_a_rest_of_exactly_the_timeout(tracer: Tracer, connect: Connect) -> None:
     """It is no restart yet, but long enough for tcp_cwnd_application_limited(): half of what went unused is lost."""
     connections = [connect(ca=ca) for ca in ("cubic", "reno")]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rungs side by side on the same connections: what one sees the others see, field by field.
 
-The traffic forces each reason: rests for idle, a link that drops everything for rto_loss, and for app_limited a rest
-of exactly the timeout.
+The traffic forces each reason: rests for idle, a link that drops everything for rto_loss, and for app_limited one that
+holds ACKs back.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     for connection in made["idle"]:
         connection.send()
     for connection in made["app_limited"]:
-        leave_unused(connection)
+        leave_unused(space, connection)
     for connection in made["rto_loss"]:
         connection.grow()
     drop_until_a_timeout(space, made["rto_loss"])
@@ -81,25 +82,41 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     return made
 
 
-def leave_unused(connection: tcp.Connection) -> None:
-    """Rest for exactly the timeout: too short for a restart, long enough for tcp_cwnd_application_limited()."""
+@contextmanager
+def netem(space: tcp.Space, *how: str) -> Iterator[None]:
+    """While it is entered, packets of the namespace's loopback meet with this."""
+    tcp.run("tc", "-n", space.name, "qdisc", "replace", "dev", "lo", "root", "netem", *how)
+    try:
+        yield
+    finally:
+        tcp.run("tc", "-n", space.name, "qdisc", "del", "dev", "lo", "root")
+
+
+def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
+    """Have tcp_cwnd_application_limited() take back half of what went unused of the window.
+
+    It asks for an RTO since the last ACK, with no rest of an RTO before the send: so there must be data under way
+    whose ACK is late, but not so late that it is sent again.
+    """
     for _ in range(20):
         connection.grow(40)
-        tcp.until(lambda: (i := connection.info()).last_snd_us >= i.rto_us, 10, "the rest to last that long")
-        if connection.send().reason == "app_limited":
+        with netem(space, "delay", "80ms"):
+            connection.until(lambda i: i.last_snd_us >= 0.6 * i.rto_us, "a rest")
+            connection.send()
+            connection.until(lambda i: i.last_snd_us >= 0.45 * i.rto_us, "an RTO since the last ACK")
+            send = connection.send()
+            connection.quiet()
+        if send.reason == "app_limited":
             return
-    raise AssertionError("no send hit the very tick at which the rest is as long as the timeout")
+    raise AssertionError(f"no send took back what went unused: {connection.sends[-8:]}")
 
 
 def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.Connection]) -> None:
     """Drop all packets of the namespace's loopback until each connection has had a retransmission timeout."""
-    tcp.run("tc", "-n", space.name, "qdisc", "replace", "dev", "lo", "root", "netem", "loss", "100%")
-    try:
+    with netem(space, "loss", "100%"):
         for connection in connections:
             connection.sock.send(b"x" * 5000)
         tcp.until(lambda: all(c.info().retransmits for c in connections), 60, "a retransmission timeout of each")
-    finally:
-        tcp.run("tc", "-n", space.name, "qdisc", "del", "dev", "lo", "root")
     for connection in connections:
         connection.quiet()
 
