@@ -327,6 +327,7 @@ CONNECTIONS: Final = _snapshot(
     ("total_retrans", pa.uint32(), "segments", "retransmitted over its life"),
     ("busy_us", pa.uint64(), "us", "of its life with data sent or to be sent; null in captures of older versions"),
     ("rwnd_limited_us", pa.uint64(), "us", "of these, held back by the peer's window"),
+    ("sndbuf", pa.uint32(), "bytes", "send buffer, as the kernel counts it; null in captures of older versions"),
     ("sndbuf_limited_us", pa.uint64(), "us", "of these, held back by the send buffer"),
 )
 """The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""

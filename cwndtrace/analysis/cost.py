@@ -21,6 +21,8 @@ Bools = npt.NDArray[np.bool_]
 
 COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
+    "limit_bytes": "bytes that could be under way at most: the receiver's window, or the send buffer where a snapshot "
+    "tells of a smaller one",
     "rounds_after": "round trips that the burst needs from the window after the reset",
     "rounds_before": "round trips that it would have needed from the window before",
     "rounds_lost": "round trips, estimated: the difference, or where fewer the doublings that the window went through",
@@ -80,16 +82,23 @@ def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.Data
     A connection that ended before another snapshot has sent at least what was acknowledged while it was followed.
     """
     seen = pd.concat([bursts(resets, connections), _followed(resets, recoveries)["_since"]], axis=1)
-    return price(resets.assign(burst_bytes=seen.max(axis=1)), recoveries)
+    # The kernel widens a buffer as the window grows: the largest that was seen counts.
+    buffers = connections["sndbuf"].astype("float64").groupby(connections["connection"]).max()
+    buffer = resets["connection"].map(buffers[buffers > 0]).astype("float64")
+    limit = np.fmin(resets["snd_wnd"].astype("float64"), buffer)
+    return price(resets.assign(burst_bytes=seen.max(axis=1), limit_bytes=limit), recoveries)
 
 
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
-    """``resets``, whose ``burst_bytes`` is known, with the other ``COLUMNS``.
+    """``resets``, whose ``burst_bytes`` and perhaps ``limit_bytes`` are known, with the other ``COLUMNS``.
 
     They are missing where the burst is, and for timeouts, whose cost is the loss's. The round-trip time is the
-    smoothed one of the record, the receiver's window the one of the record. What the window did afterwards
-    (``recoveries`` of a Trace) bounds the estimate: a burst that comes in pieces needs less than one at once.
+    smoothed one of the record, the limit the receiver's window of the record if none is given. What the window did
+    afterwards (``recoveries`` of a Trace) bounds the estimate: a burst that comes in pieces needs less than one at
+    once.
     """
+    if "limit_bytes" not in resets:
+        resets = resets.assign(limit_bytes=resets["snd_wnd"].astype("float64"))
     out = resets.join(_followed(resets, recoveries))
     priced = (out["reason"].astype(str) != "rto_loss") & out["burst_bytes"].notna()
     acked = out.pop("_acked")
@@ -105,18 +114,20 @@ def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.Da
         predicted_us=lost * srtt,
         measured_us=np.maximum(spent, 0),
     )
-    return out[[*resets.columns, *(name for name in COLUMNS if name not in resets)]]
+    return out[[*(name for name in resets if name not in COLUMNS), *COLUMNS]]
 
 
 def _rounds(rows: pd.DataFrame, sent: pd.Series, side: str) -> pd.Series:
     """``rounds`` for bytes sent from the window on one ``side`` of each reset; missing where the bytes are."""
     known = rows[sent.notna()]
-    column = {name: known[name].to_numpy(np.int64) for name in (f"cwnd_{side}", f"ssthresh_{side}", "snd_wnd", "mss")}
+    column = {
+        name: known[name].to_numpy(np.int64) for name in (f"cwnd_{side}", f"ssthresh_{side}", "limit_bytes", "mss")
+    }
     count = rounds(
         sent[known.index].to_numpy().astype(np.int64),
         cwnd=column[f"cwnd_{side}"],
         ssthresh=column[f"ssthresh_{side}"],
-        limit_bytes=column["snd_wnd"],
+        limit_bytes=column["limit_bytes"],
         mss=column["mss"],
         target=known["cwnd_before"].to_numpy(np.int64),
         reno=(known["ca_name"].astype(str) == "reno").to_numpy(),

@@ -120,7 +120,15 @@ def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
     """The initial window that would have sufficed for all of them, and what it would have saved."""
     column = {
         name: harmful[name].to_numpy(np.int64)
-        for name in ("cwnd_after", "cwnd_before", "ssthresh_after", "snd_wnd", "mss", "burst_bytes", "rounds_before")
+        for name in (
+            "cwnd_after",
+            "cwnd_before",
+            "ssthresh_after",
+            "limit_bytes",
+            "mss",
+            "burst_bytes",
+            "rounds_before",
+        )
     }
     reno = (harmful["ca_name"].astype(str) == "reno").to_numpy()
 
@@ -129,7 +137,7 @@ def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
             column["burst_bytes"],
             cwnd=window,
             ssthresh=column["ssthresh_after"],
-            limit_bytes=column["snd_wnd"],
+            limit_bytes=column["limit_bytes"],
             mss=column["mss"],
             target=column["cwnd_before"],
             reno=reno,

@@ -112,9 +112,15 @@ def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
     """``priced`` (resets with ``cost.COLUMNS``) with ``COLUMNS``; ``snapshots`` is ``connections`` of a Trace."""
     out = priced.join(_limited(priced, snapshots))
     burst, mss = out["burst_bytes"], out["mss"].astype("float64")
-    limits = {name: out[f"{name}_limited_share"] > _MOST for name in ("rwnd", "sndbuf")}
+    # A limit narrower than the window was and than the burst, to which most of the round trips are due.
+    narrow = out["limit_bytes"] < np.minimum(out["cwnd_before"].astype("float64") * mss, burst)
+    narrow &= out["rounds_lost"] < _MOST * out["rounds_after"]
+    buffer = out["limit_bytes"] < out["snd_wnd"]
+    limits = {
+        "rwnd": (out["rwnd_limited_share"] > _MOST) | (narrow & ~buffer),
+        "sndbuf": (out["sndbuf_limited_share"] > _MOST) | (narrow & buffer),
+    }
     closed = pd.Series(reopened(out), index=out.index)
-    narrow = out["snd_wnd"] <= out["cwnd_after"].astype("float64") * mss
     rules = {
         "loss": out["reason"].astype(str) == "rto_loss",
         "unknown": burst.isna() | (mss == 0) | (out["srtt_us"] == 0),
@@ -122,7 +128,7 @@ def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
         "receiver_window": closed,
         "burst_fits": burst <= out["cwnd_after"] * mss,
         "send_buffer": limits["sndbuf"],
-        " receiver_window": limits["rwnd"] | ((out["rounds_lost"] < 1) & narrow),
+        " receiver_window": limits["rwnd"],
         "harmful": out["rounds_lost"] >= 1,
         "never_full": out["grew_rounds"] == 0,
     }
@@ -171,15 +177,18 @@ def connections(
 
 
 def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
-    """What each connection did between its first and its last snapshot."""
+    """What each connection did while it was watched: since its first snapshot, or all its life if it came later."""
     clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
     kinds = {"ts_ns": "int64", "bytes_sent": "int64", "total_retrans": "int64"} | dict.fromkeys(clocks, "float64")
     told = snapshots[["connection", *kinds]].astype(kinds).sort_values("ts_ns", kind="stable", ignore_index=True)
     groups = told.groupby("connection", sort=False)
     totals = groups[["bytes_sent", "total_retrans", *clocks]].last()
-    totals -= groups[["bytes_sent", "total_retrans", *clocks]].first()
+    # The first look at all connections takes less than a second, the next one comes later.
+    old = groups["ts_ns"].first() <= told["ts_ns"].min() + 1_000_000_000
+    totals -= groups[["bytes_sent", "total_retrans", *clocks]].first().where(old, 0)
     # A span between two snapshots is a burst of its own if data was sent in it and no reset began one.
-    sent = groups["bytes_sent"].diff() > 0
+    known = told["connection"].map(old).astype(bool) | told.duplicated("connection")
+    sent = groups["bytes_sent"].diff().where(known, told["bytes_sent"]) > 0
     seen = judged.loc[judged["reason"].astype(str) == "idle", ["connection"]].assign(
         ts_ns=judged["ts_ns"].astype("int64")
     )
@@ -191,7 +200,7 @@ def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
         direction="forward",
     )["row"].dropna()
     sent[ends.astype("int64").unique()] = False
-    busy = totals["busy_us"].where(groups.size() > 1)
+    busy = totals["busy_us"].where(~old | (groups.size() > 1))
     return pd.DataFrame(
         {
             "bursts": sent.groupby(told["connection"], sort=False).sum(),
@@ -237,7 +246,8 @@ def _judge(rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.Series:
         "send_buffer": rows["sndbuf_limited_share"] > _MOST,
         "receiver_window": rows["rwnd_limited_share"] > _MOST,
         "loss": rows["retrans_segments"] > 0,
-        "unknown": pd.Series(bool(rungs) and not rungs.get("idle"), index=rows.index) | (rows["snapshots"] < 2),
+        "unknown": pd.Series(bool(rungs) and not rungs.get("idle"), index=rows.index)
+        | ((rows["snapshots"] < 2) & (rows["sent_bytes"] == 0)),
     }
     label = np.select([rule.to_numpy(dtype=bool) for rule in rules.values()], list(rules), "no_reset")
     return pd.Series(np.where(label == "common", rows["common"], label), index=rows.index, dtype="str")
@@ -261,8 +271,8 @@ def explain(row: Mapping[Any, Any]) -> str:
         "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
         "never_full": f"the burst of {burst} came in pieces that never used the window up: it didn't grow",
         "receiver_window": _narrow(row, burst),
-        "send_buffer": f"the send buffer held the sender back for {_percent(row['sndbuf_limited_share'])} of the time "
-        f"with data under way; at most {_share_of_rounds(row)}",
+        "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is less than the window was, and the burst is "
+        f"{burst}; at most {_share_of_rounds(row)}",
         "loss": f"a retransmission timeout with ssthresh {threshold(row['ssthresh_after'])} segments after it, no rest",
         "nothing_sent": "no data was sent between it and the connection's next record",
         "unknown": "no later record says how much was sent, or no round-trip time was ever measured",
@@ -278,7 +288,7 @@ def _narrow(row: Mapping[Any, Any], burst: str) -> str:
             f"the peer's window held the sender back for {_percent(row['rwnd_limited_share'])} of the time with data "
             f"under way; at most {_share_of_rounds(row)}"
         )
-    return f"the peer offered {size(row['snd_wnd'])}, less than the burst of {burst} and than the window after"
+    return f"the peer offered {size(row['snd_wnd'])}, less than the window was, for {burst}; {_share_of_rounds(row)}"
 
 
 def _trips(number: float) -> str:
@@ -294,13 +304,13 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
     number = plural(row["resets"], "reset")
     label = row["verdict"]
     if label == "harmful":
-        bursts = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
-        return bursts + (
-            f", {_percent(row['lost_us'] / row['busy_us'])} of its busy time" if row["busy_us"] > 0 else ""
-        )
+        told = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
+        # Snapshots may have missed some of the bursts: then there is no whole to have a share of.
+        whole = row["busy_us"] >= row["lost_us"]
+        return told + (f", {_percent(row['lost_us'] / row['busy_us'])} of its busy time" if whole else "")
     if row["resets"]:
         return f"{LABELS[label]}, as for {row['common_count']:.0f} of {number}"
-    told = {
+    reasons = {
         "exempt": f"{row['ca_name']} never resets its window after a rest",
         "sysctl_off": f"{events.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
         "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s it was watched",
@@ -309,9 +319,9 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
         "receiver_window": f"no reset; the peer's window held it back for {_percent(row['rwnd_limited_share'])} of "
         f"{span(row['busy_us'])} with data under way",
         "loss": f"no reset; {plural(row['retrans_segments'], 'segment')} retransmitted",
-        "unknown": "fewer than two snapshots show it, or no probe saw idle resets",
+        "unknown": "only one snapshot shows it, or no probe saw idle resets",
     }
-    return told.get(label, f"no reset while it sent {size(row['sent_bytes'])} in {row['seen_s']:.0f} s")
+    return reasons.get(label, f"no reset while it sent {size(row['sent_bytes'])}")
 
 
 def _percent(share: float) -> str:
@@ -330,7 +340,7 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
             f"{what} cost {span(lost)} (estimated) over {plural(len(harmful), 'burst')} on {touched} of "
             f"{plural(len(rows), 'connection')}"
         )
-        text += f", {_percent(lost / busy)} of the {span(busy)} with data under way." if busy > 0 else "."
+        text += f", {_percent(lost / busy)} of the {span(busy)} with data under way." if busy >= lost else "."
         verdict = "harmful"
     elif len(judged):
         common = judged["verdict"].value_counts()

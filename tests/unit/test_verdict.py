@@ -66,6 +66,12 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
         ({}, {"rwnd_limited_us": 500_000}, "harmful"),
         ({}, {"sndbuf_limited_us": 500_000}, "harmful"),
         ({"tgid": 0, "unsent_bytes": 1}, {}, "receiver_window"),
+        # 691 segments by 100 at a time: 9 round trips, of which 2 are the reset's; by 400 at a time, 3 of 5.
+        ({}, {"sndbuf": 144_800}, "send_buffer"),
+        ({}, {"sndbuf": 579_200}, "harmful"),
+        ({"snd_wnd": 144_800}, {}, "receiver_window"),
+        ({"snd_wnd": 144_800}, {"sndbuf": 579_200}, "receiver_window"),
+        ({"snd_wnd": 1_100_000}, {"sndbuf": 2_000_000}, "harmful"),
         ({"tgid": 0, "unsent_bytes": 0}, {}, "harmful"),
         ({"srtt_us": 0}, {}, "unknown"),
         ({"cwnd_after": 1000}, {}, "burst_fits"),
@@ -106,6 +112,21 @@ def test_a_capture_of_an_older_version_has_no_shares(tmp_path: Path) -> None:
     rows = verdict.connections(connections.summary(trace.resets, old), out, old, trace.meta)
     assert math.isnan(rows["busy_us"].item())
     assert "busy time" not in rows["why"].item()
+
+
+def test_a_connection_that_came_later_was_watched_all_its_life(tmp_path: Path) -> None:
+    seen = [
+        frames.snapshot(0, sock_cookie=1, bytes_sent=5_000, busy_us=50),
+        frames.snapshot(2, sock_cookie=2, bytes_sent=7_000, busy_us=70, total_retrans=1),
+        frames.snapshot(4, sock_cookie=2, bytes_sent=7_000, busy_us=70, total_retrans=1),
+        frames.snapshot(4, sock_cookie=3, bytes_sent=9_000, ca_name="bbr"),
+    ]
+    rows = capture(tmp_path, [], seen).summary().set_index("sock_cookie")
+    assert rows["sent_bytes"].to_dict() == {1: 0, 2: 7_000, 3: 9_000}
+    assert rows["bursts"].to_dict() == {1: 0, 2: 1, 3: 1}
+    assert (rows.loc[2, "busy_us"], rows.loc[2, "retrans_segments"]) == (70, 1)
+    assert rows["busy_us"].isna().tolist() == [key == 1 for key in rows.index]
+    assert rows["verdict"].to_dict() == {1: "unknown", 2: "loss", 3: "exempt"}
 
 
 # ---- connections without a reset --------------------------------------------------------------------
