@@ -153,8 +153,12 @@ class Trace:
 
         The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
         """
-        judged = verdict.resets(self.costs(), self.connections)
-        return idle_cause.with_cause(judged, self.block_io, recorded=self.block_recorded)
+        return idle_cause.with_cause(self._judged, self.block_io, recorded=self.block_recorded)
+
+    @cached_property
+    def _judged(self) -> pd.DataFrame:
+        """Without the causes: what the block requests, of which there may be millions, aren't read for."""
+        return verdict.resets(self.costs(), self.connections)
 
     @property
     def block_recorded(self) -> bool:
@@ -169,16 +173,19 @@ class Trace:
     @cached_property
     def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self.resets, self.connections)
-        return verdict.connections(rows, self.verdicts, self.connections, self.meta)
+        return verdict.connections(rows, self._judged, self.connections, self.meta)
 
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
         """What to do, best first, for all or for one ``connection``; the columns are ``analysis.remedy.COLUMNS``.
 
         Raises NotFound for a key that isn't in ``summary()``.
         """
-        judged, rows = self.verdicts, self._summary
+        judged, rows = self._judged, self._summary
         if connection is not None:
-            judged, rows = self.connection(connection).resets, rows[rows["connection"] == connection]
+            rows = rows[rows["connection"] == connection]
+            if rows.empty:
+                raise _no_connection(connection)
+            judged = judged[judged["connection"] == connection]
         return remedy.remedies(judged, rows, self.meta)
 
     def compare(self, after: Trace) -> pd.DataFrame:
@@ -187,29 +194,29 @@ class Trace:
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.meta, self.resets, self.connections)
-        return dict(compare.measures(self.verdicts, self.connections, self.recoveries, self.block_io, span))
+        return dict(compare.measures(self._judged, self.connections, self.recoveries, self.block_io, span))
 
     def connection(self, key: str) -> Connection:
         """One connection by its key in ``summary()``; raises NotFound where there is none."""
         rows = self._summary[self._summary["connection"] == key]
         if rows.empty:
-            raise NotFound(f"there is no connection {key} in this capture", "Trace.summary() has the keys")
+            raise _no_connection(key)
         frames = (self.verdicts, self.connections, self.recoveries)
         about = {str(name): value for name, value in rows.iloc[0].to_dict().items()}
         return Connection(about, *(frame[frame["connection"] == key] for frame in frames))
 
     def explain(self, reset: int) -> Verdict:
         """What one reset meant, by its row in ``verdicts``; raises KeyError where there is none."""
-        row = self.verdicts.loc[reset].to_dict()
+        row = self._judged.loc[reset].to_dict()
         return Verdict(row["verdict"], verdict.explain(row))
 
     def audit(self) -> pd.DataFrame:
         """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
-        return remedy.audit(self.verdicts, self.connections, self.meta)
+        return remedy.audit(self._judged, self.connections, self.meta)
 
     def host(self) -> Host:
         """What the resets cost on the whole, and whether that is the answer at all."""
-        return verdict.host(self._summary, self.verdicts)
+        return verdict.host(self._summary, self._judged)
 
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
@@ -273,6 +280,10 @@ class Trace:
         if ended is None:
             return begin
         return f"{begin} to {ended:%H:%M:%S}, {(ended - started).total_seconds():,.1f} s"
+
+
+def _no_connection(key: str) -> NotFound:
+    return NotFound(f"there is no connection {key} in this capture", "Trace.summary() has the keys")
 
 
 def _text(head: str, facts: list[tuple[str, str]]) -> str:

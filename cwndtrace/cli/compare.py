@@ -13,7 +13,7 @@ import click
 import cwndtrace
 from cwndtrace.analysis.compare import MEASURES
 from cwndtrace.cli.summary import columns
-from cwndtrace.events import clean
+from cwndtrace.events import TABLES, clean
 from cwndtrace.words import span
 
 
@@ -40,7 +40,9 @@ def compare(before: Path, after: Path, *, as_json: bool) -> None:
             click.echo(f"{clean(str(trace.path))}: {clean(trace.host().text)}")
         _print(rows)
     for trace in traces:
-        for line in trace.warnings:
+        lost = {name: trace.lost(name) for name in TABLES}
+        lines = [f"{number:,} records of {name} were lost" for name, number in lost.items() if number]
+        for line in [*trace.warnings, *lines]:
             click.echo(f"warning: {clean(str(trace.path))}: {clean(line)}", err=True)
 
 

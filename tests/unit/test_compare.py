@@ -150,6 +150,12 @@ def test_the_command_says_both_answers_and_a_table(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
+def test_losses_are_said(tmp_path: Path) -> None:
+    a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", counts={"cwnd_reset": {"kept": 20, "lost": 3}})
+    result = CliRunner().invoke(main, ["compare", str(a.path), str(b.path)])
+    assert result.stderr == f"warning: {b.path}: 3 records of cwnd_reset were lost\n"
+
+
 def test_json_has_a_line_a_measure(tmp_path: Path) -> None:
     a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0)
     result = CliRunner().invoke(main, ["compare", "--json", str(a.path), str(b.path)])

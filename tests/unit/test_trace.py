@@ -59,6 +59,16 @@ def test_frames_are_read_once(trace: Trace) -> None:
     assert trace.block_io is trace.block_io
 
 
+def test_the_summary_leaves_block_io_on_the_disk(tmp_path: Path) -> None:
+    resets, connections = frames.story(seconds=30)
+    fresh = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=connections, block_io=frames.disk(9))
+    key = fresh.summary()["connection"].iloc[0]
+    for told in (fresh.host(), fresh.remedies(), fresh.remedies(key), fresh.audit(), fresh.explain(0), repr(fresh)):
+        assert len(str(told)) > 9
+    assert "block_io" not in vars(fresh)
+    assert set(fresh.verdicts["cause"]) == {"application"}
+
+
 def test_a_connection_has_one_key_everywhere(trace: Trace) -> None:
     assert set(trace.summary()["connection"]) == set(trace.resets["connection"]) == set(trace.connections["connection"])
     assert trace.summary()["resets"].sum() == len(trace.resets)
