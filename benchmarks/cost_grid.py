@@ -90,11 +90,15 @@ def report(bursts: pd.DataFrame) -> None:
     print(f"{len(pairs)} bursts that began with a reset, {int(dear.sum())} of them at least half a round trip dearer")
     print(f"median error of the predicted extra time (those bursts): {100 * relative.median():.1f} %")
     print(f"within one round trip: {100 * within.mean():.1f} % of all bursts")
-    table = pairs.assign(error_rtts=error / pairs["rtt_ms"], within=within, relative=relative)
+    # Without the other half of the comparison: over a bottleneck the other connection's window settles elsewhere.
+    itself = (pairs["rounds_after"] * pairs["srtt_us"] / 1000 - pairs["latency_ms"]).abs() <= pairs["rtt_ms"]
+    print(f"the burst after the reset itself, within one round trip: {100 * itself.mean():.1f} % of all bursts")
+    table = pairs.assign(error_rtts=error / pairs["rtt_ms"], within=within, itself=itself, relative=relative)
     keys = ["path_rtt_ms", "cc", "rate", "burst_bytes"]
     figures = table.groupby(keys).agg(
         bursts=("within", "size"),
         within_one_rtt=("within", "mean"),
+        itself_within_one_rtt=("itself", "mean"),
         median_relative_error=("relative", "median"),
         median_error_rtts=("error_rtts", "median"),
     )

@@ -144,7 +144,10 @@ class Trace:
         return recovery.identify(_as_text(self._frame("cwnd_sample")), self.resets)
 
     def costs(self) -> pd.DataFrame:
-        """``resets`` with what each is predicted to have cost; the added columns are ``analysis.cost.COLUMNS``."""
+        """``resets`` with what each is predicted to have cost, and how long its window took to come back.
+
+        The added columns are ``analysis.cost.COLUMNS`` and ``analysis.cost.MEASURED``.
+        """
         return cost.predict(self.resets, self.connections, self.recoveries)
 
     @cached_property

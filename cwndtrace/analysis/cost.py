@@ -10,7 +10,7 @@ the curve goes on where it was, at the window before.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ import pandas as pd
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+# Round trips that are simulated at most until a window is back.
+_MOST_ROUNDS: Final = 10_000
 
 COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
@@ -27,11 +31,17 @@ COLUMNS: Final = {
     "rounds_before": "round trips that it would have needed from the window before",
     "rounds_lost": "round trips, estimated: the difference, or where fewer the doublings that the window went through",
     "predicted_us": "us, estimated: rounds_lost times the smoothed round-trip time",
-    "grew_rounds": "doublings that the window went through while it was followed; missing where that isn't known",
-    "measured_us": "us from the reset until the window was back, less what the bytes acknowledged until then need from "
-    "the window before: an upper bound, pauses of the application count; missing where the window never came back",
+    "regain_us": "us, estimated: until the window is what it was, with data to send all the time; missing where never",
 }
-"""What ``predict`` adds to resets."""
+"""What ``price`` adds to resets."""
+
+MEASURED: Final = {
+    "regained_us": "us, measured: until the window was what it had been; missing where it wasn't, or wasn't followed",
+    "measured_us": "us: regained_us less what the bytes acknowledged until then need from the window before; an upper "
+    "bound of what the reset cost, since pauses of the application count",
+    "grew_rounds": "doublings that the window went through while it was followed; missing where that isn't known",
+}
+"""What it adds besides from windows that were followed."""
 
 
 def rounds(burst: Ints, *, cwnd: Ints, ssthresh: Ints, limit_bytes: Ints, mss: Ints, target: Ints, reno: Bools) -> Ints:
@@ -46,19 +56,43 @@ def rounds(burst: Ints, *, cwnd: Ints, ssthresh: Ints, limit_bytes: Ints, mss: I
     window, total = np.maximum(cwnd, 1).astype(np.float64), np.zeros(len(burst), dtype=np.int64)
     active = np.flatnonzero(left > 0)
     while len(active):
-        w, room = window[active], np.minimum(window[active].astype(np.int64), limit[active])
+        whole = window[active].astype(np.int64)
+        room = np.minimum(whole, limit[active])
         # Where the window isn't used up it no longer grows (tcp_is_cwnd_limited()): the rest goes at one pace.
-        steady = (left[active] <= room) | (room < w.astype(np.int64))
+        steady = (left[active] <= room) | (room < whole)
         total[active] += np.where(steady, -(-left[active] // room), 1)
-        grown = np.where(
-            w < ssthresh[active],
-            np.minimum(w + room, ssthresh[active]),
-            np.where(reno[active] | (w >= target[active]), w + 1, np.minimum(w * 1.5, target[active])),
-        )
-        window[active] = grown
+        window[active] = _grown(window[active], ssthresh[active], target[active], reno[active])
         left[active] -= room
         active = active[~steady]
     return total
+
+
+def regain(*, cwnd: Ints, ssthresh: Ints, limit_bytes: Ints, mss: Ints, target: Ints, reno: Bools) -> Ints:
+    """The round trips in which each window that is always used up grows to ``target``; arguments as for ``rounds``.
+
+    -1 where the limit keeps it from ever growing so far.
+    """
+    limit = np.maximum(limit_bytes // np.maximum(mss, 1), 1)
+    window, total = np.maximum(cwnd, 1).astype(np.float64), np.zeros(len(cwnd), dtype=np.int64)
+    active = np.flatnonzero(window < target)
+    for _ in range(_MOST_ROUNDS):
+        stuck = window[active].astype(np.int64) > limit[active]
+        total[active[stuck]] = -1
+        active = active[~stuck]
+        window[active] = _grown(window[active], ssthresh[active], target[active], reno[active])
+        total[active] += 1
+        active = active[window[active] < target[active]]
+        if not len(active):
+            break
+    total[active] = -1
+    return total
+
+
+def _grown(window: Floats, ssthresh: Ints, target: Ints, reno: Bools) -> Floats:
+    """Windows after a round trip that used them up."""
+    slow_start = np.minimum(window + np.floor(window), ssthresh)
+    avoidance = np.where(reno | (window >= target), window + 1, np.minimum(window * 1.5, target))
+    return np.where(window < ssthresh, slow_start, avoidance)
 
 
 def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
@@ -77,11 +111,11 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
 
 
 def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
-    """``resets`` with ``COLUMNS``: ``bursts`` and their ``price``. Takes frames of a Trace.
+    """``resets`` with ``COLUMNS`` and ``MEASURED``: ``bursts`` and their ``price``. Takes frames of a Trace.
 
     A connection that ended before another snapshot has sent at least what was acknowledged while it was followed.
     """
-    seen = pd.concat([bursts(resets, connections), _followed(resets, recoveries)["_since"]], axis=1)
+    seen = pd.concat([bursts(resets, connections), _followed(resets, recoveries)["since"]], axis=1)
     # The kernel widens a buffer as the window grows: the largest that was seen counts.
     buffers = connections["sndbuf"].astype("float64").groupby(connections["connection"]).max()
     buffer = resets["connection"].map(buffers[buffers > 0]).astype("float64")
@@ -90,7 +124,7 @@ def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.Data
 
 
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
-    """``resets``, whose ``burst_bytes`` and perhaps ``limit_bytes`` are known, with the other ``COLUMNS``.
+    """``resets``, whose ``burst_bytes`` and perhaps ``limit_bytes`` are known, with ``COLUMNS`` and ``MEASURED``.
 
     They are missing where the burst is, and for timeouts, whose cost is the loss's. The round-trip time is the
     smoothed one of the record, the limit the receiver's window of the record if none is given. What the window did
@@ -99,45 +133,50 @@ def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.Da
     """
     if "limit_bytes" not in resets:
         resets = resets.assign(limit_bytes=resets["snd_wnd"].astype("float64"))
-    out = resets.join(_followed(resets, recoveries))
-    priced = (out["reason"].astype(str) != "rto_loss") & out["burst_bytes"].notna()
-    acked = out.pop("_acked")
-    after, before = (_rounds(out, out["burst_bytes"].where(priced), side) for side in ("after", "before"))
+    followed = _followed(resets, recoveries)
+    timeout = resets["reason"].astype(str) == "rto_loss"
+    srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~timeout)
+    after, before = (_rounds(resets, burst, side) for side in ("after", "before"))
     difference = after - before
-    lost = pd.concat([difference, out["grew_rounds"]], axis=1).min(axis=1).where(difference.notna())
-    srtt = out["srtt_us"].astype("float64")
-    spent = out.pop("_spent_us") - _rounds(out, acked.where(priced), "before") * srtt
-    out = out.assign(
+    lost = pd.concat([difference, followed["grew_rounds"]], axis=1).min(axis=1).where(difference.notna())
+    back = pd.Series(regain(**path(resets, "after")), index=resets.index)
+    needed = _rounds(resets, followed["acked"].where(~timeout), "before") * srtt
+    out = resets.assign(
         rounds_after=after,
         rounds_before=before,
         rounds_lost=lost,
         predicted_us=lost * srtt,
-        measured_us=np.maximum(spent, 0),
+        regain_us=(back * srtt).where((back >= 0) & ~timeout),
+        regained_us=followed["regained_us"],
+        measured_us=np.maximum(followed["regained_us"] - needed, 0),
+        grew_rounds=followed["grew_rounds"],
     )
-    return out[[*(name for name in resets if name not in COLUMNS), *COLUMNS]]
+    names = [*COLUMNS, *MEASURED]
+    return out[[*(name for name in resets if name not in names), *names]]
+
+
+def path(rows: pd.DataFrame, side: str) -> dict[str, Any]:
+    """The arguments of ``rounds`` but the burst, from the window on one ``side`` of each reset."""
+    names = {"cwnd": f"cwnd_{side}", "ssthresh": f"ssthresh_{side}", "limit_bytes": "limit_bytes", "mss": "mss"}
+    numbers = {argument: rows[name].to_numpy(np.int64) for argument, name in names.items()}
+    reno = (rows["ca_name"].astype(str) == "reno").to_numpy()
+    return {**numbers, "target": rows["cwnd_before"].to_numpy(np.int64), "reno": reno}
 
 
 def _rounds(rows: pd.DataFrame, sent: pd.Series, side: str) -> pd.Series:
     """``rounds`` for bytes sent from the window on one ``side`` of each reset; missing where the bytes are."""
     known = rows[sent.notna()]
-    column = {
-        name: known[name].to_numpy(np.int64) for name in (f"cwnd_{side}", f"ssthresh_{side}", "limit_bytes", "mss")
-    }
-    count = rounds(
-        sent[known.index].to_numpy().astype(np.int64),
-        cwnd=column[f"cwnd_{side}"],
-        ssthresh=column[f"ssthresh_{side}"],
-        limit_bytes=column["limit_bytes"],
-        mss=column["mss"],
-        target=known["cwnd_before"].to_numpy(np.int64),
-        reno=(known["ca_name"].astype(str) == "reno").to_numpy(),
-    )
+    count = rounds(sent[known.index].to_numpy().astype(np.int64), **path(known, side))
     return pd.Series(count, index=known.index, dtype="float64").reindex(rows.index)
 
 
 def _followed(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataFrame:
-    """``grew_rounds``, bytes acknowledged since, and these and us for windows that came back; indexed as ``resets``."""
-    names = ["grew_rounds", "_since", "_acked", "_spent_us"]
+    """What windows did that were followed, indexed as ``resets``.
+
+    ``grew_rounds`` and ``regained_us`` of ``MEASURED``, ``since`` bytes acknowledged while it was followed, ``acked``
+    these where it came back.
+    """
+    names = ["grew_rounds", "regained_us", "since", "acked"]
     if recoveries is None or recoveries.empty:
         return pd.DataFrame(np.nan, index=resets.index, columns=names)
     keys = resets[["skaddr", "ts_ns"]].rename(columns={"ts_ns": "reset_ts_ns"})
@@ -147,11 +186,7 @@ def _followed(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataF
     # In slow start a round trip that the window held back doubles it. Later it needn't, and what a loss takes away
     # hides how far it had come.
     told = (end < row["ssthresh_end"].astype("float64")) & (row["outcome"].astype(str) != "loss")
-    back = row["outcome"].astype(str) == "regained"
-    values = (
-        pd.Series(np.ceil(np.log2((end / start).clip(lower=1))), index=row.index).where(told),
-        row["bytes_acked"].astype("float64"),
-        row["bytes_acked"].astype("float64").where(back),
-        row["duration_us"].where(back),
-    )
+    back, acked = row["outcome"].astype(str) == "regained", row["bytes_acked"].astype("float64")
+    doublings = pd.Series(np.ceil(np.log2((end / start).clip(lower=1))), index=row.index)
+    values = (doublings.where(told), row["duration_us"].where(back), acked, acked.where(back))
     return pd.DataFrame(dict(zip(names, values, strict=True)))

@@ -118,40 +118,21 @@ def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
 
 def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
     """The initial window that would have sufficed for all of them, and what it would have saved."""
-    column = {
-        name: harmful[name].to_numpy(np.int64)
-        for name in (
-            "cwnd_after",
-            "cwnd_before",
-            "ssthresh_after",
-            "limit_bytes",
-            "mss",
-            "burst_bytes",
-            "rounds_before",
-        )
-    }
-    reno = (harmful["ca_name"].astype(str) == "reno").to_numpy()
+    after, before = cost.path(harmful, "after"), harmful["cwnd_before"].to_numpy(np.int64)
+    burst, rounds_before = (harmful[name].to_numpy(np.int64) for name in ("burst_bytes", "rounds_before"))
 
     def needed(window: cost.Ints) -> cost.Ints:
-        return cost.rounds(
-            column["burst_bytes"],
-            cwnd=window,
-            ssthresh=column["ssthresh_after"],
-            limit_bytes=column["limit_bytes"],
-            mss=column["mss"],
-            target=column["cwnd_before"],
-            reno=reno,
-        )
+        return cost.rounds(burst, **{**after, "cwnd": window})
 
     # The least window, by halving, from which a burst needs no more round trips than from the one before.
-    low, high = column["cwnd_after"], column["cwnd_before"]
+    low, high = after["cwnd"], before
     while (low < high).any():
         middle = (low + high) // 2
-        enough = needed(middle) <= column["rounds_before"]
+        enough = needed(middle) <= rounds_before
         low, high = np.where(enough | (low >= high), low, middle + 1), np.where(enough, middle, high)
     value = int(high.max())
     # A restart lowers ssthresh whatever the initial window: some of the loss may stay.
-    stays = np.maximum(needed(np.maximum(column["cwnd_after"], value)) - column["rounds_before"], 0)
+    stays = np.maximum(needed(np.maximum(after["cwnd"], value)) - rounds_before, 0)
     saved = np.maximum(harmful["rounds_lost"].to_numpy() - stays, 0) * harmful["srtt_us"].to_numpy()
     peers = harmful["daddr"].astype(str).unique()
     where = f"to {peers[0]}" if len(peers) == 1 else f"to these {len(peers)} peers"

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +24,14 @@ from cwndtrace.cli.summary import columns
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.events import clean
 from cwndtrace.kernel import netns
+from cwndtrace.kernel.ladder import RUNGS
 from cwndtrace.lab import serve as servers
 from cwndtrace.lab.against import Against
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import Measurement, frame
 from cwndtrace.lab.path import KINDS
 from cwndtrace.lab.recording import Recording, costs, matched
-from cwndtrace.lab.scenario import PRESETS, Scenario
+from cwndtrace.lab.scenario import PRESETS
 from cwndtrace.lab.statistics import overall, size, summarise
 from cwndtrace.trace import Trace
 
@@ -44,6 +47,22 @@ class Amount(click.ParamType[float]):
         if match is None:
             self.fail(f"{value!r} is no amount: write 300k, 2M, 1G", param, ctx)
         return float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+
+
+class Size(Amount):
+    """An amount that is a whole number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The whole number from the text."""
+        return int(super().convert(value, param, ctx))
+
+
+class Milliseconds(options.Span):
+    """A time span as elsewhere; gives milliseconds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Milliseconds from the text."""
+        return 1e3 * super().convert(value, param, ctx)
 
 
 class List(click.ParamType[tuple[float, ...]]):
@@ -62,20 +81,44 @@ class List(click.ParamType[tuple[float, ...]]):
 
 def _endpoint(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit():
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UsageError(f"{text!r} is no HOST:PORT", "write example.org:5001 or [2001:db8::1]:5001")
     return host.strip("[]"), int(port)
+
+
+def _check_together(against: str | None, of_the_path: dict[str, Any], of_the_server: dict[str, bool]) -> None:
+    """Raise UsageError for options that would have no effect beside the others."""
+    for name, value in of_the_path.items():
+        if against is not None and value is not None:
+            raise UsageError(f"{name} is for a path made here, and the one to {against} is as it is", f"omit {name}")
+    for name, wanted in of_the_server.items():
+        if against is None and wanted:
+            raise UsageError(f"{name} goes with --against", f"omit {name}, or name the server: --against HOST:PORT")
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[None]:
+    """Make a folder; it goes again if nothing was put into it."""
+    try:
+        folder.mkdir()
+    except OSError as e:
+        raise CaptureError(f"{clean(str(folder))} can't be made: {e.strerror}", "choose another folder with -o") from e
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @click.command()
 @click.option(
     "--preset", type=click.Choice(sorted(PRESETS)), default="quick", show_default=True, help="Where to start."
 )
-@click.option("--rtt", type=options.Span(), metavar="TIME", help="Round-trip time of the path, as 200ms.")
+@click.option("--rtt", "rtt_ms", type=Milliseconds(), metavar="TIME", help="Round-trip time of the path, as 200ms.")
 @click.option("--rate", type=Amount(), metavar="BIT/S", help="Bottleneck each way, as 100M; none if left out.")
 @click.option("--loss", type=float, metavar="FRACTION", help="Packets lost each way, as 0.001.")
-@click.option("--burst", type=List(Amount()), metavar="BYTES,...", help="Sizes of bursts, as 100k,1M.")
-@click.option("--rest", type=List(options.Span()), metavar="TIME,...", help="Rests before them, as 500ms,2s.")
+@click.option("--burst", "bursts", type=List(Size()), metavar="BYTES,...", help="Sizes of bursts, as 100k,1M.")
+@click.option("--rest", "rests", type=List(options.Span()), metavar="TIME,...", help="Rests before them, as 500ms,2s.")
 @click.option("--rounds", type=int, help="How often each is measured with each setting.")
 @click.option("--cc", metavar="NAME", help="Congestion control of the sender.")
 @click.option("-4", "family", flag_value=4, type=int, help="Over IPv4.")
@@ -84,20 +127,12 @@ def _endpoint(text: str) -> tuple[str, int]:
 @click.option("--against", metavar="HOST:PORT", help="Over a real path, to cwndtrace serve there.")
 @click.option("--plain", is_flag=True, help="With --against: the server is a sink that never answers.")
 @click.option("--allow-sysctl", is_flag=True, help="With --against: switch this machine's sysctl, and put it back.")
-@click.option("--probe", metavar="RUNG", help="Force this rung of the ladder.")
+@click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Force this rung of the ladder.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where all of it goes.")
 @click.option("--dark", is_flag=True, help="Pictures for a dark background.")
 def reproduce(
     *,
     preset: str,
-    rtt: float | None,
-    rate: float | None,
-    loss: float | None,
-    burst: tuple[float, ...] | None,
-    rest: tuple[float, ...] | None,
-    rounds: int | None,
-    cc: str | None,
-    family: int | None,
     kind: Literal["netem", "relay"] | None,
     against: str | None,
     plain: bool,
@@ -105,6 +140,7 @@ def reproduce(
     probe: str | None,
     output: Path | None,
     dark: bool,
+    **changes: Any,
 ) -> None:
     """Measure what tcp_slow_start_after_idle costs on a long path, trace it, and draw it.
 
@@ -119,52 +155,29 @@ def reproduce(
       sudo cwndtrace reproduce --against server.example.org:5001 --rest 1s,3s
     """
     target.need_root("reproducing")
-    scenario = _scenario(PRESETS[preset], rtt, rate, loss, burst, rest, rounds, cc, family)
+    of_the_path = {f"--{name}": changes[name] for name in ("rate", "loss")}
+    of_the_path |= {"--rtt": changes["rtt_ms"], "-4 or -6": changes["family"], "--path": kind}
+    _check_together(against, of_the_path, {"--plain": plain, "--allow-sysctl": allow_sysctl})
+    server = _endpoint(against) if against is not None else None
+    scenario = PRESETS[preset].changed(**changes)
+    scenario.check()
     folder = output or Path(time.strftime("reproduce-%Y%m%d-%H%M%S"))
-    try:
-        folder.mkdir()
-    except OSError as e:
-        raise CaptureError(f"{clean(str(folder))} can't be made: {e.strerror}", "choose another folder with -o") from e
-    if against is not None:
-        host, port = _endpoint(against)
-        with Against(host, port, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
-            _say_swept(remote.swept)
-            here = netns.own()
-            click.echo(f"Sending to {clean(against)}; only this side is traced.", err=True)
-            filters = Filters(netns=here.inode, port=port)
-            _measure(remote, filters, folder, probe=probe, dark=dark)
-    else:
-        with Lab(scenario, kind) as lab:
-            _say_swept(lab.swept)
-            link = scenario.link
-            rate_text = f", {link.rate / 1e6:g} Mbit/s" if link.rate else ""
-            click.echo(f"Path: RTT {link.rtt_ms:g} ms{rate_text}, by {lab.path.kind} ({lab.path.why}).", err=True)
-            click.echo(f"This takes about {lab.expected_s:.0f} s.", err=True)
-            filters = Filters(netns=lab.path.server.namespace.inode)
-            _measure(lab, filters, folder, probe=probe, dark=dark)
-
-
-def _scenario(
-    base: Scenario,
-    rtt: float | None,
-    rate: float | None,
-    loss: float | None,
-    burst: tuple[float, ...] | None,
-    rest: tuple[float, ...] | None,
-    rounds: int | None,
-    cc: str | None,
-    family: int | None,
-) -> Scenario:
-    link: dict[str, Any] = {"rtt_ms": None if rtt is None else rtt * 1e3, "rate": rate, "loss": loss}
-    rest_of_it: dict[str, Any] = {
-        "bursts": None if burst is None else tuple(int(b) for b in burst),
-        "rests": rest,
-        "rounds": rounds,
-        "cc": cc,
-        "family": family,
-    }
-    changed = replace(base.link, **{k: v for k, v in link.items() if v is not None})
-    return replace(base, link=changed, **{k: v for k, v in rest_of_it.items() if v is not None})
+    with _new(folder):
+        if server is not None:
+            with Against(*server, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
+                _say_swept(remote.swept)
+                click.echo(f"Sending to {clean(str(against))}; only this side is traced.", err=True)
+                filters = Filters(netns=netns.own().inode, port=server[1])
+                _measure(remote, filters, folder, probe=probe, dark=dark)
+        else:
+            with Lab(scenario, kind) as lab:
+                _say_swept(lab.swept)
+                link = scenario.link
+                rate_text = f", {link.rate / 1e6:g} Mbit/s" if link.rate else ""
+                click.echo(f"Path: RTT {link.rtt_ms:g} ms{rate_text}, by {lab.path.kind} ({lab.path.why}).", err=True)
+                click.echo(f"This takes about {lab.expected_s:.0f} s.", err=True)
+                filters = Filters(netns=lab.path.server.namespace.inode)
+                _measure(lab, filters, folder, probe=probe, dark=dark)
 
 
 def _say_swept(swept: list[str]) -> None:
@@ -187,6 +200,8 @@ def _measure(lab: Lab | Against, filters: Filters, folder: Path, *, probe: str |
                     break
         except CwndtraceError as e:
             broken = e
+    if broken is not None and not lab.taken:
+        raise broken
     taken = frame(lab.taken)
     taken.to_parquet(folder / "measurements.parquet")
     _report(taken, recording.trace(), folder, lab.notes(), dark=dark)
@@ -213,11 +228,11 @@ def _report(taken: pd.DataFrame, trace: Trace, folder: Path, notes: list[str], *
             (
                 size(int(cell["burst_bytes"])),
                 f"{cell['rest_s']:g} s",
-                *(f"{cell[name]:.0f} ms" for name in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
-                f"{cell['cost_ms']:+.0f} ms",
-                f"{cell['cost_low_ms']:+.0f} to {cell['cost_high_ms']:+.0f} ms",
-                f"{cell['cost_rtts']:+.1f}",
-                f"{100 * cell['resets_on']:.0f} %",
+                *(_known("{:.0f} ms", cell[c]) for c in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
+                _known("{:+.0f} ms", cell["cost_ms"]),
+                _known("{:+.0f} to {:+.0f} ms", cell["cost_low_ms"], cell["cost_high_ms"]),
+                _known("{:+.1f}", cell["cost_rtts"]),
+                _known("{:.0f} %", 100 * cell["resets_on"]),
             )
         )
     header, *body = columns(rows, set(range(10)))
@@ -243,6 +258,11 @@ def _report(taken: pd.DataFrame, trace: Trace, folder: Path, notes: list[str], *
     click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(folder))}.", err=True)
     click.echo(f"\nWhat it cost: {overall(summary)}.")
     click.echo(f"The picture:  {clean(str(pictures[0]))}")
+
+
+def _known(text: str, *values: float) -> str:
+    """Values as text; a dash where one is unknown."""
+    return "-" if any(math.isnan(v) for v in values) else text.format(*values)
 
 
 def _draw(
@@ -292,6 +312,8 @@ def serve(host: str, port: int, cc: str | None) -> None:
       cwndtrace serve
       cwndtrace serve --host 192.0.2.7 --port 5001
     """
+    # What systemd or kill sends ends it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with servers.Server(host, port, servers.Settings(cc=cc)) as server:
         click.echo(f"Listening on {clean(host)} port {server.port}; Ctrl-C ends.", err=True)
         try:

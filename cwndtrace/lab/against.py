@@ -151,8 +151,8 @@ class Against:
                 raise ConnectionResetError("it closed the connection, or isn't a sink")
         except OSError as e:
             raise CwndtraceError(
-                f"the server at {self._host} port {self._port} went away: {e}",
-                f"what was measured until then is kept: {len(self.taken)} bursts",
+                f"the server at {self._host} port {self._port} went away: {e.strerror or e}",
+                f"what was measured until then is kept: {len(self.taken)} bursts; start it again for the rest",
             ) from e
         # With a plain sink the end is when the acknowledgement was noticed, a millisecond late at most.
         end_ns = sent.end_ns if self.plain else time.monotonic_ns()

@@ -40,7 +40,8 @@ def sweep() -> list[str]:
     for path in _left_in(disk.CONFIGFS):
         done += _removed(f"device {path.name}", path, disk.remove_null_blk)
     for path in _left_in(NOTES):
-        done += _removed(f"sysctl of {path.name}", path, _put_back)
+        if _of_here(path):
+            done += _removed(f"sysctl of {path.name}", path, _put_back)
     return done
 
 
@@ -111,11 +112,15 @@ def host_sysctl(owner: Owner, name: str, value: str) -> Iterator[Callable[[str],
         _put_back(note)
 
 
+def _of_here(note: Path) -> bool:
+    """Whether a note is this namespace's: one from another (a container that shares /run) is for a start over there."""
+    with suppress(ValueError, KeyError, FileNotFoundError):
+        return bool(json.loads(note.read_text(encoding="utf-8"))["netns"] == here())
+    return True
+
+
 def _put_back(note: Path) -> None:
     with suppress(ValueError, KeyError, FileNotFoundError):
         saved = json.loads(note.read_text(encoding="utf-8"))
-        # A note from another namespace (a container that shares /run) is for a start over there.
-        if saved["netns"] != here():
-            return
         Path("/proc/sys", *saved["name"].split(".")).write_text(saved["value"], encoding="ascii")
     note.unlink(missing_ok=True)

@@ -108,12 +108,13 @@ def open_path(
         client = End(stack.enter_context(namespace(owner.name("client"))), local)
         server = End(stack.enter_context(namespace(owner.name("server"))), remote)
         path = Path("netem", "this kernel has netem", link, client, server)
-        tried = "forced" if force == "relay" else _try_netem(link, client, server)
+        tried = "as asked" if force == "relay" else _try_netem(link, client, server)
         if tried is not None:
             if force == "netem":
                 raise KernelLacks(f"no path by netem: {tried}", "modprobe sch_netem, or let the relay make the path")
             path.kind, path.why = "relay", tried
-            path.relay = stack.enter_context(_open_relay(link, client, server, tried))
+            without = "" if force == "relay" else f"{tried}, and "
+            path.relay = stack.enter_context(_open_relay(link, client, server, without))
         for end in (client, server):
             netns.inside(end.namespace, lambda end=end: _bring_up(end, bits))  # type: ignore[misc]
         path._refused = _refused(path.figures())
@@ -180,13 +181,13 @@ def _netem(link: Link, end: End) -> None:
 
 
 @contextmanager
-def _open_relay(link: Link, client: End, server: End, why_not_netem: str) -> Iterator[Child]:
+def _open_relay(link: Link, client: End, server: End, without: str) -> Iterator[Child]:
     ends = [str(end.namespace.path) for end in (client, server)]
     with Child("relay", json.dumps(asdict(link)), *ends) as relay:
         try:
             relay.receive(30)
         except CwndtraceError as e:
-            cause = f"no path can be made here: {why_not_netem}, and the relay failed: {e.cause}"
+            cause = f"no path can be made here: {without}the relay failed: {e.cause}"
             raise KernelLacks(cause, e.remedy or "modprobe sch_netem, or modprobe tun") from e
         yield relay
 
@@ -204,7 +205,7 @@ def _bring_up(end: End, bits: int) -> None:
             route.addr("add", index=index, address=end.address, prefixlen=bits, **flags)
         except NetlinkError as e:
             if six:
-                raise KernelLacks(f"no IPv6 in a network namespace here: {e}", "use --family 4") from e
+                raise KernelLacks(f"no IPv6 in a network namespace here: {e}", "use -4") from e
             raise
         route.link("set", index=index, state="up")
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, Literal
 
 from cwndtrace.errors import UsageError
 from cwndtrace.lab import wire
@@ -33,6 +33,12 @@ class Scenario:
     family: Literal[4, 6] = 4
     mode: Mode = "reply"
     sndbuf: int | None = None
+
+    def changed(self, **values: Any) -> Scenario:
+        """With other values of its fields, and of its link's; None leaves one as it is."""
+        given = {name: value for name, value in values.items() if value is not None}
+        link = {f.name: given.pop(f.name) for f in fields(Link) if f.name in given}
+        return replace(self, link=replace(self.link, **link), **given)
 
     def check(self) -> None:
         """Raise UsageError for what can't be done."""

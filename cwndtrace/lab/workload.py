@@ -25,6 +25,7 @@ from cwndtrace.lab.serve import Settings
 
 PORT: Final = 5001
 _START_S: Final = 30.0
+_KILLED: Final = "start again; if the kernel killed it, dmesg says why"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def ask() -> None:
         except TimeoutError:
             say({"error": "the server took too long", "remedy": "lossier or slower than it was asked to be?"})
         except OSError as e:
-            say({"error": f"the server went away: {e.strerror or e}"})
+            say({"error": f"the server went away: {e.strerror or e}", "remedy": _KILLED})
 
 
 def main() -> None:

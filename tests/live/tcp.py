@@ -69,6 +69,7 @@ class Info(NamedTuple):
     unacked: int
     last_snd_us: int
     last_rcv_us: int
+    last_ack_us: int
     srtt_us: int
     ssthresh: int
     cwnd: int
@@ -88,6 +89,7 @@ _U32: Final = {
     "unacked": 24,
     "last_snd_us": 44,
     "last_rcv_us": 52,
+    "last_ack_us": 56,
     "srtt_us": 68,
     "ssthresh": 76,
     "cwnd": 80,
@@ -106,6 +108,7 @@ def info(sock: socket.socket) -> Info:
     values |= {name: struct.unpack_from("=Q", raw, at)[0] for name, at in _U64.items()}
     values["last_snd_us"] *= 1000
     values["last_rcv_us"] *= 1000
+    values["last_ack_us"] *= 1000
     return Info(ca_state=raw[1], retransmits=raw[2], **values)
 
 

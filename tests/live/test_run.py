@@ -41,10 +41,12 @@ IDLE = "net.ipv4.tcp_slow_start_after_idle"
 Done = subprocess.CompletedProcess[str]
 
 
-def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...] = ()) -> Done:
-    """Run the command to its end; ``before`` stands before it, as sudo would."""
+def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...] = (), seconds: float = 120) -> Done:
+    """Run the command to its end, for so long at most; ``before`` stands before it, as sudo would."""
     command = [*before, *COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=seconds, env=ENVIRONMENT, cwd=cwd
+    )
 
 
 class Running:

@@ -54,6 +54,8 @@ class Tracer:
         self.rungs = self._session.source.rungs
         self.probe = str(self.rungs["idle"])
         self.records: list[Record] = []
+        self.recoveries: list[Record] = []
+        self.samples: list[Record] = []
         self.snapshots: list[Record] = []
         self.error: BaseException | None = None
         self._steps = 0
@@ -80,11 +82,15 @@ class Tracer:
             self.error = e
 
     def _take(self, batches: Iterable[Any]) -> None:
+        kept = {
+            "cwnd_reset": self.records,
+            "cwnd_recovery": self.recoveries,
+            "cwnd_sample": self.samples,
+            "connections": self.snapshots,
+        }
         for batch in batches:
-            if batch.event == "cwnd_reset":
-                self.records += batch.to_dicts()
-            elif batch.event == "connections":
-                self.snapshots += batch.to_dicts()
+            if batch.event in kept:
+                kept[batch.event] += batch.to_dicts()
 
     def settle(self) -> None:
         """Return once all that the kernel has handed over until now is in ``records``, and counted in ``tally``."""

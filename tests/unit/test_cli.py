@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ from click.testing import CliRunner, Result
 from cwndtrace import errors
 from cwndtrace.cli import exit_code, main
 from cwndtrace.cli.options import Span
+from cwndtrace.lab.link import Link
+from cwndtrace.lab.scenario import Scenario
 from tests.unit import frames
 
 RESETS = frames.table("cwnd_reset", frames.reset(1.0))
@@ -78,6 +81,8 @@ def test_spans_that_are_none(text: str) -> None:
         (["run", "-d", "soon"], "'soon' is no time span"),
         (["run", "-p", "nginx"], "'nginx' is not a valid integer"),
         (["run", "--colour"], "No such option"),
+        (["reproduce", "--probe", "crystal-ball"], "'crystal-ball' is not one of"),
+        (["reproduce", "--burst", "100k,much"], "'much' is no amount: write 300k, 2M, 1G"),
         (["trace"], "No such command 'trace'"),
         (["plot"], "Missing argument"),
     ],
@@ -97,6 +102,71 @@ def test_not_root(command: str) -> None:
     assert result.stderr.splitlines()[1:] == ["  prefix the command with sudo"]
     assert "needs root" in result.stderr
     assert result.stdout == ""
+
+
+# ---- reproduce --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As root, in an empty folder."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--rtt", "0s"], "no RTT of 0 ms"),
+        (["--rate", "1k"], "no rate of 1000 bit/s"),
+        (["--burst", "3"], "no burst of 3 bytes"),
+        (["--rounds", "0"], "no 0 rounds"),
+        (["--against", "example.org"], "'example.org' is no HOST:PORT"),
+        (["--against", "example.org:0"], "'example.org:0' is no HOST:PORT"),
+        (["--against", "h:1", "--rtt", "5ms"], "--rtt is for a path made here"),
+        (["--against", "h:1", "--loss", "0"], "--loss is for a path made here"),
+        (["--against", "h:1", "-6"], "-4 or -6 is for a path made here"),
+        (["--against", "h:1", "--path", "relay"], "--path is for a path made here"),
+        (["--plain"], "--plain goes with --against"),
+        (["--allow-sysctl"], "--allow-sysctl goes with --against"),
+    ],
+)
+def test_reproduce_refuses_what_makes_no_sense(arguments: list[str], cause: str) -> None:
+    result = call("reproduce", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    said = result.stderr.splitlines()
+    assert len(said) == 2
+    assert cause in said[0]
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.usefixtures("root")
+def test_reproduce_hands_on_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Scenario] = []
+
+    def lab(scenario: Scenario, kind: str | None) -> None:
+        assert kind == "relay"
+        asked.append(scenario)
+        raise errors.KernelLacks("no lab here")
+
+    # By the module's name: in the package, that of the command hides it.
+    monkeypatch.setattr(sys.modules["cwndtrace.cli.reproduce"], "Lab", lab)
+    changes = ["--rtt", "150ms", "--rate", "20M", "--burst", "60k,1.5M", "--rest", "300ms,2s", "--cc", "reno", "-6"]
+    result = call("reproduce", *changes, "--path", "relay", "-o", "new")
+    assert result.exit_code == 77
+    assert asked == [
+        Scenario(
+            link=Link(rtt_ms=150, rate=20e6),
+            bursts=(60_000, 1_500_000),
+            rests=(0.3, 2.0),
+            rounds=4,
+            cc="reno",
+            family=6,
+        )
+    ]
+    assert all(isinstance(burst, int) for burst in asked[0].bursts)
+    assert not Path("new").exists()
 
 
 # ---- exit codes ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import cost, recovery
@@ -56,12 +56,59 @@ def test_rounds_leaves_its_arguments_alone() -> None:
     assert (burst.tolist(), {v.item() for v in one.values()}) == ([1000], {5})
 
 
+def regained(cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, reno: bool) -> int:
+    """The round trips in which one window grows to its target, -1 where it never does."""
+    limit, window, trips = max(1, limit_bytes // mss), float(max(cwnd, 1)), 0
+    while window < target:
+        if int(window) > limit or trips == 10_000:
+            return -1
+        if window < ssthresh:
+            window = min(window + int(window), float(ssthresh))
+        else:
+            window = window + 1 if reno else min(window * 1.5, float(target))
+        trips += 1
+    return trips
+
+
+@given(st.lists(BURST, max_size=8))
+@example([(0, 10, INF, 40 * 1448, 1448, 80, False), (0, 10, INF, 39 * 1448, 1448, 80, False)])
+@example([(0, 1, 1, 10**13, 1448, INF, True), (0, 40, 30, 10**6, 1448, 40, True)])
+def test_windows_come_back_as_in_a_simulation(rows: list[tuple[Any, ...]]) -> None:
+    names = ("cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
+    columns = {
+        n: np.array([row[i + 1] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)
+    }
+    assert cost.regain(**columns).tolist() == [regained(*row[1:]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("segments", "cwnd", "ssthresh", "more", "trips"),
+    [
+        (150, 10, INF, {}, 4),
+        (151, 10, INF, {}, 5),
+        (10, 10, INF, {}, 1),
+        (0, 10, INF, {}, 0),
+        # 10, 20, 30, 31, 32, 33 and the rest; then with cubic's curve above it 10, 20, 30, 40, 41 and the rest.
+        (170, 10, 30, {"reno": True, "target": 40}, 7),
+        (170, 10, 30, {"target": 40}, 6),
+        # 10, 20, 25 and the rest.
+        (60, 10, INF, {"limit_bytes": 25 * 1448}, 4),
+        (3, 10, INF, {"limit_bytes": 100}, 3),
+    ],
+)
+def test_round_trips_by_hand(segments: int, cwnd: int, ssthresh: int, more: dict[str, Any], trips: int) -> None:
+    path = {"cwnd": cwnd, "ssthresh": ssthresh, "limit_bytes": 10**9, "mss": 1448, "target": 0, "reno": False} | more
+    arrays = {name: np.array([value]) for name, value in path.items()}
+    assert cost.rounds(np.array([segments * 1448]), **arrays).tolist() == [trips]
+
+
 def priced(*resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_000_000) -> list[dict[Any, Any]]:
     r = frames.pandas(frames.table("cwnd_reset", *resets)).assign(connection="a")
     followed = recovery.with_duration(frames.pandas(frames.table("cwnd_recovery", *recoveries)), r)
     snapshots = frames.pandas(frames.snapshots(frames.snapshot(50, bytes_sent=bytes_sent))).assign(connection="a")
     out = cost.predict(r, snapshots, followed)
-    assert list(out.columns)[-len(cost.COLUMNS) :] == list(cost.COLUMNS)
+    names = [*cost.COLUMNS, *cost.MEASURED]
+    assert list(out.columns)[-len(names) :] == names
     return out.to_dict("records")
 
 
@@ -70,8 +117,9 @@ def test_a_burst_by_hand() -> None:
     (row,) = priced(frames.reset(1))
     assert (row["burst_bytes"], row["rounds_after"], row["rounds_before"]) == (1_000_000, 5, 1)
     assert (row["rounds_lost"], row["predicted_us"]) == (4, 4 * 107_000)
-    assert math.isnan(row["grew_rounds"])
-    assert math.isnan(row["measured_us"])
+    # 44, 88, 176, 352, 704, 1408, 2112 (ssthresh, then half more).
+    assert row["regain_us"] == 7 * 107_000
+    assert all(math.isnan(row[name]) for name in cost.MEASURED)
 
 
 def test_the_burst_ends_where_the_next_reset_begins() -> None:
@@ -83,6 +131,7 @@ def test_the_burst_ends_where_the_next_reset_begins() -> None:
 def test_a_timeout_has_no_price() -> None:
     (row,) = priced(frames.reset(1, reason="rto_loss"))
     assert math.isnan(row["predicted_us"])
+    assert math.isnan(row["regain_us"])
 
 
 def test_where_nothing_tells_the_burst_nothing_is_predicted() -> None:
@@ -119,7 +168,19 @@ def test_the_time_until_the_window_was_back_is_an_upper_bound() -> None:
     followed = frames.recovered(1, took_s=0.9, bytes_acked=3_000_000)
     (row,) = priced(frames.reset(1), recoveries=[followed])
     # 2072 segments fit the window before: one round trip.
+    assert row["regained_us"] == 900_000
     assert row["measured_us"] == 900_000 - 107_000
+
+
+def test_a_limit_keeps_a_window_from_coming_back() -> None:
+    (row,) = priced(frames.reset(1, snd_wnd=1448 * 2000))
+    assert math.isnan(row["regain_us"])
+
+
+def test_another_reset_of_the_socket_is_not_this_one() -> None:
+    again, other = frames.recovered(2, took_s=0.1), frames.recovered(1, took_s=0.3, skaddr=7)
+    (row,) = priced(frames.reset(1), recoveries=[again, other])
+    assert math.isnan(row["regained_us"])
 
 
 def test_other_columns_and_rows_stay() -> None:

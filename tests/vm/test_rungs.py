@@ -101,9 +101,9 @@ def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
     for _ in range(20):
         connection.grow(40)
         with netem(space, "delay", "80ms"):
-            connection.until(lambda i: i.last_snd_us >= 0.6 * i.rto_us, "a rest")
+            connection.until(lambda i: i.last_snd_us >= 0.8 * i.rto_us, "a rest")
             connection.send()
-            connection.until(lambda i: i.last_snd_us >= 0.45 * i.rto_us, "an RTO since the last ACK")
+            connection.until(lambda i: i.last_ack_us > i.rto_us, "an RTO since the last ACK")
             send = connection.send()
             connection.quiet()
         if send.reason == "app_limited":
