@@ -282,7 +282,7 @@ def web_server(lab: Lab) -> None:
     """A client keeps its connection to nginx and asks now and then."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
-        lab.skipped["HTTP keep-alive"] = "needs nginx: sudo apt install nginx-light"
+        lab.skipped["HTTP keep-alive"] = "needs nginx: make develop, or sudo apt install nginx"
         return
     near, far = lab.clean.near, lab.clean.far
     with Nginx(program, near) as server:

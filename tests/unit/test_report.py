@@ -207,7 +207,7 @@ def browser() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
-    pytest.skip("needs a browser without a screen: sudo apt install chromium")
+    pytest.skip("needs a browser without a screen: make develop, or sudo apt install chromium")
 
 
 def browse(browser: str, file: Path, *options: str) -> str:
