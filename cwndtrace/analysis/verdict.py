@@ -55,7 +55,7 @@ CONNECTION_COLUMNS: Final = {
     "after_reset_share": "share of these bursts that began with a reset",
     "rest_per_rto_p50": "rests that ended in an idle reset, in RTOs, median; missing where there was none",
     "rest_per_rto_max": "the longest of them in RTOs",
-    "sent_bytes": "bytes sent while it was watched",
+    "sent_bytes": "bytes sent while it was watched; at least, where no snapshot but only its resets' bursts tell",
     "busy_us": "us with data under way while it was watched; missing where no two snapshots tell",
     "rwnd_limited_share": "share of busy_us that the peer's window held it back",
     "sndbuf_limited_share": "share of busy_us that the send buffer held it back",
@@ -167,7 +167,8 @@ def connections(
     out = summary.set_index("connection", drop=False).rename_axis(None)
     out = out.join(_watched(judged, snapshots)).join(_of_resets(judged))
     zeros = dict.fromkeys(("bursts", "sent_bytes", "retrans_segments", "resets_harmful", "lost_us"), 0)
-    out = out.fillna(zeros).astype(dict.fromkeys(("sent_bytes", "retrans_segments", "resets_harmful"), "int64"))
+    out = out.fillna(zeros).astype(dict.fromkeys(("retrans_segments", "resets_harmful"), "int64"))
+    out["sent_bytes"] = out[["sent_bytes", "burst_bytes"]].max(axis=1).astype("int64")
     out["bursts"] = (out["bursts"] + out["resets_idle"]).astype("int64")
     out["after_reset_share"] = out["resets_idle"] / out["bursts"].where(out["bursts"] > 0)
     out["verdict"] = _judge(out, meta)
@@ -226,6 +227,7 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
             "rest_per_rto_max": groups.max(),
             "resets_harmful": (judged["verdict"] == "harmful").groupby(keys).sum(),
             "lost_us": judged["lost_us"].groupby(keys).sum(),
+            "burst_bytes": judged["burst_bytes"].groupby(keys).sum(),
             "measured_us": judged["measured_us"].groupby(keys).sum(min_count=1),
             "common": common.set_index("connection")["verdict"],
             "common_count": common.set_index("connection")["n"],

@@ -161,6 +161,12 @@ def test_no_reset(tmp_path: Path, label: str, fields: dict[str, Any], meta: dict
 # ---- connections ------------------------------------------------------------------------------------
 
 
+def test_a_connection_without_snapshots_sent_its_bursts(tmp_path: Path) -> None:
+    resets = [frames.reset(at, bytes_sent=SENT + sent) for at, sent in ((10, 0), (20, 300_000), (30, 700_000))]
+    trace = capture(tmp_path, resets, [])
+    assert trace.summary()["sent_bytes"].tolist() == [700_000]
+
+
 def test_a_connection_by_hand(tmp_path: Path) -> None:
     resets = [
         frames.reset(10, bytes_sent=SENT, idle_us=616_000),
