@@ -306,12 +306,13 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
     number = plural(row["resets"], "reset")
     label = row["verdict"]
     if label == "harmful":
-        told = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
+        many = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
+        told = many if row["resets"] > 1 else f"its reset cost its burst {span(row['lost_us'])} (estimated)"
         # Snapshots may have missed some of the bursts: then there is no whole to have a share of.
         whole = row["busy_us"] >= row["lost_us"]
         return told + (f", {_percent(row['lost_us'] / row['busy_us'])} of its busy time" if whole else "")
     if row["resets"]:
-        return f"{LABELS[label]}, as for {row['common_count']:.0f} of {number}"
+        return LABELS[label] + (f", as for {row['common_count']:.0f} of {number}" if row["resets"] > 1 else "")
     reasons = {
         "exempt": f"{row['ca_name']} never resets its window after a rest",
         "sysctl_off": f"{events.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
@@ -328,6 +329,10 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _not_it(verdict: str) -> str:
+    return "It can't be said whether it is the window" if verdict == "unknown" else "It is not the window"
 
 
 def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
@@ -348,12 +353,12 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
         common = judged["verdict"].value_counts()
         verdict = str(common.index[0])
         reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
-        text = f"It is not the window: {plural(len(judged), 'reset')}, none of which cost a round trip ({reasons})."
+        text = f"{_not_it(verdict)}: {plural(len(judged), 'reset')}, none known to have cost a round trip ({reasons})."
     elif len(rows):
         common = rows["verdict"].value_counts()
         verdict = str(common.index[0])
         reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
-        text = f"It is not the window: no reset on {plural(len(rows), 'connection')} ({reasons})."
+        text = f"{_not_it(verdict)}: no reset on {plural(len(rows), 'connection')} ({reasons})."
     else:
         verdict, text = "unknown", "No TCP connection was seen."
     return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

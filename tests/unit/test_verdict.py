@@ -53,6 +53,8 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
     assert row["verdict"] == label
     assert row["lost_us"] == (4 * 107_000 if label == "harmful" else 0)
     assert (trace.summary()["verdict"].tolist(), trace.host().verdict) == ([label], label)
+    assert trace.host().text.startswith("It can't be said ") == (label == "unknown")
+    assert "1 of 1" not in trace.summary()["why"].item()
     said = verdict.explain(row)
     assert said.startswith(f"{row['cwnd_before']} -> 44 segments")
     assert "nan" not in said
@@ -155,7 +157,8 @@ def test_no_reset(tmp_path: Path, label: str, fields: dict[str, Any], meta: dict
     (row,) = trace.summary().to_dict("records")
     assert (row["verdict"], row["lost_us"], row["resets_harmful"]) == (label, 0, 0)
     assert "nan" not in row["why"]
-    assert trace.host().text.startswith("It is not the window: no reset on 1 connection ")
+    answer = "It can't be said whether it is the window" if label == "unknown" else "It is not the window"
+    assert trace.host().text.startswith(f"{answer}: no reset on 1 connection ")
 
 
 # ---- connections ------------------------------------------------------------------------------------
