@@ -260,7 +260,9 @@ def _labels(f: Field, column: npt.NDArray[Any]) -> pa.DictionaryArray:
     raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(f.size), len(column), [None, pa.py_buffer(column.tobytes())])
     encoded = raw.dictionary_encode()
     texts = [_label(f, value) for value in encoded.dictionary.to_pylist()]
-    return pa.DictionaryArray.from_arrays(encoded.indices, pa.array(texts, type=pa.string()))
+    # What differs only behind a text's end is one text: a dictionary holds each once.
+    labels = pa.array(texts, type=pa.string()).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(labels.indices.take(encoded.indices), labels.dictionary)
 
 
 def _label(f: Field, raw: bytes) -> str:
@@ -323,8 +325,16 @@ CONNECTIONS: Final = _snapshot(
     ("unsent_bytes", pa.uint32(), "bytes", "queued and not yet sent"),
     ("unacked", pa.uint32(), "segments", "sent and not yet acknowledged"),
     ("total_retrans", pa.uint32(), "segments", "retransmitted over its life"),
+    ("busy_us", pa.uint64(), "us", "of its life with data sent or to be sent; null in captures of older versions"),
+    ("rwnd_limited_us", pa.uint64(), "us", "of these, held back by the peer's window"),
+    ("sndbuf", pa.uint32(), "bytes", "send buffer, as the kernel counts it; null in captures of older versions"),
+    ("sndbuf_limited_us", pa.uint64(), "us", "of these, held back by the send buffer"),
 )
 """The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
+
+IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
+CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"
+"""What ``sysctls`` of meta.json holds for each network namespace, beside its name and whether it is the host's."""
 
 TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "connections")
 """The tables of a capture, in the order in which they are written."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import html
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cwndtrace import events, store
+from cwndtrace import events, store, words
 from cwndtrace.analysis import block_io as block_analysis
+from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
-from cwndtrace.analysis import cost, recovery
+from cwndtrace.analysis.verdict import Host, Verdict
+from cwndtrace.errors import NotFound
 
 _CELL = 100  # characters of a line that came from outside
 
@@ -27,13 +30,57 @@ def load(path: str | os.PathLike[str]) -> Trace:
     return Trace(store.open_capture(path))
 
 
+@dataclass(frozen=True, repr=False)
+class Connection:
+    """One connection of a trace; its frames are rows of the trace's. ``about`` is its row of ``Trace.summary()``."""
+
+    about: dict[str, Any]
+    resets: pd.DataFrame
+    snapshots: pd.DataFrame
+    recoveries: pd.DataFrame
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether its resets mattered, with the evidence."""
+        return Verdict(self.about["verdict"], self.about["why"])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What fits on one screen, name and value, fit for a terminal."""
+        row = self.about
+        facts = [
+            ("process", _shown(words.process(row["comm"], row["pid"]))),
+            ("congestion control", _shown(row["ca_name"])),
+            ("seen", f"{row['seen_s']:,.1f} s in {words.plural(row['snapshots'], 'snapshot')}"),
+            ("state", _shown(row["state"] or "unknown")),
+            (
+                "resets",
+                f"{row['resets']} ({row['resets_harmful']} harmful), lost {words.span(row['lost_us'])} (estimated)",
+            ),
+            ("window", f"{row['cwnd_min_segments']} to {row['cwnd_max_segments']} segments"),
+            ("round trip, RTO", f"{words.span(row['srtt_us'])}, {words.span(row['rto_us'])}"),
+            ("sent", words.size(row["sent_bytes"])),
+        ]
+        if row["resets_idle"]:
+            longest = f"{words.span(row['rest_longest_us'])}, {row['rest_per_rto_max']:.1f} RTOs"
+            facts.insert(4, ("longest rest", longest))
+        dear = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
+        facts += [("dear reset", events.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
+        return [*facts, ("verdict", str(self.verdict))]
+
+    def __repr__(self) -> str:
+        return _text(f"connection {_shown(words.connection(self.about))}", self.facts())
+
+    def _repr_html_(self) -> str:
+        return _table(f"<b>connection</b> <code>{_escaped(words.connection(self.about))}</code>", self.facts())
+
+
 class Trace:
     """What one capture holds.
 
     The frames are read when first asked for and then kept. Each begins with ``time`` (UTC) and is in order of
-    time; the other columns are those of the capture's tables, whose units and descriptions are in their
-    Parquet metadata. Text columns are plain strings; in ``block_io``, which can have millions of rows, they
-    are categories. An empty table is a frame with all its columns and no row.
+    time; the other columns are those of the capture's tables, whose units and descriptions are in their Parquet
+    metadata, the units in ``frame.attrs["units"]`` too. Text columns are plain strings; in ``block_io``, which can have
+    millions of rows, they are categories. An empty table is a frame with all its columns and no row.
     """
 
     def __init__(self, capture: store.Capture) -> None:
@@ -58,6 +105,18 @@ class Trace:
     def warnings(self) -> list[str]:
         """What couldn't be read so far, a line each."""
         return list(self._capture.warnings)
+
+    @property
+    def started_ns(self) -> int:
+        """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
+        mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
+        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self.block_io, "start_ns"))
+        return mono if isinstance(mono, int) else min((int(f[name].min()) for f, name in frames if len(f)), default=0)
+
+    def lost(self, table: str) -> int:
+        """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
+        counts = _mapping(_mapping(self.meta.get("counts")).get(table)).get("lost")
+        return sum(n for n in (counts, _mapping(self.meta.get("unwritten")).get(table)) if isinstance(n, int))
 
     @property
     def resets(self) -> pd.DataFrame:
@@ -91,9 +150,76 @@ class Trace:
         """
         return cost.predict(self.resets, self.connections, self.recoveries)
 
+    @cached_property
+    def verdicts(self) -> pd.DataFrame:
+        """``costs()`` with what each reset meant and why its connection had rested.
+
+        The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
+        """
+        return idle_cause.with_cause(self._judged, self.block_io, recorded=self.block_recorded)
+
+    @cached_property
+    def _judged(self) -> pd.DataFrame:
+        """Without the causes: what the block requests, of which there may be millions, aren't read for."""
+        return verdict.resets(self.costs(), self.connections)
+
+    @property
+    def block_recorded(self) -> bool:
+        """Whether block I/O was traced, so that none in a rest means that there was none."""
+        counts = self.meta.get("counts")
+        return not isinstance(counts, dict) or "block_io" in counts or not self.block_io.empty
+
     def summary(self) -> pd.DataFrame:
-        """One row a connection; the columns are ``cwndtrace.analysis.connections.COLUMNS``."""
-        return connection_analysis.summary(self.resets, self.connections)
+        """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
+        return self._summary.copy()
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
+        rows = connection_analysis.summary(self.resets, self.connections)
+        return verdict.connections(rows, self._judged, self.connections, self.meta)
+
+    def remedies(self, connection: str | None = None) -> pd.DataFrame:
+        """What to do, best first, for all or for one ``connection``; the columns are ``analysis.remedy.COLUMNS``.
+
+        Raises NotFound for a key that isn't in ``summary()``.
+        """
+        judged, rows = self._judged, self._summary
+        if connection is not None:
+            rows = rows[rows["connection"] == connection]
+            if rows.empty:
+                raise _no_connection(connection)
+            judged = judged[judged["connection"] == connection]
+        return remedy.remedies(judged, rows, self.meta)
+
+    def compare(self, after: Trace) -> pd.DataFrame:
+        """What differs in a later capture, how surely and how much; the columns are ``analysis.compare.COLUMNS``."""
+        return compare.compare(self._measures(), after._measures())
+
+    def _measures(self) -> dict[str, Any]:
+        span = compare.span(self.meta, self.resets, self.connections)
+        return dict(compare.measures(self._judged, self.connections, self.recoveries, self.block_io, span))
+
+    def connection(self, key: str) -> Connection:
+        """One connection by its key in ``summary()``; raises NotFound where there is none."""
+        rows = self._summary[self._summary["connection"] == key]
+        if rows.empty:
+            raise _no_connection(key)
+        frames = (self.verdicts, self.connections, self.recoveries)
+        about = {str(name): value for name, value in rows.iloc[0].to_dict().items()}
+        return Connection(about, *(frame[frame["connection"] == key] for frame in frames))
+
+    def explain(self, reset: int) -> Verdict:
+        """What one reset meant, by its row in ``verdicts``; raises KeyError where there is none."""
+        row = self._judged.loc[reset].to_dict()
+        return Verdict(row["verdict"], verdict.explain(row))
+
+    def audit(self) -> pd.DataFrame:
+        """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
+        return remedy.audit(self._judged, self.connections, self.meta)
+
+    def host(self) -> Host:
+        """What the resets cost on the whole, and whether that is the answer at all."""
+        return verdict.host(self._summary, self._judged)
 
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
@@ -108,24 +234,19 @@ class Trace:
         rows = self._capture.table(table)
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
         frame: pd.DataFrame = rows.to_pandas()
-        return frame.sort_values(clock, kind="stable", ignore_index=True)
+        frame = frame.sort_values(clock, kind="stable", ignore_index=True)
+        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
+        frame.attrs["units"] = told
+        return frame
 
     def __repr__(self) -> str:
-        facts = self._facts()
-        width = max(len(name) for name, _ in facts)
-        head = f"cwndtrace capture {_shown(self.path)} ({self.status})"
-        return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+        return _text(f"cwndtrace capture {_shown(self.path)} ({self.status})", self.facts())
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self._facts()
-        )
-        caption = f"<b>cwndtrace capture</b> <code>{html.escape(_shown(self.path))}</code> ({html.escape(self.status)})"
-        return f"<div>{caption}<table>{rows}</table></div>"
+        caption = f"<b>cwndtrace capture</b> <code>{_escaped(self.path)}</code> ({_escaped(self.status)})"
+        return _table(caption, self.facts())
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
         meta = self.meta
         on_disk = {table: self._capture.rows(table) for table in events.TABLES}
@@ -135,7 +256,7 @@ class Trace:
             "block_io": "block I/Os",
             "connections": "snapshots of connections",
         }
-        lost = {table: _lost(meta, table) for table in events.TABLES}
+        lost = {table: self.lost(table) for table in events.TABLES}
         facts = [
             ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),
             ("span", self._span()),
@@ -164,6 +285,27 @@ class Trace:
         return f"{begin} to {ended:%H:%M:%S}, {(ended - started).total_seconds():,.1f} s"
 
 
+def _no_connection(key: str) -> NotFound:
+    return NotFound(f"there is no connection {key} in this capture", "Trace.summary() has the keys")
+
+
+def _text(head: str, facts: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+
+
+def _table(caption: str, facts: list[tuple[str, str]]) -> str:
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{_escaped(name)}</th><td style='text-align:left'>{_escaped(value)}</td></tr>"
+        for name, value in facts
+    )
+    return f"<div>{caption}<table>{rows}</table></div>"
+
+
+def _escaped(value: object) -> str:
+    return html.escape(_shown(value))
+
+
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.astype({name: str for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)})
 
@@ -173,12 +315,6 @@ def _moment(value: object) -> pd.Timestamp | None:
         return None
     moment = pd.to_datetime(value, utc=True, errors="coerce")
     return moment if isinstance(moment, pd.Timestamp) else None
-
-
-def _lost(meta: dict[str, Any], table: str) -> int:
-    """Records that the kernel or the disk lost, as far as ``meta.json`` says."""
-    counts = (_mapping(_mapping(meta.get("counts")).get(table)).get("lost"), _mapping(meta.get("unwritten")).get(table))
-    return sum(n for n in counts if isinstance(n, int))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

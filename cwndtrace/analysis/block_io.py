@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block I/O: how long requests took, by device and operation and by who submitted them."""
+"""Block I/O: how long requests took, by device and operation and by who submitted them, and how that went over time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
+import numpy as np
 import pandas as pd
 
+_QUANTILES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _FIGURES: Final = {
     "count": "finished requests",
     "bytes": "bytes, summed",
@@ -17,6 +19,12 @@ _FIGURES: Final = {
     "latency_p99_us": "us, 99th percentile",
     "latency_max_us": "us, the slowest",
     "latency_total_us": "us, summed over requests; they may overlap",
+    "queue_p50_us": "us from entering the block layer to being given to the driver, median; missing where none was",
+    "queue_p95_us": "us, 95th percentile",
+    "queue_p99_us": "us, 99th percentile",
+    "service_p50_us": "us from being given to the driver to finished, median; missing where none was",
+    "service_p95_us": "us, 95th percentile",
+    "service_p99_us": "us, 99th percentile",
 }
 
 COLUMNS: Final = {"device": "disk", "op": "operation", **_FIGURES}
@@ -57,24 +65,67 @@ def by_submitter(block_io: pd.DataFrame) -> pd.DataFrame:
     return _figures(block_io, ["comm", "tgid"])[list(SUBMITTER_COLUMNS)]
 
 
+def heat_map(block_io: pd.DataFrame, *, slots: int = 160) -> pd.DataFrame:
+    """How many requests of which latency began when: a row a latency, a column a slot of time, both labelled below.
+
+    The index ``latency_us`` holds each row's least latency in us, rising by a factor of the square root of two; the
+    columns ``start_ns`` each slot's begin on CLOCK_MONOTONIC. Empty where there is no request. Takes a frame from
+    ``with_latency``.
+    """
+    if block_io.empty:
+        return pd.DataFrame(index=pd.Index([], name="latency_us"), columns=pd.Index([], name="start_ns"), dtype="int64")
+    start = block_io["start_ns"].to_numpy(np.int64)
+    steps = np.floor(2 * np.log2(np.maximum(block_io["latency_us"].to_numpy(), 1.0))).astype(np.int64)
+    begin, low = int(start.min()), int(steps.min())
+    width = (int(start.max()) - begin) // slots + 1
+    rows = int(steps.max()) - low + 1
+    cells = np.bincount((steps - low) * slots + (start - begin) // width, minlength=rows * slots)
+    return pd.DataFrame(
+        cells.reshape(rows, slots),
+        index=pd.Index(2.0 ** ((np.arange(rows) + low) / 2), name="latency_us"),
+        columns=pd.Index(begin + np.arange(slots) * width, name="start_ns"),
+    )
+
+
 def _figures(block_io: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    rows = block_io[[*keys, "latency_us", "bytes"]].assign(errors=(block_io["error"] != "ok").astype("int64"))
-    groups = rows.groupby(keys, observed=True, sort=False)
-    latency = groups["latency_us"]
-    out = pd.DataFrame(
-        {
-            "count": groups.size(),
-            "bytes": groups["bytes"].sum(),
-            "errors": groups["errors"].sum(),
-            "latency_p50_us": latency.quantile(0.50),
-            "latency_p95_us": latency.quantile(0.95),
-            "latency_p99_us": latency.quantile(0.99),
-            "latency_max_us": latency.max(),
-            "latency_total_us": latency.sum(),
-        }
-    ).reset_index()
-    for key in keys:
-        if isinstance(out[key].dtype, pd.CategoricalDtype):
-            out[key] = out[key].astype(str)
+    number, labels = _groups(block_io, keys)
+    of = len(labels)
+    # Small numbers, because those are sorted by radix.
+    order = np.argsort(number.astype(np.uint16 if of <= 1 << 16 else np.int64), kind="stable")
+    count = np.bincount(number, minlength=of)
+    bounds = np.cumsum(count)[:-1]
+    out = labels.assign(
+        count=count,
+        bytes=np.bincount(number, block_io["bytes"].to_numpy(np.float64), of),
+        errors=np.bincount(number, (block_io["error"] != "ok").to_numpy(), of),
+    )
+    latency, queue = block_io["latency_us"].to_numpy(), block_io["queue_us"].to_numpy()
+    never_issued = bool(np.isnan(queue).any())
+    for name, values in (("latency", latency), ("queue", queue), ("service", latency - queue)):
+        parts = np.split(values[order], bounds) if of else []
+        if name != "latency" and never_issued:
+            parts = [part[~np.isnan(part)] for part in parts]
+        figures = [np.quantile(part, list(_QUANTILES.values())) if len(part) else [np.nan] * 3 for part in parts]
+        out[[f"{name}_{q}_us" for q in _QUANTILES]] = np.array(figures, dtype=np.float64).reshape(of, len(_QUANTILES))
+        if name == "latency":
+            out["latency_max_us"] = np.array([part.max() for part in parts], dtype=np.float64)
+            out["latency_total_us"] = np.array([part.sum() for part in parts], dtype=np.float64)
     out = out.astype({"count": "int64", "bytes": "int64", "errors": "int64"})
     return out.sort_values(["latency_total_us", *keys], ascending=[False, True, True], ignore_index=True)
+
+
+def _groups(block_io: pd.DataFrame, keys: list[str]) -> tuple[np.ndarray, pd.DataFrame]:
+    """A number for each row, equal where all ``keys`` are; and what the keys are for each number."""
+    number, values = np.zeros(len(block_io), dtype=np.int64), []
+    for key in keys:
+        column = block_io[key]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            codes, known = column.cat.codes.to_numpy(), column.cat.categories.astype(str)
+        else:
+            codes, known = pd.factorize(column)
+        number *= len(known)
+        number += codes
+        values.append(known)
+    number, used = pd.factorize(number)
+    places = np.unravel_index(used, [max(len(known), 1) for known in values])
+    return number, pd.DataFrame({key: known[place] for key, known, place in zip(keys, values, places, strict=True)})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ _STATES: Final = {
     11: "CLOSING",
 }
 _STATE_MASK: Final = sum(1 << state for state in _STATES)
-_EXTENSIONS: Final = (1 << 1) | (1 << 3)  # INET_DIAG_INFO, INET_DIAG_CONG, as bits of their number less one
+# INET_DIAG_INFO, INET_DIAG_CONG, INET_DIAG_SKMEMINFO, as bits of their number less one.
+_EXTENSIONS: Final = (1 << 1) | (1 << 3) | (1 << 6)
+_SK_MEMINFO_SNDBUF: Final = 3
 _TCP: Final = 6
 # A snapshot may take this share of one CPU: with very many connections they come less often.
 _SHARE: Final = 0.05
@@ -119,7 +122,18 @@ def _row(m: Any, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, u
         "unsent_bytes": value("notsent_bytes"),
         "unacked": value("unacked"),
         "total_retrans": value("total_retrans"),
+        "busy_us": value("busy_time"),
+        "rwnd_limited_us": value("rwnd_limited"),
+        "sndbuf": _sndbuf(m.get_attr("INET_DIAG_SKMEMINFO")),
+        "sndbuf_limited_us": value("sndbuf_limited"),
     }
+
+
+def _sndbuf(memory: str | None) -> int | None:
+    """The send buffer among the numbers of INET_DIAG_SKMEMINFO, which pyroute2 gives as hexadecimal text."""
+    raw = bytes.fromhex((memory or "").replace(":", ""))
+    at = 4 * _SK_MEMINFO_SNDBUF
+    return int.from_bytes(raw[at : at + 4], sys.byteorder) if len(raw) >= at + 4 else None
 
 
 def _address(text: str) -> str:

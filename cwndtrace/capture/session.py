@@ -101,6 +101,7 @@ class Session:
         self.tally = Tally(kept=dict.fromkeys(source.events, 0))
         self.start = clock()
         self.snapshots = snapshots
+        self.spaces: dict[str, dict[str, Any]] = {}
         self._checked_ns = self.start["mono_ns"]
 
     def step(self, timeout_s: float = 0.1) -> list[Batch]:
@@ -166,8 +167,8 @@ class Session:
 
 def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]:
     """What a capture's meta.json says of the machine and the request, at the start; the writer adds who it is."""
-    namespaces = [n for n in netns.all_reachable() if filters.netns in (None, n.inode)]
     here = netns.own()
+    session.spaces = netns.settings()
     return {
         "version": version,
         "host": socket.gethostname(),
@@ -179,7 +180,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
         "ended": None,
         "clock": {"start": session.start, "end": None},
-        "sysctls": {str(n.inode): {"name": n.name, netns.IDLE_SYSCTL: netns.idle_sysctl(n)} for n in namespaces},
+        "sysctls": session.spaces,
         "rungs": session.source.rungs,
         "devices": devices(),
         "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
@@ -199,6 +200,8 @@ def ending(session: Session) -> dict[str, Any]:
     return {
         "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": {"start": session.start, "end": end},
+        # Those that came later have what they are set to now.
+        "sysctls": {**netns.settings(), **session.spaces},
         **session.tally.meta(),
     }
 

@@ -9,8 +9,10 @@ from typing import Any, Final
 import click
 
 import cwndtrace
+from cwndtrace.cli.compare import compare
 from cwndtrace.cli.doctor import doctor
 from cwndtrace.cli.plot import plot
+from cwndtrace.cli.report import report
 from cwndtrace.cli.reproduce import reproduce, serve
 from cwndtrace.cli.run import run
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
@@ -55,5 +57,5 @@ def main() -> None:
     """
 
 
-for command in (run, doctor, plot, reproduce, serve):
+for command in (run, doctor, report, plot, compare, reproduce, serve):
     main.add_command(command)

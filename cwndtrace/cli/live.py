@@ -13,9 +13,9 @@ import click
 import numpy as np
 
 from cwndtrace import events
+from cwndtrace import words as fmt
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
-from cwndtrace.cli import format as fmt
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5

@@ -102,6 +102,7 @@ def run(
         _nobody_reads()
     if not quiet:
         click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
+        click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
         click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
         click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 

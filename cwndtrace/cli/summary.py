@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import click
 
+from cwndtrace import words as fmt
 from cwndtrace.capture.session import Session
-from cwndtrace.cli import format as fmt
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.events import clean
 from cwndtrace.trace import Trace

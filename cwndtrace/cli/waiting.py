@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import pandas as pd
 
+from cwndtrace.analysis.verdict import EXEMPT
 from cwndtrace.kernel import netns
-
-EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
-"""Congestion controls with a cong_control of their own, which tcp_slow_start_after_idle_check() leaves alone
-(include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
 
 
 def warnings(connections: pd.DataFrame, namespaces: list[netns.Namespace], what: str) -> list[str]:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from cwndtrace.errors import NotFound
+from cwndtrace.events import CONTROL_SYSCTL
+from cwndtrace.events import IDLE_SYSCTL as IDLE_SYSCTL
 from cwndtrace.kernel.sockets import comm, pids
 
-IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 _CLONE_NEWNET: Final = 0x40000000
 _NAMED: Final = Path("/run/netns")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -104,6 +105,31 @@ def inside(namespace: Namespace, work: Callable[[], T]) -> T:
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(enter_and_work).result()
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """What decides about idle resets in each reachable namespace, by inode: as ``sysctls`` of meta.json holds it.
+
+    A setting that can't be read is None. ``host`` says whether it is the namespace of process 1.
+    """
+    try:
+        host = Path("/proc/1/ns/net").stat().st_ino
+    except OSError:
+        host = 0
+    return {
+        str(n.inode): {
+            "name": n.name, "host": n.inode == host, IDLE_SYSCTL: idle_sysctl(n), CONTROL_SYSCTL: _control(n)
+        }
+        for n in all_reachable()
+    }  # fmt: skip
+
+
+def _control(namespace: Namespace) -> str | None:
+    file = Path("/proc/sys", *CONTROL_SYSCTL.split("."))
+    try:
+        return inside(namespace, lambda: file.read_text(encoding="ascii").strip())
+    except (NotFound, OSError):
+        return None
 
 
 def read_sysctl(name: str) -> int:

@@ -3,32 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-RESAMPLES: Final = 10_000
-CONFIDENCE: Final = 0.95
-_ENOUGH: Final = 3
-
-Values = npt.NDArray[np.float64]
-
-
-def interval(on: Values, off: Values, seed: int = 1, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The 95 % bootstrap interval (percentiles) of median(on) - median(off), in the unit of the values.
-
-    Both groups are resampled with replacement, independently. With fewer than three values in a group there is
-    nothing to resample: both ends are NaN.
-    """
-    if len(on) < _ENOUGH or len(off) < _ENOUGH:
-        return float("nan"), float("nan")
-    random = np.random.default_rng(seed)
-    medians = [np.median(random.choice(group, (resamples, len(group))), axis=1) for group in (on, off)]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(medians[0] - medians[1], (tail, 1 - tail))
-    return float(low), float(high)
+from cwndtrace.analysis.bootstrap import Values, interval
 
 
 def summarise(frame: pd.DataFrame, seed: int = 1) -> pd.DataFrame:

@@ -87,8 +87,3 @@ def size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count:.0f} B"
-
-
-def plural(number: int, noun: str) -> str:
-    """``1 reset``, ``2,000 resets``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -132,14 +132,14 @@ def _limits(axes: Axes, at: Clock, known: pd.DataFrame) -> None:
         axes.set_yscale("log")
         bottom = low / 1.6
         axes.set_ylim(bottom, bottom * (high * 1.1 / bottom) ** (1 / (1 - room)))
-        _plain_log(axes, bottom, high * 1.1)
+        plain_log(axes, bottom, high * 1.1)
     else:
         axes.set_ylim(0, high * 1.05 / (1 - room))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _plain_log(axes: Axes, low: float, high: float) -> None:
+def plain_log(axes: Axes, low: float, high: float) -> None:
     """Plain numbers on a logarithmic axis, none above ``high``; finer steps where it has few decades."""
     for steps in ((1,), (1, 3), (1, 2, 5)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -168,7 +168,7 @@ def latency(axes: Axes, block_io: pd.DataFrame, at: Clock, colours: Palette) -> 
     widen = max(1.0, (10 / (high / low)) ** 0.5)
     low, high = low / widen, high * widen
     axes.set_ylim(low, high)
-    _plain_log(axes, low, high)
+    plain_log(axes, low, high)
     return legend
 
 

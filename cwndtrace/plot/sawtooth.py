@@ -21,6 +21,7 @@ from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
 from cwndtrace.plot.style import Palette, plain
+from cwndtrace.words import plural
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
 _LOG_FROM: Final = 20.0  # as in the timeline: from this ratio of largest to least on, the axis is logarithmic
@@ -224,7 +225,7 @@ def _titles(
     for setting, frame in resets.items():
         idle = frame[frame["reason"].astype(str) == "idle"]
         number = len(clocks[setting].shown(idle, "ts_ns", "ts_ns"))
-        counts.append(f"{setting}, {layout.plural(number, 'reset') if number else 'no reset'} after a rest")
+        counts.append(f"{setting}, {plural(number, 'reset') if number else 'no reset'} after a rest")
     text = "; ".join(counts)
     return f"{text[0].upper()}{text[1:]}", second
 

@@ -18,6 +18,7 @@ from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import fit
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
+from cwndtrace.words import plural
 
 FLOORS: Final = 4
 """Sizes of windows whose floor is drawn; more of them would only be noise."""
@@ -175,7 +176,7 @@ def _titles(number: int, kept: int) -> tuple[str, str]:
     second = "rests in retransmission timeouts (RTO), windows as a share of the one before, each step a halving"
     if not number:
         return "No window fell after a rest", second
-    share = f"all {layout.plural(number, 'record')} fit" if kept == number else f"{kept:,} of {number:,} records fit"
+    share = f"all {plural(number, 'record')} fit" if kept == number else f"{kept:,} of {number:,} records fit"
     return f"Each RTO of rest halves the window: {share} to the segment", second
 
 

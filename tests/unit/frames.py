@@ -56,6 +56,19 @@ def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> events
     return _filled("block_io", record, values | fields)
 
 
+def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> events.Records:
+    """One cwnd_recovery record of ``reset(at_s)``, followed for ``took_s`` seconds until its window was back."""
+    record = np.zeros(1, dtype=events.event("cwnd_recovery").dtype)
+    began = MONO + int(at_s * SECOND)
+    values: dict[str, Any] = {
+        "reset_ts_ns": began, "end_ts_ns": began + int(took_s * SECOND), "sock_cookie": 0x5F,
+        "skaddr": 0xFFFF888012345600, "bytes_acked": 3_000_000, "acks": 90, "target": 2827, "cwnd_start": 44,
+        "cwnd_end": 2827, "srtt_us": 107_000, "netns_ino": NETNS, "ssthresh_end": 2_147_483_647, "reason": "idle",
+        "outcome": "regained",
+    }  # fmt: skip
+    return _filled("cwnd_recovery", record, values | fields)
+
+
 def _filled(name: str, record: events.Records, values: dict[str, Any]) -> events.Records:
     for member in events.event(name).fields:
         if member.name not in values:
@@ -104,7 +117,7 @@ def meta(**values: Any) -> dict[str, Any]:
             "start": {"mono_ns": MONO, "utc_offset_ns": OFFSET},
             "end": {"mono_ns": MONO + 60 * SECOND, "utc_offset_ns": OFFSET},
         },
-        "sysctls": {str(NETNS): {"name": "host", "net.ipv4.tcp_slow_start_after_idle": 1}},
+        "sysctls": {str(NETNS): {"name": "this", "net.ipv4.tcp_slow_start_after_idle": 1}},
         "rungs": {"idle": "sendmsg", "rto_loss": "sendmsg", "app_limited": None},
         "devices": {"7:0": "loop0"}, "interfaces": {"3": "eth0"},
         "counts": {t: {"kept": 0, "lost": 0} for t in events.TABLES}, "unchanged": 0, "lossy": [],
@@ -117,11 +130,15 @@ def capture(
     resets: pa.Table | None = None,
     block_io: pa.Table | None = None,
     connections: pa.Table | None = None,
+    recoveries: pa.Table | None = None,
     **values: Any,
 ) -> Trace:
     """Write a complete capture to ``path`` and load it; ``values`` go into its metadata."""
     writer = store.CaptureWriter.create(path, meta(**values))
-    for name, data in (("cwnd_reset", resets), ("block_io", block_io), ("connections", connections)):
+    tables = {
+        "cwnd_reset": resets, "cwnd_recovery": recoveries, "block_io": block_io, "connections": connections
+    }  # fmt: skip
+    for name, data in tables.items():
         if data is not None:
             writer.add(name, data)
     writer.close()
@@ -139,7 +156,7 @@ def story(
 ) -> tuple[pa.Table, pa.Table]:
     """Resets and snapshots of ``peers`` connections that send bursts with rests of 0.5 to 5 s between.
 
-    The window halves once an RTO of rest, from about 2800 segments down to 10, as the kernel does it.
+    The window halves once an RTO of rest, from about 2800 segments down to 10, as the kernel does it. Bursts are 1 MB.
     """
     rng = np.random.default_rng(seed)
     resets: list[events.Records] = []
@@ -165,14 +182,15 @@ def story(
             resets.append(
                 reset(
                     at, cwnd_before=before, cwnd_after=after, idle_us=idle, last_rcv_us=last_rcv,
-                    comm=comm.encode()[:16], **shared,
+                    comm=comm.encode()[:16], bytes_sent=40_100_000 + 1_000_000 * (len(rests) - 1), **shared,
                 )
             )  # fmt: skip
             at += float(rng.uniform(0.25, 0.9))
         for tick in np.arange(0.0, seconds, 5.0):
             resting = any(begin <= tick < end for begin, end in rests)
             cwnd = full if resting else int(rng.integers(300, full))
-            rows.append(snapshot(float(tick), cwnd=cwnd, family=10 if ":" in ends[0] else 2, **known))
+            sent = 40_100_000 + 1_000_000 * sum(end < tick for _, end in rests)
+            rows.append(snapshot(float(tick), cwnd=cwnd, bytes_sent=sent, family=10 if ":" in ends[0] else 2, **known))
     return table("cwnd_reset", *resets), snapshots(*rows)
 
 

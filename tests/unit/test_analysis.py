@@ -215,3 +215,38 @@ def test_block_figures_by_submitter() -> None:
 def test_no_block_io_gives_empty_frames() -> None:
     assert list(block_io.summary(blocks()).columns) == list(block_io.COLUMNS)
     assert len(block_io.summary(blocks())) == len(block_io.by_submitter(blocks())) == 0
+
+
+def test_queue_and_service_are_told_apart() -> None:
+    late = frames.block(3, 900, issue_ns=frames.MONO + 3 * frames.SECOND + 800_000)
+    out = block_io.summary(blocks(frames.block(1, 104), late, frames.block(5, 50, issue_ns=0)))
+    assert out["count"].tolist() == [3]
+    assert [out[f"{part}_p50_us"].item() for part in ("latency", "queue", "service")] == [104, 402, 100]
+    (never,) = block_io.summary(blocks(frames.block(5, 50, issue_ns=0))).to_dict("records")
+    assert np.isnan(never["queue_p99_us"])
+    assert np.isnan(never["service_p50_us"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["read", "write"]), st.integers(5, 9)), max_size=20))
+def test_figures_are_what_grouping_by_hand_gives(rows: list[tuple[int, str, int]]) -> None:
+    frame = blocks(*(frames.block(i, us, dev=dev << 20, op=op) for i, (dev, op, us) in enumerate(rows)))
+    found = {(r["device"], r["op"]): r for r in block_io.summary(frame).to_dict("records")}
+    assert found.keys() == {(f"{dev}:0", op) if dev != 7 else ("loop0", op) for dev, op, _ in rows}
+    for (device, op), row in found.items():
+        mine = [us for dev, o, us in rows if (f"{dev}:0", o) == (device, op)]
+        assert (row["count"], row["bytes"], row["latency_total_us"]) == (len(mine), 4096 * len(mine), sum(mine))
+        assert row["latency_p95_us"] == pytest.approx(np.quantile(mine, 0.95))
+        assert row["latency_max_us"] == max(mine)
+
+
+def test_the_heat_map_counts_each_request_once_where_it_belongs() -> None:
+    frame = blocks(*(frames.block(second, us) for second, us in ((0, 10), (0, 11), (5, 300), (9.99, 5000))))
+    cells = block_io.heat_map(frame, slots=10)
+    assert cells.to_numpy().sum() == 4
+    assert cells.shape[1] == 10
+    for second, us in ((0, 10), (5, 300), (9.99, 5000)):
+        row = np.flatnonzero(cells.index.to_numpy(float) <= us)[-1]
+        column = np.flatnonzero(cells.columns.to_numpy(float) <= frames.MONO + second * frames.SECOND)[-1]
+        assert cells.iloc[row, column] == (2 if us == 10 else 1)
+    assert block_io.heat_map(blocks()).shape == (0, 0)

@@ -1,148 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of what a reset cost, against growth worked out by hand."""
+"""What a reset cost: against a simulation of one burst at a time, and bounds from what the window did afterwards."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from cwndtrace import events
-from cwndtrace.analysis import cost
+from cwndtrace.analysis import cost, recovery
 from tests.unit import frames
 
-MSS = 1448
-INFINITE = 0x7FFFFFFF
+INF = 2_147_483_647
 
 
-def schedule(segments: int, cwnd: int, ssthresh: int = INFINITE, **more: Any) -> list[int]:
-    return cost.schedule(segments * MSS, cwnd, ssthresh, mss=MSS, **more)
+def simulated(burst: int, cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, reno: bool) -> int:
+    """The round trips of one burst, one after the other."""
+    left, limit = math.ceil(burst / mss), max(1, limit_bytes // mss)
+    window, trips = float(max(cwnd, 1)), 0
+    while left > 0:
+        sent = min(left, int(window), limit)
+        trips, left = trips + 1, left - sent
+        if sent < int(window):
+            continue
+        if window < ssthresh:
+            window = min(window + sent, float(ssthresh))
+        elif reno or window >= target:
+            window += 1
+        else:
+            window = min(window * 1.5, float(target))
+    return trips
 
 
-# ---- growth ----------------------------------------------------------------------------------------
+BURST = st.tuples(
+    st.integers(0, 3_000_000), st.integers(0, 500), st.one_of(st.integers(2, 600), st.just(INF)),
+    st.integers(0, 1_000_000), st.sampled_from([536, 1448]), st.integers(0, 600), st.booleans(),
+)  # fmt: skip
 
 
-def test_slow_start_doubles() -> None:
-    assert schedule(150, 10) == [10, 20, 40, 80]
-    assert schedule(151, 10) == [10, 20, 40, 80, 1]
-    assert schedule(10, 10) == [10]
-    assert schedule(0, 10) == []
+@given(st.lists(BURST, max_size=8))
+def test_rounds_are_those_of_a_simulation(rows: list[tuple[Any, ...]]) -> None:
+    names = ("burst", "cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
+    columns = {n: np.array([row[i] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)}
+    assert cost.rounds(**columns).tolist() == [simulated(*row) for row in rows]
 
 
-def test_part_of_a_segment_is_a_segment() -> None:
-    assert cost.schedule(10 * MSS + 1, 10, INFINITE, mss=MSS) == [10, 1]
+def test_rounds_leaves_its_arguments_alone() -> None:
+    one = {n: np.array([5]) for n in ("cwnd", "ssthresh", "limit_bytes", "mss", "target")}
+    burst = np.array([1000])
+    cost.rounds(burst, **one, reno=np.array([True]))
+    assert (burst.tolist(), {v.item() for v in one.values()}) == ([1000], {5})
 
 
-def test_from_the_threshold_on_it_is_the_congestion_controls_growth() -> None:
-    assert schedule(170, 10, 30, ca="reno", target=40) == [10, 20, 30, 31, 32, 33, 14]
-    assert schedule(170, 10, 30, ca="cubic", target=40) == [10, 20, 30, 40, 41, 29]
-    # Without a window that its curve is known to reach, cubic is as slow as reno.
-    assert schedule(120, 30, 30, ca="cubic") == [30, 31, 32, 27]
+def regained(cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, reno: bool) -> int:
+    """The round trips in which one window grows to its target, -1 where it never does."""
+    limit, window, trips = max(1, limit_bytes // mss), float(max(cwnd, 1)), 0
+    while window < target:
+        if int(window) > limit or trips == 10_000:
+            return -1
+        if window < ssthresh:
+            window = min(window + int(window), float(ssthresh))
+        else:
+            window = window + 1 if reno else min(window * 1.5, float(target))
+        trips += 1
+    return trips
 
 
-def test_the_receivers_window_is_a_limit() -> None:
-    assert schedule(60, 10, limit_bytes=25 * MSS) == [10, 20, 25, 5]
-    assert schedule(3, 10, limit_bytes=100) == [1, 1, 1]
-
-
-def test_durations() -> None:
-    assert cost.duration_us([10, 20, 40], rtt_us=50_000, mss=MSS) == 150_000
-    assert cost.duration_us([], rtt_us=50_000, mss=MSS) == 0
-    # 100 segments need 14.48 ms at 10 MB/s: the line is idle in the first two of three round trips of 50 ms.
-    by_rate = cost.duration_us([10, 20, 100], rtt_us=50_000, mss=MSS, rate=10e6)
-    assert by_rate == pytest.approx(150_000 + 14_480)
-    # And a bottleneck in these of 5 ms.
-    assert cost.duration_us([100, 100], rtt_us=5000, mss=MSS, rate=10e6) == pytest.approx(5000 + 2 * 14_480)
-
-
-# ---- until a window is back ------------------------------------------------------------------------
+@given(st.lists(BURST, max_size=8))
+@example([(0, 10, INF, 40 * 1448, 1448, 80, False), (0, 10, INF, 39 * 1448, 1448, 80, False)])
+@example([(0, 1, 1, 10**13, 1448, INF, True), (0, 40, 30, 10**6, 1448, 40, True)])
+def test_windows_come_back_as_in_a_simulation(rows: list[tuple[Any, ...]]) -> None:
+    names = ("cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
+    columns = {
+        n: np.array([row[i + 1] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)
+    }
+    assert cost.regain(**columns).tolist() == [regained(*row[1:]) for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("cwnd", "ssthresh", "target", "more", "rounds"),
+    ("segments", "cwnd", "ssthresh", "more", "trips"),
     [
-        (10, INFINITE, 80, {}, 3),
-        (10, INFINITE, 81, {}, 4),
-        (174, 1044, 1392, {}, 4),
-        (10, 30, 40, {"ca": "cubic"}, 3),
-        (10, 30, 40, {"ca": "reno"}, 12),
-        (40, 30, 40, {}, 0),
-        (10, INFINITE, 80, {"limit_bytes": 40 * MSS}, 3),
-        (10, INFINITE, 80, {"limit_bytes": 39 * MSS}, -1),
-        (1, 1, 0x7FFFFFFF, {"ca": "reno"}, -1),
+        (150, 10, INF, {}, 4),
+        (151, 10, INF, {}, 5),
+        (10, 10, INF, {}, 1),
+        (0, 10, INF, {}, 0),
+        # 10, 20, 30, 31, 32, 33 and the rest; then with cubic's curve above it 10, 20, 30, 40, 41 and the rest.
+        (170, 10, 30, {"reno": True, "target": 40}, 7),
+        (170, 10, 30, {"target": 40}, 6),
+        # 10, 20, 25 and the rest.
+        (60, 10, INF, {"limit_bytes": 25 * 1448}, 4),
+        (3, 10, INF, {"limit_bytes": 100}, 3),
     ],
 )
-def test_the_round_trips_until_a_window_is_back(
-    cwnd: int, ssthresh: int, target: int, more: dict[str, Any], rounds: int
-) -> None:
-    assert cost.regain(cwnd, ssthresh, target, mss=MSS, **more) == rounds
+def test_round_trips_by_hand(segments: int, cwnd: int, ssthresh: int, more: dict[str, Any], trips: int) -> None:
+    path = {"cwnd": cwnd, "ssthresh": ssthresh, "limit_bytes": 10**9, "mss": 1448, "target": 0, "reno": False} | more
+    arrays = {name: np.array([value]) for name, value in path.items()}
+    assert cost.rounds(np.array([segments * 1448]), **arrays).tolist() == [trips]
 
 
-# ---- the frames of a trace -------------------------------------------------------------------------
+def priced(*resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_000_000) -> list[dict[Any, Any]]:
+    r = frames.pandas(frames.table("cwnd_reset", *resets)).assign(connection="a")
+    followed = recovery.with_duration(frames.pandas(frames.table("cwnd_recovery", *recoveries)), r)
+    snapshots = frames.pandas(frames.snapshots(frames.snapshot(50, bytes_sent=bytes_sent))).assign(connection="a")
+    out = cost.predict(r, snapshots, followed)
+    names = [*cost.COLUMNS, *cost.MEASURED]
+    assert list(out.columns)[-len(names) :] == names
+    return out.to_dict("records")
 
 
-def resets(*rows: events.Records) -> pd.DataFrame:
-    return frames.pandas(frames.table("cwnd_reset", *rows)).assign(connection="a")
+def test_a_burst_by_hand() -> None:
+    # 691 segments: 44, 88, 176, 352 and the rest in five round trips; all at once from the window before.
+    (row,) = priced(frames.reset(1))
+    assert (row["burst_bytes"], row["rounds_after"], row["rounds_before"]) == (1_000_000, 5, 1)
+    assert (row["rounds_lost"], row["predicted_us"]) == (4, 4 * 107_000)
+    # 44, 88, 176, 352, 704, 1408, 2112 (ssthresh, then half more).
+    assert row["regain_us"] == 7 * 107_000
+    assert all(math.isnan(row[name]) for name in cost.MEASURED)
 
 
-def recoveries(*rows: tuple[int, int, str, float]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["skaddr", "reset_ts_ns", "outcome", "duration_us"])
+def test_the_burst_ends_where_the_next_reset_begins() -> None:
+    first, last = priced(frames.reset(1), frames.reset(9, bytes_sent=40_100_000 + 5000))
+    assert (first["burst_bytes"], first["rounds_lost"]) == (5000, 0)
+    assert last["burst_bytes"] == 995_000
 
 
-def reset(at_s: float = 1.0, **more: Any) -> events.Records:
-    fallen = {"cwnd_before": 80, "cwnd_after": 10, "ssthresh_before": INFINITE, "ssthresh_after": INFINITE}
-    path = {"mss": MSS, "srtt_us": 50_000, "snd_wnd": 10_000_000, "ca_name": b"cubic"}
-    return frames.reset(at_s, **{**fallen, **path, **more})
+def test_a_timeout_has_no_price() -> None:
+    (row,) = priced(frames.reset(1, reason="rto_loss"))
+    assert math.isnan(row["predicted_us"])
+    assert math.isnan(row["regain_us"])
 
 
-def snapshots(bytes_sent: int) -> pd.DataFrame:
-    return pd.DataFrame({"connection": ["a"], "bytes_sent": [bytes_sent]})
+def test_where_nothing_tells_the_burst_nothing_is_predicted() -> None:
+    (row,) = priced(frames.reset(1), bytes_sent=5)
+    assert all(math.isnan(row[name]) for name in ("burst_bytes", "rounds_after", "rounds_lost", "predicted_us"))
 
 
-def test_a_price_is_the_difference_in_round_trips() -> None:
-    (row,) = cost.price(resets(reset()).assign(burst_bytes=150 * MSS)).to_dict("records")
-    assert (row["rounds_after"], row["rounds_before"]) == (4, 2)
-    assert (row["predicted_us"], row["regain_us"]) == (100_000, 150_000)
+def test_what_was_acknowledged_while_it_was_followed_is_a_burst_too() -> None:
+    followed = frames.recovered(1, outcome="closed", bytes_acked=1_000_000)
+    (row,) = priced(frames.reset(1), recoveries=[followed], bytes_sent=5)
+    assert (row["burst_bytes"], row["rounds_lost"]) == (1_000_000, 4)
+    (row,) = priced(frames.reset(1), recoveries=[followed], bytes_sent=40_100_000 + 2_000_000)
+    assert row["burst_bytes"] == 2_000_000
 
 
-def test_a_burst_that_fits_costs_nothing() -> None:
-    (row,) = cost.price(resets(reset()).assign(burst_bytes=10 * MSS)).to_dict("records")
-    assert row["predicted_us"] == 0
+@pytest.mark.parametrize(
+    ("outcome", "end", "ssthresh_end", "lost"),
+    [
+        ("reset_again", 44, INF, 0),
+        ("capture_end", 90, INF, 2),
+        ("closed", 2000, INF, 4),
+        ("loss", 44, INF, 4),
+        ("reset_again", 60, 60, 4),
+    ],
+)
+def test_a_window_that_hardly_grew_held_nothing_back(outcome: str, end: int, ssthresh_end: int, lost: int) -> None:
+    followed = frames.recovered(1, outcome=outcome, cwnd_end=end, ssthresh_end=ssthresh_end, bytes_acked=9)
+    (row,) = priced(frames.reset(1), recoveries=[followed])
+    assert (row["rounds_lost"], row["predicted_us"]) == (lost, lost * 107_000)
+    assert math.isnan(row["measured_us"])
 
 
-def test_what_is_not_known_is_missing() -> None:
-    timeout, unknown, closed = cost.price(
-        resets(reset(reason="rto_loss"), reset(), reset(snd_wnd=20 * MSS)).assign(burst_bytes=[MSS, math.nan, 10 * MSS])
-    ).to_dict("records")
-    assert all(math.isnan(timeout[name]) for name in cost.COLUMNS if name != "burst_bytes")
-    assert math.isnan(unknown["predicted_us"])
-    assert unknown["regain_us"] == 150_000
-    assert math.isnan(closed["regain_us"])
-    assert closed["predicted_us"] == 0
+def test_the_time_until_the_window_was_back_is_an_upper_bound() -> None:
+    followed = frames.recovered(1, took_s=0.9, bytes_acked=3_000_000)
+    (row,) = priced(frames.reset(1), recoveries=[followed])
+    # 2072 segments fit the window before: one round trip.
+    assert row["regained_us"] == 900_000
+    assert row["measured_us"] == 900_000 - 107_000
 
 
-def test_measured_stands_beside_predicted() -> None:
-    first, second = reset(1, skaddr=1, bytes_sent=0), reset(2, skaddr=2, bytes_sent=0)
-    began, again = int(first["ts_ns"][0]), int(second["ts_ns"][0])
-    known = recoveries(
-        (1, began, "regained", 151_000.0),
-        (2, again, "reset_again", 9.0),
-        # Another reset of the same socket.
-        (2, began, "regained", 8.0),
-    )
-    made = cost.predict(resets(first, second), snapshots(150 * MSS), known)
-    assert list(made["regained_us"].fillna(-1)) == [151_000, -1]
-    assert list(made["regain_us"]) == [150_000, 150_000]
-    assert set(cost.COLUMNS) | set(cost.MEASURED) <= set(made.columns)
-    # A trace without any.
-    none = cost.predict(resets(first), snapshots(150 * MSS), recoveries())
-    assert none["regained_us"].isna().all()
+def test_a_limit_keeps_a_window_from_coming_back() -> None:
+    (row,) = priced(frames.reset(1, snd_wnd=1448 * 2000))
+    assert math.isnan(row["regain_us"])
 
 
-def test_a_bursts_size_is_what_was_sent_until_the_next_reset() -> None:
-    rows = [frames.reset(at, bytes_sent=sent) for at, sent in ((1.0, 1000), (2.0, 4000), (3.0, 9000))]
-    assert list(cost.bursts(resets(*rows), snapshots(9500))) == [3000, 5000, 500]
-    # Nothing later tells.
-    assert list(cost.bursts(resets(*rows), snapshots(8000)).fillna(-1)) == [3000, 5000, -1]
+def test_another_reset_of_the_socket_is_not_this_one() -> None:
+    again, other = frames.recovered(2, took_s=0.1), frames.recovered(1, took_s=0.3, skaddr=7)
+    (row,) = priced(frames.reset(1), recoveries=[again, other])
+    assert math.isnan(row["regained_us"])
+
+
+def test_other_columns_and_rows_stay() -> None:
+    r = frames.pandas(frames.story(seed=5)[0]).assign(burst_bytes=5.0)
+    out = cost.price(r.sample(frac=1, random_state=1))
+    pd.testing.assert_frame_equal(out[r.columns].sort_index(), r)
+
+
+def test_nothing_costs_nothing() -> None:
+    assert priced() == []

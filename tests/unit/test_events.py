@@ -13,6 +13,7 @@ import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -175,6 +176,13 @@ def test_clean_text_cannot_steer_a_terminal(text: str) -> None:
 def _raw(name: str) -> st.SearchStrategy[bytes]:
     size = events.event(name).size
     return st.integers(0, 6).flatmap(lambda n: st.binary(min_size=n * size, max_size=n * size))
+
+
+def test_texts_that_differ_behind_their_end_are_one() -> None:
+    records = np.zeros(3, dtype=events.event("cwnd_reset").dtype)
+    records["comm"] = [b"a\0x", b"a", b"b"]
+    column = events.to_arrow("cwnd_reset", records, 0).column("comm").chunk(0)
+    assert (column.to_pylist(), column.dictionary.to_pylist()) == (["a", "a", "b"], ["a", "b"])
 
 
 @pytest.mark.parametrize("name", ["cwnd_reset", "block_io"])

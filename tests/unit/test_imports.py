@@ -18,10 +18,11 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"errors", "events"}
+LEAVES = {"errors", "events", "words"}
 BELOW = {
     "errors": set[str](),
     "events": set[str](),
+    "words": {"events"},
     "kernel": LEAVES,
     "store": LEAVES,
     "analysis": LEAVES,

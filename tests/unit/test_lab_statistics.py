@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cwndtrace.analysis import bootstrap
 from cwndtrace.lab import statistics
 from cwndtrace.lab.measurement import Measurement, Setting, frame, limits, measured
 from cwndtrace.lab.tcpinfo import TcpInfo
@@ -62,9 +63,9 @@ def test_the_interval_is_repeatable_and_covers() -> None:
     hits = 0
     for _ in range(100):
         on, off = random.normal(110, 5, 15), random.normal(100, 5, 15)
-        low, high = statistics.interval(on, off, resamples=500)
+        low, high = bootstrap.interval(on, off, resamples=500)
         hits += low <= 10 <= high
-    assert (low, high) == statistics.interval(on, off, resamples=500)
+    assert (low, high) == bootstrap.interval(on, off, resamples=500)
     # 95 of 100 are meant to cover; fewer than 85 would be a one in thousands accident.
     assert hits >= 85
 

@@ -54,7 +54,9 @@ def environment(wheel: Path) -> Iterator[Path]:
 
 def test_wheel_holds_every_source(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    python = {p.relative_to(ROOT).as_posix() for p in (ROOT / "cwndtrace").rglob("*.py")}
+    package = [p for p in (ROOT / "cwndtrace").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    python = {p.relative_to(ROOT).as_posix() for p in package}
+    assert "cwndtrace/report/page.css" in python
     bpf = {f"cwndtrace/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "bpf").rglob("*") if p.is_file()}
     assert "cwndtrace/bpf/events.h" in bpf
     assert not (python | bpf | {"cwndtrace/py.typed"}) - names

@@ -23,8 +23,10 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from cwndtrace.analysis.block_io import heat_map
 from cwndtrace.errors import UsageError
 from cwndtrace.plot import panels, style
+from cwndtrace.plot.heat import heat
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.trace import Trace
@@ -358,3 +360,26 @@ def test_tables_of_other_frames_can_be_drawn_too(at: Path) -> None:
     b = frames.pandas(connections.append_column("connection", pa.array(["k"] * len(connections))))
     draw(timeline(a, b, frames.pandas(frames.disk(50)), meta=frames.meta()))
     assert not at.exists()
+
+
+# ---- the heat map ---------------------------------------------------------------------------------
+
+
+def test_the_heat_map_draws_every_request_and_hatches_losses(at: Path) -> None:
+    trace = story(at, lossy=LOSSY)
+    cells = heat_map(trace.block_io)
+    made = heat(cells, zero_ns=frames.MONO, meta=trace.meta)
+    draw(made)
+    (mesh,) = made.axes[0].collections
+    assert np.ma.sum(np.ma.asarray(mesh.get_array())) == len(trace.block_io) == 3000
+    assert made.axes[0].get_xlim()[0] == pytest.approx((trace.block_io["start_ns"].min() - frames.MONO) / 1e9)
+    assert any("3,000 requests" in text for text in texts(made))
+    assert any("1,234 requests lost" in text for text in texts(made))
+
+
+def test_no_request_makes_an_empty_heat_map_that_says_so(at: Path) -> None:
+    trace = frames.capture(at, host="<b>\x1b[1m$x^2$")
+    made = heat(heat_map(trace.block_io), zero_ns=0, meta=trace.meta)
+    draw(made)
+    assert "no block I/O recorded" in texts(made)
+    assert any(r"on <b>?[1m\$x^2\$" in text for text in texts(made))

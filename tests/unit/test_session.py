@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cwndtrace import events
-from cwndtrace.capture.session import Interrupt, Session, ending, utc_offset_ns
+from cwndtrace.capture.session import Interrupt, Session, describe, ending, utc_offset_ns
+from cwndtrace.capture.source import Filters
 from tests.unit import frames
 from tests.unit.fake_source import FakeSource
 
@@ -101,3 +102,12 @@ def test_a_signal_asks_to_stop_and_a_second_one_insists(number: signal.Signals) 
             os.kill(os.getpid(), number)
     assert seen == [False, True]
     assert signal.getsignal(number) is old
+
+
+def test_settings_at_the_start_stay_and_later_namespaces_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"1": {"name": "this", events.IDLE_SYSCTL: 1}}
+    monkeypatch.setattr("cwndtrace.kernel.netns.settings", lambda: dict(found))
+    session = Session(FakeSource([]))
+    assert describe(session, Filters(), "0")["sysctls"] == found
+    found |= {"1": {"name": "this", events.IDLE_SYSCTL: 0}, "2": {"name": "pod", events.IDLE_SYSCTL: 1}}
+    assert ending(session)["sysctls"] == {"1": {"name": "this", events.IDLE_SYSCTL: 1}, "2": found["2"]}

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from cwndtrace import events
-from cwndtrace.errors import CaptureError
+from cwndtrace.errors import CaptureError, NotFound
 from cwndtrace.trace import Trace, load
 from tests.unit import frames
 
@@ -57,6 +57,16 @@ def test_frames_are_read_once(trace: Trace) -> None:
     assert trace.resets is trace.resets
     assert trace.connections is trace.connections
     assert trace.block_io is trace.block_io
+
+
+def test_the_summary_leaves_block_io_on_the_disk(tmp_path: Path) -> None:
+    resets, connections = frames.story(seconds=30)
+    fresh = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=connections, block_io=frames.disk(9))
+    key = fresh.summary()["connection"].iloc[0]
+    for told in (fresh.host(), fresh.remedies(), fresh.remedies(key), fresh.audit(), fresh.explain(0), repr(fresh)):
+        assert len(str(told)) > 9
+    assert "block_io" not in vars(fresh)
+    assert set(fresh.verdicts["cause"]) == {"application"}
 
 
 def test_a_connection_has_one_key_everywhere(trace: Trace) -> None:
@@ -151,3 +161,55 @@ def test_an_empty_capture_has_all_its_columns(tmp_path: Path) -> None:
 def test_what_is_not_a_capture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="There is no"):
         load(tmp_path / "nothing.cwnd")
+
+
+# ---- what Jupyter shows -----------------------------------------------------------------------------
+
+
+def test_frames_know_their_units(trace: Trace) -> None:
+    assert trace.resets.attrs["units"]["cwnd_before"] == "segments"
+    assert trace.resets.attrs["units"]["idle_us"] == "us"
+    assert trace.connections.attrs["units"]["busy_us"] == "us"
+    assert trace.block_io.attrs["units"]["bytes"] == "bytes"
+    for name, frame in (("cwnd_reset", trace.resets), ("connections", trace.connections), ("block_io", trace.block_io)):
+        assert set(events.schema(name).names) == set(frame.attrs["units"])
+
+
+def test_a_connection_shows_itself(trace: Trace) -> None:
+    row = trace.summary().iloc[0]
+    one = trace.connection(row["connection"])
+    assert len(one.resets) == row["resets"] == len(trace.resets[trace.resets["connection"] == row["connection"]])
+    assert len(one.snapshots) == row["snapshots"]
+    text = repr(one)
+    assert text.splitlines()[0] == f"connection 10.1.0.1:443 > 10.2.0.9:{row['dport']}"
+    assert f"{row['resets']} ({row['resets_harmful']} harmful)" in text
+    assert str(one.verdict) in text
+    assert text.count("dear reset") == 3
+    assert "<code>10.1.0.1:443 &gt; 10.2.0.9" in one._repr_html_()
+    with pytest.raises(NotFound, match="no connection 1:1"):
+        trace.connection("1:1")
+
+
+def test_a_verdict_shows_itself(trace: Trace) -> None:
+    row = trace.verdicts.iloc[2]
+    one = trace.explain(2)
+    assert one.verdict == row["verdict"]
+    assert str(one) == repr(one)
+    assert f"{row['cwnd_before']} -> {row['cwnd_after']} segments" in str(one)
+    assert repr(trace.host()) == trace.host().text
+    with pytest.raises(KeyError):
+        trace.explain(len(trace.resets))
+
+
+def test_a_hostile_connection_shows_itself_harmlessly(tmp_path: Path) -> None:
+    resets = frames.table("cwnd_reset", frames.reset(1, comm=b"<i>x\x1b[1m", ca_name=b"<u>\x1b[2J"))
+    seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 10**6, comm=EVIL, state=EVIL, ca_name=EVIL) for t in (0, 9)]
+    trace = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=frames.snapshots(*seen))
+    one = trace.connection(trace.resets["connection"].item())
+    for shown in (one, one.verdict, trace.explain(0), trace.host()):
+        assert repr(shown).replace("\n", "").isprintable()
+        page = shown._repr_html_()
+        assert page.isprintable()
+        tags = Tags()
+        tags.feed(page)
+        assert tags.names <= {"div", "b", "code", "table", "tr", "th", "td", "br", "bdi"}

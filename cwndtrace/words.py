@@ -53,3 +53,8 @@ def connection(row: Mapping[Any, Any]) -> str:
 def process(comm: str, pid: int) -> str:
     """Name and pid, a dash where nobody is known."""
     return f"{clean(comm)}[{pid}]" if pid else "-"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 reset``, ``2,000 resets``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

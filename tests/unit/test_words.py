@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from cwndtrace.cli import format as fmt
+from cwndtrace import words as fmt
 from cwndtrace.cli.summary import columns
 
 

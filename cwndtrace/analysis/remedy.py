@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would cure the resets that cost something, what each cure would save, and what it risks.
+
+Nothing here is ever applied. Savings are estimates from the records, as the costs are.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from cwndtrace import events
+from cwndtrace.analysis import cost
+from cwndtrace.analysis.verdict import EXEMPT
+from cwndtrace.words import plural, span
+
+COLUMNS: Final = {
+    "remedy": "sysctl, initcwnd, ping, bbr, receiver_window, send_buffer, loss or nothing",
+    "action": "what to do, and where",
+    "saves_us": "us that it would have saved in this capture, estimated; missing where the records can't tell",
+    "risk": "low, medium or high",
+    "why_risk": "what may go wrong",
+    "connections": "connections whose resets it would have cured",
+}
+"""The columns of ``remedies``."""
+
+AUDIT_COLUMNS: Final = {
+    "netns_ino": "inode of the network namespace",
+    "name": "as ip netns knows it, this for the one that cwndtrace ran in, or a process in it",
+    "host": "whether it is that of process 1",
+    "slow_start_after_idle": "1 idle resets are on, 0 off, missing where it couldn't be read",
+    "congestion_control": "the default for new connections; empty where it couldn't be read",
+    "live": "connections in the namespace's last snapshot",
+    "touched": "of these, those that the idle setting is about: their congestion control isn't exempt",
+    "resets": "idle resets recorded in it",
+    "lost_us": "us that its resets cost, estimated",
+    "note": "how it differs from the host, and what that means",
+}
+"""The columns of ``audit``."""
+
+_RISKS: Final = ("low", "medium", "high")
+_PING_MARGIN: Final = 0.8
+"""A ping must come before the RTO is over even when it is late."""
+_SPACES: Final = 3
+"""Namespaces for which a command is shown."""
+_BROAD: Final = 64
+"""An initial window in segments beyond which a new connection's first flight is a burst that few paths expect."""
+
+
+@dataclass(frozen=True)
+class _Remedy:
+    remedy: str
+    action: str
+    saves_us: float
+    risk: str
+    why_risk: str
+    connections: int
+
+
+def remedies(judged: pd.DataFrame, rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.DataFrame:
+    """What to do, best first: what saves most, and of what saves the same the least risky. Never empty.
+
+    ``judged`` are resets of a Trace's ``verdicts``, ``rows`` connections of its ``summary``: all of them for the host,
+    or those of one connection. The columns are ``COLUMNS``.
+    """
+    harmful = judged[judged["verdict"] == "harmful"]
+    found = [*_cures(harmful, meta), *_limits(rows)]
+    if not found:
+        found = [_Remedy("nothing", "leave the settings as they are", 0.0, "low", "none", 0)]
+    found.sort(key=lambda r: (-r.saves_us if r.saves_us == r.saves_us else 1.0, _RISKS.index(r.risk)))
+    return pd.DataFrame([asdict(each) for each in found], columns=list(COLUMNS))
+
+
+def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
+    if harmful.empty:
+        return
+    touched, lost = int(harmful["connection"].nunique()), float(harmful["lost_us"].sum())
+    spaces = [str(inode) for inode in harmful.groupby("netns_ino")["lost_us"].sum().sort_values().index[::-1]]
+    commands = [f"{_inside(inode, meta)}sysctl -w {events.IDLE_SYSCTL}=0{_elsewhere(inode, meta)}" for inode in spaces]
+    more = [f"and in {plural(len(spaces) - _SPACES, 'more namespace')}"] if len(spaces) > _SPACES else []
+    yield _Remedy(
+        "sysctl",
+        "; ".join([*commands[:_SPACES], *more]),
+        lost,
+        "low",
+        "each connection in the namespace may send its old window at once after a rest, into a path that may be busier "
+        "by then",
+        touched,
+    )
+    yield _initcwnd(harmful)
+    idle = harmful[harmful["reason"].astype(str) == "idle"]
+    if len(idle):
+        period = idle["rto_us"].min() * _PING_MARGIN // 10_000 * 10_000
+        yield _Remedy(
+            "ping",
+            f"have the application send a small message at least every {span(max(period, 10_000))} while it rests (the "
+            f"least RTO was {span(idle['rto_us'].min())}; TCP keepalive carries no data and doesn't count)",
+            float(idle["lost_us"].sum()),
+            "medium",
+            "traffic and wake-ups on every connection, and both ends have to agree on what a ping is",
+            int(idle["connection"].nunique()),
+        )
+    yield _Remedy(
+        "bbr",
+        f"use BBR for these connections: {events.CONTROL_SYSCTL}=bbr in their namespace, or TCP_CONGESTION on each",
+        lost,
+        "high",
+        "another congestion control altogether: it reacts otherwise to loss and to other traffic, and only new "
+        "connections get it",
+        touched,
+    )
+
+
+def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
+    """The initial window that would have sufficed for all of them, and what it would have saved."""
+    after, before = cost.path(harmful, "after"), harmful["cwnd_before"].to_numpy(np.int64)
+    burst, rounds_before = (harmful[name].to_numpy(np.int64) for name in ("burst_bytes", "rounds_before"))
+
+    def needed(window: cost.Ints) -> cost.Ints:
+        return cost.rounds(burst, **{**after, "cwnd": window})
+
+    # The least window, by halving, from which a burst needs no more round trips than from the one before.
+    low, high = after["cwnd"], before
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = needed(middle) <= rounds_before
+        low, high = np.where(enough | (low >= high), low, middle + 1), np.where(enough, middle, high)
+    value = int(high.max())
+    # A restart lowers ssthresh whatever the initial window: some of the loss may stay.
+    stays = np.maximum(needed(np.maximum(after["cwnd"], value)) - rounds_before, 0)
+    saved = np.maximum(harmful["rounds_lost"].to_numpy() - stays, 0) * harmful["srtt_us"].to_numpy()
+    peers = harmful["daddr"].astype(str).unique()
+    where = f"to {peers[0]}" if len(peers) == 1 else f"to these {len(peers)} peers"
+    return _Remedy(
+        "initcwnd",
+        f"set initcwnd {value} on the route {where} (ip route change ... initcwnd {value})",
+        float(saved.sum()),
+        "medium" if value <= _BROAD else "high",
+        f"new connections too begin with {value} segments at once"
+        + ("" if value <= _BROAD else ", far more than usual"),
+        int(harmful["connection"].nunique()),
+    )
+
+
+def _limits(rows: pd.DataFrame) -> Iterator[_Remedy]:
+    """What to do about connections that something else than the window held back."""
+    told = {
+        "receiver_window": ("let the receiver offer more: net.ipv4.tcp_rmem there, or its SO_RCVBUF", "low"),
+        "send_buffer": ("let the sender buffer more: net.ipv4.tcp_wmem, or the program's SO_SNDBUF", "low"),
+        "loss": ("look for what loses packets on the path: the window isn't what these connections lack", "low"),
+    }
+    for label, (action, risk) in told.items():
+        number = int((rows["verdict"] == label).sum())
+        if number:
+            risky = "memory on every such connection" if label != "loss" else "none"
+            yield _Remedy(label, action, float("nan"), risk, risky, number)
+
+
+def _inside(inode: str, meta: Mapping[str, Any]) -> str:
+    """The prefix of a command that has to run in a network namespace."""
+    about = _namespaces(meta).get(inode, {})
+    name = str(about.get("name", ""))
+    if about.get("host") or name == "this":
+        return ""
+    if not name:
+        return f"in network namespace {inode}: "
+    if name.endswith("]") and "[" in name:
+        return f"nsenter -t {name.rpartition('[')[2][:-1]} -n "
+    return f"ip netns exec {shlex.quote(name)} "
+
+
+def _elsewhere(inode: str, meta: Mapping[str, Any]) -> str:
+    """What to say of a namespace that isn't the host's."""
+    spaces = _namespaces(meta)
+    host = next((about for about in spaces.values() if about.get("host")), None)
+    if host is None or spaces.get(inode, host).get("host"):
+        return ""
+    setting = host.get(events.IDLE_SYSCTL)
+    return f" (the host's own is {setting}, which doesn't reach into this namespace)"
+
+
+def _namespaces(meta: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    sysctls = meta.get("sysctls")
+    entries = sysctls.items() if isinstance(sysctls, Mapping) else ()
+    return {str(inode): about for inode, about in entries if isinstance(about, Mapping)}
+
+
+def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]) -> pd.DataFrame:
+    """What each network namespace is set to and whom that touches, a row each; the columns are ``AUDIT_COLUMNS``.
+
+    As recorded when the capture began; a namespace that came later is there once a snapshot or a reset was in it.
+    """
+    spaces = _namespaces(meta)
+    host = next((about for about in spaces.values() if about.get("host")), {})
+    last = snapshots[snapshots["ts_ns"] == snapshots.groupby("netns_ino")["ts_ns"].transform("max")]
+    live = last.groupby("netns_ino").size()
+    free = last[last["ca_name"].astype(str).isin(EXEMPT)].groupby("netns_ino").size()
+    idle = judged[judged["reason"].astype(str) == "idle"].groupby("netns_ino").size()
+    lost = judged.groupby("netns_ino")["lost_us"].sum()
+    seen = {str(inode) for inode in (*live.index, *lost.index)}
+    rows = []
+    for inode in [*spaces, *sorted(seen - spaces.keys())]:
+        about, number = spaces.get(inode, {}), int(inode) if inode.isdigit() else 0
+        setting, control = about.get(events.IDLE_SYSCTL), about.get(events.CONTROL_SYSCTL)
+        rows.append(
+            {
+                "netns_ino": number,
+                "name": str(about.get("name", "")),
+                "host": about.get("host") is True,
+                "slow_start_after_idle": setting if setting in (0, 1) else None,
+                "congestion_control": control if isinstance(control, str) else "",
+                "live": int(live.get(number, 0)),
+                "touched": int(live.get(number, 0)) - int(free.get(number, 0)),
+                "resets": int(idle.get(number, 0)),
+                "lost_us": float(lost.get(number, 0.0)),
+                "note": _note(about, host),
+            }
+        )
+    kinds = {"slow_start_after_idle": "Int64", "host": "bool"}
+    return pd.DataFrame(rows, columns=list(AUDIT_COLUMNS)).astype(kinds)
+
+
+def _note(about: Mapping[str, Any], host: Mapping[str, Any]) -> str:
+    differing = [
+        f"{name} is {about.get(name)}, on the host {host.get(name)}"
+        for name in (events.IDLE_SYSCTL, events.CONTROL_SYSCTL)
+        if host and about and None not in (about.get(name), host.get(name)) and about.get(name) != host.get(name)
+    ]
+    return "; ".join(differing)
+
+
+def sentence(row: Mapping[Any, Any]) -> str:
+    """A row of ``remedies`` as a sentence."""
+    if row["remedy"] == "nothing":
+        return "Nothing to do: no reset cost a round trip."
+    saves = row["saves_us"]
+    gain = f"saves about {span(saves)} (estimated)" if saves == saves else "what it saves can't be told from here"
+    cured = plural(int(row["connections"]), "connection")
+    return f"{row['action']}: {gain}, {cured}; risk {row['risk']}: {row['why_risk']}."

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a reset mattered, and if not, why not; for each reset, each connection and the whole host.
+
+A reset is harmful where it cost its burst at least one round trip. Everything else is harmless for a reason that the
+records show. What held a connection back besides its window is told by the kernel's own clocks of it, in the
+snapshots (tcp_chrono_*() in net/ipv4/tcp_output.c).
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from cwndtrace import events
+from cwndtrace.analysis.idle_cause import reopened
+from cwndtrace.words import plural, size, span, threshold
+
+EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
+"""Congestion controls with a cong_control of their own, which tcp_slow_start_after_idle_check() leaves alone
+(include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
+
+LABELS: Final = {
+    "harmful": "harmful: cost at least one round trip",
+    "burst_fits": "harmless: the burst fits the window after",
+    "same_rounds": "harmless: the burst needs as many round trips from either window",
+    "never_full": "harmless: the window was never used up afterwards",
+    "receiver_window": "not the window: the receiver's window was the limit",
+    "send_buffer": "not the window: the send buffer was the limit",
+    "loss": "loss, not rest",
+    "nothing_sent": "harmless: nothing was sent",
+    "unknown": "not enough data to say",
+    "exempt": "its congestion control is exempt from idle resets",
+    "sysctl_off": "idle resets are off in its network namespace",
+    "no_reset": "its window was never reset",
+}
+"""Verdicts and what they say; those from ``exempt`` on are of connections only."""
+
+COLUMNS: Final = {
+    "verdict": "one of LABELS",
+    "lost_us": "us that the reset cost, estimated: predicted_us where it was harmful, else 0",
+    "rwnd_limited_share": "share of the time with data under way, between the snapshots around the reset, that the "
+    "peer's window held it back; missing where no snapshot tells",
+    "sndbuf_limited_share": "the same for the send buffer",
+}
+"""What ``resets`` adds to priced resets."""
+
+CONNECTION_COLUMNS: Final = {
+    "bursts": "bursts that can be told apart: idle resets, and spans between snapshots that sent data without one; "
+    "there may have been more",
+    "after_reset_share": "share of these bursts that began with a reset",
+    "rest_per_rto_p50": "rests that ended in an idle reset, in RTOs, median; missing where there was none",
+    "rest_per_rto_max": "the longest of them in RTOs",
+    "sent_bytes": "bytes sent while it was watched; at least, where no snapshot but only its resets' bursts tell",
+    "busy_us": "us with data under way while it was watched; missing where no two snapshots tell",
+    "rwnd_limited_share": "share of busy_us that the peer's window held it back",
+    "sndbuf_limited_share": "share of busy_us that the send buffer held it back",
+    "retrans_segments": "segments retransmitted while it was watched",
+    "resets_harmful": "resets that were harmful",
+    "lost_us": "us that its resets cost, estimated, summed",
+    "measured_us": "us that its followed windows took to come back, less what their bytes needed at least, summed: an "
+    "upper bound",
+    "verdict": "one of LABELS: harmful if any reset was, else what most of them were",
+    "why": "the verdict's evidence, a sentence",
+}
+"""What ``connections`` adds to ``analysis.connections.summary``."""
+
+_MOST: Final = 0.5
+"""A limit that held back for more of the time than this is the limit."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of ``LABELS`` as ``verdict``, and its evidence as ``text``. Shows itself in a terminal and in Jupyter."""
+
+    verdict: str
+    text: str
+
+    def __str__(self) -> str:
+        return events.clean(f"{LABELS[self.verdict]}. {self.text}")
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        colour = "#c04a00" if self.verdict == "harmful" else "#00805a"
+        label, text = (html.escape(events.clean(part)) for part in (LABELS[self.verdict], self.text))
+        return f"<div><b style='color:{colour}'>{label}</b><br><bdi>{text}</bdi></div>"
+
+
+@dataclass(frozen=True, repr=False)
+class Host(Verdict):
+    """What the resets of a whole capture cost. Times in us, estimated; ``busy_us`` is NaN where nothing tells it."""
+
+    resets: int
+    harmful: int
+    connections: int
+    connections_seen: int
+    lost_us: float
+    busy_us: float
+
+    def __str__(self) -> str:
+        return events.clean(self.text)
+
+    __repr__ = __str__
+
+
+def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
+    """``priced`` (resets with ``cost.COLUMNS``) with ``COLUMNS``; ``snapshots`` is ``connections`` of a Trace."""
+    out = priced.join(_limited(priced, snapshots))
+    burst, mss = out["burst_bytes"], out["mss"].astype("float64")
+    # A limit narrower than the window was and than the burst, to which most of the round trips are due.
+    narrow = out["limit_bytes"] < np.minimum(out["cwnd_before"].astype("float64") * mss, burst)
+    narrow &= out["rounds_lost"] < _MOST * out["rounds_after"]
+    buffer = out["limit_bytes"] < out["snd_wnd"]
+    limits = {
+        "rwnd": (out["rwnd_limited_share"] > _MOST) | (narrow & ~buffer),
+        "sndbuf": (out["sndbuf_limited_share"] > _MOST) | (narrow & buffer),
+    }
+    closed = pd.Series(reopened(out), index=out.index)
+    rules = {
+        "loss": out["reason"].astype(str) == "rto_loss",
+        "unknown": burst.isna() | (mss == 0) | (out["srtt_us"] == 0),
+        "nothing_sent": burst == 0,
+        "receiver_window": closed,
+        "burst_fits": burst <= out["cwnd_after"] * mss,
+        "send_buffer": limits["sndbuf"],
+        " receiver_window": limits["rwnd"],
+        "harmful": out["rounds_lost"] >= 1,
+        "never_full": out["grew_rounds"] == 0,
+    }
+    label = np.select([rule.to_numpy(dtype=bool) for rule in rules.values()], [n.strip() for n in rules], "same_rounds")
+    return out.assign(
+        verdict=pd.Series(label, index=out.index, dtype="str"),
+        lost_us=out["predicted_us"].where(label == "harmful", 0.0),
+    )[[*priced.columns, *COLUMNS]]
+
+
+def _limited(resets: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
+    """The shares of ``COLUMNS``, from the snapshot before each reset to the one after."""
+    clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
+    asked = resets[["connection"]].assign(ts_ns=resets["ts_ns"].astype("int64"), row=np.arange(len(resets)))
+    asked = asked.sort_values("ts_ns", kind="stable")
+    told = snapshots[["connection", *clocks]].astype(dict.fromkeys(clocks, "float64"))
+    told = told.assign(ts_ns=snapshots["ts_ns"].astype("int64")).sort_values("ts_ns", kind="stable")
+    around = [
+        pd.merge_asof(asked, told, on="ts_ns", by="connection", direction=direction).set_index("row")[clocks]
+        for direction in ("backward", "forward")
+    ]
+    spent = around[1] - around[0]
+    busy = spent["busy_us"].where(spent["busy_us"] > 0)
+    shares = {name: spent[f"{name}_us"] / busy for name in ("rwnd_limited", "sndbuf_limited")}
+    frame = pd.DataFrame({f"{name}_share": share.sort_index() for name, share in shares.items()})
+    return frame.set_index(resets.index)
+
+
+def connections(
+    summary: pd.DataFrame, judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]
+) -> pd.DataFrame:
+    """``summary`` (of analysis.connections) with ``CONNECTION_COLUMNS``, those that lost most first.
+
+    ``judged`` holds the resets with ``COLUMNS``, ``snapshots`` is ``connections`` of a Trace, ``meta`` its metadata.
+    """
+    out = summary.set_index("connection", drop=False).rename_axis(None)
+    out = out.join(_watched(judged, snapshots)).join(_of_resets(judged))
+    zeros = dict.fromkeys(("bursts", "sent_bytes", "retrans_segments", "resets_harmful", "lost_us"), 0)
+    out = out.fillna(zeros).astype(dict.fromkeys(("retrans_segments", "resets_harmful"), "int64"))
+    out["sent_bytes"] = out[["sent_bytes", "burst_bytes"]].max(axis=1).astype("int64")
+    out["bursts"] = (out["bursts"] + out["resets_idle"]).astype("int64")
+    out["after_reset_share"] = out["resets_idle"] / out["bursts"].where(out["bursts"] > 0)
+    out["verdict"] = _judge(out, meta)
+    out["why"] = pd.Series([explain_connection(row) for row in out.to_dict("records")], index=out.index, dtype="str")
+    out = out.sort_values("lost_us", ascending=False, kind="stable")
+    return out.reset_index(drop=True)[[*summary.columns, *CONNECTION_COLUMNS]]
+
+
+def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
+    """What each connection did while it was watched: since its first snapshot, or all its life if it came later."""
+    clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
+    kinds = {"ts_ns": "int64", "bytes_sent": "int64", "total_retrans": "int64"} | dict.fromkeys(clocks, "float64")
+    told = snapshots[["connection", *kinds]].astype(kinds).sort_values("ts_ns", kind="stable", ignore_index=True)
+    groups = told.groupby("connection", sort=False)
+    totals = groups[["bytes_sent", "total_retrans", *clocks]].last()
+    # The first look at all connections takes less than a second, the next one comes later.
+    old = groups["ts_ns"].first() <= told["ts_ns"].min() + 1_000_000_000
+    totals -= groups[["bytes_sent", "total_retrans", *clocks]].first().where(old, 0)
+    # A span between two snapshots is a burst of its own if data was sent in it and no reset began one.
+    known = told["connection"].map(old).astype(bool) | told.duplicated("connection")
+    sent = groups["bytes_sent"].diff().where(known, told["bytes_sent"]) > 0
+    seen = judged.loc[judged["reason"].astype(str) == "idle", ["connection"]].assign(
+        ts_ns=judged["ts_ns"].astype("int64")
+    )
+    ends = pd.merge_asof(
+        seen.sort_values("ts_ns", kind="stable"),
+        told[["ts_ns", "connection"]].assign(row=told.index),
+        on="ts_ns",
+        by="connection",
+        direction="forward",
+    )["row"].dropna()
+    sent[ends.astype("int64").unique()] = False
+    busy = totals["busy_us"].where(~old | (groups.size() > 1))
+    return pd.DataFrame(
+        {
+            "bursts": sent.groupby(told["connection"], sort=False).sum(),
+            "sent_bytes": totals["bytes_sent"],
+            "retrans_segments": totals["total_retrans"],
+            "busy_us": busy,
+            "rwnd_limited_share": totals["rwnd_limited_us"] / busy.where(busy > 0),
+            "sndbuf_limited_share": totals["sndbuf_limited_us"] / busy.where(busy > 0),
+        }
+    )
+
+
+def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
+    """What the resets of each connection come to; ``common`` is the verdict that most of them have."""
+    keys = judged["connection"]
+    rest = (judged["idle_us"] / judged["rto_us"].where(judged["rto_us"] > 0)).where(judged["reason"] == "idle")
+    groups = rest.groupby(keys)
+    counts = judged.groupby(["connection", "verdict"]).size().rename("n").reset_index()
+    common = counts.sort_values("n", kind="stable").drop_duplicates("connection", keep="last")
+    return pd.DataFrame(
+        {
+            "rest_per_rto_p50": groups.median(),
+            "rest_per_rto_max": groups.max(),
+            "resets_harmful": (judged["verdict"] == "harmful").groupby(keys).sum(),
+            "lost_us": judged["lost_us"].groupby(keys).sum(),
+            "burst_bytes": judged["burst_bytes"].groupby(keys).sum(),
+            "measured_us": judged["measured_us"].groupby(keys).sum(min_count=1),
+            "common": common.set_index("connection")["verdict"],
+            "common_count": common.set_index("connection")["n"],
+        }
+    )
+
+
+def _judge(rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.Series:
+    sysctls, rungs = _mapping(meta.get("sysctls")), _mapping(meta.get("rungs"))
+    setting = {ino: _mapping(each).get(events.IDLE_SYSCTL) for ino, each in sysctls.items()}
+    off = rows["netns_ino"].astype(str).map(lambda inode: setting.get(inode) == 0).astype(bool)
+    rules = {
+        "harmful": rows["resets_harmful"] > 0,
+        "common": rows["common"].notna(),
+        "exempt": rows["ca_name"].isin(EXEMPT),
+        "sysctl_off": off,
+        "nothing_sent": (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1),
+        "send_buffer": rows["sndbuf_limited_share"] > _MOST,
+        "receiver_window": rows["rwnd_limited_share"] > _MOST,
+        "loss": rows["retrans_segments"] > 0,
+        "unknown": pd.Series(bool(rungs) and not rungs.get("idle"), index=rows.index)
+        | ((rows["snapshots"] < 2) & (rows["sent_bytes"] == 0)),
+    }
+    label = np.select([rule.to_numpy(dtype=bool) for rule in rules.values()], list(rules), "no_reset")
+    return pd.Series(np.where(label == "common", rows["common"], label), index=rows.index, dtype="str")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def explain(row: Mapping[Any, Any]) -> str:
+    """The evidence for the verdict of one reset, a row of ``resets``, in a sentence."""
+    cwnd = f"{row['cwnd_before']} -> {row['cwnd_after']} segments"
+    if row["reason"] == "idle":
+        cwnd += f" after {span(row['idle_us'])} of rest (RTO {span(row['rto_us'])})"
+    burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
+    fits = size(row["cwnd_after"] * row["mss"])
+    told: dict[str, str] = {
+        "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more: "
+        f"{span(row['lost_us'])} at {span(row['srtt_us'])} each (estimated)",
+        "burst_fits": f"the burst of {burst} fits the window after ({fits})",
+        "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
+        "never_full": f"the burst of {burst} came in pieces that never used the window up: it didn't grow",
+        "receiver_window": _narrow(row, burst),
+        "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is less than the window was, and the burst is "
+        f"{burst}; at most {_share_of_rounds(row)}",
+        "loss": f"a retransmission timeout with ssthresh {threshold(row['ssthresh_after'])} segments after it, no rest",
+        "nothing_sent": "no data was sent between it and the connection's next record",
+        "unknown": "no later record says how much was sent, or no round-trip time was ever measured",
+    }
+    return f"{cwnd}: {told[row['verdict']]}"
+
+
+def _narrow(row: Mapping[Any, Any], burst: str) -> str:
+    if row["tgid"] == 0 and row["unsent_bytes"] > 0:
+        return f"the peer's window was closed, {size(row['unsent_bytes'])} waited for it to open"
+    if row["rwnd_limited_share"] > _MOST:
+        return (
+            f"the peer's window held the sender back for {_percent(row['rwnd_limited_share'])} of the time with data "
+            f"under way; at most {_share_of_rounds(row)}"
+        )
+    return f"the peer offered {size(row['snd_wnd'])}, less than the window was, for {burst}; {_share_of_rounds(row)}"
+
+
+def _trips(number: float) -> str:
+    return plural(round(number), "round trip") if number == number else "an unknown number of round trips"
+
+
+def _share_of_rounds(row: Mapping[Any, Any]) -> str:
+    return f"{row['rounds_lost']:.0f} of {row['rounds_after']:.0f} round trips are the reset's"
+
+
+def explain_connection(row: Mapping[Any, Any]) -> str:
+    """The evidence for the verdict of one connection, a row of ``connections``, in a sentence."""
+    number = plural(row["resets"], "reset")
+    label = row["verdict"]
+    if label == "harmful":
+        many = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
+        told = many if row["resets"] > 1 else f"its reset cost its burst {span(row['lost_us'])} (estimated)"
+        # Snapshots may have missed some of the bursts: then there is no whole to have a share of.
+        whole = row["busy_us"] >= row["lost_us"]
+        return told + (f", {_percent(row['lost_us'] / row['busy_us'])} of its busy time" if whole else "")
+    if row["resets"]:
+        return LABELS[label] + (f", as for {row['common_count']:.0f} of {number}" if row["resets"] > 1 else "")
+    reasons = {
+        "exempt": f"{row['ca_name']} never resets its window after a rest",
+        "sysctl_off": f"{events.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
+        "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s it was watched",
+        "send_buffer": f"no reset; the send buffer held it back for {_percent(row['sndbuf_limited_share'])} of "
+        f"{span(row['busy_us'])} with data under way",
+        "receiver_window": f"no reset; the peer's window held it back for {_percent(row['rwnd_limited_share'])} of "
+        f"{span(row['busy_us'])} with data under way",
+        "loss": f"no reset; {plural(row['retrans_segments'], 'segment')} retransmitted",
+        "unknown": "only one snapshot shows it, or no probe saw idle resets",
+    }
+    return reasons.get(label, f"no reset while it sent {size(row['sent_bytes'])}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _not_it(verdict: str) -> str:
+    return "It can't be said whether it is the window" if verdict == "unknown" else "It is not the window"
+
+
+def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
+    """The verdict on all of a capture: ``rows`` of ``connections``, ``judged`` of ``resets``."""
+    harmful = judged[judged["verdict"] == "harmful"]
+    touched = int(harmful["connection"].nunique())
+    lost, busy = float(harmful["lost_us"].sum()), float(rows["busy_us"].sum(min_count=1))
+    if len(harmful):
+        idle = harmful["reason"].astype(str) == "idle"
+        what = "Idle resets" if idle.all() else "Window resets"
+        text = (
+            f"{what} cost {span(lost)} (estimated) over {plural(len(harmful), 'burst')} on {touched} of "
+            f"{plural(len(rows), 'connection')}"
+        )
+        text += f", {_percent(lost / busy)} of the {span(busy)} with data under way." if busy >= lost else "."
+        verdict = "harmful"
+    elif len(judged):
+        common = judged["verdict"].value_counts()
+        verdict = str(common.index[0])
+        reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
+        text = f"{_not_it(verdict)}: {plural(len(judged), 'reset')}, none known to have cost a round trip ({reasons})."
+    elif len(rows):
+        common = rows["verdict"].value_counts()
+        verdict = str(common.index[0])
+        reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
+        text = f"{_not_it(verdict)}: no reset on {plural(len(rows), 'connection')} ({reasons})."
+    else:
+        verdict, text = "unknown", "No TCP connection was seen."
+    return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

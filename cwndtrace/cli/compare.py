@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cwndtrace compare``: two captures, before and after a change."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+import cwndtrace
+from cwndtrace.analysis.compare import MEASURES
+from cwndtrace.cli.summary import columns
+from cwndtrace.events import TABLES, clean
+from cwndtrace.words import span
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, a measure each.")
+def compare(before: Path, after: Path, *, as_json: bool) -> None:
+    """Compare the captures BEFORE and AFTER a change: what differs, how surely, how much.
+
+    \b
+    Examples:
+      cwndtrace compare monday.cwnd tuesday.cwnd
+      cwndtrace compare on.cwnd off.cwnd --json | jq -r 'select(.effect == "large") | .measure'
+    """
+    traces = cwndtrace.load(before), cwndtrace.load(after)
+    rows = traces[0].compare(traces[1]).to_dict("records")
+    if as_json:
+        for row in rows:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            click.echo(json.dumps({"event": "compare", **finite}))
+    else:
+        for trace in traces:
+            click.echo(f"{clean(str(trace.path))}: {clean(trace.host().text)}")
+        _print(rows)
+    for trace in traces:
+        lost = {name: trace.lost(name) for name in TABLES}
+        lines = [f"{number:,} records of {name} were lost" for name, number in lost.items() if number]
+        for line in [*trace.warnings, *lines]:
+            click.echo(f"warning: {clean(str(trace.path))}: {clean(line)}", err=True)
+
+
+def _print(rows: list[dict[Any, Any]]) -> None:
+    table: list[tuple[str, ...]] = [("MEASURE", "BEFORE", "AFTER", "DIFFERENCE", "95 % INTERVAL", "EFFECT", "VALUES")]
+    for row in rows:
+        name = row["measure"] + (" (estimated)" if row["measure"].startswith("lost") else "")
+        ends = [_value(row[end], row["unit"], sign=True) for end in ("low", "high")]
+        table.append(
+            (
+                clean(name),
+                *(_value(row[side], row["unit"]) for side in ("before", "after")),
+                _value(row["difference"], row["unit"], sign=True),
+                "-" if math.isnan(row["low"]) else f"{ends[0]} to {ends[1]}",
+                row["effect"],
+                f"{row['n_before']:,} and {row['n_after']:,}",
+            )
+        )
+    click.echo()
+    header, *body = columns(table, {1, 2, 3})
+    click.echo(click.style(header, bold=True))
+    for line in body:
+        click.echo(line)
+    click.echo()
+    for name, (_, centre, meaning) in MEASURES.items():
+        if any(row["measure"] == name for row in rows):
+            click.echo(f"{name}: {meaning} ({centre})")
+
+
+def _value(value: float, unit: str, *, sign: bool = False) -> str:
+    if math.isnan(value):
+        return "-"
+    plus = ("-" if value < 0 else "+") if sign else ""
+    if unit.startswith("us"):
+        return f"{plus}{span(abs(value))}{unit[2:]}"
+    return f"{plus}{abs(value) if sign else value:,.3g} {unit}"

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cwndtrace report``: what a capture means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import click
+
+import cwndtrace
+from cwndtrace import words as fmt
+from cwndtrace.analysis import remedy, verdict
+from cwndtrace.cli.summary import columns
+from cwndtrace.errors import CwndtraceError
+from cwndtrace.events import clean
+from cwndtrace.report import content
+
+_CONNECTIONS: Final = 8
+_DEVICES: Final = 4
+_REMEDIES: Final = 3
+
+
+@click.command()
+@click.argument("capture", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with all of it.")
+@click.option(
+    "--html",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A page that holds all of it, pictures too.",
+)
+def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
+    """Say what CAPTURE means: did resets matter, which connections suffered, why they rested, what to do.
+
+    \b
+    Examples:
+      cwndtrace report cwndtrace-20260102-030405.cwnd
+      cwndtrace report nginx.cwnd --html nginx.html
+      cwndtrace report nginx.cwnd --json | jq '.remedies[0].action'
+    """
+    found = content.report(cwndtrace.load(capture))
+    if file is not None:
+        # Only here, because matplotlib takes longer to load than all the rest.
+        from cwndtrace.report.page import page
+
+        try:
+            file.write_text(page(found), encoding="utf-8")
+        except OSError as e:
+            raise CwndtraceError(f"{clean(str(file))} can't be written: {e.strerror}", "choose another file") from e
+    if as_json:
+        click.echo(json.dumps(content.as_json(found), allow_nan=False))
+    else:
+        for line in lines(found):
+            click.echo(line)
+    if file is not None:
+        click.echo(f"The page is in {clean(str(file))}.", err=True)
+
+
+def lines(found: content.Report) -> Iterator[str]:
+    """One screen of text that leads with the answer."""
+    yield click.style(clean(found.host.text), bold=True)
+    for line in (line for each in found.caveats.values() for line in each):
+        yield f"! {clean(line)}"
+    yield ""
+    if len(found.connections):
+        rows: list[tuple[str, ...]] = [
+            ("CONNECTION", "PROCESS", "CC", "RESETS", "HARMFUL", "LOST (est.)", "LONGEST REST", "RTT", "VERDICT")
+        ]
+        for row in found.connections.head(_CONNECTIONS).to_dict("records"):
+            rows.append(
+                (
+                    clean(fmt.connection(row)),
+                    fmt.process(row["comm"], row["pid"]),
+                    clean(row["ca_name"]),
+                    str(row["resets"]),
+                    str(row["resets_harmful"]),
+                    fmt.span(row["lost_us"]),
+                    fmt.span(row["rest_longest_us"]) if row["resets_idle"] else "-",
+                    fmt.span(row["srtt_us"]),
+                    verdict.LABELS[row["verdict"]],
+                )
+            )
+        yield from _table(rows, {3, 4, 5, 6, 7})
+        if len(found.connections) > _CONNECTIONS:
+            yield f"and {fmt.plural(len(found.connections) - _CONNECTIONS, 'more connection')}"
+        yield ""
+    for row in found.causes.to_dict("records"):
+        on = f", {fmt.span(row['disk_us'])} of it under block I/O on {clean(row['disk_device'])}" * bool(row["disk_us"])
+        yield (
+            f"Rested for its {row['cause']}: " if row["cause"] == "peer" else f"Rested, cause {row['cause']}: "
+        ) + f"{fmt.plural(row['resets'], 'time')}, {fmt.span(row['rest_us'])}{on}; {row['harmful']} harmful"
+    if len(found.devices):
+        rows = [("DEVICE", "OP", "REQUESTS", "P50", "P95", "P99", "MAX", "QUEUE P95", "SERVICE P95", "ERRORS")]
+        for row in found.devices.head(_DEVICES).to_dict("records"):
+            figures = ("latency_p50_us", "latency_p95_us", "latency_p99_us", "latency_max_us")
+            parts = (row["queue_p95_us"], row["service_p95_us"])
+            rows.append(
+                (
+                    clean(row["device"]),
+                    clean(row["op"]),
+                    f"{row['count']:,}",
+                    *(fmt.span(row[name]) for name in figures),
+                    *(fmt.span(value) if value == value else "-" for value in parts),
+                    str(row["errors"]),
+                )
+            )
+        yield ""
+        yield from _table(rows, set(range(2, 10)))
+    yield ""
+    yield click.style("What to do", bold=True)
+    for number, row in enumerate(found.remedies.head(_REMEDIES).to_dict("records"), start=1):
+        yield f"{number}. {clean(remedy.sentence(row))}"
+
+
+def _table(rows: list[tuple[str, ...]], right: set[int]) -> Iterator[str]:
+    header, *body = columns(rows, right)
+    yield click.style(header, bold=True)
+    yield from body

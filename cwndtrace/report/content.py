@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report holds: the answer first, then its evidence, and what the capture lacks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import pandas as pd
+
+from cwndtrace import events
+from cwndtrace.analysis import block_io, idle_cause, verdict
+from cwndtrace.trace import Trace
+
+RESETS: Final = ("cwnd_reset", "cwnd_recovery", "connections")
+BLOCK_IO: Final = ("block_io",)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Frames of a Trace as its methods give them; ``caveats`` by what they touch: ``all``, ``resets``, ``block_io``."""
+
+    trace: Trace
+    host: verdict.Host
+    connections: pd.DataFrame
+    resets: pd.DataFrame
+    causes: pd.DataFrame
+    devices: pd.DataFrame
+    processes: pd.DataFrame
+    remedies: pd.DataFrame
+    audit: pd.DataFrame
+    caveats: dict[str, list[str]]
+
+
+def report(trace: Trace) -> Report:
+    """All that is to be said of a capture."""
+    resets = trace.verdicts
+    return Report(
+        trace=trace,
+        host=trace.host(),
+        connections=trace.summary(),
+        resets=resets,
+        causes=idle_cause.summary(resets),
+        devices=trace.block_summary(),
+        processes=block_io.by_submitter(trace.block_io),
+        remedies=trace.remedies(),
+        audit=trace.audit(),
+        caveats=_caveats(trace),
+    )
+
+
+def _caveats(trace: Trace) -> dict[str, list[str]]:
+    whole = [f"{line}." for line in trace.warnings]
+    if trace.status != "complete":
+        whole.append(f"The capture is {trace.status}: what it had not yet written is missing.")
+    lost = {name: trace.lost(name) for name in events.TABLES}
+    resets = [f"{lost[name]:,} records of {name} were lost: figures may be too low." for name in RESETS if lost[name]]
+    rungs = trace.meta.get("rungs")
+    unseen = [str(reason) for reason, rung in rungs.items() if not rung] if isinstance(rungs, dict) else []
+    if unseen:
+        whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
+    block = [f"{lost[name]:,} block requests were lost: figures may be too low." for name in BLOCK_IO if lost[name]]
+    if lost["block_io"]:
+        resets.append("Block requests were lost: a rest may have been more the disk's than it seems.")
+    if not trace.block_recorded:
+        block.append("Block I/O wasn't recorded: a disk can't be told from the application as the cause of a rest.")
+    return {"all": whole, "resets": resets, "block_io": block}
+
+
+def as_json(found: Report) -> dict[str, Any]:
+    """The report as one object that JSON can hold: missing figures are null, times ISO 8601 in UTC."""
+    meta = found.trace.meta
+    frames = {
+        "connections": found.connections.assign(
+            **{name: found.connections[name].map(pd.Timestamp.isoformat) for name in ("first_seen", "last_seen")}
+        ),
+        "causes": found.causes,
+        "block_io_by_device": found.devices,
+        "block_io_by_process": found.processes,
+        "remedies": found.remedies,
+        "namespaces": found.audit,
+    }
+    return {
+        "event": "report",
+        "time": meta.get("ended") or meta.get("started"),
+        "capture": str(found.trace.path),
+        "status": found.trace.status,
+        "answer": {name: _plain(value) for name, value in asdict(found.host).items()},
+        "caveats": [line for lines in found.caveats.values() for line in lines],
+        **{name: records(frame) for name, frame in frames.items()},
+    }
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A dict a row, with None for what is missing."""
+    return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    return None if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)) else value

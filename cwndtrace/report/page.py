@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as one HTML file: no outside request, pictures and styles inside, readable in light, dark and print.
+
+All text goes through Jinja2's escaping and ``events.clean``. The page forbids itself everything but its own script and
+style, by their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib import resources
+from io import BytesIO
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+
+from cwndtrace import words
+from cwndtrace.analysis import block_io, verdict
+from cwndtrace.events import clean
+from cwndtrace.plot import style
+from cwndtrace.plot.heat import heat
+from cwndtrace.plot.timeline import timeline
+from cwndtrace.report.content import Report, records
+
+CONNECTIONS: Final = 200
+"""Rows of the table of connections."""
+TIMELINES: Final = 6
+"""Connections with a timeline: those that lost most, or else have most resets."""
+_RESETS: Final = 8
+_PROCESSES: Final = 20
+# From so many dots on, a bitmap inside the SVG is smaller.
+_DOTS: Final = 1000
+
+
+def page(report: Report) -> str:
+    """The HTML of a report."""
+    files = {name: _file(f"page.{name}") for name in ("css", "js", "html.j2")}
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {
+        "clean": lambda text: clean(str(text)),
+        "span": lambda us: words.span(us) if us is not None else "unknown",
+        "size": words.size,
+        "times": lambda ratio: f"{ratio:.1f}" if ratio is not None else "",
+        "ends": words.connection,
+        "process": lambda row: words.process(row["comm"], row["pid"]),
+        "words": lambda label: verdict.LABELS[label],
+        "explained": verdict.explain,
+        "because": _because,
+        "moment": lambda time: f"{time:%H:%M:%S.%f} UTC",
+    }
+    rows = records(report.connections.head(CONNECTIONS))
+    text: str = environment.from_string(files["html.j2"]).render(
+        report=report,
+        name=report.trace.path.name,
+        facts=dict(report.trace.facts()),
+        connections=rows,
+        remedies=records(report.remedies),
+        causes=records(report.causes),
+        devices=records(report.devices),
+        processes=records(report.processes.head(_PROCESSES)),
+        audit=records(report.audit),
+        timelines=_timelines(report, rows),
+        heat=_heat(report) if len(report.trace.block_io) else None,
+        style=Markup(files["css"]),
+        script=Markup(files["js"]),
+        style_hash=_hash(files["css"]),
+        script_hash=_hash(files["js"]),
+    )
+    return text
+
+
+def _because(row: Mapping[str, Any]) -> str:
+    """The cause of a reset's rest, to be put behind its verdict."""
+    told = {
+        "peer": f"; it waited {words.span(row['peer_us'])} for its peer",
+        "disk": f"; {clean(row['comm'])} had {row['disk_requests']} requests on {row['disk_device']} for "
+        f"{words.span(row['disk_us'])} of the rest",
+        "application": f"; {words.span(row['application_us'])} of the rest were the application's own",
+        "unknown": "; whether a disk was why wasn't recorded",
+    }
+    return told.get(row["cause"], "")
+
+
+def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is shown of the connections that have a timeline, by key."""
+    trace, shown = report.trace, {}
+    for number, row in enumerate([row for row in rows if row["resets"]][:TIMELINES]):
+        key = row["connection"]
+        mine = report.resets[report.resets["connection"] == key]
+
+        def draw(key: str = key) -> Figure:
+            return timeline(
+                trace.resets,
+                trace.connections,
+                trace.block_io,
+                meta=trace.meta,
+                samples=trace.samples,
+                connection=key,
+                span=_seen(report, key),
+            )
+
+        worst = mine.sort_values("lost_us", ascending=False, kind="stable").head(_RESETS).sort_values("ts_ns")
+        shown[key] = {"id": number, "row": row, "picture": _pair(draw), "resets": worst.to_dict("records")}
+    return shown
+
+
+def _seen(report: Report, key: str) -> tuple[float, float]:
+    """From when to when a connection was watched, with the rest before its first reset, in seconds of the capture."""
+    trace, mine = report.trace, report.resets[report.resets["connection"] == key]
+    stamps = pd.concat([mine["ts_ns"], trace.connections.loc[trace.connections["connection"] == key, "ts_ns"]])
+    begin = min(int(stamps.min()), int((mine["ts_ns"].astype("int64") - mine["idle_us"].astype("int64") * 1000).min()))
+    span = (begin - trace.started_ns) / 1e9, (int(stamps.max()) - trace.started_ns) / 1e9
+    margin = max(0.02 * (span[1] - span[0]), 0.1)
+    return span[0] - margin, span[1] + margin
+
+
+def _heat(report: Report) -> dict[str, str]:
+    trace = report.trace
+    cells, start = block_io.heat_map(trace.block_io), trace.started_ns
+    return _pair(lambda: heat(cells, zero_ns=start, meta=trace.meta))
+
+
+def _pair(draw: Callable[[], Figure]) -> dict[str, str]:
+    """A picture for light and for dark, as addresses that hold it."""
+    pair = {}
+    for name in ("light", "dark"):
+        with style.use(dark=name == "dark"):
+            pair[name] = _svg(draw())
+    return pair
+
+
+def _svg(figure: Figure) -> str:
+    for dots in figure.findobj(PathCollection):
+        dots.set_rasterized(np.size(dots.get_offsets()) > 2 * _DOTS)
+    file = BytesIO()
+    # The same capture gives the same page.
+    with mpl.rc_context({"svg.hashsalt": "cwndtrace"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts and idle causes on connections that were made so that the right answer is known.
+
+All of them are traced at once, on the machine as a whole, over paths of the lab's; what is said of each is compared at
+the end, in a table of what it should have been against what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+import pytest
+
+import cwndtrace
+from cwndtrace.capture.source import Filters
+from cwndtrace.errors import KernelLacks
+from cwndtrace.kernel import netns
+from cwndtrace.lab import path as paths
+from cwndtrace.lab.disk import read_for, slow_device
+from cwndtrace.lab.link import Link
+from cwndtrace.lab.namespaces import write_sysctl
+from cwndtrace.lab.owner import Owner
+from cwndtrace.lab.recording import Recording
+from cwndtrace.trace import Trace
+from tests.live import tcp
+
+pytestmark = pytest.mark.live
+
+RTT_MS: Final = 40
+REST_S: Final = 1.0
+"""Several retransmission timeouts of such a path (240 ms)."""
+LARGE: Final = 1_000_000
+SMALL: Final = 2_000
+
+
+class End(tcp.Here):
+    """One end of a path of the lab's."""
+
+    def __init__(self, end: paths.End) -> None:
+        self.name, self.inode = end.namespace.name, end.namespace.inode
+        self.address, self.device = end.address, end.device
+        self._namespace = end.namespace
+
+    def enter(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives when it runs there."""
+        return netns.inside(self._namespace, work)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A path: data goes from ``near`` to ``far``."""
+
+    near: End
+    far: End
+    relay: int
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Nothing crosses while it is entered."""
+        os.kill(self.relay, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.relay, signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What should be said of a connection (namespace, ports); several answers where the kernel's rung decides."""
+
+    name: str
+    ends: tuple[int, int, int]
+    verdicts: tuple[str, ...]
+    causes: tuple[str, ...] = ()
+
+
+class Lab:
+    """Makes connections and lets each live one scenario; ``cases`` holds what should be said of them."""
+
+    def __init__(self, stack: ExitStack, drain: tcp.Drain) -> None:
+        self.cases: list[Case] = []
+        self.skipped: dict[str, str] = {}
+        self._stack, self._drain = stack, drain
+        self.clean, self.lossy, self.frail = (self._way(loss) for loss in (0.0, 0.02, 0.0))
+
+    def _way(self, loss: float) -> Way:
+        made = self._stack.enter_context(paths.open_path(Link(rtt_ms=RTT_MS, loss=loss), force="relay"))
+        assert made.relay is not None
+        for end in (made.server, made.client):
+            write_sysctl(end.namespace, "net.ipv4.tcp_no_metrics_save", "1")
+        write_sysctl(made.client.namespace, netns.IDLE_SYSCTL, "0")
+        return Way(End(made.server), End(made.client), made.relay.pid)
+
+    def connect(
+        self, way: Way | None = None, *, back: bool = False, grown: int = 150, **options: Any
+    ) -> tcp.Connection:
+        """A connection whose window has grown to so many segments; ``back`` is from far to near."""
+        way = way or self.clean
+        near, far = (way.far, way.near) if back else (way.near, way.far)
+        made = tcp.connect(near, self._drain, address=far.address, to=far, device=near.device, **options)
+        self._stack.callback(made.close)
+        if grown:
+            made.grow(grown)
+        return made
+
+    def expect(self, name: str, c: tcp.Connection, *verdicts: str, causes: tuple[str, ...] = ()) -> None:
+        """Note what should be said of a connection."""
+        self.cases.append(Case(name, (c.space.inode, c.sport, c.dport), verdicts, causes))
+
+
+def ask(c: tcp.Connection) -> None:
+    """The peer asks, and the sending end takes it."""
+    c.peer.send(b"ask")
+    assert c.sock.recv(3) == b"ask"
+
+
+def burst(c: tcp.Connection, size: int, piece: int = LARGE) -> None:
+    """Send so much, in pieces, and wait until it is acknowledged."""
+    for begin in range(0, size, piece):
+        c.sock.sendall(bytes(min(piece, size - begin)))
+    c.quiet()
+
+
+def rest(c: tcp.Connection, seconds: float = REST_S) -> None:
+    """Wait until data was last sent so long ago."""
+    c.until(lambda i: i.last_snd_us >= seconds * 1e6, "a rest")
+
+
+# ---- the scenarios ----------------------------------------------------------------------------------
+
+
+def harmful(lab: Lab) -> None:
+    """A large answer after a long rest."""
+    c = lab.connect()
+    rest(c)
+    ask(c)
+    burst(c, LARGE)
+    lab.expect("harmful idle reset", c, "harmful", causes=("peer",))
+
+
+def small_payload(lab: Lab) -> None:
+    """Two kilobytes fit ten segments."""
+    c = lab.connect()
+    rest(c)
+    ask(c)
+    burst(c, SMALL)
+    lab.expect("payload of 2 kB", c, "burst_fits", causes=("peer",))
+
+
+def small_receive_window(lab: Lab) -> None:
+    """The receiver never offers more than a few segments."""
+    c = lab.connect(grown=0, read_buffer=40_000)
+    for _ in range(2):
+        burst(c, 400_000)
+    rest(c)
+    ask(c)
+    burst(c, 400_000)
+    lab.expect("receiver window small", c, "receiver_window")
+
+
+def small_send_buffer(lab: Lab) -> None:
+    """The sender's own buffer never holds more than a few segments."""
+    c = lab.connect(grown=0)
+    c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
+    # In pieces, because a single large write may all be taken at once.
+    for _ in range(2):
+        burst(c, 600_000, 16_000)
+    rest(c)
+    ask(c)
+    burst(c, 600_000, 16_000)
+    lab.expect("send buffer small", c, "send_buffer")
+
+
+def random_loss(lab: Lab) -> None:
+    """One packet in fifty is lost, and there is no rest."""
+    c = lab.connect(lab.lossy, grown=0)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        burst(c, 60_000)
+    assert c.info().total_retrans
+    lab.expect("random loss, no rest", c, "loss")
+
+
+def timeout_after_rest(lab: Lab) -> None:
+    """The path fails just when the connection speaks again; its window was never more than the initial one."""
+    c = lab.connect(lab.frail, grown=0)
+    burst(c, SMALL)
+    rest(c)
+    with lab.frail.outage():
+        c.sock.send(bytes(SMALL))
+        c.until(lambda i: bool(i.retransmits), "a retransmission timeout")
+    c.quiet()
+    lab.expect("RTO loss after rest", c, "loss")
+
+
+def bbr(lab: Lab) -> None:
+    """BBR has a cong_control of its own."""
+    if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+        lab.skipped["BBR"] = "this kernel has no BBR; a kernel with CONFIG_TCP_CONG_BBR does (modprobe tcp_bbr)"
+        return
+    c = lab.connect(ca="bbr", grown=20)
+    rest(c)
+    ask(c)
+    burst(c, LARGE)
+    lab.expect("BBR", c, "exempt")
+
+
+def sysctl_off(lab: Lab) -> None:
+    """The sender is in a namespace where the setting is off."""
+    c = lab.connect(back=True)
+    rest(c)
+    ask(c)
+    burst(c, LARGE)
+    lab.expect("sysctl off", c, "sysctl_off")
+
+
+def trickle(lab: Lab) -> None:
+    """Little, often: the window may decay for not being used, and nobody misses it."""
+    c = lab.connect()
+    for _ in range(40):
+        c.sock.send(b"x" * 100)
+        time.sleep(0.05)
+    lab.expect("application trickling", c, "no_reset", "burst_fits", "never_full")
+
+
+def disk(lab: Lab) -> None:
+    """The sender was asked, reads a slow device, then answers."""
+    with ExitStack() as stack:
+        try:
+            device = stack.enter_context(slow_device(Owner.new()))
+        except KernelLacks as e:
+            lab.skipped["rest for a disk"] = f"{e.cause}: {e.remedy}"
+            return
+        c = lab.connect()
+        ask(c)
+        read_for(str(device.path))(REST_S)
+        burst(c, LARGE)
+    lab.expect("rest for a disk", c, "harmful", causes=("disk",))
+
+
+def silence(lab: Lab) -> None:
+    """The peer asks late, and is answered at once."""
+    c = lab.connect()
+    rest(c, 2 * REST_S)
+    ask(c)
+    burst(c, LARGE)
+    lab.expect("rest for a silent peer", c, "harmful", causes=("peer",))
+
+
+def timer(lab: Lab) -> None:
+    """The application sends by itself once in a while."""
+    c = lab.connect()
+    rest(c)
+    burst(c, LARGE)
+    lab.expect("rest by a timer", c, "harmful", causes=("application",))
+
+
+def reopened(lab: Lab) -> None:
+    """The peer's window was closed for long; its opening lets the rest out."""
+    c = lab.connect(read_buffer=300_000, grown=40)
+    c.fill()
+    rest(c)
+    lab._drain.add(c.peer)
+    c.quiet()
+    lab.expect("zero-window reopen", c, "receiver_window", causes=("peer",))
+
+
+def web_server(lab: Lab) -> None:
+    """A client keeps its connection to nginx and asks now and then."""
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        lab.skipped["HTTP keep-alive"] = "needs nginx: make develop, or sudo apt install nginx"
+        return
+    near, far = lab.clean.near, lab.clean.far
+    with Nginx(program, near) as server:
+        made: list[http.client.HTTPConnection] = []
+        far.enter(lambda: made.append(_http(near.address)))
+        (client,) = made
+        ends = (near.inode, 8080, client.sock.getsockname()[1])
+        for pause in (0, 0, 0, REST_S, REST_S):
+            time.sleep(pause)
+            client.request("GET", "/large")
+            assert len(client.getresponse().read()) == LARGE
+        # A snapshot has to see it once more.
+        lab._stack.callback(client.close)
+        lab._stack.push(server.keep())
+    lab.cases.append(Case("HTTP keep-alive", ends, ("harmful",), ("peer",)))
+
+
+def _http(address: str) -> http.client.HTTPConnection:
+    client = http.client.HTTPConnection(address, 8080, timeout=20)
+    client.connect()
+    return client
+
+
+class Nginx:
+    """nginx in a namespace, serving one large file; ended on leaving unless kept."""
+
+    def __init__(self, program: str, where: End) -> None:
+        self._stack = ExitStack()
+        self._program, self._where = program, where
+
+    def __enter__(self) -> Nginx:
+        from tempfile import TemporaryDirectory
+
+        folder = Path(self._stack.enter_context(TemporaryDirectory()))
+        folder.chmod(0o755)
+        (folder / "large").write_bytes(bytes(LARGE))
+        (folder / "conf").write_text(
+            f"daemon off; user root; worker_processes 1; pid {folder}/pid; error_log stderr;"
+            f"events {{}} http {{ access_log off; server {{ listen {self._where.address}:8080; root {folder}; }} }}"
+        )
+        listener = self._stack.enter_context(self._where.enter(self._listen))
+        # nginx takes over a socket that it is told of like this, and with it the congestion control.
+        process = subprocess.Popen(
+            [self._program, "-c", str(folder / "conf")],
+            env={**os.environ, "NGINX": f"{listener.fileno()};"},
+            pass_fds=[listener.fileno()],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._stack.enter_context(process)
+        self._stack.callback(process.terminate)
+
+        def answers() -> bool:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            with contextlib.suppress(OSError):
+                self._where.enter(lambda: socket.create_connection((self._where.address, 8080), 1).close())
+                return True
+            return False
+
+        tcp.until(answers, 20, "nginx")
+        return self
+
+    def _listen(self) -> socket.socket:
+        listener = socket.create_server((self._where.address, 8080))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        listener.setblocking(False)
+        return listener
+
+    def keep(self) -> ExitStack:
+        """What ends it, for later."""
+        return self._stack.pop_all()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+def pings(lab: Lab) -> None:
+    """The application pings more often than the RTO: its window is there when it is needed."""
+    c = lab.connect()
+    end = time.monotonic() + 1.5 * REST_S
+    while time.monotonic() < end:
+        c.sock.send(b"ping")
+        time.sleep(0.1)
+    burst(c, LARGE)
+    lab.expect("pings shorter than the RTO", c, "no_reset")
+
+
+SCENARIOS: Final = (
+    harmful, small_payload, small_receive_window, small_send_buffer, random_loss, timeout_after_rest, bbr, sysctl_off,
+    trickle, disk, silence, timer, reopened, web_server, pings,
+)  # fmt: skip
+
+
+# ---- what was said ----------------------------------------------------------------------------------
+
+
+def answers(trace: Trace, case: Case) -> tuple[str, str, str]:
+    """The verdict on a connection, the cause of most of its rests, and the verdict's evidence."""
+    summary = trace.summary()
+    inode, sport, dport = case.ends
+    mine = summary[(summary["netns_ino"] == inode) & (summary["sport"] == sport) & (summary["dport"] == dport)]
+    assert len(mine) == 1, (case, mine)
+    row = mine.iloc[0]
+    judged = trace.verdicts[trace.verdicts["connection"] == row["connection"]]
+    causes = judged.loc[judged["cause"] != "", "cause"]
+    return row["verdict"], "" if causes.empty else str(causes.mode().iloc[0]), row["why"]
+
+
+def test_all_verdicts_and_causes(tmp_path: Path, drain: tcp.Drain) -> None:
+    with ExitStack() as stack:
+        lab = Lab(stack, drain)
+        with Recording(tmp_path / "a.cwnd", Filters(), cwndtrace.__version__) as recording:
+            for scenario in SCENARIOS:
+                scenario(lab)
+        trace = recording.trace()
+    wrong, table = [], []
+    print(f"\n{'SCENARIO':<28}{'SHOULD BE':<40}{'WAS':<26}WHY")
+    for case in lab.cases:
+        verdict, cause, why = answers(trace, case)
+        should = " or ".join(case.verdicts) + (f", {' or '.join(case.causes)}" if case.causes else "")
+        was = f"{verdict}, {cause}" if cause else verdict
+        table.append((verdict if verdict in case.verdicts else case.verdicts[0], verdict))
+        print(f"{case.name:<28}{should:<40}{was:<26}{why}")
+        if verdict not in case.verdicts or (case.causes and cause not in case.causes):
+            wrong.append((case.name, should, was, why))
+    confusion = pd.DataFrame(table, columns=["should be", "was"])
+    print(f"\n{pd.crosstab(confusion['should be'], confusion['was']).to_string()}\n")
+    for name, why in lab.skipped.items():
+        print(f"{name}: left out, {why}")
+    assert not wrong
+    assert len(lab.cases) + len(lab.skipped) == len(SCENARIOS)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remedies and the audit: what is proposed, where, what it saves; on captures whose cure is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cwndtrace import events
+from cwndtrace.analysis import cost, remedy
+from cwndtrace.errors import NotFound
+from cwndtrace.trace import Trace
+from tests.unit import frames
+
+SENT = 40_100_000
+POD = 4026532999
+
+
+def space(name: str, setting: int | None = 1, *, host: bool = False, control: str = "cubic") -> dict[str, Any]:
+    return {"name": name, "host": host, events.IDLE_SYSCTL: setting, events.CONTROL_SYSCTL: control}
+
+
+def capture(path: Path, *bursts: int, netns: int = frames.NETNS, **options: Any) -> Trace:
+    """Connections, one for each burst (bytes), each with one reset of 2827 -> 44 segments."""
+    fields = options.pop("fields", {})
+    resets = [frames.reset(10, sock_cookie=n + 1, netns_ino=netns, **fields) for n, _ in enumerate(bursts)]
+    seen = [
+        frames.snapshot(at, sock_cookie=n + 1, netns_ino=netns, bytes_sent=SENT + burst)
+        for n, burst in enumerate(bursts)
+        for at in (20, 30)
+    ]
+    options = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)} | options
+    return frames.capture(Path(mkdtemp(dir=path)) / "a.cwnd", **options)
+
+
+def by_name(trace: Trace, connection: str | None = None) -> dict[str, dict[Any, Any]]:
+    return {row["remedy"]: row for row in trace.remedies(connection).to_dict("records")}
+
+
+def test_all_cures_of_one_connection(tmp_path: Path) -> None:
+    trace = capture(tmp_path, 1_000_000)
+    found = by_name(trace)
+    assert list(found) == ["sysctl", "ping", "initcwnd", "bbr"]
+    assert {row["saves_us"] for row in found.values()} == {4 * 107_000}
+    assert {row["connections"] for row in found.values()} == {1}
+    assert found["sysctl"]["action"] == "sysctl -w net.ipv4.tcp_slow_start_after_idle=0"
+    assert "every 240 ms" in found["ping"]["action"]
+    assert list(trace.remedies().columns) == list(remedy.COLUMNS)
+    assert remedy.sentence(found["sysctl"]).startswith(
+        "sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about 428 ms (estimated), 1 connection; risk low: "
+    )
+
+
+def test_the_initial_window_that_would_have_sufficed(tmp_path: Path) -> None:
+    (row,) = (r for r in capture(tmp_path, 1_000_000).remedies().to_dict("records") if r["remedy"] == "initcwnd")
+    # 691 segments: all of them in the one round trip that the window before needed.
+    assert "initcwnd 691 on the route to 10.2.0.9" in row["action"]
+    assert (row["risk"], "far more than usual" in row["why_risk"]) == ("high", True)
+    small = capture(tmp_path, 70_000, fields={"cwnd_after": 20}).remedies().set_index("remedy").loc["initcwnd"]
+    assert "initcwnd 49 " in small["action"]
+    assert small["risk"] == "medium"
+
+
+def test_it_is_the_least_that_suffices_where_the_burst_needs_several_rounds(tmp_path: Path) -> None:
+    fields = {"cwnd_before": 300, "cwnd_after": 10, "ssthresh_before": 225, "ssthresh_after": 225}
+    found = by_name(capture(tmp_path, 2_000_000, fields=fields))
+    assert found["initcwnd"]["saves_us"] == found["bbr"]["saves_us"] > 0
+    action = found["initcwnd"]["action"]
+    value = int(action.split("initcwnd ")[1].split()[0])
+
+    def needed(window: int) -> int:
+        one = {
+            "burst": 2_000_000,
+            "cwnd": window,
+            "ssthresh": 225,
+            "limit_bytes": 6_291_456,
+            "mss": 1448,
+            "target": 300,
+        }
+        return int(cost.rounds(**{k: np.array([v]) for k, v in one.items()}, reno=np.array([False]))[0])
+
+    assert 10 < value < 300
+    assert needed(value) == needed(300) < needed(value - 1)
+
+
+def test_what_a_lower_ssthresh_costs_no_initial_window_saves(tmp_path: Path) -> None:
+    fields = {"cwnd_before": 300, "cwnd_after": 10, "ssthresh_after": 225}
+    found = by_name(capture(tmp_path, 2_000_000, fields=fields))
+    # 1382 segments: 300, 600 and the rest in slow start; 300, 301, 302, 303 and the rest beyond ssthresh.
+    assert found["bbr"]["saves_us"] - found["initcwnd"]["saves_us"] == 2 * 107_000
+
+
+@pytest.mark.parametrize(
+    ("about", "command"),
+    [
+        (space("this"), "sysctl -w "),
+        (space("init", host=True), "sysctl -w "),
+        (space("blue"), "ip netns exec blue sysctl -w "),
+        (space("a b;reboot"), "ip netns exec 'a b;reboot' sysctl -w "),
+        (space("nginx[812]"), "nsenter -t 812 -n sysctl -w "),
+    ],
+)
+def test_the_command_goes_to_the_right_namespace(tmp_path: Path, about: dict[str, Any], command: str) -> None:
+    trace = capture(tmp_path, 1_000_000, netns=POD, sysctls={str(POD): about})
+    assert by_name(trace)["sysctl"]["action"].startswith(command)
+
+
+def test_all_namespaces_are_one_remedy(tmp_path: Path) -> None:
+    resets = [frames.reset(10, sock_cookie=n, netns_ino=n) for n in range(1, 6)]
+    seen = [frames.snapshot(20, sock_cookie=n, netns_ino=n, bytes_sent=SENT + n * 200_000) for n in range(1, 6)]
+    sysctls = {str(n): space(f"pod{n}") for n in range(1, 5)}
+    options = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)}
+    found = by_name(capture(tmp_path, sysctls=sysctls, **options))["sysctl"]
+    assert (found["connections"], found["saves_us"]) == (5, by_name(capture(tmp_path, **options))["bbr"]["saves_us"])
+    setting = "sysctl -w net.ipv4.tcp_slow_start_after_idle=0"
+    assert found["action"].split("; ")[0] == f"in network namespace 5: {setting}"
+    assert found["action"].split("; ")[1:] == [
+        f"ip netns exec pod4 {setting}", f"ip netns exec pod3 {setting}", "and in 2 more namespaces"
+    ]  # fmt: skip
+
+
+def test_a_container_whose_host_is_set_already_is_named(tmp_path: Path) -> None:
+    sysctls = {"1": space("init", 0, host=True), str(POD): space("pod")}
+    trace = capture(tmp_path, 1_000_000, netns=POD, sysctls=sysctls)
+    assert by_name(trace)["sysctl"]["action"] == (
+        "ip netns exec pod sysctl -w net.ipv4.tcp_slow_start_after_idle=0 "
+        "(the host's own is 0, which doesn't reach into this namespace)"
+    )
+
+
+def test_the_host_gets_a_row_a_namespace_and_a_connection_its_own(tmp_path: Path) -> None:
+    trace = capture(tmp_path, 1_000_000, 300_000, 40)
+    key = trace.summary()["connection"].iloc[1]
+    whole, one = by_name(trace), by_name(trace, key)
+    assert (whole["bbr"]["connections"], one["bbr"]["connections"]) == (2, 1)
+    lost = trace.summary().set_index("connection")["lost_us"]
+    assert (whole["bbr"]["saves_us"], one["bbr"]["saves_us"]) == (lost.sum(), lost[key])
+    with pytest.raises(NotFound, match="no connection 9:9"):
+        trace.remedies("9:9")
+
+
+def test_nothing_is_a_remedy_too(tmp_path: Path) -> None:
+    found = by_name(capture(tmp_path, 2000))
+    assert list(found) == ["nothing"]
+    assert remedy.sentence(found["nothing"]) == "Nothing to do: no reset cost a round trip."
+    assert list(by_name(capture(tmp_path))) == ["nothing"]
+
+
+def test_other_limits_have_remedies_without_a_figure(tmp_path: Path) -> None:
+    trace = capture(tmp_path, 1_000_000, fields={"snd_wnd": 2000})
+    (row,) = by_name(trace).values()
+    assert (row["remedy"], math.isnan(row["saves_us"])) == ("receiver_window", True)
+    assert "can't be told" in remedy.sentence(row)
+
+
+# ---- the audit --------------------------------------------------------------------------------------
+
+
+def test_audit_of_host_and_pods(tmp_path: Path) -> None:
+    sysctls = {"1": space("init", 0, host=True), str(POD): space("pod"), "9": space("shy", None), "7": "odd"}
+    seen = [
+        frames.snapshot(20, sock_cookie=1, netns_ino=POD, bytes_sent=SENT + 1_000_000),
+        frames.snapshot(30, sock_cookie=1, netns_ino=POD, bytes_sent=SENT + 1_000_000),
+        frames.snapshot(30, sock_cookie=2, netns_ino=POD, ca_name="bbr"),
+        frames.snapshot(31, sock_cookie=3, netns_ino=55),
+    ]
+    trace = capture(tmp_path, 1_000_000, netns=POD, sysctls=sysctls, connections=frames.snapshots(*seen))
+    rows = trace.audit()
+    assert list(rows.columns) == list(remedy.AUDIT_COLUMNS)
+    table = {row["netns_ino"]: row for row in rows.to_dict("records")}
+    assert list(table) == [1, POD, 9, 55]
+    pod = table[POD]
+    assert (pod["live"], pod["touched"], pod["resets"], pod["lost_us"]) == (2, 1, 1, 428_000)
+    assert pod["note"] == "net.ipv4.tcp_slow_start_after_idle is 1, on the host 0"
+    assert rows["slow_start_after_idle"].isna().tolist() == [False, False, True, True]
+    assert (table[55]["live"], table[55]["name"], table[1]["host"], pod["host"]) == (1, "", True, False)
+
+
+@pytest.mark.parametrize("sysctls", [None, 5, [], {"x": 1}, {"x": {"name": 5, "host": "yes"}}])
+def test_audit_of_metadata_of_any_shape(tmp_path: Path, sysctls: object) -> None:
+    trace = capture(tmp_path, 1_000_000, sysctls=sysctls)
+    assert trace.audit()["resets"].sum() == 1
+    assert "sysctl" in by_name(trace)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: the answer first, its page harmless whatever a capture holds, and read by a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner, Result
+from matplotlib.image import imread
+
+from cwndtrace.cli import main
+from cwndtrace.report import content
+from cwndtrace.report.page import page
+from cwndtrace.trace import Trace
+from tests.unit import frames
+
+EVIL = "<script>alert(1)</script>'\"&\x1b[31m\x1b]0;owned\x07\u202e{{7*7}}$x^2$"
+LOSSY = {"event": "block_io", "start_ns": frames.MONO, "end_ns": frames.MONO + 10**9, "lost": 1234}
+
+
+def story(path: Path, **values: Any) -> Trace:
+    """Two connections whose application rests, and block I/O."""
+    resets, connections = frames.story(peers=2, seconds=30)
+    return frames.capture(
+        path, **({"resets": resets, "connections": connections, "block_io": frames.disk(400, seconds=30)} | values)
+    )
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Path:
+    return tmp_path / "a.cwnd"
+
+
+def call(trace: Trace, *options: str) -> Result:
+    result = CliRunner().invoke(main, ["report", str(trace.path), *options])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+# ---- terminal and JSON ------------------------------------------------------------------------------
+
+
+def test_the_screen_leads_with_the_answer_and_ends_with_what_to_do(at: Path) -> None:
+    trace = story(at)
+    lines = call(trace).stdout.splitlines()
+    assert lines[0] == trace.host().text
+    assert lines[0].startswith("Idle resets cost ")
+    assert len(lines) <= 40
+    table = lines.index(next(line for line in lines if line.startswith("CONNECTION")))
+    assert [line.split()[0] for line in lines[table + 1 : table + 3]] == ["10.1.0.1:443"] * 2
+    assert any(line.startswith("Rested, cause application: ") for line in lines)
+    assert any(line.startswith("loop0 ") for line in lines)
+    last = lines.index("What to do")
+    assert lines[last + 1].startswith("1. sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about ")
+    assert "(estimated)" in lines[last + 1]
+
+
+def test_json_is_one_object_with_the_same_figures(at: Path) -> None:
+    trace = story(at)
+    found = json.loads(call(trace, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
+    assert found["event"] == "report"
+    assert found["answer"]["text"] == trace.host().text
+    assert len(found["connections"]) == 2
+    assert sum(row["lost_us"] for row in found["connections"]) == pytest.approx(found["answer"]["lost_us"])
+    assert found["remedies"][0]["remedy"] == "sysctl"
+    assert found["namespaces"][0]["slow_start_after_idle"] == 1
+    assert found["connections"][0]["first_seen"].endswith("+00:00")
+    assert sum(row["count"] for row in found["block_io_by_process"]) == 400
+
+
+@pytest.mark.parametrize(
+    ("values", "caveat"),
+    [
+        ({"counts": {"block_io": {"kept": 1, "lost": 1234}}, "lossy": [LOSSY]}, "1,234 block requests were lost"),
+        ({"counts": {"block_io": {"lost": 0}, "cwnd_reset": {"lost": 7}}}, "7 records of cwnd_reset were lost"),
+        ({"rungs": {"idle": "sendmsg", "app_limited": None}}, "reason app_limited couldn't be seen"),
+        ({"block_io": None, "counts": {"cwnd_reset": {"kept": 5}}}, "Block I/O wasn't recorded"),
+    ],
+)
+def test_what_a_capture_lacks_is_said_everywhere(at: Path, values: dict[str, Any], caveat: str) -> None:
+    trace = story(at, **values)
+    assert f"! {caveat}" in call(trace).stdout.replace("! Resets of ", "! ")
+    assert caveat in " ".join(call(trace, "--json").stdout.split())
+    assert caveat in page(content.report(trace)).replace("&#39;", "'")
+
+
+@pytest.mark.parametrize("kind", ["empty", "block I/O only", "interrupted", "cut off"])
+def test_captures_that_lack_much_are_reported(at: Path, kind: str) -> None:
+    if kind == "empty":
+        trace = frames.capture(at)
+    elif kind == "block I/O only":
+        trace = frames.capture(at, block_io=frames.disk(50))
+    else:
+        trace = story(at)
+        if kind == "interrupted":
+            meta = json.loads((at / "meta.json").read_text())
+            (at / "meta.json").write_text(json.dumps(meta | {"status": "running", "ended": None, "pid": 0}))
+        else:
+            (part,) = (at / "cwnd_reset").glob("*.parquet")
+            part.write_bytes(part.read_bytes()[:-50])
+    result = call(trace, "--html", str(at.parent / "a.html"))
+    text = (at.parent / "a.html").read_text(encoding="utf-8")
+    said = {
+        "empty": "No TCP connection was seen.", "block I/O only": "No TCP connection was seen.",
+        "interrupted": "! The capture is interrupted", "cut off": "! cwnd_reset/part-000001.parquet is cut off",
+    }[kind]  # fmt: skip
+    assert said in result.stdout
+    assert said.removeprefix("! ") in text
+    assert ("Heat map" in text) == (kind != "empty")
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+def test_a_page_that_can_not_be_written(at: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(frames.capture(at).path), "--html", str(at / "no" / "a.html")])
+    assert result.exit_code == 1
+    assert "can't be written" in result.stderr
+
+
+# ---- the page ---------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Collects what a browser would take for markup."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def of(self, attribute: str) -> list[str]:
+        """The values of an attribute, wherever it stands."""
+        return [str(attrs[attribute]) for _, attrs in self.tags if attribute in attrs]
+
+
+def hostile(path: Path) -> Trace:
+    """A capture in which every text is an attack."""
+    resets = frames.table("cwnd_reset", frames.reset(5, comm=EVIL.encode()[:16], ca_name=b"</td><b>\x1b[1m"))
+    seen = [
+        frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=EVIL, state=EVIL, ca_name=EVIL) for t in (0, 9)
+    ]
+    blocks = frames.table("block_io", frames.block(1, comm=b"<img src=x>\x1b[2J"), frames.block(2))
+    return frames.capture(
+        path, resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=EVIL, kernel=EVIL,
+        devices={"7:0": EVIL}, filters={EVIL: EVIL}, rungs={"idle": EVIL, EVIL: None},
+        sysctls={str(frames.NETNS): {"name": EVIL, "net.ipv4.tcp_congestion_control": EVIL}, EVIL: {"name": EVIL}},
+    )  # fmt: skip
+
+
+def test_no_text_of_a_capture_does_harm(tmp_path: Path) -> None:
+    trace = hostile(tmp_path / "<b>\x1b[2J\u202e.cwnd")
+    screen = call(trace).stdout
+    assert all(line.isprintable() for line in screen.splitlines())
+    assert "\u202e" not in json.loads(call(trace, "--json").stdout)["answer"]["text"]
+    text = page(content.report(trace))
+    plain, tags = Tags(page(content.report(story(tmp_path / "plain.cwnd")))), Tags(text)
+    assert {tag for tag, _ in tags.tags} <= {tag for tag, _ in plain.tags}
+    assert {name for _, attrs in tags.tags for name in attrs} <= {name for _, attrs in plain.tags for name in attrs}
+    assert sum(tag == "script" for tag, _ in tags.tags) == 1
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "49" not in re.findall(r"owned.{0,12}", text)[0]
+    for picture in (*tags.of("src"), *tags.of("srcset")):
+        drawn = ElementTree.fromstring(base64.b64decode(picture.partition("base64,")[2]))
+        assert not [e for e in drawn.iter() if e.tag.endswith(("script", "foreignObject", "}a"))]
+
+
+def test_the_page_asks_for_nothing_from_outside(at: Path) -> None:
+    tags = Tags(page(content.report(story(at))))
+    asked = [value for name in ("src", "srcset", "href", "data", "action") for value in tags.of(name)]
+    assert asked
+    assert all(value.startswith(("data:image/svg+xml;base64,", "#")) for value in asked)
+    anchors = {value[1:] for value in tags.of("href")}
+    assert anchors <= set(tags.of("id"))
+    assert {"t0", "t1", "connections"} <= anchors
+
+
+def test_the_same_capture_gives_the_same_page(at: Path) -> None:
+    trace = story(at)
+    assert page(content.report(trace)) == page(content.report(trace))
+
+
+def test_a_page_of_very_much_stays_small(at: Path) -> None:
+    resets, connections = frames.story(peers=210, seconds=10)
+    trace = frames.capture(at, resets=resets, connections=connections, block_io=frames.disk(19_000))
+    text = page(content.report(trace))
+    assert len(text) < 8_000_000
+    assert "And 10 more that lost less." in text
+
+
+# ---- in a browser -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("needs a browser without a screen: make develop, or sudo apt install chromium")
+
+
+def browse(browser: str, file: Path, *options: str) -> str:
+    command = [
+        browser,
+        "--headless",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={file.parent / 'profile'}",
+    ]
+    # A browser's own sandbox refuses to run as root.
+    command += ["--no-sandbox"] if os.geteuid() == 0 else []
+    done = subprocess.run([*command, *options, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+SORT = """<script>
+const heads = document.querySelector("#connections thead").rows[0].cells;
+heads[4].firstElementChild.click(); heads[4].firstElementChild.click();
+document.title = [...document.querySelectorAll("#connections tbody tr")].map(r => r.cells[4].dataset.sort).join(" ");
+</script></body>"""
+
+
+def test_a_browser_runs_its_script_and_sorts(browser: str, at: Path) -> None:
+    trace = story(at)
+    file = at.parent / "a.html"
+    # The page allows no script but its own: only for the test is that rule taken out.
+    rule = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    text = page(content.report(trace))
+    file.write_text(rule.sub("", text).replace("</body>", SORT), encoding="utf-8")
+    title = re.findall(r"<title>(.*?)</title>", browse(browser, file, "--dump-dom"))[0]
+    lost = sorted(trace.summary()["lost_us"])
+    assert [float(value) for value in title.split()] == pytest.approx(lost)
+
+
+def test_a_browser_lets_the_page_alone_run(browser: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.html"
+    text = page(content.report(hostile(tmp_path / "a.cwnd")))
+    file.write_text(text.replace("</body>", "<script>document.title = 'owned'</script></body>"), encoding="utf-8")
+    seen = browse(browser, file, "--dump-dom")
+    assert "<title>owned" not in seen
+    assert '<button type="button">Remedy</button>' in seen
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_draws_it_in_light_and_dark(browser: str, at: Path, dark: bool) -> None:
+    file, shot = at.parent / "a.html", at.parent / "a.png"
+    file.write_text(page(content.report(story(at))), encoding="utf-8")
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    browse(browser, file, scheme, "--window-size=1200,1800", f"--screenshot={shot}")
+    pixels = imread(str(shot))[:, :, :3]
+    assert (pixels[5, 5].mean() < 0.2) == dark
+    # Pictures follow the scheme: nearly all of the page is its paper.
+    assert (abs(pixels - pixels[5, 5]).max(axis=2) < 0.02).mean() > 0.6
+    assert pixels.std() > 0.05
