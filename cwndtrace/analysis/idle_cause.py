@@ -120,10 +120,12 @@ def _own_io(block_io: pd.DataFrame, tgid: Ints, since: Ints, until: Ints) -> tup
     total, requests = np.zeros(len(tgid), dtype=np.int64), np.zeros(len(tgid), dtype=np.int64)
     device = np.full(len(tgid), "", dtype=object)
     of = block_io["tgid"].to_numpy()
-    asked = (tgid > 0) & (tgid <= _LAST_PID) & (until > since)
-    asked[asked] = np.isin(tgid[asked], np.unique(of).astype(np.int64))
-    if not asked.any():
+    asked = np.flatnonzero((tgid > 0) & (tgid <= _LAST_PID) & (until > since))
+    asked = asked[np.isin(tgid[asked], np.unique(of).astype(np.int64))]
+    if not len(asked):
         return total, requests, device
+    # In the order of the axis below: to look up 100,000 places among millions takes a fifth of the time then.
+    asked = asked[np.lexsort((until[asked], tgid[asked]))]
     # Processes by number, from 1; 0 for those that aren't asked for.
     processes = np.unique(tgid[asked])
     beyond = int(processes[-1]) + 1
