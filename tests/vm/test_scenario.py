@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story of ``reproduce --preset blog`` in short, over netem: as slow as told, and all of it in the capture.
+"""Whole stories that need netem or the tracepoint; tests/live has the others.
 
-Without the command around it, whose pictures tests/live looks at: to draw text takes minutes by software emulation.
+Without the commands around them, whose pictures tests/live looks at: to draw text takes minutes by software emulation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import frame
 from cwndtrace.lab.recording import Recording, costs
 from cwndtrace.lab.scenario import PRESETS
+from tests.live import tcp
 from tests.live.test_reproduce import missing
+from tests.vm.test_rungs import leave_unused
 
 pytestmark = pytest.mark.vm
 
@@ -28,6 +30,7 @@ SHORT = PRESETS["blog"].changed(bursts=(300_000, 1_000_000), rests=(2.0,), round
 
 @pytest.mark.skipif(not KERNEL, reason="needs one of the project's kernels: make vm-test")
 def test_a_long_path_by_netem(tmp_path: Path) -> None:
+    """``reproduce --preset blog`` in short: as slow as told, and all of it in the capture."""
     with Lab(SHORT) as lab:
         assert (lab.path.kind, lab.path.why) == ("netem", "this kernel has netem")
         filters = Filters(netns=lab.path.server.namespace.inode)
@@ -46,3 +49,17 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     off_by = (priced["predicted_ms"] - priced["measured_ms"]).abs()
     assert len(priced) == 4
     assert off_by.max() < SHORT.link.rtt_ms
+
+
+@pytest.mark.skipif(KERNEL in ("", "6.12-unpatched"), reason="needs a kernel with kernel-patches/: make vm-test")
+def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Space, drain: tcp.Drain) -> None:
+    """An application that trickles: half of what it leaves unused is taken back, and it never misses that."""
+    with Recording(tmp_path / "a.cwnd", Filters(netns=space.inode), cwndtrace.__version__) as recording:
+        connection = tcp.connect(space, drain)
+        leave_unused(space, connection)
+        for _ in range(5):
+            connection.send()
+            connection.quiet()
+    judged = recording.trace().verdicts
+    (last,) = judged[judged["reason"] == "app_limited"].tail(1).to_dict("records")
+    assert (last["probe"], last["verdict"], last["lost_us"]) == ("tracepoint", "burst_fits", 0)
