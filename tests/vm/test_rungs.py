@@ -8,9 +8,11 @@ holds ACKs back.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,13 +85,27 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
 
 
 @contextmanager
-def netem(space: tcp.Space, *how: str) -> Iterator[None]:
-    """While it is entered, packets of the namespace's loopback meet with this."""
-    tcp.run("tc", "-n", space.name, "qdisc", "replace", "dev", "lo", "root", "netem", *how)
-    try:
-        yield
-    finally:
-        tcp.run("tc", "-n", space.name, "qdisc", "del", "dev", "lo", "root")
+def netem(space: tcp.Space, *how: str) -> Iterator[Callable[[], None]]:
+    """Gives what makes packets of the namespace's loopback meet with this, until it is left.
+
+    tc waits for that when it is entered: by software emulation it takes an RTO to start.
+    """
+
+    def there(kind: str) -> bool:
+        return kind in tcp.run("tc", "-n", space.name, "qdisc", "show", "dev", "lo")
+
+    command = ["tc", "-n", space.name, "-batch", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as tc:
+        assert tc.stdin is not None
+        tell = partial(print, file=tc.stdin, flush=True)
+        tell("qdisc replace dev lo root pfifo")
+        try:
+            tcp.until(lambda: there("pfifo"), 20, "a qdisc")
+            yield lambda: tell("qdisc replace dev lo root netem", *how)
+        finally:
+            tell("qdisc del dev lo root")
+            tc.stdin.close()
+    assert tc.returncode == 0
 
 
 def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
@@ -99,8 +115,9 @@ def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
     whose ACK is late, but not so late that it is sent again.
     """
     for _ in range(20):
-        connection.grow(40)
-        with netem(space, "delay", "80ms"):
+        with netem(space, "delay", "80ms") as begin:
+            connection.grow(40)
+            begin()
             connection.until(lambda i: i.last_snd_us >= 0.8 * i.rto_us, "a rest")
             connection.send()
             connection.until(lambda i: i.last_ack_us > i.rto_us, "an RTO since the last ACK")
@@ -113,10 +130,17 @@ def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
 
 def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.Connection]) -> None:
     """Drop all packets of the namespace's loopback until each connection has had a retransmission timeout."""
-    with netem(space, "loss", "100%"):
-        for connection in connections:
-            connection.sock.send(b"x" * 5000)
-        tcp.until(lambda: all(c.info().retransmits for c in connections), 60, "a retransmission timeout of each")
+    with netem(space, "loss", "100%") as begin:
+        begin()
+
+        def lost() -> bool:
+            # What goes out before the first packet is dropped is acknowledged.
+            for connection in connections:
+                if not connection.info().unacked:
+                    connection.sock.send(b"x" * 5000)
+            return all(c.info().retransmits for c in connections)
+
+        tcp.until(lost, 60, "a retransmission timeout of each")
     for connection in connections:
         connection.quiet()
 

@@ -18,6 +18,7 @@ from cwndtrace.lab.measurement import frame
 from cwndtrace.lab.recording import Recording, costs
 from cwndtrace.lab.scenario import PRESETS
 from tests.live import tcp
+from tests.live.conftest import Connect
 from tests.live.test_reproduce import missing
 from tests.vm.test_rungs import leave_unused
 
@@ -52,14 +53,16 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(KERNEL in ("", "6.12-unpatched"), reason="needs a kernel with kernel-patches/: make vm-test")
-def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Space, drain: tcp.Drain) -> None:
+def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Space, connect: Connect) -> None:
     """An application that trickles: half of what it leaves unused is taken back, and it never misses that."""
     with Recording(tmp_path / "a.cwnd", Filters(netns=space.inode), cwndtrace.__version__) as recording:
-        connection = tcp.connect(space, drain)
+        connection = connect()
         leave_unused(space, connection)
         for _ in range(5):
             connection.send()
             connection.quiet()
     judged = recording.trace().verdicts
     (last,) = judged[judged["reason"] == "app_limited"].tail(1).to_dict("records")
-    assert (last["probe"], last["verdict"], last["lost_us"]) == ("tracepoint", "burst_fits", 0)
+    assert (last["probe"], last["lost_us"]) == ("tracepoint", 0)
+    # The last piece may have gone out just before the window fell.
+    assert last["verdict"] in ("burst_fits", "nothing_sent")
