@@ -331,8 +331,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
 
 
-def _not_it(verdict: str) -> str:
-    return "It can't be said whether it is the window" if verdict == "unknown" else "It is not the window"
+def _not_the_window(labels: pd.Series, what: str) -> tuple[str, str]:
+    """The most frequent of the labels, and a sentence that has all of them."""
+    common = labels.value_counts()
+    verdict = str(common.index[0])
+    claim = "It can't be said whether it is the window" if verdict == "unknown" else "It is not the window"
+    reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
+    return verdict, f"{claim}: {what} ({reasons})."
 
 
 def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
@@ -350,15 +355,10 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
         text += f", {_percent(lost / busy)} of the {span(busy)} with data under way." if busy >= lost else "."
         verdict = "harmful"
     elif len(judged):
-        common = judged["verdict"].value_counts()
-        verdict = str(common.index[0])
-        reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
-        text = f"{_not_it(verdict)}: {plural(len(judged), 'reset')}, none known to have cost a round trip ({reasons})."
+        what = f"{plural(len(judged), 'reset')}, none known to have cost a round trip"
+        verdict, text = _not_the_window(judged["verdict"], what)
     elif len(rows):
-        common = rows["verdict"].value_counts()
-        verdict = str(common.index[0])
-        reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
-        text = f"{_not_it(verdict)}: no reset on {plural(len(rows), 'connection')} ({reasons})."
+        verdict, text = _not_the_window(rows["verdict"], f"no reset on {plural(len(rows), 'connection')}")
     else:
         verdict, text = "unknown", "No TCP connection was seen."
     return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

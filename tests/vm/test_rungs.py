@@ -90,17 +90,13 @@ def netem(space: tcp.Space, *how: str) -> Iterator[Callable[[], None]]:
 
     tc waits for that when it is entered: by software emulation it takes an RTO to start.
     """
-
-    def there(kind: str) -> bool:
-        return kind in tcp.run("tc", "-n", space.name, "qdisc", "show", "dev", "lo")
-
-    command = ["tc", "-n", space.name, "-batch", "-"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as tc:
+    tc_there = ("tc", "-n", space.name)
+    with subprocess.Popen([*tc_there, "-batch", "-"], stdin=subprocess.PIPE, text=True) as tc:
         assert tc.stdin is not None
         tell = partial(print, file=tc.stdin, flush=True)
         tell("qdisc replace dev lo root pfifo")
         try:
-            tcp.until(lambda: there("pfifo"), 20, "a qdisc")
+            tcp.until(lambda: "pfifo" in tcp.run(*tc_there, "qdisc", "show", "dev", "lo"), 20, "tc to start")
             yield lambda: tell("qdisc replace dev lo root netem", *how)
         finally:
             tell("qdisc del dev lo root")

@@ -6,7 +6,6 @@ Without the commands around them, whose pictures tests/live looks at: to draw te
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,10 @@ from cwndtrace.lab.scenario import PRESETS
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.test_reproduce import missing
-from tests.vm.test_rungs import leave_unused
+from tests.vm.test_rungs import KERNEL, PATCHED, leave_unused
 
 pytestmark = pytest.mark.vm
 
-KERNEL = os.environ.get("CWNDTRACE_VM", "")
 # Of the preset's five minutes: the two sizes and the rest that tell, twice each.
 SHORT = PRESETS["blog"].changed(bursts=(300_000, 1_000_000), rests=(2.0,), rounds=2)
 
@@ -44,7 +42,7 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     medians = taken[taken["burst_bytes"] == 1_000_000].groupby("setting")["latency_ms"].median()
     assert medians["on"] >= 2 * medians["off"]
     assert missing(taken, trace.resets) == []
-    assert set(trace.resets["probe"]) == {"fentry" if "unpatched" in KERNEL else "tracepoint"}
+    assert set(trace.resets["probe"]) == {"tracepoint" if PATCHED else "fentry"}
     assert (trace.status, trace.warnings) == ("complete", [])
     priced = costs(taken, trace.resets)
     off_by = (priced["predicted_ms"] - priced["measured_ms"]).abs()
@@ -52,7 +50,7 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     assert off_by.max() < SHORT.link.rtt_ms
 
 
-@pytest.mark.skipif(KERNEL in ("", "6.12-unpatched"), reason="needs a kernel with kernel-patches/: make vm-test")
+@pytest.mark.skipif(not PATCHED, reason="needs a kernel with kernel-patches/: make vm-test")
 def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Space, connect: Connect) -> None:
     """An application that trickles: half of what it leaves unused is taken back, and it never misses that."""
     with Recording(tmp_path / "a.cwnd", Filters(netns=space.inode), cwndtrace.__version__) as recording:

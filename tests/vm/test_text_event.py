@@ -16,10 +16,10 @@ import pytest
 from cwndtrace.capture.bcc import Kernel
 from tests.live.conftest import Connect
 from tests.live.tracing import Tracer
+from tests.vm.test_rungs import PATCHED
 
 pytestmark = pytest.mark.vm
 
-KERNEL = os.environ.get("CWNDTRACE_VM", "")
 EVENT = Path("/sys/kernel/tracing/events/tcp/tcp_cwnd_reset")
 TRACE = Path("/sys/kernel/tracing/trace")
 
@@ -27,7 +27,7 @@ TRACE = Path("/sys/kernel/tracing/trace")
 @pytest.fixture(autouse=True)
 def patched() -> None:
     """Only a kernel with the patches has the event."""
-    if not KERNEL or "unpatched" in KERNEL:
+    if not PATCHED:
         pytest.skip("needs a kernel with kernel-patches/: make vm-test")
 
 
