@@ -17,18 +17,27 @@ import pytest
 pytestmark = pytest.mark.vm
 
 
+CHECKOUT = Path(__file__).parents[2]
+PATCHES = CHECKOUT / "kernel-patches"
+
+
+def loaded(script: Path) -> ModuleType:
+    """A script without a suffix, as a module."""
+    if "CWNDTRACE_VM" in os.environ:
+        pytest.skip("this is a guest; the host runs it: make vm-test")
+    loader = importlib.machinery.SourceFileLoader(f"script_{script.name}", str(script))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module
+    loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """tools/vm as a module."""
-    if "CWNDTRACE_VM" in os.environ:
-        pytest.skip("this is a guest; it boots none itself")
-    loader = importlib.machinery.SourceFileLoader("vm", str(Path(__file__).parents[2] / "tools/vm"))
-    spec = importlib.util.spec_from_loader("vm", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vm"] = module
-    loader.exec_module(module)
-    return module
+    return loaded(CHECKOUT / "tools/vm")
 
 
 def test_a_guest_that_panics_fails(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
