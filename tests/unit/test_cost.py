@@ -102,10 +102,14 @@ def test_round_trips_by_hand(segments: int, cwnd: int, ssthresh: int, more: dict
     assert cost.rounds(np.array([segments * 1448]), **arrays).tolist() == [trips]
 
 
-def priced(*resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_000_000) -> list[dict[Any, Any]]:
+def priced(
+    *resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_000_000, **told: Any
+) -> list[dict[Any, Any]]:
     r = frames.pandas(frames.table("cwnd_reset", *resets)).assign(connection="a")
     followed = recovery.with_duration(frames.pandas(frames.table("cwnd_recovery", *recoveries)), r)
-    snapshots = frames.pandas(frames.snapshots(frames.snapshot(50, bytes_sent=bytes_sent))).assign(connection="a")
+    snapshots = frames.pandas(frames.snapshots(frames.snapshot(50, bytes_sent=bytes_sent, **told))).assign(
+        connection="a"
+    )
     out = cost.predict(r, snapshots, followed)
     names = [*cost.COLUMNS, *cost.MEASURED]
     assert list(out.columns)[-len(names) :] == names
@@ -175,6 +179,34 @@ def test_the_time_until_the_window_was_back_is_an_upper_bound() -> None:
 def test_a_limit_keeps_a_window_from_coming_back() -> None:
     (row,) = priced(frames.reset(1, snd_wnd=1448 * 2000))
     assert math.isnan(row["regain_us"])
+
+
+def test_a_path_that_takes_less_than_the_window_paces_the_burst() -> None:
+    # 200 segments a round trip: 44, 88, 176 and twice 200 make five round trips; without the reset 200 at a time, four.
+    slow = frames.reset(1, srtt_us=150_000, min_rtt_us=100_000)
+    (row,) = priced(slow, delivery_rate=200 * 1448 * 10)
+    assert row["path_bytes"] == pytest.approx(200 * 1448)
+    assert (row["rounds_after"], row["rounds_before"], row["rounds_lost"]) == (5, 4, 1)
+    # The smoothed round trip holds a queue of the connection's own.
+    assert (row["round_us"], row["predicted_us"]) == (100_000, 100_000)
+    # It doesn't keep the window from coming back.
+    assert row["regain_us"] == 7 * 150_000
+
+
+@pytest.mark.parametrize(
+    ("reset", "rate"),
+    [
+        ({}, 0),
+        ({}, None),
+        ({}, 3000 * 1448 * 10),
+        ({"min_rtt_us": 2**32 - 1}, 200 * 1448 * 10),
+    ],
+)
+def test_where_no_rate_is_known_to_be_the_limit_the_smoothed_round_trip_counts(
+    reset: dict[str, Any], rate: int | None
+) -> None:
+    (row,) = priced(frames.reset(1, **{"srtt_us": 150_000, "min_rtt_us": 100_000} | reset), delivery_rate=rate)
+    assert (row["round_us"], row["rounds_lost"], row["predicted_us"]) == (150_000, 4, 600_000)
 
 
 def test_another_reset_of_the_socket_is_not_this_one() -> None:
