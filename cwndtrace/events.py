@@ -317,7 +317,6 @@ CONNECTIONS: Final = _snapshot(
     ("rto_us", pa.uint32(), "us", "retransmission timeout"),
     ("srtt_us", pa.uint32(), "us", "smoothed round-trip time"),
     ("min_rtt_us", pa.uint32(), "us", "least round-trip time of the kernel's window"),
-    ("delivery_rate", pa.uint64(), "bytes/s", "what was last seen delivered; null in captures of older versions"),
     ("snd_wnd", pa.uint32(), "bytes", "window the peer offered; 0 where this kernel doesn't tell"),
     ("last_snd_us", pa.uint64(), "us", "since data was last sent, to one millisecond"),
     ("last_rcv_us", pa.uint64(), "us", "since data last came in, to one millisecond"),

@@ -242,7 +242,7 @@ def _report(taken: pd.DataFrame, trace: Trace, folder: Path, notes: list[str], *
         f"{len(during)} idle resets recorded during these bursts; "
         f"{during.attrs['missing']} that TCP_INFO saw are missing from the capture."
     )
-    priced = costs(taken, trace)
+    priced = costs(taken, trace.resets)
     if len(priced):
         off = (priced["predicted_ms"] - priced["measured_ms"]).abs()
         click.echo(
