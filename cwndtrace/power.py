@@ -11,6 +11,8 @@ import ctypes
 import os
 import platform
 import pwd
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,6 +84,18 @@ def acting_as(user: User | None) -> Iterator[None]:
         _libc.setfsuid(os.geteuid())
         _libc.setfsgid(os.getegid())
         _set_groups(groups)
+
+
+def unreadable(user: User, files: Iterable[Path]) -> Path | None:
+    """The first of ``files`` that ``user`` can't read."""
+    with acting_as(user):
+        for file in files:
+            try:
+                with file.open("rb"):
+                    pass
+            except OSError:
+                return file
+    return None
 
 
 def _become(user: User) -> None:
@@ -174,22 +188,33 @@ def least(work: Callable[[], object], user: User | None, choices: Iterable[froze
     Raises what ``work`` raised with the last one.
     """
     error: Exception | None = None
+    threads: list[int] = []
     for keep in choices:
 
         def attempt(keep: frozenset[int] = keep) -> None:
+            threads.append(threading.get_native_id())
             if user is not None:
                 _become(user)
             _hold(keep)
             work()
 
         with ThreadPoolExecutor(max_workers=1) as pool:
+            error = None
             try:
                 pool.submit(attempt).result()
             except Exception as e:
                 error = e
-            else:
-                return keep
+        _wait_until_gone(threads)
+        if error is None:
+            return keep
     raise error or ValueError("nothing to choose from")
+
+
+def _wait_until_gone(threads: list[int]) -> None:
+    """Joining a thread waits for its Python part alone; the C library aborts where one may not change its ids."""
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/self/task/{thread}").exists() for thread in threads) and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 def few_threads() -> None:

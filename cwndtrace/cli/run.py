@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 import click
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 import cwndtrace
 from cwndtrace import power
@@ -82,7 +84,7 @@ def run(
         sessions.Interrupt() as interrupt,
         stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session,
     ):
-        user = power.invoking_user()
+        user, roots = _whose(stay_root=stay_root)
         about = sessions.describe(session, filters, cwndtrace.__version__)
         writer = CaptureWriter.create(output, about, user=user)
         view: TextView | JsonView
@@ -96,7 +98,9 @@ def run(
             if not quiet:
                 _say_what(session, what, verbose=verbose)
                 if writer.user != user is not None:
-                    click.echo(f"{clean(user.name)} may not write there: the capture is root's.", err=True)
+                    roots = f"{user.name} may not write there"
+                if roots:
+                    click.echo(f"{clean(roots)}: the capture is root's.", err=True)
             trace(session, writer, view, interrupt, duration=duration, what=what, quiet=quiet)
         finally:
             writer.close("failed")  # does nothing if it is closed already
@@ -123,6 +127,17 @@ def _say_what(session: Session, what: str, *, verbose: bool) -> None:
         for reason, tried in session.source.tried.items():
             for rung, why in tried.items():
                 click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
+
+
+def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
+    """Whose the capture is to be, and why it is root's although sudo works for somebody."""
+    user = power.invoking_user()
+    if user is None or stay_root:
+        return user, ""
+    # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
+    modules = (os, np, pd, pa, cwndtrace)
+    closed = power.unreadable(user, [Path(str(module.__file__)) for module in modules])
+    return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
 
 
 def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
