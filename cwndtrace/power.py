@@ -40,6 +40,8 @@ _SYS_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159, "riscv64": 159}
 _NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1, which calls take for "leave it"
 
 _libc = ctypes.CDLL(None, use_errno=True)
+for _function in (_libc.setfsuid, _libc.setfsgid):
+    _function.restype, _function.argtypes = ctypes.c_uint32, [ctypes.c_uint32]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def acting_as(user: User | None) -> Iterator[None]:
 
     Raises OSError where this process may not.
     """
-    if user is None or os.geteuid() == user.uid:
+    # Asking with a number that is nobody's changes nothing. Who acts already is left to act on by the outer call.
+    if user is None or _libc.setfsuid(_NOBODY) == user.uid:
         yield
         return
     groups = os.getgroups()
@@ -103,7 +106,7 @@ def _become(user: User) -> None:
     _libc.setfsgid(user.gid)
     _libc.setfsuid(user.uid)
     # They say nothing of success, only what was set before.
-    if (_libc.setfsuid(-1), _libc.setfsgid(-1)) != (user.uid, user.gid):
+    if (_libc.setfsuid(_NOBODY), _libc.setfsgid(_NOBODY)) != (user.uid, user.gid):
         raise PermissionError(1, f"may not act as {user.name}")
 
 
