@@ -89,7 +89,7 @@ class Trace:
     @property
     def path(self) -> Path:
         """The capture's directory."""
-        return self._capture.path
+        return self._capture.shown or self._capture.path
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.kernel import facts, interfaces, netns
 
@@ -96,8 +97,9 @@ class Session:
     Use as a context manager; call ``step`` until done, then ``finish`` once. ``tally`` is kept up to date.
     """
 
-    def __init__(self, source: Source, snapshots: Snapshots | None = None) -> None:
+    def __init__(self, source: Source, snapshots: Snapshots | None = None, lookout: Lookout | None = None) -> None:
         self.source = source
+        self.lookout = lookout or Lookout(Filters())
         self.tally = Tally(kept=dict.fromkeys(source.events, 0))
         self.start = clock()
         self.snapshots = snapshots
@@ -155,8 +157,9 @@ class Session:
         self._checked_ns = now
 
     def close(self) -> None:
-        """Free what the source holds."""
+        """Free what the source and the lookout hold."""
         self.source.close()
+        self.lookout.close()
 
     def __enter__(self) -> Self:
         return self
@@ -201,7 +204,7 @@ def ending(session: Session) -> dict[str, Any]:
         "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": {"start": session.start, "end": end},
         # Those that came later have what they are set to now.
-        "sysctls": {**netns.settings(), **session.spaces},
+        "sysctls": {**session.lookout.settings(), **session.spaces},
         **session.tally.meta(),
     }
 

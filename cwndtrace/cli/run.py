@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Literal, cast
 
 import click
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 import cwndtrace
+from cwndtrace import power
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
-from cwndtrace.capture.source import Filters
 from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
-from cwndtrace.kernel import netns
 from cwndtrace.store import CaptureWriter
+from cwndtrace.trace import Trace
 
 
 @click.command()
@@ -32,6 +34,7 @@ from cwndtrace.store import CaptureWriter
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="NAME.cwnd", help="Where the capture goes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 @click.option("--block/--no-block", default=None, help="Print each block request; or don't trace them at all.")
+@click.option("--stay-root", is_flag=True, help="Keep root's power for all of the trace, in one process.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each better probe was not used.")
 def run(
@@ -48,6 +51,7 @@ def run(
     output: Path | None,
     as_json: bool,
     block: bool | None,
+    stay_root: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -78,21 +82,29 @@ def run(
     what = iface or (f"port {port}" if port else f"process {pid}" if pid else "this machine")
     with (
         sessions.Interrupt() as interrupt,
-        stream.open_session(filters, probe=probe, block=block is not False) as session,
+        stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session,
     ):
-        writer = CaptureWriter.create(output, sessions.describe(session, filters, cwndtrace.__version__))
+        user, roots = _whose(stay_root=stay_root)
+        about = sessions.describe(session, filters, cwndtrace.__version__)
+        writer = CaptureWriter.create(output, about, user=user)
         view: TextView | JsonView
         if as_json:
             view = JsonView(session, print_block=bool(block))
         else:
             view = TextView(session, print_block=bool(block), quiet=quiet)
         try:
+            if not stay_root:
+                _drop(session, writer.user, quiet=quiet)
             if not quiet:
                 _say_what(session, what, verbose=verbose)
-            trace(session, writer, view, filters, interrupt, duration=duration, what=what, quiet=quiet)
+                if writer.user != user is not None:
+                    roots = f"{user.name} may not write there"
+                if roots:
+                    click.echo(f"{clean(roots)}: the capture is root's.", err=True)
+            trace(session, writer, view, interrupt, duration=duration, what=what, quiet=quiet)
         finally:
             writer.close("failed")  # does nothing if it is closed already
-    trace_file = cwndtrace.load(output)
+    trace_file = Trace(writer.capture())
     try:
         if as_json:
             JsonView.write(summary_object(trace_file, session, view.block))
@@ -117,11 +129,29 @@ def _say_what(session: Session, what: str, *, verbose: bool) -> None:
                 click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
 
 
+def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
+    """Whose the capture is to be, and why it is root's although sudo works for somebody."""
+    user = power.invoking_user()
+    if user is None or stay_root:
+        return user, ""
+    # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
+    modules = (os, np, pd, pa, cwndtrace)
+    closed = power.unreadable(user, [Path(str(module.__file__)) for module in modules])
+    return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
+
+
+def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
+    """Give up what tracing needs no longer, now that all is attached and open."""
+    needed = session.source.power_needed(user)
+    power.drop(user, needed)
+    if (left := power.still_powerful(needed)) and not quiet:
+        click.echo(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
+
+
 def trace(
     session: Session,
     writer: CaptureWriter,
     view: TextView | JsonView,
-    filters: Filters,
     interrupt: sessions.Interrupt,
     *,
     duration: float | None,
@@ -140,7 +170,7 @@ def trace(
                 writer.add(batch.event, batch.table)
                 view.batch(batch)
                 if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
-                    warned = _warn(batch.to_pandas(), filters, what, warned, view)
+                    warned = _warn(batch.to_pandas(), session, what, warned, view)
             error = _flush(writer, error)
             view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
         status = "complete"
@@ -183,10 +213,9 @@ def _flush(writer: CaptureWriter, before: CaptureError | None) -> CaptureError |
 
 
 def _warn(
-    connections: pd.DataFrame, filters: Filters, what: str, before: list[str], view: TextView | JsonView
+    connections: pd.DataFrame, session: Session, what: str, before: list[str], view: TextView | JsonView
 ) -> list[str]:
-    namespaces = [n for n in netns.all_reachable() if n.inode == (filters.netns or netns.own().inode)]
-    found = waiting.warnings(connections, namespaces, what)
+    found = waiting.warnings(connections, session.lookout.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
         view.end()

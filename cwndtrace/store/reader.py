@@ -26,13 +26,15 @@ class Capture:
     """A capture as it lies on disk.
 
     ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
-    never closed it) or ``failed``. ``warnings`` grows as ``table`` meets parts that can't be read.
+    never closed it) or ``failed``. ``warnings`` grows as ``table`` meets parts that can't be read. ``shown`` is
+    the path for people where ``path`` is not.
     """
 
     path: Path
     meta: dict[str, Any]
     status: str
     warnings: list[str] = field(default_factory=list)
+    shown: Path | None = None
 
     def table(self, name: str) -> pa.Table:
         """All rows of a table: its schema first, then columns that a later version may have added.

@@ -9,16 +9,18 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwndtrace import events
+from cwndtrace import events, power
 from cwndtrace.errors import CaptureError
+from cwndtrace.store.folder import Folder, Stranger, make
 from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
+from cwndtrace.store.reader import Capture, open_capture
 
 PART_ROWS: Final = 262_144
 """Rows that make a part due, whatever their age."""
@@ -58,8 +60,9 @@ class CaptureWriter:
     ``path`` is the capture's directory, ``lost`` counts by table the rows that never reached the disk.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], flush_seconds: float) -> None:
+    def __init__(self, path: Path, folder: Folder, meta: dict[str, Any], flush_seconds: float) -> None:
         self.path = path
+        self._folder = folder
         self.lost: Counter[str] = Counter()
         self._meta = meta
         self._flush_seconds = flush_seconds
@@ -67,11 +70,20 @@ class CaptureWriter:
         self._closed = False
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], meta: dict[str, Any], *, flush_seconds: float = 5.0) -> CaptureWriter:
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        meta: dict[str, Any],
+        *,
+        flush_seconds: float = 5.0,
+        user: power.User | None = None,
+    ) -> CaptureWriter:
         """Make the directory ``path`` and its ``meta.json``, whose status is ``running`` from now on.
 
         ``meta`` may hold anything that JSON can; ``schema``, ``status``, ``pid``, ``pid_start`` (clock ticks
         since boot) and ``boot_id`` are filled in, because they tell later whether this process still lives.
+        The capture is made by ``user``'s rights and belongs to them; where they may not write, to this process's
+        own user, which ``user`` of the writer tells.
         Raises CaptureError if ``path`` exists, its parent doesn't, or it can't be written.
         """
         path = Path(path)
@@ -82,27 +94,41 @@ class CaptureWriter:
             "pid_start": process_start(os.getpid()),
             "boot_id": boot_id(),
         }
-        writer = cls(path, {**meta, **identity}, flush_seconds)
         try:
-            path.mkdir()
+            folder = make(path, user)
         except FileExistsError:
             raise CaptureError(f"{show(path)} exists already.", "Choose another name with -o.") from None
         except FileNotFoundError:
             cause = f"The folder {show(path.parent)} doesn't exist."
             raise CaptureError(cause, "Make it, or choose another place with -o.") from None
+        except Stranger as error:
+            cause = f"{show(path)} can't be made safely: {error.strerror}."
+            raise CaptureError(cause, "Give its real place, where nobody else can rename things, with -o.") from error
         except OSError as error:
             raise _failed(f"{show(path)} can't be made", error) from error
+        writer = cls(path, folder, {**meta, **identity}, flush_seconds)
         try:
             writer._write_meta(writer._meta)
         except BaseException as error:
-            with suppress(OSError):
+            folder.close()
+            with suppress(OSError), power.acting_as(folder.user):
                 path.rmdir()
             if isinstance(error, OSError):
                 raise _failed(f"{show(path)} can't be written", error) from error
             raise
-        with suppress(OSError):  # a folder may be writable and not readable
-            _sync_directory(path.parent)
         return writer
+
+    @property
+    def user(self) -> power.User | None:
+        """Whose the capture is; None for this process's own user."""
+        return self._folder.user
+
+    def capture(self) -> Capture:
+        """The capture for reading, wherever its directory lies by now, also where its path can't be walked any more.
+
+        Works as long as this writer is kept. Raises CaptureError.
+        """
+        return replace(open_capture(self._folder.path), shown=self.path)
 
     def add(self, table: str, data: pa.Table) -> None:
         """Take the rows of ``data``, to be written by a later ``flush``.
@@ -178,54 +204,25 @@ class CaptureWriter:
             raise failure
 
     def _write_part(self, name: str, buffer: _Buffer) -> None:
-        folder = self.path / name
-        if not folder.is_dir():
-            folder.mkdir()
-            _sync_directory(self.path)
-        final = folder / f"part-{buffer.part:06}.parquet"
-        temporary = final.with_name(f".{final.name}.tmp")
+        part = f"part-{buffer.part:06}.parquet"
         rows = pa.concat_tables(buffer.tables).unify_dictionaries()
-        try:
-            with temporary.open("wb") as file:
-                pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(final)
-            _sync_directory(folder)
-        except BaseException:
-            # The rows stay in memory, so neither name may hold them as well.
-            _discard(temporary)
-            _discard(final)
-            raise
+
+        def fill(file: BinaryIO) -> None:
+            pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
+
+        with self._folder.inside(name) as folder:
+            try:
+                folder.write(part, fill)
+            except BaseException:
+                # The rows stay in memory, so the part may not hold them as well.
+                folder.discard(part)
+                raise
         buffer.part += 1
         buffer.clear()
 
     def _write_meta(self, meta: dict[str, Any]) -> None:
         text = json.dumps(meta, indent=1, allow_nan=False)
-        temporary = self.path / f".{META}.tmp"
-        try:
-            with temporary.open("w", encoding="ascii") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / META)
-        except BaseException:
-            _discard(temporary)
-            raise
-        _sync_directory(self.path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+        self._folder.write(META, lambda file: file.write(text.encode("ascii") + b"\n"))
 
 
 def _failed(what: str, error: OSError) -> CaptureError:

@@ -66,7 +66,7 @@ class Running:
         while not any(pattern.search(line) for line in self.said.splitlines()):
             ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
             more = os.read(fd, 65536).decode() if ready else ""
-            assert more, f"{pattern.pattern} never came: {self.said}"
+            assert more, f"{pattern.pattern} never came: {self.said} (exit code {self.process.poll()})"
             self.said += more
 
     def end(self, number: signal.Signals | None = signal.SIGINT) -> tuple[int, str, str]:
