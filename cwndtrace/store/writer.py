@@ -25,6 +25,14 @@ from cwndtrace.store.reader import Capture, open_capture
 PART_ROWS: Final = 262_144
 """Rows that make a part due, whatever their age."""
 
+FLUSH_SECONDS: Final = 0.5
+"""How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses one second's rows."""
+
+SEAL_ROWS: Final = 16_384
+SEAL_SECONDS: Final = 60.0
+"""A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what came
+in since, or a quiet day would leave a hundred thousand parts of a few rows."""
+
 BUFFER_ROWS: Final = 4 * PART_ROWS
 """Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
 
@@ -42,16 +50,25 @@ _REMEDIES: Final = {
 
 @dataclass
 class _Buffer:
-    """The rows of one table that aren't on disk yet."""
+    """The rows of one table that aren't on disk yet, behind the ``written`` ones of a part that isn't sealed.
+
+    ``since`` is when the first row came that isn't on disk, ``begun`` when the part's first one did.
+    """
 
     tables: list[pa.Table] = field(default_factory=list)
     rows: int = 0
+    written: int = 0
     since: float = 0.0
+    begun: float = 0.0
     part: int = 1
+
+    @property
+    def waiting(self) -> int:
+        return self.rows - self.written
 
     def clear(self) -> None:
         self.tables.clear()
-        self.rows = 0
+        self.rows = self.written = 0
 
 
 class CaptureWriter:
@@ -75,7 +92,7 @@ class CaptureWriter:
         path: str | os.PathLike[str],
         meta: dict[str, Any],
         *,
-        flush_seconds: float = 5.0,
+        flush_seconds: float = FLUSH_SECONDS,
         user: power.User | None = None,
     ) -> CaptureWriter:
         """Make the directory ``path`` and its ``meta.json``, whose status is ``running`` from now on.
@@ -143,27 +160,29 @@ class CaptureWriter:
         if buffer.rows + len(data) > BUFFER_ROWS:
             self.lost[table] += len(data)
         elif len(data):
-            if not buffer.rows:
+            if not buffer.waiting:
                 buffer.since = time.monotonic()
+            if not buffer.rows:
+                buffer.begun = buffer.since
             buffer.tables.append(data)
             buffer.rows += len(data)
 
     def flush(self, force: bool = False) -> None:
-        """Write the parts that are due: five seconds (``flush_seconds``) after their first row, or PART_ROWS long.
+        """Write the parts that are due: ``flush_seconds`` after their first new row, or with PART_ROWS new ones.
 
-        ``force`` writes all that is held. Raises CaptureError if the disk refuses; the rows are then kept
+        ``force`` writes all that is held, and seals it. Raises CaptureError if the disk refuses; the rows are then kept
         and tried again, ``flush_seconds`` later at the earliest unless forced.
         """
         failure: CaptureError | None = None
         for name, buffer in self._buffers.items():
-            due = buffer.rows >= PART_ROWS or time.monotonic() - buffer.since >= self._flush_seconds
-            if not buffer.rows or not (due or force):
+            due = buffer.waiting >= PART_ROWS or time.monotonic() - buffer.since >= self._flush_seconds
+            if not buffer.waiting or not (due or force):
                 continue
             try:
-                self._write_part(name, buffer)
+                self._write_part(name, buffer, seal=force)
             except OSError as error:
                 buffer.since = time.monotonic()
-                what = f"Writing {name} to {show(self.path)} failed, {buffer.rows:,} rows wait in memory"
+                what = f"Writing {name} to {show(self.path)} failed, {buffer.waiting:,} rows wait in memory"
                 failure = failure or _failed(what, error)
         if failure:
             raise failure
@@ -192,7 +211,7 @@ class CaptureWriter:
         except CaptureError as error:
             failure, status = error, "failed"
             for name, buffer in self._buffers.items():
-                self.lost[name] += buffer.rows
+                self.lost[name] += buffer.waiting
                 buffer.clear()
         if self.lost:
             meta["unwritten"] = dict(+self.lost)
@@ -203,7 +222,7 @@ class CaptureWriter:
         if failure:
             raise failure
 
-    def _write_part(self, name: str, buffer: _Buffer) -> None:
+    def _write_part(self, name: str, buffer: _Buffer, *, seal: bool) -> None:
         part = f"part-{buffer.part:06}.parquet"
         rows = pa.concat_tables(buffer.tables).unify_dictionaries()
 
@@ -214,11 +233,14 @@ class CaptureWriter:
             try:
                 folder.write(part, fill)
             except BaseException:
-                # The rows stay in memory, so the part may not hold them as well.
-                folder.discard(part)
+                # Rows that count as waiting may not be there as well.
+                if not buffer.written:
+                    folder.discard(part)
                 raise
-        buffer.part += 1
-        buffer.clear()
+        buffer.tables, buffer.written = [rows], buffer.rows
+        if seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS:
+            buffer.part += 1
+            buffer.clear()
 
     def _write_meta(self, meta: dict[str, Any]) -> None:
         text = json.dumps(meta, indent=1, allow_nan=False)

@@ -128,11 +128,11 @@ def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a.cwnd"
     writer = make(path)
     writer.add("block_io", some(0))
-    now += 4.9
+    now += 0.25
     writer.add("block_io", some(3))
     writer.flush()
     assert sectors(path) == []
-    now += 0.1  # five seconds after the first row, not after the last
+    now += 0.25  # half a second after the first row, not after the last
     writer.flush()
     assert sectors(path) == list(range(6))
     writer.add("block_io", some(6, 9))
@@ -144,6 +144,22 @@ def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: p
     writer.add("block_io", some(16))
     writer.flush(force=True)
     assert sectors(path) == list(range(19))
+
+
+def test_a_part_grows_until_it_is_large_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(writer_module, "SEAL_ROWS", 7)
+    writer = make(tmp_path / "a.cwnd")
+    parts = []
+    for first, wait in ((0, 1.0), (3, 1.0), (6, 1.0), (9, 30.0), (12, 40.0), (15, 1.0)):
+        writer.add("block_io", some(first))
+        now += wait
+        writer.flush()
+        parts.append(len(list((tmp_path / "a.cwnd" / "block_io").iterdir())))
+        assert sectors(tmp_path / "a.cwnd") == list(range(first + 3))
+    # Seven rows are reached by the third; the fifth finds a part begun 70 s ago.
+    assert parts == [1, 1, 1, 2, 2, 3]
 
 
 def test_metadata_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -414,12 +430,12 @@ def test_a_failed_flush_is_tried_again_only_after_a_while(tmp_path: Path, monkey
     writer = make(tmp_path / "a.cwnd")
     monkeypatch.setattr(pq, "write_table", fail)
     writer.add("block_io", some(0))
-    now += 5
+    now += 0.5
     with pytest.raises(CaptureError):
         writer.flush()
     writer.flush()
     assert tries == 1
-    now += 5
+    now += 0.5
     with pytest.raises(CaptureError):
         writer.flush()
     assert tries == 2
