@@ -241,10 +241,11 @@ def _arrow_type(f: Field) -> pa.DataType:
     return pa.from_numpy_dtype(np.dtype(_np_field(f)[1]))
 
 
-def to_arrow(name: str, records: Records, utc_offset_ns: int) -> pa.Table:
+def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.int64]) -> pa.Table:
     """An Arrow table of ``arrow_schema(name)`` from records.
 
-    ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds.
+    ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds; one for
+    all records or one for each.
     """
     ev = event(name)
     times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000

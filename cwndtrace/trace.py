@@ -7,6 +7,7 @@ import html
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,8 @@ class Trace:
             ("kept", ", ".join(f"{on_disk[table]:,} {name}" for table, name in names.items())),
             ("lost", ", ".join(f"{lost[table]:,} {names[table]}" for table in names if lost[table]) or "nothing"),
         ]
+        if steps := self._steps():
+            facts.append(("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}; suspends count"))
         if unchanged := meta.get("unchanged"):
             facts.append(("unchanged", f"{_shown(unchanged)} idle restarts left the window as it was"))
         rungs = _mapping(meta.get("rungs"))
@@ -282,7 +285,20 @@ class Trace:
         begin = f"from {started:%Y-%m-%d %H:%M:%S} UTC"
         if ended is None:
             return begin
-        return f"{begin} to {ended:%H:%M:%S}, {(ended - started).total_seconds():,.1f} s"
+        clock = _mapping(self.meta.get("clock"))
+        first, last = (_mapping(clock.get(side)).get("mono_ns") for side in ("start", "end"))
+        lasted = (ended - started).total_seconds()
+        if isinstance(first, int) and isinstance(last, int):
+            # The wall clock may have been stepped.
+            lasted = (last - first) / 1e9
+        return f"{begin} to {ended:%H:%M:%S}, {lasted:,.1f} s"
+
+    def _steps(self) -> list[float]:
+        """By how many seconds the wall clock was stepped, each time."""
+        segments = _mapping(self.meta.get("clock")).get("segments")
+        offsets = [_mapping(s).get("utc_offset_ns") for s in segments] if isinstance(segments, list) else []
+        known = [offset for offset in offsets if isinstance(offset, int)]
+        return [(after - before) / 1e9 for before, after in pairwise(known)]
 
 
 def _no_connection(key: str) -> NotFound:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from cwndtrace import power
-from cwndtrace.capture import target
+from cwndtrace.capture import clocks, target
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.lookout import Apart, Lookout
@@ -97,6 +97,7 @@ def open_session(
 
     ``apart`` leaves what takes power to a process of its own (see lookout.Apart), so that the caller can drop it.
     """
+    clocks.refuse_other_time()
     lookout = Apart(filters, power.invoking_user()) if apart else Lookout(filters)
     try:
         session = Session(Kernel(filters, probe=probe, block=block, lookout=lookout), lookout=lookout)
@@ -105,7 +106,7 @@ def open_session(
         raise
     if connections:
         try:
-            session.snapshots = Snapshots(lambda: lookout.snapshot(session.start["utc_offset_ns"]))
+            session.snapshots = Snapshots(lambda: lookout.snapshot(session.clock.offset_ns))
         except BaseException:
             session.close()
             raise

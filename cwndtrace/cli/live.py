@@ -190,10 +190,10 @@ class JsonView:
     def tick(self, waiting: str) -> None:  # noqa: ARG002
         """Print losses as they become known."""
         tally = self._session.tally
-        offset = self._session.start["utc_offset_ns"]
         for loss in tally.lossy[self._lossy :]:
             span = {"start_ns": loss.start_ns, "end_ns": loss.end_ns, "lost": loss.lost}
-            self.write({"event": "lost", "time": events.iso_time(loss.end_ns + offset), "of": loss.event, **span})
+            when = events.iso_time(loss.end_ns + self._session.clock.offset_ns)
+            self.write({"event": "lost", "time": when, "of": loss.event, **span})
         self._lossy = len(tally.lossy)
 
     @staticmethod

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -21,6 +22,7 @@ from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
 from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
+from cwndtrace.cli.output import Unprinted, nobody_reads, printing
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
@@ -34,6 +36,12 @@ from cwndtrace.trace import Trace
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="NAME.cwnd", help="Where the capture goes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 @click.option("--block/--no-block", default=None, help="Print each block request; or don't trace them at all.")
+@click.option(
+    "--unwritable",
+    type=click.Choice(["wait", "stop"]),
+    default="wait",
+    help="When the disk refuses rows: hold them until it takes them (default), or stop.",
+)
 @click.option("--stay-root", is_flag=True, help="Keep root's power for all of the trace, in one process.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each better probe was not used.")
@@ -51,6 +59,7 @@ def run(
     output: Path | None,
     as_json: bool,
     block: bool | None,
+    unwritable: str,
     stay_root: bool,
     quiet: bool,
     verbose: bool,
@@ -80,43 +89,49 @@ def run(
         cause = f"The folder {clean(str(output.parent))} doesn't exist."
         raise CaptureError(cause, "Make it, or choose another place with -o.")
     what = iface or (f"port {port}" if port else f"process {pid}" if pid else "this machine")
-    with (
-        sessions.Interrupt() as interrupt,
-        stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session,
-    ):
-        user, roots = _whose(stay_root=stay_root)
-        about = sessions.describe(session, filters, cwndtrace.__version__)
-        writer = CaptureWriter.create(output, about, user=user)
-        view: TextView | JsonView
-        if as_json:
-            view = JsonView(session, print_block=bool(block))
-        else:
-            view = TextView(session, print_block=bool(block), quiet=quiet)
-        try:
-            if not stay_root:
-                _drop(session, writer.user, quiet=quiet)
+    with sessions.Interrupt() as interrupt:
+        with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
+            user, roots = _whose(stay_root=stay_root)
+            about = sessions.describe(session, filters, cwndtrace.__version__)
+            writer = CaptureWriter.create(output, about, user=user)
+            view: TextView | JsonView
+            if as_json:
+                view = JsonView(session, print_block=bool(block))
+            else:
+                view = TextView(session, print_block=bool(block), quiet=quiet)
+            try:
+                if not stay_root:
+                    _drop(session, writer.user, quiet=quiet)
+                with suppress(Unprinted), printing():
+                    if not quiet:
+                        _say_what(session, what, verbose=verbose)
+                        if writer.user != user is not None:
+                            roots = f"{user.name} may not write there"
+                        if roots:
+                            click.echo(f"{clean(roots)}: the capture is root's.", err=True)
+                saver = Saver(writer, session, stop=unwritable == "stop")
+                failed = trace(session, saver, view, interrupt, duration=duration, what=what, quiet=quiet)
+            finally:
+                writer.close("failed")  # does nothing if it is closed already
+        with suppress(Unprinted), printing():
+            if not interrupt.hurried:
+                trace_file = Trace(writer.capture())
+                if as_json:
+                    JsonView.write(summary_object(trace_file, session, view.block))
+                else:
+                    print_summary(trace_file, session, view.block)
+        with suppress(Unprinted), printing():
             if not quiet:
-                _say_what(session, what, verbose=verbose)
-                if writer.user != user is not None:
-                    roots = f"{user.name} may not write there"
-                if roots:
-                    click.echo(f"{clean(roots)}: the capture is root's.", err=True)
-            trace(session, writer, view, interrupt, duration=duration, what=what, quiet=quiet)
-        finally:
-            writer.close("failed")  # does nothing if it is closed already
-    trace_file = Trace(writer.capture())
-    try:
-        if as_json:
-            JsonView.write(summary_object(trace_file, session, view.block))
-        else:
-            print_summary(trace_file, session, view.block)
-    except BrokenPipeError:
-        _nobody_reads()
-    if not quiet:
-        click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
-        click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
-        click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
-        click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
+                _say_what_next(output)
+    if failed:
+        sys.exit(1)
+
+
+def _say_what_next(output: Path) -> None:
+    click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
+    click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
+    click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
+    click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
 def _say_what(session: Session, what: str, *, verbose: bool) -> None:
@@ -148,68 +163,88 @@ def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
         click.echo(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
 
 
+class Saver:
+    """Writes what is due. A disk that refuses is said once, and ends the trace only if ``stop``."""
+
+    def __init__(self, writer: CaptureWriter, session: Session, *, stop: bool) -> None:
+        self.writer = writer
+        self._session = session
+        self._stop = stop
+        self._told: tuple[object, ...] = self._news()
+        self._failed = False
+
+    def _news(self) -> tuple[object, ...]:
+        return sum(self._session.tally.lost.values()), len(self._session.clock.all)
+
+    def save(self) -> None:
+        """Write rows that are due, and, should this process be killed, what has been lost until now."""
+        try:
+            self.writer.flush()
+            if not self._failed and (news := self._news()) != self._told:
+                self.writer.update_meta(**sessions.so_far(self._session))
+                self._told = news
+        except CaptureError as e:
+            if self._stop:
+                raise
+            if not self._failed:
+                click.echo(f"\ncwndtrace: {e.cause}\n  {e.remedy}", err=True)
+            self._failed = True
+
+
 def trace(
     session: Session,
-    writer: CaptureWriter,
+    saver: Saver,
     view: TextView | JsonView,
     interrupt: sessions.Interrupt,
     *,
     duration: float | None,
     what: str,
     quiet: bool,
-) -> None:
-    """Drive a session until it ends, into ``writer`` and ``view``; the capture is closed whatever happens."""
+) -> bool:
+    """Drive a session until it ends, saving and showing; the capture is closed whatever happens.
+
+    Says whether what was to be printed couldn't be, though somebody was there to read it.
+    """
     end = None if duration is None else time.monotonic() + duration
     warned: list[str] = []
-    status, error = "failed", None
+    status, unprinted = "failed", False
     try:
-        view.begin()
+        with printing():
+            view.begin()
         while not interrupt.requested and (end is None or time.monotonic() < end) and not session.source.exhausted():
             left = 0.1 if end is None else max(0.0, min(0.1, end - time.monotonic()))
-            for batch in session.step(left):
-                writer.add(batch.event, batch.table)
-                view.batch(batch)
-                if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
-                    warned = _warn(batch.to_pandas(), session, what, warned, view)
-            error = _flush(writer, error)
-            view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
+            batches = session.step(left)
+            for batch in batches:
+                saver.writer.add(batch.event, batch.table)
+            with printing():
+                for batch in batches:
+                    view.batch(batch)
+                    if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
+                        warned = _warn(batch.to_pandas(), session, what, warned, view)
+                saver.save()
+                view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
+            if nobody_reads():
+                # As at the end of a script that started this one: that ends the trace like Ctrl-C.
+                break
         status = "complete"
-    except BrokenPipeError:
-        # Whoever read our output has gone: that ends the trace like Ctrl-C, without the last words.
-        status = "complete"
-        _nobody_reads()
+    except Unprinted as e:
+        status, unprinted = "complete", e.failed
     finally:
         try:
             last = session.finish()
             for batch in last:
-                writer.add(batch.event, batch.table)
-            for batch in last:
-                view.batch(batch)
-            view.tick("")
-            view.end()
-        except BrokenPipeError:
-            _nobody_reads()
+                saver.writer.add(batch.event, batch.table)
+            with suppress(Unprinted), printing():
+                for batch in last:
+                    view.batch(batch)
+                view.tick("")
+                view.end()
         except BaseException:
             status = "failed"
             raise
         finally:
-            writer.close(status, **sessions.ending(session))
-
-
-def _nobody_reads() -> None:
-    """What is still printed, and what Python flushes at its exit, goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _flush(writer: CaptureWriter, before: CaptureError | None) -> CaptureError | None:
-    """Write what is due. A full disk doesn't end the trace: the rows wait in memory, and it is said once."""
-    try:
-        writer.flush()
-    except CaptureError as e:
-        if before is None:
-            click.echo(f"\ncwndtrace: {e.cause}\n  {e.remedy}", err=True)
-        return e
-    return before
+            saver.writer.close(status, **sessions.ending(session))
+    return unprinted
 
 
 def _warn(

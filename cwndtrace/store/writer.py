@@ -26,12 +26,12 @@ PART_ROWS: Final = 262_144
 """Rows that make a part due, whatever their age."""
 
 FLUSH_SECONDS: Final = 0.5
-"""How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses one second's rows."""
+"""How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses a second's rows."""
 
 SEAL_ROWS: Final = 16_384
 SEAL_SECONDS: Final = 60.0
-"""A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what came
-in since, or a quiet day would leave a hundred thousand parts of a few rows."""
+"""A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what
+came in since, or a quiet day would leave a hundred thousand parts of a few rows."""
 
 BUFFER_ROWS: Final = 4 * PART_ROWS
 """Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
@@ -173,7 +173,14 @@ class CaptureWriter:
         ``force`` writes all that is held, and seals it. Raises CaptureError if the disk refuses; the rows are then kept
         and tried again, ``flush_seconds`` later at the earliest unless forced.
         """
-        failure: CaptureError | None = None
+        if refused := self._flush(force):
+            name, error = refused[0]
+            what = f"Writing {name} to {show(self.path)} failed, {self._buffers[name].waiting:,} rows wait in memory"
+            raise _failed(what, error)
+
+    def _flush(self, force: bool) -> list[tuple[str, OSError]]:
+        """Write the parts that are due; the tables that the disk refused, and why."""
+        refused = []
         for name, buffer in self._buffers.items():
             due = buffer.waiting >= PART_ROWS or time.monotonic() - buffer.since >= self._flush_seconds
             if not buffer.waiting or not (due or force):
@@ -182,10 +189,8 @@ class CaptureWriter:
                 self._write_part(name, buffer, seal=force)
             except OSError as error:
                 buffer.since = time.monotonic()
-                what = f"Writing {name} to {show(self.path)} failed, {buffer.waiting:,} rows wait in memory"
-                failure = failure or _failed(what, error)
-        if failure:
-            raise failure
+                refused.append((name, error))
+        return refused
 
     def update_meta(self, **values: Any) -> None:
         """Replace top-level ``values`` of ``meta.json``, the whole file or nothing. Raises CaptureError."""
@@ -206,13 +211,13 @@ class CaptureWriter:
             return
         self._closed = True
         failure: CaptureError | None = None
-        try:
-            self.flush(force=True)
-        except CaptureError as error:
-            failure, status = error, "failed"
-            for name, buffer in self._buffers.items():
-                self.lost[name] += buffer.waiting
-                buffer.clear()
+        if refused := self._flush(force=True):
+            status = "failed"
+            for name, _ in refused:
+                self.lost[name] += self._buffers[name].waiting
+                self._buffers[name].clear()
+            given_up = ", ".join(f"{self.lost[name]:,} rows of {name}" for name, _ in refused)
+            failure = _failed(f"{given_up} never reached {show(self.path)}", refused[0][1])
         if self.lost:
             meta["unwritten"] = dict(+self.lost)
         try:
