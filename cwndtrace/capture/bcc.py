@@ -61,6 +61,8 @@ _FRAME_SHIFT: Final = {"x86_64": 8}
 _SLAB_HEADER: Final = 16
 _SLAB_MAX_AGE_NS: Final = 100_000_000
 _RING_PAGES: Final = 2048
+# 4 MiB: a reset of each of 10,000 connections at once.
+_RESET_PAGES: Final = 1024
 _CPUS: Final = "SC_NPROCESSORS_CONF"
 # What is new below a cgroup, and which sockets a process holds, is looked up again this often.
 REFRESH_SECONDS: Final = 1.0
@@ -334,7 +336,7 @@ class Kernel:
     def _try(self, rung: str, reason: str) -> str | None:
         if rung in self._refused:
             return self._refused[rung]
-        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)}
+        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason), "RESET_PAGES": _RESET_PAGES}
         attachments = ladder.BY_NAME[rung].attachments[reason]
         if any(a.target == "tcp_cong_state_set" for a in attachments):
             defines["RUNG_CONG_STATE"] = code("probe", rung)

@@ -50,14 +50,22 @@ def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...
 
 
 class Running:
-    """``cwndtrace run`` in the background, attached once this has been made."""
+    """``cwndtrace run`` in the background, attached once this has been made, unless it says nothing (``said``)."""
 
-    def __init__(self, *arguments: str | Path, before: tuple[str, ...] = (), stdout: int | None = None) -> None:
-        command = [*before, *COMMAND, "run", *map(str, arguments)]
+    def __init__(
+        self,
+        *arguments: str | Path,
+        before: tuple[str, ...] = (),
+        stdout: int | None = None,
+        said: bool = True,
+        python: tuple[str, ...] = ("-m", "cwndtrace"),
+    ) -> None:
+        command = [*before, sys.executable, *python, "run", *map(str, arguments)]
         out = subprocess.PIPE if stdout is None else stdout
         self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         self.said = ""
-        self.wait_for(ATTACHED)
+        if said:
+            self.wait_for(ATTACHED)
 
     def wait_for(self, pattern: re.Pattern[str], seconds: float = 60) -> None:
         """Read its stderr until a line of it matches."""
@@ -78,8 +86,14 @@ class Running:
 
 
 @contextmanager
-def running(*arguments: str | Path, before: tuple[str, ...] = (), stdout: int | None = None) -> Iterator[Running]:
-    made = Running(*arguments, before=before, stdout=stdout)
+def running(
+    *arguments: str | Path,
+    before: tuple[str, ...] = (),
+    stdout: int | None = None,
+    said: bool = True,
+    python: tuple[str, ...] = ("-m", "cwndtrace"),
+) -> Iterator[Running]:
+    made = Running(*arguments, before=before, stdout=stdout, said=said, python=python)
     try:
         yield made
     finally:
