@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import pandas as pd
 import pyarrow as pa
@@ -45,6 +46,9 @@ class Batch:
         return events.table_to_dicts(self.event, self.table)
 
 
+MOST_SPANS: Final = 1000
+
+
 @dataclass
 class Loss:
     """Records of one event lost between two moments of CLOCK_MONOTONIC."""
@@ -64,6 +68,15 @@ class Tally:
     unchanged: int = 0
     withdrawn: int = 0
     lossy: list[Loss] = field(default_factory=list)
+
+    def add(self, loss: Loss) -> None:
+        """Note a span. Of more than MOST_SPANS of an event the two that are closest become one: days may be lossy."""
+        self.lossy.append(loss)
+        mine = [each for each in self.lossy if each.event == loss.event]
+        if len(mine) > MOST_SPANS:
+            before, after = min(pairwise(mine), key=lambda pair: pair[1].start_ns - pair[0].end_ns)
+            before.end_ns, before.lost = after.end_ns, before.lost + after.lost
+            self.lossy = [each for each in self.lossy if each is not after]
 
     def meta(self) -> dict[str, Any]:
         """As it stands in a capture's meta.json."""
@@ -142,7 +155,7 @@ class Session:
             if last is not None and last.end_ns == self._checked_ns:
                 last.end_ns, last.lost = now, last.lost + more
             else:
-                self.tally.lossy.append(Loss(name, self._checked_ns, now, more))
+                self.tally.add(Loss(name, self._checked_ns, now, more))
         self.tally.unchanged, self.tally.withdrawn = counts.unchanged, counts.withdrawn
         self._checked_ns = now
 

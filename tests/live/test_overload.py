@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import os
+import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import pytest
 
@@ -16,7 +21,9 @@ import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import loop
-from tests.live.test_run import running
+from tests.live.soak import amount
+from tests.live.test_run import running, within
+from tests.live.tracing import Tracer
 
 pytestmark = pytest.mark.live
 
@@ -112,3 +119,130 @@ def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, spac
         assert counts[name]["kept"] + counts[name]["lost"] == all_of_them[name]["kept"]
     assert all_of_them["cwnd_reset"]["kept"] == resets
     assert len(trace.resets) == counts["cwnd_reset"]["kept"]
+
+
+CHURN = """
+import socket, struct, sys, time
+rate, listener = int(sys.argv[1]), socket.create_server(("127.0.0.1", 0), backlog=1000)
+abort, made, begin = struct.pack("ii", 1, 0), 0, time.monotonic()
+print("ready", flush=True)
+while True:
+    with socket.socket() as a:
+        a.connect(listener.getsockname())
+        b, _ = listener.accept()
+        with b:
+            a.send(b"x" * 3000)
+            b.recv(10000)
+            # No TIME_WAIT, or the ports would soon be used up.
+            a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
+    made += 1
+    if made % 100 == 0:
+        print(made, flush=True)
+        time.sleep(max(0.0, begin + made / rate - time.monotonic()))
+"""
+
+
+class Churn:
+    """Connections made and aborted in a namespace, 2,000 a second, while it is entered."""
+
+    def __init__(self, space: tcp.Space) -> None:
+        command = [*within(space), sys.executable, "-c", CHURN, "2000"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.made = 0
+        self._thread = threading.Thread(target=self._count)
+        self._thread.start()
+
+    def _count(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self.made = int(line) if line != "ready\n" else 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        assert self._process.stdout
+        self._process.stdout.close()
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return own + sum(resident(int(child)) for child in children)
+
+
+def descriptors(pid: int) -> int:
+    """How many files a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None:
+    """A reset of each of 10,000 connections at once is kept, while others come and go; nothing grows, nothing stays."""
+    number, seconds = amount(1000, 10_000), amount(5, 60)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(3 * number, 4096), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    drain, pairs = tcp.Drain(), list[tuple[socket.socket, socket.socket]]()
+    try:
+        with (
+            Tracer(netns=counted_space.name) as tracer,
+            running("-n", counted_space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run,
+        ):
+            pairs = counted_space.enter(lambda: [pair(drain) for _ in range(number)])
+            for sock, _ in pairs:
+                sock.sendall(bytes(60_000))
+            for sock, _ in pairs:
+                tcp.until(lambda s=sock: not tcp.info(s).unacked, 20, "an ACK of all")  # type: ignore[misc]
+            tcp.until(lambda: tcp.info(pairs[-1][0]).last_snd_us > 400_000, 20, "the last one to have rested")
+            with Churn(counted_space) as churn:
+                begin = time.monotonic()
+                resets = 0
+                for sock, _ in pairs:
+                    before = tcp.info(sock).cwnd
+                    sock.send(b"x" * 100)
+                    resets += tcp.info(sock).cwnd < before
+                tcp.until(lambda: time.monotonic() > begin + seconds / 2 and churn.made > 100, 120, "half of it")
+                first, files = resident(run.process.pid), descriptors(run.process.pid)
+                tcp.until(lambda: time.monotonic() > begin + seconds, 120, "all of it")
+                last, made, took = resident(run.process.pid), churn.made, time.monotonic() - begin
+                assert descriptors(run.process.pid) <= files + 2
+            for sock, peer in pairs:
+                drain.pause(peer)
+                sock.close()
+                peer.close()
+            tracer.settle()
+            programs = tracer._session.source._resets  # type: ignore[attr-defined]
+            tcp.until(lambda: not any(p.rows("followed") for p in programs), 30, "no closed connection to be followed")
+            if tracer.probe == "sendmsg":
+                assert not programs[0].rows("pending")
+                assert programs[0]._bpf[b"pending_count"][0].value == 0
+            code, _, said = run.end()
+    finally:
+        drain.close()
+        for each in (end for both in pairs for end in both):
+            each.close()
+    assert code == 0, said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    grown = (last - first) / 1e6
+    print(f"{number} connections: {resets} resets; {made} more at {made / took:.0f}/s; memory grew by {grown:.1f} MB")
+    assert resets == number
+    assert trace.meta["counts"]["cwnd_reset"] == {"kept": resets, "lost": 0}
+    assert trace.resets.groupby(["sport", "dport"]).ngroups == resets
+    # In the short form the allocator's own warming up is most of it.
+    assert last - first < 20e6
+
+
+def pair(drain: tcp.Drain) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a cubic connection; what the first one sends is read."""
+    with socket.create_server((f"127.0.{random.randrange(200)}.1", 0)) as listener:
+        sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.connect(listener.getsockname())
+        peer = listener.accept()[0]
+    drain.add(peer)
+    return sock, peer

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -73,6 +74,20 @@ def test_losses_are_dated_and_adjacent_ones_joined() -> None:
     assert meta["counts"] == {"block_io": {"kept": 0, "lost": 11}, "cwnd_reset": {"kept": 0, "lost": 2}}
     assert sum(span["lost"] for span in meta["lossy"]) == 13
     assert meta["clock"]["end"]["mono_ns"] >= meta["clock"]["start"]["mono_ns"]
+
+
+def test_many_losses_stay_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cwndtrace.capture.session.MOST_SPANS", 4)
+    source = FakeSource()
+    session = Session(source)
+    for number in range(1, 31):
+        source.count.lost["block_io"] = number
+        session.step()
+        session.step()  # nothing is lost here
+    spans = session.tally.lossy
+    assert len(spans) == 4
+    assert sum(span.lost for span in spans) == 30
+    assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans))
 
 
 def test_what_changed_nothing_is_counted() -> None:
