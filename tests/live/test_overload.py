@@ -143,10 +143,10 @@ while True:
 
 
 class Churn:
-    """Connections made and aborted in a namespace, 2,000 a second, while it is entered."""
+    """Connections made and aborted in a namespace, so many a second, while it is entered."""
 
-    def __init__(self, space: tcp.Space) -> None:
-        command = [*within(space), sys.executable, "-c", CHURN, "2000"]
+    def __init__(self, space: tcp.Space, rate: int = 2000) -> None:
+        command = [*within(space), sys.executable, "-c", CHURN, str(rate)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.made = 0
         self._thread = threading.Thread(target=self._count)
