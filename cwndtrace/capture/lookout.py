@@ -21,8 +21,8 @@ import pyarrow as pa
 from cwndtrace import power
 from cwndtrace.capture import connections
 from cwndtrace.capture.source import Filters
-from cwndtrace.errors import CwndtraceError
-from cwndtrace.kernel import cgroups, netns, sockets
+from cwndtrace.errors import CwndtraceError, NotFound
+from cwndtrace.kernel import cgroups, interfaces, netns, sockets
 
 _PATIENCE_S: Final = 5.0
 _LONGEST_QUESTION: Final = 100
@@ -47,6 +47,17 @@ class Lookout:
         inode = self._filters.netns or netns.own().inode
         return [(n, netns.idle_sysctl(n)) for n in netns.all_reachable() if n.inode == inode]
 
+    def watched(self) -> tuple[bool, str | None]:
+        """Whether the traced network namespace can be reached, and what the traced interface is called, if it is there."""
+        if self._filters.netns is None:
+            return True, None
+        for namespace in netns.all_reachable():
+            if namespace.inode == self._filters.netns:
+                with suppress(NotFound):
+                    by_name = interfaces.by_name(namespace)
+                    return True, next((n for n, i in by_name.items() if i == self._filters.ifindex), None)
+        return False, None
+
     def pid_sockets(self) -> set[int]:
         """Inodes of the sockets of the process that is traced."""
         return set() if self._filters.pid is None else sockets.inodes_of(self._filters.pid)
@@ -63,6 +74,7 @@ _QUESTIONS: Final[dict[str, Callable[[Lookout, int], Any]]] = {
     "snapshot": lambda look, offset: look.snapshot(offset),
     "settings": lambda look, _: look.settings(),
     "idle_sysctls": lambda look, _: look.idle_sysctls(),
+    "watched": lambda look, _: look.watched(),
     "pid_sockets": lambda look, _: look.pid_sockets(),
     "cgroup_ids": lambda look, _: look.cgroup_ids(),
 }
@@ -127,6 +139,11 @@ class Apart(Lookout):
     def idle_sysctls(self) -> list[tuple[netns.Namespace, int | None]]:
         """As in Lookout."""
         found: list[tuple[netns.Namespace, int | None]] = self._quick.ask("idle_sysctls")
+        return found
+
+    def watched(self) -> tuple[bool, str | None]:
+        """As in Lookout."""
+        found: tuple[bool, str | None] = self._quick.ask("watched")
         return found
 
     def pid_sockets(self) -> set[int]:

@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import click
 import numpy as np
@@ -20,6 +20,7 @@ from cwndtrace import power
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import Filters
 from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing
@@ -109,8 +110,9 @@ def run(
                             roots = f"{user.name} may not write there"
                         if roots:
                             click.echo(f"{clean(roots)}: the capture is root's.", err=True)
+                watch = Watch(session, filters, iface)
                 saver = Saver(writer, session, stop=unwritable == "stop")
-                failed = trace(session, saver, view, interrupt, duration=duration, what=what, quiet=quiet)
+                failed = trace(session, saver, view, interrupt, watch, duration=duration, what=what, quiet=quiet)
             finally:
                 writer.close("failed")  # does nothing if it is closed already
         with suppress(Unprinted), printing():
@@ -196,6 +198,7 @@ def trace(
     saver: Saver,
     view: TextView | JsonView,
     interrupt: sessions.Interrupt,
+    watch: Watch,
     *,
     duration: float | None,
     what: str,
@@ -221,6 +224,9 @@ def trace(
                     view.batch(batch)
                     if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
                         warned = _warn(batch.to_pandas(), session, what, warned, view)
+                if not quiet and (news := watch.news()):
+                    view.end()
+                    click.echo(f"warning: {clean(news)}", err=True)
                 saver.save()
                 view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
             if nobody_reads():
@@ -245,6 +251,36 @@ def trace(
         finally:
             saver.writer.close(status, **sessions.ending(session))
     return unprinted
+
+
+_LOOK_S: Final = 2.0
+
+
+class Watch:
+    """Says when what was asked for by name is there no more, or has another name; the trace goes on."""
+
+    def __init__(self, session: Session, filters: Filters, iface: str | None) -> None:
+        self._session = session
+        self._filters = filters
+        self._known: tuple[bool, str | None] = (True, iface)
+        self._next = 0.0
+
+    def news(self) -> str | None:
+        """What changed since the last call, if anything did."""
+        if self._filters.netns is None or time.monotonic() < self._next:
+            return None
+        self._next = time.monotonic() + _LOOK_S
+        if (now := self._session.lookout.watched()) == self._known:
+            return None
+        (_, before), self._known = self._known, now
+        there, name = now
+        if not there:
+            return "the network namespace that is traced has no name and no process any more; the trace goes on"
+        if name == before:  # the namespace is back
+            return None
+        if name is None:
+            return f"interface {before} is gone, removed or moved to another network namespace; the trace goes on"
+        return f"interface {before} is called {name} now; the trace goes on" if before else f"interface {name} is back"
 
 
 def _warn(
