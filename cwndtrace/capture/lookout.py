@@ -48,7 +48,7 @@ class Lookout:
         return [(n, netns.idle_sysctl(n)) for n in netns.all_reachable() if n.inode == inode]
 
     def watched(self) -> tuple[bool, str | None]:
-        """Whether the traced network namespace can be reached, and what the traced interface is called, if it is there."""
+        """Whether the traced network namespace can be reached, and the name of the traced interface if it is there."""
         if self._filters.netns is None:
             return True, None
         for namespace in netns.all_reachable():
