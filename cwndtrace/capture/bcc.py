@@ -23,12 +23,12 @@ from typing import Any, Final
 import numpy as np
 
 from cwndtrace import power
-from cwndtrace.capture.bpf_syscall import run_raw_tracepoint
+from cwndtrace.capture.bpf_syscall import run_raw_tracepoint, try_map
 from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.source import Chunk, Counts, Filters
 from cwndtrace.errors import BccError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
-from cwndtrace.kernel import btf, facts, ladder, offsets
+from cwndtrace.kernel import btf, facts, ladder, offsets, permission
 
 _DISTRIBUTION_PACKAGES: Final = (
     "/usr/lib/python3/dist-packages",
@@ -44,6 +44,7 @@ _BLOCK: Final = (
     ladder.Attachment("raw_tracepoint", "block_rq_issue", "on_block_rq_issue"),
     ladder.Attachment("raw_tracepoint", "block_io_start", "on_block_io_start"),
 )
+_ASK: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
 _OLD, _ALL = 0, 1
 _REFRESH: Final = "refresh"
@@ -157,9 +158,10 @@ class Program:
         # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
         os.environ["BCC_KERNEL_SOURCE"] = str(folder / "compat")
         said: list[str] = []
+        package = module()
         try:
             with _quiet() as said:
-                self._bpf = module().BPF(text=text.encode(), cflags=flags)
+                self._bpf = package.BPF(text=text.encode(), cflags=flags)
         except Exception as e:  # bcc raises nothing finer
             if "compile" in str(e):
                 raise BccError(
@@ -293,6 +295,15 @@ def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
     return records.tobytes()
 
 
+def check_power() -> None:
+    """Raise PermissionNeeded or KernelLacks, with cause and cure, where this process can't load programs."""
+    permission.check()
+    try:
+        try_map()
+    except OSError as e:
+        raise permission.refused() or KernelLacks(f"bpf(2) is refused: {e.strerror}", _ASK) from e
+
+
 class Kernel:
     """The running kernel as a source of records (see source.Source).
 
@@ -309,6 +320,7 @@ class Kernel:
         reasons: Iterable[str] = ladder.REASONS,
         lookout: Lookout | None = None,
     ) -> None:
+        check_power()
         self._filters = filters
         self._lookout = lookout or Lookout(filters)
         self._btf = btf.Btf.running()
