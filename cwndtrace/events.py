@@ -332,6 +332,9 @@ CONNECTIONS: Final = _snapshot(
 )
 """The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
 
+MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
+"""Columns whose values may be missing; in all others of ``TABLES`` a null is damage."""
+
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"
 """What ``sysctls`` of meta.json holds for each network namespace, beside its name and whether it is the host's."""

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from cwndtrace import words
 from cwndtrace.analysis import block_io, verdict
+from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
 from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
@@ -40,6 +41,7 @@ _PROCESSES: Final = 20
 _DOTS: Final = 1000
 
 
+@making_sense()
 def page(report: Report) -> str:
     """The HTML of a report."""
     files = {name: _file(f"page.{name}") for name in ("css", "js", "html.j2")}

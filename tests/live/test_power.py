@@ -200,7 +200,7 @@ def test_the_lookout_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
     with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
         lookout = lookout_of(run)
         run.process.kill()
-        run.process.wait()
+        run.process.communicate()
         until(lambda: not Path(f"/proc/{lookout}").exists(), 10, "the lookout to end")
     assert cwndtrace.load(home / "a.cwnd").status == "interrupted"
 
