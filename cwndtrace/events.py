@@ -276,6 +276,26 @@ def _label(f: Field, raw: bytes) -> str:
     return layout().enums[f.unit.removeprefix("enum ")].get(value, str(value))
 
 
+def clean_texts(table: pa.Table) -> pa.Table:
+    """``table`` with ``clean`` texts: a DataFrame is printed as it is. Costs little, since each text is kept once."""
+    for index, column in enumerate(table.schema):
+        if not pa.types.is_dictionary(column.type):
+            continue
+        chunks = [_clean_chunk(chunk) for chunk in table.column(index).chunks]
+        table = table.set_column(index, column, pa.chunked_array(chunks, type=column.type))
+    return table.unify_dictionaries()
+
+
+def _clean_chunk(chunk: pa.DictionaryArray) -> pa.DictionaryArray:
+    texts = chunk.dictionary.to_pylist()
+    cleaned = [text if text is None else clean(str(text)) for text in texts]
+    if cleaned == texts:
+        return chunk
+    # Two texts may have become one, and a dictionary holds each once.
+    labels = pa.array(cleaned, type=chunk.dictionary.type).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(labels.indices.take(chunk.indices), labels.dictionary)
+
+
 def table_to_dicts(name: str, table: pa.Table) -> list[dict[str, Any]]:
     """One dict a row, ready for JSON: ``event``, ``time`` as ISO 8601 UTC with microseconds, the columns by name."""
     stamps = [iso_time(us * 1000) for us in table.column("time").cast(pa.int64()).to_pylist()]

@@ -91,10 +91,10 @@ class Trace:
         """The capture's directory."""
         return self._capture.shown or self._capture.path
 
-    @property
+    @cached_property
     def meta(self) -> dict[str, Any]:
-        """The content of ``meta.json``."""
-        return self._capture.meta
+        """The content of ``meta.json``, its texts clean of what could steer a terminal."""
+        return _mapping(_cleaned(self._capture.meta))
 
     @property
     def status(self) -> str:
@@ -252,7 +252,7 @@ class Trace:
 
     def _frame(self, table: str) -> pd.DataFrame:
         # Not what a stranger or a later version added: it might take the name of what is computed here.
-        rows = self._capture.table(table).select(events.schema(table).names)
+        rows = events.clean_texts(self._capture.table(table).select(events.schema(table).names))
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
         frame: pd.DataFrame = rows.to_pandas()
         frame = frame.sort_values(clock, kind="stable", ignore_index=True)
@@ -343,6 +343,14 @@ def _moment(value: object) -> pd.Timestamp | None:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {events.clean(name): _cleaned(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(inner) for inner in value]
+    return events.clean(value) if isinstance(value, str) else value
 
 
 def _shown(value: object) -> str:

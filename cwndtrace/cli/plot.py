@@ -58,4 +58,4 @@ def plot(
             raise CwndtraceError(f"{clean(str(file))} can't be written: {e}", "choose another file with -o") from e
     for line in trace.warnings:
         click.echo(f"warning: {clean(line)}", err=True)
-    click.echo(file)
+    click.echo(clean(str(file)))

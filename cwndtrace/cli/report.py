@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -52,7 +51,7 @@ def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
         except OSError as e:
             raise CwndtraceError(f"{clean(str(file))} can't be written: {e.strerror}", "choose another file") from e
     if as_json:
-        click.echo(json.dumps(content.as_json(found), allow_nan=False))
+        click.echo(fmt.json_line(content.as_json(found), allow_nan=False))
     else:
         for line in lines(found):
             click.echo(line)
