@@ -46,7 +46,7 @@ class Capture:
         nor the capture knows.
         """
         strange = name not in events.TABLES
-        if strange and (Path(name).name != name or name.startswith(".") or not (self.path / name).is_dir()):
+        if strange and (not name or Path(name).name != name or name.startswith(".") or not (self.path / name).is_dir()):
             raise KeyError(name)
         known = None if strange else events.schema(name)
         tables = [table for _, table in self._each(name, known)]

@@ -449,7 +449,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     absent = call("reproduce", "--against", f"127.0.0.1:{port}", "-o", tmp_path / "a")
-    assert_short(absent, 1, f"no server at 127.0.0.1 port {port}: Connection refused", f"cwndtrace serve --port {port}")
+    assert_short(
+        absent, 1, f"no server at 127.0.0.1 port {port}: Connection refused", f"cwndtrace serve --host :: --port {port}"
+    )
     unknown = call("reproduce", "--cc", "nonesuch", "-o", tmp_path / "a")
     assert_short(unknown, 77, "no congestion control nonesuch", "it has: .*reno")
     assert not (tmp_path / "a").exists()

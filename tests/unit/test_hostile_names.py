@@ -139,7 +139,7 @@ def test_the_page(trace: Trace, tmp_path: Path) -> None:
     assert "{0}{a.b}49" not in text
 
 
-@pytest.mark.parametrize(("name", "ending"), zip(NAMES, itertools.cycle(["svg", "png", "pdf"]), strict=False))
+@pytest.mark.parametrize(("name", "ending"), list(zip(NAMES, itertools.cycle(["svg", "png", "pdf"]), strict=False)))
 def test_pictures_and_the_name_of_their_file(name: str, ending: str, tmp_path: Path) -> None:
     folder = NAMES[name].replace("/", "")[:40] + ".cwnd"
     trace = hostile(tmp_path / folder, NAMES[name])
