@@ -53,7 +53,7 @@ test-distributions: develop ## as root: the project in bare Debian 12 and 13 roo
 vm-test: develop ## build kernels with and without the patches, boot each by software emulation, test in them
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test
-	@.venv/bin/python -m pytest -q -m vm tests/vm/test_tool.py
+	@.venv/bin/python -m pytest -q -m vm tests/vm/test_tool.py tests/vm/test_build.py
 
 vm-shell: develop ## a shell in a virtual machine with the patched kernel
 	@$(SETUP) packages vm

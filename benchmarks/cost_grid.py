@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well the cost model predicts: the lab over a grid of paths, bursts and rests, predicted beside measured.
 
-    sudo .venv/bin/python benchmarks/cost_grid.py --out grid.parquet            (about 15 minutes)
-    .venv/bin/python benchmarks/cost_grid.py --read grid.parquet                (the figures of a run again)
+    sudo .venv/bin/python benchmarks/cost_grid.py --out grid            (about 15 minutes)
+    .venv/bin/python benchmarks/cost_grid.py --read grid                (the figures of a run again)
 
 Each configuration (RTT, congestion control, rate) runs in a process of its own with its own namespaces; a few at a
 time, because most of the time is rest.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -31,7 +30,8 @@ from cwndtrace.lab.scenario import Scenario
 
 RTTS_MS = (20, 50, 100, 200)
 CCS = ("cubic", "reno")
-RATES = (None, 100e6)
+PATHS: dict[str, tuple[float | None, ...]] = {"all": (None, 100e6), "open": (None,), "limited": (100e6,)}
+"""Rates of the bottleneck in bit/s."""
 BURSTS = (15_000, 60_000, 300_000, 1_000_000, 4_000_000)
 RESTS_RTO = (0.5, 1.5, 3.0, 5.0, 8.0)
 # What the kernel adds to the round-trip time at the least (TCP_RTO_MIN), in seconds.
@@ -41,48 +41,54 @@ AT_ONCE = 6
 
 def one(rtt_ms: int, cc: str, rate: float | None, rounds: int, out: Path) -> None:
     """Measure one configuration into ``out``."""
+    out.mkdir(parents=True)
     rto_s = rtt_ms / 1e3 + RTO_MIN_S
     link = Link(rtt_ms=rtt_ms, rate=rate)
     scenario = replace(
         Scenario(), link=link, bursts=BURSTS, rests=tuple(r * rto_s for r in RESTS_RTO), rounds=rounds, cc=cc
     )
-    with tempfile.TemporaryDirectory() as folder, Lab(scenario) as lab:
+    with Lab(scenario) as lab:
         filters = Filters(netns=lab.path.server.namespace.inode)
-        with Recording(Path(folder) / "grid.cwnd", filters, cwndtrace.__version__) as recording:
+        with Recording(out / "grid.cwnd", filters, cwndtrace.__version__):
             for _ in lab.rows():
                 pass
-        taken = frame(lab.taken)
-        pairs = beside_baseline(taken, recording.trace().resets)
         for note in lab.notes():
             print(f"RTT {rtt_ms} ms, {cc}, rate {rate}: {note}", file=sys.stderr)
-    pairs.assign(path_rtt_ms=rtt_ms, rate=rate or 0.0, cc=cc).to_parquet(out)
+        frame(lab.taken).assign(path_rtt_ms=rtt_ms, rate=rate or 0.0, cc=cc).to_parquet(out / "bursts.parquet")
 
 
 def everything(rounds: int, rates: tuple[float | None, ...], out: Path) -> None:
     """Measure the grid into ``out``."""
-    with tempfile.TemporaryDirectory() as folder:
-        waiting = list(enumerate(product(RTTS_MS, CCS, rates)))
-        running: list[subprocess.Popen[bytes]] = []
-        while waiting or running:
-            while waiting and len(running) < AT_ONCE:
-                number, (rtt, cc, rate) = waiting.pop(0)
-                part = Path(folder) / f"{number}.parquet"
-                command = [sys.executable, __file__, "--one", f"{rtt},{cc},{rate or 0}", "--rounds", str(rounds)]
-                running.append(subprocess.Popen([*command, "--out", str(part)]))
-            running[0].wait()
-            running = [p for p in running if p.poll() is None]
-        parts = sorted(Path(folder).glob("*.parquet"))
-        pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True).to_parquet(out)
+    waiting = list(enumerate(product(RTTS_MS, CCS, rates)))
+    running: list[subprocess.Popen[bytes]] = []
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            number, (rtt, cc, rate) = waiting.pop(0)
+            command = [sys.executable, __file__, "--one", f"{rtt},{cc},{rate or 0}", "--rounds", str(rounds)]
+            running.append(subprocess.Popen([*command, "--out", str(out / f"{number:02}")]))
+        if running[0].wait():
+            sys.exit("a configuration failed; its lines above say why")
+        running.pop(0)
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """Bursts that a reset began, predicted beside measured, of all configurations of a run."""
+    parts = sorted(folder.iterdir())
+    rows = [
+        beside_baseline(pd.read_parquet(p / "bursts.parquet"), cwndtrace.load(p / "grid.cwnd").resets) for p in parts
+    ]
+    return cost.price(pd.concat(rows, ignore_index=True))
 
 
 def report(bursts: pd.DataFrame) -> None:
     """Print how far predictions are off, for all bursts and by configuration."""
-    priced = cost.price(bursts)
-    pairs = priced.assign(
-        predicted_ms=priced["predicted_us"] / 1000,
-        measured_ms=priced["latency_ms"] - priced["baseline_ms"],
-        rtt_ms=priced["path_rtt_ms"],
+    pairs = bursts.assign(
+        predicted_ms=bursts["predicted_us"] / 1000,
+        measured_ms=bursts["latency_ms"] - bursts["baseline_ms"],
+        rtt_ms=bursts["path_rtt_ms"],
     ).dropna(subset=["predicted_ms", "measured_ms"])
+    alone = len(bursts) - len(pairs)
+    print(f"{alone} of {len(bursts)} bursts have none beside them that began with a like window, and are left out")
     error = pairs["predicted_ms"] - pairs["measured_ms"]
     dear = pairs["measured_ms"] >= pairs["rtt_ms"] / 2
     relative = (error.abs() / pairs["measured_ms"])[dear]
@@ -90,8 +96,7 @@ def report(bursts: pd.DataFrame) -> None:
     print(f"{len(pairs)} bursts that began with a reset, {int(dear.sum())} of them at least half a round trip dearer")
     print(f"median error of the predicted extra time (those bursts): {100 * relative.median():.1f} %")
     print(f"within one round trip: {100 * within.mean():.1f} % of all bursts")
-    # Without the other half of the comparison: over a bottleneck the other connection's window settles elsewhere.
-    itself = (pairs["rounds_after"] * pairs["srtt_us"] / 1000 - pairs["latency_ms"]).abs() <= pairs["rtt_ms"]
+    itself = (pairs["rounds_after"] * pairs["round_us"] / 1000 - pairs["latency_ms"]).abs() <= pairs["rtt_ms"]
     print(f"the burst after the reset itself, within one round trip: {100 * itself.mean():.1f} % of all bursts")
     table = pairs.assign(error_rtts=error / pairs["rtt_ms"], within=within, itself=itself, relative=relative)
     keys = ["path_rtt_ms", "cc", "rate", "burst_bytes"]
@@ -111,7 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--read", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--limited", action="store_true", help="only the paths with a bottleneck")
+    parser.add_argument("--paths", choices=PATHS, default="all", help="with a bottleneck, without, or both")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -119,8 +124,8 @@ def main() -> None:
         one(int(rtt), cc, float(rate) or None, arguments.rounds, arguments.out)
         return
     if arguments.read is None:
-        everything(arguments.rounds, RATES[1:] if arguments.limited else RATES, arguments.out)
-    report(pd.read_parquet(arguments.read or arguments.out))
+        everything(arguments.rounds, PATHS[arguments.paths], arguments.out)
+    report(read(arguments.read or arguments.out))
 
 
 if __name__ == "__main__":

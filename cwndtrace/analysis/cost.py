@@ -22,15 +22,19 @@ Floats = npt.NDArray[np.float64]
 
 # Round trips that are simulated at most until a window is back.
 _MOST_ROUNDS: Final = 10_000
+# min_rtt_us before the first sample.
+_NO_RTT: Final = 2**32 - 1
 
 COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
     "limit_bytes": "bytes that could be under way at most: the receiver's window, or the send buffer where a snapshot "
     "tells of a smaller one",
+    "round_us": "us: the round trip that is counted with: the least that the kernel knew, since after a rest no queue "
+    "of the connection's own is on the path; the smoothed one where it knew none",
     "rounds_after": "round trips that the burst needs from the window after the reset",
     "rounds_before": "round trips that it would have needed from the window before",
     "rounds_lost": "round trips, estimated: the difference, or where fewer the doublings that the window went through",
-    "predicted_us": "us, estimated: rounds_lost times the smoothed round-trip time",
+    "predicted_us": "us, estimated: rounds_lost times round_us",
     "regain_us": "us, estimated: until the window is what it was, with data to send all the time; missing where never",
 }
 """What ``price`` adds to resets."""
@@ -126,26 +130,27 @@ def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.Data
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
     """``resets``, whose ``burst_bytes`` and perhaps ``limit_bytes`` are known, with ``COLUMNS`` and ``MEASURED``.
 
-    They are missing where the burst is, and for timeouts, whose cost is the loss's. The round-trip time is the
-    smoothed one of the record, the limit the receiver's window of the record if none is given. What the window did
-    afterwards (``recoveries`` of a Trace) bounds the estimate: a burst that comes in pieces needs less than one at
-    once.
+    They are missing where the burst is, and for timeouts, whose cost is the loss's. The limit is the receiver's window
+    of the record if none is given. What the window did afterwards (``recoveries`` of a Trace) bounds the estimate: a
+    burst that comes in pieces needs less than one at once.
     """
     if "limit_bytes" not in resets:
         resets = resets.assign(limit_bytes=resets["snd_wnd"].astype("float64"))
     followed = _followed(resets, recoveries)
     timeout = resets["reason"].astype(str) == "rto_loss"
     srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~timeout)
+    trip = resets["min_rtt_us"].astype("float64").where(resets["min_rtt_us"] != _NO_RTT, srtt)
     after, before = (_rounds(resets, burst, side) for side in ("after", "before"))
     difference = after - before
     lost = pd.concat([difference, followed["grew_rounds"]], axis=1).min(axis=1).where(difference.notna())
     back = pd.Series(regain(**path(resets, "after")), index=resets.index)
-    needed = _rounds(resets, followed["acked"].where(~timeout), "before") * srtt
+    needed = _rounds(resets, followed["acked"].where(~timeout), "before") * trip
     out = resets.assign(
+        round_us=trip,
         rounds_after=after,
         rounds_before=before,
         rounds_lost=lost,
-        predicted_us=lost * srtt,
+        predicted_us=lost * trip,
         regain_us=(back * srtt).where((back >= 0) & ~timeout),
         regained_us=followed["regained_us"],
         measured_us=np.maximum(followed["regained_us"] - needed, 0),

@@ -133,7 +133,7 @@ def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
     value = int(high.max())
     # A restart lowers ssthresh whatever the initial window: some of the loss may stay.
     stays = np.maximum(needed(np.maximum(after["cwnd"], value)) - rounds_before, 0)
-    saved = np.maximum(harmful["rounds_lost"].to_numpy() - stays, 0) * harmful["srtt_us"].to_numpy()
+    saved = np.maximum(harmful["rounds_lost"].to_numpy() - stays, 0) * harmful["round_us"].to_numpy()
     peers = harmful["daddr"].astype(str).unique()
     where = f"to {peers[0]}" if len(peers) == 1 else f"to these {len(peers)} peers"
     return _Remedy(

@@ -268,7 +268,7 @@ def explain(row: Mapping[Any, Any]) -> str:
     fits = size(row["cwnd_after"] * row["mss"])
     told: dict[str, str] = {
         "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more: "
-        f"{span(row['lost_us'])} at {span(row['srtt_us'])} each (estimated)",
+        f"{span(row['lost_us'])} at {span(row['round_us'])} each (estimated)",
         "burst_fits": f"the burst of {burst} fits the window after ({fits})",
         "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
         "never_full": f"the burst of {burst} came in pieces that never used the window up: it didn't grow",

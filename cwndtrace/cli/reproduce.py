@@ -27,6 +27,7 @@ from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.events import clean
 from cwndtrace.kernel import netns
 from cwndtrace.kernel.ladder import RUNGS
+from cwndtrace.lab import cleanup
 from cwndtrace.lab import serve as servers
 from cwndtrace.lab.against import Against
 from cwndtrace.lab.experiment import Lab
@@ -166,27 +167,23 @@ def reproduce(
     scenario = PRESETS[preset].changed(**changes)
     scenario.check()
     folder = output or Path(time.strftime("reproduce-%Y%m%d-%H%M%S"))
+    # Before anything that may fail: then it is said too.
+    for line in cleanup.sweep():
+        click.echo(f"cleaned up what an earlier run left: {clean(line)}", err=True)
     with _new(folder) as opened:
         if server is not None:
             with Against(*server, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
-                _say_swept(remote.swept)
                 click.echo(f"Sending to {clean(str(against))}; only this side is traced.", err=True)
                 filters = Filters(netns=netns.own().inode, port=server[1])
                 _measure(remote, filters, folder, opened, probe=probe, dark=dark)
         else:
             with Lab(scenario, kind) as lab:
-                _say_swept(lab.swept)
                 link = scenario.link
                 rate_text = f", {link.rate / 1e6:g} Mbit/s" if link.rate else ""
                 click.echo(f"Path: RTT {link.rtt_ms:g} ms{rate_text}, by {lab.path.kind} ({lab.path.why}).", err=True)
                 click.echo(f"This takes about {lab.expected_s:.0f} s.", err=True)
                 filters = Filters(netns=lab.path.server.namespace.inode)
                 _measure(lab, filters, folder, opened, probe=probe, dark=dark)
-
-
-def _say_swept(swept: list[str]) -> None:
-    for line in swept:
-        click.echo(f"cleaned up what an earlier run left: {clean(line)}", err=True)
 
 
 def _measure(

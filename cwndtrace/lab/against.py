@@ -42,7 +42,6 @@ class Against:
         self.scenario = scenario
         self.plain = plain
         self.taken: list[Measurement] = []
-        self.swept: list[str] = []
         self._host, self._port, self._allow = host, port, allow_sysctl
         self._stack = ExitStack()
         self._socks: dict[Setting, socket.socket] = {}
@@ -52,7 +51,7 @@ class Against:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             if os.geteuid() == 0:
-                self.swept = cleanup.sweep()
+                cleanup.sweep()
             current: Setting = "on" if read_sysctl(IDLE_SYSCTL) else "off"
             self.settings: tuple[Setting, ...] = ("on", "off") if self._allow else (current,)
             if self._allow:

@@ -49,7 +49,7 @@ class Lab:
     """A scenario, set up: namespaces, path, server, client. A context manager; leaving it puts everything back.
 
     ``path.server.namespace`` is where the bursts are sent from, so that a tracer can be pointed at it before ``rows``
-    is called. ``swept`` says what an earlier, killed run had left. It has to be left on the thread that entered it.
+    is called. What an earlier, killed run had left is removed. It has to be left on the thread that entered it.
     """
 
     path: Path
@@ -61,7 +61,6 @@ class Lab:
         scenario.check()
         self.scenario = scenario
         self.force = force
-        self.swept: list[str] = []
         self.taken: list[Measurement] = []
         self._stack = ExitStack()
         self._number = 0
@@ -77,7 +76,7 @@ class Lab:
         self._stack.close()
 
     def _open(self, stack: ExitStack) -> None:
-        self.swept = cleanup.sweep()
+        cleanup.sweep()
         scenario, owner = self.scenario, Owner.new()
         self.path = stack.enter_context(open_path(scenario.link, scenario.family, self.force, owner))
         self._tune()

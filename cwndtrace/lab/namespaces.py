@@ -46,11 +46,13 @@ def namespace(name: str) -> Iterator[Namespace]:
     except PermissionError:
         raise PermissionNeeded("the lab makes network namespaces, which needs root", "prefix it with sudo") from None
     try:
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            pool.submit(_create, path).result()
+        try:
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                pool.submit(_create, path).result()
+        except PermissionError as e:
+            cause = f"no network namespace could be made: {e.strerror}"
+            raise PermissionNeeded(cause, "run as root, in no sandbox") from e
         yield Namespace(path.stat().st_ino, name, path)
-    except PermissionError as e:
-        raise PermissionNeeded(f"no network namespace could be made: {e.strerror}", "run as root, in no sandbox") from e
     finally:
         remove(path)
 

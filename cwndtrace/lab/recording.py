@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import numpy as np
 import pandas as pd
 
 from cwndtrace import power
@@ -20,6 +21,8 @@ from cwndtrace.store import CaptureWriter
 from cwndtrace.trace import Trace
 
 _STEP_S: Final = 0.1
+# Windows that differ by less than this factor are alike.
+_LIKE: Final = 1.1
 
 
 class Recording:
@@ -98,27 +101,39 @@ def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_baseline(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
-    """``matched`` for the bursts with the setting on, with ``baseline_ms``: the median latency with it off."""
-    off = measurements[measurements["setting"] == "off"]
-    baseline = off.groupby(["burst_bytes", "rest_s"])["latency_ms"].median().rename("baseline_ms")
+    """``matched`` for the bursts with the setting on, with ``baseline_ms``: what each takes without the reset.
+
+    That is the median latency of the bursts of its size that began, with the setting off, with a window like the one
+    before the reset: a bottleneck's losses cut the windows of both connections, each at its own times. Missing where
+    there is none; how long the rest was doesn't matter to a window that isn't reset.
+    """
     on = matched(measurements[measurements["setting"] == "on"], resets)
-    return on.join(baseline, on=["burst_bytes", "rest_s"])
+    off = measurements[measurements["setting"] == "off"]
+    keys = off[["burst_bytes", "latency_ms"]].assign(window=_usable(off))
+    pairs = on[["burst", "burst_bytes"]].assign(window=_usable(on)).merge(keys, on="burst_bytes", suffixes=("", "_off"))
+    like = pairs[np.abs(np.log(pairs["window_off"] / pairs["window"])) <= np.log(_LIKE)]
+    return on.join(like.groupby("burst")["latency_ms"].median().rename("baseline_ms"), on="burst")
+
+
+def _usable(bursts: pd.DataFrame) -> pd.Series:
+    """Bytes of the window before each burst, as far as the burst can use it."""
+    return (bursts["cwnd_before"] * bursts["mss"]).clip(upper=bursts["burst_bytes"])
 
 
 def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     """Predicted beside measured cost, a row a burst with the setting on that a reset began.
 
     Columns: ``burst_bytes``, ``rest_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
-    ``measured_ms``: the burst's latency less the median one of its burst and rest with the setting off.
+    ``measured_ms``: the burst's latency less that of its like with the setting off.
     """
-    priced = cost.price(beside_baseline(measurements, resets))
+    rows = cost.price(beside_baseline(measurements, resets))
     return pd.DataFrame(
         {
-            "burst_bytes": priced["burst_bytes"],
-            "rest_s": priced["rest_s"],
-            "ca_name": priced["ca_name"].astype(str),
-            "rtt_ms": priced["srtt_us"] / 1000,
-            "predicted_ms": priced["predicted_us"] / 1000,
-            "measured_ms": priced["latency_ms"] - priced["baseline_ms"],
+            "burst_bytes": rows["burst_bytes"],
+            "rest_s": rows["rest_s"],
+            "ca_name": rows["ca_name"].astype(str),
+            "rtt_ms": rows["round_us"] / 1000,
+            "predicted_ms": rows["predicted_us"] / 1000,
+            "measured_ms": rows["latency_ms"] - rows["baseline_ms"],
         }
     ).dropna(ignore_index=True)

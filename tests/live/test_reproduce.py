@@ -361,12 +361,13 @@ def test_what_a_kill_leaves_the_next_start_cleans(tmp_path: Path) -> None:
         seen += bool(left)
         if number < 3:
             # It is refused, and cleans up all the same.
-            assert call("reproduce", "--cc", "nonesuch", "-o", tmp_path / "refused").returncode == 77
+            done = call("reproduce", "--cc", "nonesuch", "-o", tmp_path / "refused")
+            assert done.returncode == 77, done.stderr
         else:
             done = call("reproduce", *SHORT, "-o", tmp_path / "next")
             assert done.returncode == 0, done.stderr
-            for name in (Path(thing).name for thing in left):
-                assert f"cleaned up what an earlier run left: namespace {name}\n" in done.stderr
+        for name in (Path(thing).name for thing in left):
+            assert f"cleaned up what an earlier run left: namespace {name}\n" in done.stderr
         assert not things_of(pid), left
         assert of_the_host() == before
         if measuring:

@@ -60,7 +60,8 @@ def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: R
     end = following["bytes_sent"] if following else last
     burst = max(end - reset["bytes_sent"], recovery["bytes_acked"] if recovery else -1)
     assert burst >= 0
-    limit = reset["snd_wnd"]
+    buffers = [s["sndbuf"] for s in snapshots if s["sndbuf"]]
+    limit = min(reset["snd_wnd"], max(buffers, default=math.inf))
     after = round_trips(burst, reset["cwnd_after"], reset["ssthresh_after"], reset, limit)
     before = round_trips(burst, reset["cwnd_before"], reset["ssthresh_before"], reset, limit)
     lost = after - before
@@ -68,7 +69,7 @@ def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: R
         lost = min(lost, math.ceil(math.log2(max(recovery["cwnd_end"] / recovery["cwnd_start"], 1))))
     if burst <= reset["cwnd_after"] * reset["mss"] or lost < 1:
         return 0.0
-    return float(lost * reset["srtt_us"])
+    return float(lost * reset["min_rtt_us"])
 
 
 def test_what_each_connection_lost(trace: Trace, rows: dict[str, list[Row]]) -> None:

@@ -50,6 +50,20 @@ def test_predictions_beside_measurements(trace: Trace, measured: pd.DataFrame) -
     assert apart.median() < 10
 
 
+def test_a_burst_is_compared_with_those_from_a_like_window(trace: Trace, measured: pd.DataFrame) -> None:
+    reply = measured[measured["mode"] == "reply"]
+    plain = recording.beside_baseline(reply, trace.resets)
+    assert plain["baseline_ms"].notna().all()
+    off = reply["setting"] == "off"
+    # Others that began with less, as after a loss, are no measure.
+    cut = reply[off].assign(cwnd_before=1, latency_ms=9e9)
+    beside = recording.beside_baseline(pd.concat([reply, cut], ignore_index=True), trace.resets)
+    pd.testing.assert_series_equal(beside["baseline_ms"], plain["baseline_ms"])
+    apart = reply.assign(cwnd_before=reply["cwnd_before"].where(~off, 1))
+    assert recording.beside_baseline(apart, trace.resets)["baseline_ms"].isna().all()
+    assert recording.costs(apart, trace.resets).empty
+
+
 def test_rests_that_disk_reads_fill(trace: Trace, measured: pd.DataFrame) -> None:
     disk = measured[measured["mode"] == "disk"]
     served = trace.resets[trace.resets["netns_ino"].isin(disk["netns_ino"])]

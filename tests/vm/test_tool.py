@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,34 +17,53 @@ import pytest
 pytestmark = pytest.mark.vm
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """tools/vm as a module."""
+CHECKOUT = Path(__file__).parents[2]
+PATCHES = CHECKOUT / "kernel-patches"
+
+
+def loaded(script: Path) -> ModuleType:
+    """A script without a suffix, as a module."""
     if "CWNDTRACE_VM" in os.environ:
-        pytest.skip("this is a guest; it boots none itself")
-    loader = importlib.machinery.SourceFileLoader("vm", str(Path(__file__).parents[2] / "tools/vm"))
-    spec = importlib.util.spec_from_loader("vm", loader)
+        pytest.skip("this is a guest; the host runs it: make vm-test")
+    loader = importlib.machinery.SourceFileLoader(f"script_{script.name}", str(script))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["vm"] = module
+    sys.modules[loader.name] = module
     loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """tools/vm as a module."""
+    return loaded(CHECKOUT / "tools/vm")
+
+
 def test_a_guest_that_panics_fails(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     guest = replace(tool.GUESTS[0], append="panic=-1 init=/dev/null rootfstype=ext4", deadline_s=300)
-    assert not tool.test(guest, tool.kernel(guest))
-    said = capfd.readouterr().out
-    assert "6.12: FAILED" in said
-    assert "the kernel panicked" in said
-    assert "end of 6.12's console" in said
-    assert "Kernel panic - not syncing" in said
+    head, *console = tool.test(guest, tool.kernel(guest))
+    assert "6.12: the kernel panicked; the end of its console" in head
+    assert any("Kernel panic - not syncing" in line for line in console)
+    assert "6.12: FAILED" in capfd.readouterr().out
 
 
 def test_a_guest_that_hangs_fails(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     # Five seconds are less than it takes to boot.
     guest = replace(tool.GUESTS[0], deadline_s=5)
-    assert not tool.test(guest, tool.kernel(guest))
-    said = capfd.readouterr().out
-    assert "not done in time" in said
-    assert "end of 6.12's console" in said
+    head, *console = tool.test(guest, tool.kernel(guest))
+    assert "6.12: not done in time; the end of its console" in head
+    assert console
+    assert "6.12: FAILED" in capfd.readouterr().out
+
+
+def test_what_failed_stands_at_the_end(tool: ModuleType, tmp_path: Path) -> None:
+    """What tools/vm repeats of a guest's output, with pytest's own as it is today."""
+    (tmp_path / "test_two.py").write_text("def test_right(): pass\n\ndef test_wrong():\n    assert 6 * 7 == 54\n")
+    command = [sys.executable, "-m", "pytest", "-v", "--durations=8", "-p", "no:cacheprovider", "--rootdir=."]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    printed = [f"6.12: {line}" for line in done.stdout.splitlines()]
+    repeated = tool.findings(printed)
+    assert "6.12: E       assert (6 * 7) == 54" in repeated
+    assert repeated[-2].startswith("6.12: FAILED test_two.py::test_wrong")
+    assert not any("test_right" in line or "slowest" in line for line in repeated)

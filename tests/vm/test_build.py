@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kernel-patches/build, on the host: what it says of bad input, and where it looks for a source."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.vm.test_tool import PATCHES, loaded
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """kernel-patches/build as a module."""
+    return loaded(PATCHES / "build")
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script as a user starts it."""
+    command = [sys.executable, str(PATCHES / "build"), *words]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_a_line_without_a_series(tmp_path: Path) -> None:
+    done = run("--version", "9.9", "--cache", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no series for Linux 9.9; there are 6.1, 6.12, 7.2." in done.stderr
+
+
+def test_what_is_no_version(tmp_path: Path) -> None:
+    done = run("--version", "newest", "--cache", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'newest' is not a kernel version; write it like 6.12." in done.stderr
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    done = run("--version", "6.12", "--base", str(tmp_path), "--cache", str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert "is neither a kernel's source tree nor a tarball of one" in done.stderr
+
+
+def test_missing_tools_name_their_packages(tmp_path: Path) -> None:
+    gcc = shutil.which("gcc")
+    assert gcc
+    (tmp_path / "gcc").symlink_to(gcc)
+    done = run("--version", "6.12", "--cache", str(tmp_path / "cache"), PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "tools are missing; get them with: apt-get install " in done.stderr
+    assert {"dwarves", "flex", "xz-utils"} <= set(done.stderr.split())
+    assert "libelf-dev" not in done.stderr
+
+
+def test_a_base_that_the_series_does_not_fit(tmp_path: Path) -> None:
+    base = tmp_path / "linux"
+    (base / "net/ipv4").mkdir(parents=True)
+    (base / "Kbuild").touch()
+    (base / "net/ipv4/tcp_output.c").write_text("int nothing;\n" * 400)
+    done = run("--version", "6.12", "--base", str(base), "--cache", str(tmp_path / "cache"), "--target", "tree")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "series 6.12 does not fit this source: 0001-tcp-add-tcp_cwnd_reset-tracepoint.patch: " in done.stderr
+    assert "include/trace/events/tcp.h: no such file" in done.stderr
+    assert "net/ipv4/tcp_output.c: hunk 1 at line " in done.stderr
+    assert "It was made from linux-source-6.12 " in done.stderr
+    assert [path.name for path in (tmp_path / "cache/kernels").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_a_disk_that_is_too_full(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(build.DISK_NEEDED, "tree", 1 << 60)
+    with pytest.raises(build.BuildError, match=r"1073741824 GiB are needed, .* GiB are free") as caught:
+        build.check_disk(tmp_path, "tree")
+    assert "--cache" in str(caught.value)
+
+
+LISTS = """
+# deb https://old.example/debian bookworm main
+deb [arch=amd64] https://mirror.example/debian bookworm main
+deb https://mirror.example/debian-security bookworm-security main
+deb https://elsewhere.example/debian-tools any main
+"""
+
+
+@pytest.mark.parametrize(
+    ("suite", "mirror", "without"),
+    [
+        ("bookworm", "https://mirror.example/debian", "http://deb.debian.org/debian"),
+        ("bookworm-security", "https://mirror.example/debian-security", "http://deb.debian.org/debian-security"),
+    ],
+)
+def test_the_mirror_of_a_suite(build: ModuleType, suite: str, mirror: str, without: str) -> None:
+    assert build.debian_mirror([LISTS], suite) == mirror
+    assert build.debian_mirror(["deb https://elsewhere.example/debian-tools any main"], suite) == without
