@@ -221,3 +221,36 @@ def test_what_is_reproduced_is_the_users(home: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_owned(home / "a", UID, GID)
     assert {p.name for p in (home / "a").iterdir()} >= {"capture.cwnd", "measurements.parquet", "latency.png"}
+
+
+@pytest.mark.parametrize(
+    ("had", "owner"),
+    [
+        (("bpf", "perfmon"), 0),
+        (("bpf", "perfmon", "setuid", "setgid"), UID),
+        (("bpf", "perfmon", "sys_admin"), 0),
+        (("bpf", "perfmon", "setuid", "setgid", "setpcap", "sys_ptrace", "dac_read_search", "sys_admin"), UID),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_what_a_container_may_have_left(
+    had: tuple[str, ...], owner: int, connect: Connect, home: Path, tmp_path: Path
+) -> None:
+    """Root with few capabilities: it traces with what there is, and keeps none of that."""
+    capture = (home if owner else tmp_path) / "a.cwnd"
+    few = ("setpriv", "--inh-caps=-all", f"--bounding-set=-all,{','.join(f'+{name}' for name in had)}")
+    mine = tcp.Here()
+    connection = connect(mine)
+    with running("-P", str(connection.sport), "-o", capture, before=(*FOR_SOMEBODY, *few)) as run:
+        for thread in threads(run.process.pid):
+            assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
+            assert thread["Uid"].split() == [str(owner)] * 4
+        for thread in threads(lookout_of(run)):
+            assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in power.LOOKING) == 0
+        rest_once(connection)
+        code, _, said = run.end()
+    assert (code, "Traceback" in said) == (0, False), said
+    trace = cwndtrace.load(capture)
+    assert list(trace.resets["sport"]) == [connection.sport]
+    assert connection.sport in set(trace.connections["sport"])
+    assert capture.stat().st_uid == owner
