@@ -23,8 +23,6 @@ MOST_META: Final = 64 << 20
 MOST_PARTS: Final = 100_000
 """Parts of one table: five days of the writer's."""
 
-_MOST_FOOTER: Final = 4 << 20
-
 
 @contextmanager
 def plain(path: Path) -> Iterator[tuple[BinaryIO, int]]:
@@ -67,18 +65,12 @@ def parts(folder: Path) -> list[Path]:
 def parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """A part, opened; its memory is bounded. Raises what pyarrow raises, OSError and Refused."""
     with plain(path) as (file, size):
-        file.seek(max(0, size - 8))
-        footer, magic = int.from_bytes(file.read(4), "little"), file.read(4)
-        if size < 12 or magic != b"PAR1" or footer > min(size - 12, _MOST_FOOTER):
-            raise Refused("it has no footer of Parquet")
-        with _native(file) as source:
-            limits = {"thrift_string_size_limit": _MOST_FOOTER, "thrift_container_size_limit": 100_000}
-            about = pq.ParquetFile(source, **limits)
-            texts = pages.check(file, size, about.metadata)
-            with pq.ParquetFile(
-                source, metadata=about.metadata, read_dictionary=texts, page_checksum_verification=True, **limits
-            ) as opened:
-                yield opened
+        texts = pages.check(file, size)
+        with (
+            _native(file) as source,
+            pq.ParquetFile(source, read_dictionary=texts, page_checksum_verification=True) as opened,
+        ):
+            yield opened
 
 
 def _native(file: BinaryIO) -> pa.NativeFile:
