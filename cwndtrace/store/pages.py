@@ -51,7 +51,7 @@ def check(file: BinaryIO, size: int) -> list[str]:
                     raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes")
         if rows != footer[3]:
             raise Refused("its footer counts other rows than its groups")
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError):
+    except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
         raise Refused("its footer lacks what a footer has") from None
     if rows * max(len(columns), 1) * _WIDEST > 4 * MOST_BYTES:
         raise Refused(f"it says that it holds {rows:,} rows")
