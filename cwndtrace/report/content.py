@@ -86,7 +86,7 @@ def as_json(found: Report) -> dict[str, Any]:
     }
     return {
         "event": "report",
-        "time": meta.get("ended") or meta.get("started"),
+        "time": next((t for t in (meta.get("ended"), meta.get("started")) if isinstance(t, str)), None),
         "capture": str(found.trace.path),
         "status": found.trace.status,
         "answer": {name: _plain(value) for name, value in asdict(found.host).items()},

@@ -28,6 +28,7 @@ import cwndtrace
 from cwndtrace import events, store
 from cwndtrace.capture.replay import Replay
 from cwndtrace.errors import CaptureError
+from cwndtrace.report import content
 from cwndtrace.store import files, pages
 from tests import fuzz
 from tests.unit import frames
@@ -97,6 +98,7 @@ def use(path: Path) -> None:
         trace.summary()
         trace.audit()
         trace.remedies()
+        json.dumps(content.as_json(content.report(trace)), allow_nan=False)
     except CaptureError as e:
         plain = e.cause.isprintable() and e.remedy != ""
     else:
