@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,25 +12,10 @@ from cwndtrace.kernel import netns
 from cwndtrace.lab import demo
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.scenario import PRESETS
+from tests.live.tcp import listening
 from tests.live.test_reproduce import started
 
 pytestmark = pytest.mark.live
-
-LISTEN = "0A"
-
-
-def listening() -> set[tuple[str, int]]:
-    """Addresses and ports of all TCP listeners of the namespace that the calling thread is in."""
-    found = set()
-    for name in ("tcp", "tcp6"):
-        for line in Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]:
-            local, state = line.split()[1], line.split()[3]
-            if state == LISTEN:
-                raw, port = local.split(":")
-                # Words of the host's order, each printed as a number.
-                words = [int(raw[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(raw), 8)]
-                found.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
-    return found
 
 
 def test_the_reader_sees_a_listener() -> None:
@@ -68,22 +49,3 @@ def test_the_demos_server_listens_on_loopback() -> None:
     with demo.cubic_connection() as sender:
         assert {address for address, _ in listening() - before} == {"127.0.0.1"}
         assert sender.getpeername()[0] == "127.0.0.1"
-
-
-def test_run_listens_nowhere(tmp_path: Path) -> None:
-    """The lookout is spoken to by a pair of sockets that have no name."""
-    before = listening()
-    unix = Path("/proc/net/unix").read_text().count("@")
-    with subprocess.Popen(
-        [sys.executable, "-m", "cwndtrace", "run", "-o", str(tmp_path / "a.cwnd")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        try:
-            assert process.stderr is not None
-            assert next(line for line in process.stderr if line.startswith("Tracing"))
-            assert listening() <= before
-            assert Path("/proc/net/unix").read_text().count("@") <= unix
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
-    assert process.returncode == 0

@@ -33,13 +33,13 @@ from cwndtrace.store import files, pages
 from tests import fuzz
 from tests.unit import frames
 
-SOME = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOME = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_mutated_files_in_short(tmp_path: Path) -> None:
-    found = fuzz.batches(0, 60, draw_every=30, keep=tmp_path / "case")
+    found = fuzz.batches(0, 40, draw_every=39, keep=tmp_path / "case")
     assert found.failures == []
-    assert found.outcomes.total() == 60
+    assert found.outcomes.total() == 40
     # Of each kind something was refused or read, so that the mutations are neither idle nor deadly.
     assert {name.partition(":")[0] for name in found.outcomes} == {
         "parquet", "plain parquet", "meta bytes", "meta values", "values", "raw",
