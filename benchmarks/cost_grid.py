@@ -20,16 +20,18 @@ from pathlib import Path
 import pandas as pd
 
 import cwndtrace
+from cwndtrace.analysis import cost
 from cwndtrace.capture.source import Filters
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.measurement import frame
-from cwndtrace.lab.recording import Recording, priced
+from cwndtrace.lab.recording import Recording, beside_baseline
 from cwndtrace.lab.scenario import Scenario
 
 RTTS_MS = (20, 50, 100, 200)
 CCS = ("cubic", "reno")
-RATES = (None, 100e6)
+PATHS: dict[str, tuple[float | None, ...]] = {"all": (None, 100e6), "open": (None,), "limited": (100e6,)}
+"""Rates of the bottleneck in bit/s."""
 BURSTS = (15_000, 60_000, 300_000, 1_000_000, 4_000_000)
 RESTS_RTO = (0.5, 1.5, 3.0, 5.0, 8.0)
 # What the kernel adds to the round-trip time at the least (TCP_RTO_MIN), in seconds.
@@ -39,6 +41,7 @@ AT_ONCE = 6
 
 def one(rtt_ms: int, cc: str, rate: float | None, rounds: int, out: Path) -> None:
     """Measure one configuration into ``out``."""
+    out.mkdir(parents=True)
     rto_s = rtt_ms / 1e3 + RTO_MIN_S
     link = Link(rtt_ms=rtt_ms, rate=rate)
     scenario = replace(
@@ -63,15 +66,18 @@ def everything(rounds: int, rates: tuple[float | None, ...], out: Path) -> None:
             number, (rtt, cc, rate) = waiting.pop(0)
             command = [sys.executable, __file__, "--one", f"{rtt},{cc},{rate or 0}", "--rounds", str(rounds)]
             running.append(subprocess.Popen([*command, "--out", str(out / f"{number:02}")]))
-        running[0].wait()
-        running = [p for p in running if p.poll() is None]
+        if running[0].wait():
+            sys.exit("a configuration failed; its lines above say why")
+        running.pop(0)
 
 
 def read(folder: Path) -> pd.DataFrame:
     """Bursts that a reset began, predicted beside measured, of all configurations of a run."""
     parts = sorted(folder.iterdir())
-    rows = [priced(pd.read_parquet(part / "bursts.parquet"), cwndtrace.load(part / "grid.cwnd")) for part in parts]
-    return pd.concat(rows, ignore_index=True)
+    rows = [
+        beside_baseline(pd.read_parquet(p / "bursts.parquet"), cwndtrace.load(p / "grid.cwnd").resets) for p in parts
+    ]
+    return cost.price(pd.concat(rows, ignore_index=True))
 
 
 def report(bursts: pd.DataFrame) -> None:
@@ -110,7 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--read", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--limited", action="store_true", help="only the paths with a bottleneck")
+    parser.add_argument("--paths", choices=PATHS, default="all", help="with a bottleneck, without, or both")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -118,7 +124,7 @@ def main() -> None:
         one(int(rtt), cc, float(rate) or None, arguments.rounds, arguments.out)
         return
     if arguments.read is None:
-        everything(arguments.rounds, RATES[1:] if arguments.limited else RATES, arguments.out)
+        everything(arguments.rounds, PATHS[arguments.paths], arguments.out)
     report(read(arguments.read or arguments.out))
 
 

@@ -277,6 +277,26 @@ def _label(f: Field, raw: bytes) -> str:
     return layout().enums[f.unit.removeprefix("enum ")].get(value, str(value))
 
 
+def clean_texts(table: pa.Table) -> pa.Table:
+    """``table`` with ``clean`` texts: a DataFrame is printed as it is. Costs little, since each text is kept once."""
+    for index, column in enumerate(table.schema):
+        if not pa.types.is_dictionary(column.type):
+            continue
+        chunks = [_clean_chunk(chunk) for chunk in table.column(index).chunks]
+        table = table.set_column(index, column, pa.chunked_array(chunks, type=column.type))
+    return table.unify_dictionaries()
+
+
+def _clean_chunk(chunk: pa.DictionaryArray) -> pa.DictionaryArray:
+    texts = chunk.dictionary.to_pylist()
+    cleaned = [text if text is None else clean(str(text)) for text in texts]
+    if cleaned == texts:
+        return chunk
+    # Two texts may have become one, and a dictionary holds each once.
+    labels = pa.array(cleaned, type=chunk.dictionary.type).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(labels.indices.take(chunk.indices), labels.dictionary)
+
+
 def table_to_dicts(name: str, table: pa.Table) -> list[dict[str, Any]]:
     """One dict a row, ready for JSON: ``event``, ``time`` as ISO 8601 UTC with microseconds, the columns by name."""
     stamps = [iso_time(us * 1000) for us in table.column("time").cast(pa.int64()).to_pylist()]
@@ -318,7 +338,6 @@ CONNECTIONS: Final = _snapshot(
     ("rto_us", pa.uint32(), "us", "retransmission timeout"),
     ("srtt_us", pa.uint32(), "us", "smoothed round-trip time"),
     ("min_rtt_us", pa.uint32(), "us", "least round-trip time of the kernel's window"),
-    ("delivery_rate", pa.uint64(), "bytes/s", "what was last seen delivered; null in captures of older versions"),
     ("snd_wnd", pa.uint32(), "bytes", "window the peer offered; 0 where this kernel doesn't tell"),
     ("last_snd_us", pa.uint64(), "us", "since data was last sent, to one millisecond"),
     ("last_rcv_us", pa.uint64(), "us", "since data last came in, to one millisecond"),
@@ -333,6 +352,9 @@ CONNECTIONS: Final = _snapshot(
     ("sndbuf_limited_us", pa.uint64(), "us", "of these, held back by the send buffer"),
 )
 """The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
+
+MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
+"""Columns whose values may be missing; in all others of ``TABLES`` a null is damage."""
 
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"

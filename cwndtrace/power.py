@@ -15,13 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 # include/uapi/linux/capability.h
 DAC_READ_SEARCH: Final = 2
+SETGID: Final = 6
+SETUID: Final = 7
 SYS_PTRACE: Final = 19
 SYS_ADMIN: Final = 21
 BPF: Final = 39
@@ -55,11 +57,16 @@ class User:
 
 
 def invoking_user() -> User | None:
-    """Whom sudo works for (SUDO_UID, SUDO_GID); None where it wasn't sudo, or works for root."""
+    """Whom sudo works for (SUDO_UID, SUDO_GID).
+
+    None where it wasn't sudo, or works for root, or where this process may not become somebody else, as in a container.
+    """
     uid, gid = (os.environ.get(name, "") for name in ("SUDO_UID", "SUDO_GID"))
     if os.geteuid() != 0 or not (uid.isdecimal() and gid.isdecimal()):
         return None
     if not 0 < int(uid) < _NOBODY or not 0 <= int(gid) < _NOBODY:
+        return None
+    if not {SETUID, SETGID} <= held():
         return None
     try:
         name = pwd.getpwuid(int(uid)).pw_name
@@ -127,6 +134,14 @@ class _Data(ctypes.Structure):
     _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
 
 
+def held() -> frozenset[int]:
+    """The capabilities that this thread may use."""
+    data = (_Data * 2)()
+    _check(_libc.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
+    mask = data[0].permitted | data[1].permitted << 32
+    return frozenset(number for number in range(64) if mask >> number & 1)
+
+
 def _hold(capabilities: frozenset[int]) -> None:
     """Have these capabilities and no other one, in this thread."""
     mask = sum(1 << number for number in capabilities)
@@ -149,20 +164,18 @@ def _check(result: int) -> int:
 
 
 def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
-    """Go on as ``user``, or as who we are, with the capabilities ``keep`` and no way to get others back.
+    """Go on as ``user``, or as who we are, with those of the capabilities ``keep`` that we have, and no way to others.
 
     The ids change for all threads, and with them all threads but this one lose every capability; without a ``user``
-    the other threads stay as they are (see ``still_powerful``). Descriptors stay open. Raises OSError.
+    the other threads stay as they are (see ``still_powerful``). The bounding set stays where CAP_SETPCAP is lacking;
+    no power can be had from it any more. Descriptors stay open. Raises OSError.
     """
-    last = 0
-    while last < 64:
-        try:
-            _prctl(_PR_CAPBSET_READ, last)
-        except OSError:
-            break
-        if last not in keep:
-            _prctl(_PR_CAPBSET_DROP, last)
-        last += 1
+    keep &= held()
+    with suppress(OSError):
+        for number in range(64):  # the first that this kernel doesn't know ends it
+            _prctl(_PR_CAPBSET_READ, number)
+            if number not in keep:
+                _prctl(_PR_CAPBSET_DROP, number)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     if user is not None:
         _prctl(_PR_SET_KEEPCAPS, 1)

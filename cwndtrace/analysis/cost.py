@@ -29,10 +29,8 @@ COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
     "limit_bytes": "bytes that could be under way at most: the receiver's window, or the send buffer where a snapshot "
     "tells of a smaller one",
-    "path_bytes": "bytes that the path took per round trip at most, estimated: the largest delivery rate in a snapshot "
-    "of the connection, times the least round-trip time; missing where no snapshot tells",
-    "round_us": "us: the round trip that is counted with: the smoothed one, or the least where a window of the "
-    "connection was more than path_bytes, since then the smoothed one holds a queue that it had filled itself",
+    "round_us": "us: the round trip that is counted with: the least that the kernel knew, since after a rest no queue "
+    "of the connection's own is on the path; the smoothed one where it knew none",
     "rounds_after": "round trips that the burst needs from the window after the reset",
     "rounds_before": "round trips that it would have needed from the window before",
     "rounds_lost": "round trips, estimated: the difference, or where fewer the doublings that the window went through",
@@ -53,9 +51,9 @@ MEASURED: Final = {
 def rounds(burst: Ints, *, cwnd: Ints, ssthresh: Ints, limit_bytes: Ints, mss: Ints, target: Ints, reno: Bools) -> Ints:
     """The round trips in which each burst is sent; all arguments are arrays of one length.
 
-    ``burst`` in bytes, ``cwnd`` and ``ssthresh`` in segments at its begin, ``limit_bytes`` the receiver's window, the
-    send buffer or what the path takes in a round trip, whichever is least; ``target`` is the window in segments up to
-    which cubic's curve is known to reach (0 where it isn't known). 0 for an empty burst.
+    ``burst`` in bytes, ``cwnd`` and ``ssthresh`` in segments at its begin, ``limit_bytes`` the receiver's
+    window or the send buffer, whichever is less; ``target`` is the window in segments up to which cubic's curve
+    is known to reach (0 where it isn't known). 0 for an empty burst.
     """
     mss = np.maximum(mss, 1)
     left, limit = -(-burst // mss), np.maximum(limit_bytes // mss, 1)
@@ -122,43 +120,33 @@ def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.Data
     A connection that ended before another snapshot has sent at least what was acknowledged while it was followed.
     """
     seen = pd.concat([bursts(resets, connections), _followed(resets, recoveries)["since"]], axis=1)
-    return price(resets.assign(burst_bytes=seen.max(axis=1), **limits(resets, connections)), recoveries)
-
-
-def limits(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
-    """``limit_bytes``, ``path_bytes`` and ``round_us`` of ``COLUMNS``, indexed as ``resets``; of frames of a Trace."""
-    # The kernel widens a buffer as the window grows, and tells of the last delivery only: the largest that was seen.
-    keys = connections["connection"]
-    buffer, rate = (connections[name].astype("float64").groupby(keys).max() for name in ("sndbuf", "delivery_rate"))
-    limit = np.fmin(resets["snd_wnd"].astype("float64"), resets["connection"].map(buffer[buffer > 0]).astype("float64"))
-    least = resets["min_rtt_us"].astype("float64").where(resets["min_rtt_us"] != _NO_RTT)
-    path = resets["connection"].map(rate[rate > 0]).astype("float64") * least / 1e6
-    window = (resets["cwnd_before"].astype("float64") * resets["mss"]).groupby(resets["connection"]).transform("max")
-    trip = resets["srtt_us"].astype("float64").where(~(window > path), least)
-    return pd.DataFrame({"limit_bytes": limit, "path_bytes": path, "round_us": trip})
+    # The kernel widens a buffer as the window grows: the largest that was seen counts.
+    buffers = connections["sndbuf"].astype("float64").groupby(connections["connection"]).max()
+    buffer = resets["connection"].map(buffers[buffers > 0]).astype("float64")
+    limit = np.fmin(resets["snd_wnd"].astype("float64"), buffer)
+    return price(resets.assign(burst_bytes=seen.max(axis=1), limit_bytes=limit), recoveries)
 
 
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
-    """``resets``, whose ``burst_bytes`` and perhaps ``limits`` are known, with ``COLUMNS`` and ``MEASURED``.
+    """``resets``, whose ``burst_bytes`` and perhaps ``limit_bytes`` are known, with ``COLUMNS`` and ``MEASURED``.
 
-    They are missing where the burst is, and for timeouts, whose cost is the loss's. Without ``limits`` the receiver's
-    window and the smoothed round trip of the record count. What the window did afterwards (``recoveries`` of a Trace)
-    bounds the estimate: a burst that comes in pieces needs less than one at once.
+    They are missing where the burst is, and for timeouts, whose cost is the loss's. The limit is the receiver's window
+    of the record if none is given. What the window did afterwards (``recoveries`` of a Trace) bounds the estimate: a
+    burst that comes in pieces needs less than one at once.
     """
-    srtt = resets["srtt_us"].astype("float64")
     if "limit_bytes" not in resets:
-        resets = resets.assign(limit_bytes=resets["snd_wnd"].astype("float64"), path_bytes=np.nan, round_us=srtt)
+        resets = resets.assign(limit_bytes=resets["snd_wnd"].astype("float64"))
     followed = _followed(resets, recoveries)
     timeout = resets["reason"].astype(str) == "rto_loss"
-    trip, burst = resets["round_us"], resets["burst_bytes"].where(~timeout)
+    srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~timeout)
+    trip = resets["min_rtt_us"].astype("float64").where(resets["min_rtt_us"] != _NO_RTT, srtt)
     after, before = (_rounds(resets, burst, side) for side in ("after", "before"))
     difference = after - before
     lost = pd.concat([difference, followed["grew_rounds"]], axis=1).min(axis=1).where(difference.notna())
-    # The rate doesn't keep a window from growing: what it lets out more waits in the queue.
-    unpaced = path(resets.assign(path_bytes=np.nan), "after")
-    back = pd.Series(regain(**unpaced), index=resets.index)
+    back = pd.Series(regain(**path(resets, "after")), index=resets.index)
     needed = _rounds(resets, followed["acked"].where(~timeout), "before") * trip
     out = resets.assign(
+        round_us=trip,
         rounds_after=after,
         rounds_before=before,
         rounds_lost=lost,
@@ -174,9 +162,8 @@ def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.Da
 
 def path(rows: pd.DataFrame, side: str) -> dict[str, Any]:
     """The arguments of ``rounds`` but the burst, from the window on one ``side`` of each reset."""
-    names = {"cwnd": f"cwnd_{side}", "ssthresh": f"ssthresh_{side}", "mss": "mss"}
+    names = {"cwnd": f"cwnd_{side}", "ssthresh": f"ssthresh_{side}", "limit_bytes": "limit_bytes", "mss": "mss"}
     numbers = {argument: rows[name].to_numpy(np.int64) for argument, name in names.items()}
-    numbers["limit_bytes"] = rows[["limit_bytes", "path_bytes"]].min(axis=1).to_numpy(np.int64)
     reno = (rows["ca_name"].astype(str) == "reno").to_numpy()
     return {**numbers, "target": rows["cwnd_before"].to_numpy(np.int64), "reno": reno}
 

@@ -270,7 +270,7 @@ def explain(row: Mapping[Any, Any]) -> str:
         "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more: "
         f"{span(row['lost_us'])} at {span(row['round_us'])} each (estimated)",
         "burst_fits": f"the burst of {burst} fits the window after ({fits})",
-        "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window" + _paced(row),
+        "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
         "never_full": f"the burst of {burst} came in pieces that never used the window up: it didn't grow",
         "receiver_window": _narrow(row, burst),
         "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is less than the window was, and the burst is "
@@ -291,12 +291,6 @@ def _narrow(row: Mapping[Any, Any], burst: str) -> str:
             f"under way; at most {_share_of_rounds(row)}"
         )
     return f"the peer offered {size(row['snd_wnd'])}, less than the window was, for {burst}; {_share_of_rounds(row)}"
-
-
-def _paced(row: Mapping[Any, Any]) -> str:
-    if not row["path_bytes"] < row["cwnd_after"] * row["mss"]:
-        return ""
-    return f", since the path takes {size(row['path_bytes'])} in each (estimated)"
 
 
 def _trips(number: float) -> str:

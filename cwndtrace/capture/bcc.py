@@ -188,8 +188,8 @@ class Program:
             self._loaded[a.program] = self._bpf.funcs[program].fd
         elif a.kind in ("fentry", "fexit"):
             # bcc attaches these by their names as soon as it has compiled them.
-            assert self._bpf.kfunc_entry_fds
-            assert self._bpf.kfunc_exit_fds
+            if not (self._bpf.kfunc_entry_fds and self._bpf.kfunc_exit_fds):
+                raise BccError(f"bcc {version()} attached no {a.kind} to {a.target}", _INSTALL)
         elif a.kind == "kprobe":
             self._bpf.attach_kprobe(event=target, fn_name=program)
         else:

@@ -114,7 +114,6 @@ def _row(m: Any, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, u
         "rto_us": value("rto"),
         "srtt_us": value("rtt"),
         "min_rtt_us": value("min_rtt"),
-        "delivery_rate": value("delivery_rate"),
         "snd_wnd": value("snd_wnd"),
         "last_snd_us": value("last_data_sent") * 1000,
         "last_rcv_us": value("last_data_recv") * 1000,

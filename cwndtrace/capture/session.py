@@ -37,8 +37,8 @@ class Batch:
         return int(self.table.num_rows)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC."""
-        frame: pd.DataFrame = self.table.to_pandas()
+        """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC, texts ``clean``."""
+        frame: pd.DataFrame = events.clean_texts(self.table).to_pandas()
         return frame
 
     def to_dicts(self) -> list[dict[str, Any]]:

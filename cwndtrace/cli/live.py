@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -212,7 +211,7 @@ class JsonView:
     @staticmethod
     def write(row: dict[str, Any]) -> None:
         """Print one object."""
-        click.echo(json.dumps(row, ensure_ascii=True))
+        click.echo(fmt.json_line(row))
 
     def end(self) -> None:
         """Nothing to put right."""

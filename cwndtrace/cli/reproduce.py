@@ -251,7 +251,7 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
         f"{len(during)} idle resets recorded during these bursts; "
         f"{during.attrs['missing']} that TCP_INFO saw are missing from the capture."
     )
-    priced = costs(taken, trace)
+    priced = costs(taken, trace.resets)
     if len(priced):
         off = (priced["predicted_ms"] - priced["measured_ms"]).abs()
         click.echo(
@@ -305,7 +305,12 @@ def trace_of(trace: Trace, taken: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFr
 
 
 @click.command()
-@click.option("--host", default="::", show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; :: lets in whoever can reach this machine.",
+)
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=5001, show_default=True, help="Port; 0 takes a free one."
 )
@@ -315,7 +320,7 @@ def serve(host: str, port: int, cc: str | None) -> None:
 
     \b
     Examples:
-      cwndtrace serve
+      cwndtrace serve --host ::
       cwndtrace serve --host 192.0.2.7 --port 5001
     """
     # What systemd or kill sends ends it as Ctrl-C does.

@@ -44,8 +44,6 @@ class Measurement:
     mss: int
     snd_wnd: int
     """bytes that the receiver offered"""
-    delivery_rate_Bps: int
-    """what the kernel last saw delivered, bytes/s"""
     sndbuf: int
     """send buffer as the kernel counts it, bytes"""
     taken_at_once: int
@@ -100,7 +98,6 @@ def measured(
         rto_ms=before.rto / 1e3,
         mss=before.snd_mss,
         snd_wnd=before.snd_wnd,
-        delivery_rate_Bps=before.delivery_rate,
         sndbuf=sent.sndbuf,
         taken_at_once=sent.first_bytes,
         rwnd_limited_ms=(end.rwnd_limited - before.rwnd_limited) / 1e3,

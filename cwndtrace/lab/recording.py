@@ -120,19 +120,13 @@ def _usable(bursts: pd.DataFrame) -> pd.Series:
     return (bursts["cwnd_before"] * bursts["mss"]).clip(upper=bursts["burst_bytes"])
 
 
-def priced(measurements: pd.DataFrame, trace: Trace) -> pd.DataFrame:
-    """``beside_baseline`` with what analysis.cost predicts for it from the trace and the size of each burst."""
-    on = beside_baseline(measurements, trace.resets)
-    return cost.price(on.join(cost.limits(on, trace.connections)))
-
-
-def costs(measurements: pd.DataFrame, trace: Trace) -> pd.DataFrame:
+def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     """Predicted beside measured cost, a row a burst with the setting on that a reset began.
 
-    Columns: ``burst_bytes``, ``rest_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (``priced``), and
+    Columns: ``burst_bytes``, ``rest_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
     ``measured_ms``: the burst's latency less that of its like with the setting off.
     """
-    rows = priced(measurements, trace)
+    rows = cost.price(beside_baseline(measurements, resets))
     return pd.DataFrame(
         {
             "burst_bytes": rows["burst_bytes"],

@@ -29,7 +29,7 @@ from tests.live.test_power import GID, UID
 pytestmark = pytest.mark.live
 
 ATTACKER = power.User(UID, GID, (GID,), "attacker")
-SECONDS = 3.0
+SECONDS = 1.5
 TABLES = ("block_io", "cwnd_reset")
 
 ATTACK = """
@@ -153,7 +153,7 @@ def test_links_in_place_of_folders_and_files(user: power.User | None, place: Pat
     print(f"{written} parts written, {refused} refused, the path led to the victim {led} times, attacker: {done}")
     assert state(victim) == before
     assert (victim / "file").read_text() == "root's"
-    assert done["capture"] > 100
+    assert done["capture"] > 50
     assert led > 0, "the attacker never got in between"
     if user is None:
         # Inside root's capture the attacker may do nothing, and moving all of it is no hindrance.
@@ -161,7 +161,7 @@ def test_links_in_place_of_folders_and_files(user: power.User | None, place: Pat
         writer.close()
         assert sum(writer.capture().rows(table) for table in TABLES) == written
     else:
-        assert done["folder"] > 100
+        assert done["folder"] > 50
         with_owner = {p.lstat().st_uid for p in (place / "home").rglob("*")}
         assert with_owner == {UID}
 

@@ -13,6 +13,7 @@ import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from cwndtrace import power
 from cwndtrace.kernel import ladder
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
-from tests.live.tcp import until
-from tests.live.test_run import Running, call, rest_once, running
+from tests.live.tcp import listening, until
+from tests.live.test_run import Running, rest_once, running
 
 pytestmark = pytest.mark.live
 
@@ -32,16 +33,23 @@ FOR_SOMEBODY = ("env", f"SUDO_UID={UID}", f"SUDO_GID={GID}")
 FOR_NOBODY = ("env", "-u", "SUDO_UID", "-u", "SUDO_GID")
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """A folder of the invoking user's, on a way that they can walk."""
+@contextmanager
+def home_of(uid: int, gid: int) -> Iterator[Path]:
+    """A folder of a user's, on a way that they can walk."""
     made = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
-    os.chown(made, UID, GID)
+    os.chown(made, uid, gid)
     made.chmod(0o755)
     try:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder of the invoking user's."""
+    with home_of(UID, GID) as made:
+        yield made
 
 
 def threads(pid: int) -> list[dict[str, str]]:
@@ -88,8 +96,10 @@ def assert_owned(capture: Path, uid: int, gid: int) -> None:
 def test_power_goes_after_attaching_and_nothing_is_missed(
     connect: Connect, space: tcp.Space, make_space: Callable[[], tcp.Space], home: Path
 ) -> None:
-    capture = home / "a.cwnd"
+    capture, before = home / "a.cwnd", listening()
     with running("-n", space.name, "-o", capture, before=FOR_SOMEBODY) as run:
+        # The lookout is spoken to by a pair of sockets.
+        assert listening() <= before
         assert_holds(run.process.pid, UID, GID, frozenset())
         lookout = lookout_of(run)
         assert_holds(lookout, UID, GID, power.LOOKING)
@@ -200,7 +210,7 @@ def test_the_lookout_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
     with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
         lookout = lookout_of(run)
         run.process.kill()
-        run.process.wait()
+        run.process.communicate()
         until(lambda: not Path(f"/proc/{lookout}").exists(), 10, "the lookout to end")
     assert cwndtrace.load(home / "a.cwnd").status == "interrupted"
 
@@ -215,9 +225,32 @@ def test_a_lookout_that_is_ended_from_outside_is_said(space: tcp.Space, home: Pa
     assert cwndtrace.load(home / "a.cwnd").status == "failed"
 
 
-def test_what_is_reproduced_is_the_users(home: Path) -> None:
-    short = ("--rtt", "20ms", "--burst", "100k", "--rest", "300ms", "--rounds", "1")
-    done = call("reproduce", *short, "-o", home / "a", before=FOR_SOMEBODY, seconds=200)
-    assert done.returncode == 0, done.stderr
-    assert_owned(home / "a", UID, GID)
-    assert {p.name for p in (home / "a").iterdir()} >= {"capture.cwnd", "measurements.parquet", "latency.png"}
+@pytest.mark.parametrize(
+    ("had", "owner"),
+    [
+        (("bpf", "perfmon"), 0),
+        (("bpf", "perfmon", "setuid", "setgid"), UID),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_what_a_container_may_have_left(
+    had: tuple[str, ...], owner: int, connect: Connect, home: Path, tmp_path: Path
+) -> None:
+    """Root with few capabilities: it traces with what there is, and keeps none of that."""
+    capture = (home if owner else tmp_path) / "a.cwnd"
+    few = ("setpriv", "--inh-caps=-all", f"--bounding-set=-all,{','.join(f'+{name}' for name in had)}")
+    mine = tcp.Here()
+    connection = connect(mine)
+    with running("-P", str(connection.sport), "-o", capture, before=(*FOR_SOMEBODY, *few)) as run:
+        for thread in threads(run.process.pid):
+            assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
+            assert thread["Uid"].split() == [str(owner)] * 4
+        for thread in threads(lookout_of(run)):
+            assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in power.LOOKING) == 0
+        rest_once(connection)
+        code, _, said = run.end()
+    assert (code, "Traceback" in said) == (0, False), said
+    trace = cwndtrace.load(capture)
+    assert list(trace.resets["sport"]) == [connection.sport]
+    assert connection.sport in set(trace.connections["sport"])
+    assert capture.stat().st_uid == owner

@@ -102,7 +102,7 @@ def experiment(
                         latency_ms=latency, start_ns=start, end_ns=end, idle_ms=idle, cwnd_before=before,
                         cwnd_after=after, cwnd_end=last, ssthresh_before=2**31 - 1, ssthresh_after=2**31 - 1,
                         srtt_ms=100.4, min_rtt_ms=RTT_MS, rto_ms=RTO_MS, mss=MSS, snd_wnd=8_000_000, sndbuf=16_000_000,
-                        delivery_rate_Bps=burst * 5, taken_at_once=burst,
+                        taken_at_once=burst,
                         rwnd_limited_ms=0.0, sndbuf_limited_ms=0.0, retrans=0, read_ms=0.0,
                         sock_cookie=33 if setting == "on" else 34, netns_ino=frames.NETNS, sport=5001,
                     ))  # fmt: skip

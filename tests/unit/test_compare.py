@@ -78,7 +78,7 @@ def by_measure(before: Trace, after: Trace) -> dict[str, dict[Any, Any]]:
 def test_a_cure_is_seen(tmp_path: Path) -> None:
     found = by_measure(capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0))
     assert (found["reset_rate"]["before"], found["reset_rate"]["after"]) == (pytest.approx(20), 0)
-    assert found["lost_rate"]["before"] == pytest.approx(20 * 4 * 107_000 / 60)
+    assert found["lost_rate"]["before"] == pytest.approx(20 * 4 * 106_500 / 60)
     assert found["lost_rate"]["high"] < 0
     busy = found["busy_per_mb"]
     assert (busy["before"], busy["after"], busy["difference"]) == (250_000, 150_000, -100_000)

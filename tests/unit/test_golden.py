@@ -54,17 +54,14 @@ def round_trips(burst: float, cwnd: int, ssthresh: int, reset: Row, limit: float
     return trips
 
 
-def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: Row | None, widest: int) -> float:
+def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: Row | None) -> float:
     """What one reset cost, estimated."""
     last = max((s["bytes_sent"] for s in snapshots), default=-1)
     end = following["bytes_sent"] if following else last
     burst = max(end - reset["bytes_sent"], recovery["bytes_acked"] if recovery else -1)
     assert burst >= 0
     buffers = [s["sndbuf"] for s in snapshots if s["sndbuf"]]
-    paths = [s["delivery_rate"] * reset["min_rtt_us"] / 1e6 for s in snapshots if s["delivery_rate"]]
-    path = max(paths, default=math.inf)
-    limit = min(reset["snd_wnd"], max(buffers, default=math.inf), path)
-    queued = widest > path
+    limit = min(reset["snd_wnd"], max(buffers, default=math.inf))
     after = round_trips(burst, reset["cwnd_after"], reset["ssthresh_after"], reset, limit)
     before = round_trips(burst, reset["cwnd_before"], reset["ssthresh_before"], reset, limit)
     lost = after - before
@@ -72,7 +69,7 @@ def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: R
         lost = min(lost, math.ceil(math.log2(max(recovery["cwnd_end"] / recovery["cwnd_start"], 1))))
     if burst <= reset["cwnd_after"] * reset["mss"] or lost < 1:
         return 0.0
-    return float(lost * reset["min_rtt_us" if queued else "srtt_us"])
+    return float(lost * reset["min_rtt_us"])
 
 
 def test_what_each_connection_lost(trace: Trace, rows: dict[str, list[Row]]) -> None:
@@ -81,9 +78,8 @@ def test_what_each_connection_lost(trace: Trace, rows: dict[str, list[Row]]) -> 
     expected: dict[tuple[int, int, int], float] = {}
     for key, resets in of_socket(rows["cwnd_reset"]).items():
         pairs = zip(resets, [*resets[1:], None], strict=True)
-        widest = max(reset["cwnd_before"] * reset["mss"] for reset in resets)
         expected[key] = sum(
-            lost_us(reset, following, snapshots[key], recoveries.get((reset["skaddr"], reset["ts_ns"])), widest)
+            lost_us(reset, following, snapshots[key], recoveries.get((reset["skaddr"], reset["ts_ns"])))
             for reset, following in pairs
         )
     summary = trace.summary()

@@ -43,7 +43,7 @@ def test_every_fall_is_recorded_with_its_windows(trace: Trace, measured: pd.Data
 
 
 def test_predictions_beside_measurements(trace: Trace, measured: pd.DataFrame) -> None:
-    priced = pd.concat(recording.costs(group, trace) for _, group in measured.groupby("mode"))
+    priced = pd.concat(recording.costs(group, trace.resets) for _, group in measured.groupby("mode"))
     apart = (priced["predicted_ms"] - priced["measured_ms"]).abs()
     # Both are in steps of one round trip, and the machine was an emulated one.
     assert (apart < priced["rtt_ms"] * 0.9).all()
@@ -61,7 +61,7 @@ def test_a_burst_is_compared_with_those_from_a_like_window(trace: Trace, measure
     pd.testing.assert_series_equal(beside["baseline_ms"], plain["baseline_ms"])
     apart = reply.assign(cwnd_before=reply["cwnd_before"].where(~off, 1))
     assert recording.beside_baseline(apart, trace.resets)["baseline_ms"].isna().all()
-    assert recording.costs(apart, trace).empty
+    assert recording.costs(apart, trace.resets).empty
 
 
 def test_rests_that_disk_reads_fill(trace: Trace, measured: pd.DataFrame) -> None:

@@ -44,7 +44,7 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     assert missing(taken, trace.resets) == []
     assert set(trace.resets["probe"]) == {"tracepoint" if PATCHED else "fentry"}
     assert (trace.status, trace.warnings) == ("complete", [])
-    priced = costs(taken, trace)
+    priced = costs(taken, trace.resets)
     off_by = (priced["predicted_ms"] - priced["measured_ms"]).abs()
     assert len(priced) == 4
     assert off_by.max() < SHORT.link.rtt_ms
