@@ -12,7 +12,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint test test-distributions vm-test vm-shell
+.PHONY: help install uninstall demo develop lint audit fuzz test soak test-distributions vm-test vm-shell
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
@@ -37,8 +37,20 @@ lint: develop ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+audit: develop ## ask the package index whether what is in .venv has known vulnerabilities
+	@tools/audit
+
+fuzz: develop ## read 20,000 mutated files of captures, about a quarter of an hour
+	@.venv/bin/python -m tests.fuzz
+
 test: develop ## unit tests, and as root the live tests too
 	@tools/test
+
+# How long the longest one runs, in seconds.
+SOAK ?= 600
+
+soak: develop ## as root: kills, floods, churn and long runs at full length (SOAK=600 seconds for the longest)
+	@CWNDTRACE_SOAK_SECONDS='$(SOAK)' tools/test soak
 
 test-distributions: develop ## as root: the project in bare Debian 12 and 13 roots
 	@$(SETUP) packages distributions

@@ -9,8 +9,8 @@
 
 #define FOLLOW_BUCKET_BITS 12
 
-BPF_RINGBUF_OUTPUT(cwnd_recoveries, 64);
-BPF_RINGBUF_OUTPUT(cwnd_samples, 256);
+BPF_RINGBUF_OUTPUT(cwnd_recoveries, RESET_PAGES / 4);
+BPF_RINGBUF_OUTPUT(cwnd_samples, RESET_PAGES / 2);
 
 struct followed {
 	u64 reset_ts_ns;

@@ -6,7 +6,8 @@
  */
 #include "sock.h"
 
-BPF_RINGBUF_OUTPUT(cwnd_resets, 64);
+/* Room for a reset of each of 10,000 connections at once: how many pages is said in cwndtrace/capture/bcc.py. */
+BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
 
 enum {
 	COUNT_LOST = 0,		/* records for which the ring buffer had no room, or a stash no memory */

@@ -13,6 +13,24 @@ CwndtraceError              a cause and a remedy, both for a person
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+_NONSENSE: Final = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_PACKAGE: Final = Path(__file__).parent
+
 
 class CwndtraceError(Exception):
     """The base: ``cause`` says what is wrong, ``remedy`` what to do about it (may be empty)."""
@@ -53,3 +71,20 @@ class NoRung(KernelLacks):
     def __init__(self, cause: str, remedy: str, tried: dict[str, str]) -> None:
         super().__init__(cause, remedy)
         self.tried = tried
+
+
+@contextmanager
+def making_sense() -> Iterator[None]:
+    """As a decorator of what works on a capture's rows: what it raises where they make no sense is CaptureError.
+
+    A capture may come from a stranger, and no check in front of the arithmetic could foresee all that numbers do.
+    """
+    try:
+        yield
+    except CwndtraceError:
+        raise
+    except _NONSENSE as e:
+        ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
+        place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+        cause = f"The rows of this capture make no sense together: {type(e).__name__}{place}."
+        raise CaptureError(cause, "If cwndtrace wrote it and nobody changed it, report this line.") from e

@@ -241,10 +241,11 @@ def _arrow_type(f: Field) -> pa.DataType:
     return pa.from_numpy_dtype(np.dtype(_np_field(f)[1]))
 
 
-def to_arrow(name: str, records: Records, utc_offset_ns: int) -> pa.Table:
+def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.int64]) -> pa.Table:
     """An Arrow table of ``arrow_schema(name)`` from records.
 
-    ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds.
+    ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds; one for
+    all records or one for each.
     """
     ev = event(name)
     times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000
@@ -274,6 +275,26 @@ def _label(f: Field, raw: bytes) -> str:
         return _device(raw)
     value = int.from_bytes(raw, "little")
     return layout().enums[f.unit.removeprefix("enum ")].get(value, str(value))
+
+
+def clean_texts(table: pa.Table) -> pa.Table:
+    """``table`` with ``clean`` texts: a DataFrame is printed as it is. Costs little, since each text is kept once."""
+    for index, column in enumerate(table.schema):
+        if not pa.types.is_dictionary(column.type):
+            continue
+        chunks = [_clean_chunk(chunk) for chunk in table.column(index).chunks]
+        table = table.set_column(index, column, pa.chunked_array(chunks, type=column.type))
+    return table.unify_dictionaries()
+
+
+def _clean_chunk(chunk: pa.DictionaryArray) -> pa.DictionaryArray:
+    texts = chunk.dictionary.to_pylist()
+    cleaned = [text if text is None else clean(str(text)) for text in texts]
+    if cleaned == texts:
+        return chunk
+    # Two texts may have become one, and a dictionary holds each once.
+    labels = pa.array(cleaned, type=chunk.dictionary.type).dictionary_encode()
+    return pa.DictionaryArray.from_arrays(labels.indices.take(chunk.indices), labels.dictionary)
 
 
 def table_to_dicts(name: str, table: pa.Table) -> list[dict[str, Any]]:
@@ -331,6 +352,9 @@ CONNECTIONS: Final = _snapshot(
     ("sndbuf_limited_us", pa.uint64(), "us", "of these, held back by the send buffer"),
 )
 """The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
+
+MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
+"""Columns whose values may be missing; in all others of ``TABLES`` a null is damage."""
 
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"

@@ -7,6 +7,7 @@ import html
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.analysis.verdict import Host, Verdict
-from cwndtrace.errors import NotFound
+from cwndtrace.errors import NotFound, making_sense
 
 _CELL = 100  # characters of a line that came from outside
 
@@ -89,12 +90,12 @@ class Trace:
     @property
     def path(self) -> Path:
         """The capture's directory."""
-        return self._capture.path
+        return self._capture.shown or self._capture.path
 
-    @property
+    @cached_property
     def meta(self) -> dict[str, Any]:
-        """The content of ``meta.json``."""
-        return self._capture.meta
+        """The content of ``meta.json``, its texts clean of what could steer a terminal."""
+        return _mapping(_cleaned(self._capture.meta))
 
     @property
     def status(self) -> str:
@@ -107,42 +108,50 @@ class Trace:
         return list(self._capture.warnings)
 
     @property
+    @making_sense()
     def started_ns(self) -> int:
         """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
         mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
         frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self.block_io, "start_ns"))
         return mono if isinstance(mono, int) else min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
+    @making_sense()
     def lost(self, table: str) -> int:
         """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
         counts = _mapping(_mapping(self.meta.get("counts")).get(table)).get("lost")
         return sum(n for n in (counts, _mapping(self.meta.get("unwritten")).get(table)) if isinstance(n, int))
 
     @property
+    @making_sense()
     def resets(self) -> pd.DataFrame:
         """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses."""
         return self._identified[0]
 
     @property
+    @making_sense()
     def connections(self) -> pd.DataFrame:
         """One row a snapshot of a connection, with the key ``connection``."""
         return self._identified[1]
 
     @cached_property
+    @making_sense()
     def block_io(self) -> pd.DataFrame:
         """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
         return block_analysis.with_latency(self._frame("block_io"), _mapping(self.meta.get("devices")))
 
     @cached_property
+    @making_sense()
     def recoveries(self) -> pd.DataFrame:
         """One row a window that was followed after its reset, with ``connection``, ``duration_us``, ``round_trips``."""
         return recovery.with_duration(_as_text(self._frame("cwnd_recovery")), self.resets)
 
     @cached_property
+    @making_sense()
     def samples(self) -> pd.DataFrame:
         """The windows on their way back, at most one row a round-trip time, with ``connection``."""
         return recovery.identify(_as_text(self._frame("cwnd_sample")), self.resets)
 
+    @making_sense()
     def costs(self) -> pd.DataFrame:
         """``resets`` with what each is predicted to have cost, and how long its window took to come back.
 
@@ -151,6 +160,7 @@ class Trace:
         return cost.predict(self.resets, self.connections, self.recoveries)
 
     @cached_property
+    @making_sense()
     def verdicts(self) -> pd.DataFrame:
         """``costs()`` with what each reset meant and why its connection had rested.
 
@@ -159,25 +169,30 @@ class Trace:
         return idle_cause.with_cause(self._judged, self.block_io, recorded=self.block_recorded)
 
     @cached_property
+    @making_sense()
     def _judged(self) -> pd.DataFrame:
         """Without the causes: what the block requests, of which there may be millions, aren't read for."""
         return verdict.resets(self.costs(), self.connections)
 
     @property
+    @making_sense()
     def block_recorded(self) -> bool:
         """Whether block I/O was traced, so that none in a rest means that there was none."""
         counts = self.meta.get("counts")
         return not isinstance(counts, dict) or "block_io" in counts or not self.block_io.empty
 
+    @making_sense()
     def summary(self) -> pd.DataFrame:
         """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
         return self._summary.copy()
 
     @cached_property
+    @making_sense()
     def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self.resets, self.connections)
         return verdict.connections(rows, self._judged, self.connections, self.meta)
 
+    @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
         """What to do, best first, for all or for one ``connection``; the columns are ``analysis.remedy.COLUMNS``.
 
@@ -191,6 +206,7 @@ class Trace:
             judged = judged[judged["connection"] == connection]
         return remedy.remedies(judged, rows, self.meta)
 
+    @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
         """What differs in a later capture, how surely and how much; the columns are ``analysis.compare.COLUMNS``."""
         return compare.compare(self._measures(), after._measures())
@@ -199,6 +215,7 @@ class Trace:
         span = compare.span(self.meta, self.resets, self.connections)
         return dict(compare.measures(self._judged, self.connections, self.recoveries, self.block_io, span))
 
+    @making_sense()
     def connection(self, key: str) -> Connection:
         """One connection by its key in ``summary()``; raises NotFound where there is none."""
         rows = self._summary[self._summary["connection"] == key]
@@ -213,25 +230,30 @@ class Trace:
         row = self._judged.loc[reset].to_dict()
         return Verdict(row["verdict"], verdict.explain(row))
 
+    @making_sense()
     def audit(self) -> pd.DataFrame:
         """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
         return remedy.audit(self._judged, self.connections, self.meta)
 
+    @making_sense()
     def host(self) -> Host:
         """What the resets cost on the whole, and whether that is the answer at all."""
         return verdict.host(self._summary, self._judged)
 
+    @making_sense()
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
         return block_analysis.summary(self.block_io)
 
     @cached_property
+    @making_sense()
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         resets, connections = (_as_text(self._frame(name)) for name in ("cwnd_reset", "connections"))
         return connection_analysis.identify(resets, connections)
 
     def _frame(self, table: str) -> pd.DataFrame:
-        rows = self._capture.table(table)
+        # Not what a stranger or a later version added: it might take the name of what is computed here.
+        rows = events.clean_texts(self._capture.table(table).select(events.schema(table).names))
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
         frame: pd.DataFrame = rows.to_pandas()
         frame = frame.sort_values(clock, kind="stable", ignore_index=True)
@@ -239,13 +261,16 @@ class Trace:
         frame.attrs["units"] = told
         return frame
 
+    @making_sense()
     def __repr__(self) -> str:
         return _text(f"cwndtrace capture {_shown(self.path)} ({self.status})", self.facts())
 
+    @making_sense()
     def _repr_html_(self) -> str:
         caption = f"<b>cwndtrace capture</b> <code>{_escaped(self.path)}</code> ({_escaped(self.status)})"
         return _table(caption, self.facts())
 
+    @making_sense()
     def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
         meta = self.meta
@@ -263,6 +288,8 @@ class Trace:
             ("kept", ", ".join(f"{on_disk[table]:,} {name}" for table, name in names.items())),
             ("lost", ", ".join(f"{lost[table]:,} {names[table]}" for table in names if lost[table]) or "nothing"),
         ]
+        if steps := self._steps():
+            facts.append(("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}; suspends count"))
         if unchanged := meta.get("unchanged"):
             facts.append(("unchanged", f"{_shown(unchanged)} idle restarts left the window as it was"))
         rungs = _mapping(meta.get("rungs"))
@@ -282,7 +309,20 @@ class Trace:
         begin = f"from {started:%Y-%m-%d %H:%M:%S} UTC"
         if ended is None:
             return begin
-        return f"{begin} to {ended:%H:%M:%S}, {(ended - started).total_seconds():,.1f} s"
+        clock = _mapping(self.meta.get("clock"))
+        first, last = (_mapping(clock.get(side)).get("mono_ns") for side in ("start", "end"))
+        lasted = (ended - started).total_seconds()
+        if isinstance(first, int) and isinstance(last, int):
+            # The wall clock may have been stepped.
+            lasted = (last - first) / 1e9
+        return f"{begin} to {ended:%H:%M:%S}, {lasted:,.1f} s"
+
+    def _steps(self) -> list[float]:
+        """By how many seconds the wall clock was stepped, each time."""
+        segments = _mapping(self.meta.get("clock")).get("segments")
+        offsets = [_mapping(s).get("utc_offset_ns") for s in segments] if isinstance(segments, list) else []
+        known = [offset for offset in offsets if isinstance(offset, int)]
+        return [(after - before) / 1e9 for before, after in pairwise(known)]
 
 
 def _no_connection(key: str) -> NotFound:
@@ -319,6 +359,14 @@ def _moment(value: object) -> pd.Timestamp | None:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {events.clean(name): _cleaned(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(inner) for inner in value]
+    return events.clean(value) if isinstance(value, str) else value
 
 
 def _shown(value: object) -> str:

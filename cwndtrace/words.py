@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -58,3 +59,8 @@ def process(comm: str, pid: int) -> str:
 def plural(number: int, noun: str) -> str:
     """``1 reset``, ``2,000 resets``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def json_line(row: Mapping[Any, Any], *, allow_nan: bool = True) -> str:
+    """An object as one line of JSON, in ASCII that prints; json alone leaves DEL, a control character, as it is."""
+    return json.dumps(row, ensure_ascii=True, allow_nan=allow_nan).replace("\x7f", "\\u007f")

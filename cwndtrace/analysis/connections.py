@@ -64,7 +64,7 @@ def identify(resets: pd.DataFrame, connections: pd.DataFrame) -> tuple[pd.DataFr
     if "connection" not in connections:
         connections.insert(1, "connection", _keys(connections, connections["sock_cookie"].to_numpy(np.uint64)))
     if "connection" not in resets:
-        resets.insert(1, "connection", _keys(resets, cookies))
+        resets.insert(1, "connection", _apart(resets, _keys(resets, cookies), cookies))
     return resets, connections
 
 
@@ -82,8 +82,9 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
     groups = sightings.groupby("connection", sort=False)
     latest = groups.last()  # of each column the last value that isn't missing
     out = latest.drop(columns=["time", "ts_ns", "cwnd_low", "cwnd_high", "rest_us", "reset", "snapshot", "reason"])
-    out["first_seen"], out["last_seen"] = groups["time"].min(), groups["time"].max()
-    out["seen_s"] = (out["last_seen"] - out["first_seen"]).dt.total_seconds()
+    out["first_seen"], out["last_seen"] = groups["time"].first(), groups["time"].last()
+    # Not by the wall clock: it may have been stepped.
+    out["seen_s"] = (groups["ts_ns"].last() - groups["ts_ns"].first()) / 1e9
     out["snapshots"], out["resets"] = groups["snapshot"].sum(), groups["reset"].sum()
     for label in events.layout().enums["reason"].values():
         out[f"resets_{label}"] = (sightings["reason"] == label).groupby(sightings["connection"]).sum()
@@ -153,6 +154,17 @@ def _keys(frame: pd.DataFrame, cookies: np.ndarray[tuple[int], np.dtype[np.uint6
         for cookie, sk, ns, saddr, sport, daddr, dport in zip(cookies, sockets, *ends, strict=True)
     ]
     return pd.Series(keys, index=frame.index, dtype="str" if keys else "object").astype(str)
+
+
+def _apart(resets: pd.DataFrame, keys: pd.Series, cookies: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> pd.Series:
+    """The keys, told apart where a nameless socket's ends and memory were used again: what was sent never gets less."""
+    if not (nameless := cookies == 0).any():
+        return keys
+    rows = resets.loc[nameless, ["ts_ns", "bytes_sent"]].astype("int64").assign(key=keys[nameless])
+    rows = rows.sort_values("ts_ns", kind="stable")
+    less = rows.groupby("key")["bytes_sent"].diff() < 0
+    before = less.groupby(rows["key"]).cumsum().reindex(keys.index, fill_value=0)
+    return keys.where(before == 0, keys + "#" + (before + 1).astype(str))
 
 
 _SHARED: Final = [

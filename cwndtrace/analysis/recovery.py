@@ -18,6 +18,7 @@ COLUMNS: Final = {
 def identify(frame: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     """A table with ``skaddr`` and ``reset_ts_ns``, with the column ``connection`` of the reset it belongs to."""
     keys = resets[["skaddr", "ts_ns", "connection"]].rename(columns={"ts_ns": "reset_ts_ns"})
+    keys = keys.drop_duplicates(["skaddr", "reset_ts_ns"])  # a part may have been copied
     joined = frame[["skaddr", "reset_ts_ns"]].merge(keys, how="left", on=["skaddr", "reset_ts_ns"])
     return frame.assign(connection=joined["connection"].fillna("").to_numpy())
 

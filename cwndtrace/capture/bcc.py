@@ -22,11 +22,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from cwndtrace.capture.bpf_syscall import run_raw_tracepoint
+from cwndtrace import power
+from cwndtrace.capture.bpf_syscall import run_raw_tracepoint, try_map
+from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.source import Chunk, Counts, Filters
 from cwndtrace.errors import BccError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
-from cwndtrace.kernel import btf, cgroups, facts, ladder, offsets, sockets
+from cwndtrace.kernel import btf, facts, ladder, offsets, permission
 
 _DISTRIBUTION_PACKAGES: Final = (
     "/usr/lib/python3/dist-packages",
@@ -42,8 +44,17 @@ _BLOCK: Final = (
     ladder.Attachment("raw_tracepoint", "block_rq_issue", "on_block_rq_issue"),
     ladder.Attachment("raw_tracepoint", "block_io_start", "on_block_io_start"),
 )
+_ASK: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
 _OLD, _ALL = 0, 1
+_REFRESH: Final = "refresh"
+# What using maps and programs that are loaded may take: nothing since 5.19, CAP_BPF before, if that is shut off.
+_POWERS: Final = (
+    frozenset[int](),
+    frozenset({power.BPF}),
+    frozenset({power.BPF, power.DAC_READ_SEARCH}),
+    frozenset({power.SYS_ADMIN, power.DAC_READ_SEARCH}),
+)
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
 # What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset.bpf.c, kprobe).
@@ -51,6 +62,8 @@ _FRAME_SHIFT: Final = {"x86_64": 8}
 _SLAB_HEADER: Final = 16
 _SLAB_MAX_AGE_NS: Final = 100_000_000
 _RING_PAGES: Final = 2048
+# 4 MiB: a reset of each of 10,000 connections at once.
+_RESET_PAGES: Final = 1024
 _CPUS: Final = "SC_NPROCESSORS_CONF"
 # What is new below a cgroup, and which sockets a process holds, is looked up again this often.
 REFRESH_SECONDS: Final = 1.0
@@ -145,9 +158,10 @@ class Program:
         # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
         os.environ["BCC_KERNEL_SOURCE"] = str(folder / "compat")
         said: list[str] = []
+        package = module()
         try:
             with _quiet() as said:
-                self._bpf = module().BPF(text=text.encode(), cflags=flags)
+                self._bpf = package.BPF(text=text.encode(), cflags=flags)
         except Exception as e:  # bcc raises nothing finer
             if "compile" in str(e):
                 raise BccError(
@@ -174,8 +188,8 @@ class Program:
             self._loaded[a.program] = self._bpf.funcs[program].fd
         elif a.kind in ("fentry", "fexit"):
             # bcc attaches these by their names as soon as it has compiled them.
-            assert self._bpf.kfunc_entry_fds
-            assert self._bpf.kfunc_exit_fds
+            if not (self._bpf.kfunc_entry_fds and self._bpf.kfunc_exit_fds):
+                raise BccError(f"bcc {version()} attached no {a.kind} to {a.target}", _INSTALL)
         elif a.kind == "kprobe":
             self._bpf.attach_kprobe(event=target, fn_name=program)
         else:
@@ -195,9 +209,13 @@ class Program:
         """Hand over what the ring buffer holds."""
         self._bpf.ring_buffer_consume()
 
+    def load(self, program: str) -> int:
+        """The descriptor of a raw tracepoint program that isn't attached."""
+        return int(self._bpf.load_func(program.encode(), self._bpf.RAW_TRACEPOINT).fd)
+
     def run_everywhere(self, program: str, *args: int) -> None:
         """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
-        fd = self._bpf.load_func(program.encode(), self._bpf.RAW_TRACEPOINT).fd
+        fd = self.load(program)
         for cpu in range(os.sysconf(_CPUS)):
             try:
                 run_raw_tracepoint(fd, cpu, *args)
@@ -239,7 +257,13 @@ class Program:
         for name in list(self._bpf.kfunc_exit_fds):
             self._bpf.detach_kretfunc(name)
         for name in list(self._bpf.kprobe_fds):
-            self._bpf.detach_kprobe_event(name)
+            try:
+                with _quiet():
+                    self._bpf.detach_kprobe_event(name)
+            except Exception:
+                # Closing its descriptor is what detaches it; bcc then looks into tracefs, which may be root's alone.
+                if self._bpf.kprobe_fds.get(name):
+                    raise
 
     def close(self) -> None:
         """Stop all programs and free the maps."""
@@ -271,11 +295,20 @@ def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
     return records.tobytes()
 
 
+def check_power() -> None:
+    """Raise PermissionNeeded or KernelLacks, with cause and cure, where this process can't load programs."""
+    permission.check()
+    try:
+        try_map()
+    except OSError as e:
+        raise permission.refused() or KernelLacks(f"bpf(2) is refused: {e.strerror}", _ASK) from e
+
+
 class Kernel:
     """The running kernel as a source of records (see source.Source).
 
     Loads and attaches on construction. Raises BccError, KernelLacks or NoRung; nothing is left attached then.
-    ``block`` says whether block I/O is traced as well.
+    ``block`` says whether block I/O is traced as well, ``lookout`` who looks at processes for it.
     """
 
     def __init__(
@@ -285,8 +318,11 @@ class Kernel:
         probe: str | None = None,
         block: bool = True,
         reasons: Iterable[str] = ladder.REASONS,
+        lookout: Lookout | None = None,
     ) -> None:
+        check_power()
         self._filters = filters
+        self._lookout = lookout or Lookout(filters)
         self._btf = btf.Btf.running()
         if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
             raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
@@ -312,7 +348,7 @@ class Kernel:
     def _try(self, rung: str, reason: str) -> str | None:
         if rung in self._refused:
             return self._refused[rung]
-        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)}
+        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason), "RESET_PAGES": _RESET_PAGES}
         attachments = ladder.BY_NAME[rung].attachments[reason]
         if any(a.target == "tcp_cong_state_set" for a in attachments):
             defines["RUNG_CONG_STATE"] = code("probe", rung)
@@ -332,6 +368,7 @@ class Kernel:
             return e.cause
         self._resets.append(program)
         if (rung, reason) == ("tcp_probe", "idle"):
+            program.load(_REFRESH)
             self._refreshed_here.append(program)
         return None
 
@@ -347,6 +384,7 @@ class Kernel:
         self._open(program, "block_slabs", self._slab)
         try:
             program.attach(_BLOCK)
+            program.load(_HAND_OVER)
         except BaseException:
             program.close()
             raise
@@ -370,13 +408,28 @@ class Kernel:
     def _refresh_sets(self) -> None:
         self._refreshed = time.monotonic()
         if self._filters.cgroup is not None:
-            ids = cgroups.ids(self._filters.cgroup)
+            ids = self._lookout.cgroup_ids()
             for program in self._programs():
                 program.hold("cgroups", ids)
         if self._filters.pid is not None:
-            inodes = sockets.inodes_of(self._filters.pid)
+            inodes = self._lookout.pid_sockets()
             for program in self._resets:
                 program.hold("pid_sockets", inodes)
+
+    def power_needed(self, user: power.User | None) -> frozenset[int]:
+        """The least capabilities with which ``user`` can go on tracing, found by trying."""
+        return power.least(self._use_all, user, _POWERS)
+
+    def _use_all(self) -> None:
+        """Each kind of system call that is still to come; what comes in is kept."""
+        self.counts()
+        self._refresh_sets()
+        for program in self._resets:
+            program.rows("followed")
+        if self._block is not None:
+            self._block.run_everywhere(_HAND_OVER, _OLD)
+        for program in self._refreshed_here:
+            program.run_everywhere(_REFRESH, 0)
 
     def poll(self, timeout_s: float) -> list[Chunk]:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
@@ -386,7 +439,7 @@ class Kernel:
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER, _OLD)
         for program in self._refreshed_here:
-            program.run_everywhere("refresh", 0)
+            program.run_everywhere(_REFRESH, 0)
         return self._take()
 
     def _take(self) -> list[Chunk]:

@@ -141,7 +141,11 @@ def _address(text: str) -> str:
 
 
 class Snapshots:
-    """Takes a snapshot at the start, every ``interval_s`` seconds, and on ``finish``, on a thread of its own."""
+    """Takes a snapshot at the start, every ``interval_s`` seconds, and on ``finish``.
+
+    Those in between are taken on a thread of its own, which the first ``drain`` starts: what power was given up until
+    then, it hasn't either.
+    """
 
     def __init__(self, take: Callable[[], pa.Table], interval_s: float = 2.0) -> None:
         self._take = take
@@ -152,7 +156,6 @@ class Snapshots:
         self.error: Exception | None = None
         self._one()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
-        self._thread.start()
 
     def _one(self) -> float:
         begin = time.monotonic()
@@ -174,6 +177,8 @@ class Snapshots:
         """The snapshots that came in since the last call; raises what stopped the thread, if anything did."""
         if self.error is not None:
             raise self.error
+        if self._thread.ident is None and not self._stop.is_set():
+            self._thread.start()
         with self._lock:
             tables, self._tables = self._tables, []
         return iter(tables)
@@ -181,6 +186,7 @@ class Snapshots:
     def finish(self) -> Iterator[pa.Table]:
         """Take a last one and stop."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._one()
         return self.drain()

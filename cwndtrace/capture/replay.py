@@ -17,6 +17,7 @@ from typing import Final
 from cwndtrace.capture.source import Chunk, Counts, Source
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import event, layout
+from cwndtrace.power import User
 
 _CHUNK: Final = struct.Struct("<16sI")
 
@@ -88,6 +89,10 @@ class Replay:
     def exhausted(self) -> bool:
         """Whether all chunks have been handed out."""
         return not self._chunks
+
+    def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
+        """None: all is read."""
+        return frozenset()
 
     def stop(self) -> list[Chunk]:
         """What is left."""

@@ -10,15 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import pandas as pd
 import pyarrow as pa
 
 from cwndtrace import events
+from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.kernel import facts, interfaces, netns
 
@@ -34,8 +37,8 @@ class Batch:
         return int(self.table.num_rows)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC."""
-        frame: pd.DataFrame = self.table.to_pandas()
+        """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC, texts ``clean``."""
+        frame: pd.DataFrame = events.clean_texts(self.table).to_pandas()
         return frame
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -43,20 +46,7 @@ class Batch:
         return events.table_to_dicts(self.event, self.table)
 
 
-def utc_offset_ns() -> int:
-    """What to add to CLOCK_MONOTONIC to get UTC, in nanoseconds; the tightest of a few readings."""
-    best = (1 << 62, 0)
-    for _ in range(5):
-        before = time.monotonic_ns()
-        wall = time.time_ns()
-        after = time.monotonic_ns()
-        best = min(best, (after - before, wall - (before + after) // 2))
-    return best[1]
-
-
-def clock() -> dict[str, int]:
-    """The two clocks now: ``mono_ns`` and ``utc_offset_ns``."""
-    return {"mono_ns": time.monotonic_ns(), "utc_offset_ns": utc_offset_ns()}
+MOST_SPANS: Final = 1000
 
 
 @dataclass
@@ -79,6 +69,15 @@ class Tally:
     withdrawn: int = 0
     lossy: list[Loss] = field(default_factory=list)
 
+    def add(self, loss: Loss) -> None:
+        """Note a span. Of more than MOST_SPANS of an event the two that are closest become one: days may be lossy."""
+        self.lossy.append(loss)
+        mine = [each for each in self.lossy if each.event == loss.event]
+        if len(mine) > MOST_SPANS:
+            before, after = min(pairwise(mine), key=lambda pair: pair[1].start_ns - pair[0].end_ns)
+            before.end_ns, before.lost = after.end_ns, before.lost + after.lost
+            self.lossy = [each for each in self.lossy if each is not after]
+
     def meta(self) -> dict[str, Any]:
         """As it stands in a capture's meta.json."""
         names = sorted({*self.kept, *self.lost})
@@ -96,10 +95,12 @@ class Session:
     Use as a context manager; call ``step`` until done, then ``finish`` once. ``tally`` is kept up to date.
     """
 
-    def __init__(self, source: Source, snapshots: Snapshots | None = None) -> None:
+    def __init__(self, source: Source, snapshots: Snapshots | None = None, lookout: Lookout | None = None) -> None:
         self.source = source
+        self.lookout = lookout or Lookout(Filters())
         self.tally = Tally(kept=dict.fromkeys(source.events, 0))
-        self.start = clock()
+        self.clock = Segments()
+        self.start = self.clock.all[0]
         self.snapshots = snapshots
         self.spaces: dict[str, dict[str, Any]] = {}
         self._checked_ns = self.start["mono_ns"]
@@ -107,6 +108,7 @@ class Session:
     def step(self, timeout_s: float = 0.1) -> list[Batch]:
         """The batches that came in, after waiting at most ``timeout_s`` for the first."""
         chunks = self.source.poll(timeout_s)
+        self.clock.check()
         batches = self._batches(chunks)
         if self.snapshots is not None:
             batches += self._connections(self.snapshots.drain())
@@ -115,7 +117,9 @@ class Session:
 
     def finish(self) -> list[Batch]:
         """Stop the source; the last batches."""
-        batches = self._batches(self.source.stop())
+        chunks = self.source.stop()
+        self.clock.check()
+        batches = self._batches(chunks)
         if self.snapshots is not None:
             batches += self._connections(self.snapshots.finish())
         self._count()
@@ -129,7 +133,8 @@ class Session:
         for name, parts in raw.items():
             records = events.decode(name, b"".join(parts))
             if len(records):
-                batches.append(Batch(name, events.to_arrow(name, records, self.start["utc_offset_ns"])))
+                offsets = self.clock.offsets(records[events.event(name).fields[0].name])
+                batches.append(Batch(name, events.to_arrow(name, records, offsets)))
                 self.tally.kept[name] = self.tally.kept.get(name, 0) + len(records)
         return batches
 
@@ -150,13 +155,14 @@ class Session:
             if last is not None and last.end_ns == self._checked_ns:
                 last.end_ns, last.lost = now, last.lost + more
             else:
-                self.tally.lossy.append(Loss(name, self._checked_ns, now, more))
+                self.tally.add(Loss(name, self._checked_ns, now, more))
         self.tally.unchanged, self.tally.withdrawn = counts.unchanged, counts.withdrawn
         self._checked_ns = now
 
     def close(self) -> None:
-        """Free what the source holds."""
+        """Free what the source and the lookout hold."""
         self.source.close()
+        self.lookout.close()
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +185,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "filters": {k: str(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},
         "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
         "ended": None,
-        "clock": {"start": session.start, "end": None},
+        "clock": {"start": session.start, "end": None, "segments": session.clock.all},
         "sysctls": session.spaces,
         "rungs": session.source.rungs,
         "devices": devices(),
@@ -194,33 +200,54 @@ def devices() -> dict[str, str]:
     return {f"{major}:{minor}": name for major, minor, _, name in rows}
 
 
+def so_far(session: Session) -> dict[str, Any]:
+    """What a killed trace couldn't say any more: its losses, and how the wall clock went."""
+    return {"clock": {"start": session.start, "end": None, "segments": session.clock.all}, **session.tally.meta()}
+
+
 def ending(session: Session) -> dict[str, Any]:
     """What meta.json says at the end besides the status."""
     end = clock()
     return {
         "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
-        "clock": {"start": session.start, "end": end},
+        "clock": {"start": session.start, "end": end, "segments": session.clock.all},
         # Those that came later have what they are set to now.
-        "sysctls": {**netns.settings(), **session.spaces},
+        "sysctls": {**session.lookout.settings(), **session.spaces},
         **session.tally.meta(),
     }
 
 
 class Interrupt:
-    """While it is entered, SIGINT and SIGTERM set ``requested`` in place of what they did; a second one raises."""
+    """While it is entered, SIGINT, SIGTERM and SIGHUP set ``requested`` in place of what they did.
+
+    A second one sets ``hurried``: an end that is under way isn't spoilt by an impatient key, or by a sudo and a
+    terminal that both pass the same one on. A third raises KeyboardInterrupt. A SIGHUP that nohup has shut off
+    stays shut off.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._count = 0
         self._old: dict[int, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        """Whether there was one."""
+        return self._count > 0
+
+    @property
+    def hurried(self) -> bool:
+        """Whether there were two."""
+        return self._count > 1
+
     def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
-        if self.requested:
+        self._count += 1
+        if self._count > 2:
             raise KeyboardInterrupt
-        self.requested = True
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:

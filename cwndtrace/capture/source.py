@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from cwndtrace.power import User
+
 Chunk = tuple[str, bytes]
 """An event's name and whole records of it, back to back as the kernel wrote them."""
 
@@ -56,6 +58,9 @@ class Source(Protocol):
 
     def exhausted(self) -> bool:
         """Whether nothing can come any more."""
+
+    def power_needed(self, user: User | None) -> frozenset[int]:
+        """The least capabilities (numbers) with which ``user`` can go on; None is this process's own user."""
 
     def stop(self) -> list[Chunk]:
         """Stop tracing and return all that was still under way. ``counts`` stays callable."""

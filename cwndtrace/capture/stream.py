@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, Self
 
-from cwndtrace.capture import target
+from cwndtrace import power
+from cwndtrace.capture import clocks, target
 from cwndtrace.capture.bcc import Kernel
-from cwndtrace.capture.connections import Snapshots, snapshot
+from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.lookout import Apart, Lookout
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import UsageError
@@ -84,14 +86,27 @@ def stream(
 
 
 def open_session(
-    filters: Filters, *, probe: str | None = None, block: bool = True, connections: bool = True
+    filters: Filters,
+    *,
+    probe: str | None = None,
+    block: bool = True,
+    connections: bool = True,
+    apart: bool = False,
 ) -> Session:
-    """A session over the running kernel; the caller closes it."""
-    kernel = Kernel(filters, probe=probe, block=block)
-    session = Session(kernel)
+    """A session over the running kernel; the caller closes it.
+
+    ``apart`` leaves what takes power to a process of its own (see lookout.Apart), so that the caller can drop it.
+    """
+    clocks.refuse_other_time()
+    lookout = Apart(filters, power.invoking_user()) if apart else Lookout(filters)
+    try:
+        session = Session(Kernel(filters, probe=probe, block=block, lookout=lookout), lookout=lookout)
+    except BaseException:
+        lookout.close()
+        raise
     if connections:
         try:
-            session.snapshots = Snapshots(lambda: snapshot(filters, session.start["utc_offset_ns"]))
+            session.snapshots = Snapshots(lambda: lookout.snapshot(session.clock.offset_ns))
         except BaseException:
             session.close()
             raise

@@ -6,6 +6,12 @@ from __future__ import annotations
 import sys
 from typing import Any, Final
 
+from cwndtrace import power
+
+power.few_threads()  # before anything imports numpy or pyarrow
+
+# isort: split
+
 import click
 
 import cwndtrace

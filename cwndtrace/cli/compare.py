@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import cwndtrace
 from cwndtrace.analysis.compare import MEASURES
 from cwndtrace.cli.summary import columns
 from cwndtrace.events import TABLES, clean
-from cwndtrace.words import span
+from cwndtrace.words import json_line, span
 
 
 @click.command()
@@ -34,7 +33,7 @@ def compare(before: Path, after: Path, *, as_json: bool) -> None:
     if as_json:
         for row in rows:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            click.echo(json.dumps({"event": "compare", **finite}))
+            click.echo(json_line({"event": "compare"} | finite))
     else:
         for trace in traces:
             click.echo(f"{clean(str(trace.path))}: {clean(trace.host().text)}")

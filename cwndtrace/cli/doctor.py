@@ -72,9 +72,10 @@ def examine() -> Findings:
         _tracefs(),
         Fact("lockdown", facts.lockdown()),
     ]
+    allowed = _power(found)
     kernel = _btf(found)
     bcc_works = _bcc(found)
-    rungs = _ladder(found, kernel) if kernel is not None and bcc_works else None
+    rungs = _ladder(found, kernel) if kernel is not None and bcc_works and allowed else None
     found += _sysctls()
     found += _congestion_controls()
     return Findings(found, rungs)
@@ -87,6 +88,16 @@ def _tracefs() -> Fact:
     if why is None:
         return Fact("tracefs", f"was not mounted; doctor mounted it on {facts.TRACEFS} (kprobes need it)")
     return Fact("tracefs", f"not mounted: {why}", LACK, f"mount -t tracefs tracefs {facts.TRACEFS}")
+
+
+def _power(found: list[Fact]) -> bool:
+    try:
+        bcc.check_power()
+    except CwndtraceError as e:
+        found.append(Fact("permission", e.cause, BAD, e.remedy))
+        return False
+    found.append(Fact("permission", "BPF programs that trace may be loaded"))
+    return True
 
 
 def _btf(found: list[Fact]) -> btf.Btf | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -45,13 +44,18 @@ class BlockFigures:
 
 
 class Holders:
-    """Who holds which connection, from snapshots: for resets that a timer or an ACK made, not a process."""
+    """Who holds which connection, from snapshots: for resets that a timer or an ACK made, not a process.
+
+    The last two are remembered: a server makes thousands of connections a second, and a trace may last for days.
+    """
 
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._before: dict[tuple[Any, ...], tuple[str, int]] = {}
 
     def add(self, batch: Batch) -> None:
-        """Learn from a batch of ``connections``."""
+        """Learn from a batch of ``connections``, which is one snapshot."""
+        self._held, self._before = {}, self._held
         for row in batch.table.select(["netns_ino", "saddr", "sport", "daddr", "dport", "comm", "pid"]).to_pylist():
             self._held[self._key(row)] = (row["comm"], row["pid"])
 
@@ -59,7 +63,8 @@ class Holders:
         """Name and pid for a reset; "", 0 where nobody is known."""
         if row["tgid"]:
             return row["comm"], row["tgid"]
-        return self._held.get(self._key(row), ("", 0))
+        key = self._key(row)
+        return self._held.get(key) or self._before.get(key, ("", 0))
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -173,7 +178,8 @@ class JsonView:
     def __init__(self, session: Session, *, print_block: bool) -> None:
         self._session = session
         self._print_block = print_block
-        self._lossy = 0
+        self._lost: dict[str, int] = {}
+        self._told_ns: dict[str, int] = {}
         self.block = BlockFigures()
 
     def begin(self) -> None:
@@ -190,16 +196,22 @@ class JsonView:
     def tick(self, waiting: str) -> None:  # noqa: ARG002
         """Print losses as they become known."""
         tally = self._session.tally
-        offset = self._session.start["utc_offset_ns"]
-        for loss in tally.lossy[self._lossy :]:
-            span = {"start_ns": loss.start_ns, "end_ns": loss.end_ns, "lost": loss.lost}
-            self.write({"event": "lost", "time": events.iso_time(loss.end_ns + offset), "of": loss.event, **span})
-        self._lossy = len(tally.lossy)
+        for event, lost in tally.lost.items():
+            more = lost - self._lost.get(event, 0)
+            if more <= 0:
+                continue
+            self._lost[event] = lost
+            loss = next(loss for loss in reversed(tally.lossy) if loss.event == event)
+            # A loss that goes on is one span in the capture; here each line has what came to it.
+            span = {"start_ns": max(loss.start_ns, self._told_ns.get(event, 0)), "end_ns": loss.end_ns, "lost": more}
+            self._told_ns[event] = loss.end_ns
+            when = events.iso_time(loss.end_ns + self._session.clock.offset_ns)
+            self.write({"event": "lost", "time": when, "of": event, **span})
 
     @staticmethod
     def write(row: dict[str, Any]) -> None:
         """Print one object."""
-        click.echo(json.dumps(row, ensure_ascii=True))
+        click.echo(fmt.json_line(row))
 
     def end(self) -> None:
         """Nothing to put right."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 import cwndtrace
-from cwndtrace.errors import CwndtraceError
+from cwndtrace.errors import CwndtraceError, making_sense
 from cwndtrace.events import clean
 
 
@@ -42,7 +42,7 @@ def plot(
     trace = cwndtrace.load(capture)
     file = output or Path(f"{capture.name.removesuffix('.cwnd')}-timeline.png")
     span = None if start is None and end is None else (start or 0.0, end if end is not None else float("inf"))
-    with style.use(dark=dark):
+    with style.use(dark=dark), making_sense():
         figure = timeline(
             trace.resets,
             trace.connections,
@@ -58,4 +58,4 @@ def plot(
             raise CwndtraceError(f"{clean(str(file))} can't be written: {e}", "choose another file with -o") from e
     for line in trace.warnings:
         click.echo(f"warning: {clean(line)}", err=True)
-    click.echo(file)
+    click.echo(clean(str(file)))

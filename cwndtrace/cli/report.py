@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -14,7 +13,7 @@ import cwndtrace
 from cwndtrace import words as fmt
 from cwndtrace.analysis import remedy, verdict
 from cwndtrace.cli.summary import columns
-from cwndtrace.errors import CwndtraceError
+from cwndtrace.errors import CwndtraceError, making_sense
 from cwndtrace.events import clean
 from cwndtrace.report import content
 
@@ -52,7 +51,7 @@ def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
         except OSError as e:
             raise CwndtraceError(f"{clean(str(file))} can't be written: {e.strerror}", "choose another file") from e
     if as_json:
-        click.echo(json.dumps(content.as_json(found), allow_nan=False))
+        click.echo(fmt.json_line(content.as_json(found), allow_nan=False))
     else:
         for line in lines(found):
             click.echo(line)
@@ -60,8 +59,13 @@ def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
         click.echo(f"The page is in {clean(str(file))}.", err=True)
 
 
-def lines(found: content.Report) -> Iterator[str]:
-    """One screen of text that leads with the answer."""
+def lines(found: content.Report) -> list[str]:
+    """One screen of text that leads with the answer. Raises CaptureError where the rows make no sense."""
+    with making_sense():
+        return list(_lines(found))
+
+
+def _lines(found: content.Report) -> Iterator[str]:
     yield click.style(clean(found.host.text), bold=True)
     for line in (line for each in found.caveats.values() for line in each):
         yield f"! {clean(line)}"

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import click
 import pandas as pd
 
 import cwndtrace
+from cwndtrace import power
 from cwndtrace.capture import target
 from cwndtrace.capture.session import Interrupt
 from cwndtrace.capture.source import Filters
@@ -34,6 +36,7 @@ from cwndtrace.lab.path import KINDS
 from cwndtrace.lab.recording import Recording, costs, matched
 from cwndtrace.lab.scenario import PRESETS
 from cwndtrace.lab.statistics import overall, size, summarise
+from cwndtrace.store.folder import Folder, make
 from cwndtrace.trace import Trace
 
 
@@ -98,17 +101,18 @@ def _check_together(against: str | None, of_the_path: dict[str, Any], of_the_ser
 
 
 @contextmanager
-def _new(folder: Path) -> Iterator[None]:
-    """Make a folder; it goes again if nothing was put into it."""
+def _new(path: Path) -> Iterator[Folder]:
+    """Make a folder for whom sudo works for; it goes again if nothing was put into it."""
     try:
-        folder.mkdir()
+        folder = make(path, power.invoking_user())
     except OSError as e:
-        raise CaptureError(f"{clean(str(folder))} can't be made: {e.strerror}", "choose another folder with -o") from e
+        raise CaptureError(f"{clean(str(path))} can't be made: {e.strerror}", "choose another folder with -o") from e
     try:
-        yield
+        with folder:
+            yield folder
     finally:
-        with suppress(OSError):
-            folder.rmdir()
+        with suppress(OSError), power.acting_as(folder.user):
+            path.rmdir()
 
 
 @click.command()
@@ -166,12 +170,12 @@ def reproduce(
     # Before anything that may fail: then it is said too.
     for line in cleanup.sweep():
         click.echo(f"cleaned up what an earlier run left: {clean(line)}", err=True)
-    with _new(folder):
+    with _new(folder) as opened:
         if server is not None:
             with Against(*server, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
                 click.echo(f"Sending to {clean(str(against))}; only this side is traced.", err=True)
                 filters = Filters(netns=netns.own().inode, port=server[1])
-                _measure(remote, filters, folder, probe=probe, dark=dark)
+                _measure(remote, filters, folder, opened, probe=probe, dark=dark)
         else:
             with Lab(scenario, kind) as lab:
                 link = scenario.link
@@ -179,12 +183,17 @@ def reproduce(
                 click.echo(f"Path: RTT {link.rtt_ms:g} ms{rate_text}, by {lab.path.kind} ({lab.path.why}).", err=True)
                 click.echo(f"This takes about {lab.expected_s:.0f} s.", err=True)
                 filters = Filters(netns=lab.path.server.namespace.inode)
-                _measure(lab, filters, folder, probe=probe, dark=dark)
+                _measure(lab, filters, folder, opened, probe=probe, dark=dark)
 
 
-def _measure(lab: Lab | Against, filters: Filters, folder: Path, *, probe: str | None, dark: bool) -> None:
-    """Trace while the lab measures; write and show everything, also of a run that broke off."""
-    capture = folder / "capture.cwnd"
+def _measure(
+    lab: Lab | Against, filters: Filters, path: Path, folder: Folder, *, probe: str | None, dark: bool
+) -> None:
+    """Trace while the lab measures; write and show everything, also of a run that broke off.
+
+    ``path`` names ``folder`` for people.
+    """
+    capture = path / "capture.cwnd"
     broken: CwndtraceError | None = None
     with Interrupt() as interrupt, Recording(capture, filters, cwndtrace.__version__, probe=probe) as recording:
         seen = ", ".join(f"{reason} by {rung}" for reason, rung in recording.session.source.rungs.items() if rung)
@@ -200,8 +209,8 @@ def _measure(lab: Lab | Against, filters: Filters, folder: Path, *, probe: str |
     if broken is not None and not lab.taken:
         raise broken
     taken = frame(lab.taken)
-    taken.to_parquet(folder / "measurements.parquet")
-    _report(taken, recording.trace(), folder, lab.notes(), dark=dark)
+    folder.write("measurements.parquet", taken.to_parquet)
+    _report(taken, recording.trace(), path, folder, lab.notes(), dark=dark)
     if broken is not None:
         raise broken
 
@@ -212,7 +221,7 @@ def _line(row: Measurement) -> str:
     return f"{text}  {row.latency_ms:>8.1f} ms   {fell}"
 
 
-def _report(taken: pd.DataFrame, trace: Trace, folder: Path, notes: list[str], *, dark: bool) -> None:
+def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes: list[str], *, dark: bool) -> None:
     if taken.empty:
         raise CwndtraceError("nothing was measured", "let it run until the first line of a round is there")
     summary = summarise(taken)
@@ -252,9 +261,9 @@ def _report(taken: pd.DataFrame, trace: Trace, folder: Path, notes: list[str], *
     for note in notes:
         click.echo(f"note: {clean(note)}")
     pictures = _draw(taken, summary, trace, priced, folder, dark=dark)
-    click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(folder))}.", err=True)
+    click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(path))}.", err=True)
     click.echo(f"\nWhat it cost: {overall(summary)}.")
-    click.echo(f"The picture:  {clean(str(pictures[0]))}")
+    click.echo(f"The picture:  {clean(str(path / pictures[0]))}")
 
 
 def _known(text: str, *values: float) -> str:
@@ -263,9 +272,9 @@ def _known(text: str, *values: float) -> str:
 
 
 def _draw(
-    taken: pd.DataFrame, summary: pd.DataFrame, trace: Trace, priced: pd.DataFrame, folder: Path, *, dark: bool
-) -> list[Path]:
-    """The pictures, as files; the one that tells most first."""
+    taken: pd.DataFrame, summary: pd.DataFrame, trace: Trace, priced: pd.DataFrame, folder: Folder, *, dark: bool
+) -> list[str]:
+    """The pictures, as names of files; the one that tells most first."""
     # Only here, because matplotlib takes long to load.
     from cwndtrace.plot import cost, latency, sawtooth, staircase, style
 
@@ -279,8 +288,8 @@ def _draw(
     written = []
     with style.use(dark=dark):
         for name, draw in drawings.items():
-            written.append(folder / f"{name}.png")
-            draw().savefig(written[-1])
+            written.append(f"{name}.png")
+            folder.write(written[-1], partial(draw().savefig, format="png"))
     return written
 
 
@@ -296,7 +305,12 @@ def trace_of(trace: Trace, taken: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFr
 
 
 @click.command()
-@click.option("--host", default="::", show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; :: lets in whoever can reach this machine.",
+)
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=5001, show_default=True, help="Port; 0 takes a free one."
 )
@@ -306,7 +320,7 @@ def serve(host: str, port: int, cc: str | None) -> None:
 
     \b
     Examples:
-      cwndtrace serve
+      cwndtrace serve --host ::
       cwndtrace serve --host 192.0.2.7 --port 5001
     """
     # What systemd or kill sends ends it as Ctrl-C does.

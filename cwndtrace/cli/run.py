@@ -6,24 +6,29 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import click
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 import cwndtrace
+from cwndtrace import power
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
+from cwndtrace.cli.output import Unprinted, nobody_reads, printing
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
-from cwndtrace.kernel import netns
 from cwndtrace.store import CaptureWriter
+from cwndtrace.trace import Trace
 
 
 @click.command()
@@ -32,6 +37,13 @@ from cwndtrace.store import CaptureWriter
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="NAME.cwnd", help="Where the capture goes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 @click.option("--block/--no-block", default=None, help="Print each block request; or don't trace them at all.")
+@click.option(
+    "--unwritable",
+    type=click.Choice(["wait", "stop"]),
+    default="wait",
+    help="When the disk refuses rows: hold them until it takes them (default), or stop.",
+)
+@click.option("--stay-root", is_flag=True, help="Keep root's power for all of the trace, in one process.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each better probe was not used.")
 def run(
@@ -48,6 +60,8 @@ def run(
     output: Path | None,
     as_json: bool,
     block: bool | None,
+    unwritable: str,
+    stay_root: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -76,35 +90,50 @@ def run(
         cause = f"The folder {clean(str(output.parent))} doesn't exist."
         raise CaptureError(cause, "Make it, or choose another place with -o.")
     what = iface or (f"port {port}" if port else f"process {pid}" if pid else "this machine")
-    with (
-        sessions.Interrupt() as interrupt,
-        stream.open_session(filters, probe=probe, block=block is not False) as session,
-    ):
-        writer = CaptureWriter.create(output, sessions.describe(session, filters, cwndtrace.__version__))
-        view: TextView | JsonView
-        if as_json:
-            view = JsonView(session, print_block=bool(block))
-        else:
-            view = TextView(session, print_block=bool(block), quiet=quiet)
-        try:
+    with sessions.Interrupt() as interrupt:
+        with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
+            user, roots = _whose(stay_root=stay_root)
+            about = sessions.describe(session, filters, cwndtrace.__version__)
+            writer = CaptureWriter.create(output, about, user=user)
+            view: TextView | JsonView
+            if as_json:
+                view = JsonView(session, print_block=bool(block))
+            else:
+                view = TextView(session, print_block=bool(block), quiet=quiet)
+            try:
+                if not stay_root:
+                    _drop(session, writer.user, quiet=quiet)
+                with suppress(Unprinted), printing():
+                    if not quiet:
+                        _say_what(session, what, verbose=verbose)
+                        if writer.user != user is not None:
+                            roots = f"{user.name} may not write there"
+                        if roots:
+                            click.echo(f"{clean(roots)}: the capture is root's.", err=True)
+                watch = Watch(session, filters, iface)
+                saver = Saver(writer, session, stop=unwritable == "stop")
+                failed = trace(session, saver, view, interrupt, watch, duration=duration, what=what, quiet=quiet)
+            finally:
+                writer.close("failed")  # does nothing if it is closed already
+        with suppress(Unprinted), printing():
+            if not interrupt.hurried:
+                trace_file = Trace(writer.capture())
+                if as_json:
+                    JsonView.write(summary_object(trace_file, session, view.block))
+                else:
+                    print_summary(trace_file, session, view.block)
+        with suppress(Unprinted), printing():
             if not quiet:
-                _say_what(session, what, verbose=verbose)
-            trace(session, writer, view, filters, interrupt, duration=duration, what=what, quiet=quiet)
-        finally:
-            writer.close("failed")  # does nothing if it is closed already
-    trace_file = cwndtrace.load(output)
-    try:
-        if as_json:
-            JsonView.write(summary_object(trace_file, session, view.block))
-        else:
-            print_summary(trace_file, session, view.block)
-    except BrokenPipeError:
-        _nobody_reads()
-    if not quiet:
-        click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
-        click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
-        click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
-        click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
+                _say_what_next(output)
+    if failed:
+        sys.exit(1)
+
+
+def _say_what_next(output: Path) -> None:
+    click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
+    click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
+    click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
+    click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
 def _say_what(session: Session, what: str, *, verbose: bool) -> None:
@@ -117,76 +146,147 @@ def _say_what(session: Session, what: str, *, verbose: bool) -> None:
                 click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
 
 
+def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
+    """Whose the capture is to be, and why it is root's although sudo works for somebody."""
+    user = power.invoking_user()
+    if user is None or stay_root:
+        return user, ""
+    # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
+    modules = (os, np, pd, pa, cwndtrace)
+    closed = power.unreadable(user, [Path(str(module.__file__)) for module in modules])
+    return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
+
+
+def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
+    """Give up what tracing needs no longer, now that all is attached and open."""
+    needed = session.source.power_needed(user)
+    power.drop(user, needed)
+    if (left := power.still_powerful(needed)) and not quiet:
+        click.echo(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
+
+
+class Saver:
+    """Writes what is due. A disk that refuses is said once, and ends the trace only if ``stop``."""
+
+    def __init__(self, writer: CaptureWriter, session: Session, *, stop: bool) -> None:
+        self.writer = writer
+        self._session = session
+        self._stop = stop
+        self._told: tuple[object, ...] = self._news()
+        self._failed = False
+
+    def _news(self) -> tuple[object, ...]:
+        return sum(self._session.tally.lost.values()), len(self._session.clock.all)
+
+    def save(self) -> None:
+        """Write rows that are due, and, should this process be killed, what has been lost until now."""
+        try:
+            self.writer.flush()
+            if not self._failed and (news := self._news()) != self._told:
+                self.writer.update_meta(**sessions.so_far(self._session))
+                self._told = news
+        except CaptureError as e:
+            if self._stop:
+                raise
+            if not self._failed:
+                click.echo(f"\ncwndtrace: {e.cause}\n  {e.remedy}", err=True)
+            self._failed = True
+
+
 def trace(
     session: Session,
-    writer: CaptureWriter,
+    saver: Saver,
     view: TextView | JsonView,
-    filters: Filters,
     interrupt: sessions.Interrupt,
+    watch: Watch,
     *,
     duration: float | None,
     what: str,
     quiet: bool,
-) -> None:
-    """Drive a session until it ends, into ``writer`` and ``view``; the capture is closed whatever happens."""
+) -> bool:
+    """Drive a session until it ends, saving and showing; the capture is closed whatever happens.
+
+    Says whether what was to be printed couldn't be, though somebody was there to read it.
+    """
     end = None if duration is None else time.monotonic() + duration
     warned: list[str] = []
-    status, error = "failed", None
+    status, unprinted = "failed", False
     try:
-        view.begin()
+        with printing():
+            view.begin()
         while not interrupt.requested and (end is None or time.monotonic() < end) and not session.source.exhausted():
             left = 0.1 if end is None else max(0.0, min(0.1, end - time.monotonic()))
-            for batch in session.step(left):
-                writer.add(batch.event, batch.table)
-                view.batch(batch)
-                if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
-                    warned = _warn(batch.to_pandas(), filters, what, warned, view)
-            error = _flush(writer, error)
-            view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
+            batches = session.step(left)
+            for batch in batches:
+                saver.writer.add(batch.event, batch.table)
+            with printing():
+                for batch in batches:
+                    view.batch(batch)
+                    if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
+                        warned = _warn(batch.to_pandas(), session, what, warned, view)
+                if not quiet and (news := watch.news()):
+                    view.end()
+                    click.echo(f"warning: {clean(news)}", err=True)
+                saver.save()
+                view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
+            if nobody_reads():
+                # As at the end of a script that started this one: that ends the trace like Ctrl-C.
+                break
         status = "complete"
-    except BrokenPipeError:
-        # Whoever read our output has gone: that ends the trace like Ctrl-C, without the last words.
-        status = "complete"
-        _nobody_reads()
+    except Unprinted as e:
+        status, unprinted = "complete", e.failed
     finally:
         try:
             last = session.finish()
             for batch in last:
-                writer.add(batch.event, batch.table)
-            for batch in last:
-                view.batch(batch)
-            view.tick("")
-            view.end()
-        except BrokenPipeError:
-            _nobody_reads()
+                saver.writer.add(batch.event, batch.table)
+            with suppress(Unprinted), printing():
+                for batch in last:
+                    view.batch(batch)
+                view.tick("")
+                view.end()
         except BaseException:
             status = "failed"
             raise
         finally:
-            writer.close(status, **sessions.ending(session))
+            saver.writer.close(status, **sessions.ending(session))
+    return unprinted
 
 
-def _nobody_reads() -> None:
-    """What is still printed, and what Python flushes at its exit, goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+_LOOK_S: Final = 2.0
 
 
-def _flush(writer: CaptureWriter, before: CaptureError | None) -> CaptureError | None:
-    """Write what is due. A full disk doesn't end the trace: the rows wait in memory, and it is said once."""
-    try:
-        writer.flush()
-    except CaptureError as e:
-        if before is None:
-            click.echo(f"\ncwndtrace: {e.cause}\n  {e.remedy}", err=True)
-        return e
-    return before
+class Watch:
+    """Says when what was asked for by name is there no more, or has another name; the trace goes on."""
+
+    def __init__(self, session: Session, filters: Filters, iface: str | None) -> None:
+        self._session = session
+        self._filters = filters
+        self._known: tuple[bool, str | None] = (True, iface)
+        self._next = 0.0
+
+    def news(self) -> str | None:
+        """What changed since the last call, if anything did."""
+        if self._filters.netns is None or time.monotonic() < self._next:
+            return None
+        self._next = time.monotonic() + _LOOK_S
+        if (now := self._session.lookout.watched()) == self._known:
+            return None
+        (_, before), self._known = self._known, now
+        there, name = now
+        if not there:
+            return "the network namespace that is traced has no name and no process any more; the trace goes on"
+        if name == before:  # the namespace is back
+            return None
+        if name is None:
+            return f"interface {before} is gone, removed or moved to another network namespace; the trace goes on"
+        return f"interface {before} is called {name} now; the trace goes on" if before else f"interface {name} is back"
 
 
 def _warn(
-    connections: pd.DataFrame, filters: Filters, what: str, before: list[str], view: TextView | JsonView
+    connections: pd.DataFrame, session: Session, what: str, before: list[str], view: TextView | JsonView
 ) -> list[str]:
-    namespaces = [n for n in netns.all_reachable() if n.inode == (filters.netns or netns.own().inode)]
-    found = waiting.warnings(connections, namespaces, what)
+    found = waiting.warnings(connections, session.lookout.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
         view.end()

@@ -9,14 +9,15 @@ from cwndtrace.analysis.verdict import EXEMPT
 from cwndtrace.kernel import netns
 
 
-def warnings(connections: pd.DataFrame, namespaces: list[netns.Namespace], what: str) -> list[str]:
+def warnings(connections: pd.DataFrame, settings: list[tuple[netns.Namespace, int | None]], what: str) -> list[str]:
     """What makes idle resets impossible now, a line each; empty where they can happen.
 
-    ``connections`` is one snapshot, ``namespaces`` those that are traced, ``what`` names the target.
+    ``connections`` is one snapshot, ``settings`` the namespaces that are traced with netns.IDLE_SYSCTL there,
+    ``what`` names the target.
     """
     found = []
-    off = [n for n in namespaces if netns.idle_sysctl(n) == 0]
-    if off and len(off) == len(namespaces):
+    off = [namespace for namespace, value in settings if value == 0]
+    if off and len(off) == len(settings):
         command = f"sysctl -w {netns.IDLE_SYSCTL}=1"
         where = "this network namespace" if off[0].name == "this" else f"network namespace {off[0].name}"
         if off[0].path.parent.name == "netns":

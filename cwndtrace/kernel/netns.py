@@ -87,6 +87,8 @@ def _is_namespace(path: Path) -> bool:
 def inside(namespace: Namespace, work: Callable[[], T]) -> T:
     """The result of ``work`` run in ``namespace``, on a thread of its own so that no other one moves there.
 
+    In the one that this thread is in already, that takes no power and no thread.
+
     Raises NotFound where the namespace is gone or may not be entered, and what ``work`` raises.
     """
 
@@ -103,6 +105,8 @@ def inside(namespace: Namespace, work: Callable[[], T]) -> T:
             os.close(fd)
         return work()
 
+    if namespace.inode == own().inode:
+        return work()
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(enter_and_work).result()
 

@@ -77,7 +77,7 @@ class Against:
         except OSError as e:
             raise NotFound(
                 f"no server at {self._host} port {self._port}: {e.strerror or e}",
-                f"start one there: cwndtrace serve --port {self._port}",
+                f"start one there: cwndtrace serve --host :: --port {self._port}",
             ) from e
         try:
             wire.set_up(sock, self.scenario.cc, self.scenario.sndbuf)

@@ -11,13 +11,14 @@ from typing import Final, Self
 import numpy as np
 import pandas as pd
 
+from cwndtrace import power
 from cwndtrace.analysis import cost
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.store import CaptureWriter
-from cwndtrace.trace import Trace, load
+from cwndtrace.trace import Trace
 
 _STEP_S: Final = 0.1
 # Windows that differ by less than this factor are alike.
@@ -42,7 +43,7 @@ class Recording:
         self.session: Session = stream.open_session(self._filters, probe=self._probe)
         try:
             about = sessions.describe(self.session, self._filters, self._version)
-            self._writer = CaptureWriter.create(self._path, about)
+            self._writer = CaptureWriter.create(self._path, about, user=power.invoking_user())
         except BaseException:
             self.session.close()
             raise
@@ -79,7 +80,7 @@ class Recording:
 
     def trace(self) -> Trace:
         """What was recorded."""
-        return load(self._path)
+        return Trace(self._writer.capture())
 
 
 def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from cwndtrace import events
 from cwndtrace.analysis import block_io, idle_cause, verdict
+from cwndtrace.errors import making_sense
 from cwndtrace.trace import Trace
 
 RESETS: Final = ("cwnd_reset", "cwnd_recovery", "connections")
@@ -33,6 +34,7 @@ class Report:
     caveats: dict[str, list[str]]
 
 
+@making_sense()
 def report(trace: Trace) -> Report:
     """All that is to be said of a capture."""
     resets = trace.verdicts
@@ -68,6 +70,7 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
     return {"all": whole, "resets": resets, "block_io": block}
 
 
+@making_sense()
 def as_json(found: Report) -> dict[str, Any]:
     """The report as one object that JSON can hold: missing figures are null, times ISO 8601 in UTC."""
     meta = found.trace.meta
@@ -83,7 +86,7 @@ def as_json(found: Report) -> dict[str, Any]:
     }
     return {
         "event": "report",
-        "time": meta.get("ended") or meta.get("started"),
+        "time": next((t for t in (meta.get("ended"), meta.get("started")) if isinstance(t, str)), None),
         "capture": str(found.trace.path),
         "status": found.trace.status,
         "answer": {name: _plain(value) for name, value in asdict(found.host).items()},

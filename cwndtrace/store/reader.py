@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cwndtrace import events
 from cwndtrace.errors import CaptureError
+from cwndtrace.store import files
 from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
+from cwndtrace.store.pages import Refused
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
@@ -26,13 +27,15 @@ class Capture:
     """A capture as it lies on disk.
 
     ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
-    never closed it) or ``failed``. ``warnings`` grows as ``table`` meets parts that can't be read.
+    never closed it) or ``failed``. ``warnings`` grows as ``table`` meets parts that can't be read. ``shown`` is
+    the path for people where ``path`` is not.
     """
 
     path: Path
     meta: dict[str, Any]
     status: str
     warnings: list[str] = field(default_factory=list)
+    shown: Path | None = None
 
     def table(self, name: str) -> pa.Table:
         """All rows of a table: its schema first, then columns that a later version may have added.
@@ -42,7 +45,10 @@ class Capture:
         in ``time``, exact in the ``*_ns`` columns. Raises KeyError for a table that neither this version
         nor the capture knows.
         """
-        known = events.schema(name) if name in events.TABLES or not (self.path / name).is_dir() else None
+        strange = name not in events.TABLES
+        if strange and (not name or Path(name).name != name or name.startswith(".") or not (self.path / name).is_dir()):
+            raise KeyError(name)
+        known = None if strange else events.schema(name)
         tables = [table for _, table in self._each(name, known)]
         if not tables:
             return known.empty_table() if known else pa.table({})
@@ -53,20 +59,27 @@ class Capture:
         total = 0
         for part in self._parts(name):
             try:
-                total += pq.read_metadata(part).num_rows
+                with files.parquet(part) as file:
+                    total += file.metadata.num_rows
             except _UNREADABLE as error:
                 self._warn(part, error)
         return total
 
     def _parts(self, name: str) -> list[Path]:
-        return sorted(p for p in (self.path / name).glob("*.parquet") if not p.name.startswith((".", "_")))
+        folder = self.path / name
+        if folder.is_symlink():
+            self._warn(folder, Refused("it is a symbolic link"))
+        try:
+            return files.parts(folder)
+        except Refused as error:
+            raise CaptureError(f"{show(folder)} can't be read: {error}.", "Give another capture.") from error
 
     def _each(self, name: str, known: pa.Schema | None) -> Iterator[tuple[Path, pa.Table]]:
         for part in self._parts(name):
             try:
                 # Not pq.read_table: it makes columns of a host=... in the path.
-                with pq.ParquetFile(part, page_checksum_verification=True) as file:
-                    data = file.read()
+                with files.parquet(part) as file:
+                    data = files.read(file)
                 yield part, data if known is None else _conform(data, known)
             except _UNREADABLE as error:
                 self._warn(part, error)
@@ -119,7 +132,7 @@ def _read_meta(where: Path) -> dict[str, Any]:
     file = where / META
     tables = f"Its tables may still open with pandas.read_parquet({str(where / 'cwnd_reset')!r})."
     try:
-        meta = json.loads(file.read_bytes())
+        meta = json.loads(files.meta(file))
     except PermissionError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -146,6 +159,9 @@ def _status(meta: dict[str, Any]) -> str:
 def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
     present = set(data.column_names)
     columns = [data.column(f.name).cast(f.type) if f.name in present else pa.nulls(len(data), f.type) for f in known]
+    for name in present & set(known.names) - events.MAY_BE_NULL:
+        if data.column(name).null_count:
+            raise Refused(f"values of {name} are missing")
     extra = [f for f in data.schema if f.name not in known.names]
     schema = pa.schema([*known, *extra], metadata=known.metadata)
     return pa.Table.from_arrays([*columns, *(data.column(f.name) for f in extra)], schema=schema)

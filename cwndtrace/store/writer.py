@@ -9,19 +9,29 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwndtrace import events
+from cwndtrace import events, power
 from cwndtrace.errors import CaptureError
+from cwndtrace.store.folder import Folder, Stranger, make
 from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
+from cwndtrace.store.reader import Capture, open_capture
 
 PART_ROWS: Final = 262_144
 """Rows that make a part due, whatever their age."""
+
+FLUSH_SECONDS: Final = 0.5
+"""How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses a second's rows."""
+
+SEAL_ROWS: Final = 16_384
+SEAL_SECONDS: Final = 60.0
+"""A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what
+came in since, or a quiet day would leave a hundred thousand parts of a few rows."""
 
 BUFFER_ROWS: Final = 4 * PART_ROWS
 """Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
@@ -40,16 +50,25 @@ _REMEDIES: Final = {
 
 @dataclass
 class _Buffer:
-    """The rows of one table that aren't on disk yet."""
+    """The rows of one table that aren't on disk yet, behind the ``written`` ones of a part that isn't sealed.
+
+    ``since`` is when the first row came that isn't on disk, ``begun`` when the part's first one did.
+    """
 
     tables: list[pa.Table] = field(default_factory=list)
     rows: int = 0
+    written: int = 0
     since: float = 0.0
+    begun: float = 0.0
     part: int = 1
+
+    @property
+    def waiting(self) -> int:
+        return self.rows - self.written
 
     def clear(self) -> None:
         self.tables.clear()
-        self.rows = 0
+        self.rows = self.written = 0
 
 
 class CaptureWriter:
@@ -58,8 +77,9 @@ class CaptureWriter:
     ``path`` is the capture's directory, ``lost`` counts by table the rows that never reached the disk.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], flush_seconds: float) -> None:
+    def __init__(self, path: Path, folder: Folder, meta: dict[str, Any], flush_seconds: float) -> None:
         self.path = path
+        self._folder = folder
         self.lost: Counter[str] = Counter()
         self._meta = meta
         self._flush_seconds = flush_seconds
@@ -67,11 +87,20 @@ class CaptureWriter:
         self._closed = False
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], meta: dict[str, Any], *, flush_seconds: float = 5.0) -> CaptureWriter:
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        meta: dict[str, Any],
+        *,
+        flush_seconds: float = FLUSH_SECONDS,
+        user: power.User | None = None,
+    ) -> CaptureWriter:
         """Make the directory ``path`` and its ``meta.json``, whose status is ``running`` from now on.
 
         ``meta`` may hold anything that JSON can; ``schema``, ``status``, ``pid``, ``pid_start`` (clock ticks
         since boot) and ``boot_id`` are filled in, because they tell later whether this process still lives.
+        The capture is made by ``user``'s rights and belongs to them; where they may not write, to this process's
+        own user, which ``user`` of the writer tells.
         Raises CaptureError if ``path`` exists, its parent doesn't, or it can't be written.
         """
         path = Path(path)
@@ -82,27 +111,41 @@ class CaptureWriter:
             "pid_start": process_start(os.getpid()),
             "boot_id": boot_id(),
         }
-        writer = cls(path, {**meta, **identity}, flush_seconds)
         try:
-            path.mkdir()
+            folder = make(path, user)
         except FileExistsError:
             raise CaptureError(f"{show(path)} exists already.", "Choose another name with -o.") from None
         except FileNotFoundError:
             cause = f"The folder {show(path.parent)} doesn't exist."
             raise CaptureError(cause, "Make it, or choose another place with -o.") from None
+        except Stranger as error:
+            cause = f"{show(path)} can't be made safely: {error.strerror}."
+            raise CaptureError(cause, "Give its real place, where nobody else can rename things, with -o.") from error
         except OSError as error:
             raise _failed(f"{show(path)} can't be made", error) from error
+        writer = cls(path, folder, {**meta, **identity}, flush_seconds)
         try:
             writer._write_meta(writer._meta)
         except BaseException as error:
-            with suppress(OSError):
+            folder.close()
+            with suppress(OSError), power.acting_as(folder.user):
                 path.rmdir()
             if isinstance(error, OSError):
                 raise _failed(f"{show(path)} can't be written", error) from error
             raise
-        with suppress(OSError):  # a folder may be writable and not readable
-            _sync_directory(path.parent)
         return writer
+
+    @property
+    def user(self) -> power.User | None:
+        """Whose the capture is; None for this process's own user."""
+        return self._folder.user
+
+    def capture(self) -> Capture:
+        """The capture for reading, wherever its directory lies by now, also where its path can't be walked any more.
+
+        Works as long as this writer is kept. Raises CaptureError.
+        """
+        return replace(open_capture(self._folder.path), shown=self.path)
 
     def add(self, table: str, data: pa.Table) -> None:
         """Take the rows of ``data``, to be written by a later ``flush``.
@@ -117,30 +160,37 @@ class CaptureWriter:
         if buffer.rows + len(data) > BUFFER_ROWS:
             self.lost[table] += len(data)
         elif len(data):
-            if not buffer.rows:
+            if not buffer.waiting:
                 buffer.since = time.monotonic()
+            if not buffer.rows:
+                buffer.begun = buffer.since
             buffer.tables.append(data)
             buffer.rows += len(data)
 
     def flush(self, force: bool = False) -> None:
-        """Write the parts that are due: five seconds (``flush_seconds``) after their first row, or PART_ROWS long.
+        """Write the parts that are due: ``flush_seconds`` after their first new row, or with PART_ROWS new ones.
 
-        ``force`` writes all that is held. Raises CaptureError if the disk refuses; the rows are then kept
+        ``force`` writes all that is held, and seals it. Raises CaptureError if the disk refuses; the rows are then kept
         and tried again, ``flush_seconds`` later at the earliest unless forced.
         """
-        failure: CaptureError | None = None
+        if refused := self._flush(force):
+            name, error = refused[0]
+            what = f"Writing {name} to {show(self.path)} failed, {self._buffers[name].waiting:,} rows wait in memory"
+            raise _failed(what, error)
+
+    def _flush(self, force: bool) -> list[tuple[str, OSError]]:
+        """Write the parts that are due; the tables that the disk refused, and why."""
+        refused = []
         for name, buffer in self._buffers.items():
-            due = buffer.rows >= PART_ROWS or time.monotonic() - buffer.since >= self._flush_seconds
-            if not buffer.rows or not (due or force):
+            due = buffer.waiting >= PART_ROWS or time.monotonic() - buffer.since >= self._flush_seconds
+            if not buffer.waiting or not (due or force):
                 continue
             try:
-                self._write_part(name, buffer)
+                self._write_part(name, buffer, seal=force)
             except OSError as error:
                 buffer.since = time.monotonic()
-                what = f"Writing {name} to {show(self.path)} failed, {buffer.rows:,} rows wait in memory"
-                failure = failure or _failed(what, error)
-        if failure:
-            raise failure
+                refused.append((name, error))
+        return refused
 
     def update_meta(self, **values: Any) -> None:
         """Replace top-level ``values`` of ``meta.json``, the whole file or nothing. Raises CaptureError."""
@@ -161,13 +211,13 @@ class CaptureWriter:
             return
         self._closed = True
         failure: CaptureError | None = None
-        try:
-            self.flush(force=True)
-        except CaptureError as error:
-            failure, status = error, "failed"
-            for name, buffer in self._buffers.items():
-                self.lost[name] += buffer.rows
-                buffer.clear()
+        if refused := self._flush(force=True):
+            status = "failed"
+            for name, _ in refused:
+                self.lost[name] += self._buffers[name].waiting
+                self._buffers[name].clear()
+            given_up = ", ".join(f"{self.lost[name]:,} rows of {name}" for name, _ in refused)
+            failure = _failed(f"{given_up} never reached {show(self.path)}", refused[0][1])
         if self.lost:
             meta["unwritten"] = dict(+self.lost)
         try:
@@ -177,55 +227,29 @@ class CaptureWriter:
         if failure:
             raise failure
 
-    def _write_part(self, name: str, buffer: _Buffer) -> None:
-        folder = self.path / name
-        if not folder.is_dir():
-            folder.mkdir()
-            _sync_directory(self.path)
-        final = folder / f"part-{buffer.part:06}.parquet"
-        temporary = final.with_name(f".{final.name}.tmp")
+    def _write_part(self, name: str, buffer: _Buffer, *, seal: bool) -> None:
+        part = f"part-{buffer.part:06}.parquet"
         rows = pa.concat_tables(buffer.tables).unify_dictionaries()
-        try:
-            with temporary.open("wb") as file:
-                pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(final)
-            _sync_directory(folder)
-        except BaseException:
-            # The rows stay in memory, so neither name may hold them as well.
-            _discard(temporary)
-            _discard(final)
-            raise
-        buffer.part += 1
-        buffer.clear()
+
+        def fill(file: BinaryIO) -> None:
+            pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
+
+        with self._folder.inside(name) as folder:
+            try:
+                folder.write(part, fill)
+            except BaseException:
+                # Rows that count as waiting may not be there as well.
+                if not buffer.written:
+                    folder.discard(part)
+                raise
+        buffer.tables, buffer.written = [rows], buffer.rows
+        if seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS:
+            buffer.part += 1
+            buffer.clear()
 
     def _write_meta(self, meta: dict[str, Any]) -> None:
         text = json.dumps(meta, indent=1, allow_nan=False)
-        temporary = self.path / f".{META}.tmp"
-        try:
-            with temporary.open("w", encoding="ascii") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / META)
-        except BaseException:
-            _discard(temporary)
-            raise
-        _sync_directory(self.path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+        self._folder.write(META, lambda file: file.write(text.encode("ascii") + b"\n"))
 
 
 def _failed(what: str, error: OSError) -> CaptureError:

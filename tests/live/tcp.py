@@ -8,6 +8,7 @@ window grow, and all that came before it is acknowledged. So a window that is sm
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import select
 import socket
@@ -113,6 +114,24 @@ def info(sock: socket.socket) -> Info:
 
 
 # ---- network namespaces -----------------------------------------------------------------------------------
+
+
+LISTEN = "0A"
+"""A state in /proc/net/tcp."""
+
+
+def listening() -> set[tuple[str, int]]:
+    """Addresses and ports of all TCP listeners of the namespace that the calling thread is in."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == LISTEN:
+                raw, port = local.split(":")
+                # Words of the host's order, each printed as a number.
+                words = [int(raw[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(raw), 8)]
+                found.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
+    return found
 
 
 class Here:

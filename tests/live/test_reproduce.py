@@ -28,6 +28,7 @@ import cwndtrace
 from cwndtrace.kernel import netns
 from tests.live import tcp
 from tests.live.test_lab_kill import eventually, processes_of, sysctls, things_of
+from tests.live.test_power import FOR_SOMEBODY, GID, UID, assert_owned, home_of
 from tests.live.test_run import COMMAND, ENVIRONMENT, Done, assert_short, call, within
 
 pytestmark = pytest.mark.live
@@ -169,15 +170,21 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """``reproduce --preset quick``, once for all that look at it."""
-    folder, load = tmp_path_factory.mktemp("reproduce") / "quick", os.getloadavg()[0]
-    before, begin = of_the_host(), time.monotonic()
-    done = call("reproduce", "--preset", "quick", "-o", folder, seconds=300)
-    took_s = time.monotonic() - begin
-    assert done.returncode == 0, done.stderr
-    assert of_the_host() == before
-    return Run(done, folder, took_s, load)
+def quick() -> Iterator[Run]:
+    """``reproduce --preset quick``, once for all that look at it, by sudo."""
+    with home_of(UID, GID) as home:
+        folder, load = home / "quick", os.getloadavg()[0]
+        before, begin = of_the_host(), time.monotonic()
+        done = call("reproduce", "--preset", "quick", "-o", folder, before=FOR_SOMEBODY, seconds=300)
+        took_s = time.monotonic() - begin
+        assert done.returncode == 0, done.stderr
+        assert of_the_host() == before
+        yield Run(done, folder, took_s, load)
+
+
+def test_what_is_reproduced_is_the_invoking_users(quick: Run) -> None:
+    assert_owned(quick.folder, UID, GID)
+    assert {p.name for p in quick.folder.iterdir()} >= {"capture.cwnd", "measurements.parquet", "latency.png"}
 
 
 @pytest.mark.skipif("CWNDTRACE_VM" in os.environ, reason="an emulated machine is ten times slower: sudo make test")
@@ -450,7 +457,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     absent = call("reproduce", "--against", f"127.0.0.1:{port}", "-o", tmp_path / "a")
-    assert_short(absent, 1, f"no server at 127.0.0.1 port {port}: Connection refused", f"cwndtrace serve --port {port}")
+    assert_short(
+        absent, 1, f"no server at 127.0.0.1 port {port}: Connection refused", f"cwndtrace serve --host :: --port {port}"
+    )
     unknown = call("reproduce", "--cc", "nonesuch", "-o", tmp_path / "a")
     assert_short(unknown, 77, "no congestion control nonesuch", "it has: .*reno")
     assert not (tmp_path / "a").exists()

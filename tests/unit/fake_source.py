@@ -6,6 +6,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from cwndtrace.capture.source import Chunk, Counts
+from cwndtrace.power import User
 
 
 class FakeSource:
@@ -29,6 +30,9 @@ class FakeSource:
 
     def exhausted(self) -> bool:
         return not self._polls
+
+    def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
+        return frozenset()
 
     def stop(self) -> list[Chunk]:
         return self._last

@@ -16,7 +16,7 @@ from cwndtrace.capture.replay import Replay, record
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.cli.live import JsonView, TextView
-from cwndtrace.cli.run import trace
+from cwndtrace.cli.run import Saver, Watch, trace
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot.timeline import timeline
@@ -56,7 +56,8 @@ def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = F
         else:
             view = TextView(session, print_block=print_block, quiet=True)
         interrupt = sessions.Interrupt()
-        trace(session, writer, view, Filters(), interrupt, duration=None, what="a recording", quiet=True)
+        saver, watch = Saver(writer, session, stop=False), Watch(session, Filters(), None)
+        trace(session, saver, view, interrupt, watch, duration=None, what="a recording", quiet=True)
     capture = cwndtrace.load(folder / "x.cwnd")
     if as_json:
         JsonView.write(summary_object(capture, session, view.block))

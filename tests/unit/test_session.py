@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from cwndtrace import events
-from cwndtrace.capture.session import Interrupt, Session, describe, ending, utc_offset_ns
+from cwndtrace.capture.clocks import Segments, utc_offset_ns
+from cwndtrace.capture.session import Interrupt, Session, describe, ending
 from cwndtrace.capture.source import Filters
 from tests.unit import frames
 from tests.unit.fake_source import FakeSource
@@ -74,6 +76,20 @@ def test_losses_are_dated_and_adjacent_ones_joined() -> None:
     assert meta["clock"]["end"]["mono_ns"] >= meta["clock"]["start"]["mono_ns"]
 
 
+def test_many_losses_stay_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cwndtrace.capture.session.MOST_SPANS", 4)
+    source = FakeSource()
+    session = Session(source)
+    for number in range(1, 31):
+        source.count.lost["block_io"] = number
+        session.step()
+        session.step()  # nothing is lost here
+    spans = session.tally.lossy
+    assert len(spans) == 4
+    assert sum(span.lost for span in spans) == 30
+    assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans))
+
+
 def test_what_changed_nothing_is_counted() -> None:
     source = FakeSource([])
     source.count.unchanged, source.count.withdrawn = 5, 3
@@ -91,17 +107,76 @@ def test_times_are_on_the_wall_clock() -> None:
     assert abs(utc_offset_ns() - (time.time_ns() - time.monotonic_ns())) < 10_000_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop_and_a_second_one_insists(number: signal.Signals) -> None:
+def test_the_wall_clock_is_stepped_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records keep their order; each has the UTC of its own segment."""
+    wall, hour = time.time_ns, 3_600_000_000_000
+    steps = {0: 0, 1: 5 * hour, 2: -2 * hour}
+
+    def record() -> list[tuple[str, bytes]]:
+        now = np.zeros(1, dtype=events.event("block_io").dtype)
+        now["start_ns"] = time.monotonic_ns()
+        return [("block_io", now.tobytes())]
+
+    source = FakeSource()
+    session = Session(source)
+    for number, step in steps.items():
+        monkeypatch.setattr(time, "time_ns", lambda step=step: wall() + step)
+        for late in (False, True):
+            # A step is known from the first poll behind it on.
+            session.step()
+            source._polls.append(record())
+            (batch,) = session.step()
+            row = batch.to_pandas().iloc[0]
+            assert abs(row["time"].timestamp() - (wall() + step) / 1e9) < 1, (number, late)
+    assert len(session.clock.all) == 3
+    offsets = [segment["utc_offset_ns"] - session.start["utc_offset_ns"] for segment in session.clock.all]
+    assert [round(offset / hour, 6) for offset in offsets] == [0, 5, -2]
+    starts = [segment["mono_ns"] for segment in session.clock.all]
+    assert starts == sorted(starts)
+    # Also for what comes late: a moment before the first step has the first offset.
+    early = np.array([starts[0] + 1, starts[1] + 1, starts[2] + 1])
+    assert list(session.clock.offsets(early)) == [segment["utc_offset_ns"] for segment in session.clock.all]
+
+
+def test_a_slow_reading_of_the_clocks_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments, wall = Segments(), time.time_ns
+
+    def late() -> int:
+        deadline = time.monotonic_ns() + 5_000_000
+        told = wall()
+        while time.monotonic_ns() < deadline:
+            pass
+        return told
+
+    monkeypatch.setattr(time, "time_ns", late)
+    assert [segments.check() for _ in range(5)] == [0] * 5
+    assert len(segments.all) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_to_stop_a_second_one_hurries_and_a_third_insists(number: signal.Signals) -> None:
     old = signal.getsignal(number)
     with Interrupt() as interrupt:
         seen = [interrupt.requested]
         os.kill(os.getpid(), number)
         seen.append(interrupt.requested)
+        seen.append(interrupt.hurried)
+        os.kill(os.getpid(), number)
+        seen.append(interrupt.hurried)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
-    assert seen == [False, True]
+    assert seen == [False, True, False, True]
     assert signal.getsignal(number) is old
+
+
+def test_a_hang_up_that_nohup_shut_off_stays_so() -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_settings_at_the_start_stay_and_later_namespaces_are_added(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -127,11 +128,11 @@ def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a.cwnd"
     writer = make(path)
     writer.add("block_io", some(0))
-    now += 4.9
+    now += 0.25
     writer.add("block_io", some(3))
     writer.flush()
     assert sectors(path) == []
-    now += 0.1  # five seconds after the first row, not after the last
+    now += 0.25  # half a second after the first row, not after the last
     writer.flush()
     assert sectors(path) == list(range(6))
     writer.add("block_io", some(6, 9))
@@ -143,6 +144,22 @@ def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: p
     writer.add("block_io", some(16))
     writer.flush(force=True)
     assert sectors(path) == list(range(19))
+
+
+def test_a_part_grows_until_it_is_large_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(writer_module, "SEAL_ROWS", 7)
+    writer = make(tmp_path / "a.cwnd")
+    parts = []
+    for first, wait in ((0, 1.0), (3, 1.0), (6, 1.0), (9, 30.0), (12, 40.0), (15, 1.0)):
+        writer.add("block_io", some(first))
+        now += wait
+        writer.flush()
+        parts.append(len(list((tmp_path / "a.cwnd" / "block_io").iterdir())))
+        assert sectors(tmp_path / "a.cwnd") == list(range(first + 3))
+    # Seven rows are reached by the third; the fifth finds a part begun 70 s ago.
+    assert parts == [1, 1, 1, 2, 2, 3]
 
 
 def test_metadata_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -341,7 +358,7 @@ def test_rows_given_up_at_the_end_are_counted_and_the_capture_says_failed(tmp_pa
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-@pytest.mark.parametrize("broken", ["write_table", "fsync", "replace", "sync_directory"])
+@pytest.mark.parametrize("broken", ["write_table", "fsync", "rename", "sync_directory"])
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, kind: type[BaseException]
@@ -352,17 +369,24 @@ def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
     writer.flush(force=True)
     writer.add("block_io", some(3))
 
+    fsync = os.fsync
+
     def fail(*_: object, **__: object) -> None:
         raise kind(errno.EIO, os.strerror(errno.EIO))
 
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            fail()
+        fsync(descriptor)
+
     with monkeypatch.context() as patch:
-        target: tuple[Any, str] = {
-            "write_table": (pq, "write_table"),
-            "fsync": (os, "fsync"),
-            "replace": (Path, "replace"),
-            "sync_directory": (writer_module, "_sync_directory"),
+        target: tuple[Any, str, Any] = {
+            "write_table": (pq, "write_table", fail),
+            "fsync": (os, "fsync", fail),
+            "rename": (os, "rename", fail),
+            "sync_directory": (os, "fsync", fail_for_folders),
         }[broken]
-        patch.setattr(*target, fail)
+        patch.setattr(*target)
         with pytest.raises(CaptureError if kind is OSError else kind, match="Input/output error"):
             writer.flush(force=True)
     assert sectors(path) == [0, 1, 2]
@@ -373,20 +397,20 @@ def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
 
 def test_each_file_is_on_the_device_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, steps = tmp_path / "a.cwnd", list[str]()
-    fsync, replace = os.fsync, Path.replace
+    fsync, rename = os.fsync, os.rename
 
     def record_fsync(descriptor: int) -> None:
         steps.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         fsync(descriptor)
 
-    def record_replace(source: Path, target: Path) -> Path:
-        steps.append(f"name {target.name}")
-        return replace(source, target)
+    def record_rename(source: str, target: str, **folders: int) -> None:
+        steps.append(f"name {target}")
+        rename(source, target, **folders)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(Path, "replace", record_replace)
+    monkeypatch.setattr(os, "rename", record_rename)
     writer = make(path)
-    assert steps == ["sync .meta.json.tmp", "name meta.json", "sync a.cwnd", f"sync {tmp_path.name}"]
+    assert steps == [f"sync {tmp_path.name}", "sync .meta.json.tmp", "name meta.json", "sync a.cwnd"]
     steps.clear()
     writer.add("block_io", some(0))
     writer.flush(force=True)
@@ -406,12 +430,12 @@ def test_a_failed_flush_is_tried_again_only_after_a_while(tmp_path: Path, monkey
     writer = make(tmp_path / "a.cwnd")
     monkeypatch.setattr(pq, "write_table", fail)
     writer.add("block_io", some(0))
-    now += 5
+    now += 0.5
     with pytest.raises(CaptureError):
         writer.flush()
     writer.flush()
     assert tries == 1
-    now += 5
+    now += 0.5
     with pytest.raises(CaptureError):
         writer.flush()
     assert tries == 2

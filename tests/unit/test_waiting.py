@@ -10,7 +10,6 @@ import pytest
 
 from cwndtrace.cli import waiting
 from cwndtrace.cli.doctor import BAD, LACK, Fact, Findings, _print
-from cwndtrace.kernel import netns
 from cwndtrace.kernel.netns import Namespace
 
 THIS = Namespace(1, "this", Path("/proc/self/ns/net"))
@@ -19,15 +18,12 @@ POD = Namespace(3, "nginx[7]", Path("/proc/7/ns/net"))
 CUBIC = pd.DataFrame({"ca_name": ["cubic", "bbr"]})
 
 
-def warnings(
-    monkeypatch: pytest.MonkeyPatch, sysctls: dict[int, int | None], connections: pd.DataFrame, *namespaces: Namespace
-) -> list[str]:
-    monkeypatch.setattr(netns, "idle_sysctl", lambda namespace: sysctls[namespace.inode])
-    return waiting.warnings(connections, list(namespaces), "eth0")
+def warnings(sysctls: dict[int, int | None], connections: pd.DataFrame, *namespaces: Namespace) -> list[str]:
+    return waiting.warnings(connections, [(namespace, sysctls[namespace.inode]) for namespace in namespaces], "eth0")
 
 
-def test_nothing_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert warnings(monkeypatch, {1: 1}, CUBIC, THIS) == []
+def test_nothing_to_warn_of() -> None:
+    assert warnings({1: 1}, CUBIC, THIS) == []
 
 
 @pytest.mark.parametrize(
@@ -37,24 +33,24 @@ def test_nothing_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
         (NAMED, "in network namespace blue", "(ip netns exec blue sysctl -w net.ipv4.tcp_slow_start_after_idle=1 "),
     ],
 )
-def test_the_setting_is_off(monkeypatch: pytest.MonkeyPatch, namespace: Namespace, where: str, command: str) -> None:
-    (line,) = warnings(monkeypatch, {namespace.inode: 0}, CUBIC, namespace)
+def test_the_setting_is_off(namespace: Namespace, where: str, command: str) -> None:
+    (line,) = warnings({namespace.inode: 0}, CUBIC, namespace)
     assert where in line
     assert command in line
 
 
-def test_the_setting_is_on_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert warnings(monkeypatch, {1: 0, 3: 1}, CUBIC, THIS, POD) == []
-    assert warnings(monkeypatch, {1: 0, 3: None}, CUBIC, THIS, POD) == []
+def test_the_setting_is_on_somewhere() -> None:
+    assert warnings({1: 0, 3: 1}, CUBIC, THIS, POD) == []
+    assert warnings({1: 0, 3: None}, CUBIC, THIS, POD) == []
 
 
-def test_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = warnings(monkeypatch, {1: 1}, CUBIC[:0], THIS)
+def test_no_connection() -> None:
+    (line,) = warnings({1: 1}, CUBIC[:0], THIS)
     assert line == "eth0 carries no TCP connection now"
 
 
-def test_all_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = warnings(monkeypatch, {1: 1}, CUBIC[1:], THIS)
+def test_all_exempt() -> None:
+    (line,) = warnings({1: 1}, CUBIC[1:], THIS)
     assert line.startswith("every connection on eth0 uses bbr, which is exempt")
 
 

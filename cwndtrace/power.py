@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root's power: whom it is used for, acting with somebody's own, and giving it up.
+
+Linux keeps capabilities, file-system ids and groups by thread. Where the C library sets them for all threads at once
+(setresuid) that is said; all else here is about the calling thread and those that it starts later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import pwd
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+# include/uapi/linux/capability.h
+DAC_READ_SEARCH: Final = 2
+SETGID: Final = 6
+SETUID: Final = 7
+SYS_PTRACE: Final = 19
+SYS_ADMIN: Final = 21
+BPF: Final = 39
+LOOKING: Final = frozenset({DAC_READ_SEARCH, SYS_PTRACE, SYS_ADMIN})
+"""What looking at other users' processes and network namespaces takes: /proc/PID/fd, what it links to, and setns(2)."""
+
+# include/uapi/linux/prctl.h
+_PR_SET_KEEPCAPS: Final = 8
+_PR_CAPBSET_READ: Final = 23
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_SYS_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159, "riscv64": 159}
+_NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1, which calls take for "leave it"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _function in (_libc.setfsuid, _libc.setfsgid):
+    _function.restype, _function.argtypes = ctypes.c_uint32, [ctypes.c_uint32]
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody's identity as the kernel knows it; ``name`` is for people."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    name: str
+
+
+def invoking_user() -> User | None:
+    """Whom sudo works for (SUDO_UID, SUDO_GID).
+
+    None where it wasn't sudo, or works for root, or where this process may not become somebody else, as in a container.
+    """
+    uid, gid = (os.environ.get(name, "") for name in ("SUDO_UID", "SUDO_GID"))
+    if os.geteuid() != 0 or not (uid.isdecimal() and gid.isdecimal()):
+        return None
+    if not 0 < int(uid) < _NOBODY or not 0 <= int(gid) < _NOBODY:
+        return None
+    if not {SETUID, SETGID} <= held():
+        return None
+    try:
+        name = pwd.getpwuid(int(uid)).pw_name
+        groups = tuple(os.getgrouplist(name, int(gid)))
+    except KeyError:
+        name, groups = uid, (int(gid),)
+    return User(int(uid), int(gid), groups, name)
+
+
+@contextmanager
+def acting_as(user: User | None) -> Iterator[None]:
+    """Use files with ``user``'s rights, and make them ``user``'s, in this thread; as before for None.
+
+    Raises OSError where this process may not.
+    """
+    # Asking with a number that is nobody's changes nothing. Who acts already is left to act on by the outer call.
+    if user is None or _libc.setfsuid(_NOBODY) == user.uid:
+        yield
+        return
+    groups = os.getgroups()
+    try:
+        _become(user)
+        yield
+    finally:
+        _libc.setfsuid(os.geteuid())
+        _libc.setfsgid(os.getegid())
+        _set_groups(groups)
+
+
+def unreadable(user: User, files: Iterable[Path]) -> Path | None:
+    """The first of ``files`` that ``user`` can't read."""
+    with acting_as(user):
+        for file in files:
+            try:
+                with file.open("rb"):
+                    pass
+            except OSError:
+                return file
+    return None
+
+
+def _become(user: User) -> None:
+    _set_groups(user.groups)
+    _libc.setfsgid(user.gid)
+    _libc.setfsuid(user.uid)
+    # They say nothing of success, only what was set before.
+    if (_libc.setfsuid(_NOBODY), _libc.setfsgid(_NOBODY)) != (user.uid, user.gid):
+        raise PermissionError(1, f"may not act as {user.name}")
+
+
+def _set_groups(groups: Iterable[int]) -> None:
+    # By number, because the C library's function is for all threads.
+    number = _SYS_SETGROUPS.get(platform.machine())
+    if number is None:
+        raise OSError(38, f"setgroups(2) has no known number on {platform.machine()}")
+    wanted = tuple(groups)
+    _check(_libc.syscall(number, len(wanted), (ctypes.c_uint32 * len(wanted))(*wanted)))
+
+
+class _Header(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _Data(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+def held() -> frozenset[int]:
+    """The capabilities that this thread may use."""
+    data = (_Data * 2)()
+    _check(_libc.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
+    mask = data[0].permitted | data[1].permitted << 32
+    return frozenset(number for number in range(64) if mask >> number & 1)
+
+
+def _hold(capabilities: frozenset[int]) -> None:
+    """Have these capabilities and no other one, in this thread."""
+    mask = sum(1 << number for number in capabilities)
+    halves = [mask & 0xFFFFFFFF, mask >> 32]
+    data = (_Data * 2)(*(_Data(half, half, 0) for half in halves))
+    _check(_libc.capset(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
+
+
+def _prctl(option: int, *arguments: int) -> int:
+    # All five are said, because some options refuse anything but zeros behind theirs.
+    padded = [ctypes.c_ulong(a) for a in (*arguments, 0, 0, 0, 0)[:4]]
+    return _check(_libc.prctl(option, *padded))
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
+    """Go on as ``user``, or as who we are, with those of the capabilities ``keep`` that we have, and no way to others.
+
+    The ids change for all threads, and with them all threads but this one lose every capability; without a ``user``
+    the other threads stay as they are (see ``still_powerful``). The bounding set stays where CAP_SETPCAP is lacking;
+    no power can be had from it any more. Descriptors stay open. Raises OSError.
+    """
+    keep &= held()
+    with suppress(OSError):
+        for number in range(64):  # the first that this kernel doesn't know ends it
+            _prctl(_PR_CAPBSET_READ, number)
+            if number not in keep:
+                _prctl(_PR_CAPBSET_DROP, number)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    if user is not None:
+        _prctl(_PR_SET_KEEPCAPS, 1)
+        os.setgroups(user.groups)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+        _prctl(_PR_SET_KEEPCAPS, 0)
+    _hold(keep)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def still_powerful(keep: frozenset[int] = frozenset()) -> list[str]:
+    """Names of this process's threads that have other capabilities than ``keep``."""
+    mask = sum(1 << number for number in keep)
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        facts = dict(line.split(":\t", 1) for line in (task / "status").read_text(errors="replace").splitlines())
+        if int(facts["CapPrm"], 16) & ~mask:
+            found.append(facts["Name"])
+    return found
+
+
+def least(work: Callable[[], object], user: User | None, choices: Iterable[frozenset[int]]) -> frozenset[int]:
+    """The first of ``choices`` with which ``user`` can do ``work``, tried on a thread of its own.
+
+    Raises what ``work`` raised with the last one.
+    """
+    error: Exception | None = None
+    threads: list[int] = []
+    for keep in choices:
+
+        def attempt(keep: frozenset[int] = keep) -> None:
+            threads.append(threading.get_native_id())
+            if user is not None:
+                _become(user)
+            _hold(keep)
+            work()
+
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            error = None
+            try:
+                pool.submit(attempt).result()
+            except Exception as e:
+                error = e
+        _wait_until_gone(threads)
+        if error is None:
+            return keep
+    raise error or ValueError("nothing to choose from")
+
+
+def _wait_until_gone(threads: list[int]) -> None:
+    """Joining a thread waits for its Python part alone; the C library aborts where one may not change its ids."""
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/self/task/{thread}").exists() for thread in threads) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def few_threads() -> None:
+    """Keep libraries from starting threads as they are imported: ``drop`` couldn't reach those.
+
+    Neither numpy's linear algebra nor Arrow's jemalloc, which isn't its allocator here, is used.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders held open, so that what is made in them lands there, whoever renames or replaces what on the way.
+
+Root may write where somebody else may rename: by a name it could be led anywhere by a symbolic link. So a folder is
+reached once, step by step, and all below it is made by its descriptor, anew, and never through a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+from typing import BinaryIO, Final, Self
+
+from cwndtrace import power
+
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_STEP: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LINKS: Final = 40  # as many as the kernel follows
+
+
+class Stranger(OSError):
+    """A symbolic link on the way, or the folder itself, is somebody else's."""
+
+
+class Folder:
+    """An open folder whose files are made with the rights of ``user``, or this process's own for None.
+
+    Its methods raise OSError.
+    """
+
+    def __init__(self, descriptor: int, user: power.User | None) -> None:
+        self._fd = descriptor
+        self.user = user
+
+    @classmethod
+    def make(cls, path: Path, user: power.User | None) -> Self:
+        """Make the folder ``path``, for nobody but its owner. Raises FileExistsError where there is something."""
+        with power.acting_as(user):
+            parent = _reach(path.parent)
+            try:
+                os.mkdir(path.name, 0o700, dir_fd=parent)
+                descriptor = os.open(path.name, _FOLDER, dir_fd=parent)
+                try:
+                    owner = user.uid if user else os.geteuid()
+                    if os.fstat(descriptor).st_uid != owner or os.listdir(descriptor):  # noqa: PTH208  (by descriptor)
+                        raise Stranger(errno.EPERM, "somebody put another folder in its place")
+                    os.fchmod(descriptor, 0o700)
+                    _sync(parent)
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+            finally:
+                os.close(parent)
+        return cls(descriptor, user)
+
+    @property
+    def path(self) -> Path:
+        """A name that reads this folder wherever it lies, for this process and until ``close``."""
+        return Path(f"/proc/self/fd/{self._fd}")
+
+    def inside(self, name: str) -> Folder:
+        """The folder ``name`` in this one, made if there is none."""
+        with power.acting_as(self.user):
+            try:
+                descriptor = os.open(name, _FOLDER, dir_fd=self._fd)
+            except FileNotFoundError:
+                os.mkdir(name, 0o700, dir_fd=self._fd)
+                os.fsync(self._fd)
+                descriptor = os.open(name, _FOLDER, dir_fd=self._fd)
+        return Folder(descriptor, self.user)
+
+    def write(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
+        """Have ``name`` hold what ``fill`` writes, all of it or nothing, for nobody but its owner."""
+        temporary = f".{name}.tmp"
+        with power.acting_as(self.user):
+            self.discard(temporary)
+            try:
+                with self._new(temporary) as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                os.fsync(self._fd)
+            except BaseException:
+                self.discard(temporary)
+                raise
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[BinaryIO]:
+        descriptor = os.open(name, _NEW, 0o600, dir_fd=self._fd)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+
+    def discard(self, name: str) -> None:
+        """Remove a file if it is there and can be."""
+        with suppress(OSError), power.acting_as(self.user):
+            os.unlink(name, dir_fd=self._fd)
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def make(path: Path, user: power.User | None) -> Folder:
+    """The new folder ``path``: ``user``'s if they may make it, else this process's own user's. Raises OSError."""
+    try:
+        return Folder.make(path, user)
+    except PermissionError:
+        if user is None:
+            raise
+        return Folder.make(path, None)
+
+
+def _reach(path: Path) -> int:
+    """A descriptor of the folder ``path``; symbolic links on the way are root's or ours, others raise Stranger."""
+    trusted = {0, _file_system_uid()}
+    left = list(reversed(path.parts))
+    at = os.open(".", _STEP)
+    links = 0
+    try:
+        while left:
+            step = os.open(left.pop(), _STEP, dir_fd=at)
+            status = os.fstat(step)
+            if not stat.S_ISLNK(status.st_mode):
+                os.close(at)
+                at = step
+                continue
+            try:
+                links += 1
+                if links > _LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                if status.st_uid not in trusted:
+                    raise Stranger(errno.EPERM, f"a symbolic link on the way is user {status.st_uid}'s")
+                left += reversed(PurePath(os.readlink("", dir_fd=step)).parts)
+            finally:
+                os.close(step)
+        if not stat.S_ISDIR(os.fstat(at).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except BaseException:
+        os.close(at)
+        raise
+    return at
+
+
+def _file_system_uid() -> int:
+    status = Path("/proc/thread-self/status").read_text(encoding="utf-8", errors="replace")
+    return int(next(line for line in status.splitlines() if line.startswith("Uid:")).split()[4])
+
+
+def _sync(folder: int) -> None:
+    """Flush a folder that is open as a mere place; it may be writable and not readable."""
+    with suppress(OSError):
+        descriptor = os.open(".", _FOLDER, dir_fd=folder)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a Parquet file asks for, counted before any of it is given.
+
+A few bytes of a file can say that they are gigabytes: by rows that are all alike, or by pages that say how large they
+are when unpacked. pyarrow gives what is asked. The rows are in the footer, the pages' sizes in front of each page, both
+in Thrift's compact protocol (parquet-format), which is read here and nowhere else: pyarrow's own view of a footer ends
+the process where a statistic in it has the wrong length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO, Final
+
+MOST_BYTES: Final = 1 << 30
+"""Memory of one part, and of all its pages unpacked: a part that cwndtrace writes takes less than half of it."""
+
+_MOST_FOOTER: Final = 4 << 20
+_MOST_COLUMNS: Final = 200
+_MOST_GROUPS: Final = 1000
+_LONGEST_HEADER: Final = 1 << 16
+_DEEPEST: Final = 16
+_WIDEST: Final = 16  # bytes a value, but text, which is kept once for each that differs
+_TYPES: Final = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+_TEXT: Final = _TYPES.index("BYTE_ARRAY")
+_REPEATED: Final = 2
+
+Fields = dict[int, Any]
+"""A Thrift struct: its fields by number."""
+
+
+class Refused(ValueError):
+    """A part that may not be read, and why."""
+
+
+def check(file: BinaryIO, size: int) -> list[str]:
+    """Columns of text, to be read as dictionaries. Raises Refused for what isn't Parquet or asks for too much."""
+    footer = _footer(file, size)
+    try:
+        columns, groups = _columns(footer), list(footer[4])
+        texts = [name for name, kind in columns if kind == _TEXT]
+        if len(columns) > _MOST_COLUMNS or len(groups) > _MOST_GROUPS:
+            raise Refused(f"{len(columns)} columns in {len(groups)} groups are too many")
+        rows, total = 0, 0
+        for group in groups:
+            if group[3] < 0 or len(group[1]) != len(columns):
+                raise Refused("its groups of rows don't agree with its footer")
+            rows += group[3]
+            for chunk in group[1]:
+                total += _unpacked(file, size, chunk[3])
+                if total > MOST_BYTES:
+                    raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes")
+        if rows != footer[3]:
+            raise Refused("its footer counts other rows than its groups")
+    except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
+        raise Refused("its footer lacks what a footer has") from None
+    if rows * max(len(columns), 1) * _WIDEST > 4 * MOST_BYTES:
+        raise Refused(f"it says that it holds {rows:,} rows")
+    return texts
+
+
+def _footer(file: BinaryIO, size: int) -> Fields:
+    """FileMetaData."""
+    file.seek(max(0, size - 8))
+    length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
+    if size < 12 or magic != b"PAR1" or length > min(size - 12, _MOST_FOOTER):
+        raise Refused("it has no footer of Parquet")
+    file.seek(size - 8 - length)
+    return Thrift(file.read(length)).struct()
+
+
+def _columns(footer: Fields) -> list[tuple[str, int]]:
+    """Name and type of each column; all lie side by side."""
+    root, *elements = footer[2]
+    if root.get(5) != len(elements):
+        raise Refused("its columns are nested")
+    found = []
+    for element in elements:
+        name, kind = element[4].decode("utf-8"), element.get(1)
+        if element.get(5) or element.get(3) == _REPEATED or kind is None:
+            raise Refused(f"column {name} is nested")
+        if not 0 <= kind <= _TEXT:
+            raise Refused(f"column {name} is of type {_TYPES[kind] if 0 <= kind < len(_TYPES) else kind}")
+        found.append((name, kind))
+    return found
+
+
+def _unpacked(file: BinaryIO, size: int, chunk: Fields) -> int:
+    """Bytes that the pages of a column (ColumnMetaData) say they take."""
+    at, dictionary = chunk[9], chunk.get(11, 0)
+    if dictionary > 0:
+        at = min(at, dictionary)
+    end = at + chunk[7]
+    if not 0 <= at <= end <= size:
+        raise Refused("a column lies outside of the file")
+    total = 0
+    while at < end and total <= MOST_BYTES:
+        file.seek(at)
+        header = Thrift(file.read(min(_LONGEST_HEADER, end - at)))
+        fields = header.struct()
+        unpacked, packed = fields[2], fields[3]
+        if unpacked < 0 or packed < 0:
+            raise Refused("a page has a negative size")
+        total += unpacked
+        at += header.at + packed
+    return total
+
+
+class Thrift:
+    """Reads the compact protocol; ``at`` is where it stands. Raises Refused for what isn't it."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+        self.at = 0
+
+    def struct(self) -> Fields:
+        """A struct and all in it; of fields of one number the last counts, as for Thrift."""
+        try:
+            return self._struct(0)
+        except IndexError:
+            raise Refused("what it says of itself is cut off") from None
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self._raw[self.at - 1]
+
+    def _number(self) -> int:
+        """A varint."""
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+            if shift > 63:
+                raise Refused("it holds a number without end")
+
+    def _signed(self) -> int:
+        value = self._number()
+        return (value >> 1) ^ -(value & 1)
+
+    def _bytes(self, count: int) -> bytes:
+        if count > len(self._raw) - self.at:
+            raise IndexError
+        self.at += count
+        return self._raw[self.at - count : self.at]
+
+    def _struct(self, depth: int) -> Fields:
+        if depth > _DEEPEST:
+            raise Refused("it is nested too deep")
+        found: Fields = {}
+        field = 0
+        while byte := self._byte():
+            field = field + (byte >> 4) if byte >> 4 else self._signed()
+            kind = byte & 0xF
+            # A boolean is said by its kind.
+            found[field] = kind == 1 if kind in (1, 2) else self._value(kind, depth)
+        return found
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (4, 5, 6):
+            return self._signed()
+        if kind == 8:
+            return self._bytes(self._number())
+        if kind == 12:
+            return self._struct(depth + 1)
+        if kind in (9, 10):
+            byte = self._byte()
+            count, inner = byte >> 4, byte & 0xF
+            if count == 15:
+                count = self._number()
+            if count > len(self._raw) - self.at:  # each takes a byte at least
+                raise IndexError
+            return [self._value(inner, depth + 1) for _ in range(count)]
+        if kind in (1, 2, 3):  # booleans in a list
+            return self._byte()
+        if kind == 7:
+            return self._bytes(8)
+        raise Refused(f"it holds a value of kind {kind}")

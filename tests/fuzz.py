@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captures that a stranger broke, and what may come of opening them: CaptureError, or what is left to read.
+
+``python -m tests.fuzz`` mutates more than 20,000 files and reads each capture, in processes that it starts, so that a
+crash is seen as well; it prints what it found and how much memory and time it took. Case N is the same on each run:
+``--first N --count 1 --keep FOLDER`` leaves its capture to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import io
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import cwndtrace
+from cwndtrace import events
+from cwndtrace.capture.replay import Replay
+from cwndtrace.cli.report import lines
+from cwndtrace.errors import CaptureError
+from cwndtrace.report import content
+from cwndtrace.report.page import page
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+SAMPLE: Final = ROOT / "tests/data/sample.cwnd"
+RAW: Final = ROOT / "tests/data/trace.raw"
+BATCH: Final = 200
+TOGETHER: Final = {"parquet": 8, "plain parquet": 8, "values": 4}
+"""Parts, of ten, that are mutated in one capture, by kind; one file for the other kinds."""
+SECONDS: Final = 20
+"""Longest that one case may take."""
+MEMORY: Final = 3 << 30
+"""Address space of a process, on top of what it begins with: twice what a part may take, and room for pandas."""
+
+Files = dict[str, bytes]
+
+TEXTS: Final = (
+    "", "\0", "\x1b]0;x\x07\x1b[31m", "\u202egnp.exe", "<script>alert(1)</script>", "{{7*7}}", "%s%n%x", "{0}{a.b}",
+    "$x^{", "\\frac{$", "=cmd|' /C calc'!A0", "é" * 128, "\U0001f4a9" * 64, "../../etc/passwd", "nan", "A" * 70_000,
+    "\u2028\u2066\ufeff",
+)  # fmt: skip
+NUMBERS: Final = (0, 1, -1, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53 + 1, 2**63 - 1, 2**64 - 1)
+ODD: Final[tuple[Any, ...]] = (
+    None,
+    True,
+    0.5,
+    float("nan"),
+    float("inf"),
+    10**40,
+    -(10**18),
+    [],
+    {},
+    [[]],
+    *TEXTS,
+    *NUMBERS,
+)
+
+
+@cache
+def base(plain: bool) -> Files:
+    """The files of a small capture; ``plain`` without compression and checksums, so that a mutation gets further."""
+    files = {"meta.json": (SAMPLE / "meta.json").read_bytes()}
+    for table in events.TABLES:
+        for part in sorted((SAMPLE / table).glob("*.parquet"))[1:3]:
+            name = str(part.relative_to(SAMPLE))
+            files[name] = packed(pq.ParquetFile(part).read()) if plain else part.read_bytes()
+    return files
+
+
+def packed(table: pa.Table, **options: Any) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(table, out, **({"compression": "none"} | options))
+    return out.getvalue()
+
+
+def mutate_bytes(rng: random.Random, raw: bytes, other: bytes = b"") -> bytes:
+    """``raw`` with a few changes, most of them where Parquet keeps its footer or a page begins."""
+    data = bytearray(raw)
+    footer = int.from_bytes(data[-8:-4], "little") if raw[-4:] == b"PAR1" else 0
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        if not data:
+            break
+        where = rng.random()
+        if where < 0.5 and 0 < footer < len(data):
+            at = len(data) - 8 - rng.randrange(footer)
+        elif where < 0.6:
+            at = len(data) - 1 - rng.randrange(min(12, len(data)))
+        else:
+            at = rng.randrange(len(data))
+        at = max(0, at)
+        kind = rng.randrange(9)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at] = rng.randrange(256)
+        elif kind == 2:
+            data[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
+        elif kind == 3:
+            data[at : at + 4] = rng.choice(NUMBERS).to_bytes(9, "little", signed=True)[:4]
+        elif kind == 4:
+            data[at:at] = b"\xff" * rng.randrange(1, 6) + bytes([rng.randrange(16)])
+        elif kind == 5:
+            del data[at : at + rng.randrange(1, 9)]
+        elif kind == 6:
+            length = rng.randrange(1, 64)
+            data[at : at + length] = bytes(length)
+        elif kind == 7 and other:
+            start = rng.randrange(len(other))
+            data[at : at + 32] = other[start : start + 32]
+        elif rng.random() < 0.2:
+            del data[at:]
+    return bytes(data)
+
+
+def mutate_json(rng: random.Random, raw: bytes) -> bytes:
+    """meta.json with values in it replaced by others, of any type, or taken away."""
+    top = json.loads(raw)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        node, parent, key = top, cast(Any, None), cast(Any, None)
+        while isinstance(node, (dict, list)) and node and (parent is None or rng.random() < 0.7):
+            parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            node = parent[key]
+        if parent is None or key == "schema":
+            continue
+        if rng.random() < 0.15:
+            del parent[key]
+        elif rng.random() < 0.15 and isinstance(parent, dict):
+            parent[rng.choice(TEXTS)] = parent.pop(key)
+        else:
+            parent[key] = rng.choice(ODD)
+    return json.dumps(top).encode()
+
+
+def mutate_table(rng: random.Random, raw: bytes) -> bytes:
+    """A whole Parquet file whose rows hold what no kernel would say."""
+    table = pq.ParquetFile(io.BytesIO(raw)).read()
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        index = rng.randrange(table.num_columns)
+        field, kind = table.schema.field(index), rng.randrange(8)
+        count = len(table)
+        if kind == 0:
+            table = table.remove_column(index) if table.num_columns > 1 else table
+        elif kind == 1:
+            table = table.set_column(index, field.name, pa.array([rng.choice(TEXTS) for _ in range(count)]))
+        elif kind == 2:
+            table = table.set_column(index, field.name, pa.array([rng.choice((0.5, None, float("nan")))] * count))
+        elif kind == 3:
+            table = table.append_column(rng.choice(TEXTS[:8]), pa.array([rng.choice(NUMBERS[:7])] * count))
+        elif kind == 4:
+            table = table.slice(0, rng.choice((0, 1)))
+        elif kind == 5:
+            order = [rng.randrange(count) for _ in range(count * 2)] if count else []
+            table = table.take(pa.array(order, type=pa.int64()))
+        else:
+            values = table.column(index).to_pylist()
+            texts = pa.types.is_dictionary(field.type)
+            for row in range(len(values)):
+                if rng.random() < 0.5:
+                    values[row] = rng.choice(TEXTS if texts else NUMBERS) if rng.random() < 0.9 else None
+            try:
+                column = pa.array(values, type=pa.string() if texts else field.type)
+            except (pa.ArrowInvalid, OverflowError, TypeError):
+                continue
+            table = table.set_column(index, field.name, column)
+    return packed(table, compression=rng.choice(("none", "zstd", "snappy")))
+
+
+def case(number: int) -> tuple[str, Files]:
+    """A kind of mutation and the files it left, always the same for a number."""
+    rng = random.Random(number)
+    kind = rng.choice((*["parquet"] * 2, *["plain parquet"] * 3, "meta bytes", "meta values", "values", "raw"))
+
+    files = dict(base(kind != "parquet"))
+    tables = [name for name in files if name.endswith(".parquet")]
+    if kind == "raw":
+        return kind, {"trace.raw": mutate_bytes(rng, RAW.read_bytes()[: rng.choice((400, 4000, 40_000))])}
+    if kind.startswith("meta"):
+        mutate: Callable[[random.Random, bytes], bytes] = mutate_json if kind == "meta values" else mutate_bytes
+        files["meta.json"] = mutate(rng, files["meta.json"])
+    else:
+        # Several, since each is read by itself.
+        for name in rng.sample(tables, TOGETHER[kind]):
+            if kind == "values":
+                files[name] = mutate_table(rng, files[name])
+            else:
+                files[name] = mutate_bytes(rng, files[name], files[rng.choice(tables)])
+    return kind, files
+
+
+def lay(files: Files, folder: Path) -> Path:
+    """The files in a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(raw)
+    return folder
+
+
+def use(folder: Path, *, deep: bool, draw: bool) -> None:
+    """Read what lies in ``folder``; ``deep`` does all that a user can do, but ``draw``. Raises CaptureError only."""
+    if (folder / "trace.raw").exists():
+        source = Replay(folder / "trace.raw")
+        for name, raw in source.stop():
+            table = events.to_arrow(name, events.decode(name, raw), 0)
+            json.dumps(events.table_to_dicts(name, table))
+        return
+    trace = cwndtrace.load(folder)
+    for frame in (trace.resets, trace.connections, trace.block_io, trace.samples, trace.recoveries):
+        assert len(frame) >= 0
+    repr(trace)
+    if not deep:
+        return
+    trace._repr_html_()
+    for frame in (trace.verdicts, trace.block_summary(), trace.compare(trace)):
+        repr(frame)
+    found = content.report(trace)
+    list(lines(found))
+    json.dumps(content.as_json(found), allow_nan=False)
+    for key in trace.summary()["connection"].head(2):
+        repr(trace.connection(key))
+        trace.connection(key)._repr_html_()
+    if draw:
+        page(found)
+
+
+def run(first: int, count: int, folder: Path, draw_every: int) -> None:
+    """Work through cases and print a line of JSON for each."""
+    faulthandler.enable()
+    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"longer than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    for number in range(first, first + count):
+        kind, files = case(number)
+        lay(files, folder)
+        print(json.dumps({"case": number, "kind": kind}), flush=True)
+        begin = time.monotonic()
+        outcome, why = "opened", ""
+        signal.alarm(SECONDS)
+        try:
+            draw = draw_every > 0 and number % draw_every == 0
+            use(folder, deep=draw or "values" in kind or number % 4 == 0, draw=draw)
+        except CaptureError as e:
+            outcome = "makes no sense" if "make no sense" in e.cause else "refused"
+            why = e.cause
+        except Exception as e:
+            last = traceback.extract_tb(e.__traceback__)
+            ours = [f for f in last if "cwndtrace" in f.filename and "site-packages" not in f.filename]
+            place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
+            outcome, why = "FAILED", f"{type(e).__name__} at {place}: {str(e)[:200]}"
+        signal.alarm(0)
+        took = time.monotonic() - begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun
+        print(json.dumps({"outcome": outcome, "why": why, "s": took, "peak_kb": peak}), flush=True)
+
+
+@dataclass
+class Found:
+    """What came of many cases: outcomes by kind, failures in words, and by place where rows made no sense."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    nonsense: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
+    peak_kb: int = 0
+    """The most memory that a process took above what it began with."""
+
+    @property
+    def files(self) -> int:
+        """How many files were mutated."""
+        return sum(number * TOGETHER.get(name.partition(":")[0], 1) for name, number in self.outcomes.items())
+
+    def add(self, case: dict[str, Any], line: dict[str, Any]) -> None:
+        """Count what a case came to."""
+        self.outcomes[f"{case['kind']}: {line['outcome']}"] += 1
+        self.longest_s, self.peak_kb = max(self.longest_s, line["s"]), max(self.peak_kb, line["peak_kb"])
+        if line["outcome"] == "makes no sense":
+            self.nonsense[line["why"].rpartition(": ")[2]] += 1
+        elif line["outcome"] == "FAILED":
+            self.failures.append(f"case {case['case']} ({case['kind']}): {line['why']}")
+
+
+def batches(first: int, count: int, draw_every: int, keep: Path | None = None) -> Found:
+    """Work through cases in processes of their own."""
+    found, at = Found(), first
+    with tempfile.TemporaryDirectory(prefix="cwndtrace-fuzz-") as temporary:
+        folder = keep or Path(temporary) / "case"
+        while at < first + count:
+            some = min(BATCH, first + count - at)
+            command = [sys.executable, "-m", "tests.fuzz", "--child", "--first", str(at), "--count", str(some)]
+            command += ["--keep", str(folder), "--draw-every", str(draw_every)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            case_now: dict[str, Any] = {"case": at, "kind": "start"}
+            for line in map(json.loads, done.stdout.splitlines()):
+                if "case" in line:
+                    case_now = line
+                else:
+                    found.add(case_now, line)
+                    at = case_now["case"] + 1
+            if done.returncode:
+                found.outcomes[f"{case_now['kind']}: CRASHED"] += 1
+                which = f"case {case_now['case']} ({case_now['kind']})"
+                found.failures.append(f"{which} ended with {done.returncode}: {done.stderr[-1500:]}")
+                at = case_now["case"] + 1
+    return found
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=4_000, help="captures; most have eight mutated files")
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--draw-every", type=int, default=100, help="the HTML page of each Nth case")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run(options.first, options.count, options.keep, options.draw_every)
+        return
+    begin = time.monotonic()
+    found = batches(options.first, options.count, options.draw_every, options.keep)
+    for counts in (found.outcomes, found.nonsense):
+        for name, number in sorted(counts.items()):
+            print(f"{number:>7,}  {name}")
+    for line in found.failures[:200]:
+        print(line)
+    print(
+        f"{found.files:,} mutated files in {found.outcomes.total():,} captures, {time.monotonic() - begin:.0f} s, "
+        f"{len(found.failures)} failures; the longest capture took {found.longest_s:.2f} s, "
+        f"the most memory was {found.peak_kb / 1024:.0f} MiB above the start"
+    )
+    sys.exit(bool(found.failures))
+
+
+if __name__ == "__main__":
+    main()

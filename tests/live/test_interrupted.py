@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace that is cut short: killed, told to end in every way, or with nobody left to read what it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cwndtrace
+from cwndtrace.trace import Trace
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.disk import Disk, loop
+from tests.live.soak import Load, Read, amount
+from tests.live.test_run import COMMAND, ENVIRONMENT, rest_once, running
+
+pytestmark = pytest.mark.live
+
+AT_ONCE = 5
+SECOND = 1_000_000_000
+
+
+def missing(trace: Trace, disk: Disk, reads: list[Read]) -> int:
+    """How many of these reads have no row."""
+    rows = trace.block_io
+    mine = rows[(rows["dev"] == disk.dev) & (rows["tgid"] == os.getpid())]
+    starts = np.sort(mine["start_ns"].to_numpy(dtype=np.int64))
+    begins, ends = (np.array([getattr(r, name) for r in reads], dtype=np.int64) for name in ("begin_ns", "end_ns"))
+    found = np.searchsorted(starts, ends, side="right") - np.searchsorted(starts, begins, side="left")
+    assert (found <= 1).all()
+    return int((found == 0).sum())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """SIGKILL under load loses no row that is a second old, and nothing that is there is unreadable."""
+    chance, checked = random.Random(8), [0, 0]
+    connections = [connect() for _ in range(4)]
+    with loop() as disk, Load(disk, connections, 1000) as load, contextlib.ExitStack() as stack:
+        for batch in range(amount(1, 10)):
+            names = [tmp_path / f"{batch}-{i}.cwnd" for i in range(AT_ONCE)]
+            runs = [start(stack, "-n", space.name, "-q", "-o", name) for name in names]
+            for name in names:
+                tcp.until(lambda name=name: (name / "meta.json").exists(), 120, "all to be attached")  # type: ignore[misc]
+            attached = time.monotonic_ns()
+            moments = sorted((attached / 1e9 + chance.uniform(0.05, 5), i) for i in range(AT_ONCE))
+            killed = {}
+            for moment, i in moments:
+                time.sleep(max(0.0, moment - time.monotonic()))
+                killed[i] = time.monotonic_ns()
+                runs[i].kill()
+                runs[i].wait()
+            for i, name in enumerate(names):
+                trace = cwndtrace.load(name)
+                rows = trace.block_io, trace.resets, trace.connections, trace.samples, trace.recoveries
+                assert (trace.status, trace.warnings) == ("interrupted", []), i
+                assert not rows[2].empty
+                last = killed[i] - SECOND
+                reads = [r for r in list(load.reads) if r.begin_ns > attached and r.end_ns < last]
+                sends = [s for s in load.resets() if s.start_ns > attached and s.end_ns < last]
+                assert missing(trace, disk, reads) <= trace.lost("block_io"), (i, len(reads))
+                stamps = trace.resets["ts_ns"].to_numpy()
+                assert all(((stamps >= s.start_ns) & (stamps <= s.end_ns)).any() for s in sends), i
+                checked = [checked[0] + len(reads), checked[1] + len(sends)]
+    print(f"killed {AT_ONCE * amount(1, 10)} times: {checked[0]} reads and {checked[1]} resets all there")
+    assert checked[0] > 1000
+    assert checked[1] > 5
+
+
+def start(stack: contextlib.ExitStack, *arguments: str | Path) -> subprocess.Popen[str]:
+    """``cwndtrace run``, not waited for; it is gone once the stack is."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", *map(str, arguments)], stdout=subprocess.DEVNULL, env=ENVIRONMENT, text=True
+    )
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+# ---- told to end ---------------------------------------------------------------------------------------
+
+
+def assert_complete(path: Path, resets: int) -> None:
+    trace = cwndtrace.load(path)
+    assert (trace.status, len(trace.resets), trace.warnings) == ("complete", resets, [])
+    assert trace.meta["ended"]
+    assert not list(path.rglob(".*"))
+
+
+ENDS: dict[str, tuple[signal.Signals, ...]] = {
+    "term": (signal.SIGTERM,),
+    "hup": (signal.SIGHUP,),
+    "int": (signal.SIGINT,),
+    # Both wait for the process to run again, so that the second one finds it at work on the first.
+    "int twice": (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT),
+}
+
+
+def test_signals_end_it_cleanly(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        runs = {
+            name: stack.enter_context(running("-n", space.name, "--no-block", "-o", tmp_path / f"{name}.cwnd"))
+            for name in ENDS
+        }
+        rest_once(connect())
+        for name, numbers in ENDS.items():
+            for number in numbers:
+                runs[name].process.send_signal(number)
+            code, shown, said = runs[name].end(None)
+            assert code == 0, (name, said)
+            assert "The capture is in" in said
+            # Who insists doesn't want to wait for a summary.
+            assert ("kept 1 resets" in shown or "kept 1 reset" in shown) == (name != "int twice")
+            assert "Traceback" not in said
+            assert_complete(tmp_path / f"{name}.cwnd", 1)
+
+
+def test_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """As when ssh is cut: SIGHUP comes, and what is printed from then on fails."""
+    master, slave = os.openpty()
+
+    def lead() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    command = [*COMMAND, "run", "-n", space.name, "--no-block", "-o", str(tmp_path / "a.cwnd")]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT, preexec_fn=lead, text=True
+    )
+    os.close(slave)
+    try:
+        shown = b""
+        while not re.search(rb"^Tracing .+: idle by \w+", shown, re.MULTILINE):
+            shown += os.read(master, 65536)
+        rest_once(connect())
+        tcp.until(lambda: (tmp_path / "a.cwnd" / "cwnd_reset").exists(), 20, "the reset")
+    finally:
+        os.close(master)
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    assert_complete(tmp_path / "a.cwnd", 1)
+
+
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+time.sleep(1000)
+"""
+
+
+def test_the_parent_is_killed(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """Nobody reads any more, and nothing is printed that would show it."""
+    path = tmp_path / "a.cwnd"
+    command = [*COMMAND, "run", "-n", space.name, "--no-block", "-o", str(path)]
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    ) as parent:
+        try:
+            tcp.until(lambda: (path / "meta.json").exists(), 60, "a trace under way")
+            rest_once(connect())
+            tcp.until(lambda: (path / "cwnd_reset").exists(), 20, "the reset")
+        finally:
+            parent.kill()
+    tcp.until(lambda: cwndtrace.load(path).status != "running", 30, "the trace's end")
+    assert_complete(path, 1)
+
+
+def test_what_is_printed_finds_no_room(space: tcp.Space, tmp_path: Path) -> None:
+    with (
+        Path("/dev/full").open("w") as full,
+        running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=full.fileno()) as run,
+    ):
+        code, _, said = run.end(None)
+    assert code == 1
+    assert said.count("what is printed can't be written: No space left on device") == 1
+    assert "Traceback" not in said
+    assert_complete(tmp_path / "a.cwnd", 0)
+
+
+def test_stderr_is_closed(space: tcp.Space, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    command = [*COMMAND, "run", "-n", space.name, "--no-block", "-d", "1s", "-o", str(tmp_path / "a.cwnd")]
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=closed, env=ENVIRONMENT, timeout=60, check=False)
+    assert done.returncode == 0
+    assert b"kept 0 resets" in done.stdout
+    assert_complete(tmp_path / "a.cwnd", 0)
+
+
+# ---- a disk that refuses -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, *options: str):  # type: ignore[no-untyped-def]
+    path.mkdir()
+    tcp.run("mount", "-t", "tmpfs", "-o", ",".join(("size=16m", *options)), "tmpfs", str(path))
+    try:
+        yield path
+    finally:
+        tcp.run("umount", "-l", str(path))
+
+
+def rows_of(path: Path) -> int:
+    return len(cwndtrace.load(path).block_io)
+
+
+def test_a_disk_that_becomes_read_only(space: tcp.Space, tmp_path: Path) -> None:
+    """One trace waits until it may write again, the other one stops; what was written stays readable."""
+    with small_disk(tmp_path / "small") as small, loop() as disk:
+        waits, stops = small / "waits.cwnd", small / "stops.cwnd"
+        with (
+            running("-n", space.name, "-o", waits) as one,
+            running("-n", space.name, "--unwritable", "stop", "-o", stops) as two,
+        ):
+            disk.read(*range(100))
+            for path in (waits, stops):
+                tcp.until(lambda path=path: (path / "block_io").exists() and rows_of(path) >= 100, 20, "the rows")  # type: ignore[misc]
+            tcp.until(lambda: remount(small, "ro"), 10, "the disk to be read-only")
+            disk.read(*range(500))
+            one.wait_for(re.compile("Read-only file system"), 20)
+            code, _, said = two.end(None)
+            assert code == 1
+            assert "Read-only file system" in said
+            assert "Traceback" not in said
+            assert rows_of(stops) >= 100
+            assert one.process.poll() is None
+            assert remount(small, "rw")
+            tcp.until(lambda: rows_of(waits) >= 600, 20, "the rows that waited")
+            code, _, said = one.end()
+        assert (code, said.count("Read-only file system")) == (0, 1)
+        trace = cwndtrace.load(waits)
+        assert (trace.status, trace.warnings) == ("complete", [])
+        assert len(trace.block_io) == trace.meta["counts"]["block_io"]["kept"]
+
+
+def remount(path: Path, how: str) -> bool:
+    """Whether it could be: a part that is being written stands in the way."""
+    return (
+        subprocess.run(["mount", "-o", f"remount,{how}", str(path)], check=False, capture_output=True).returncode == 0
+    )
+
+
+def test_the_folder_is_removed(space: tcp.Space, tmp_path: Path) -> None:
+    path = tmp_path / "a.cwnd"
+    with loop() as disk, running("-n", space.name, "-o", path) as run:
+        disk.read(*range(100))
+        tcp.until(lambda: (path / "block_io").exists() and rows_of(path) >= 100, 20, "the rows")
+        tcp.run("rm", "-rf", str(path))
+        disk.read(*range(100))
+        run.wait_for(re.compile("No such file or directory"), 20)
+        assert run.process.poll() is None
+        code, shown, said = run.end()
+    assert code == 1
+    assert re.search(r"cwndtrace: [\d,]+ rows of \w+.* never reached .*a\.cwnd: No such file or directory", said)
+    # Once when it was found, and once for what is lost by it.
+    assert said.count("No such file or directory") == 2
+    assert "Traceback" not in said + shown
+    assert not path.exists()
+
+
+def test_a_quota(space: tcp.Space, tmp_path: Path) -> None:
+    """The rows of somebody whose quota is used up wait, as on a full disk."""
+    limit = "usrquota,usrquota_block_hardlimit=1m"
+    try:
+        stack = contextlib.ExitStack()
+        small = stack.enter_context(small_disk(tmp_path / "small", limit))
+    except AssertionError as e:
+        pytest.skip(f"needs a tmpfs with quotas (CONFIG_TMPFS_QUOTA, Linux 6.6): {e}")
+    with stack:
+        user = "nobody"
+        tcp.run("chown", user, str(small))
+        environment = ("env", "SUDO_UID=65534", "SUDO_GID=65534", f"SUDO_USER={user}")
+        with loop() as disk, running("-n", space.name, "-o", small / "a.cwnd", before=environment) as run:
+            disk.read(*range(10))
+            tcp.run("setpriv", "--reuid=65534", "sh", "-c", f"cat /dev/zero > {small}/filler || true")
+            disk.read(*range(3000))
+            run.wait_for(re.compile("Disk quota exceeded"), 30)
+            (small / "filler").unlink()
+            code, _, said = run.end()
+        assert code == 0, said
+        trace = cwndtrace.load(small / "a.cwnd")
+        assert len(trace.block_io) == trace.meta["counts"]["block_io"]["kept"] > 2900

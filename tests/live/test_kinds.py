@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that begin, are addressed or are named in unusual ways: right, or not covered and said so."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cwndtrace.analysis.connections import identify
+from cwndtrace.events import CONNECTIONS
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.test_endings import Link
+from tests.live.test_resets import LONG, expect_one
+from tests.live.tracing import EXACT, Tracer, key
+
+pytestmark = pytest.mark.live
+
+MPTCP = 262
+FAST_OPEN_BOTH = 0x003
+REUSE = 0x400
+"""Of net.ipv4.tcp_fastopen: a server without setsockopt()."""
+
+
+class Maker:
+    """Makes the sending end as ``how`` does, in a namespace."""
+
+    cgroup_id = tcp.own_cgroup()
+
+    def __init__(self, space: tcp.Space, how: Callable[[socket.socket, tuple[str, int]], None], kind: int = 0) -> None:
+        self._space, self._how, self._kind = space, how, kind
+
+    def connect(self, address: str, port: int, *_: object) -> socket.socket:
+        """A cubic connection to an IPv4 address."""
+        sock: socket.socket = self._space.enter(lambda: socket.socket(proto=self._kind))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._how(sock, (address, port))
+        return sock
+
+
+@pytest.fixture(scope="session")
+def link(make_space: Callable[[], tcp.Space]) -> Link:
+    return Link(make_space)
+
+
+def test_fast_open(tracer: Tracer, make_space: Callable[[], tcp.Space], connect: Connect) -> None:
+    """Data goes with the SYN, before there is a connection."""
+    space = make_space()
+    space.sysctl("net.ipv4.tcp_fastopen", str(FAST_OPEN_BOTH | REUSE))
+
+    def fast(sock: socket.socket, to: tuple[str, int]) -> None:
+        sock.sendto(b"x" * 500, socket.MSG_FASTOPEN, to)
+
+    # The first one fetches a cookie, the second one uses it.
+    for connection in [connect(space, by=Maker(space, fast)) for _ in range(2)]:
+        connection.grow()
+        time.sleep(LONG)
+        connection.send()
+        expect_one(tracer, connection)
+    assert fast_opens(space) >= 1
+
+
+def fast_opens(space: tcp.Space) -> int:
+    def read() -> int:
+        text = Path("/proc/thread-self/net/netstat").read_text()
+        names, values = [line.split() for line in text.splitlines() if line.startswith("TcpExt:")]
+        return int(values[names.index("TCPFastOpenActive")])
+
+    return int(space.enter(read))
+
+
+def test_a_syn_that_is_sent_again(tracer: Tracer, link: Link, connect: Connect) -> None:
+    """Its timeout lowers the window to 1, and the connection begins with that."""
+    started: list[float] = []
+
+    def late(sock: socket.socket, to: tuple[str, int]) -> None:
+        sock.setblocking(False)
+        with link.cut():
+            timeouts = link.timeouts()
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(to)
+            started.append(time.monotonic())
+            tcp.until(lambda: link.timeouts() > timeouts, 20, "the SYN's timeout")
+        sock.settimeout(20)
+        tcp.until(lambda: tcp.info(sock).snd_wnd, 20, "the connection")
+        sock.settimeout(None)
+
+    connection = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0", by=Maker(link.a, late))
+    assert tcp.info(connection.sock).total_retrans >= 1
+    first = tracer.of(connection)
+    assert [(r["reason"], r["cwnd_before"], r["cwnd_after"], r["idle_us"]) for r in first] in (
+        [],
+        [("rto_loss", tcp.INIT_CWND, 1, 0)],
+    )
+    if tracer.probe in EXACT and tracer.sees("rto_loss"):
+        assert first
+    connection.grow()
+    time.sleep(LONG)
+    connection.send()
+    assert [r["reason"] for r in tracer.of(connection)][len(first) :] == ["idle"]
+
+
+def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> None:
+    """Its scope is the interface: the record has its number."""
+
+    def local(space: tcp.Space) -> str:
+        lines = space.ip("-6", "-o", "addr", "show", "dev", "cwt0", "scope", "link").splitlines()
+        return next((line.split()[3].split("/")[0] for line in lines if "tentative" not in line), "")
+
+    tcp.until(lambda: local(link.b) and local(link.a), 20, "link-local addresses")
+    address = local(link.b)
+    index = link.a.index("cwt0")
+    there = link.b.index("cwt0")
+
+    def listen() -> socket.socket:
+        made = socket.socket(socket.AF_INET6)
+        made.bind((address, 0, 0, there))
+        made.listen()
+        return made
+
+    def call(port: int) -> socket.socket:
+        made = socket.socket(socket.AF_INET6)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.connect((address, port, 0, index))
+        return made
+
+    shared = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
+    with link.b.enter(listen) as listener:
+        sock = link.a.enter(lambda: call(listener.getsockname()[1]))
+        peer = listener.accept()[0]
+    shared.drain.add(peer)
+    connection = tcp.Connection(
+        link.a, sock, peer, shared.drain, int(socket.AF_INET6), "cubic", index, tcp.own_cgroup()
+    )
+    try:
+        for end in ("saddr", "daddr"):
+            setattr(connection, end, getattr(connection, end).split("%")[0])
+        connection.grow()
+        time.sleep(LONG)
+        connection.send()
+        expect_one(tracer, connection)
+        assert tracer.of(connection)[0]["daddr"] == address
+    finally:
+        connection.close()
+
+
+def test_multipath(tracer: Tracer, make_space: Callable[[], tcp.Space]) -> None:
+    """README.md says so of ``sendmsg``. What the other rungs see of a subflow is a window that fell."""
+    space = make_space()
+    try:
+        listener, sock = space.enter(lambda: [socket.socket(proto=MPTCP) for _ in range(2)])
+    except OSError as e:
+        pytest.skip(f"needs CONFIG_MPTCP: {e}")
+    with listener, sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        sock.connect(listener.getsockname())
+        peer = listener.accept()[0]
+        drain = tcp.Drain()
+        drain.add(peer)
+        try:
+            begin = time.monotonic_ns()
+            for _ in range(3):
+                sock.sendall(bytes(300_000))
+                time.sleep(LONG)
+            sock.send(b"x" * 100)
+            found = tracer.within(space.inode, since_ns=begin)
+        finally:
+            drain.close()
+            peer.close()
+    assert bool(found) == (tracer.probe != "sendmsg")
+    assert all(r["cwnd_after"] < r["cwnd_before"] for r in found)
+
+
+def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
+    """Two connections with the same ends, without cookies and perhaps in the same memory, stay two."""
+    ends: dict[str, object] = {"source": ("127.0.0.1", 40011), "port": 40012}
+    records = []
+    for least in (200, 24):
+        connection = connect(space, **ends)
+        connection.cookie = lambda: 0  # type: ignore[method-assign]
+        connection.grow(least)
+        for _ in range(2):
+            time.sleep(LONG)
+            connection.send()
+            connection.grow(least)
+        assert check_since(tracer, connection) >= 2
+        records.append(len([r for r in tracer.records if key(r) == connection.key]))
+        # No TIME_WAIT.
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    mine = [r for r in tracer.records if key(r) == connection.key]
+    frame = pd.DataFrame(mine).assign(time=pd.Timestamp(0, tz="UTC"))
+    resets, _ = identify(frame, CONNECTIONS.empty_table().to_pandas())
+    names = list(resets["connection"])
+    assert len(set(names[: records[0]])) == len(set(names[records[0] :])) == 1
+    assert names[0] != names[-1]
+
+
+def check_since(tracer: Tracer, connection: tcp.Connection) -> int:
+    """How many resets of its sends have their record, and no other record since its first send."""
+    sends = [s for s in connection.sends if s.reason == "idle"]
+    found = [r for r in tracer.of(connection) if r["ts_ns"] >= connection.sends[0].start_ns and r["reason"] == "idle"]
+    assert [(r["cwnd_before"], r["cwnd_after"]) for r in found] == [(s.before.cwnd, s.after.cwnd) for s in sends]
+    return len(found)
+
+
+@pytest.mark.long
+def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
+    """More than 4 GiB on one connection, with rests all along: each is right, before the wrap and behind it."""
+    connection = connect()
+    chunk = bytes(1 << 20)
+    for _ in range(18):
+        for _ in range(256):
+            connection.sock.sendall(chunk)
+        connection.quiet()
+        connection.grow()
+        time.sleep(LONG)
+        assert connection.send().reason == "idle"
+    assert connection.info().bytes_acked > 1 << 32
+    # A burst that takes longer than an RTO may hide another cut: what was noted is what counts.
+    assert check_since(tracer, connection) >= 18

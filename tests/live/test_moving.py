@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is traced changes its name, moves or goes while it is traced; and the wall clock is stepped."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cwndtrace
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.test_run import call, rest_once, running
+
+pytestmark = pytest.mark.live
+
+
+def test_interfaces_and_namespaces_that_go(
+    make_space: Callable[[], tcp.Space], connect: Connect, tmp_path: Path
+) -> None:
+    """Renamed, removed, moved, and with its namespace deleted: each is said, and what there still is, is seen."""
+    a, b, other = make_space(), make_space(), make_space()
+    tcp.join(a, b, "cwt0", ["10.9.1.1/24"], ["10.9.1.2/24"])
+    tcp.join(a, b, "cwt1", ["10.9.2.1/24"], ["10.9.2.2/24"])
+    with (
+        running("-i", "cwt0", "-n", a.name, "--no-block", "-o", tmp_path / "0.cwnd") as renamed,
+        running("-i", "cwt1", "-n", a.name, "--no-block", "-o", tmp_path / "1.cwnd") as moved,
+    ):
+        connection = connect(a, to=b, address="10.9.1.2", device="cwt0")
+        rest_once(connection)
+        a.ip("link", "set", "cwt0", "down")
+        a.ip("link", "set", "cwt0", "name", "wan0", "up")
+        a.ip("link", "set", "cwt1", "netns", other.name)
+        renamed.wait_for(re.compile("warning: interface cwt0 is called wan0 now; the trace goes on"), 20)
+        moved.wait_for(re.compile("warning: interface cwt1 is gone, removed or moved to another network namespace"), 20)
+        rest_once(connection)
+        a.ip("link", "del", "wan0")
+        renamed.wait_for(re.compile("warning: interface wan0 is gone"), 20)
+        connection.close()
+        a.close()
+        for run in (renamed, moved):
+            run.wait_for(re.compile("warning: the network namespace that is traced has no name and no process"), 20)
+            assert run.process.poll() is None
+        for run in (renamed, moved):
+            code, _, said = run.end()
+            assert (code, "Traceback" in said) == (0, False)
+    for name, resets in (("0.cwnd", 2), ("1.cwnd", 0)):
+        trace = cwndtrace.load(tmp_path / name)
+        assert (trace.status, len(trace.resets)) == ("complete", resets)
+
+
+STEPPED = """
+import os, sys, time
+wall, flag = time.time_ns, sys.argv.pop(1)
+
+def stepped():
+    return wall() + (int(open(flag).read() or 0) if os.path.exists(flag) else 0)
+
+time.time_ns = stepped
+from cwndtrace.cli import main
+main()
+"""
+HOUR = 3_600_000_000_000
+
+
+def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """By hours either way, for the tracer alone: times in order, and UTC right before and after each step."""
+    flag, path, known = tmp_path / "flag", tmp_path / "a.cwnd", []
+    connection = connect()
+    with running("-n", space.name, "--no-block", "-o", path, python=("-c", STEPPED, str(flag))) as run:
+        for step in (0, 5 * HOUR, -3 * HOUR):
+            flag.write_text(str(step))
+            before = len(cwndtrace.load(path).meta["clock"].get("segments") or ())
+            if step:
+                tcp.until(lambda n=before: len(cwndtrace.load(path).meta["clock"]["segments"]) > n, 20, "a segment")  # type: ignore[misc]
+            rest_once(connection)
+            known.append((time.time_ns() + step) / 1e9)
+        code, _, said = run.end()
+    assert code == 0, said
+    trace = cwndtrace.load(path)
+    assert list(trace.resets["ts_ns"]) == sorted(trace.resets["ts_ns"])
+    told = [time.timestamp() for time in trace.resets["time"]]
+    assert all(abs(a - b) < 5 for a, b in zip(told, known, strict=True)), (told, known)
+    assert len(trace.meta["clock"]["segments"]) == 3
+    assert "stepped by +18,000.000 s, -28,800.000 s" in repr(trace)
+    assert 0 < float(trace.summary()["seen_s"].max()) < 60
+
+
+def test_a_time_namespace_is_refused(space: tcp.Space, tmp_path: Path) -> None:
+    """Its clock isn't the one that records are stamped by."""
+    before = ("unshare", "--fork", "--time", "--monotonic", "100000")
+    done = call("run", "-n", space.name, "-d", "1s", "-o", tmp_path / "a.cwnd", before=before)
+    if "unshare" in done.stderr:
+        pytest.skip(f"needs CONFIG_TIME_NS: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert "time namespace's clock is 100000 s off" in done.stderr
+    assert "nsenter --time" in done.stderr
+    assert not (tmp_path / "a.cwnd").exists()

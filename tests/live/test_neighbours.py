@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other tracers on the same probes at the same time: all of them see everything."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cwndtrace
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.disk import loop
+from tests.live.test_overload import READER
+from tests.live.test_run import rest_once, running
+
+pytestmark = pytest.mark.live
+
+READS = 5000
+TRACEFS = 'mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing; exec "$0" "$@"'
+BPFTRACE = """
+tracepoint:block:block_io_start /pid == %d/ { @requests = count(); }
+tracepoint:tcp:tcp_probe { @acks = count(); }
+BEGIN { printf("ready\\n"); }
+"""
+
+
+@pytest.mark.skipif(
+    not (shutil.which("bpftrace") and shutil.which("perf")), reason="needs them: apt install bpftrace linux-perf"
+)
+def test_bpftrace_perf_and_two_of_us(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with (
+        loop() as disk,
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(disk.path), str(READS)], stdin=-1, stdout=-1, text=True
+        ) as child,
+    ):
+        assert child.stdin
+        assert child.stdout
+        own = ("unshare", "--mount", "sh", "-c", TRACEFS)
+        theirs = [
+            [*own, "bpftrace", "-e", BPFTRACE % child.pid],
+            [*own, "perf", "stat", "-e", "block:block_io_start", "-p", str(child.pid)],
+        ]
+        try:
+            assert child.stdout.readline() == "ready\n"
+            with (
+                subprocess.Popen(theirs[0], stdout=-1, stderr=subprocess.STDOUT, text=True) as bpftrace,
+                subprocess.Popen(theirs[1], stdout=-1, stderr=subprocess.STDOUT, text=True) as perf,
+                running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as one,
+                running("-p", str(child.pid), "-o", tmp_path / "b.cwnd") as two,
+                running("-n", space.name, "--no-block", "-o", tmp_path / "c.cwnd") as three,
+            ):
+                assert bpftrace.stdout
+                assert perf.stdout
+                while "ready" not in (line := bpftrace.stdout.readline()):
+                    assert line, "bpftrace never began"
+                send = rest_once(connect())
+                with disk.counted(READS):
+                    print(file=child.stdin, flush=True)
+                    assert child.stdout.readline() == "done\n"
+                for run in (one, two, three):
+                    assert run.end()[0] == 0
+                bpftrace.send_signal(signal.SIGINT)
+                perf.send_signal(signal.SIGINT)
+                counted = bpftrace.stdout.read(), perf.stdout.read()
+        finally:
+            child.kill()
+    requests = int(re.search(r"@requests: (\d+)", counted[0])[1])  # type: ignore[index]
+    measured = int(re.search(r"([\d,]+) +block:block_io_start", counted[1])[1].replace(",", ""))  # type: ignore[index]
+    assert int(re.search(r"@acks: (\d+)", counted[0])[1]) > 0  # type: ignore[index]
+    ours = [cwndtrace.load(tmp_path / name) for name in ("a.cwnd", "b.cwnd")]
+    print(f"{READS} reads: bpftrace {requests}, perf {measured}, cwndtrace {[len(t.block_io) for t in ours]}")
+    assert (requests, measured) == (READS, READS)
+    for trace in ours:
+        # A security policy may hide the end of a request from every tracer; it is counted then.
+        assert len(trace.block_io) + trace.lost("block_io") == READS
+    assert list(cwndtrace.load(tmp_path / "c.cwnd").resets["cwnd_before"]) == [send.before.cwnd]

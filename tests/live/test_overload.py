@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More than a trace can take, and more connections than it ever saw: what isn't kept is counted, and nothing grows."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Final, Self
+
+import pytest
+
+import cwndtrace
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.disk import loop
+from tests.live.soak import amount
+from tests.live.test_run import running, within
+from tests.live.tracing import Tracer
+
+pytestmark = pytest.mark.live
+
+STOPPED_S: Final = 5
+
+READER = """
+import mmap, os, sys
+fd, reads = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), int(sys.argv[2])
+buffer = mmap.mmap(-1, 4096)
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(reads):
+    os.preadv(fd, [buffer], i % 1000 * 4096)
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path) -> None:
+    """Each request of a process is kept or counted as lost, none twice."""
+    reads = 200_000
+    with (
+        loop() as disk,
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(disk.path), str(reads)], stdin=-1, stdout=-1, text=True
+        ) as child,
+    ):
+        assert child.stdin
+        assert child.stdout
+        try:
+            assert child.stdout.readline() == "ready\n"
+            with running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as run:
+                begin, before = time.monotonic(), disk.stat()
+                run.process.send_signal(signal.SIGSTOP)
+                with disk.counted(reads):
+                    print(file=child.stdin, flush=True)
+                    assert child.stdout.readline() == "done\n"
+                assert (disk.stat() - before).reads == reads
+                time.sleep(max(0.0, begin + STOPPED_S - time.monotonic()))
+                run.process.send_signal(signal.SIGCONT)
+                code, shown, said = run.end()
+        finally:
+            child.kill()
+    assert code == 0, said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    counts = trace.meta["counts"]["block_io"]
+    print(f"{reads} reads: {counts}")
+    assert len(trace.block_io) == counts["kept"]
+    assert counts["lost"] > 10_000
+    assert counts["kept"] + counts["lost"] == reads
+    assert sum(span["lost"] for span in trace.meta["lossy"] if span["event"] == "block_io") == counts["lost"]
+    assert f"lost so far: {counts['lost']:,} block_io" in said
+    assert "; lost 0 and " in shown
+
+
+SMALL = ("-c", "from cwndtrace.capture import bcc; bcc._RESET_PAGES = 64; from cwndtrace.cli import main; main()")
+"""The command with room for 700 resets between kernel and reader, in place of 11,000."""
+
+
+def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """Each reset is kept or counted as lost; so is how each window came back."""
+    connections = [connect(read_buffer=1_000_000) for _ in range(150)]
+    for connection in connections:
+        connection.grow(160)
+    with (
+        running("-n", space.name, "--no-block", "-q", "-o", tmp_path / "a.cwnd", said=False, python=SMALL) as stopped,
+        running("-n", space.name, "--no-block", "-q", "-o", tmp_path / "b.cwnd", said=False) as other,
+    ):
+        for path in (tmp_path / "a.cwnd", tmp_path / "b.cwnd"):
+            tcp.until(lambda path=path: (path / "meta.json").exists(), 60, "both attached")  # type: ignore[misc]
+        first = {c.key: len(c.sends) for c in connections}
+        begin = time.monotonic()
+        stopped.process.send_signal(signal.SIGSTOP)
+        resets = 0
+        while resets < 2000 or time.monotonic() < begin + STOPPED_S:
+            time.sleep(max(0.0, 0.25 - connections[0].info().last_snd_us / 1e6))
+            for connection in connections:
+                if connection.info().cwnd <= tcp.INIT_CWND:
+                    connection.grow(160)
+            for connection in connections:
+                connection.send()
+            resets = sum(s.reason == "idle" for c in connections for s in c.sends[first[c.key] :])
+        stopped.process.send_signal(signal.SIGCONT)
+        code, _, said = stopped.end()
+        assert code == 0, said
+        assert other.end()[0] == 0
+    trace, whole = (cwndtrace.load(tmp_path / name) for name in ("a.cwnd", "b.cwnd"))
+    counts, all_of_them = trace.meta["counts"], whole.meta["counts"]
+    print(f"{resets} resets: {counts}; beside it: {all_of_them}")
+    assert counts["cwnd_reset"]["lost"] > 0
+    for name in ("cwnd_reset", "cwnd_recovery"):
+        assert all_of_them[name]["lost"] == 0
+        assert counts[name]["kept"] + counts[name]["lost"] == all_of_them[name]["kept"]
+    assert all_of_them["cwnd_reset"]["kept"] == resets
+    assert len(trace.resets) == counts["cwnd_reset"]["kept"]
+
+
+CHURN = """
+import socket, struct, sys, time
+rate, listener = int(sys.argv[1]), socket.create_server(("127.0.0.1", 0), backlog=1000)
+abort, made, begin = struct.pack("ii", 1, 0), 0, time.monotonic()
+print("ready", flush=True)
+while True:
+    with socket.socket() as a:
+        a.connect(listener.getsockname())
+        b, _ = listener.accept()
+        with b:
+            a.send(b"x" * 3000)
+            b.recv(10000)
+            # No TIME_WAIT, or the ports would soon be used up.
+            a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
+    made += 1
+    if made % 100 == 0:
+        print(made, flush=True)
+        time.sleep(max(0.0, begin + made / rate - time.monotonic()))
+"""
+
+
+class Churn:
+    """Connections made and aborted in a namespace, so many a second, while it is entered."""
+
+    def __init__(self, space: tcp.Space, rate: int = 2000) -> None:
+        command = [*within(space), sys.executable, "-c", CHURN, str(rate)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.made = 0
+        self._thread = threading.Thread(target=self._count)
+        self._thread.start()
+
+    def _count(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self.made = int(line) if line != "ready\n" else 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        assert self._process.stdout
+        self._process.stdout.close()
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return own + sum(resident(int(child)) for child in children)
+
+
+def descriptors(pid: int) -> int:
+    """How many files a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None:
+    """A reset of each of 10,000 connections at once is kept, while others come and go; nothing grows, nothing stays."""
+    number, seconds = amount(1000, 10_000), amount(5, 60)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(3 * number, 4096), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    drain, pairs = tcp.Drain(), list[tuple[socket.socket, socket.socket]]()
+    try:
+        with (
+            Tracer(netns=counted_space.name) as tracer,
+            running("-n", counted_space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run,
+        ):
+            pairs = counted_space.enter(lambda: [pair(drain) for _ in range(number)])
+            for sock, _ in pairs:
+                sock.sendall(bytes(60_000))
+            for sock, _ in pairs:
+                tcp.until(lambda s=sock: not tcp.info(s).unacked, 20, "an ACK of all")  # type: ignore[misc]
+            tcp.until(lambda: tcp.info(pairs[-1][0]).last_snd_us > 400_000, 20, "the last one to have rested")
+            with Churn(counted_space) as churn:
+                begin = time.monotonic()
+                resets = 0
+                for sock, _ in pairs:
+                    before = tcp.info(sock).cwnd
+                    sock.send(b"x" * 100)
+                    resets += tcp.info(sock).cwnd < before
+                tcp.until(lambda: time.monotonic() > begin + seconds / 2 and churn.made > 100, 120, "half of it")
+                first, files = resident(run.process.pid), descriptors(run.process.pid)
+                tcp.until(lambda: time.monotonic() > begin + seconds, 120, "all of it")
+                last, made, took = resident(run.process.pid), churn.made, time.monotonic() - begin
+                assert descriptors(run.process.pid) <= files + 2
+            for sock, peer in pairs:
+                drain.pause(peer)
+                sock.close()
+                peer.close()
+            tracer.settle()
+            programs = tracer._session.source._resets  # type: ignore[attr-defined]
+            tcp.until(lambda: not any(p.rows("followed") for p in programs), 30, "no closed connection to be followed")
+            if tracer.probe == "sendmsg":
+                assert not programs[0].rows("pending")
+                assert programs[0]._bpf[b"pending_count"][0].value == 0
+            code, _, said = run.end()
+    finally:
+        drain.close()
+        for each in (end for both in pairs for end in both):
+            each.close()
+    assert code == 0, said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    grown = (last - first) / 1e6
+    print(f"{number} connections: {resets} resets; {made} more at {made / took:.0f}/s; memory grew by {grown:.1f} MB")
+    assert resets == number
+    assert trace.meta["counts"]["cwnd_reset"] == {"kept": resets, "lost": 0}
+    assert trace.resets.groupby(["sport", "dport"]).ngroups == resets
+    # In the short form the allocator's own warming up is most of it.
+    assert last - first < 20e6
+
+
+def pair(drain: tcp.Drain) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a cubic connection; what the first one sends is read."""
+    with socket.create_server((f"127.0.{random.randrange(200)}.1", 0)) as listener:
+        sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.connect(listener.getsockname())
+        peer = listener.accept()[0]
+    drain.add(peer)
+    return sock, peer

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What power a trace has once it is attached, whose its capture is, and that it sees no less for it.
+
+The user for whom sudo works is one that no passwd file knows: SUDO_UID and SUDO_GID are all that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import cwndtrace
+from cwndtrace import power
+from cwndtrace.kernel import ladder
+from tests.live import tcp
+from tests.live.conftest import Connect, left_out
+from tests.live.tcp import listening, until
+from tests.live.test_run import Running, rest_once, running
+
+pytestmark = pytest.mark.live
+
+UID, GID = 54321, 54322
+FOR_SOMEBODY = ("env", f"SUDO_UID={UID}", f"SUDO_GID={GID}")
+FOR_NOBODY = ("env", "-u", "SUDO_UID", "-u", "SUDO_GID")
+
+
+@contextmanager
+def home_of(uid: int, gid: int) -> Iterator[Path]:
+    """A folder of a user's, on a way that they can walk."""
+    made = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
+    os.chown(made, uid, gid)
+    made.chmod(0o755)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder of the invoking user's."""
+    with home_of(UID, GID) as made:
+        yield made
+
+
+def threads(pid: int) -> list[dict[str, str]]:
+    """What /proc says of each thread of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        lines = (task / "status").read_text().splitlines()
+        found.append({name: value.strip() for name, _, value in (line.partition(":") for line in lines)})
+    return found
+
+
+def assert_holds(pid: int, uid: int, gid: int, capabilities: frozenset[int]) -> None:
+    """Every thread has these ids, these capabilities, no way to others, and never will have."""
+    mask = f"{sum(1 << number for number in capabilities):016x}"
+    for thread in threads(pid):
+        assert thread["Uid"].split() == [str(uid)] * 4, thread
+        assert thread["Gid"].split() == [str(gid)] * 4, thread
+        for which in ("CapPrm", "CapEff", "CapBnd"):
+            assert thread[which] == mask, (thread["Name"], which, thread[which])
+        assert (int(thread["CapInh"], 16), int(thread["CapAmb"], 16), thread["NoNewPrivs"]) == (0, 0, "1"), thread
+        if uid:
+            assert thread["Groups"].split() == [str(gid)], thread
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def lookout_of(run: Running) -> int:
+    (pid,) = children(run.process.pid)
+    return pid
+
+
+def assert_owned(capture: Path, uid: int, gid: int) -> None:
+    """All of a capture is one user's, and nobody else may read it."""
+    paths = [capture, *capture.rglob("*")]
+    assert len(paths) > 3
+    for path in paths:
+        found = path.lstat()
+        assert (found.st_uid, found.st_gid) == (uid, gid), path
+        assert stat.S_IMODE(found.st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_power_goes_after_attaching_and_nothing_is_missed(
+    connect: Connect, space: tcp.Space, make_space: Callable[[], tcp.Space], home: Path
+) -> None:
+    capture, before = home / "a.cwnd", listening()
+    with running("-n", space.name, "-o", capture, before=FOR_SOMEBODY) as run:
+        # The lookout is spoken to by a pair of sockets.
+        assert listening() <= before
+        assert_holds(run.process.pid, UID, GID, frozenset())
+        lookout = lookout_of(run)
+        assert_holds(lookout, UID, GID, power.LOOKING)
+        # Of Python's descriptors the lookout has its two ends, and no BPF object.
+        kinds = {str(fd.readlink()) for fd in Path(f"/proc/{lookout}/fd").iterdir()}
+        assert not [kind for kind in kinds if "bpf" in kind or "anon" in kind]
+        later = make_space()
+        connection = connect()
+        send = rest_once(connection)
+        # Once more with all threads that writing and reading may start.
+        until(lambda: (capture / "cwnd_reset").exists(), 20, "the first part")
+        assert_holds(run.process.pid, UID, GID, frozenset())
+        code, shown, said = run.end()
+    assert code == 0, said
+    assert "Traceback" not in said
+    assert_owned(capture, UID, GID)
+    assert not Path(f"/proc/{lookout}").exists()
+    trace = cwndtrace.load(capture)
+    assert trace.status == "complete"
+    mine = trace.resets[trace.resets["sport"] == connection.sport].to_dict("records")
+    assert [(r["cwnd_before"], r["cwnd_after"]) for r in mine] == [(send.before.cwnd, send.after.cwnd)]
+    # Snapshots of another namespace, with another user's process that holds the socket; settings of one made later.
+    seen = trace.connections[trace.connections["sport"] == connection.sport]
+    assert len(seen) >= 1
+    assert set(seen["pid"]) == {os.getpid()}
+    assert str(later.inode) in trace.meta["sysctls"]
+    assert trace.meta["sysctls"][str(later.inode)]["net.ipv4.tcp_slow_start_after_idle"] == 1
+    assert f":{connection.sport}" in shown
+
+
+def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> None:
+    """Its sockets are found in /proc, which only the lookout may read; these are opened after the drop."""
+    with running("-p", str(os.getpid()), "-o", home / "a.cwnd", "--json", before=FOR_SOMEBODY) as run:
+        assert_holds(run.process.pid, UID, GID, frozenset())
+        connection = connect()
+        rest_once(connection)
+        code, shown, said = run.end()
+    assert code == 0, said
+    rows = [json.loads(line) for line in shown.splitlines()]
+    assert [r["sport"] for r in rows if r["event"] == "cwnd_reset"] == [connection.sport]
+    assert rows[-1]["event"] == "summary"
+    assert rows[-1]["capture"] == str(home / "a.cwnd")
+
+
+@pytest.mark.parametrize("probe", ladder.BY_NAME)
+def test_each_rung_goes_on_without_power(probe: str, space: tcp.Space, connect: Connect, home: Path) -> None:
+    """Reading maps, running programs and detaching: what each rung still does, it may."""
+    if probe in left_out():
+        pytest.skip(f"this kernel has no rung {probe} ({left_out()[probe]}): make vm-test has one")
+    with running("-n", space.name, "--probe", probe, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
+        assert_holds(run.process.pid, UID, GID, frozenset())
+        rest_once(connect())
+        code, _, said = run.end()
+    assert (code, "Traceback" in said) == (0, False), said
+    assert len(cwndtrace.load(home / "a.cwnd").resets) >= 1
+
+
+def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    with running("-n", space.name, "-o", tmp_path / "a.cwnd", before=FOR_NOBODY) as run:
+        assert_holds(run.process.pid, 0, 0, frozenset())
+        assert_holds(lookout_of(run), 0, 0, power.LOOKING)
+        connection = connect()
+        rest_once(connection)
+        code, _, said = run.end()
+    assert (code, "warning: root" in said) == (0, False), said
+    assert_owned(tmp_path / "a.cwnd", 0, 0)
+    assert connection.sport in set(cwndtrace.load(tmp_path / "a.cwnd").connections["sport"])
+
+
+def test_root_can_stay_what_it_is(space: tcp.Space, home: Path) -> None:
+    with running("-n", space.name, "-o", home / "a.cwnd", "--stay-root", before=FOR_SOMEBODY) as run:
+        assert {t["CapEff"] for t in threads(run.process.pid)} == {t["CapEff"] for t in threads(os.getpid())}
+        assert {t["NoNewPrivs"] for t in threads(run.process.pid)} == {"0"}
+        assert children(run.process.pid) == []
+        until(lambda: (home / "a.cwnd/block_io").exists(), 20, "the first part")
+        code, _, said = run.end()
+    assert code == 0, said
+    assert_owned(home / "a.cwnd", UID, GID)
+
+
+def test_where_the_user_may_not_write_the_capture_is_roots(space: tcp.Space, home: Path) -> None:
+    closed = home / "closed"
+    closed.mkdir(mode=0o700)
+    with running("-n", space.name, "-o", closed / "a.cwnd", before=FOR_SOMEBODY) as run:
+        assert_holds(run.process.pid, 0, 0, frozenset())
+        until(lambda: (closed / "a.cwnd/block_io").exists(), 20, "the first part")
+        code, _, said = run.end()
+    assert code == 0, said
+    assert f"{UID} may not write there: the capture is root's." in said
+    assert_owned(closed / "a.cwnd", 0, 0)
+
+
+def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(space: tcp.Space, home: Path) -> None:
+    """The way is shut after the capture was made: its summary is read all the same."""
+    closed = home / "closed"
+    closed.mkdir()
+    os.chown(closed, UID, GID)
+    with running("-n", space.name, "-o", closed / "a.cwnd", before=FOR_SOMEBODY) as run:
+        os.chown(closed, 0, 0)
+        closed.chmod(0o700)
+        until(lambda: (closed / "a.cwnd/block_io").exists(), 20, "the first part")
+        code, shown, said = run.end()
+    assert code == 0, said
+    assert "kept " in shown
+
+
+def test_the_lookout_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
+    with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
+        lookout = lookout_of(run)
+        run.process.kill()
+        run.process.communicate()
+        until(lambda: not Path(f"/proc/{lookout}").exists(), 10, "the lookout to end")
+    assert cwndtrace.load(home / "a.cwnd").status == "interrupted"
+
+
+def test_a_lookout_that_is_ended_from_outside_is_said(space: tcp.Space, home: Path) -> None:
+    with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
+        os.kill(lookout_of(run), signal.SIGKILL)
+        code, _, said = run.end(None)
+    assert code == 1, said
+    assert "cwndtrace: the process that looks at connections for this one was ended from outside" in said
+    assert "Traceback" not in said
+    assert cwndtrace.load(home / "a.cwnd").status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("had", "owner"),
+    [
+        (("bpf", "perfmon"), 0),
+        (("bpf", "perfmon", "setuid", "setgid"), UID),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_what_a_container_may_have_left(
+    had: tuple[str, ...], owner: int, connect: Connect, home: Path, tmp_path: Path
+) -> None:
+    """Root with few capabilities: it traces with what there is, and keeps none of that."""
+    capture = (home if owner else tmp_path) / "a.cwnd"
+    few = ("setpriv", "--inh-caps=-all", f"--bounding-set=-all,{','.join(f'+{name}' for name in had)}")
+    mine = tcp.Here()
+    connection = connect(mine)
+    with running("-P", str(connection.sport), "-o", capture, before=(*FOR_SOMEBODY, *few)) as run:
+        for thread in threads(run.process.pid):
+            assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
+            assert thread["Uid"].split() == [str(owner)] * 4
+        for thread in threads(lookout_of(run)):
+            assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in power.LOOKING) == 0
+        rest_once(connection)
+        code, _, said = run.end()
+    assert (code, "Traceback" in said) == (0, False), said
+    trace = cwndtrace.load(capture)
+    assert list(trace.resets["sport"]) == [connection.sport]
+    assert connection.sport in set(trace.connections["sport"])
+    assert capture.stat().st_uid == owner

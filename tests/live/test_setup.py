@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine may lack or forbid: each is named with its cure, in two lines, with the right exit code.
+
+All of it happens in mount and user namespaces, or to capabilities, of the command alone.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from cwndtrace.capture import bcc
+from tests.live.test_run import assert_short, call
+
+pytestmark = pytest.mark.live
+
+MOUNTS = ("unshare", "--mount", "sh", "-c")
+
+
+def hidden(*commands: str) -> tuple[str, ...]:
+    """Stands before the command: it runs behind these, in a mount namespace of its own."""
+    return (*MOUNTS, " && ".join([*commands, 'exec "$0" "$@"']))
+
+
+def place_of_bcc() -> str:
+    return shlex.quote(str(Path(str(bcc.module().__file__)).parent))
+
+
+def test_without_bcc(tmp_path: Path) -> None:
+    before = hidden(f"mount -t tmpfs none {place_of_bcc()}")
+    assert_short(
+        call("run", "-o", tmp_path / "a.cwnd", before=before), 1, "bcc isn't installed", "apt install python3-bpfcc"
+    )
+    assert not (tmp_path / "a.cwnd").exists()
+
+
+def test_with_half_of_bcc(tmp_path: Path) -> None:
+    """The Python package without the library."""
+    bcc.module()
+    libraries = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libbcc.so" in line]
+    before = hidden(*(f"mount --bind /dev/null {shlex.quote(name)}" for name in sorted(set(libraries))))
+    done = call("run", "-o", tmp_path / "a.cwnd", before=before)
+    assert_short(done, 1, r"bcc in .* can't be loaded: .*libbcc", "apt install python3-bpfcc")
+
+
+def test_with_another_package_called_bcc(tmp_path: Path) -> None:
+    (tmp_path / "bcc").mkdir()
+    (tmp_path / "bcc" / "__init__.py").write_text("raise SystemExit('the unrelated package was imported')")
+    python = f"env PYTHONPATH={tmp_path}:$PYTHONPATH"
+    before = (*MOUNTS, f'mount -t tmpfs none {place_of_bcc()} && exec {python} "$0" "$@"')
+    done = call("run", "-o", tmp_path / "a.cwnd", before=before)
+    assert_short(done, 1, "PyPI's unrelated package", "apt install python3-bpfcc")
+
+
+def test_without_btf(tmp_path: Path) -> None:
+    done = call("run", "-o", tmp_path / "a.cwnd", before=hidden("mount -t tmpfs none /sys/kernel/btf"))
+    assert_short(done, 77, "no BTF: /sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF=y")
+
+
+def test_without_capabilities(tmp_path: Path) -> None:
+    without = "--bounding-set=-bpf,-perfmon,-sys_admin", "--inh-caps=-all"
+    done = call("run", "-o", tmp_path / "a.cwnd", before=("setpriv", *without))
+    assert_short(done, 1, "lacks CAP_BPF and CAP_PERFMON", "--cap-add SYS_ADMIN")
+
+
+def test_in_a_rootless_container(tmp_path: Path) -> None:
+    done = call("run", "-o", tmp_path / "a.cwnd", before=("unshare", "--user", "--map-root-user", "--pid", "--fork"))
+    assert_short(done, 1, "root in a user namespace", "on the host")
+
+
+SECCOMP = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+number = {"x86_64": 321}.get(os.uname().machine, 280)
+# Load the system call's number; if it is bpf's, return EPERM, else allow.
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+filter = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program))
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, filter, 0, 0) == 0
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_behind_a_seccomp_filter(tmp_path: Path) -> None:
+    done = call("run", "-o", tmp_path / "a.cwnd", before=(sys.executable, "-c", SECCOMP))
+    assert_short(done, 1, "a seccomp filter refuses bpf", "seccomp=unconfined")
+
+
+def test_doctor_says_the_same() -> None:
+    done = call("doctor", before=(sys.executable, "-c", SECCOMP))
+    assert done.returncode == 77
+    assert "a seccomp filter refuses bpf" in done.stdout
+    assert "seccomp=unconfined" in done.stdout
+    assert done.stderr == ""
+
+
+def test_tracefs_that_can_not_be_mounted() -> None:
+    """The rungs of plain tracepoints do without; doctor says what kprobes would need."""
+    commands = "while umount /sys/kernel/tracing 2>/dev/null; do :; done; umount -R /sys/kernel/debug 2>/dev/null; true"
+    drop = 'exec setpriv --bounding-set=-sys_admin --inh-caps=-all "$0" "$@"'
+    done = call("doctor", before=(*MOUNTS, f"{commands}; {drop}"))
+    assert "Traceback" not in done.stderr
+    assert "mount -t tracefs tracefs /sys/kernel/tracing" in done.stdout
+    assert done.returncode in (0, 77)

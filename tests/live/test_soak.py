@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A long run under a mixed load: memory and descriptors stay flat, nothing is lost, and all that was done is there.
+
+Twenty seconds in ``make test``; ``make soak SOAK=600`` says how many seconds in full.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+
+import cwndtrace
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.disk import loop
+from tests.live.soak import SECONDS, Load
+from tests.live.test_interrupted import missing
+from tests.live.test_overload import Churn, descriptors, resident
+from tests.live.test_run import running
+
+pytestmark = pytest.mark.live
+
+LASTS: Final = SECONDS or 20
+EVERY_S: Final = LASTS / 40
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(LASTS * 2 + 300)
+def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    connections = [connect() for _ in range(8)]
+    with (
+        loop() as disk,
+        (tmp_path / "shown").open("w") as shown,
+        running("-n", space.name, "--json", "--block", "-o", tmp_path / "a.cwnd", stdout=shown.fileno()) as run,
+    ):
+        pid, begin = run.process.pid, time.monotonic_ns()
+        memory, files = list[int](), list[int]()
+        with Load(disk, connections, 1000) as load, Churn(space, 200) as churn:
+            while time.monotonic_ns() < begin + LASTS * 1e9:
+                time.sleep(EVERY_S)
+                memory.append(resident(pid))
+                files.append(descriptors(pid))
+                assert run.process.poll() is None
+            made = churn.made
+        code, _, said = run.end()
+    assert code == 0, said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    counts, sends = trace.meta["counts"], load.resets()
+    half, last = (max(memory[len(memory) // 4 : len(memory) // 2]), max(memory[-len(memory) // 4 :]))
+    lost = counts["block_io"]["lost"]
+    print(
+        f"{LASTS:.0f} s: {len(load.reads)} reads, {len(sends)} resets, {made} more connections; {lost} lost; "
+        f"memory {half / 1e6:.0f} MB in the second quarter, {last / 1e6:.0f} MB in the last; "
+        f"{min(files)} to {max(files)} files"
+    )
+    assert (trace.status, trace.warnings) == ("complete", [])
+    # A security policy may hide the end of a request from every tracer ; it is counted then.
+    assert {name: each["lost"] for name, each in counts.items() if name != "block_io" and each["lost"]} == {}
+    assert missing(trace, disk, [r for r in load.reads if r.begin_ns > begin]) <= lost <= len(load.reads) / 1000
+    stamps = np.sort(trace.resets["ts_ns"].to_numpy(dtype=np.int64))
+    mine = [s for s in sends if s.start_ns > begin]
+    begins, ends = (np.array([getattr(s, name) for s in mine]) for name in ("start_ns", "end_ns"))
+    assert (np.searchsorted(stamps, ends, side="right") > np.searchsorted(stamps, begins, side="left")).all()
+    assert len(mine) > LASTS
+    assert counts["block_io"]["kept"] == len(trace.block_io)
+    assert max(files) - min(files) <= 3
+    assert last - half < 25e6

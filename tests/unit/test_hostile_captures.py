@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captures from a stranger: only CaptureError comes out, and no more memory or time goes in than a capture is worth.
+
+``python -m tests.fuzz`` is the long form of the first test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cwndtrace
+from cwndtrace import events, store
+from cwndtrace.capture.replay import Replay
+from cwndtrace.errors import CaptureError
+from cwndtrace.report import content
+from cwndtrace.store import files, pages
+from tests import fuzz
+from tests.unit import frames
+
+SOME = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def test_mutated_files_in_short(tmp_path: Path) -> None:
+    found = fuzz.batches(0, 40, draw_every=39, keep=tmp_path / "case")
+    assert found.failures == []
+    assert found.outcomes.total() == 40
+    # Of each kind something was refused or read, so that the mutations are neither idle nor deadly.
+    assert {name.partition(":")[0] for name in found.outcomes} == {
+        "parquet", "plain parquet", "meta bytes", "meta values", "values", "raw",
+    }  # fmt: skip
+    assert found.peak_kb < 1 << 20
+    assert found.longest_s < fuzz.SECONDS
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+META = {name: JSON for name in frames.meta() if name != "schema"} | dict.fromkeys(("unwritten", "pid"), JSON)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture whose meta.json may be written over."""
+    resets, connections = frames.story(seconds=10)
+    path = tmp_path_factory.mktemp("hostile") / "a.cwnd"
+    return frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(20)).path
+
+
+@SOME
+@given(st.fixed_dictionaries({}, optional=META))
+def test_any_metadata(sample: Path, meta: dict[str, Any]) -> None:
+    (sample / "meta.json").write_text(json.dumps({**frames.meta(), **meta, "schema": 1}))
+    use(sample)
+
+
+@SOME
+@given(st.binary(max_size=300))
+def test_any_bytes_in_place_of_a_file(sample: Path, raw: bytes) -> None:
+    (sample / "meta.json").write_bytes(raw)
+    use(sample)
+    part = next((sample / "cwnd_reset").glob("*.parquet"))
+    kept = part.read_bytes()
+    (sample / "meta.json").write_text(json.dumps({**frames.meta(), "schema": 1}))
+    try:
+        for wrapped in (raw, b"PAR1" + raw + len(raw).to_bytes(4, "little") + b"PAR1", kept[: len(kept) // 2] + raw):
+            part.write_bytes(wrapped)
+            trace = cwndtrace.load(sample)
+            assert trace.resets.empty
+            assert len(trace.warnings) == 1
+    finally:
+        part.write_bytes(kept)
+
+
+def use(path: Path) -> None:
+    """All that is done with a capture in passing."""
+    try:
+        trace = cwndtrace.load(path)
+        repr(trace)
+        trace._repr_html_()
+        trace.summary()
+        trace.audit()
+        trace.remedies()
+        json.dumps(content.as_json(content.report(trace)), allow_nan=False)
+    except CaptureError as e:
+        plain = e.cause.isprintable() and e.remedy != ""
+    else:
+        plain = True
+    assert plain
+
+
+@SOME
+@given(st.binary(max_size=200), st.integers(0, 40_000))
+def test_any_stream_of_raw_records(tmp_path: Path, raw: bytes, at: int) -> None:
+    whole = fuzz.RAW.read_bytes()
+    at = min(at, len(whole))
+    file = tmp_path / "trace.raw"
+    file.write_bytes(whole[:at] + raw + whole[at + len(raw) :])
+    try:
+        chunks = Replay(file).stop()
+    except CaptureError:
+        pass
+    else:
+        for name, data in chunks:
+            events.table_to_dicts(name, events.to_arrow(name, events.decode(name, data), 0))
+
+
+# ---- links, devices, names --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capture(tmp_path: Path) -> Path:
+    resets, connections = frames.story(seconds=10)
+    return frames.capture(tmp_path / "a.cwnd", resets=resets, connections=connections).path
+
+
+def in_place(path: Path, make: Callable[[Path], object]) -> None:
+    path.rename(path.with_name(f"{path.name}.aside"))
+    make(path)
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a link": lambda path: path.symlink_to("/etc/passwd"),
+    "a link to what it was": lambda path: path.symlink_to(f"{path.name}.aside"),
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to a device without end": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_part_that_is_no_file(capture: Path, odd: str) -> None:
+    part = next((capture / "cwnd_reset").glob("*.parquet"))
+    in_place(part, ODD[odd])
+    begin = time.monotonic()
+    trace = cwndtrace.load(capture)
+    assert trace.resets.empty
+    assert len(trace.connections)
+    (line,) = trace.warnings
+    assert line.startswith(f"cwnd_reset/{part.name} is cut off or corrupt")
+    assert "root:" not in line
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_metadata_that_is_no_file(capture: Path, odd: str) -> None:
+    in_place(capture / "meta.json", ODD[odd])
+    with pytest.raises(CaptureError):
+        cwndtrace.load(capture)
+
+
+def test_a_table_that_is_a_link(capture: Path, tmp_path: Path) -> None:
+    (capture / "cwnd_reset").rename(tmp_path / "elsewhere")
+    (capture / "cwnd_reset").symlink_to(tmp_path / "elsewhere")
+    trace = cwndtrace.load(capture)
+    assert trace.resets.empty
+    assert trace.warnings == ["cwnd_reset is cut off or corrupt, its rows are left out (it is a symbolic link)"]
+
+
+@pytest.mark.parametrize("name", ["../b.cwnd/cwnd_reset", "/etc", "..", ".", "", "cwnd_reset/../cwnd_reset", "a\0b"])
+def test_names_that_lead_out_of_the_capture(capture: Path, name: str) -> None:
+    with pytest.raises(KeyError):
+        store.open_capture(capture).table(name)
+
+
+# ---- sizes ------------------------------------------------------------------------------------------
+
+
+def write(capture: Path, table: pa.Table, **options: Any) -> Path:
+    part = next((capture / "cwnd_reset").glob("*.parquet"))
+    pq.write_table(table, part, **options)
+    return part
+
+
+def refused(capture: Path) -> str:
+    """Why the resets of a capture are left out."""
+    trace = cwndtrace.load(capture)
+    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert trace.resets.empty
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun < 200_000
+    (line,) = trace.warnings
+    return line
+
+
+def test_rows_that_take_no_place_in_the_file(capture: Path) -> None:
+    count = 150_000_000
+    batch = pa.table({name: pa.array([1] * 1_000_000, pa.int8()) for name in ("tgid", "tid")})
+    part = next((capture / "cwnd_reset").glob("*.parquet"))
+    with pq.ParquetWriter(part, batch.schema, compression="zstd") as writer:
+        for _ in range(count // len(batch)):
+            writer.write_table(batch)
+    assert part.stat().st_size < 2_000_000
+    assert f"it says that it holds {count:,} rows" in refused(capture)
+
+
+def test_a_page_that_unpacks_to_far_more(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_BYTES", 100 << 20)
+    part = write(capture, pa.table({"comm": [b"\0" * (40 << 20)] * 3}), use_dictionary=False, compression="zstd")
+    assert part.stat().st_size < 100_000
+    assert "its pages would unpack to more than" in refused(capture)
+
+
+def test_a_page_that_lies_about_its_size(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = write(capture, pa.table({"tgid": list(range(100_000))}), use_dictionary=False, compression="none")
+    monkeypatch.setattr(pages, "MOST_BYTES", 1_000_000)
+    with files.parquet(part):
+        pass
+    raw = bytearray(part.read_bytes())
+    # PageHeader: i32 type, then i32 uncompressed_page_size, here a varint of three bytes.
+    assert (raw[4], raw[6], raw[7] & raw[8] & 0x80) == (0x15, 0x15, 0x80)
+    raw[7:10] = b"\xfe\xff\x7f"
+    part.write_bytes(raw)
+    with pytest.raises(pages.Refused, match="its pages would unpack to more than"), files.parquet(part):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        (pa.table({"a": [[1, 2]]}), "its columns are nested"),
+        (pa.table({"a": [{"b": 1}]}), "its columns are nested"),
+        (pa.table({"a": pa.array([b"x" * 100], pa.binary(100))}), "column a is of type FIXED_LEN_BYTE_ARRAY"),
+        (pa.table({f"c{n}": [1] for n in range(300)}), "300 columns in 1 groups are too many"),
+    ],
+)
+def test_shapes_that_no_capture_has(capture: Path, table: pa.Table, why: str) -> None:
+    write(capture, table)
+    assert why in refused(capture)
+
+
+def test_metadata_without_end(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (capture / "meta.json").open("r+b") as file:
+        file.truncate(1 << 40)  # a hole: it takes no place on the disk
+    with pytest.raises(CaptureError, match=r"it has 1,099,511,627,776 bytes"):
+        cwndtrace.load(capture)
+    (capture / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(CaptureError):
+        cwndtrace.load(capture)
+    monkeypatch.setattr(files, "MOST_PARTS", 0)
+    (capture / "meta.json").write_text('{"schema": 1}')
+    with pytest.raises(CaptureError, match="1 parts are too many"):
+        repr(cwndtrace.load(capture))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_thrift(seed: int) -> None:
+    rng = random.Random(seed)
+    thrift = pages.Thrift(rng.randbytes(rng.randrange(200)))
+    with suppress(pages.Refused):
+        assert isinstance(thrift.struct(), dict)
+        assert thrift.at <= 200
+
+
+def test_the_headers_that_pyarrow_writes_are_read_to_their_end(capture: Path) -> None:
+    for options in ({}, {"data_page_version": "2.0"}, {"compression": "none", "write_page_checksum": True}):
+        table = frames.disk(5000)
+        part = write(capture, table, data_page_size=1000, **options)
+        meta = pq.read_metadata(part)
+        with files.plain(part) as (file, size):
+            footer = pages._footer(file, size)
+            for index, chunk in enumerate(footer[4][0][1]):
+                known = meta.row_group(0).column(index)
+                assert (chunk[3][9], chunk[3][7]) == (known.data_page_offset, known.total_compressed_size)
+                # The footer counts the headers too, so it is a little more.
+                unpacked = pages._unpacked(file, size, chunk[3])
+                assert 0 <= known.total_uncompressed_size - unpacked < known.total_uncompressed_size * 0.5 + 200
+            names = [name for name, _ in pages._columns(footer)]
+            assert (names, footer[3]) == (meta.schema.names, meta.num_rows)
+
+
+def test_what_arrow_would_not_have_looked_at(capture: Path) -> None:
+    """Text that is no UTF-8, in a column that says it is."""
+    column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    write(capture, pa.table({"comm": column}))
+    assert "UTF" in refused(capture)
+
+
+FLIP = """
+import sys
+from pathlib import Path
+from cwndtrace.store import files
+from cwndtrace.store.reader import _UNREADABLE
+part = Path(sys.argv[1])
+whole = part.read_bytes()
+footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+read = 0
+for at in range(footer, len(whole)):
+    damaged = bytearray(whole)
+    damaged[at] ^= 1 << at % 8
+    part.write_bytes(damaged)
+    try:
+        with files.parquet(part) as file:
+            files.read(file)
+            file.metadata.num_rows
+        read += 1
+    except _UNREADABLE:
+        pass
+print(read, len(whole) - footer)
+"""
+
+
+def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    """pyarrow's view of a group of rows does that: it throws through Python where a statistic has a wrong length."""
+    part = tmp_path / "part-000001.parquet"
+    part.write_bytes(next(raw for name, raw in fuzz.base(True).items() if "cwnd_sample" in name))
+    done = subprocess.run(
+        [sys.executable, "-c", FLIP, str(part)], cwd=fuzz.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    read, flipped = map(int, done.stdout.split())
+    assert 0 < read < flipped

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names from outside (processes, devices, namespaces, cgroups, hosts) on every surface that shows them."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from cwndtrace import words
+from cwndtrace.capture.session import Batch
+from cwndtrace.cli import main
+from cwndtrace.report import content
+from cwndtrace.report.page import page
+from cwndtrace.trace import Trace
+from tests.unit import frames
+
+NAMES = {
+    "control characters": "\x1b]0;owned\x07\x1b[2J\x9b31m\r\n\x7f\b",
+    "bidi overrides": "a\u202egpj\u2066.exe\u200f\ufeff\u2028",
+    "HTML": "<img src=x onerror=alert(1)>\"'&",
+    "a format string": "%s%n{0}{a.b}{{7*7}}${x}`id`",
+    "mathtext": "$x^{$_\\frac{1}{$",
+    "256 bytes of UTF-8": "é\U0001f4a9" * 42 + "xyzé",
+    "nothing but a combining mark": "\u0301\u0488",
+    "a formula": "=cmd|' /C calc'!A0",
+}
+DRAWN = ("control characters", "HTML", "mathtext", "256 bytes of UTF-8")
+"""Those that mean something to a page or a picture; drawing takes long."""
+assert len(NAMES["256 bytes of UTF-8"].encode()) == 257
+
+
+def hostile(path: Path, name: str) -> Trace:
+    """A capture in which all names are one, as far as each has room."""
+    short = name.encode()[:16]
+    resets = frames.table("cwnd_reset", frames.reset(5, comm=short, ca_name=short), frames.reset(7, comm=short))
+    seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=name, ca_name=name) for t in (0, 9)]
+    blocks = frames.table("block_io", frames.block(1, comm=short), frames.block(2, comm=short))
+    return frames.capture(
+        path, resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=name, kernel=name,
+        devices={"7:0": name, "259:0": name}, interfaces={"2": name},
+        filters={"cgroup": f"/sys/fs/cgroup/{name}", "iface": name}, rungs={"idle": name, name: None},
+        sysctls={str(frames.NETNS): {"name": name, "net.ipv4.tcp_congestion_control": name}, "1": {"name": name}},
+    )  # fmt: skip
+
+
+def call(*arguments: str) -> str:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def assert_harmless(text: str) -> None:
+    """Nothing in it steers a terminal or turns text round."""
+    assert [line for line in text.split("\n") if not line.isprintable()] == []
+
+
+@pytest.fixture(params=NAMES)
+def trace(request: pytest.FixtureRequest, tmp_path: Path) -> Trace:
+    return hostile(tmp_path / "a.cwnd", NAMES[request.param])
+
+
+def test_the_terminal(trace: Trace) -> None:
+    assert_harmless(call("report", str(trace.path)))
+    assert_harmless(call("compare", str(trace.path), str(trace.path)))
+
+
+def test_json(trace: Trace) -> None:
+    for output in (
+        call("report", str(trace.path), "--json"),
+        call("compare", str(trace.path), str(trace.path), "--json"),
+    ):
+        assert output.isascii()
+        assert_harmless(output)
+        assert all(isinstance(json.loads(line), dict) for line in output.splitlines())
+
+
+def test_json_says_the_name_to_the_letter() -> None:
+    for name in NAMES.values():
+        line = words.json_line({"comm": name})
+        assert_harmless(line)
+        assert json.loads(line) == {"comm": name}
+
+
+def test_reprs_and_frames(trace: Trace) -> None:
+    key = trace.summary()["connection"].iloc[0]
+    shown: list[Any] = [trace, trace.connection(key), trace.connection(key).verdict, trace.host(), trace.explain(0)]
+    for each in shown:
+        assert_harmless(repr(each))
+        assert_harmless(str(each))
+        if html := getattr(each, "_repr_html_", lambda: "")():
+            assert_harmless(html)
+            assert "<img" not in html
+    frames_of = (trace.resets, trace.connections, trace.block_io, trace.summary(), trace.verdicts, trace.remedies())
+    with pd.option_context("display.max_columns", None, "display.width", 10_000, "display.max_colwidth", None):
+        for frame in (*frames_of, trace.audit(), trace.block_summary(), trace.costs(), trace.recoveries):
+            assert_harmless(repr(frame))
+            assert_harmless(frame.to_csv())
+            assert_harmless(frame.to_html())
+
+
+def test_live_batches() -> None:
+    for name in NAMES.values():
+        table = frames.table("cwnd_reset", frames.reset(5, comm=name.encode()[:16]), frames.reset(6, comm=b"a\x01"))
+        batch = Batch("cwnd_reset", table)
+        assert_harmless(batch.to_pandas().to_csv())
+        # JSON keeps it, and escapes it.
+        assert batch.to_dicts()[1]["comm"] == "a\x01"
+        assert_harmless("".join(words.json_line(row) for row in batch.to_dicts()))
+
+
+def test_two_names_that_look_alike_when_clean_are_one_category() -> None:
+    table = frames.table("block_io", frames.block(1, comm=b"a\x01"), frames.block(2, comm=b"a\x02"))
+    frame = Batch("block_io", table).to_pandas()
+    assert list(frame["comm"]) == ["a?", "a?"]
+    assert list(frame["comm"].cat.categories) == ["a?"]
+
+
+class Markup(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {(tag, name) for name, _ in attrs} | {(tag, "")}
+
+
+@pytest.fixture(scope="module")
+def markup(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
+    """What the page of a harmless capture is made of."""
+    return Markup(page(content.report(hostile(tmp_path_factory.mktemp("plain") / "a.cwnd", "nginx")))).found
+
+
+@pytest.mark.parametrize("name", [*DRAWN, "a format string"])
+def test_the_page(name: str, markup: set[tuple[str, str]], tmp_path: Path) -> None:
+    text = page(content.report(hostile(tmp_path / "a.cwnd", NAMES[name])))
+    assert_harmless(text)
+    assert Markup(text).found <= markup
+    # The only template is the page's own.
+    assert "{0}{a.b}49" not in text
+
+
+@pytest.mark.parametrize(("name", "ending"), list(zip(DRAWN, ("svg", "png", "pdf", "png"), strict=True)))
+def test_pictures_and_the_name_of_their_file(name: str, ending: str, tmp_path: Path) -> None:
+    folder = NAMES[name].replace("/", "")[:40] + ".cwnd"
+    trace = hostile(tmp_path / folder, NAMES[name])
+    output = call("plot", str(trace.path), "-o", str(tmp_path / f"{folder}.{ending}"))
+    assert_harmless(output)
+    assert (tmp_path / f"{folder}.{ending}").stat().st_size > 1000

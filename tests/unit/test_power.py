@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom sudo works for, and what is tried before power is given up. What needs root is in tests/live/test_power.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cwndtrace import power
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def invoked(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None, *, euid: int = 0) -> power.User | None:
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    for name, value in (("SUDO_UID", uid), ("SUDO_GID", gid)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    return power.invoking_user()
+
+
+def test_whom_sudo_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert invoked(monkeypatch, "54321", "54322") == power.User(54321, 54322, (54322,), "54321")
+    known = invoked(monkeypatch, "65534", "65534")
+    assert known is not None
+    assert known.name == "nobody"
+    assert 65534 in known.groups
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid"),
+    [
+        (None, None), ("54321", None), (None, "54322"), ("", ""), ("0", "0"), ("-1", "5"), ("4294967295", "5"),
+        ("99999999999", "5"), ("54321", "4294967295"), ("1e3", "5"), ("5\n", "5"), (" 5", "5"), ("²", "5"), ("5", "x"),
+    ],
+)  # fmt: skip
+def test_what_says_nobody(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None) -> None:
+    assert invoked(monkeypatch, uid, gid) is None
+
+
+def test_without_root_sudo_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert invoked(monkeypatch, "54321", "54322", euid=54321) is None
+
+
+def test_acting_as_nobody_in_particular_changes_nothing() -> None:
+    before = Path("/proc/thread-self/status").read_text().splitlines()[8:10]
+    with power.acting_as(None):
+        assert Path("/proc/thread-self/status").read_text().splitlines()[8:10] == before
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_who_may_not_is_told(groups: bool) -> None:
+    script = (
+        "from cwndtrace import power\n"
+        f"if not {groups}: power._set_groups = lambda _: None\n"
+        "try:\n"
+        "    with power.acting_as(power.User(0, 0, (0,), 'root')): print('acted')\n"
+        "except PermissionError as e:\n"
+        "    print('refused')\n"
+    )
+    nobody = 65534 if os.geteuid() == 0 else None
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, user=nobody)
+    assert done.stdout == "refused\n"
+
+
+def test_the_least_that_is_enough() -> None:
+    """Each choice is tried on a thread that has no more, and that is gone before anything else happens."""
+    script = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from cwndtrace import power\n"
+        "seen = []\n"
+        "def work():\n"
+        "    text = Path('/proc/thread-self/status').read_text()\n"
+        "    seen.append(int(text.split('CapEff:')[1].split()[0], 16))\n"
+        "    if len(seen) < 2: raise PermissionError(1, 'not enough')\n"
+        "mine = frozenset({power.DAC_READ_SEARCH}) if os.geteuid() == 0 else frozenset()\n"
+        "found = power.least(work, None, [frozenset(), mine, frozenset({power.SYS_ADMIN})])\n"
+        "assert found == mine, found\n"
+        "assert seen == [0, sum(1 << n for n in mine)], seen\n"
+        "assert len(list(Path('/proc/self/task').iterdir())) == 1\n"
+        "try:\n"
+        "    power.least(lambda: 1 / 0, None, [frozenset(), frozenset()])\n"
+        "except ZeroDivisionError:\n"
+        "    print('as it should be')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "as it should be\n"), done.stderr
+
+
+def test_no_library_starts_a_thread_when_the_command_is_loaded() -> None:
+    """Capabilities are a thread's own: what has one at the start would keep root's when run drops them."""
+    script = "from cwndtrace.cli import main; import os; print(os.listdir('/proc/self/task').__len__())"
+    environment = {n: v for n, v in os.environ.items() if n not in ("OPENBLAS_NUM_THREADS", "JE_ARROW_MALLOC_CONF")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
