@@ -223,6 +223,10 @@ class Program:
                 if e.errno != errno.ENXIO:
                     raise
 
+    def each_cpu(self, table: str) -> list[bytes]:
+        """The first entry of a per-CPU array, for each CPU that the machine can have, offline ones too."""
+        return [bytes(value) for value in self._bpf[table.encode()][ctypes.c_int(0)]]
+
     def total(self, index: int, table: str = "counts") -> int:
         """One of the source's counters, summed over CPUs."""
         return int(sum(self._bpf[table.encode()][ctypes.c_int(index)]))
@@ -479,6 +483,9 @@ class Kernel:
             program.detach()
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER, _ALL)
+            # Nothing writes there any more. Only a CPU that went offline, where nothing can be run, still has some.
+            for slab in self._block.each_cpu("slabs"):
+                self._slab(slab)
         chunks = self._take()
         unfinished = [row for program in self._resets for row in program.rows("followed")]
         return [*chunks, ("cwnd_recovery", _cut_short(unfinished))]

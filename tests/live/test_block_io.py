@@ -7,6 +7,7 @@ Every request that the kernel counts has one record, with the right length, plac
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import random
@@ -338,6 +339,23 @@ def test_a_few_records_come_soon_though_nothing_follows(disk: Disk) -> None:
 def test_nothing_is_left_behind_at_the_end(disk: Disk, count: int) -> None:
     with Traced(poll=False) as traced:
         disk.read(*range(count))
+    assert len(mine(traced.records(disk))) == count
+    assert traced.lost == 0
+
+
+@pytest.mark.parametrize("count", [1, 64, 129])
+@again_if_hidden
+def test_nothing_is_left_behind_on_cpus_that_went_offline(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """What the kernel answers for one that is offline, for each: this machine's CPUs stay as they are."""
+
+    def offline(*_: int) -> None:
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+
+    with Traced(poll=False) as traced:
+        disk.read(*range(count))
+        monkeypatch.setattr(bcc, "run_raw_tracepoint", offline)
     assert len(mine(traced.records(disk))) == count
     assert traced.lost == 0
 
