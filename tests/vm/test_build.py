@@ -35,6 +35,19 @@ def test_a_line_without_a_series(tmp_path: Path) -> None:
     assert "no series for Linux 9.9; there are 6.1, 6.12, 7.2." in done.stderr
 
 
+@pytest.mark.parametrize(("version", "nearest"), [("5.15", "6.1"), ("6.16", "6.12"), ("6.19", "7.2"), ("7.0.3", "7.2")])
+def test_the_nearest_series_is_named(version: str, nearest: str, build: ModuleType) -> None:
+    all_series = build.parse_series((PATCHES / "series.toml").read_text())
+    with pytest.raises(build.UsageError, match=rf"--version {nearest.replace('.', '[.]')} --base PATH"):
+        build.find_series(all_series, version)
+
+
+def test_built_in_is_as_good_as_a_module(build: ModuleType) -> None:
+    fragment = "CONFIG_VETH=m\nCONFIG_TUN=m\nCONFIG_IFB=m\nCONFIG_BPF=y\n"
+    config = "CONFIG_VETH=y\nCONFIG_TUN=m\n# CONFIG_IFB is not set\nCONFIG_BPF=m\n"
+    assert build.missing_options(fragment, config) == ["CONFIG_IFB=m", "CONFIG_BPF=y"]
+
+
 def test_what_is_no_version(tmp_path: Path) -> None:
     done = run("--version", "newest", "--cache", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
