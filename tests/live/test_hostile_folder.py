@@ -129,8 +129,8 @@ def rows(number: int) -> pa.Table:
 def write(writer: CaptureWriter, path: Path, victim: Path) -> tuple[int, int, int]:
     """Write parts for some seconds: parts written, refusals, and how often the path led to the victim."""
     written = refused = led = 0
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    begin = time.monotonic()
+    while (spent := time.monotonic() - begin) < SECONDS or (not led and spent < 20 * SECONDS):
         writer.add(TABLES[written % len(TABLES)], rows(written))
         try:
             writer.flush(force=True)
