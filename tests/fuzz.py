@@ -23,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cwndtrace
-from cwndtrace import events
+from cwndtrace import events, store
 from cwndtrace.capture.replay import Replay
 from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
@@ -214,19 +215,37 @@ def lay(files: Files, folder: Path) -> Path:
     return folder
 
 
-def use(folder: Path, *, deep: bool, draw: bool) -> None:
-    """Read what lies in ``folder``; ``deep`` does all that a user can do, but ``draw``. Raises CaptureError only."""
+TABLES, FRAMES, ALL, PAGE = range(4)
+"""How much is done with a case: damaged bytes are met in the first, values that make no sense in the others."""
+
+
+def effort(number: int, kind: str, draw_every: int) -> int:
+    """How much to do with a case."""
+    if draw_every > 0 and number % draw_every == 0:
+        return PAGE
+    if "values" in kind or number % 20 == 0:
+        return ALL
+    return FRAMES if number % 5 == 0 else TABLES
+
+
+def use(folder: Path, much: int) -> None:
+    """Read what lies in ``folder``, and do with it what a user can do. Raises CaptureError only."""
     if (folder / "trace.raw").exists():
         source = Replay(folder / "trace.raw")
         for name, raw in source.stop():
             table = events.to_arrow(name, events.decode(name, raw), 0)
             json.dumps(events.table_to_dicts(name, table))
         return
+    capture = store.open_capture(folder)
+    for table in events.TABLES:
+        assert capture.table(table).num_rows <= capture.rows(table)
+    if much == TABLES:
+        return
     trace = cwndtrace.load(folder)
     for frame in (trace.resets, trace.connections, trace.block_io, trace.samples, trace.recoveries):
         assert len(frame) >= 0
     repr(trace)
-    if not deep:
+    if much == FRAMES:
         return
     trace._repr_html_()
     for frame in (trace.verdicts, trace.block_summary(), trace.compare(trace)):
@@ -237,7 +256,7 @@ def use(folder: Path, *, deep: bool, draw: bool) -> None:
     for key in trace.summary()["connection"].head(2):
         repr(trace.connection(key))
         trace.connection(key)._repr_html_()
-    if draw:
+    if much == PAGE:
         page(found)
 
 
@@ -260,8 +279,7 @@ def run(first: int, count: int, folder: Path, draw_every: int) -> None:
         outcome, why = "opened", ""
         signal.alarm(SECONDS)
         try:
-            draw = draw_every > 0 and number % draw_every == 0
-            use(folder, deep=draw or "values" in kind or number % 4 == 0, draw=draw)
+            use(folder, effort(number, kind, draw_every))
         except CaptureError as e:
             outcome = "makes no sense" if "make no sense" in e.cause else "refused"
             why = e.cause
@@ -302,9 +320,9 @@ class Found:
             self.failures.append(f"case {case['case']} ({case['kind']}): {line['why']}")
 
 
-def batches(first: int, count: int, draw_every: int, keep: Path | None = None) -> Found:
+def batches(first: int, count: int, draw_every: int, keep: Path | None = None, into: Found | None = None) -> Found:
     """Work through cases in processes of their own."""
-    found, at = Found(), first
+    found, at = Found() if into is None else into, first
     with tempfile.TemporaryDirectory(prefix="cwndtrace-fuzz-") as temporary:
         folder = keep or Path(temporary) / "case"
         while at < first + count:
@@ -340,7 +358,12 @@ def main() -> None:
         run(options.first, options.count, options.keep, options.draw_every)
         return
     begin = time.monotonic()
-    found = batches(options.first, options.count, options.draw_every, options.keep)
+    found, whole = Found(), False
+    # Cut short, it says what it has.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        batches(options.first, options.count, options.draw_every, options.keep, found)
+        whole = True
     for counts in (found.outcomes, found.nonsense):
         for name, number in sorted(counts.items()):
             print(f"{number:>7,}  {name}")
@@ -351,7 +374,7 @@ def main() -> None:
         f"{len(found.failures)} failures; the longest capture took {found.longest_s:.2f} s, "
         f"the most memory was {found.peak_kb / 1024:.0f} MiB above the start"
     )
-    sys.exit(bool(found.failures))
+    sys.exit(bool(found.failures) or not whole)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from cwndtrace.kernel import ladder, netns
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.disk import loop
+from tests.live.tracing import EMULATED
 
 pytestmark = pytest.mark.live
 
@@ -35,6 +36,8 @@ COMMAND = [sys.executable, "-m", "cwndtrace"]
 CHECKOUT = str(Path(__file__).resolve().parents[2])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
 ATTACHED = re.compile(r"^Tracing .+: idle by \w+")
+LONG_S = 300 if EMULATED else 60
+"""How long a start may take."""
 IDLE = "net.ipv4.tcp_slow_start_after_idle"
 
 
@@ -67,7 +70,7 @@ class Running:
         if said:
             self.wait_for(ATTACHED)
 
-    def wait_for(self, pattern: re.Pattern[str], seconds: float = 60) -> None:
+    def wait_for(self, pattern: re.Pattern[str], seconds: float = LONG_S) -> None:
         """Read its stderr until a line of it matches."""
         assert self.process.stderr is not None
         fd, deadline = self.process.stderr.fileno(), time.monotonic() + seconds
@@ -81,7 +84,7 @@ class Running:
         """Send a signal; its exit code, what it printed and what it said."""
         if number is not None:
             self.process.send_signal(number)
-        shown, rest = self.process.communicate(timeout=60)
+        shown, rest = self.process.communicate(timeout=LONG_S)
         return self.process.returncode, shown or "", self.said + rest
 
 
