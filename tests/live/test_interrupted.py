@@ -25,7 +25,7 @@ from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import Disk, loop
 from tests.live.soak import Load, Read, amount
-from tests.live.test_run import COMMAND, ENVIRONMENT, rest_once, running
+from tests.live.test_run import COMMAND, ENVIRONMENT, call, rest_once, running
 
 pytestmark = pytest.mark.live
 
@@ -201,6 +201,14 @@ def test_stderr_is_closed(space: tcp.Space, tmp_path: Path) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=closed, env=ENVIRONMENT, timeout=60, check=False)
     assert done.returncode == 0
     assert b"kept 0 resets" in done.stdout
+    assert_complete(tmp_path / "a.cwnd", 0)
+
+
+def test_nothing_to_print_to(space: tcp.Space, tmp_path: Path) -> None:
+    """Descriptors that are closed from the start: what is printed must not go into the capture's files."""
+    closed = ("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')
+    done = call("run", "-n", space.name, "--no-block", "-d", "1s", "-o", tmp_path / "a.cwnd", before=closed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert_complete(tmp_path / "a.cwnd", 0)
 
 
