@@ -17,6 +17,7 @@ import click
 import cwndtrace
 from cwndtrace.cli.compare import compare
 from cwndtrace.cli.doctor import doctor
+from cwndtrace.cli.output import hold_standard
 from cwndtrace.cli.plot import plot
 from cwndtrace.cli.report import report
 from cwndtrace.cli.reproduce import reproduce, serve
@@ -34,6 +35,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        hold_standard()
         try:
             return super().invoke(ctx)
         except CwndtraceError as e:

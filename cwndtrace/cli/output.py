@@ -24,6 +24,18 @@ class Unprinted(Exception):
         self.failed = failed
 
 
+def hold_standard() -> None:
+    """Open what of stdin, stdout and stderr is closed, or the next file opened, a capture's, would be printed into."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python has none where they were closed.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def nobody_reads(*descriptors: int) -> bool:
     """Whether who read stdout (or these descriptors) has gone: a pipe's other end is closed, a terminal hung up."""
     poll = select.poll()

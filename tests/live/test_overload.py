@@ -44,7 +44,7 @@ sys.stdin.readline()
 
 def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path) -> None:
     """Each request of a process is kept or counted as lost, none twice."""
-    reads = 200_000
+    reads = 140_000
     with (
         loop() as disk,
         subprocess.Popen(

@@ -237,8 +237,10 @@ def test_whoever_reads_may_leave(connect: Connect, space: tcp.Space, tmp_path: P
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=writer) as run:
         os.close(writer)
         assert os.read(reader, 4).startswith(b"TIME")
-        os.close(reader)
         rest_once(connect())
+        folder = tmp_path / "a.cwnd" / "cwnd_reset"
+        tcp.until(folder.exists, 20, "the reset")
+        os.close(reader)
         code, _, said = run.end(None)
     assert code == 0
     assert "Traceback" not in said

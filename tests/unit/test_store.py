@@ -418,20 +418,25 @@ def test_each_file_is_on_the_device_before_it_has_its_name(tmp_path: Path, monke
     assert steps == ["sync a.cwnd", f"sync .{part}.tmp", f"name {part}", "sync block_io"]
 
 
-def test_a_failed_flush_is_tried_again_only_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "Free some space"), (errno.EDQUOT, "your quota"), (errno.EROFS, "with -o")]
+)
+def test_a_failed_flush_is_tried_again_only_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
     now, tries = 1000.0, 0
 
     def fail(*_: object, **__: object) -> None:
         nonlocal tries
         tries += 1
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     writer = make(tmp_path / "a.cwnd")
     monkeypatch.setattr(pq, "write_table", fail)
     writer.add("block_io", some(0))
     now += 0.5
-    with pytest.raises(CaptureError):
+    with pytest.raises(CaptureError, match=remedy):
         writer.flush()
     writer.flush()
     assert tries == 1
