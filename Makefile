@@ -12,7 +12,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint test test-distributions vm-test vm-shell
+.PHONY: help install uninstall demo develop lint test test-distributions vm-test vm-shell vagrant-test
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
@@ -32,10 +32,12 @@ demo: ## install, trace a connection with rests while a disk is read, then measu
 develop: ## development packages, and .venv with this checkout in it
 	@$(SETUP) develop
 
-lint: develop ## ruff and mypy
+lint: develop ## ruff, mypy, shellcheck, and whether the Vagrantfile holds
+	@$(SETUP) packages lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	tools/lint
 
 test: develop ## unit tests, and as root the live tests too
 	@tools/test
@@ -52,3 +54,8 @@ vm-test: develop ## build kernels with and without the patches, boot each by sof
 vm-shell: develop ## a shell in a virtual machine with the patched kernel
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm shell
+
+vagrant-test: develop ## as root: the Vagrant VM from box to destroy, by software emulation; its log has a time per step
+	@$(SETUP) packages vagrant
+	@.venv/bin/python -m pytest -q -m vm tests/vm/test_vagrant_tool.py
+	@.venv/bin/python tools/vagrant

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does ``cwndtrace run``, as installed, record just the resets that TCP_INFO shows? Run in the Vagrant VM, as root.
+
+    python -m tests.vm.known_resets [RESETS]
+
+A connection in a network namespace of its own rests so often, and goes on without a rest as often. Exit code 1 where
+the records and the resets differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from tests.live import tcp
+
+REST_S = 0.8
+
+
+def trace(space: tcp.Space, connection: tcp.Connection, resets: int) -> list[dict[str, Any]]:
+    """The reset records of a trace while the connection rests ``resets`` times."""
+    command = ["cwndtrace", "run", "--json", "--no-block", "--netns", space.name, "--port", str(connection.sport)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/tmp") as tracer:
+        assert tracer.stderr is not None
+        try:
+            said = ""
+            for line in tracer.stderr:
+                said += line
+                if line.startswith("Tracing "):
+                    break
+            else:
+                sys.exit(f"cwndtrace run ended early: {said}")
+            for _ in range(resets):
+                connection.grow()
+                time.sleep(REST_S)
+                connection.send()
+                connection.send()
+        finally:
+            tracer.send_signal(signal.SIGINT)
+            out, _ = tracer.communicate(timeout=120)
+    return [record for record in map(json.loads, out.splitlines()) if record["event"] == "cwnd_reset"]
+
+
+def main(resets: int) -> int:
+    """Compare, and print both sides; the exit code."""
+    space, drain = tcp.Space(f"{tcp.PREFIX}{os.getpid()}-known"), tcp.Drain()
+    try:
+        connection = tcp.connect(space, drain)
+        connection.grow()
+        connection.sends.clear()
+        connection.blind.clear()
+        records = trace(space, connection, resets)
+        known = [send for send in connection.sends if send.reason]
+        told = [(send.reason, send.before.cwnd, send.after.cwnd) for send in known]
+        connection.close()
+    finally:
+        drain.close()
+        space.close()
+    # A stalled machine rests where nobody looked.
+    seen = [r for r in records if not any(start <= r["ts_ns"] <= end for start, end in connection.blind)]
+    traced = [(r["reason"], r["cwnd_before"], r["cwnd_after"]) for r in seen]
+    rungs = {r["probe"] for r in records}
+    print(f"TCP_INFO:  {told}\ncwndtrace: {traced} by {', '.join(sorted(rungs))}")
+    fine = traced == told and len(told) >= resets
+    print(f"{len(traced)} resets traced, {len(told)} known of at least {resets}: {'exact' if fine else 'NOT THE SAME'}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 5))

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+module Cwndtrace
+  # Restarts the VM unless it runs the kernel that provision/kernel.sh chose. A reload and not a reboot, because
+  # a forwarded port goes through a connection that a reboot would cut.
+  class Boot < Vagrant.plugin("2", :provisioner)
+    CHOSEN = 'test "$(uname -r)" = "$(cat /etc/cwndtrace/kernel)"'.freeze
+
+    def provision
+      if @machine.communicate.test(CHOSEN)
+        @machine.ui.info("runs the chosen kernel already")
+      else
+        @machine.ui.info("restarting into the chosen kernel")
+        @machine.action(:reload, provision_enabled: false)
+      end
+    end
+  end
+
+  # Says what to do where a box can't be had.
+  class BoxHint
+    def initialize(app, _env)
+      @app = app
+    end
+
+    def call(env)
+      @app.call(env)
+    rescue Vagrant::Errors::BoxAddShortNotFound, Vagrant::Errors::BoxAddNoMatchingVersion,
+           Vagrant::Errors::BoxAddNoMatchingProvider, Vagrant::Errors::BoxMetadataDownloadError,
+           Vagrant::Errors::DownloaderError => e
+      box = env[:machine].config.vm.box
+      raise Problem.new("the box #{box} can't be fetched: #{e.message.strip.lines.last.strip}",
+                        "Build one from Debian's packages: sudo vagrant/box/build --output debian.box; VAGRANT_BOX=debian.box vagrant up")
+    end
+  end
+
+  class Plugin < Vagrant.plugin("2")
+    name "cwndtrace"
+    provisioner(:cwndtrace_boot) { Boot }
+    action_hook(:cwndtrace_box_hint, :machine_action_up) { |hook| hook.prepend(BoxHint) }
+  end
+end
