@@ -28,6 +28,7 @@ from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
 from cwndtrace.store import CaptureWriter
+from cwndtrace.store.writer import FLUSH_SECONDS
 from cwndtrace.trace import Trace
 
 
@@ -174,6 +175,7 @@ class Saver:
         self._stop = stop
         self._told: tuple[object, ...] = self._news()
         self._failed = False
+        self._next = 0.0
 
     def _news(self) -> tuple[object, ...]:
         return sum(self._session.tally.lost.values()), len(self._session.clock.all)
@@ -182,7 +184,10 @@ class Saver:
         """Write rows that are due, and, should this process be killed, what has been lost until now."""
         try:
             self.writer.flush()
-            if not self._failed and (news := self._news()) != self._told:
+            now = time.monotonic()
+            # Not each time: losses come where there is no time to spare.
+            if now >= self._next and (news := self._news()) != self._told:
+                self._next = now + FLUSH_SECONDS
                 self.writer.update_meta(**sessions.so_far(self._session))
                 self._told = news
         except CaptureError as e:

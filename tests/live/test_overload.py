@@ -230,7 +230,9 @@ def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None
     grown = (last - first) / 1e6
     print(f"{number} connections: {resets} resets; {made} more at {made / took:.0f}/s; memory grew by {grown:.1f} MB")
     assert resets == number
-    assert trace.meta["counts"]["cwnd_reset"] == {"kept": resets, "lost": 0}
+    assert trace.meta["counts"]["cwnd_reset"]["kept"] == resets
+    # Runs that the kernel skipped count, though none was a reset.
+    assert trace.meta["counts"]["cwnd_reset"]["lost"] <= resets / 1000
     assert trace.resets.groupby(["sport", "dport"]).ngroups == resets
     # In the short form the allocator's own warming up is most of it.
     assert last - first < 20e6

@@ -58,8 +58,10 @@ def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -
         f"{min(files)} to {max(files)} files"
     )
     assert (trace.status, trace.warnings) == ("complete", [])
-    # A security policy may hide the end of a request from every tracer ; it is counted then.
-    assert {name: each["lost"] for name, each in counts.items() if name != "block_io" and each["lost"]} == {}
+    # A security policy may hide the end of a request from every tracer, and the kernel skips a run of a program that an
+    # interrupt would start once more on its CPU, which may have been a reset: both are counted, both are rare.
+    assert {name for name, each in counts.items() if each["lost"]} <= {"block_io", "cwnd_reset"}
+    assert counts["cwnd_reset"]["lost"] <= len(sends) / 1000
     assert missing(trace, disk, [r for r in load.reads if r.begin_ns > begin]) <= lost <= len(load.reads) / 1000
     stamps = np.sort(trace.resets["ts_ns"].to_numpy(dtype=np.int64))
     mine = [s for s in sends if s.start_ns > begin]
