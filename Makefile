@@ -12,7 +12,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz test soak test-distributions vm-test vm-shell vagrant-test
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided test soak test-distributions vm-test vm-shell vagrant-test
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ audit: develop ## ask the package index whether what is in .venv has known vulne
 
 fuzz: develop ## read 20,000 mutated files of captures, about a quarter of an hour
 	@.venv/bin/python -m tests.fuzz
+
+fuzz-guided: develop ## the same by atheris, led by what code is reached, ten minutes; needs x86-64
+	@.venv/bin/python -m pip install --quiet --no-input --editable '.[fuzz]'
+	@.venv/bin/python -m tests.fuzz_guided
 
 test: develop ## unit tests, and as root the live tests too
 	@tools/test
