@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading the BPF programs and reading what they hand over: the only file that imports bcc."""
+"""Compiling the BPF programs and reading what they hand over: the only file that imports bcc."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib.util
 import os
 import platform
@@ -13,16 +12,17 @@ import select
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from cwndtrace.capture.bpf_syscall import run_raw_tracepoint
+from cwndtrace.capture import image
+from cwndtrace.capture.program import Program, fdinfo, map_uses
 from cwndtrace.capture.source import Chunk, Counts, Filters
 from cwndtrace.errors import BccError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
@@ -44,6 +44,8 @@ _BLOCK: Final = (
 )
 _HAND_OVER: Final = "hand_over"
 _OLD, _ALL = 0, 1
+_RECORD_MAPS: Final = (b"followed", b"slots")
+"""Maps whose values user space takes apart."""
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
 # What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset.bpf.c, kprobe).
@@ -57,12 +59,8 @@ REFRESH_SECONDS: Final = 1.0
 
 
 @cache
-def module() -> ModuleType:
-    """The distribution's bcc package, from wherever it is installed.
-
-    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where there is
-    none, where libbcc is missing, or where the only ``bcc`` is PyPI's package of that name.
-    """
+def _place() -> Path:
+    """The ``__init__.py`` of the distribution's bcc, see ``module``."""
     stranger = ""
     spec = importlib.util.find_spec("bcc")
     places = [spec.origin] if spec and spec.origin else []
@@ -72,10 +70,20 @@ def module() -> ModuleType:
         if not Path(place).with_name("libbcc.py").exists():
             stranger = place
             continue
-        return _import_from(Path(place))
+        return Path(place)
     if stranger:
         raise BccError(f"the bcc in {Path(stranger).parent} is PyPI's unrelated package of that name", _INSTALL)
     raise BccError("the Python package bcc isn't installed", _INSTALL)
+
+
+@cache
+def module() -> ModuleType:
+    """The distribution's bcc package, from wherever it is installed.
+
+    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where there is
+    none, where libbcc is missing, or where the only ``bcc`` is PyPI's package of that name.
+    """
+    return _import_from(_place())
 
 
 def _import_from(init: Path) -> ModuleType:
@@ -125,125 +133,95 @@ def _why(said: list[str], error: Exception) -> str:
     return f"{text} ({lines[0].strip()})" if lines and lines[0].strip() not in text else text
 
 
-def _fdinfo(fd: int, name: str) -> int:
-    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
-    match = re.search(rf"^{name}:\s*(\d+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
-    return int(match[1]) if match else 0
+def _program(sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Program:
+    """BPF sources made one program for this kernel; compiled only where no start before has done it."""
+    folder, machine = bpf_dir(), platform.machine()
+    text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
+    headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
+    readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
+    found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
+    flags = [f"-D{name}={value}" for name, value in found.items()]
+    flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}"]
+    # clang asks the kernel which instructions it knows, so that the kernel's name is a part of the key too.
+    told = (text, *flags, str(os.uname()))
+    key = image.key(*(part.encode() for part in told), _headers(), _compiler())
+    made = image.load(key)
+    if made is None:
+        made = _compile(text, [*flags, f"-I{folder}"], sources[-1])
+        image.keep(key, made)
+    return Program(made, _library)
 
 
-class Program:
-    """BPF sources compiled as one for this kernel, and what of them is attached."""
+@cache
+def _headers() -> bytes:
+    """What the sources may include, by name and content."""
+    files = sorted(bpf_dir().rglob("*.h"))
+    return b"".join(str(file.relative_to(bpf_dir())).encode() + b"\0" + file.read_bytes() for file in files)
 
-    def __init__(self, sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> None:
-        folder, machine = bpf_dir(), platform.machine()
-        text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
-        headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
-        readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
-        found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
-        flags = [f"-D{name}={value}" for name, value in found.items()]
-        flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}", f"-I{folder}"]
-        # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
-        os.environ["BCC_KERNEL_SOURCE"] = str(folder / "compat")
-        said: list[str] = []
-        try:
-            with _quiet() as said:
-                self._bpf = module().BPF(text=text.encode(), cflags=flags)
-        except Exception as e:  # bcc raises nothing finer
-            if "compile" in str(e):
-                raise BccError(
-                    f"bcc {version()} can't compile {sources[-1]}: {_why(said, e)}", "report this text"
-                ) from e
-            raise KernelLacks(_why(said, e)) from e
-        self._loaded: dict[str, int] = {}
-        self.ring_fds: list[int] = []
 
-    def attach(self, attachments: tuple[ladder.Attachment, ...]) -> None:
-        """Load and attach programs; raises KernelLacks with the reason where the kernel refuses one."""
-        for a in attachments:
-            said: list[str] = []
-            try:
-                with _quiet() as said:
-                    self._attach(a)
-            except Exception as e:  # bcc raises nothing finer
-                raise KernelLacks(f"{a.kind} {a.target}: {_why(said, e)}") from e
+@cache
+def _compiler() -> bytes:
+    """What tells this bcc from any other, without loading it: that takes 60 MB.
 
-    def _attach(self, a: ladder.Attachment) -> None:
-        target, program = a.target.encode(), a.program.encode()
-        if a.kind == "raw_tracepoint":
-            self._bpf.attach_raw_tracepoint(tp=target, fn_name=program)
-            self._loaded[a.program] = self._bpf.funcs[program].fd
-        elif a.kind in ("fentry", "fexit"):
-            # bcc attaches these by their names as soon as it has compiled them.
-            assert self._bpf.kfunc_entry_fds
-            assert self._bpf.kfunc_exit_fds
-        elif a.kind == "kprobe":
-            self._bpf.attach_kprobe(event=target, fn_name=program)
-        else:
-            self._bpf.attach_kretprobe(event=target, fn_name=program)
+    The Python part and the library are two packages of one version in each distribution.
+    """
+    files = sorted(_place().parent.glob("*.py"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    told = _place().with_name("version.py")
+    return repr((str(_place()), stats, told.read_text() if told.exists() else "")).encode()
 
-    def open_ring(self, table: str, received: Callable[[bytes], None]) -> None:
-        """Have ``consume`` call ``received`` for each entry of the ring buffer."""
 
-        def callback(_ctx: object, data: int, size: int) -> int:
-            received(ctypes.string_at(data, size))
-            return 0
+def _library() -> Any:
+    """libbcc, as bcc's own package declares it."""
+    return module().libbcc.lib
 
-        self._bpf[table.encode()].open_ring_buffer(callback)
-        self.ring_fds.append(self._bpf[table.encode()].map_fd)
 
-    def consume(self) -> None:
-        """Hand over what the ring buffer holds."""
-        self._bpf.ring_buffer_consume()
+def _compile(text: str, flags: list[str], name: str) -> image.Image:
+    """The programs and maps of ``text``; raises BccError where it doesn't compile."""
+    # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
+    os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir() / "compat")
 
-    def run_everywhere(self, program: str, *args: int) -> None:
-        """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
-        fd = self._bpf.load_func(program.encode(), self._bpf.RAW_TRACEPOINT).fd
-        for cpu in range(os.sysconf(_CPUS)):
-            try:
-                run_raw_tracepoint(fd, cpu, *args)
-            except OSError as e:
-                if e.errno != errno.ENXIO:
-                    raise
+    class Compiler(module().BPF):  # type: ignore[misc]
+        def _trace_autoload(self) -> None:
+            """Not here: whoever wants a program attached says so."""
 
-    def total(self, index: int, table: str = "counts") -> int:
-        """One of the source's counters, summed over CPUs."""
-        return int(sum(self._bpf[table.encode()][ctypes.c_int(index)]))
+    said: list[str] = []
+    try:
+        with _quiet() as said:
+            made = Compiler(text=text.encode(), cflags=flags)
+    except Exception as e:  # bcc raises nothing finer
+        if "compile" in str(e):
+            raise BccError(f"bcc {version()} can't compile {name}: {_why(said, e)}", "report this text") from e
+        raise KernelLacks(_why(said, e)) from e
+    try:
+        return _taken(made)
+    finally:
+        made.cleanup()
 
-    def rows(self, table: str) -> list[tuple[int, Any]]:
-        """A hash of u64 keys: key and value (a ctypes structure) of each entry."""
-        return [(int(key.value), leaf) for key, leaf in self._bpf[table.encode()].items()]
 
-    def run_times(self) -> dict[str, tuple[int, int]]:
-        """Each attached raw tracepoint program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
-        return {name: (_fdinfo(fd, "run_cnt"), _fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
-
-    def missed(self) -> int:
-        """Runs that the kernel skipped because the program was already running on that CPU."""
-        return sum(_fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
-
-    def hold(self, table: str, keys: set[int]) -> None:
-        """Make a hash of u64 keys hold exactly ``keys``."""
-        held = self._bpf[table.encode()]
-        old = {int(key.value) for key in held}
-        for key in keys - old:
-            held[ctypes.c_uint64(key)] = ctypes.c_uint8(1)
-        for key in old - keys:
-            del held[ctypes.c_uint64(key)]
-
-    def detach(self) -> None:
-        """Stop all programs; maps and counters stay readable."""
-        for target in list(self._bpf.raw_tracepoint_fds):
-            self._bpf.detach_raw_tracepoint(target)
-        for name in list(self._bpf.kfunc_entry_fds):
-            self._bpf.detach_kfunc(name)
-        for name in list(self._bpf.kfunc_exit_fds):
-            self._bpf.detach_kretfunc(name)
-        for name in list(self._bpf.kprobe_fds):
-            self._bpf.detach_kprobe_event(name)
-
-    def close(self) -> None:
-        """Stop all programs and free the maps."""
-        self._bpf.cleanup()
+def _taken(made: Any) -> image.Image:
+    """What bcc made, with the descriptors of its own maps replaced by their places."""
+    lib = _library()
+    lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_size_t]
+    lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    maps: list[image.Map] = []
+    places: dict[int, int] = {}
+    for number in range(lib.bpf_num_tables(made.module)):
+        raw = lib.bpf_table_name(made.module, number)
+        fd = lib.bpf_table_fd(made.module, raw)
+        kind, flags = fdinfo(fd, "map_type"), fdinfo(fd, "map_flags")
+        key_size, value_size, entries = (fdinfo(fd, name) for name in ("key_size", "value_size", "max_entries"))
+        leaf = np.dtype(made[raw].Leaf) if raw in _RECORD_MAPS else None
+        fields = tuple((name, leaf[name].str) for name in leaf.names or ()) if leaf is not None else ()
+        places[fd] = len(maps)
+        maps.append(image.Map(raw.decode(), kind, key_size, value_size, entries, flags, fields))
+    programs = {}
+    for number in range(lib.bpf_num_functions(made.module)):
+        name = lib.bpf_function_name(made.module, number)
+        code, uses = map_uses(made.dump_func(name))
+        code["imm"][uses] = [places[fd] for fd in code["imm"][uses].tolist()]
+        programs[name.decode()] = code.tobytes()
+    return image.Image(programs, tuple(maps))
 
 
 def _filter_defines(filters: Filters) -> dict[str, int]:
@@ -265,9 +243,9 @@ def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
     records["end_ts_ns"] = time.monotonic_ns()
     records["outcome"] = code("outcome", "capture_end")
     for record, (skaddr, f) in zip(records, followed, strict=True):
-        record["skaddr"], record["reset_ts_ns"], record["acks"] = skaddr, f.reset_ts_ns, f.acks
-        record["target"], record["cwnd_start"], record["cwnd_end"] = f.target, f.cwnd_start, f.cwnd
-        record["sock_cookie"], record["netns_ino"], record["reason"] = f.sock_cookie, f.netns_ino, f.reason
+        record["skaddr"], record["reset_ts_ns"], record["acks"] = skaddr, f["reset_ts_ns"], f["acks"]
+        record["target"], record["cwnd_start"], record["cwnd_end"] = f["target"], f["cwnd_start"], f["cwnd"]
+        record["sock_cookie"], record["netns_ino"], record["reason"] = f["sock_cookie"], f["netns_ino"], f["reason"]
     return records.tobytes()
 
 
@@ -277,6 +255,10 @@ class Kernel:
     Loads and attaches on construction. Raises BccError, KernelLacks or NoRung; nothing is left attached then.
     ``block`` says whether block I/O is traced as well.
     """
+
+    block_sources: ClassVar[tuple[str, ...]] = ("block_io.bpf.c",)
+    block_attachments: ClassVar[tuple[ladder.Attachment, ...]] = _BLOCK
+    block_defines: ClassVar[Mapping[str, int]] = {}
 
     def __init__(
         self,
@@ -307,6 +289,8 @@ class Kernel:
         except BaseException:
             self.close()
             raise
+        finally:
+            del self._btf  # some 15 MB
         self.events: tuple[str, ...] = (*_RINGS, *(("block_io",) if block else ()))
 
     def _try(self, rung: str, reason: str) -> str | None:
@@ -320,8 +304,8 @@ class Kernel:
             defines[f"RUNG_{rung.upper()}"] = 1
         program = None
         try:
-            program = Program(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
-            program.attach(attachments)
+            program = _program(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
+            program.attach(attachments, self._btf)
             for name, table in _RINGS.items():
                 self._open(program, table, partial(self._record, name))
         except KernelLacks as e:
@@ -336,17 +320,18 @@ class Kernel:
         return None
 
     def _load_block(self) -> Program:
-        lacking = [a.target for a in _BLOCK if not self._btf.has_tracepoint(a.target)]
+        lacking = [a.target for a in self.block_attachments if not self._btf.has_tracepoint(a.target)]
         if lacking:
             raise KernelLacks(
                 f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
                 "trace without block I/O: --no-block",
             )
         sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS, "CPUS": os.sysconf(_CPUS)}
-        program = Program(("block_io.bpf.c",), self._btf, self._hz, _filter_defines(self._filters) | sizes)
+        sizes |= self.block_defines
+        program = _program(self.block_sources, self._btf, self._hz, _filter_defines(self._filters) | sizes)
         self._open(program, "block_slabs", self._slab)
         try:
-            program.attach(_BLOCK)
+            program.attach(self.block_attachments, self._btf)
         except BaseException:
             program.close()
             raise
