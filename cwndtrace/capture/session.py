@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import pandas as pd
 import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.kernel import facts, interfaces, netns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,25 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
-import pandas as pd
 
 import cwndtrace
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
-from cwndtrace.cli import options, waiting
+from cwndtrace.cli import options
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
 from cwndtrace.kernel import netns
 from cwndtrace.store import CaptureWriter
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @click.command()
@@ -185,6 +187,9 @@ def _flush(writer: CaptureWriter, before: CaptureError | None) -> CaptureError |
 def _warn(
     connections: pd.DataFrame, filters: Filters, what: str, before: list[str], view: TextView | JsonView
 ) -> list[str]:
+    # Here and not above: it takes pandas, which would hold up the start.
+    from cwndtrace.cli import waiting
+
     namespaces = [n for n in netns.all_reachable() if n.inode == (filters.netns or netns.own().inode)]
     found = waiting.warnings(connections, namespaces, what)
     new = [line for line in found if line not in before]
