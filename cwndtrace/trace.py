@@ -133,6 +133,26 @@ class Trace:
         """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
         return block_analysis.with_latency(self._frame("block_io"), _mapping(self.meta.get("devices")))
 
+    def block_columns(self, *columns: str) -> pd.DataFrame:
+        """``block_io`` with these columns alone, in the same order; reads no other, and keeps nothing.
+
+        Of what ``block_io`` adds to the capture's columns, ``device``, ``latency_us`` and ``queue_us`` may be named.
+        Raises KeyError for others.
+        """
+        known = events.schema("block_io").names
+        needs = [name for name in known if name in columns or name == "start_ns"]
+        needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
+        devices = _mapping(self.meta.get("devices"))
+        pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
+        frames = (block_analysis.add(piece.to_pandas(), devices, columns) for piece in pieces)
+        frame = block_analysis.joined(frames, ("start_ns", *columns))
+        return frame if "start_ns" in columns else frame.drop(columns="start_ns")
+
+    @cached_property
+    def _requests(self) -> pd.DataFrame:
+        """Of each block request what the analyses use: a third of it."""
+        return self.block_columns(*block_analysis.USED)
+
     @cached_property
     def recoveries(self) -> pd.DataFrame:
         """One row a window that was followed after its reset, with ``connection``, ``duration_us``, ``round_trips``."""
@@ -156,7 +176,7 @@ class Trace:
 
         The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
         """
-        return idle_cause.with_cause(self._judged, self.block_io, recorded=self.block_recorded)
+        return idle_cause.with_cause(self._judged, self._requests, recorded=self.block_recorded)
 
     @cached_property
     def _judged(self) -> pd.DataFrame:
@@ -167,7 +187,7 @@ class Trace:
     def block_recorded(self) -> bool:
         """Whether block I/O was traced, so that none in a rest means that there was none."""
         counts = self.meta.get("counts")
-        return not isinstance(counts, dict) or "block_io" in counts or not self.block_io.empty
+        return not isinstance(counts, dict) or "block_io" in counts or bool(self._capture.rows("block_io"))
 
     def summary(self) -> pd.DataFrame:
         """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
@@ -197,7 +217,7 @@ class Trace:
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.meta, self.resets, self.connections)
-        return dict(compare.measures(self._judged, self.connections, self.recoveries, self.block_io, span))
+        return dict(compare.measures(self._judged, self.connections, self.recoveries, self._requests, span))
 
     def connection(self, key: str) -> Connection:
         """One connection by its key in ``summary()``; raises NotFound where there is none."""
@@ -223,7 +243,15 @@ class Trace:
 
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
-        return block_analysis.summary(self.block_io)
+        return block_analysis.summary(self._requests)
+
+    def block_submitters(self) -> pd.DataFrame:
+        """One row a submitting process; the columns are ``cwndtrace.analysis.block_io.SUBMITTER_COLUMNS``."""
+        return block_analysis.by_submitter(self._requests)
+
+    def block_heat_map(self) -> pd.DataFrame:
+        """How many requests of which latency began when, see ``cwndtrace.analysis.block_io.heat_map``."""
+        return block_analysis.heat_map(self._requests)
 
     @cached_property
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -233,9 +261,9 @@ class Trace:
     def _frame(self, table: str) -> pd.DataFrame:
         rows = self._capture.table(table)
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
+        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         frame: pd.DataFrame = rows.to_pandas()
         frame = frame.sort_values(clock, kind="stable", ignore_index=True)
-        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         frame.attrs["units"] = told
         return frame
 

@@ -23,7 +23,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from cwndtrace import words
-from cwndtrace.analysis import block_io, verdict
+from cwndtrace.analysis import verdict
 from cwndtrace.events import clean
 from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
@@ -68,7 +68,7 @@ def page(report: Report) -> str:
         processes=records(report.processes.head(_PROCESSES)),
         audit=records(report.audit),
         timelines=_timelines(report, rows),
-        heat=_heat(report) if len(report.trace.block_io) else None,
+        heat=_heat(report) if len(report.devices) else None,
         style=Markup(files["css"]),
         script=Markup(files["js"]),
         style_hash=_hash(files["css"]),
@@ -124,7 +124,7 @@ def _seen(report: Report, key: str) -> tuple[float, float]:
 
 def _heat(report: Report) -> dict[str, str]:
     trace = report.trace
-    cells, start = block_io.heat_map(trace.block_io), trace.started_ns
+    cells, start = trace.block_heat_map(), trace.started_ns
     return _pair(lambda: heat(cells, zero_ns=start, meta=trace.meta))
 
 
