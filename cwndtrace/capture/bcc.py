@@ -280,6 +280,9 @@ class Kernel:
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
         self._refreshed = 0.0
+        self._missed: dict[int, int] = {}
+        self._missed_at = float("-inf")
+        self._stopped = False
         try:
             chosen = ladder.choose(facts.ladder_facts(self._btf), self._try, probe, reasons)
             self.rungs, self.tried = chosen.rungs, chosen.tried
@@ -383,13 +386,17 @@ class Kernel:
     def counts(self) -> Counts:
         """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
         counts = Counts()
-        counts.lost["cwnd_reset"] = sum(p.total(0) + p.missed() for p in self._resets)
+        # A file is read for each program, which ten times a second would be most of what an idle trace takes.
+        if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
+            self._missed_at = time.monotonic()
+            self._missed = {id(program): program.missed() for program in self._programs()}
+        counts.lost["cwnd_reset"] = sum(p.total(0) + self._missed[id(p)] for p in self._resets)
         for index, name in enumerate(("cwnd_recovery", "cwnd_sample")):
             counts.lost[name] = sum(p.total(index, "recovery_counts") for p in self._resets)
         counts.unchanged = sum(p.total(1) for p in self._resets)
         counts.withdrawn = sum(p.total(2) for p in self._resets)
         if self._block is not None:
-            counts.lost["block_io"] = self._block.total(0) + self._block.missed()
+            counts.lost["block_io"] = self._block.total(0) + self._missed[id(self._block)]
         return counts
 
     def run_times(self) -> dict[str, tuple[int, int]]:
@@ -409,6 +416,7 @@ class Kernel:
         """Detach and return what was still under way."""
         for program in self._programs():
             program.detach()
+        self._stopped = True
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER, _ALL)
         chunks = self._take()

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -123,6 +124,7 @@ def attach(prog_fd: int, tracepoint: str | None = None) -> int:
     return _bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(name) if tracepoint else 0, prog_fd))
 
 
+@cache
 def possible_cpus() -> int:
     """How many values a per-CPU map has for each key."""
     last = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()

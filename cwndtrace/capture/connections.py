@@ -54,24 +54,31 @@ _OF_INFO: Final = {
 _SHARE: Final = 0.05
 
 
+_holders: Final = sockets.Holders()
+
+
 def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
     """The connections that ``filters`` let through, as a table of ``events.CONNECTIONS``.
 
     Namespaces that can't be entered are left out. The interface is the one that the route to the peer
     goes out of.
     """
-    holders = sockets.holders()
     mine = None if filters.pid is None else sockets.inodes_of(filters.pid)
     groups = None if filters.cgroup is None else cgroups.ids(filters.cgroup)
-    tables = []
+    found: list[tuple[netns.Namespace, inet_diag.Sockets, int]] = []
     for namespace in netns.all_reachable():
         if filters.netns is not None and namespace.inode != filters.netns:
             continue
         try:
-            found = netns.inside(namespace, partial(inet_diag.dump, _STATE_MASK))
+            dumped = netns.inside(namespace, partial(inet_diag.dump, _STATE_MASK))
         except (NotFound, OSError):
             continue
-        table = _table(found, namespace.inode, holders, time.monotonic_ns(), utc_offset_ns)
+        if len(dumped.messages):
+            found.append((namespace, dumped, time.monotonic_ns()))
+    holders = _holders.of({inode for _, dumped, _ in found for inode in dumped.messages["inode"].tolist()})
+    tables = []
+    for namespace, dumped, now in found:
+        table = _table(dumped, namespace.inode, holders, now, utc_offset_ns)
         keep = np.ones(len(table), dtype=np.bool_)
         if filters.family is not None:
             keep &= table["family"].to_numpy() == filters.family
@@ -80,7 +87,7 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
         if mine is not None:
             keep &= np.isin(table["inode"].to_numpy(), list(mine))
         if groups is not None:
-            keep &= np.array([group in groups for group in found.cgroup], dtype=np.bool_)
+            keep &= np.array([group in groups for group in dumped.cgroup], dtype=np.bool_)
         if filters.ifindex is not None:
             peers, routes = table["daddr"].combine_chunks(), interfaces.Routes(namespace)
             there = [routes.index_of(peer) == filters.ifindex for peer in peers.dictionary.to_pylist()]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ def inodes_of(pid: int) -> set[int]:
 
 def pids() -> Iterator[int]:
     """The processes there are now."""
-    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
 
 
 def comm(pid: int) -> str:
@@ -47,3 +48,22 @@ def holders() -> dict[int, tuple[int, str]]:
         if inodes:
             held |= dict.fromkeys(inodes, (pid, comm(pid)))
     return held
+
+
+class Holders:
+    """Who holds which sockets, looked up again only for new ones, and for all of them every half minute.
+
+    To look is to read the descriptors of every process there is.
+    """
+
+    def __init__(self, refresh_s: float = 30.0) -> None:
+        self._refresh_s = refresh_s
+        self._held: dict[int, tuple[int, str]] = {}
+        self._looked_at = float("-inf")
+
+    def of(self, inodes: set[int]) -> dict[int, tuple[int, str]]:
+        """At least these sockets' inodes to process and name; 0 and "" where nobody was found."""
+        if time.monotonic() - self._looked_at > self._refresh_s or inodes - self._held.keys() - {0}:
+            self._looked_at = time.monotonic()
+            self._held = dict.fromkeys(inodes, (0, "")) | holders()
+        return self._held
