@@ -20,11 +20,12 @@ from typing import ClassVar
 import cwndtrace
 from benchmarks.common import Report, folder, options, size, status
 from cwndtrace.capture import bcc
+from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.session import Session, describe, ending
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.kernel import ladder
-from cwndtrace.store import CaptureWriter
+from cwndtrace.store import Behind, CaptureWriter
 
 _WANTED = {
     "highest rate kept without loss": "at least 1,000,000 events/s",
@@ -63,8 +64,10 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
         block_attachments = (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),)
         block_defines: ClassVar[dict[str, int]] = {"FLOOD_TGID": generator.pid}
 
+    snapshot(Filters(), 0)  # as run does: it loads what the first records would wait for
     with Session(Flooded(reasons=())) as session:
-        writer = CaptureWriter.create(place, describe(session, Filters(), cwndtrace.__version__))
+        kept_by = CaptureWriter.create(place, describe(session, Filters(), cwndtrace.__version__))
+        writer = Behind(kept_by)
         figures, done, rates = BlockFigures(), threading.Event(), list[float]()
 
         def flood() -> None:
@@ -90,7 +93,7 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
     return {
         "offered": rates[0],
         "kept": kept,
-        "lost": lost + writer.lost["block_io"],
+        "lost": lost + kept_by.lost["block_io"],
         "on disk": cwndtrace.store.open_capture(place).rows("block_io"),
         "user": (after.ru_utime - before.ru_utime) / max(kept, 1) * 1e6,
         "system": (after.ru_stime - before.ru_stime) / max(kept, 1) * 1e6,

@@ -22,7 +22,7 @@ from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
 from cwndtrace.kernel import netns
-from cwndtrace.store import CaptureWriter
+from cwndtrace.store import Behind, CaptureWriter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,8 @@ def run(
         sessions.Interrupt() as interrupt,
         stream.open_session(filters, probe=probe, block=block is not False) as session,
     ):
-        writer = CaptureWriter.create(output, sessions.describe(session, filters, cwndtrace.__version__))
+        about = sessions.describe(session, filters, cwndtrace.__version__)
+        writer = Behind(CaptureWriter.create(output, about))
         view: TextView | JsonView
         if as_json:
             view = JsonView(session, print_block=bool(block))
@@ -121,7 +122,7 @@ def _say_what(session: Session, what: str, *, verbose: bool) -> None:
 
 def trace(
     session: Session,
-    writer: CaptureWriter,
+    writer: Behind | CaptureWriter,
     view: TextView | JsonView,
     filters: Filters,
     interrupt: sessions.Interrupt,
@@ -173,7 +174,7 @@ def _nobody_reads() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _flush(writer: CaptureWriter, before: CaptureError | None) -> CaptureError | None:
+def _flush(writer: Behind | CaptureWriter, before: CaptureError | None) -> CaptureError | None:
     """Write what is due. A full disk doesn't end the trace: the rows wait in memory, and it is said once."""
     try:
         writer.flush()

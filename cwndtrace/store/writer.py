@@ -21,10 +21,10 @@ from cwndtrace import events
 from cwndtrace.errors import CaptureError
 from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
 
-PART_ROWS: Final = 262_144
-"""Rows that make a part due, whatever their age."""
+PART_ROWS: Final = 131_072
+"""Rows that make a part due, whatever their age: few enough that writing them ends before a ring buffer is full."""
 
-BUFFER_ROWS: Final = 4 * PART_ROWS
+BUFFER_ROWS: Final = 8 * PART_ROWS
 """Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
 
 _REMEDIES: Final = {
