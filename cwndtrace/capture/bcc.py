@@ -10,10 +10,8 @@ import platform
 import re
 import select
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +20,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from cwndtrace.capture import image
-from cwndtrace.capture.program import Program, fdinfo, map_uses
+from cwndtrace.capture.program import Program, fdinfo, map_uses, quiet
 from cwndtrace.capture.source import Chunk, Counts, Filters
 from cwndtrace.errors import BccError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
@@ -105,23 +103,6 @@ def version() -> str:
     return str(getattr(module(), "__version__", "unknown"))
 
 
-@contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
-    said: list[str] = []
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            said.append(file.read().decode("utf-8", "replace").strip())
-
-
 def _why(said: list[str], error: Exception) -> str:
     """One line of why loading failed: bcc's own, else the most telling one of what it printed."""
     lines = [
@@ -187,7 +168,7 @@ def _compile(text: str, flags: list[str], name: str) -> image.Image:
 
     said: list[str] = []
     try:
-        with _quiet() as said:
+        with quiet() as said:
             made = Compiler(text=text.encode(), cflags=flags)
     except Exception as e:  # bcc raises nothing finer
         if "compile" in str(e):

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,23 @@ def map_uses(insns: bytes) -> tuple[np.ndarray, np.ndarray]:
     """A program's instructions, writable, and the indices of those whose ``imm`` is a map's descriptor."""
     code = np.frombuffer(bytearray(insns), _INSTRUCTION)
     return code, np.flatnonzero((code["code"] == _LOAD_IMM64) & (code["registers"] >> 4 == _MAP_FD))
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
+    said: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace").strip())
 
 
 def fdinfo(fd: int, name: str) -> int:
@@ -77,7 +95,9 @@ class Program:
         elif a.kind in ("fentry", "fexit"):
             prefix, place = ("kfunc__", bpf.TRACE_FENTRY) if a.kind == "fentry" else ("kretfunc__", bpf.TRACE_FEXIT)
             target = kernel.function_id(a.target) or 0
-            fd = self._load(a.program, self._image.programs[prefix + a.program], bpf.TRACING, place, target)
+            # Newer versions of bcc put the module's name (vmlinux) between the two.
+            names = (n for n in self._image.programs if n.startswith(prefix) and n.endswith(f"__{a.program}"))
+            fd = self._load(a.program, self._image.programs[next(names)], bpf.TRACING, place, target)
             self._links.append(bpf.attach(fd))
         else:
             self._attach_kprobe(a)
@@ -85,12 +105,12 @@ class Program:
     def _attach_kprobe(self, a: ladder.Attachment) -> None:
         fd = self._load(a.program, self._image.programs[a.program], bpf.KPROBE)
         back = a.kind == "kretprobe"
-        name = f"{'r' if back else 'p'}_{a.target}_bcc_{os.getpid()}".encode()
-        ctypes.set_errno(0)
-        link = self._libbcc().bpf_attach_kprobe(fd, int(back), name, a.target.encode(), 0, 0)
+        name = f"{'r' if back else 'p'}_{a.target}".encode()
+        with quiet() as said:
+            link = self._libbcc().bpf_attach_kprobe(fd, int(back), name, a.target.encode(), 0, 0)
         if link < 0:
-            code = ctypes.get_errno() or errno.EINVAL
-            raise OSError(code, f"not traceable ({os.strerror(code)})")
+            why = "\n".join(said).splitlines()
+            raise OSError(errno.EINVAL, f"not traceable ({why[-1] if why else 'no reason given'})")
         self._links.append(link)
         self._kprobes.append(name)
 
@@ -166,7 +186,7 @@ class Program:
             os.close(self._links.pop())
         while self._kprobes:
             # Closing detached it; this takes its name away, for which tracefs may be root's alone.
-            with suppress(OSError):
+            with quiet():
                 self._libbcc().bpf_detach_kprobe(self._kprobes.pop())
 
     def close(self) -> None:
