@@ -110,8 +110,10 @@ class Trace:
     def started_ns(self) -> int:
         """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
         mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
-        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self.block_io, "start_ns"))
-        return mono if isinstance(mono, int) else min((int(f[name].min()) for f, name in frames if len(f)), default=0)
+        if isinstance(mono, int):
+            return mono
+        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self._requests, "start_ns"))
+        return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
     def lost(self, table: str) -> int:
         """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
@@ -145,8 +147,9 @@ class Trace:
         devices = _mapping(self.meta.get("devices"))
         pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
         frames = (block_analysis.add(piece.to_pandas(), devices, columns) for piece in pieces)
-        frame = block_analysis.joined(frames, ("start_ns", *columns))
-        return frame if "start_ns" in columns else frame.drop(columns="start_ns")
+        names = tuple(dict.fromkeys(("start_ns", *columns)))
+        frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
+        return frame if names == columns else frame[list(columns)]
 
     @cached_property
     def _requests(self) -> pd.DataFrame:

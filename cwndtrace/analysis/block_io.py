@@ -73,32 +73,33 @@ def add(block_io: pd.DataFrame, devices: Mapping[str, str], columns: Sequence[st
     return block_io.assign(**new)
 
 
-def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """``frames``, at least one, behind each other in order of ``start_ns``.
+def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) -> pd.DataFrame:
+    """``frames``, at least one and ``rows`` rows at most, behind each other in order of ``start_ns``.
 
-    There may be many millions of rows: each column is put together for itself, categories by the smallest codes.
+    There may be many millions of rows: each column is filled and ordered for itself, categories by the smallest codes.
     """
-    parts: dict[str, list[Any]] = {name: [] for name in dict.fromkeys(columns)}
+    whole: dict[str, Any] = {}
     labels: dict[str, dict[object, int]] = {}
+    filled = 0
     for frame in frames:
-        for name, kept in parts.items():
+        for name in columns:
             column = frame[name]
             if isinstance(column.dtype, pd.CategoricalDtype):
                 known = labels.setdefault(name, {})
                 places = [known.setdefault(label, len(known)) for label in column.cat.categories]
-                kind = np.int8 if len(known) < 128 else np.int32
-                kept.append(np.array([*places, -1], dtype=kind)[column.cat.codes])
+                values = np.array([*places, -1], dtype=np.int8 if len(known) < 128 else np.int32)[column.cat.codes]
             else:
-                kept.append(column.to_numpy())
-    whole: dict[str, Any] = {}
-    order = None
-    for name in parts:
-        values = np.concatenate(parts[name])
-        parts[name].clear()
-        if name == "start_ns" and (values[1:] < values[:-1]).any():
-            order = np.argsort(values, kind="stable")
-        if order is not None:
-            values = values[order]
+                values = column.to_numpy()
+            if name not in whole:
+                whole[name] = np.empty(rows, values.dtype)
+            elif values.dtype.itemsize > whole[name].dtype.itemsize:
+                whole[name] = whole[name].astype(values.dtype)
+            whole[name][filled : filled + len(values)] = values
+        filled += len(frame)
+    start = whole["start_ns"][:filled]
+    order = np.argsort(start, kind="stable") if (start[1:] < start[:-1]).any() else None
+    for name in whole:
+        values = whole[name][:filled] if order is None else whole[name][order]
         whole[name] = pd.Categorical.from_codes(values, list(labels[name])) if name in labels else values  # type: ignore[call-overload]
     return pd.DataFrame(whole, copy=False)
 
