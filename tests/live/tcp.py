@@ -325,6 +325,10 @@ class Connection:
         """TCP_INFO once all is sent and acknowledged."""
         return self.until(lambda i: not i.unacked and not i.unsent, "all data acknowledged")
 
+    def rest(self, seconds: float) -> Info:
+        """TCP_INFO once no data was sent for so long, and for longer than the RTO, which is long on a slow machine."""
+        return self.until(lambda i: i.last_snd_us > max(seconds * 1e6, i.rto_us + 2e4), "a rest longer than the RTO")
+
     def send(self, how: Callable[[], Any] | None = None, by: tuple[int, int, str] | None = None) -> Send:
         """A small send, noted; ``how`` does it in another way, ``by`` says which other task does."""
         me = by or (os.getpid(), threading.get_native_id(), thread_name())

@@ -52,7 +52,7 @@ def test_a_closed_window_that_opens(tracer: Tracer, connect: Connect) -> None:
     connection = connect(read_buffer=200_000)
     connection.grow()
     closed = connection.fill()
-    time.sleep(LONG)
+    connection.rest(LONG)
     send = reopen(connection)
     assert (send.reason, send.before.snd_wnd, closed.unsent > 0) == ("idle", 0, True)
     check(tracer, connection)
@@ -63,6 +63,11 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
     connection.grow()
     connection.fill()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    # Where it is long until here, the first of these ends a rest.
+    with contextlib.suppress(BlockingIOError):
+        # In small pieces: the last one may be as large as it likes.
+        while True:
+            connection.send(lambda: connection.sock.send(b"x", socket.MSG_DONTWAIT | socket.MSG_EOR))
     counter.settle()
     before = counter.tally.withdrawn
 
@@ -70,11 +75,7 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
         with pytest.raises(BlockingIOError):
             connection.sock.send(b"x" * 100_000, socket.MSG_DONTWAIT)
 
-    with contextlib.suppress(BlockingIOError):
-        # In small pieces: the last one may be as large as it likes.
-        while True:
-            connection.sock.send(b"x", socket.MSG_DONTWAIT | socket.MSG_EOR)
-    time.sleep(LONG)
+    connection.rest(LONG)
     send = connection.send(blocked)
     assert send.reason is None
     assert send.before.last_snd_us > send.before.rto_us
@@ -90,7 +91,7 @@ def test_data_queued_behind_a_closed_window(tracer: Tracer, connect: Connect) ->
     connection = connect(read_buffer=200_000)
     connection.grow(80)
     connection.fill()
-    time.sleep(0.25)
+    connection.rest(0.25)
     # One after the other, because each ends its buffer.
     for _ in range(3):
         connection.send(lambda: connection.sock.send(b"x", socket.MSG_EOR))
@@ -111,7 +112,8 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
         connection.send()
     counter.settle()
     before = counter.tally.unchanged
-    time.sleep(LONG)
+    for connection in connections:
+        connection.rest(LONG)
     for connection in connections:
         connection.send()
         assert connection.sends[-1].before.cwnd == connection.sends[-1].after.cwnd == tcp.INIT_CWND
@@ -125,7 +127,7 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
 def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
     connection = connect(counted_space)
     connection.grow()
-    time.sleep(LONG)
+    connection.rest(LONG)
     before = counter.tally.withdrawn
     with tcp.corked(connection.sock):
         connection.send()
@@ -144,7 +146,7 @@ def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: 
 def test_a_connection_that_is_aborted_with_data_corked(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
-    time.sleep(LONG)
+    connection.rest(LONG)
     connection.sock.setsockopt(socket.IPPROTO_TCP, tcp.CORK, 1)
     send = connection.send()
     assert (send.reason, send.after.unsent) == ("idle", 100)

@@ -157,7 +157,8 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
             for connection in world.all:
                 connection.grow()
             world.named["closed"].fill()
-            time.sleep(rest)
+            for connection in world.all:
+                connection.rest(rest)
             for name, connection in world.named.items():
                 if name == "held":
                     connection.send(lambda: world.holder.send(0), world.holder.who)

@@ -32,7 +32,7 @@ LONG = 0.45
 
 def rest(connection: tcp.Connection, seconds: float = LONG) -> tcp.Send:
     """A rest that ends in a reset; the send."""
-    time.sleep(seconds)
+    connection.rest(seconds)
     send = connection.send()
     assert send.reason == "idle", send
     return send
@@ -210,7 +210,7 @@ def link(make_space: Callable[[], tcp.Space]) -> Link:
 def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
     connection = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
     connection.grow(80)
-    time.sleep(LONG)
+    connection.rest(LONG)
     with link.cut():
         send = connection.send(lambda: connection.sock.send(bytes(3 * 1448)))
         assert send.reason == "idle"

@@ -92,7 +92,7 @@ def rested(connect: Connect, **options: object) -> tcp.Connection:
     """A connection that has grown its window and then rested for long."""
     connection = connect(**options)
     connection.grow()
-    time.sleep(LONG)
+    connection.rest(LONG)
     return connection
 
 
@@ -140,7 +140,7 @@ def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
     with tcp.Child(connection.sock) as child:
-        time.sleep(LONG)
+        connection.rest(LONG)
         send = connection.send(child.send, child.who)
     assert send.comm == "sh"
     assert send.tgid != os.getpid()
@@ -177,7 +177,7 @@ def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Conne
     connection = connect()
     cookie = connection.cookie()
     connection.grow()
-    time.sleep(LONG)
+    connection.rest(LONG)
     connection.send()
     expect_one(tracer, connection)
     assert tracer.of(connection)[0]["sock_cookie"] == cookie != 0
@@ -188,7 +188,7 @@ def test_when_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
     connection.grow()
     time.sleep(LONG / 2)
     connection.peer.send(b"a request")
-    time.sleep(LONG / 2)
+    connection.rest(LONG)
     connection.send()
     expect_one(tracer, connection)
     record = tracer.of(connection)[0]
@@ -213,10 +213,10 @@ def test_namespaces_with_the_same_addresses_and_ports(
     assert pair[0].key[1:] == pair[1].key[1:]
     for connection in pair:
         connection.grow()
-    time.sleep(LONG)
+    pair[0].rest(LONG)
     pair[0].send()
     pair[1].grow()
-    time.sleep(LONG)
+    pair[1].rest(LONG)
     pair[1].send()
     assert check(tracer, *pair) == 3
     assert [len(tracer.of(c)) for c in pair] == [1, 2]
@@ -244,7 +244,7 @@ def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
     before = counter.tally.unchanged, counter.tally.withdrawn
     for _ in range(2):
         connection.grow(11)
-        time.sleep(LONG)
+        connection.rest(LONG)
         send = connection.send()
         assert send.before.last_snd_us > send.before.rto_us
         assert send.reason is None
@@ -274,7 +274,8 @@ def test_two_hundred_connections_at_once(tracer: Tracer, connect: Connect) -> No
     connections = [connect(ca=("cubic", "reno")[i % 2]) for i in range(200)]
     for connection in connections:
         connection.grow(burst=60_000)
-    time.sleep(LONG)
+    for connection in connections:
+        connection.rest(LONG)
     for connection in connections:
         connection.send()
     assert all(c.sends[-1].reason == "idle" for c in connections)
@@ -285,7 +286,7 @@ def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     with cwndtrace.stream(port=connection.sport, block=False, probe=tracer.probe) as batches:
         connection.grow()
-        time.sleep(LONG)
+        connection.rest(LONG)
         connection.send()
         batches.stop()
         frames = [b.to_pandas() for b in batches if b.event == "cwnd_reset"]

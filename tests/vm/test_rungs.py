@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -71,7 +70,8 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     made = {reason: [tcp.connect(space, drain, **kind) for kind in kinds] for reason in ladder.REASONS}
     for connection in made["idle"]:
         connection.grow()
-    time.sleep(LONG)
+    for connection in made["idle"]:
+        connection.rest(LONG)
     for connection in made["idle"]:
         connection.send()
     for connection in made["app_limited"]:
