@@ -20,6 +20,7 @@ from cwndtrace.capture import image
 from cwndtrace.capture.image import Image, Map
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli.live import BlockFigures
+from cwndtrace.kernel import sockets
 from cwndtrace.store import CaptureWriter, open_capture
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,22 @@ def test_slabs_are_handed_over_whole() -> None:
     assert source.count("ringbuf_output(") == 1
     assert "ringbuf_output(s, sizeof(*s), flags)" in source
     assert int(source.partition("#define SLAB_RECORDS ")[2].split()[0]) >= 64
+
+
+def test_who_holds_a_socket_is_looked_up_for_new_ones_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def look() -> dict[int, tuple[int, str]]:
+        looks.append(1)
+        return {7: (1, "init")}
+
+    monkeypatch.setattr(sockets, "holders", look)
+    held = sockets.Holders()
+    assert held.of({7, 8, 0})[7] == (1, "init")
+    assert held.of({8})[8] == (0, "")
+    assert len(looks) == 1
+    held.of({7, 9})
+    assert len(looks) == 2
 
 
 # ---- compiled programs that are kept ---------------------------------------------------------------
