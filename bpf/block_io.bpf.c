@@ -258,27 +258,19 @@ static __always_inline void submit(struct slab *s)
 	s->count = 0;
 }
 
-int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
+/* A finished request goes into this CPU's slab. */
+static __always_inline void keep(const struct flight *f)
 {
-	u64 rq = ctx->args[0];
-	struct flight *f;
-	struct slab *s;
-	int zero = 0, slot;
+	int zero = 0;
+	struct slab *s = slabs.lookup(&zero);
 	u32 n;
 
-	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
-	if (GET(u32, rq, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
-		return 0;
-	f = find(rq);
-	if (!f || f->rq != rq)
-		return 0;
-	s = slabs.lookup(&zero);
 	if (!s)
-		return 0;
+		return;
 	if (s->busy) {
 		/* This CPU was interrupted while it wrote here. */
 		count_lost(1);
-		goto forget;
+		return;
 	}
 	s->busy = 1;
 	barrier();
@@ -289,11 +281,26 @@ int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
 			s->first_ns = s->rec[0].done_ns;
 		s->count = n + 1;
 	}
-	if (s->count >= SLAB_RECORDS || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS)
+	/* The first record's age is looked at by user space too, which comes by ten times a second. */
+	if (s->count >= SLAB_RECORDS)
 		submit(s);
 	barrier();
 	s->busy = 0;
-forget:
+}
+
+int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = ctx->args[0];
+	struct flight *f;
+	int slot;
+
+	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
+	if (GET(u32, rq, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
+		return 0;
+	f = find(rq);
+	if (!f || f->rq != rq)
+		return 0;
+	keep(f);
 	slot = slot_of(rq);
 	if (f == slots.lookup(&slot))
 		f->rq = 0;

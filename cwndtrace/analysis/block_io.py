@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,17 @@ SUBMITTER_COLUMNS: Final = {"comm": "name of the submitter", "tgid": "its proces
 """The columns of ``by_submitter``."""
 
 
+NEEDS: Final = {
+    "device": ("dev",),
+    "latency_us": ("start_ns", "done_ns"),
+    "queue_us": ("start_ns", "issue_ns"),
+}
+"""What ``with_latency`` adds, and of which columns it makes that."""
+
+USED: Final = ("start_ns", "done_ns", "bytes", "tgid", "op", "error", "comm", *NEEDS)
+"""What the analyses of this package use of ``with_latency``."""
+
+
 def with_latency(block_io: pd.DataFrame, devices: Mapping[str, str]) -> pd.DataFrame:
     """The table ``block_io`` with three more columns.
 
@@ -41,12 +52,56 @@ def with_latency(block_io: pd.DataFrame, devices: Mapping[str, str]) -> pd.DataF
     ``latency_us`` is done - start, ``queue_us`` issue - start, in microseconds with their fraction, the
     latter missing where the request never reached a driver.
     """
-    start, issue, done = (block_io[name].astype("int64") for name in ("start_ns", "issue_ns", "done_ns"))
-    return block_io.assign(
-        device=block_io["dev"].astype(str).map(lambda dev: devices.get(dev, dev)).astype("category"),
-        latency_us=(done - start) / 1000,
-        queue_us=((issue - start) / 1000).where(issue != 0),
-    )
+    return add(block_io, devices, tuple(NEEDS))
+
+
+def add(block_io: pd.DataFrame, devices: Mapping[str, str], columns: Sequence[str]) -> pd.DataFrame:
+    """``block_io`` with those of ``NEEDS`` that ``columns`` names."""
+    new: dict[str, Any] = {}
+    if "device" in columns:
+        dev = block_io["dev"].astype("category").cat
+        # By name: there are few of them, and millions of requests.
+        codes, names = pd.factorize(np.array([devices.get(d, d) for d in dev.categories.astype(str)], dtype=object))
+        new["device"] = pd.Categorical.from_codes(np.append(codes, -1).astype(np.int16)[dev.codes], names.tolist())  # type: ignore[call-overload]
+    for name, until in (("latency_us", "done_ns"), ("queue_us", "issue_ns")):
+        if name in columns:
+            end = block_io[until].to_numpy()
+            us = (end - block_io["start_ns"].to_numpy()).view(np.int64) / 1000
+            if name == "queue_us":
+                us[end == 0] = np.nan
+            new[name] = us
+    return block_io.assign(**new)
+
+
+def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) -> pd.DataFrame:
+    """``frames``, at least one and ``rows`` rows at most, behind each other in order of ``start_ns``.
+
+    There may be many millions of rows: each column is filled and ordered for itself, categories by the smallest codes.
+    """
+    whole: dict[str, Any] = {}
+    labels: dict[str, dict[object, int]] = {}
+    filled = 0
+    for frame in frames:
+        for name in columns:
+            column = frame[name]
+            if isinstance(column.dtype, pd.CategoricalDtype):
+                known = labels.setdefault(name, {})
+                places = [known.setdefault(label, len(known)) for label in column.cat.categories]
+                values = np.array([*places, -1], dtype=np.int8 if len(known) < 128 else np.int32)[column.cat.codes]
+            else:
+                values = column.to_numpy()
+            if name not in whole:
+                whole[name] = np.empty(rows, values.dtype)
+            elif values.dtype.itemsize > whole[name].dtype.itemsize:
+                whole[name] = whole[name].astype(values.dtype)
+            whole[name][filled : filled + len(values)] = values
+        filled += len(frame)
+    start = whole["start_ns"][:filled]
+    order = np.argsort(start, kind="stable") if (start[1:] < start[:-1]).any() else None
+    for name in whole:
+        values = whole[name][:filled] if order is None else whole[name][order]
+        whole[name] = pd.Categorical.from_codes(values, list(labels[name])) if name in labels else values  # type: ignore[call-overload]
+    return pd.DataFrame(whole, copy=False)
 
 
 def summary(block_io: pd.DataFrame) -> pd.DataFrame:

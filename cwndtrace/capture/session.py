@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-import pandas as pd
 import pyarrow as pa
 
 from cwndtrace import events
@@ -24,6 +23,9 @@ from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.kernel import facts, interfaces, netns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,15 @@ class BlockFigures:
         """Count a batch of ``block_io``."""
         table = batch.table
         us = (table["done_ns"].to_numpy().astype(np.int64) - table["start_ns"].to_numpy().astype(np.int64)) / 1000
-        size, failed = table["bytes"].to_numpy(), table["error"].to_numpy() != "ok"
-        frame = table.select(["dev", "op"]).to_pandas()
         self.all.add(us)
-        for key, rows in frame.groupby(["dev", "op"], observed=True).indices.items():
-            pair = (str(key[0]), str(key[1]))
+        size = table["bytes"].to_numpy()
+        dev, op, error = (table[name].combine_chunks() for name in ("dev", "op", "error"))
+        devs, ops = dev.dictionary.to_pylist(), op.dictionary.to_pylist()
+        failed = np.array([text != "ok" for text in error.dictionary.to_pylist()])[error.indices.to_numpy()]
+        group = dev.indices.to_numpy() * len(ops) + op.indices.to_numpy()
+        for number in np.flatnonzero(np.bincount(group, minlength=len(devs) * len(ops))).tolist():
+            pair = (devs[number // len(ops)], ops[number % len(ops)])
+            rows = slice(None) if len(devs) * len(ops) == 1 else np.flatnonzero(group == number)
             self.latency.setdefault(pair, LatencyHistogram()).add(us[rows])
             self.bytes[pair] = self.bytes.get(pair, 0) + int(size[rows].sum())
             self.errors[pair] = self.errors.get(pair, 0) + int(failed[rows].sum())

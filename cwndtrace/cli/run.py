@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import click
-import numpy as np
-import pandas as pd
-import pyarrow as pa
 
 import cwndtrace
 from cwndtrace import power
@@ -21,15 +18,17 @@ from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
-from cwndtrace.cli import options, waiting
+from cwndtrace.cli import options
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
-from cwndtrace.store import CaptureWriter
+from cwndtrace.store import Behind, CaptureWriter
 from cwndtrace.store.writer import FLUSH_SECONDS
-from cwndtrace.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @click.command()
@@ -95,7 +94,7 @@ def run(
         with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
             user, roots = _whose(stay_root=stay_root)
             about = sessions.describe(session, filters, cwndtrace.__version__)
-            writer = CaptureWriter.create(output, about, user=user)
+            writer = Behind(CaptureWriter.create(output, about, user=user))
             view: TextView | JsonView
             if as_json:
                 view = JsonView(session, print_block=bool(block))
@@ -118,6 +117,9 @@ def run(
                 writer.close("failed")  # does nothing if it is closed already
         with suppress(Unprinted), printing():
             if not interrupt.hurried:
+                # Here and not above: it takes pandas, which would hold up the start.
+                from cwndtrace.trace import Trace
+
                 trace_file = Trace(writer.capture())
                 if as_json:
                     JsonView.write(summary_object(trace_file, session, view.block))
@@ -153,8 +155,8 @@ def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
     if user is None or stay_root:
         return user, ""
     # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
-    modules = (os, np, pd, pa, cwndtrace)
-    closed = power.unreadable(user, [Path(str(module.__file__)) for module in modules])
+    specs = (find_spec(name) for name in ("os", "numpy", "pandas", "pyarrow", "cwndtrace"))
+    closed = power.unreadable(user, [Path(spec.origin) for spec in specs if spec and spec.origin])
     return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
 
 
@@ -169,7 +171,7 @@ def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
 class Saver:
     """Writes what is due. A disk that refuses is said once, and ends the trace only if ``stop``."""
 
-    def __init__(self, writer: CaptureWriter, session: Session, *, stop: bool) -> None:
+    def __init__(self, writer: Behind | CaptureWriter, session: Session, *, stop: bool) -> None:
         self.writer = writer
         self._session = session
         self._stop = stop
@@ -291,6 +293,9 @@ class Watch:
 def _warn(
     connections: pd.DataFrame, session: Session, what: str, before: list[str], view: TextView | JsonView
 ) -> list[str]:
+    # Here and not above: it takes pandas, which would hold up the start.
+    from cwndtrace.cli import waiting
+
     found = waiting.warnings(connections, session.lookout.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
