@@ -26,6 +26,7 @@ SETGID: Final = 6
 SETUID: Final = 7
 SYS_PTRACE: Final = 19
 SYS_ADMIN: Final = 21
+PERFMON: Final = 38
 BPF: Final = 39
 LOOKING: Final = frozenset({DAC_READ_SEARCH, SYS_PTRACE, SYS_ADMIN})
 """What looking at other users' processes and network namespaces takes: /proc/PID/fd, what it links to, and setns(2)."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -11,6 +12,10 @@ import pytest
 # No database of examples: the checkout may be somebody else's. No deadline: the machine may be busy.
 hypothesis.settings.register_profile("cwndtrace", database=None, deadline=None)
 hypothesis.settings.load_profile("cwndtrace")
+
+# Under nohup it is ignored, which what the tests start would inherit: a handler is not.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 _NEEDS_ROOT = {"live": "sudo make test", "chroot": "sudo make test-distributions"}
 

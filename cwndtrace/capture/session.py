@@ -187,7 +187,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "filters": {k: str(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},
         "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
         "ended": None,
-        "clock": {"start": session.start, "end": None, "segments": session.clock.all},
+        "clock": _clocks(session),
         "sysctls": session.spaces,
         "rungs": session.source.rungs,
         "devices": devices(),
@@ -202,9 +202,13 @@ def devices() -> dict[str, str]:
     return {f"{major}:{minor}": name for major, minor, _, name in rows}
 
 
+def _clocks(session: Session, end: dict[str, int] | None = None) -> dict[str, Any]:
+    return {"start": session.start, "end": end, "segments": session.clock.all}
+
+
 def so_far(session: Session) -> dict[str, Any]:
     """What a killed trace couldn't say any more: its losses, and how the wall clock went."""
-    return {"clock": {"start": session.start, "end": None, "segments": session.clock.all}, **session.tally.meta()}
+    return {"clock": _clocks(session), **session.tally.meta()}
 
 
 def ending(session: Session) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def ending(session: Session) -> dict[str, Any]:
     end = clock()
     return {
         "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
-        "clock": {"start": session.start, "end": end, "segments": session.clock.all},
+        "clock": _clocks(session, end),
         # Those that came later have what they are set to now.
         "sysctls": {**session.lookout.settings(), **session.spaces},
         **session.tally.meta(),

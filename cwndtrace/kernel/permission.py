@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import Final
 
+from cwndtrace import power
 from cwndtrace.errors import KernelLacks, PermissionNeeded
 from cwndtrace.kernel import facts
 
-# include/uapi/linux/capability.h
-_ALL: Final = 21
-_ENOUGH: Final = {39: "CAP_BPF", 38: "CAP_PERFMON"}
+_ENOUGH: Final = {power.BPF: "CAP_BPF", power.PERFMON: "CAP_PERFMON"}
 _SYSTEM: Final = Path("/proc/self")
 
 
@@ -20,7 +19,7 @@ def check(process: Path = _SYSTEM, lockdown: str | None = None) -> None:
     """Raise PermissionNeeded or KernelLacks, with cause and cure, where loading is bound to be refused."""
     status = (process / "status").read_text(encoding="utf-8", errors="replace")
     held = int(_field(status, "CapEff") or "0", 16)
-    lacking = [] if held >> _ALL & 1 else [name for bit, name in _ENOUGH.items() if not held >> bit & 1]
+    lacking = [] if held >> power.SYS_ADMIN & 1 else [name for bit, name in _ENOUGH.items() if not held >> bit & 1]
     if (process / "uid_map").read_text(encoding="ascii").split() != ["0", "0", "4294967295"]:
         raise PermissionNeeded(
             "root in a user namespace, as in a rootless container, is nobody to the kernel's tracing",

@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,40 @@ def aligned(size: int) -> Iterator[mmap.mmap]:
     """A buffer that direct I/O takes."""
     with mmap.mmap(-1, size) as buffer:
         yield buffer
+
+
+_READER: Final = """
+import mmap, os, sys
+fd, buffer = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)
+print("ready", flush=True)
+assert sys.stdin.readline()
+for i in range(int(sys.argv[2])):
+    os.preadv(fd, [buffer], i % 1000 * 4096)
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def reader(disk: Disk, reads: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that has opened ``disk`` and reads so many blocks when told to: by ``go``, or to its end by a line
+    that ``communicate`` sends it."""
+    command = [sys.executable, "-c", _READER, str(disk.path), str(reads)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    """Have a ``reader`` read; it has when this returns, and lives on."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(file=process.stdin, flush=True)
+    assert process.stdout.readline() == "done\n"
 
 
 @contextmanager

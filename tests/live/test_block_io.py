@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,20 @@ from cwndtrace.capture import bcc
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import cgroups
-from tests.live.disk import BLOCK, SECTOR, Disk, Stat, Traced, accounted, again_if_hidden, aligned, fio, loop, stat_of
+from tests.live.disk import (
+    BLOCK,
+    SECTOR,
+    Disk,
+    Stat,
+    Traced,
+    accounted,
+    again_if_hidden,
+    aligned,
+    fio,
+    loop,
+    reader,
+    stat_of,
+)
 
 pytestmark = pytest.mark.live
 
@@ -361,28 +373,6 @@ def test_nothing_is_left_behind_on_cpus_that_went_offline(
 
 
 # ---- filters ---------------------------------------------------------------------------------------
-
-_READER = """
-import mmap, os, sys
-fd, buffer = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)
-print("ready", flush=True)
-assert sys.stdin.readline()
-for block in range(int(sys.argv[2])):
-    os.preadv(fd, [buffer], block * 4096)
-"""
-
-
-@contextmanager
-def reader(disk: Disk, blocks: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that has opened ``disk`` and reads ``blocks`` blocks when told to by ``communicate``."""
-    command = [sys.executable, "-c", _READER, str(disk.path), str(blocks)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
 
 
 @again_if_hidden

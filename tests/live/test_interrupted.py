@@ -68,7 +68,8 @@ def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: 
                 trace = cwndtrace.load(name)
                 rows = trace.block_io, trace.resets, trace.connections, trace.samples, trace.recoveries
                 assert (trace.status, trace.warnings) == ("interrupted", []), i
-                assert not rows[2].empty
+                # The first snapshot takes longer where five traces start at once.
+                assert killed[i] < attached + 3 * SECOND or not rows[2].empty
                 last = killed[i] - SECOND
                 reads = [r for r in list(load.reads) if r.begin_ns > attached and r.end_ns < last]
                 sends = [s for s in load.resets() if s.start_ns > attached and s.end_ns < last]

@@ -62,7 +62,7 @@ def test_fast_open(tracer: Tracer, make_space: Callable[[], tcp.Space], connect:
     # The first one fetches a cookie, the second one uses it.
     for connection in [connect(space, by=Maker(space, fast)) for _ in range(2)]:
         connection.grow()
-        time.sleep(LONG)
+        connection.rest(LONG)
         connection.send()
         expect_one(tracer, connection)
     assert fast_opens(space) >= 1
@@ -103,7 +103,7 @@ def test_a_syn_that_is_sent_again(tracer: Tracer, link: Link, connect: Connect) 
     if tracer.probe in EXACT and tracer.sees("rto_loss"):
         assert first
     connection.grow()
-    time.sleep(LONG)
+    connection.rest(LONG)
     connection.send()
     assert [r["reason"] for r in tracer.of(connection)][len(first) :] == ["idle"]
 
@@ -145,7 +145,7 @@ def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> N
         for end in ("saddr", "daddr"):
             setattr(connection, end, getattr(connection, end).split("%")[0])
         connection.grow()
-        time.sleep(LONG)
+        connection.rest(LONG)
         connection.send()
         expect_one(tracer, connection)
         assert tracer.of(connection)[0]["daddr"] == address
@@ -191,7 +191,7 @@ def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, co
         connection.cookie = lambda: 0  # type: ignore[method-assign]
         connection.grow(least)
         for _ in range(2):
-            time.sleep(LONG)
+            connection.rest(LONG)
             connection.send()
             connection.grow(least)
         assert check_since(tracer, connection) >= 2
@@ -225,7 +225,7 @@ def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
             connection.sock.sendall(chunk)
         connection.quiet()
         connection.grow()
-        time.sleep(LONG)
+        connection.rest(LONG)
         assert connection.send().reason == "idle"
     assert connection.info().bytes_acked > 1 << 32
     # A burst that takes longer than an RTO may hide another cut: what was noted is what counts.

@@ -68,7 +68,8 @@ HOUR = 3_600_000_000_000
 
 def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
     """By hours either way, for the tracer alone: times in order, and UTC right before and after each step."""
-    flag, path, known = tmp_path / "flag", tmp_path / "a.cwnd", []
+    flag, path = tmp_path / "flag", tmp_path / "a.cwnd"
+    known: list[float] = []
     connection = connect()
     with running("-n", space.name, "--no-block", "-o", path, python=("-c", STEPPED, str(flag))) as run:
         for step in (0, 5 * HOUR, -3 * HOUR):
@@ -77,7 +78,11 @@ def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path:
             if step:
                 tcp.until(lambda n=before: len(cwndtrace.load(path).meta["clock"]["segments"]) > n, 20, "a segment")  # type: ignore[misc]
             rest_once(connection)
-            known.append((time.time_ns() + step) / 1e9)
+            sent = [s.start_ns for s in connection.sends if s.reason == "idle"][len(known) :]
+            known += [(time.time_ns() - time.monotonic_ns() + ns + step) / 1e9 for ns in sent]
+            # A record that is read after the next step would have the UTC of that.
+            number = len(known)
+            tcp.until(lambda n=number: len(cwndtrace.load(path).resets) == n, 20, "the records")  # type: ignore[misc]
         code, _, said = run.end()
     assert code == 0, said
     trace = cwndtrace.load(path)

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ import pytest
 import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
-from tests.live.disk import loop
-from tests.live.test_overload import READER
+from tests.live.disk import go, loop, reader
 from tests.live.test_run import rest_once, running
 
 pytestmark = pytest.mark.live
@@ -34,43 +32,31 @@ BEGIN { printf("ready\\n"); }
     not (shutil.which("bpftrace") and shutil.which("perf")), reason="needs them: apt install bpftrace linux-perf"
 )
 def test_bpftrace_perf_and_two_of_us(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    with (
-        loop() as disk,
-        subprocess.Popen(
-            [sys.executable, "-c", READER, str(disk.path), str(READS)], stdin=-1, stdout=-1, text=True
-        ) as child,
-    ):
-        assert child.stdin
-        assert child.stdout
+    with loop() as disk, reader(disk, READS) as child:
         own = ("unshare", "--mount", "sh", "-c", TRACEFS)
         theirs = [
             [*own, "bpftrace", "-e", BPFTRACE % child.pid],
             [*own, "perf", "stat", "-e", "block:block_io_start", "-p", str(child.pid)],
         ]
-        try:
-            assert child.stdout.readline() == "ready\n"
-            with (
-                subprocess.Popen(theirs[0], stdout=-1, stderr=subprocess.STDOUT, text=True) as bpftrace,
-                subprocess.Popen(theirs[1], stdout=-1, stderr=subprocess.STDOUT, text=True) as perf,
-                running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as one,
-                running("-p", str(child.pid), "-o", tmp_path / "b.cwnd") as two,
-                running("-n", space.name, "--no-block", "-o", tmp_path / "c.cwnd") as three,
-            ):
-                assert bpftrace.stdout
-                assert perf.stdout
-                while "ready" not in (line := bpftrace.stdout.readline()):
-                    assert line, "bpftrace never began"
-                send = rest_once(connect())
-                with disk.counted(READS):
-                    print(file=child.stdin, flush=True)
-                    assert child.stdout.readline() == "done\n"
-                for run in (one, two, three):
-                    assert run.end()[0] == 0
-                bpftrace.send_signal(signal.SIGINT)
-                perf.send_signal(signal.SIGINT)
-                counted = bpftrace.stdout.read(), perf.stdout.read()
-        finally:
-            child.kill()
+        with (
+            subprocess.Popen(theirs[0], stdout=-1, stderr=subprocess.STDOUT, text=True) as bpftrace,
+            subprocess.Popen(theirs[1], stdout=-1, stderr=subprocess.STDOUT, text=True) as perf,
+            running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as one,
+            running("-p", str(child.pid), "-o", tmp_path / "b.cwnd") as two,
+            running("-n", space.name, "--no-block", "-o", tmp_path / "c.cwnd") as three,
+        ):
+            assert bpftrace.stdout
+            assert perf.stdout
+            while "ready" not in (line := bpftrace.stdout.readline()):
+                assert line, "bpftrace never began"
+            send = rest_once(connect())
+            with disk.counted(READS):
+                go(child)
+            for run in (one, two, three):
+                assert run.end()[0] == 0
+            bpftrace.send_signal(signal.SIGINT)
+            perf.send_signal(signal.SIGINT)
+            counted = bpftrace.stdout.read(), perf.stdout.read()
     requests = int(re.search(r"@requests: (\d+)", counted[0])[1])  # type: ignore[index]
     measured = int(re.search(r"([\d,]+) +block:block_io_start", counted[1])[1].replace(",", ""))  # type: ignore[index]
     assert int(re.search(r"@acks: (\d+)", counted[0])[1]) > 0  # type: ignore[index]

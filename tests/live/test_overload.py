@@ -20,7 +20,7 @@ import pytest
 import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
-from tests.live.disk import loop
+from tests.live.disk import go, loop, reader
 from tests.live.soak import amount
 from tests.live.test_run import running, within
 from tests.live.tracing import Tracer
@@ -29,44 +29,19 @@ pytestmark = pytest.mark.live
 
 STOPPED_S: Final = 5
 
-READER = """
-import mmap, os, sys
-fd, reads = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), int(sys.argv[2])
-buffer = mmap.mmap(-1, 4096)
-print("ready", flush=True)
-sys.stdin.readline()
-for i in range(reads):
-    os.preadv(fd, [buffer], i % 1000 * 4096)
-print("done", flush=True)
-sys.stdin.readline()
-"""
-
 
 def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path) -> None:
     """Each request of a process is kept or counted as lost, none twice."""
     reads = 140_000
-    with (
-        loop() as disk,
-        subprocess.Popen(
-            [sys.executable, "-c", READER, str(disk.path), str(reads)], stdin=-1, stdout=-1, text=True
-        ) as child,
-    ):
-        assert child.stdin
-        assert child.stdout
-        try:
-            assert child.stdout.readline() == "ready\n"
-            with running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as run:
-                begin, before = time.monotonic(), disk.stat()
-                run.process.send_signal(signal.SIGSTOP)
-                with disk.counted(reads):
-                    print(file=child.stdin, flush=True)
-                    assert child.stdout.readline() == "done\n"
-                assert (disk.stat() - before).reads == reads
-                time.sleep(max(0.0, begin + STOPPED_S - time.monotonic()))
-                run.process.send_signal(signal.SIGCONT)
-                code, shown, said = run.end()
-        finally:
-            child.kill()
+    with loop() as disk, reader(disk, reads) as child, running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as run:
+        begin, before = time.monotonic(), disk.stat()
+        run.process.send_signal(signal.SIGSTOP)
+        with disk.counted(reads):
+            go(child)
+        assert (disk.stat() - before).reads == reads
+        time.sleep(max(0.0, begin + STOPPED_S - time.monotonic()))
+        run.process.send_signal(signal.SIGCONT)
+        code, shown, said = run.end()
     assert code == 0, said
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     counts = trace.meta["counts"]["block_io"]

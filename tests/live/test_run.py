@@ -25,6 +25,7 @@ import pytest
 import cwndtrace
 from cwndtrace.cli.live import TextView
 from cwndtrace.kernel import ladder, netns
+from cwndtrace.store import open_capture
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.disk import loop
@@ -498,5 +499,6 @@ def test_a_hostile_name_never_reaches_the_terminal(connect: Connect, space: tcp.
     assert "sudo cwndtrace run --iface NAME will work here." in doctor.stdout
     assert "mend: " in doctor.stdout
     assert "\x1b" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    # In the capture the name is what it was.
-    assert set(cwndtrace.load(tmp_path / "a.cwnd").resets["comm"]) == {EVIL.decode()}
+    # On disk the name is what it was, in a frame what can be shown.
+    assert set(open_capture(tmp_path / "a.cwnd").table("cwnd_reset")["comm"].to_pylist()) == {EVIL.decode()}
+    assert set(cwndtrace.load(tmp_path / "a.cwnd").resets["comm"]) == {"?[2J?evil?"}

@@ -47,7 +47,8 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     priced = costs(taken, trace.resets)
     off_by = (priced["predicted_ms"] - priced["measured_ms"]).abs()
     assert len(priced) == 4
-    assert off_by.max() < SHORT.link.rtt_ms
+    # Not the worst of them: an emulated machine may stand still for a round trip.
+    assert off_by.median() < SHORT.link.rtt_ms / 2
 
 
 @pytest.mark.skipif(not PATCHED, reason="needs a kernel with kernel-patches/: make vm-test")
