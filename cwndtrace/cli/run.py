@@ -155,7 +155,7 @@ def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
     if user is None or stay_root:
         return user, ""
     # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
-    specs = (find_spec(name) for name in ("os", "numpy", "pandas", "pyarrow", "cwndtrace"))
+    specs = (find_spec(name) for name in ("json", "numpy", "pandas", "pyarrow", "cwndtrace"))
     closed = power.unreadable(user, [Path(spec.origin) for spec in specs if spec and spec.origin])
     return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
 
