@@ -73,6 +73,12 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield opened
 
 
+def rows(path: Path) -> int:
+    """How many rows a part has, from its footer alone. Raises OSError and Refused."""
+    with plain(path) as (file, size):
+        return pages.rows(file, size)
+
+
 def _native(file: BinaryIO) -> pa.NativeFile:
     """The same file for pyarrow, which reads it without Python where the system has a name for it."""
     name = f"/proc/self/fd/{file.fileno()}"

@@ -69,8 +69,7 @@ class Capture:
         total = 0
         for part in self._parts(name):
             try:
-                with files.parquet(part) as file:
-                    total += file.metadata.num_rows
+                total += files.rows(part)
             except _UNREADABLE as error:
                 self._warn(part, error)
         return total
