@@ -217,6 +217,7 @@ _DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
 _TIME: Final = pa.timestamp("us", tz="UTC")
 
 
+@cache
 def arrow_schema(name: str) -> pa.Schema:
     """The Arrow schema of an event.
 
@@ -235,6 +236,7 @@ def _meta(column: pa.Field, unit: str, description: str) -> pa.Field:
     return column.with_metadata({"unit": unit, "description": description})
 
 
+@cache
 def _arrow_type(f: Field) -> pa.DataType:
     if f.unit in ("text", "addr", "dev") or f.unit.startswith("enum "):
         return _DICTIONARY
