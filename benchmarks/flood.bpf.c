@@ -17,6 +17,6 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	f.tgid = pid_tgid >> 32;
 	f.tid = pid_tgid;
 	bpf_get_current_comm(f.comm, sizeof(f.comm));
-	keep(&f);
+	keep(&f, 0);
 	return 0;
 }

@@ -24,7 +24,7 @@ from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.program import Program, fdinfo, map_uses, quiet
-from cwndtrace.capture.source import Chunk, Counts, Filters
+from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import BccError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
 from cwndtrace.kernel import btf, facts, ladder, offsets, permission
@@ -38,14 +38,13 @@ _INSTALL: Final = (
     "install the distribution's package: apt install python3-bpfcc (Debian, Ubuntu), dnf install python3-bcc"
 )
 _BLOCK: Final = (
-    ladder.Attachment("raw_tracepoint", "block_io_done", "on_block_io_done"),
-    ladder.Attachment("raw_tracepoint", "block_rq_error", "on_block_rq_error"),
-    ladder.Attachment("raw_tracepoint", "block_rq_issue", "on_block_rq_issue"),
-    ladder.Attachment("raw_tracepoint", "block_io_start", "on_block_io_start"),
+    ladder.Attachment("tp_btf", "block_io_done", "on_block_io_done"),
+    ladder.Attachment("tp_btf", "block_rq_error", "on_block_rq_error"),
+    ladder.Attachment("tp_btf", "block_rq_issue", "on_block_rq_issue"),
+    ladder.Attachment("tp_btf", "block_io_start", "on_block_io_start"),
 )
 _ASK: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
-_OLD, _ALL = 0, 1
 _REFRESH: Final = "refresh"
 # What using maps and programs that are loaded may take: nothing since 5.19, CAP_BPF before, if that is shut off.
 _POWERS: Final = (
@@ -60,8 +59,7 @@ _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries"
 NO_FILTERS: Final = Filters()
 # What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset.bpf.c, kprobe).
 _FRAME_SHIFT: Final = {"x86_64": 8}
-_SLAB_HEADER: Final = 16
-_SLAB_MAX_AGE_NS: Final = 100_000_000
+_SLAB_HEADER: Final = 8
 _RING_PAGES: Final = 2048
 # 4 MiB: a reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
@@ -286,7 +284,7 @@ class Kernel:
         self._block: Program | None = None
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
-        self._refreshed = 0.0
+        self._refreshed = self._ticked = 0.0
         self._missed: dict[int, int] = {}
         self._missed_at = float("-inf")
         self._stopped = False
@@ -337,7 +335,7 @@ class Kernel:
                 f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
                 "trace without block I/O: --no-block",
             )
-        sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS, "CPUS": os.sysconf(_CPUS)}
+        sizes = {"RING_PAGES": _RING_PAGES, "CPUS": os.sysconf(_CPUS)}
         sizes |= self.block_defines
         program = _program(self.block_sources, self._btf, self._hz, _filter_defines(self._filters) | sizes)
         self._open(program, "block_slabs", self._slab)
@@ -358,7 +356,7 @@ class Kernel:
         self._chunks.append((name, raw))
 
     def _slab(self, raw: bytes) -> None:
-        count = int.from_bytes(raw[8:12], "little")
+        count = int.from_bytes(raw[:4], "little")
         self._chunks.append(("block_io", raw[_SLAB_HEADER : _SLAB_HEADER + count * event("block_io").size]))
 
     def _programs(self) -> list[Program]:
@@ -386,19 +384,23 @@ class Kernel:
         for program in self._resets:
             program.rows("followed")
         if self._block is not None:
-            self._block.run_everywhere(_HAND_OVER, _OLD)
+            self._block.run_everywhere(_HAND_OVER)
         for program in self._refreshed_here:
-            program.run_everywhere(_REFRESH, 0)
+            program.run_everywhere(_REFRESH)
 
     def poll(self, timeout_s: float) -> list[Chunk]:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
         self._epoll.poll(timeout_s)
-        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+        now = time.monotonic()
+        if now - self._refreshed > REFRESH_SECONDS:
             self._refresh_sets()
-        if self._block is not None:
-            self._block.run_everywhere(_HAND_OVER, _OLD)
-        for program in self._refreshed_here:
-            program.run_everywhere(_REFRESH, 0)
+        # Not each time: resets may end a thousand waits a second, and this goes to every CPU.
+        if now - self._ticked >= min(timeout_s, TICK_SECONDS):
+            self._ticked = now
+            if self._block is not None:
+                self._block.run_everywhere(_HAND_OVER)
+            for program in self._refreshed_here:
+                program.run_everywhere(_REFRESH)
         return self._take()
 
     def _take(self) -> list[Chunk]:
@@ -410,7 +412,7 @@ class Kernel:
     def counts(self) -> Counts:
         """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
         counts = Counts()
-        # A file is read for each program, which ten times a second would be most of what an idle trace takes.
+        # A file is read for each program, which at each turn would be most of what an idle trace takes.
         if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
             self._missed_at = time.monotonic()
             self._missed = {id(program): program.missed() for program in self._programs()}
@@ -442,7 +444,7 @@ class Kernel:
             program.detach()
         self._stopped = True
         if self._block is not None:
-            self._block.run_everywhere(_HAND_OVER, _ALL)
+            self._block.run_everywhere(_HAND_OVER)
             # Nothing writes there any more. Only a CPU that went offline, where nothing can be run, still has some.
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)

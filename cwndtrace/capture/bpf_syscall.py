@@ -24,7 +24,7 @@ _LOG_BYTES: Final = 1 << 20
 
 KPROBE, RAW_TRACEPOINT, TRACING = 2, 17, 26
 """Program types (enum bpf_prog_type)."""
-TRACE_FENTRY, TRACE_FEXIT = 24, 25
+TRACE_RAW_TP, TRACE_FENTRY, TRACE_FEXIT = 23, 24, 25
 """Where a TRACING program goes (enum bpf_attach_type)."""
 _ARRAY, PERCPU_HASH, PERCPU_ARRAY = 2, 5, 6
 """Map types (enum bpf_map_type) that hold a value for each CPU."""
@@ -69,14 +69,12 @@ def _bpf(command: int, attr: ctypes.Structure) -> int:
     return result
 
 
-def run_raw_tracepoint(prog_fd: int, cpu: int, *args: int) -> None:
-    """Run the program once on ``cpu`` with the tracepoint arguments ``args``.
+def run_raw_tracepoint(prog_fd: int, cpu: int) -> None:
+    """Run the program once on ``cpu``.
 
     ENXIO for a CPU that is offline, EPERM without the right, ENOSYS on an unknown machine.
     """
-    ctx = (_U64 * len(args))(*args)
-    at, size = ctypes.addressof(ctx), ctypes.sizeof(ctx)
-    _bpf(_PROG_TEST_RUN, _TestRun(prog_fd=prog_fd, ctx_size_in=size, ctx_in=at, flags=_TEST_RUN_ON_CPU, cpu=cpu))
+    _bpf(_PROG_TEST_RUN, _TestRun(prog_fd=prog_fd, flags=_TEST_RUN_ON_CPU, cpu=cpu))
 
 
 def create_map(name: str, kind: int, key_size: int, value_size: int, max_entries: int, flags: int) -> int:

@@ -92,6 +92,11 @@ class Program:
     def _attach(self, a: ladder.Attachment, kernel: btf.Btf) -> None:
         if a.kind == "raw_tracepoint":
             self._links.append(bpf.attach(self.load(a.program), a.target))
+        elif a.kind == "tp_btf":
+            target = kernel.tracepoint_id(a.target) or 0
+            fd = self._load(a.program, self._image.programs[a.program], bpf.TRACING, bpf.TRACE_RAW_TP, target)
+            self._loaded[a.program] = fd
+            self._links.append(bpf.attach(fd))
         elif a.kind in ("fentry", "fexit"):
             prefix, place = ("kfunc__", bpf.TRACE_FENTRY) if a.kind == "fentry" else ("kretfunc__", bpf.TRACE_FEXIT)
             target = kernel.function_id(a.target) or 0
@@ -141,12 +146,12 @@ class Program:
             for entry in ring.read():
                 received(entry)
 
-    def run_everywhere(self, program: str, *args: int) -> None:
+    def run_everywhere(self, program: str) -> None:
         """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
         fd = self.load(program)
         for cpu in range(os.sysconf(_CPUS)):
             try:
-                bpf.run_raw_tracepoint(fd, cpu, *args)
+                bpf.run_raw_tracepoint(fd, cpu)
             except OSError as e:
                 if e.errno != errno.ENXIO:
                     raise

@@ -17,7 +17,7 @@ from cwndtrace import power
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Session
-from cwndtrace.capture.source import Filters
+from cwndtrace.capture.source import TICK_SECONDS, Filters
 from cwndtrace.cli import options
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing
@@ -222,7 +222,7 @@ def trace(
         with printing():
             view.begin()
         while not interrupt.requested and (end is None or time.monotonic() < end) and not session.source.exhausted():
-            left = 0.1 if end is None else max(0.0, min(0.1, end - time.monotonic()))
+            left = TICK_SECONDS if end is None else max(0.0, min(TICK_SECONDS, end - time.monotonic()))
             batches = session.step(left)
             for batch in batches:
                 saver.writer.add(batch.event, batch.table)

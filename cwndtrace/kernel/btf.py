@@ -110,7 +110,11 @@ class Btf:
 
     def has_tracepoint(self, name: str) -> bool:
         """Whether the kernel itself (no module) has a tracepoint ``name``."""
-        return self._find(_TYPEDEF, f"btf_trace_{name}") is not None
+        return self.tracepoint_id(name) is not None
+
+    def tracepoint_id(self, name: str) -> int | None:
+        """The type id of the tracepoint's arguments, by which a BPF program says where it goes; None where it isn't."""
+        return self._find(_TYPEDEF, f"btf_trace_{name}")
 
     def enumerator(self, enum: str, name: str) -> int | None:
         """The value of an enumerator, None where this kernel has no such enum or name."""
