@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import multiprocessing
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Final
@@ -25,7 +27,7 @@ from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.program import Program, fdinfo, map_uses, quiet
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
-from cwndtrace.errors import BccError, KernelLacks
+from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
 from cwndtrace.kernel import btf, facts, ladder, offsets, permission
 
@@ -140,7 +142,7 @@ def _program(sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[s
     key = image.key(*(part.encode() for part in told), _headers(), _compiler())
     made = image.load(key)
     if made is None:
-        made = _compile(text, [*flags, f"-I{folder}"], sources[-1])
+        made = _compile_apart(text, [*flags, f"-I{folder}"], sources[-1])
         image.keep(key, made)
     return Program(made, _library)
 
@@ -167,6 +169,33 @@ def _compiler() -> bytes:
 def _library() -> Any:
     """libbcc, as bcc's own package declares it."""
     return module().libbcc.lib
+
+
+def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
+    """``_compile`` in a process of its own, or a trace would keep the compiler's 100 MB for as long as it lasts."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=_tell, args=(theirs, text, flags, name), name="compiler", daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        raise BccError(f"the compiler of {name} died", "see what dmesg says, and start once more") from None
+    finally:
+        ours.close()
+        process.join()
+    if isinstance(found, image.Image):
+        return found
+    kind, cause, remedy = found
+    raise kind(cause, remedy)
+
+
+def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
+    try:
+        to.send(_compile(text, flags, name))
+    except CwndtraceError as e:
+        to.send((type(e), e.cause, e.remedy))
 
 
 def _compile(text: str, flags: list[str], name: str) -> image.Image:
