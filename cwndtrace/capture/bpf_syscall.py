@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -84,7 +85,8 @@ def create_map(name: str, kind: int, key_size: int, value_size: int, max_entries
         return _bpf(_MAP_CREATE, attr)
     except PermissionError:
         # Before 5.11 a map counts as locked memory, of which the usual limit allows next to nothing.
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with suppress(ValueError, OSError):  # where it may not be raised, the second try says what is refused
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return _bpf(_MAP_CREATE, attr)
 
 
