@@ -6,11 +6,13 @@ sudo .venv/bin/python -m benchmarks.starting
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from benchmarks.common import COMMAND, Report, Running, Values, folder, has, options, paired, status
 from cwndtrace.capture import image
@@ -48,6 +50,18 @@ def cwndtrace_s(fresh: bool = False) -> float:
         return attached_s(*COMMAND, "run", "-o", str(place / "a.cwnd"), ready="Tracing ")
 
 
+def family(tracer: Running) -> list[int]:
+    """The process and those that it started."""
+    pid = tracer.process.pid
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def pss(pid: int) -> int:
+    """Bytes in memory, of shared ones its share."""
+    match = re.search(r"^Pss:\s*(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
 def main() -> None:
     """Measure and report."""
     asked = options(__doc__, idle=(20.0, "seconds of doing nothing"))
@@ -62,7 +76,7 @@ def main() -> None:
     if has("bpftrace"):
         ways["bpftrace, two block tracepoints"] = partial(attached_s, "bpftrace", "-e", _BPFTRACE, ready="attached")
     if biosnoop:
-        ways["bcc's biosnoop"] = partial(attached_s, "python3", "-u", shutil.which(biosnoop) or "", ready="TIME")
+        ways["bcc's biosnoop"] = partial(attached_s, "env", "PYTHONUNBUFFERED=1", biosnoop, ready="TIME")
     for name in [n for n in ways if not n.startswith("cwndtrace")]:
         try:
             ways[name]()
@@ -78,6 +92,9 @@ def main() -> None:
         spent = sum(tracer.usage()) - before
         report.add("idle: CPU", 100 * spent / asked.idle, "% of a core")
         report.add("idle: memory", status(tracer.process.pid, "VmRSS") / 1e6, "MB")
+        report.add(
+            "idle: memory of both processes, what they share counted once", sum(map(pss, family(tracer))) / 1e6, "MB"
+        )
     report.write()
 
 
