@@ -10,6 +10,7 @@ that what a tracer takes shows. Every tracer has the same turn; untraced runs li
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,8 @@ import pyarrow.parquet as pq
 from benchmarks.common import COMMAND, Report, Running, Values, fio, folder, has, options, size
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import TICK_SECONDS
+from cwndtrace.kernel import ladder
 from cwndtrace.store import open_capture
 from tests.live.disk import Disk, loop
 
@@ -130,26 +133,67 @@ def run_time_counters() -> Iterator[None]:
 
 def in_kernel(report: Report, disk: Disk, seconds: float) -> None:
     """What each program takes a run, which the counting itself makes dearer."""
-    import threading
-
     with run_time_counters(), Session(Kernel(reasons=())) as session:
-        stop = threading.Event()
-
-        def drain() -> None:
-            while not stop.is_set():
-                session.step()
-
-        thread = threading.Thread(target=drain)
-        thread.start()
-        fio(str(disk.path), seconds)
-        stop.set()
-        thread.join()
+        with _drained(session, 2):
+            fio(str(disk.path), seconds)
         kernel = session.source
         assert isinstance(kernel, Kernel)
         for name, (runs, spent) in sorted(kernel.run_times().items()):
             if runs:
                 report.add(f"in the kernel: {name}", spent / runs, "ns a run, the counting included")
         session.finish()
+
+
+class Empty(Kernel):
+    """Programs that do nothing on the same tracepoints."""
+
+    block_sources = ("block_io.bpf.c", str(Path(__file__).with_name("empty.bpf.c").resolve()))
+    block_attachments = tuple(
+        ladder.Attachment("tp_btf", target, program)
+        for target, program in (
+            ("block_io_done", "empty_done"),
+            ("block_rq_issue", "empty_issue"),
+            ("block_io_start", "empty_start"),
+        )
+    )
+
+
+def layers(report: Report, disk: Disk, rounds: int, seconds: float) -> None:
+    """What each layer leaves of the untraced rate: calling programs, pairing and handing over, making Arrow of it."""
+    ways = {
+        "empty programs": (Empty, 0),
+        "the programs, what they hand over thrown away": (Kernel, 1),
+        "and made Arrow": (Kernel, 2),
+    }
+    found = {name: Values() for name in ways}
+    for _ in range(rounds):
+        for name, (kind, depth) in ways.items():
+            base = fio(str(disk.path), seconds)["iops"]
+            with Session(kind(reasons=())) as session, _drained(session, depth):
+                found[name].all.append(fio(str(disk.path), seconds)["iops"] / base)
+    for name, values in found.items():
+        report.add(f"of untraced IOPS: {name}", values)
+
+
+@contextmanager
+def _drained(session: Session, depth: int) -> Iterator[None]:
+    """Have a thread read the ring (1), or make batches of it too (2), as long as this is entered."""
+    stop = threading.Event()
+
+    def drain() -> None:
+        while not stop.wait(0 if depth else 0.1):
+            if depth == 1:
+                session.source.poll(TICK_SECONDS)
+            elif depth:
+                session.step()
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def encodings(report: Report, table: pa.Table, place: Path) -> None:
@@ -226,6 +270,7 @@ def main() -> None:
         if runs.get("bpftrace printing"):
             report.add("bpftrace printing: kept", Values("", [run["kept"] for run in runs["bpftrace printing"]]))
         in_kernel(report, disk, asked.seconds)
+        layers(report, disk, asked.rounds, asked.seconds)
         assert table is not None
         encodings(report, table, place)
     report.write()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import COMMAND, Report, Running, Values, folder, has, options, paired, status
+from benchmarks.common import COMMAND, Report, Running, Values, cpu_seconds, folder, has, options, paired, status
 from cwndtrace.capture import image
 
 _WANTED = {
@@ -56,6 +56,11 @@ def family(tracer: Running) -> list[int]:
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
+def used(tracer: Running) -> float:
+    """Seconds of CPU of all of these."""
+    return sum(sum(cpu_seconds(pid)) for pid in family(tracer))
+
+
 def pss(pid: int) -> int:
     """Bytes in memory, of shared ones its share."""
     match = re.search(r"^Pss:\s*(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
@@ -87,9 +92,9 @@ def main() -> None:
         report.add(what, values)
     with folder() as place, Running([*COMMAND, "run", "-o", str(place / "a.cwnd")], "Tracing ") as tracer:
         time.sleep(3)  # the imports of the first snapshot aren't idling
-        before = sum(tracer.usage())
+        before = used(tracer)
         time.sleep(asked.idle)
-        spent = sum(tracer.usage()) - before
+        spent = used(tracer) - before
         report.add("idle: CPU", 100 * spent / asked.idle, "% of a core")
         report.add("idle: memory", status(tracer.process.pid, "VmRSS") / 1e6, "MB")
         report.add(

@@ -3,12 +3,13 @@
 
     sudo .venv/bin/python -m benchmarks.tcp
 
-Bulk and request/response run between two processes, pinned or not as the scheduler likes, with each rung that this
-kernel allows and without.
+Bulk and request/response run between two processes, each on a CPU of its own, since where the scheduler puts them makes
+more of a difference than any tracer; with each rung that this kernel allows and without.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import select
@@ -38,7 +39,8 @@ _WANTED = {
     **{f"requests/s: {rung.name} / untraced": "at least 0.98" for rung in ladder.RUNGS},
 }
 _SERVER = """
-import socket, sys
+import os, socket, sys
+os.sched_setaffinity(0, {os.cpu_count() - 1})
 with socket.create_server(("127.0.0.1", 0)) as listener:
     print(listener.getsockname()[1], flush=True)
     peer, _ = listener.accept()
@@ -105,6 +107,20 @@ def rungs() -> list[str]:
 
 def throughput(report: Report, rounds: int, seconds: float) -> None:
     """Bulk and request/response, each traced run right after an untraced one."""
+    every = os.sched_getaffinity(0)
+    try:
+        _throughput(report, rounds, seconds, every)
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) -> None:
+    def both() -> dict[str, float]:
+        os.sched_setaffinity(0, {min(every)})
+        got = {**bulk(seconds), **exchanges(seconds)}
+        os.sched_setaffinity(0, every)
+        return got
+
     figures: dict[str, Values] = {}
 
     def note(name: str, value: float, unit: str = "") -> None:
@@ -113,11 +129,11 @@ def throughput(report: Report, rounds: int, seconds: float) -> None:
     there = rungs()
     for _ in range(rounds):
         for rung in there:
-            plain = {**bulk(seconds), **exchanges(seconds)}
+            plain = both()
             with folder() as place:
                 command = [*COMMAND, "run", "--no-block", "--probe", rung, "-o", str(place / "a.cwnd")]
                 with Running(command, "Tracing "):
-                    traced = {**bulk(seconds), **exchanges(seconds)}
+                    traced = both()
             for name, what, unit in (
                 ("GB/s", "bulk", "GB/s"),
                 ("requests/s", "requests/s", "/s"),
