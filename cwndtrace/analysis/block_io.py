@@ -46,6 +46,10 @@ USED: Final = ("start_ns", "done_ns", "bytes", "tgid", "op", "error", "comm", *N
 """What the analyses of this package use of ``with_latency``."""
 
 
+_TABLE: Final = 1 << 22
+"""PID_MAX_LIMIT of include/linux/threads.h, the most that processes are numbered."""
+
+
 def with_latency(block_io: pd.DataFrame, devices: Mapping[str, str]) -> pd.DataFrame:
     """The table ``block_io`` with three more columns.
 
@@ -187,20 +191,32 @@ def _groups(block_io: pd.DataFrame, keys: list[str]) -> tuple[np.ndarray, pd.Dat
     The numbers are of the smallest type, because those are sorted by radix.
     """
     number: np.ndarray = np.zeros(len(block_io), dtype=np.int32)
-    values, span = [], 1
+    values: list[Any] = []
+    span = 1
     for key in keys:
         column = block_io[key]
         if isinstance(column.dtype, pd.CategoricalDtype):
-            codes, known = column.cat.codes.to_numpy(), column.cat.categories.astype(str)
+            codes, known = column.cat.codes.to_numpy(), column.cat.categories.astype(str).to_numpy()
         else:
-            codes, known = pd.factorize(column)
+            codes, known = _numbered(column.to_numpy())
         span *= len(known)
         number = number.astype(np.int64 if span >= 1 << 31 else np.int32, copy=False)
         number *= len(known)
         np.add(number, codes, out=number, casting="unsafe")
         del codes
         values.append(known)
-    number, used = pd.factorize(number)
+    number, used = _numbered(number)
     places = np.unravel_index(used, [max(len(known), 1) for known in values])
     labels = pd.DataFrame({key: known[place] for key, known, place in zip(keys, values, places, strict=True)})
-    return number.astype(np.min_scalar_type(len(labels))), labels
+    return number.astype(np.min_scalar_type(len(labels)), copy=False), labels
+
+
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``pd.factorize``, of numbers that may have a table of their own: that takes a third of the time."""
+    if len(values) < _TABLE or values.min() < 0 or values.max() >= _TABLE:
+        return pd.factorize(values)
+    table = np.zeros(int(values.max()) + 1, dtype=np.int32)
+    table[values] = 1
+    known = np.flatnonzero(table)
+    table[known] = np.arange(len(known))
+    return table.astype(np.min_scalar_type(len(known)))[values], known.astype(values.dtype)
