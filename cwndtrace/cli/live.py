@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 import numpy as np
+import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace import words as fmt
@@ -54,21 +55,27 @@ class Holders:
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Any, ...], tuple[str, int]] = {}
-        self._before: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._snapshots: list[pa.Table] = []
+        self._held: list[dict[tuple[Any, ...], tuple[str, int]]] | None = None
 
     def add(self, batch: Batch) -> None:
         """Learn from a batch of ``connections``, which is one snapshot."""
-        self._held, self._before = {}, self._held
-        for row in batch.table.select(["netns_ino", "saddr", "sport", "daddr", "dport", "comm", "pid"]).to_pylist():
-            self._held[self._key(row)] = (row["comm"], row["pid"])
+        self._snapshots = [batch.table, *self._snapshots[:1]]
+        self._held = None
 
     def of(self, row: dict[str, Any]) -> tuple[str, int]:
         """Name and pid for a reset; "", 0 where nobody is known."""
         if row["tgid"]:
             return row["comm"], row["tgid"]
+        # Only here, because it takes Python for each connection.
+        if self._held is None:
+            self._held = [self._by_key(table) for table in self._snapshots]
         key = self._key(row)
-        return self._held.get(key) or self._before.get(key, ("", 0))
+        return next((held[key] for held in self._held if held.get(key)), ("", 0))
+
+    def _by_key(self, table: pa.Table) -> dict[tuple[Any, ...], tuple[str, int]]:
+        rows = table.select(["netns_ino", "saddr", "sport", "daddr", "dport", "comm", "pid"]).to_pylist()
+        return {self._key(row): (row["comm"], row["pid"]) for row in rows}
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import Final, Literal, cast
 
 import click
 
@@ -16,9 +16,9 @@ import cwndtrace
 from cwndtrace import power
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
-from cwndtrace.capture.session import Session
+from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
-from cwndtrace.cli import options
+from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing
 from cwndtrace.cli.summary import print_summary, summary_object
@@ -26,9 +26,6 @@ from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
 from cwndtrace.store import Behind, CaptureWriter
 from cwndtrace.store.writer import FLUSH_SECONDS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @click.command()
@@ -230,7 +227,7 @@ def trace(
                 for batch in batches:
                     view.batch(batch)
                     if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
-                        warned = _warn(batch.to_pandas(), session, what, warned, view)
+                        warned = _warn(batch, session, what, warned, view)
                 if not quiet and (news := watch.news()):
                     view.end()
                     click.echo(f"warning: {clean(news)}", err=True)
@@ -290,13 +287,9 @@ class Watch:
         return f"interface {before} is called {name} now; the trace goes on" if before else f"interface {name} is back"
 
 
-def _warn(
-    connections: pd.DataFrame, session: Session, what: str, before: list[str], view: TextView | JsonView
-) -> list[str]:
-    # Here and not above: it takes pandas, which would hold up the start.
-    from cwndtrace.cli import waiting
-
-    found = waiting.warnings(connections, session.lookout.idle_sysctls(), what)
+def _warn(connections: Batch, session: Session, what: str, before: list[str], view: TextView | JsonView) -> list[str]:
+    controls = {clean(name) for name in connections.table["ca_name"].unique().to_pylist()}
+    found = waiting.warnings(controls, session.lookout.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
         view.end()
