@@ -33,10 +33,10 @@ class Ring:
     def __init__(self, map_fd: int, size: int) -> None:
         page = mmap.PAGESIZE
         self._maps: list[tuple[int, int]] = []
-        # The data are there twice in a row, so that what goes over the end needs no care.
+        # The kernel offers the data twice in a row; once is enough, and counts as memory of this process once.
         for length, protection, offset in (
             (page, mmap.PROT_READ | mmap.PROT_WRITE, 0),
-            (page + 2 * size, mmap.PROT_READ, page),
+            (page + size, mmap.PROT_READ, page),
         ):
             try:
                 self._maps.append((_mapped(map_fd, length, protection, offset), length))
@@ -46,7 +46,7 @@ class Ring:
         (consumer, _), (producer, _) = self._maps
         self._consumer = ctypes.c_uint64.from_address(consumer)
         self._producer = ctypes.c_uint64.from_address(producer)
-        self._data, self._mask = producer + page, size - 1
+        self._data, self._size = producer + page, size
 
     def read(self) -> list[bytes]:
         """Each entry that is complete, oldest first; their room is free then.
@@ -58,16 +58,21 @@ class Ring:
         position = self._consumer.value
         end = self._producer.value
         while position < end:
-            at = self._data + (position & self._mask)
-            length = ctypes.c_uint32.from_address(at).value
+            at = position % self._size
+            length = ctypes.c_uint32.from_address(self._data + at).value
             if length & _BUSY:
                 break
             size = length & ~_DISCARDED
             if not length & _DISCARDED:
-                found.append(ctypes.string_at(at + _HEADER, size))
+                found.append(self._bytes((at + _HEADER) % self._size, size))
             position += (size + _HEADER + 7) & ~7
             self._consumer.value = position
         return found
+
+    def _bytes(self, at: int, size: int) -> bytes:
+        before_end = min(size, self._size - at)
+        found = ctypes.string_at(self._data + at, before_end)
+        return found if before_end == size else found + ctypes.string_at(self._data, size - before_end)
 
     def close(self) -> None:
         """Unmap it; ``read`` may not be called any more."""
