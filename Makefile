@@ -12,7 +12,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz test soak test-distributions vm-test vm-shell vagrant-test bench
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions vm-test vm-soak vm-shell \
+	vagrant-test
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +46,10 @@ audit: develop ## ask the package index whether what is in .venv has known vulne
 fuzz: develop ## read 20,000 mutated files of captures, about a quarter of an hour
 	@.venv/bin/python -m tests.fuzz
 
+fuzz-guided: develop ## the same by atheris, led by what code is reached, ten minutes; needs x86-64
+	@.venv/bin/python -m pip install --quiet --no-input --editable '.[fuzz]'
+	@.venv/bin/python -m tests.fuzz_guided
+
 test: develop ## unit tests, and as root the live tests too
 	@tools/test
 
@@ -66,6 +71,10 @@ vm-test: develop ## build kernels with and without the patches, boot each by sof
 bench: develop ## every benchmark, about twenty minutes; results in benchmarks/results
 	@$(SUDO) $(SETUP) packages bench
 	@for name in starting block_io flood tcp reading; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
+
+vm-soak: develop ## half an hour of mixed load in a virtual machine
+	@$(SETUP) packages vm
+	@.venv/bin/python tools/vm soak
 
 vm-shell: develop ## a shell in a virtual machine with the patched kernel
 	@$(SETUP) packages vm

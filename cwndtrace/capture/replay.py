@@ -50,7 +50,7 @@ class Replay:
             self.rungs: dict[str, str | None] = dict(head["rungs"])
             self.tried: dict[str, dict[str, str]] = dict(head["tried"])
             self._counts = Counts(**head["counts"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e
         ours = {name: each.size for name, each in layout().events.items()}
         for name, size in sizes.items():

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import resource
 import signal
 import socket
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
@@ -146,9 +148,19 @@ class Churn:
 
 def resident(pid: int) -> int:
     """Bytes of memory of a process and its children."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    return own + sum(resident(int(child)) for child in children)
+    return own + sum(resident(child) for child in children(pid))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that this one started. Not every kernel lists them below /proc/PID/task."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # One that ends just now has none.
+        with contextlib.suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.append(int(path.parent.name))
+    return found
 
 
 def descriptors(pid: int) -> int:
@@ -156,28 +168,77 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
 
 
+@contextmanager
+def room_for_files(number: int) -> Iterator[None]:
+    """So many may be open, if the hard limit allows."""
+    old = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(number, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+
+
+SINK = """
+import select, socket
+listener, peers, epoll = socket.create_server(("127.0.0.1", 0), backlog=1000), {}, select.epoll()
+epoll.register(listener, select.EPOLLIN)
+print(listener.getsockname()[1], flush=True)
+while True:
+    for fd, _ in epoll.poll():
+        if fd == listener.fileno():
+            peer, _ = listener.accept()
+            peers[peer.fileno()] = peer
+            epoll.register(peer, select.EPOLLIN)
+        elif not peers[fd].recv(1 << 20):
+            peers.pop(fd).close()
+"""
+
+
+@contextmanager
+def sink(space: tcp.Space) -> Iterator[tuple[str, int]]:
+    """An address in a namespace where all is taken: by a process, as one may have only so many files."""
+    command = [*within(space), sys.executable, "-c", SINK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            yield "127.0.0.1", int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def connected(address: tuple[str, int]) -> socket.socket:
+    """A cubic connection to there."""
+    sock = socket.socket()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.connect(address)
+    return sock
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None:
     """A reset of each of 10,000 connections at once is kept, while others come and go; nothing grows, nothing stays."""
-    number, seconds = amount(1000, 10_000), amount(5, 60)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(3 * number, 4096), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    drain, pairs = tcp.Drain(), list[tuple[socket.socket, socket.socket]]()
+    number, seconds = amount(1000, 10_000), amount(5, 90)
+    socks = list[socket.socket]()
     try:
         with (
+            room_for_files(number + 1000),
+            sink(counted_space) as address,
             Tracer(netns=counted_space.name) as tracer,
             running("-n", counted_space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run,
         ):
-            pairs = counted_space.enter(lambda: [pair(drain) for _ in range(number)])
-            for sock, _ in pairs:
+            socks = counted_space.enter(lambda: [connected(address) for _ in range(number)])
+            for sock in socks:
                 sock.sendall(bytes(60_000))
-            for sock, _ in pairs:
+            for sock in socks:
                 tcp.until(lambda s=sock: not tcp.info(s).unacked, 20, "an ACK of all")  # type: ignore[misc]
-            tcp.until(lambda: tcp.info(pairs[-1][0]).last_snd_us > 400_000, 20, "the last one to have rested")
+            tcp.until(lambda: tcp.info(socks[-1]).last_snd_us > 400_000, 20, "the last one to have rested")
             with Churn(counted_space) as churn:
                 begin = time.monotonic()
                 resets = 0
-                for sock, _ in pairs:
+                for sock in socks:
                     before = tcp.info(sock).cwnd
                     sock.send(b"x" * 100)
                     resets += tcp.info(sock).cwnd < before
@@ -186,10 +247,8 @@ def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None
                 tcp.until(lambda: time.monotonic() > begin + seconds, 120, "all of it")
                 last, made, took = resident(run.process.pid), churn.made, time.monotonic() - begin
                 assert descriptors(run.process.pid) <= files + 2
-            for sock, peer in pairs:
-                drain.pause(peer)
+            for sock in socks:
                 sock.close()
-                peer.close()
             tracer.settle()
             programs = tracer._session.source._resets  # type: ignore[attr-defined]
             tcp.until(lambda: not any(p.rows("followed") for p in programs), 30, "no closed connection to be followed")
@@ -199,29 +258,18 @@ def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None
                 assert not any(bpf_syscall.lookup(fd, bytes(4), about.value_size) or b"")
             code, _, said = run.end()
     finally:
-        drain.close()
-        for each in (end for both in pairs for end in both):
-            each.close()
+        for sock in socks:
+            sock.close()
     assert code == 0, said
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     grown = (last - first) / 1e6
     print(f"{number} connections: {resets} resets; {made} more at {made / took:.0f}/s; memory grew by {grown:.1f} MB")
     assert resets == number
-    assert trace.meta["counts"]["cwnd_reset"]["kept"] == resets
+    counts = trace.meta["counts"]["cwnd_reset"]
+    # Of those that come and go one may rest as well, if the machine is busy.
+    mine = trace.resets[trace.resets["dport"] == address[1]]
+    assert len(mine) == mine["sport"].nunique() == resets <= counts["kept"] == len(trace.resets)
     # Runs that the kernel skipped count, though none was a reset.
-    assert trace.meta["counts"]["cwnd_reset"]["lost"] <= resets / 1000
-    assert trace.resets.groupby(["sport", "dport"]).ngroups == resets
+    assert counts["lost"] <= resets / 1000
     # In the short form the allocator's own warming up is most of it.
     assert last - first < 20e6
-
-
-def pair(drain: tcp.Drain) -> tuple[socket.socket, socket.socket]:
-    """Both ends of a cubic connection; what the first one sends is read."""
-    with socket.create_server((f"127.0.{random.randrange(200)}.1", 0)) as listener:
-        sock = socket.socket()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.connect(listener.getsockname())
-        peer = listener.accept()[0]
-    drain.add(peer)
-    return sock, peer

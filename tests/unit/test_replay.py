@@ -227,7 +227,8 @@ def test_a_chunk_of_an_event_that_was_not_declared_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no json\n", b"[]\n", b"{}\n", b'{"layout": {}}\n', b"\xff\xfe\n", b'{"layout": 5}\n']
+    "content",
+    [b"", b"no json\n", b"[]\n", b"{}\n", b'{"layout": {}}\n', b"\xff\xfe\n", b'{"layout": 5}\n', b"[" * 100_000],
 )
 def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.raw").write_bytes(content)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests/fuzz.py promises, under a fuzzer that keeps what reached code that nothing before it did (atheris).
+
+``python -m tests.fuzz_guided`` runs until something but CaptureError comes out, or for --seconds; what broke it is left
+in --keep, and given as an argument it is run once more. Each input is one file of a small capture: its first byte says
+which, the rest is its content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import atheris
+
+with atheris.instrument_imports(include=["cwndtrace"]):
+    from cwndtrace import events
+    from cwndtrace.errors import CaptureError
+    from tests import fuzz
+
+LONGEST: Final = 64 << 10
+CASE_S: Final = 20
+MEMORY_MB: Final = 4 << 10
+STREAM: Final = "trace.raw"
+
+
+def small() -> fuzz.Files:
+    """meta.json and one part of each table, uncompressed."""
+    whole = fuzz.base(plain=True)
+    parts = {table: next(name for name in whole if name.startswith(f"{table}/")) for table in events.TABLES}
+    return {name: whole[name] for name in ("meta.json", *parts.values())}
+
+
+def effort(data: bytes) -> int:
+    """How much to do with an input, always the same for one: reading takes 20 ms, and all that a report does 200 ms."""
+    chance = zlib.crc32(data)
+    return fuzz.ALL if chance % 16 == 0 else fuzz.FRAMES if chance % 4 == 0 else fuzz.TABLES
+
+
+class Target:
+    """What the fuzzer calls: it lays a capture with one file of its making, and reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = small()
+        self.names = (*self.base, STREAM)
+        self._folder = fuzz.lay(self.base, folder)
+        self._stream = Path(tempfile.mkdtemp(dir=folder.parent)) / STREAM
+        self._written = "meta.json"
+
+    def seeds(self, folder: Path) -> Path:
+        """The files as they are, for the fuzzer to begin with."""
+        folder.mkdir()
+        for number, name in enumerate(self.names):
+            raw = fuzz.RAW.read_bytes()[:4000] if name == STREAM else self.base[name]
+            (folder / str(number)).write_bytes(bytes([number]) + raw)
+        return folder
+
+    def run(self, data: bytes) -> None:
+        """One input; lets nothing through but what is an error."""
+        if not data:
+            return
+        name = self.names[data[0] % len(self.names)]
+        with suppress(CaptureError):
+            if name == STREAM:
+                self._stream.write_bytes(data[1:])
+                fuzz.use(self._stream.parent, fuzz.TABLES)
+                return
+            (self._folder / self._written).write_bytes(self.base[self._written])
+            (self._folder / name).write_bytes(data[1:])
+            self._written = name
+            fuzz.use(self._folder, effort(data))
+
+    def mutate(self, data: bytes, most: int, seed: int) -> bytes:
+        """Half of the time the fuzzer's own way; else one that knows how such a file is made."""
+        rng = random.Random(seed)
+        if len(data) < 2 or rng.random() < 0.5:
+            return bytes(atheris.Mutate(data, most))
+        name, raw = self.names[data[0] % len(self.names)], data[1:]
+        with suppress(Exception):
+            if name == "meta.json":
+                raw = fuzz.mutate_json(rng, raw)
+            elif name != STREAM and rng.random() < 0.5:
+                raw = fuzz.mutate_table(rng, raw)
+            else:
+                raw = fuzz.mutate_bytes(rng, raw)
+        return (data[:1] + raw)[:most]
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_guided", description=__doc__)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()), help="where to leave what broke it")
+    parser.add_argument("inputs", nargs="*", type=Path, help="what broke it once: run these and no others")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.folder:
+        # The fuzzer ends its process by itself, and would leave the folder behind.
+        with tempfile.TemporaryDirectory(prefix="cwndtrace-fuzz-") as folder:
+            command = [sys.executable, "-m", "tests.fuzz_guided", *sys.argv[1:], "--folder", folder]
+            sys.exit(subprocess.run(command, check=False).returncode)
+    target = Target(options.folder / "case")
+    for path in options.inputs:
+        target.run(path.read_bytes())
+    if options.inputs:
+        return
+    flags = [f"-max_total_time={options.seconds}", f"-max_len={LONGEST}", f"-timeout={CASE_S}"]
+    flags += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={options.keep}/", "-print_final_stats=1"]
+    corpus = target.seeds(options.folder / "corpus")
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], target.run, custom_mutator=target.mutate)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
