@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
-from tests.live.disk import Disk, Traced, loop
+from tests.live.disk import Disk, Traced, go, loop, reader
 from tests.live.soak import Load, Read, amount
 from tests.live.test_run import COMMAND, ENVIRONMENT, call, rest_once, running
 
@@ -278,6 +278,57 @@ def remount(path: Path, how: str) -> bool:
     return (
         subprocess.run(["mount", "-o", f"remount,{how}", str(path)], check=False, capture_output=True).returncode == 0
     )
+
+
+@contextlib.contextmanager
+def file_system(disk: Disk, path: Path) -> Iterator[Path]:
+    """An ext4 on this disk."""
+    path.mkdir()
+    tcp.run("mkfs.ext4", "-q", str(disk.path))
+    tcp.run("mount", str(disk.path), str(path))
+    try:
+        yield path
+    finally:
+        tcp.run("umount", "-l", str(path))
+
+
+@contextlib.contextmanager
+def hanging(path: Path) -> Iterator[None]:
+    """Nothing can be written to this file system, and who tries has to wait."""
+    tcp.run("fsfreeze", "--freeze", str(path))
+    try:
+        yield
+    finally:
+        tcp.run("fsfreeze", "--unfreeze", str(path))
+
+
+def waits_for_a_disk(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+
+
+def test_a_disk_that_hangs(tmp_path: Path) -> None:
+    """The trace waits with it, deaf to signals; what comes meanwhile is kept or counted, and all ends well."""
+    reads = 140_000
+    with (
+        loop() as slow,
+        file_system(slow, tmp_path / "slow") as folder,
+        loop() as disk,
+        reader(disk, reads) as child,
+        running("-p", str(child.pid), "-o", folder / "a.cwnd") as run,
+    ):
+        with hanging(folder):
+            with disk.counted(reads):
+                go(child)
+            tcp.until(lambda: waits_for_a_disk(run.process.pid), 20, "the trace to wait for the disk")
+            run.process.send_signal(signal.SIGINT)
+        code, _, said = run.end(None)
+        assert (code, "Traceback" in said) == (0, False), said
+        trace = cwndtrace.load(folder / "a.cwnd")
+        counts = trace.meta["counts"]["block_io"]
+        print(f"{reads} reads while the disk hung: {counts}")
+        assert (trace.status, trace.warnings) == ("complete", [])
+        assert len(trace.block_io) == counts["kept"]
+        assert counts["kept"] + counts["lost"] == reads
 
 
 def test_the_folder_is_removed(space: tcp.Space, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import time
@@ -24,6 +25,11 @@ from tests.live.tracing import EXACT, Tracer, key
 pytestmark = pytest.mark.live
 
 MPTCP = 262
+TCP_ULP = 31
+SOL_TLS = 282
+TLS_TX = 1
+TLS_1_2 = 0x0303
+AES_GCM_128 = 51
 FAST_OPEN_BOTH = 0x003
 REUSE = 0x400
 """Of net.ipv4.tcp_fastopen: a server without setsockopt()."""
@@ -151,6 +157,22 @@ def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> N
         assert tracer.of(connection)[0]["daddr"] == address
     finally:
         connection.close()
+
+
+def test_tls_in_the_kernel(tracer: Tracer, connect: Connect) -> None:
+    """What the kernel encrypts takes another way to the socket, and the same one from there."""
+    connection = connect()
+    try:
+        connection.sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+    except OSError as e:
+        pytest.skip(f"needs CONFIG_TLS: {e}")
+    # struct tls12_crypto_info_aes_gcm_128: iv, key, salt, number of the record.
+    keys = struct.pack("=HH8s16s4s8s", TLS_1_2, AES_GCM_128, *(os.urandom(n) for n in (8, 16, 4)), bytes(8))
+    connection.sock.setsockopt(SOL_TLS, TLS_TX, keys)
+    connection.grow()
+    connection.rest(LONG)
+    connection.send()
+    expect_one(tracer, connection)
 
 
 def test_multipath(tracer: Tracer, make_space: Callable[[], tcp.Space]) -> None:
