@@ -95,7 +95,6 @@ class Program:
         elif a.kind == "tp_btf":
             target = kernel.tracepoint_id(a.target) or 0
             fd = self._load(a.program, self._image.programs[a.program], bpf.TRACING, bpf.TRACE_RAW_TP, target)
-            self._loaded[a.program] = fd
             self._links.append(bpf.attach(fd))
         elif a.kind in ("fentry", "fexit"):
             prefix, place = ("kfunc__", bpf.TRACE_FENTRY) if a.kind == "fentry" else ("kretfunc__", bpf.TRACE_FEXIT)
@@ -122,14 +121,16 @@ class Program:
     def load(self, program: str) -> int:
         """The descriptor of a raw tracepoint program, attached or not."""
         if program not in self._loaded:
-            self._loaded[program] = self._load(program, self._image.programs[program], bpf.RAW_TRACEPOINT)
+            self._load(program, self._image.programs[program], bpf.RAW_TRACEPOINT)
         return self._loaded[program]
 
     def _load(self, name: str, insns: bytes, kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> int:
         code, uses = map_uses(insns)
         code["imm"][uses] = np.array(self._fds, dtype=np.int32)[code["imm"][uses]]
-        self._fds.append(bpf.load_program(name, kind, code.tobytes(), attach_type, attach_btf_id))
-        return self._fds[-1]
+        fd = bpf.load_program(name, kind, code.tobytes(), attach_type, attach_btf_id)
+        self._fds.append(fd)
+        self._loaded[name] = fd
+        return fd
 
     def open_ring(self, table: str, received: Callable[[bytes], None]) -> None:
         """Have ``consume`` call ``received`` for each entry of the ring buffer."""
@@ -177,11 +178,11 @@ class Program:
         return [(int.from_bytes(k, "little"), np.frombuffer(v, dtype)[0]) for k, v in found if v is not None]
 
     def run_times(self) -> dict[str, tuple[int, int]]:
-        """Each attached raw tracepoint program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
+        """Each loaded program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
         return {name: (fdinfo(fd, "run_cnt"), fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
 
     def missed(self) -> int:
-        """Runs that the kernel skipped because the program was already running on that CPU."""
+        """Runs that the kernel skipped because the program, or a kprobe's, was already running on that CPU."""
         return sum(fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
 
     def hold(self, table: str, keys: set[int]) -> None:
