@@ -12,7 +12,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided test soak test-distributions vm-test vm-soak vm-shell vagrant-test
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions vm-test vm-soak vm-shell \
+	vagrant-test
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +67,10 @@ vm-test: develop ## build kernels with and without the patches, boot each by sof
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test
 	@.venv/bin/python -m pytest -q -m vm tests/vm/test_tool.py tests/vm/test_build.py
+
+bench: develop ## every benchmark, about twenty minutes; results in benchmarks/results
+	@$(SUDO) $(SETUP) packages bench
+	@for name in starting block_io flood tcp reading; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
 
 vm-soak: develop ## half an hour of mixed load in a virtual machine
 	@$(SETUP) packages vm

@@ -9,7 +9,7 @@
 #define REQ_OP_BITS 8
 /* From here on commands to the device itself, whose end the kernel need not tell. */
 #define REQ_OP_PASSTHROUGH 32
-#define SLAB_RECORDS 64
+#define SLAB_RECORDS 256	/* 20 kB: a per-CPU value may have 32 */
 #ifndef SLOT_BITS
 #define SLOT_BITS 14
 #endif
@@ -34,7 +34,7 @@ struct flight {
 	u32 bytes;
 	u32 cmd_flags;
 	u64 error;
-	char comm[16];
+	char comm[16] __attribute__((aligned(8)));
 };
 
 /*
@@ -50,12 +50,12 @@ BPF_ARRAY(overflow_used, u64, 1);
 #define barrier() asm volatile("" ::: "memory")
 
 struct slab {
-	u64 first_ns;
 	u32 count;
 	u16 busy;
 	u16 unannounced;
 	struct block_io rec[SLAB_RECORDS];
 };
+#define SLAB_HEADER (sizeof(struct slab) - SLAB_RECORDS * sizeof(struct block_io))
 BPF_PERCPU_ARRAY(slabs, struct slab, 1);
 
 static __always_inline void count_lost(u64 n)
@@ -134,25 +134,39 @@ static __always_inline void give_up(const struct flight *f, u64 rq)
 		count_lost(1);
 }
 
-/* For a claimed slot, or one of the hash. */
-static __always_inline void take_off(struct flight *f, u64 rq)
+/*
+ * The address of the request that a program is given. It is a number and no pointer here, which the verifier lets
+ * nobody calculate with.
+ */
+static __always_inline u64 address_of(const struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 pid_tgid = bpf_get_current_pid_tgid();
+	u64 rq = 0;
+
+	bpf_probe_read_kernel(&rq, sizeof(rq), ctx);
+	return rq;
+}
+
+/* For a claimed slot, or one of the hash. */
+static __always_inline void take_off(struct flight *f, u64 request)
+{
+	u64 task = (u64)bpf_get_current_task_btf();
+	u64 *comm = (u64 *)f->comm;
 
 	f->start_ns = bpf_ktime_get_ns();
 	f->issue_ns = 0;
 	f->bytes = 0;
 	f->error = 0;
 	/* A flush sequence clears REQ_PREFLUSH and REQ_FUA later on. */
-	f->cmd_flags = GET(u32, rq, request, cmd_flags);
-	f->sector = GET(u64, rq, request, __sector);
-	f->tgid = pid_tgid >> 32;
-	f->tid = pid_tgid;
+	f->cmd_flags = SEE(u32, request, request, cmd_flags);
+	f->sector = SEE(u64, request, request, __sector);
+	f->tgid = SEE(u32, task, task_struct, tgid);
+	f->tid = SEE(u32, task, task_struct, pid);
 	f->cgroup_id = bpf_get_current_cgroup_id();
-	bpf_get_current_comm(f->comm, sizeof(f->comm));
+	comm[0] = *(volatile u64 *)AT(task, task_struct, comm);
+	comm[1] = *(volatile u64 *)(AT(task, task_struct, comm) + 8);
 	/* io_uring's workers (iou-wrk-N, iou-sqp-N) belong to the application: call them by its name. */
 	if (f->comm[0] == 'i' && f->comm[1] == 'o' && f->comm[2] == 'u' && f->comm[3] == '-') {
-		u64 leader = GET(u64, bpf_get_current_task(), task_struct, group_leader);
+		u64 leader = SEE(u64, task, task_struct, group_leader);
 
 		bpf_probe_read_kernel(f->comm, sizeof(f->comm), AT(leader, task_struct, comm));
 	}
@@ -160,7 +174,8 @@ static __always_inline void take_off(struct flight *f, u64 rq)
 
 int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = ctx->args[0];
+	u64 rq = address_of(ctx);
+	u64 request = ctx->args[0];
 	int zero = 0, slot = slot_of(rq);
 	struct flight *f = slots.lookup(&slot);
 
@@ -182,34 +197,35 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 
 		if (old)
 			give_up(old, rq);
-		take_off(&other, rq);
+		take_off(&other, request);
 		if (overflow.update(&rq, &other))
 			count_lost(1);
 		else if (used)
 			*used = 1;
 		return 0;
 	}
-	take_off(f, rq);
+	take_off(f, request);
 	return 0;
 }
 
 /* Merges are over once a request is issued: where it begins and how long it is are right here, and only here. */
 int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = ctx->args[0];
+	u64 rq = address_of(ctx);
+	u64 request = ctx->args[0];
 	struct flight *f = find(rq);
 
 	if (f && f->rq == rq) {
 		f->issue_ns = bpf_ktime_get_ns();
-		f->bytes = GET(u32, rq, request, __data_len);
-		f->sector = GET(u64, rq, request, __sector);
+		f->bytes = SEE(u32, request, request, __data_len);
+		f->sector = SEE(u64, request, request, __sector);
 	}
 	return 0;
 }
 
 int on_block_rq_error(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = ctx->args[0];
+	u64 rq = address_of(ctx);
 	struct flight *f = find(rq);
 
 	if (f && f->rq == rq)
@@ -217,17 +233,15 @@ int on_block_rq_error(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-static __always_inline void fill_record(struct block_io *r, const struct flight *f)
+static __always_inline void fill_record(struct block_io *r, const struct flight *f, u32 dev)
 {
-	u64 disk = GET(u64, GET(u64, f->rq, request, q), request_queue, disk);
-
 	r->start_ns = f->start_ns;
 	r->issue_ns = f->issue_ns;
 	r->done_ns = bpf_ktime_get_ns();
 	r->sector = f->sector;
 	r->cgroup_id = f->cgroup_id;
 	r->bytes = f->bytes;
-	r->dev = GET(s32, disk, gendisk, major) << 20 | GET(s32, disk, gendisk, first_minor);
+	r->dev = dev;
 	r->flags = f->cmd_flags >> REQ_OP_BITS;
 	r->tgid = f->tgid;
 	r->tid = f->tid;
@@ -238,7 +252,7 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 }
 
 /*
- * User space looks ten times a second. Between it is woken only when the ring may be a quarter full of slabs
+ * User space looks a few times a second. Between it is woken only when the ring may be a quarter full of slabs
  * that it doesn't know of, or it would be for each.
  */
 #define WAKE_EVERY (RING_PAGES * 4096 / 4 / sizeof(struct slab) / CPUS)
@@ -248,52 +262,64 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 static __always_inline void submit(struct slab *s)
 {
 	u64 flags = NO_WAKEUP;
+	u64 size = SLAB_HEADER + s->count * sizeof(struct block_io);
 
+	/* The compiler knows that it isn't larger, the verifier doesn't. */
+	asm volatile("" : "+r"(size));
+	if (size > sizeof(*s))
+		return;
 	if (++s->unannounced >= WAKE_EVERY) {
 		s->unannounced = 0;
 		flags = FORCE_WAKEUP;
 	}
-	if (block_slabs.ringbuf_output(s, sizeof(*s), flags))
+	if (block_slabs.ringbuf_output(s, size, flags))
 		count_lost(s->count);
 	s->count = 0;
 }
 
-int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
+/* A finished request goes into this CPU's slab. */
+static __always_inline void keep(const struct flight *f, u32 dev)
 {
-	u64 rq = ctx->args[0];
-	struct flight *f;
-	struct slab *s;
-	int zero = 0, slot;
+	int zero = 0;
+	struct slab *s = slabs.lookup(&zero);
 	u32 n;
 
-	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
-	if (GET(u32, rq, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
-		return 0;
-	f = find(rq);
-	if (!f || f->rq != rq)
-		return 0;
-	s = slabs.lookup(&zero);
 	if (!s)
-		return 0;
+		return;
 	if (s->busy) {
 		/* This CPU was interrupted while it wrote here. */
 		count_lost(1);
-		goto forget;
+		return;
 	}
 	s->busy = 1;
 	barrier();
 	n = s->count;
 	if (n < SLAB_RECORDS) {
-		fill_record(&s->rec[n], f);
-		if (!n)
-			s->first_ns = s->rec[0].done_ns;
+		fill_record(&s->rec[n], f, dev);
 		s->count = n + 1;
 	}
-	if (s->count >= SLAB_RECORDS || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS)
+	if (s->count >= SLAB_RECORDS)
 		submit(s);
 	barrier();
 	s->busy = 0;
-forget:
+}
+
+int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = address_of(ctx);
+	u64 request = ctx->args[0];
+	u64 disk;
+	struct flight *f;
+	int slot;
+
+	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
+	if (SEE(u32, request, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
+		return 0;
+	f = find(rq);
+	if (!f || f->rq != rq)
+		return 0;
+	disk = SEE(u64, SEE(u64, request, request, q), request_queue, disk);
+	keep(f, SEE(s32, disk, gendisk, major) << 20 | SEE(s32, disk, gendisk, first_minor));
 	slot = slot_of(rq);
 	if (f == slots.lookup(&slot))
 		f->rq = 0;
@@ -303,7 +329,7 @@ forget:
 }
 
 /*
- * User space runs this on each CPU: records go out though no request follows, old ones only or (args[0]) all.
+ * User space runs this on each CPU: records go out though no request follows.
  *
  * It must not be one of the attached programs: a run on demand doesn't ask whether the program is already
  * running on this CPU, and in kernels where a program has one stack per CPU (6.13 and later) it would
@@ -318,7 +344,7 @@ int hand_over(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	s->busy = 1;
 	barrier();
-	if (s->count && (ctx->args[0] || bpf_ktime_get_ns() - s->first_ns > SLAB_MAX_AGE_NS))
+	if (s->count)
 		submit(s);
 	barrier();
 	s->busy = 0;

@@ -29,6 +29,16 @@
 	value_;										\
 })
 
+/*
+ * The same where the verifier knows base's type, as it does for what a tp_btf program is given and for what that leads
+ * to: a load, not a call. A fault reads 0.
+ */
+#define SEE(T, base, type, member) ({							\
+	_Static_assert(sizeof(T) == SIZE_##type##__##member,				\
+		       #type "." #member " has another size in this kernel");		\
+	*(volatile T *)((const char *)(base) + OFF_##type##__##member);			\
+})
+
 /* A bitfield that lies within one byte, as the kernel's small TCP flags do. */
 #define GET_BITS(base, type, member) ({							\
 	u8 byte_ = 0;									\

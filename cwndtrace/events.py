@@ -217,6 +217,7 @@ _DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
 _TIME: Final = pa.timestamp("us", tz="UTC")
 
 
+@cache
 def arrow_schema(name: str) -> pa.Schema:
     """The Arrow schema of an event.
 
@@ -235,6 +236,7 @@ def _meta(column: pa.Field, unit: str, description: str) -> pa.Field:
     return column.with_metadata({"unit": unit, "description": description})
 
 
+@cache
 def _arrow_type(f: Field) -> pa.DataType:
     if f.unit in ("text", "addr", "dev") or f.unit.startswith("enum "):
         return _DICTIONARY
@@ -359,6 +361,10 @@ MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"
 """What ``sysctls`` of meta.json holds for each network namespace, beside its name and whether it is the host's."""
+
+EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
+"""Congestion controls with a cong_control of their own, which tcp_slow_start_after_idle_check() leaves alone
+(include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
 
 TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "connections")
 """The tables of a capture, in the order in which they are written."""

@@ -112,8 +112,10 @@ class Trace:
     def started_ns(self) -> int:
         """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
         mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
-        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self.block_io, "start_ns"))
-        return mono if isinstance(mono, int) else min((int(f[name].min()) for f, name in frames if len(f)), default=0)
+        if isinstance(mono, int):
+            return mono
+        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self._requests, "start_ns"))
+        return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
     @making_sense()
     def lost(self, table: str) -> int:
@@ -138,6 +140,27 @@ class Trace:
     def block_io(self) -> pd.DataFrame:
         """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
         return block_analysis.with_latency(self._frame("block_io"), _mapping(self.meta.get("devices")))
+
+    def block_columns(self, *columns: str) -> pd.DataFrame:
+        """``block_io`` with these columns alone, in the same order; reads no other, and keeps nothing.
+
+        Of what ``block_io`` adds to the capture's columns, ``device``, ``latency_us`` and ``queue_us`` may be named.
+        Raises KeyError for others.
+        """
+        known = events.schema("block_io").names
+        needs = [name for name in known if name in columns or name == "start_ns"]
+        needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
+        devices = _mapping(self.meta.get("devices"))
+        pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
+        frames = (block_analysis.add(piece.to_pandas(), devices, columns) for piece in pieces)
+        names = tuple(dict.fromkeys(("start_ns", *columns)))
+        frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
+        return frame if names == columns else frame[list(columns)]
+
+    @cached_property
+    def _requests(self) -> pd.DataFrame:
+        """Of each block request what the analyses use: a third of it."""
+        return self.block_columns(*block_analysis.USED)
 
     @cached_property
     @making_sense()
@@ -166,7 +189,7 @@ class Trace:
 
         The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
         """
-        return idle_cause.with_cause(self._judged, self.block_io, recorded=self.block_recorded)
+        return idle_cause.with_cause(self._judged, self._requests, recorded=self.block_recorded)
 
     @cached_property
     @making_sense()
@@ -179,7 +202,7 @@ class Trace:
     def block_recorded(self) -> bool:
         """Whether block I/O was traced, so that none in a rest means that there was none."""
         counts = self.meta.get("counts")
-        return not isinstance(counts, dict) or "block_io" in counts or not self.block_io.empty
+        return not isinstance(counts, dict) or "block_io" in counts or bool(self._capture.rows("block_io"))
 
     @making_sense()
     def summary(self) -> pd.DataFrame:
@@ -213,7 +236,7 @@ class Trace:
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.meta, self.resets, self.connections)
-        return dict(compare.measures(self._judged, self.connections, self.recoveries, self.block_io, span))
+        return dict(compare.measures(self._judged, self.connections, self.recoveries, self._requests, span))
 
     @making_sense()
     def connection(self, key: str) -> Connection:
@@ -243,7 +266,15 @@ class Trace:
     @making_sense()
     def block_summary(self) -> pd.DataFrame:
         """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
-        return block_analysis.summary(self.block_io)
+        return block_analysis.summary(self._requests)
+
+    def block_submitters(self) -> pd.DataFrame:
+        """One row a submitting process; the columns are ``cwndtrace.analysis.block_io.SUBMITTER_COLUMNS``."""
+        return block_analysis.by_submitter(self._requests)
+
+    def block_heat_map(self) -> pd.DataFrame:
+        """How many requests of which latency began when, see ``cwndtrace.analysis.block_io.heat_map``."""
+        return block_analysis.heat_map(self._requests)
 
     @cached_property
     @making_sense()
@@ -255,9 +286,9 @@ class Trace:
         # Not what a stranger or a later version added: it might take the name of what is computed here.
         rows = events.clean_texts(self._capture.table(table).select(events.schema(table).names))
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
+        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         frame: pd.DataFrame = rows.to_pandas()
         frame = frame.sort_values(clock, kind="stable", ignore_index=True)
-        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         frame.attrs["units"] = told
         return frame
 

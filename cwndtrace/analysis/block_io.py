@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,21 @@ SUBMITTER_COLUMNS: Final = {"comm": "name of the submitter", "tgid": "its proces
 """The columns of ``by_submitter``."""
 
 
+NEEDS: Final = {
+    "device": ("dev",),
+    "latency_us": ("start_ns", "done_ns"),
+    "queue_us": ("start_ns", "issue_ns"),
+}
+"""What ``with_latency`` adds, and of which columns it makes that."""
+
+USED: Final = ("start_ns", "done_ns", "bytes", "tgid", "op", "error", "comm", *NEEDS)
+"""What the analyses of this package use of ``with_latency``."""
+
+
+_TABLE: Final = 1 << 22
+"""PID_MAX_LIMIT of include/linux/threads.h, the most that processes are numbered."""
+
+
 def with_latency(block_io: pd.DataFrame, devices: Mapping[str, str]) -> pd.DataFrame:
     """The table ``block_io`` with three more columns.
 
@@ -41,12 +57,69 @@ def with_latency(block_io: pd.DataFrame, devices: Mapping[str, str]) -> pd.DataF
     ``latency_us`` is done - start, ``queue_us`` issue - start, in microseconds with their fraction, the
     latter missing where the request never reached a driver.
     """
-    start, issue, done = (block_io[name].astype("int64") for name in ("start_ns", "issue_ns", "done_ns"))
-    return block_io.assign(
-        device=block_io["dev"].astype(str).map(lambda dev: devices.get(dev, dev)).astype("category"),
-        latency_us=(done - start) / 1000,
-        queue_us=((issue - start) / 1000).where(issue != 0),
-    )
+    return add(block_io, devices, tuple(NEEDS))
+
+
+def add(block_io: pd.DataFrame, devices: Mapping[str, str], columns: Sequence[str]) -> pd.DataFrame:
+    """``block_io`` with those of ``NEEDS`` that ``columns`` names."""
+    new: dict[str, Any] = {}
+    if "device" in columns:
+        dev = block_io["dev"].astype("category").cat
+        # By name: there are few of them, and millions of requests.
+        codes, names = pd.factorize(np.array([devices.get(d, d) for d in dev.categories.astype(str)], dtype=object))
+        new["device"] = pd.Categorical.from_codes(np.append(codes, -1).astype(np.int16)[dev.codes], names.tolist())  # type: ignore[call-overload]
+    for name, until in (("latency_us", "done_ns"), ("queue_us", "issue_ns")):
+        if name in columns:
+            end = block_io[until].to_numpy()
+            us = (end - block_io["start_ns"].to_numpy()).view(np.int64) / 1000
+            if name == "queue_us":
+                us[end == 0] = np.nan
+            new[name] = us
+    return block_io.assign(**new)
+
+
+def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) -> pd.DataFrame:
+    """``frames``, at least one and ``rows`` rows at most, behind each other in order of ``start_ns``.
+
+    There may be many millions of rows. Fresh memory is dear, so each column is filled in place and categories have the
+    smallest codes; each frame is ordered by itself, which leaves few rows to move where two of them meet.
+    """
+    whole: dict[str, Any] = {}
+    labels: dict[str, dict[object, int]] = {}
+    filled = 0
+    for frame in frames:
+        start = frame["start_ns"].to_numpy()
+        order = np.argsort(start, kind="stable")
+        for name in columns:
+            column = frame[name]
+            if isinstance(column.dtype, pd.CategoricalDtype):
+                known = labels.setdefault(name, {})
+                places = [known.setdefault(label, len(known)) for label in column.cat.categories]
+                values = np.array([*places, -1], dtype=np.int8 if len(known) < 128 else np.int32)[column.cat.codes]
+            else:
+                values = column.to_numpy()
+            if name not in whole:
+                whole[name] = np.empty(rows, values.dtype)
+            elif values.dtype.itemsize > whole[name].dtype.itemsize:
+                whole[name] = whole[name].astype(values.dtype)
+            whole[name][filled : filled + len(values)] = values[order]
+        filled += len(frame)
+    moved = _out_of_order(whole["start_ns"][:filled])
+    for name in whole:
+        values = whole[name][:filled]
+        for place, order in moved:
+            values[place] = values[order]
+        whole[name] = pd.Categorical.from_codes(values, list(labels[name])) if name in labels else values  # type: ignore[call-overload]
+    return pd.DataFrame(whole, copy=False)
+
+
+def _out_of_order(start: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Where rows have to go so that ``start`` is in order, equal ones as they are, and where each comes from."""
+    if not (start[1:] < start[:-1]).any():
+        return []
+    order = np.argsort(start, kind="stable")
+    place = np.flatnonzero(order != np.arange(len(order)))
+    return [(place, order[place])]
 
 
 def summary(block_io: pd.DataFrame) -> pd.DataFrame:
@@ -90,42 +163,60 @@ def heat_map(block_io: pd.DataFrame, *, slots: int = 160) -> pd.DataFrame:
 def _figures(block_io: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     number, labels = _groups(block_io, keys)
     of = len(labels)
-    # Small numbers, because those are sorted by radix.
-    order = np.argsort(number.astype(np.uint16 if of <= 1 << 16 else np.int64), kind="stable")
+    order = np.argsort(number, kind="stable").astype(np.uint32 if len(number) < 1 << 32 else np.int64)
     count = np.bincount(number, minlength=of)
-    bounds = np.cumsum(count)[:-1]
-    out = labels.assign(
-        count=count,
-        bytes=np.bincount(number, block_io["bytes"].to_numpy(np.float64), of),
-        errors=np.bincount(number, (block_io["error"] != "ok").to_numpy(), of),
-    )
-    latency, queue = block_io["latency_us"].to_numpy(), block_io["queue_us"].to_numpy()
-    never_issued = bool(np.isnan(queue).any())
-    for name, values in (("latency", latency), ("queue", queue), ("service", latency - queue)):
-        parts = np.split(values[order], bounds) if of else []
-        if name != "latency" and never_issued:
-            parts = [part[~np.isnan(part)] for part in parts]
-        figures = [np.quantile(part, list(_QUANTILES.values())) if len(part) else [np.nan] * 3 for part in parts]
-        out[[f"{name}_{q}_us" for q in _QUANTILES]] = np.array(figures, dtype=np.float64).reshape(of, len(_QUANTILES))
-        if name == "latency":
-            out["latency_max_us"] = np.array([part.max() for part in parts], dtype=np.float64)
-            out["latency_total_us"] = np.array([part.sum() for part in parts], dtype=np.float64)
-    out = out.astype({"count": "int64", "bytes": "int64", "errors": "int64"})
+    bounds = np.concatenate([[0], np.cumsum(count)])
+    latency, queue, size = (block_io[name].to_numpy() for name in ("latency_us", "queue_us", "bytes"))
+    failed = (block_io["error"] != "ok").to_numpy()
+    figures = []
+    # Group by group, so that no second copy of all is needed.
+    for begin, end in pairwise(bounds.tolist()):
+        rows = order[begin:end]
+        took, waited = latency[rows], queue[rows]
+        row = {"bytes": int(size[rows].sum(dtype=np.int64)), "errors": int(np.count_nonzero(failed[rows]))}
+        row |= {"latency_max_us": took.max(), "latency_total_us": took.sum()}
+        for name, values in (("latency", took), ("queue", waited), ("service", took - waited)):
+            known = values if name == "latency" else values[~np.isnan(values)]
+            at = np.quantile(known, list(_QUANTILES.values()), overwrite_input=True) if len(known) else [np.nan] * 3
+            row |= {f"{name}_{q}_us": value for q, value in zip(_QUANTILES, at, strict=True)}
+        figures.append(row)
+    kinds = {name: "int64" if name in ("bytes", "errors") else "float64" for name in _FIGURES if name != "count"}
+    out = labels.assign(count=count, **pd.DataFrame(figures, columns=list(kinds)).astype(kinds))
     return out.sort_values(["latency_total_us", *keys], ascending=[False, True, True], ignore_index=True)
 
 
 def _groups(block_io: pd.DataFrame, keys: list[str]) -> tuple[np.ndarray, pd.DataFrame]:
-    """A number for each row, equal where all ``keys`` are; and what the keys are for each number."""
-    number, values = np.zeros(len(block_io), dtype=np.int64), []
+    """A number for each row, equal where all ``keys`` are; and what the keys are for each number.
+
+    The numbers are of the smallest type, because those are sorted by radix.
+    """
+    number: np.ndarray = np.zeros(len(block_io), dtype=np.int32)
+    values: list[Any] = []
+    span = 1
     for key in keys:
         column = block_io[key]
         if isinstance(column.dtype, pd.CategoricalDtype):
-            codes, known = column.cat.codes.to_numpy(), column.cat.categories.astype(str)
+            codes, known = column.cat.codes.to_numpy(), column.cat.categories.astype(str).to_numpy()
         else:
-            codes, known = pd.factorize(column)
+            codes, known = _numbered(column.to_numpy())
+        span *= len(known)
+        number = number.astype(np.int64 if span >= 1 << 31 else np.int32, copy=False)
         number *= len(known)
-        number += codes
+        np.add(number, codes, out=number, casting="unsafe")
+        del codes
         values.append(known)
-    number, used = pd.factorize(number)
+    number, used = _numbered(number)
     places = np.unravel_index(used, [max(len(known), 1) for known in values])
-    return number, pd.DataFrame({key: known[place] for key, known, place in zip(keys, values, places, strict=True)})
+    labels = pd.DataFrame({key: known[place] for key, known, place in zip(keys, values, places, strict=True)})
+    return number.astype(np.min_scalar_type(len(labels)), copy=False), labels
+
+
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``pd.factorize``, of numbers that may have a table of their own: that takes a third of the time."""
+    if len(values) < _TABLE or values.min() < 0 or values.max() >= _TABLE:
+        return pd.factorize(values)
+    table = np.zeros(int(values.max()) + 1, dtype=np.int32)
+    table[values] = 1
+    known = np.flatnonzero(table)
+    table[known] = np.arange(len(known))
+    return table.astype(np.min_scalar_type(len(known)))[values], known.astype(values.dtype)

@@ -8,6 +8,8 @@ block I/O of its own under way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -32,6 +34,9 @@ BLOCK_COLUMNS: Final = ("start_ns", "done_ns", "tgid", "device")
 
 _LAST_PID: Final = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
+
+_BATCH: Final = 1 << 19
+"""Requests that are looked at at once: what they take stays in the CPU's caches, or nearly."""
 
 
 def covered(begin: Ints, end: Ints, since: Ints, until: Ints) -> Ints:
@@ -124,33 +129,46 @@ def _own_io(block_io: pd.DataFrame, tgid: Ints, since: Ints, until: Ints) -> tup
     asked = asked[np.isin(tgid[asked], np.unique(of).astype(np.int64))]
     if not len(asked):
         return total, requests, device
-    # In the order of the axis below: to look up 100,000 places among millions takes a fifth of the time then.
+    # By process and then by time, so that what belongs together lies together.
     asked = asked[np.lexsort((until[asked], tgid[asked]))]
     # Processes by number, from 1; 0 for those that aren't asked for.
-    processes = np.unique(tgid[asked])
+    processes, first = np.unique(tgid[asked], return_index=True)
     beyond = int(processes[-1]) + 1
     number = np.zeros(beyond + 1, dtype=np.min_scalar_type(len(processes)))
     number[processes] = np.arange(1, len(processes) + 1)
     group = number[np.minimum(of, beyond)]
     # The rows are in order of time: sorting them by process, by radix, keeps each process's so.
-    rows = np.argsort(group, kind="stable")[np.count_nonzero(group == 0) :]
-    begin, end = (block_io[name].to_numpy()[rows].astype(np.int64, copy=False) for name in ("start_ns", "done_ns"))
-    # Each process gets a stretch of one long axis to itself, so that all of them are done at once.
-    zero = min(int(begin.min()), int(since.min()))
-    stretch = max(int(end.max()), int(until.max())) - zero + 1
-    shift = group[rows].astype(np.int64) * stretch - zero
-    begin, end = begin + shift, end + shift
-    shift = number[tgid[asked]].astype(np.int64) * stretch - zero
-    spans = since[asked] + shift, until[asked] + shift
-    total[asked] = covered(begin, end, *spans)
-    requests[asked] = np.searchsorted(begin, spans[1]) - np.searchsorted(begin, spans[0])
-    on = block_io["device"].astype("category")
-    codes = on.cat.codes.to_numpy()[rows]
-    used = np.flatnonzero(np.bincount(codes, minlength=len(on.cat.categories)))
-    best, names = np.zeros(len(spans[0]), dtype=np.int64), np.full(len(spans[0]), "", dtype=object)
-    for code in used.tolist():
-        mine = np.flatnonzero(codes == code)
-        time = covered(begin[mine], end[mine], *spans) if len(used) > 1 else total[asked]
-        best, names = np.maximum(time, best), np.where(time > best, str(on.cat.categories[code]), names)
-    device[asked] = names
+    rows = np.argsort(group, kind="stable")
+    bounds = np.searchsorted(group, np.arange(1, len(processes) + 2), sorter=rows)
+    spans = np.append(first, len(asked))
+    on = block_io["device"].astype("category").cat
+    columns = (*(block_io[name].to_numpy() for name in ("start_ns", "done_ns")), on.codes.to_numpy())
+    # Many at a time, or a hundred thousand processes would take long; not all, or memory for millions of rows would.
+    for some in _batches(np.diff(bounds)):
+        mine, here = rows[bounds[some.start] : bounds[some.stop]], asked[spans[some.start] : spans[some.stop]]
+        begin, end, code = (column[mine] for column in columns)
+        # Each process gets a stretch of one long axis to itself, so that all of them are done at once.
+        at = np.repeat(np.arange(len(some)), np.diff(bounds[some.start : some.stop + 1]))
+        whose = np.repeat(np.arange(len(some)), np.diff(spans[some.start : some.stop + 1]))
+        begin, end = begin.astype(np.int64, copy=False), end.astype(np.int64, copy=False)
+        zero = min(int(begin.min()), int(since[here].min()))
+        stretch = max(int(end.max()), int(until[here].max())) - zero + 1
+        begin, end = begin + (at * stretch - zero), end + (at * stretch - zero)
+        asks = tuple(moments[here] + (whose * stretch - zero) for moments in (since, until))
+        total[here] = covered(begin, end, *asks)
+        requests[here] = np.searchsorted(begin, asks[1]) - np.searchsorted(begin, asks[0])
+        used = np.flatnonzero(np.bincount(code, minlength=len(on.categories))).tolist()
+        best, names = np.zeros(len(here), dtype=np.int64), np.full(len(here), "", dtype=object)
+        for disk in used:
+            its = np.flatnonzero(code == disk)
+            time = covered(begin[its], end[its], *asks) if len(used) > 1 else total[here]
+            best, names = np.maximum(time, best), np.where(time > best, str(on.categories[disk]), names)
+        device[here] = names
     return total, requests, device
+
+
+def _batches(sizes: Ints) -> Iterator[range]:
+    """``sizes`` in runs of places whose sum is about _BATCH or less, or of one."""
+    number = (np.cumsum(sizes) - 1) // _BATCH
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(sizes)]
+    return (range(begin, end) for begin, end in pairwise(cuts))

@@ -16,7 +16,6 @@ import pandas as pd
 
 from cwndtrace import events
 from cwndtrace.analysis import cost
-from cwndtrace.analysis.verdict import EXEMPT
 from cwndtrace.words import plural, span
 
 COLUMNS: Final = {
@@ -199,7 +198,7 @@ def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]
     host = next((about for about in spaces.values() if about.get("host")), {})
     last = snapshots[snapshots["ts_ns"] == snapshots.groupby("netns_ino")["ts_ns"].transform("max")]
     live = last.groupby("netns_ino").size()
-    free = last[last["ca_name"].astype(str).isin(EXEMPT)].groupby("netns_ino").size()
+    free = last[last["ca_name"].astype(str).isin(events.EXEMPT)].groupby("netns_ino").size()
     idle = judged[judged["reason"].astype(str) == "idle"].groupby("netns_ino").size()
     lost = judged.groupby("netns_ino")["lost_us"].sum()
     seen = {str(inode) for inode in (*live.index, *lost.index)}

@@ -20,10 +20,6 @@ from cwndtrace import events
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.words import plural, size, span, threshold
 
-EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
-"""Congestion controls with a cong_control of their own, which tcp_slow_start_after_idle_check() leaves alone
-(include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
-
 LABELS: Final = {
     "harmful": "harmful: cost at least one round trip",
     "burst_fits": "harmless: the burst fits the window after",
@@ -242,7 +238,7 @@ def _judge(rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.Series:
     rules = {
         "harmful": rows["resets_harmful"] > 0,
         "common": rows["common"].notna(),
-        "exempt": rows["ca_name"].isin(EXEMPT),
+        "exempt": rows["ca_name"].isin(events.EXEMPT),
         "sysctl_off": off,
         "nothing_sent": (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1),
         "send_buffer": rows["sndbuf_limited_share"] > _MOST,

@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading the BPF programs and reading what they hand over: the only file that imports bcc."""
+"""Compiling the BPF programs and reading what they hand over: the only file that imports bcc."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib.util
+import multiprocessing
 import os
 import platform
 import re
 import select
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from cwndtrace import power
-from cwndtrace.capture.bpf_syscall import run_raw_tracepoint, try_map
+from cwndtrace.capture import image
+from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.lookout import Lookout
-from cwndtrace.capture.source import Chunk, Counts, Filters
-from cwndtrace.errors import BccError, KernelLacks
+from cwndtrace.capture.program import Program, fdinfo, map_uses, quiet
+from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
+from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
 from cwndtrace.kernel import btf, facts, ladder, offsets, permission
 
@@ -39,14 +40,13 @@ _INSTALL: Final = (
     "install the distribution's package: apt install python3-bpfcc (Debian, Ubuntu), dnf install python3-bcc"
 )
 _BLOCK: Final = (
-    ladder.Attachment("raw_tracepoint", "block_io_done", "on_block_io_done"),
-    ladder.Attachment("raw_tracepoint", "block_rq_error", "on_block_rq_error"),
-    ladder.Attachment("raw_tracepoint", "block_rq_issue", "on_block_rq_issue"),
-    ladder.Attachment("raw_tracepoint", "block_io_start", "on_block_io_start"),
+    ladder.Attachment("tp_btf", "block_io_done", "on_block_io_done"),
+    ladder.Attachment("tp_btf", "block_rq_error", "on_block_rq_error"),
+    ladder.Attachment("tp_btf", "block_rq_issue", "on_block_rq_issue"),
+    ladder.Attachment("tp_btf", "block_io_start", "on_block_io_start"),
 )
 _ASK: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
-_OLD, _ALL = 0, 1
 _REFRESH: Final = "refresh"
 # What using maps and programs that are loaded may take: nothing since 5.19, CAP_BPF before, if that is shut off.
 _POWERS: Final = (
@@ -55,12 +55,13 @@ _POWERS: Final = (
     frozenset({power.BPF, power.DAC_READ_SEARCH}),
     frozenset({power.SYS_ADMIN, power.DAC_READ_SEARCH}),
 )
+_RECORD_MAPS: Final = (b"followed", b"slots")
+"""Maps whose values user space takes apart."""
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
 # What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset.bpf.c, kprobe).
 _FRAME_SHIFT: Final = {"x86_64": 8}
-_SLAB_HEADER: Final = 16
-_SLAB_MAX_AGE_NS: Final = 100_000_000
+_SLAB_HEADER: Final = 8
 _RING_PAGES: Final = 2048
 # 4 MiB: a reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
@@ -70,12 +71,8 @@ REFRESH_SECONDS: Final = 1.0
 
 
 @cache
-def module() -> ModuleType:
-    """The distribution's bcc package, from wherever it is installed.
-
-    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where there is
-    none, where libbcc is missing, or where the only ``bcc`` is PyPI's package of that name.
-    """
+def _place() -> Path:
+    """The ``__init__.py`` of the distribution's bcc, see ``module``."""
     stranger = ""
     spec = importlib.util.find_spec("bcc")
     places = [spec.origin] if spec and spec.origin else []
@@ -85,10 +82,20 @@ def module() -> ModuleType:
         if not Path(place).with_name("libbcc.py").exists():
             stranger = place
             continue
-        return _import_from(Path(place))
+        return Path(place)
     if stranger:
         raise BccError(f"the bcc in {Path(stranger).parent} is PyPI's unrelated package of that name", _INSTALL)
     raise BccError("the Python package bcc isn't installed", _INSTALL)
+
+
+@cache
+def module() -> ModuleType:
+    """The distribution's bcc package, from wherever it is installed.
+
+    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where there is
+    none, where libbcc is missing, or where the only ``bcc`` is PyPI's package of that name.
+    """
+    return _import_from(_place())
 
 
 def _import_from(init: Path) -> ModuleType:
@@ -110,23 +117,6 @@ def version() -> str:
     return str(getattr(module(), "__version__", "unknown"))
 
 
-@contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
-    said: list[str] = []
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            said.append(file.read().decode("utf-8", "replace").strip())
-
-
 def _why(said: list[str], error: Exception) -> str:
     """One line of why loading failed: bcc's own, else the most telling one of what it printed."""
     lines = [
@@ -138,140 +128,122 @@ def _why(said: list[str], error: Exception) -> str:
     return f"{text} ({lines[0].strip()})" if lines and lines[0].strip() not in text else text
 
 
-def _fdinfo(fd: int, name: str) -> int:
-    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
-    match = re.search(rf"^{name}:\s*(\d+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
-    return int(match[1]) if match else 0
+def _program(sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Program:
+    """BPF sources made one program for this kernel; compiled only where no start before has done it."""
+    folder, machine = bpf_dir(), platform.machine()
+    text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
+    headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
+    readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
+    found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
+    flags = [f"-D{name}={value}" for name, value in found.items()]
+    flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}"]
+    # clang asks the kernel which instructions it knows, so that the kernel's name is a part of the key too.
+    told = (text, *flags, str(os.uname()))
+    key = image.key(*(part.encode() for part in told), _headers(), _compiler())
+    made = image.load(key)
+    if made is None:
+        made = _compile_apart(text, [*flags, f"-I{folder}"], sources[-1])
+        image.keep(key, made)
+    return Program(made, _library)
 
 
-class Program:
-    """BPF sources compiled as one for this kernel, and what of them is attached."""
+@cache
+def _headers() -> bytes:
+    """What the sources may include, by name and content."""
+    files = sorted(bpf_dir().rglob("*.h"))
+    return b"".join(str(file.relative_to(bpf_dir())).encode() + b"\0" + file.read_bytes() for file in files)
 
-    def __init__(self, sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> None:
-        folder, machine = bpf_dir(), platform.machine()
-        text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
-        headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
-        readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
-        found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
-        flags = [f"-D{name}={value}" for name, value in found.items()]
-        flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}", f"-I{folder}"]
-        # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
-        os.environ["BCC_KERNEL_SOURCE"] = str(folder / "compat")
-        said: list[str] = []
-        package = module()
-        try:
-            with _quiet() as said:
-                self._bpf = package.BPF(text=text.encode(), cflags=flags)
-        except Exception as e:  # bcc raises nothing finer
-            if "compile" in str(e):
-                raise BccError(
-                    f"bcc {version()} can't compile {sources[-1]}: {_why(said, e)}", "report this text"
-                ) from e
-            raise KernelLacks(_why(said, e)) from e
-        self._loaded: dict[str, int] = {}
-        self.ring_fds: list[int] = []
 
-    def attach(self, attachments: tuple[ladder.Attachment, ...]) -> None:
-        """Load and attach programs; raises KernelLacks with the reason where the kernel refuses one."""
-        for a in attachments:
-            said: list[str] = []
-            try:
-                with _quiet() as said:
-                    self._attach(a)
-            except Exception as e:  # bcc raises nothing finer
-                raise KernelLacks(f"{a.kind} {a.target}: {_why(said, e)}") from e
+@cache
+def _compiler() -> bytes:
+    """What tells this bcc from any other, without loading it: that takes 60 MB.
 
-    def _attach(self, a: ladder.Attachment) -> None:
-        target, program = a.target.encode(), a.program.encode()
-        if a.kind == "raw_tracepoint":
-            self._bpf.attach_raw_tracepoint(tp=target, fn_name=program)
-            self._loaded[a.program] = self._bpf.funcs[program].fd
-        elif a.kind in ("fentry", "fexit"):
-            # bcc attaches these by their names as soon as it has compiled them.
-            if not (self._bpf.kfunc_entry_fds and self._bpf.kfunc_exit_fds):
-                raise BccError(f"bcc {version()} attached no {a.kind} to {a.target}", _INSTALL)
-        elif a.kind == "kprobe":
-            self._bpf.attach_kprobe(event=target, fn_name=program)
-        else:
-            self._bpf.attach_kretprobe(event=target, fn_name=program)
+    The Python part and the library are two packages of one version in each distribution.
+    """
+    files = sorted(_place().parent.glob("*.py"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    told = _place().with_name("version.py")
+    return repr((str(_place()), stats, told.read_text() if told.exists() else "")).encode()
 
-    def open_ring(self, table: str, received: Callable[[bytes], None]) -> None:
-        """Have ``consume`` call ``received`` for each entry of the ring buffer."""
 
-        def callback(_ctx: object, data: int, size: int) -> int:
-            received(ctypes.string_at(data, size))
-            return 0
+def _library() -> Any:
+    """libbcc, as bcc's own package declares it."""
+    return module().libbcc.lib
 
-        self._bpf[table.encode()].open_ring_buffer(callback)
-        self.ring_fds.append(self._bpf[table.encode()].map_fd)
 
-    def consume(self) -> None:
-        """Hand over what the ring buffer holds."""
-        self._bpf.ring_buffer_consume()
+def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
+    """``_compile`` in a process of its own, or a trace would keep the compiler's 100 MB for as long as it lasts."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=_tell, args=(theirs, text, flags, name), name="compiler", daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        raise BccError(f"the compiler of {name} died", "see what dmesg says, and start once more") from None
+    finally:
+        ours.close()
+        process.join()
+    if isinstance(found, image.Image):
+        return found
+    kind, cause, remedy = found
+    raise kind(cause, remedy)
 
-    def load(self, program: str) -> int:
-        """The descriptor of a raw tracepoint program that isn't attached."""
-        return int(self._bpf.load_func(program.encode(), self._bpf.RAW_TRACEPOINT).fd)
 
-    def run_everywhere(self, program: str, *args: int) -> None:
-        """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
-        fd = self.load(program)
-        for cpu in range(os.sysconf(_CPUS)):
-            try:
-                run_raw_tracepoint(fd, cpu, *args)
-            except OSError as e:
-                if e.errno != errno.ENXIO:
-                    raise
+def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
+    try:
+        to.send(_compile(text, flags, name))
+    except CwndtraceError as e:
+        to.send((type(e), e.cause, e.remedy))
 
-    def each_cpu(self, table: str) -> list[bytes]:
-        """The first entry of a per-CPU array, for each CPU that the machine can have, offline ones too."""
-        return [bytes(value) for value in self._bpf[table.encode()][ctypes.c_int(0)]]
 
-    def total(self, index: int, table: str = "counts") -> int:
-        """One of the source's counters, summed over CPUs."""
-        return int(sum(self._bpf[table.encode()][ctypes.c_int(index)]))
+def _compile(text: str, flags: list[str], name: str) -> image.Image:
+    """The programs and maps of ``text``; raises BccError where it doesn't compile."""
+    # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
+    os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir() / "compat")
 
-    def rows(self, table: str) -> list[tuple[int, Any]]:
-        """A hash of u64 keys: key and value (a ctypes structure) of each entry."""
-        return [(int(key.value), leaf) for key, leaf in self._bpf[table.encode()].items()]
+    class Compiler(module().BPF):  # type: ignore[misc]
+        def _trace_autoload(self) -> None:
+            """Not here: whoever wants a program attached says so."""
 
-    def run_times(self) -> dict[str, tuple[int, int]]:
-        """Each attached raw tracepoint program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
-        return {name: (_fdinfo(fd, "run_cnt"), _fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
+    said: list[str] = []
+    try:
+        with quiet() as said:
+            made = Compiler(text=text.encode(), cflags=flags)
+    except Exception as e:  # bcc raises nothing finer
+        if "compile" in str(e):
+            raise BccError(f"bcc {version()} can't compile {name}: {_why(said, e)}", "report this text") from e
+        raise KernelLacks(_why(said, e)) from e
+    try:
+        return _taken(made)
+    finally:
+        made.cleanup()
 
-    def missed(self) -> int:
-        """Runs that the kernel skipped because the program was already running on that CPU."""
-        return sum(_fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
 
-    def hold(self, table: str, keys: set[int]) -> None:
-        """Make a hash of u64 keys hold exactly ``keys``."""
-        held = self._bpf[table.encode()]
-        old = {int(key.value) for key in held}
-        for key in keys - old:
-            held[ctypes.c_uint64(key)] = ctypes.c_uint8(1)
-        for key in old - keys:
-            del held[ctypes.c_uint64(key)]
-
-    def detach(self) -> None:
-        """Stop all programs; maps and counters stay readable."""
-        for target in list(self._bpf.raw_tracepoint_fds):
-            self._bpf.detach_raw_tracepoint(target)
-        for name in list(self._bpf.kfunc_entry_fds):
-            self._bpf.detach_kfunc(name)
-        for name in list(self._bpf.kfunc_exit_fds):
-            self._bpf.detach_kretfunc(name)
-        for name in list(self._bpf.kprobe_fds):
-            try:
-                with _quiet():
-                    self._bpf.detach_kprobe_event(name)
-            except Exception:
-                # Closing its descriptor is what detaches it; bcc then looks into tracefs, which may be root's alone.
-                if self._bpf.kprobe_fds.get(name):
-                    raise
-
-    def close(self) -> None:
-        """Stop all programs and free the maps."""
-        self._bpf.cleanup()
+def _taken(made: Any) -> image.Image:
+    """What bcc made, with the descriptors of its own maps replaced by their places."""
+    lib = _library()
+    lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_size_t]
+    lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    maps: list[image.Map] = []
+    places: dict[int, int] = {}
+    for number in range(lib.bpf_num_tables(made.module)):
+        raw = lib.bpf_table_name(made.module, number)
+        fd = lib.bpf_table_fd(made.module, raw)
+        kind, flags = fdinfo(fd, "map_type"), fdinfo(fd, "map_flags")
+        key_size, value_size, entries = (fdinfo(fd, name) for name in ("key_size", "value_size", "max_entries"))
+        leaf = np.dtype(made[raw].Leaf) if raw in _RECORD_MAPS else None
+        fields = tuple((name, leaf[name].str) for name in leaf.names or ()) if leaf is not None else ()
+        places[fd] = len(maps)
+        maps.append(image.Map(raw.decode(), kind, key_size, value_size, entries, flags, fields))
+    programs = {}
+    for number in range(lib.bpf_num_functions(made.module)):
+        name = lib.bpf_function_name(made.module, number)
+        code, uses = map_uses(made.dump_func(name))
+        code["imm"][uses] = [places[fd] for fd in code["imm"][uses].tolist()]
+        programs[name.decode()] = code.tobytes()
+    return image.Image(programs, tuple(maps))
 
 
 def _filter_defines(filters: Filters) -> dict[str, int]:
@@ -293,9 +265,9 @@ def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
     records["end_ts_ns"] = time.monotonic_ns()
     records["outcome"] = code("outcome", "capture_end")
     for record, (skaddr, f) in zip(records, followed, strict=True):
-        record["skaddr"], record["reset_ts_ns"], record["acks"] = skaddr, f.reset_ts_ns, f.acks
-        record["target"], record["cwnd_start"], record["cwnd_end"] = f.target, f.cwnd_start, f.cwnd
-        record["sock_cookie"], record["netns_ino"], record["reason"] = f.sock_cookie, f.netns_ino, f.reason
+        record["skaddr"], record["reset_ts_ns"], record["acks"] = skaddr, f["reset_ts_ns"], f["acks"]
+        record["target"], record["cwnd_start"], record["cwnd_end"] = f["target"], f["cwnd_start"], f["cwnd"]
+        record["sock_cookie"], record["netns_ino"], record["reason"] = f["sock_cookie"], f["netns_ino"], f["reason"]
     return records.tobytes()
 
 
@@ -314,6 +286,10 @@ class Kernel:
     Loads and attaches on construction. Raises BccError, KernelLacks or NoRung; nothing is left attached then.
     ``block`` says whether block I/O is traced as well, ``lookout`` who looks at processes for it.
     """
+
+    block_sources: ClassVar[tuple[str, ...]] = ("block_io.bpf.c",)
+    block_attachments: ClassVar[tuple[ladder.Attachment, ...]] = _BLOCK
+    block_defines: ClassVar[Mapping[str, int]] = {}
 
     def __init__(
         self,
@@ -337,7 +313,10 @@ class Kernel:
         self._block: Program | None = None
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
-        self._refreshed = 0.0
+        self._refreshed = self._ticked = 0.0
+        self._missed: dict[int, int] = {}
+        self._missed_at = float("-inf")
+        self._stopped = False
         try:
             chosen = ladder.choose(facts.ladder_facts(self._btf), self._try, probe, reasons)
             self.rungs, self.tried = chosen.rungs, chosen.tried
@@ -347,6 +326,8 @@ class Kernel:
         except BaseException:
             self.close()
             raise
+        finally:
+            del self._btf  # some 15 MB
         self.events: tuple[str, ...] = (*_RINGS, *(("block_io",) if block else ()))
 
     def _try(self, rung: str, reason: str) -> str | None:
@@ -360,8 +341,8 @@ class Kernel:
             defines[f"RUNG_{rung.upper()}"] = 1
         program = None
         try:
-            program = Program(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
-            program.attach(attachments)
+            program = _program(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
+            program.attach(attachments, self._btf)
             for name, table in _RINGS.items():
                 self._open(program, table, partial(self._record, name))
         except KernelLacks as e:
@@ -377,17 +358,18 @@ class Kernel:
         return None
 
     def _load_block(self) -> Program:
-        lacking = [a.target for a in _BLOCK if not self._btf.has_tracepoint(a.target)]
+        lacking = [a.target for a in self.block_attachments if not self._btf.has_tracepoint(a.target)]
         if lacking:
             raise KernelLacks(
                 f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
                 "trace without block I/O: --no-block",
             )
-        sizes = {"RING_PAGES": _RING_PAGES, "SLAB_MAX_AGE_NS": _SLAB_MAX_AGE_NS, "CPUS": os.sysconf(_CPUS)}
-        program = Program(("block_io.bpf.c",), self._btf, self._hz, _filter_defines(self._filters) | sizes)
+        sizes = {"RING_PAGES": _RING_PAGES, "CPUS": os.sysconf(_CPUS)}
+        sizes |= self.block_defines
+        program = _program(self.block_sources, self._btf, self._hz, _filter_defines(self._filters) | sizes)
         self._open(program, "block_slabs", self._slab)
         try:
-            program.attach(_BLOCK)
+            program.attach(self.block_attachments, self._btf)
             program.load(_HAND_OVER)
         except BaseException:
             program.close()
@@ -403,7 +385,7 @@ class Kernel:
         self._chunks.append((name, raw))
 
     def _slab(self, raw: bytes) -> None:
-        count = int.from_bytes(raw[8:12], "little")
+        count = int.from_bytes(raw[:4], "little")
         self._chunks.append(("block_io", raw[_SLAB_HEADER : _SLAB_HEADER + count * event("block_io").size]))
 
     def _programs(self) -> list[Program]:
@@ -431,19 +413,23 @@ class Kernel:
         for program in self._resets:
             program.rows("followed")
         if self._block is not None:
-            self._block.run_everywhere(_HAND_OVER, _OLD)
+            self._block.run_everywhere(_HAND_OVER)
         for program in self._refreshed_here:
-            program.run_everywhere(_REFRESH, 0)
+            program.run_everywhere(_REFRESH)
 
     def poll(self, timeout_s: float) -> list[Chunk]:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
         self._epoll.poll(timeout_s)
-        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+        now = time.monotonic()
+        if now - self._refreshed > REFRESH_SECONDS:
             self._refresh_sets()
-        if self._block is not None:
-            self._block.run_everywhere(_HAND_OVER, _OLD)
-        for program in self._refreshed_here:
-            program.run_everywhere(_REFRESH, 0)
+        # Not each time: resets may end a thousand waits a second, and this goes to every CPU.
+        if now - self._ticked >= min(timeout_s, TICK_SECONDS):
+            self._ticked = now
+            if self._block is not None:
+                self._block.run_everywhere(_HAND_OVER)
+            for program in self._refreshed_here:
+                program.run_everywhere(_REFRESH)
         return self._take()
 
     def _take(self) -> list[Chunk]:
@@ -455,13 +441,17 @@ class Kernel:
     def counts(self) -> Counts:
         """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
         counts = Counts()
-        counts.lost["cwnd_reset"] = sum(p.total(0) + p.missed() for p in self._resets)
+        # A file is read for each program, which at each turn would be most of what an idle trace takes.
+        if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
+            self._missed_at = time.monotonic()
+            self._missed = {id(program): program.missed() for program in self._programs()}
+        counts.lost["cwnd_reset"] = sum(p.total(0) + self._missed[id(p)] for p in self._resets)
         for index, name in enumerate(("cwnd_recovery", "cwnd_sample")):
             counts.lost[name] = sum(p.total(index, "recovery_counts") for p in self._resets)
         counts.unchanged = sum(p.total(1) for p in self._resets)
         counts.withdrawn = sum(p.total(2) for p in self._resets)
         if self._block is not None:
-            counts.lost["block_io"] = self._block.total(0) + self._block.missed()
+            counts.lost["block_io"] = self._block.total(0) + self._missed[id(self._block)]
         return counts
 
     def run_times(self) -> dict[str, tuple[int, int]]:
@@ -481,8 +471,9 @@ class Kernel:
         """Detach and return what was still under way."""
         for program in self._programs():
             program.detach()
+        self._stopped = True
         if self._block is not None:
-            self._block.run_everywhere(_HAND_OVER, _ALL)
+            self._block.run_everywhere(_HAND_OVER)
             # Nothing writes there any more. Only a CPU that went offline, where nothing can be run, still has some.
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)

@@ -1,81 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bcc doesn't offer of bpf(2): running a raw tracepoint program on a given CPU, and whether it can be called."""
+"""bpf(2): whether it can be called, making maps, loading programs, attaching and running them, looking into maps.
+
+All raise OSError.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
-from typing import Final
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
 
 _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280}
-_BPF_MAP_CREATE: Final = 0
-_BPF_MAP_TYPE_ARRAY: Final = 2
-_BPF_PROG_TEST_RUN: Final = 10
-_BPF_F_TEST_RUN_ON_CPU: Final = 1
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = range(5)
+_PROG_LOAD, _PROG_TEST_RUN, _RAW_TRACEPOINT_OPEN = 5, 10, 17
+_TEST_RUN_ON_CPU: Final = 1
+_LOG_BYTES: Final = 1 << 20
+
+KPROBE, RAW_TRACEPOINT, TRACING = 2, 17, 26
+"""Program types (enum bpf_prog_type)."""
+TRACE_RAW_TP, TRACE_FENTRY, TRACE_FEXIT = 23, 24, 25
+"""Where a TRACING program goes (enum bpf_attach_type)."""
+_ARRAY, PERCPU_HASH, PERCPU_ARRAY = 2, 5, 6
+"""Map types (enum bpf_map_type) that hold a value for each CPU."""
 
 
-class _TestRun(ctypes.Structure):
-    _fields_ = [
-        ("prog_fd", ctypes.c_uint32),
-        ("retval", ctypes.c_uint32),
-        ("data_size_in", ctypes.c_uint32),
-        ("data_size_out", ctypes.c_uint32),
-        ("data_in", ctypes.c_uint64),
-        ("data_out", ctypes.c_uint64),
-        ("repeat", ctypes.c_uint32),
-        ("duration", ctypes.c_uint32),
-        ("ctx_size_in", ctypes.c_uint32),
-        ("ctx_size_out", ctypes.c_uint32),
-        ("ctx_in", ctypes.c_uint64),
-        ("ctx_out", ctypes.c_uint64),
-        ("flags", ctypes.c_uint32),
-        ("cpu", ctypes.c_uint32),
-        ("batch_size", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
-    ]
+def _attr(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    return type("Attr", (ctypes.Structure,), {"_fields_": list(fields)})
 
+
+_U32, _U64, _NAME = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_char * 16
+_MapCreate: Final = _attr(
+    ("map_type", _U32), ("key_size", _U32), ("value_size", _U32), ("max_entries", _U32), ("map_flags", _U32),
+    ("inner_map_fd", _U32), ("numa_node", _U32), ("map_name", _NAME),
+)  # fmt: skip
+_MapElement: Final = _attr(("map_fd", _U32), ("padding", _U32), ("key", _U64), ("value", _U64), ("flags", _U64))
+_ProgLoad: Final = _attr(
+    ("prog_type", _U32), ("insn_cnt", _U32), ("insns", _U64), ("license", _U64), ("log_level", _U32),
+    ("log_size", _U32), ("log_buf", _U64), ("kern_version", _U32), ("prog_flags", _U32), ("prog_name", _NAME),
+    ("prog_ifindex", _U32),
+    ("expected_attach_type", _U32), ("prog_btf_fd", _U32), ("func_info_rec_size", _U32), ("func_info", _U64),
+    ("func_info_cnt", _U32), ("line_info_rec_size", _U32), ("line_info", _U64), ("line_info_cnt", _U32),
+    ("attach_btf_id", _U32),
+)  # fmt: skip
+_RawTracepoint: Final = _attr(("name", _U64), ("prog_fd", _U32), ("padding", _U32))
+_TestRun: Final = _attr(
+    ("prog_fd", _U32), ("retval", _U32), ("data_size_in", _U32), ("data_size_out", _U32), ("data_in", _U64),
+    ("data_out", _U64), ("repeat", _U32), ("duration", _U32), ("ctx_size_in", _U32), ("ctx_size_out", _U32),
+    ("ctx_in", _U64), ("ctx_out", _U64), ("flags", _U32), ("cpu", _U32), ("batch_size", _U32), ("padding", _U32),
+)  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _MapCreate(ctypes.Structure):
-    _fields_ = [
-        ("map_type", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-    ]
-
-
-def try_map() -> None:
-    """Make the least map and free it. Raises OSError where that is refused, ENOSYS on an unknown machine."""
-    attr = _MapCreate(map_type=_BPF_MAP_TYPE_ARRAY, key_size=4, value_size=4, max_entries=1)
-    os.close(_bpf(_BPF_MAP_CREATE, attr))
 
 
 def _bpf(command: int, attr: ctypes.Structure) -> int:
     number = _SYS_BPF.get(platform.machine())
     if number is None:
-        raise OSError(38, f"bpf(2) has no known number on {platform.machine()}")
-    result = int(_libc.syscall(number, command, ctypes.byref(attr), ctypes.sizeof(attr)))
+        raise OSError(errno.ENOSYS, f"bpf(2) has no known number on {platform.machine()}")
+    result: int = _libc.syscall(number, command, ctypes.byref(attr), ctypes.sizeof(attr))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return result
 
 
-def run_raw_tracepoint(prog_fd: int, cpu: int, *args: int) -> None:
-    """Run the program once on ``cpu`` with the tracepoint arguments ``args``.
+def run_raw_tracepoint(prog_fd: int, cpu: int) -> None:
+    """Run the program once on ``cpu``.
 
-    Raises OSError: ENXIO for a CPU that is offline, EPERM without the right, ENOSYS on an unknown machine.
+    ENXIO for a CPU that is offline, EPERM without the right, ENOSYS on an unknown machine.
     """
-    ctx = (ctypes.c_uint64 * len(args))(*args)
-    attr = _TestRun(
-        prog_fd=prog_fd,
-        ctx_size_in=ctypes.sizeof(ctx),
-        ctx_in=ctypes.addressof(ctx),
-        flags=_BPF_F_TEST_RUN_ON_CPU,
-        cpu=cpu,
+    _bpf(_PROG_TEST_RUN, _TestRun(prog_fd=prog_fd, flags=_TEST_RUN_ON_CPU, cpu=cpu))
+
+
+def create_map(name: str, kind: int, key_size: int, value_size: int, max_entries: int, flags: int) -> int:
+    """A descriptor of a new map; sizes in bytes."""
+    attr = _MapCreate(kind, key_size, value_size, max_entries, flags, map_name=name.encode()[:15])
+    try:
+        return _bpf(_MAP_CREATE, attr)
+    except PermissionError:
+        # Before 5.11 a map counts as locked memory, of which the usual limit allows next to nothing.
+        with suppress(ValueError, OSError):  # where it may not be raised, the second try says what is refused
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return _bpf(_MAP_CREATE, attr)
+
+
+def try_map() -> None:
+    """Make the least map and free it; ENOSYS on an unknown machine."""
+    os.close(create_map("try", _ARRAY, 4, 4, 1, 0))
+
+
+def load_program(name: str, kind: int, insns: bytes, attach_type: int = 0, attach_btf_id: int = 0) -> int:
+    """A descriptor of a program that the verifier took; GPL, as all of ours are.
+
+    What the verifier says of one that it refuses is in the error's text, its last line.
+    """
+    code, licence = ctypes.create_string_buffer(insns, len(insns)), ctypes.create_string_buffer(b"GPL")
+    attr = _ProgLoad(
+        prog_type=kind,
+        insn_cnt=len(insns) // 8,
+        insns=ctypes.addressof(code),
+        license=ctypes.addressof(licence),
+        prog_name=name.encode()[:15],
+        expected_attach_type=attach_type,
+        attach_btf_id=attach_btf_id,
     )
-    _bpf(_BPF_PROG_TEST_RUN, attr)
+    try:
+        return _bpf(_PROG_LOAD, attr)
+    except OSError as first:
+        if first.errno == errno.EPERM:
+            raise
+        # Once more for the reason: writing it down makes the verifier slow.
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        attr.log_level, attr.log_size, attr.log_buf = 1, _LOG_BYTES, ctypes.addressof(log)
+        try:
+            return _bpf(_PROG_LOAD, attr)
+        except OSError as e:
+            lines = [line for line in log.value.decode("utf-8", "replace").splitlines() if line.strip()]
+            lines = [line for line in lines if not line.startswith(("processed ", "verification time"))]
+            raise OSError(e.errno, f"{e.strerror} ({lines[-1].strip()})" if lines else e.strerror) from e
+
+
+def attach(prog_fd: int, tracepoint: str | None = None) -> int:
+    """Attach to a raw tracepoint, or (None) a TRACING program to its function; closing the result detaches."""
+    name = ctypes.create_string_buffer((tracepoint or "").encode())
+    return _bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(name) if tracepoint else 0, prog_fd))
+
+
+@cache
+def possible_cpus() -> int:
+    """How many values a per-CPU map has for each key."""
+    last = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()
+    return int(last.replace(",", "-").rpartition("-")[2]) + 1
+
+
+def lookup(map_fd: int, key: bytes, size: int) -> bytes | None:
+    """The ``size`` bytes under ``key``; None where there is nothing."""
+    place, value = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(size)
+    try:
+        _bpf(_MAP_LOOKUP, _MapElement(map_fd, 0, ctypes.addressof(place), ctypes.addressof(value)))
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def update(map_fd: int, key: bytes, value: bytes) -> None:
+    """Put ``value`` under ``key``."""
+    place, what = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(value, len(value))
+    _bpf(_MAP_UPDATE, _MapElement(map_fd, 0, ctypes.addressof(place), ctypes.addressof(what)))
+
+
+def delete(map_fd: int, key: bytes) -> None:
+    """Remove ``key``, if it is there."""
+    place = ctypes.create_string_buffer(key, len(key))
+    try:
+        _bpf(_MAP_DELETE, _MapElement(map_fd, 0, ctypes.addressof(place)))
+    except FileNotFoundError:
+        return
+
+
+def keys(map_fd: int, size: int) -> Iterator[bytes]:
+    """Each key of a hash, ``size`` bytes long; one that vanishes meanwhile may start it anew."""
+    following = ctypes.create_string_buffer(size)
+    before: Any = None
+    while True:
+        at = ctypes.addressof(before) if before is not None else 0
+        try:
+            _bpf(_MAP_NEXT_KEY, _MapElement(map_fd, 0, at, ctypes.addressof(following)))
+        except FileNotFoundError:
+            return
+        yield following.raw
+        before = ctypes.create_string_buffer(following.raw, size)

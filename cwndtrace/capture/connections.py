@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
-from pyroute2 import DiagSocket
-from pyroute2.netlink.exceptions import NetlinkError
 
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.events import CONNECTIONS, address
-from cwndtrace.kernel import cgroups, interfaces, netns, sockets
+from cwndtrace.kernel import cgroups, inet_diag, interfaces, netns, sockets
 
 # Bits of include/net/tcp_states.h; TIME_WAIT, CLOSE, LISTEN, SYN_RECV have no window of interest.
 _STATES: Final = {
@@ -30,14 +29,32 @@ _STATES: Final = {
     11: "CLOSING",
 }
 _STATE_MASK: Final = sum(1 << state for state in _STATES)
-# INET_DIAG_INFO, INET_DIAG_CONG, INET_DIAG_SKMEMINFO, as bits of their number less one.
-_EXTENSIONS: Final = (1 << 1) | (1 << 3) | (1 << 6)
-_SK_MEMINFO_SNDBUF: Final = 3
-_TCP: Final = 6
+# Columns that struct tcp_info gives, and what to multiply by: it has some times in ms.
+_OF_INFO: Final = {
+    "ca_state": ("ca_state", 1),
+    "cwnd": ("snd_cwnd", 1),
+    "ssthresh": ("snd_ssthresh", 1),
+    "mss": ("snd_mss", 1),
+    "rto_us": ("rto", 1),
+    "srtt_us": ("rtt", 1),
+    "min_rtt_us": ("min_rtt", 1),
+    "snd_wnd": ("snd_wnd", 1),
+    "last_snd_us": ("last_data_sent", 1000),
+    "last_rcv_us": ("last_data_recv", 1000),
+    "bytes_acked": ("bytes_acked", 1),
+    "bytes_sent": ("bytes_sent", 1),
+    "unsent_bytes": ("notsent_bytes", 1),
+    "unacked": ("unacked", 1),
+    "total_retrans": ("total_retrans", 1),
+    "busy_us": ("busy_time", 1),
+    "rwnd_limited_us": ("rwnd_limited", 1),
+    "sndbuf_limited_us": ("sndbuf_limited", 1),
+}
 # A snapshot may take this share of one CPU: with very many connections they come less often.
 _SHARE: Final = 0.05
 
-Row = dict[str, Any]
+
+_holders: Final = sockets.Holders()
 
 
 def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
@@ -46,98 +63,90 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
     Namespaces that can't be entered are left out. The interface is the one that the route to the peer
     goes out of.
     """
-    holders = sockets.holders()
     mine = None if filters.pid is None else sockets.inodes_of(filters.pid)
     groups = None if filters.cgroup is None else cgroups.ids(filters.cgroup)
-    rows: list[Row] = []
+    found: list[tuple[netns.Namespace, inet_diag.Sockets, int]] = []
     for namespace in netns.all_reachable():
         if filters.netns is not None and namespace.inode != filters.netns:
             continue
         try:
-            found = netns.inside(namespace, _dump)
-        except (NotFound, NetlinkError, OSError):
+            dumped = netns.inside(namespace, partial(inet_diag.dump, _STATE_MASK))
+        except (NotFound, OSError):
             continue
-        routes = interfaces.Routes(namespace)
-        now = time.monotonic_ns()
-        for message in found:
-            row = _row(message, namespace.inode, holders, now, utc_offset_ns)
-            if (
-                filters.family in (None, row["family"])
-                and filters.port in (None, row["sport"], row["dport"])
-                and (mine is None or row["inode"] in mine)
-                and (groups is None or message.get_attr("INET_DIAG_CGROUP_ID") in groups)
-                and (filters.ifindex is None or routes.index_of(row["daddr"]) == filters.ifindex)
-            ):
-                rows.append(row)
-    columns = {name: [row[name] for row in rows] for name in CONNECTIONS.names}
-    arrays = [pa.array(columns[f.name], type=f.type) for f in CONNECTIONS]
+        if len(dumped.messages):
+            found.append((namespace, dumped, time.monotonic_ns()))
+    holders = _holders.of({inode for _, dumped, _ in found for inode in dumped.messages["inode"].tolist()})
+    tables = []
+    for namespace, dumped, now in found:
+        table = _table(dumped, namespace.inode, holders, now, utc_offset_ns)
+        keep = np.ones(len(table), dtype=np.bool_)
+        if filters.family is not None:
+            keep &= table["family"].to_numpy() == filters.family
+        if filters.port is not None:
+            keep &= (table["sport"].to_numpy() == filters.port) | (table["dport"].to_numpy() == filters.port)
+        if mine is not None:
+            keep &= np.isin(table["inode"].to_numpy(), list(mine))
+        if groups is not None:
+            keep &= np.array([group in groups for group in dumped.cgroup], dtype=np.bool_)
+        if filters.ifindex is not None:
+            peers, routes = table["daddr"].combine_chunks(), interfaces.Routes(namespace)
+            there = [routes.index_of(peer) == filters.ifindex for peer in peers.dictionary.to_pylist()]
+            keep &= np.array(there, dtype=np.bool_)[peers.indices.to_numpy()]
+        tables.append(table if keep.all() else table.filter(pa.array(keep)))
+    return pa.concat_tables(tables) if tables else CONNECTIONS.empty_table()
+
+
+def _table(
+    found: inet_diag.Sockets, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, utc_offset_ns: int
+) -> pa.Table:
+    m, info = found.messages, found.info
+    saddr, daddr = (_addresses(m["family"], m[name]) for name in ("saddr", "daddr"))
+    six = np.array([":" in text for text in daddr.dictionary.to_pylist()], dtype=np.bool_)
+    nobody = (0, "")
+    held = [holders.get(number, nobody) for number in m["inode"].tolist()]
+    states = [_STATES.get(state, str(state)) for state in m["state"].tolist()]
+    columns: dict[str, Any] = {
+        "time": np.full(len(m), (now_ns + utc_offset_ns) // 1000, np.int64),
+        "ts_ns": np.full(len(m), now_ns, np.uint64),
+        "sock_cookie": m["cookie"],
+        "netns_ino": np.full(len(m), inode, np.uint32),
+        "family": np.where(six[daddr.indices.to_numpy()], socket.AF_INET6, socket.AF_INET),
+        "state": pa.array(states, pa.string()).dictionary_encode(),
+        "saddr": saddr,
+        "sport": m["sport"],
+        "daddr": daddr,
+        "dport": m["dport"],
+        "inode": m["inode"],
+        "uid": m["uid"],
+        "pid": np.array([pid for pid, _ in held], np.uint32),
+        "comm": pa.array([comm for _, comm in held], pa.string()).dictionary_encode(),
+        "ca_name": pa.array([name.decode("ascii", "replace") for name in found.control])
+        .cast("string")
+        .dictionary_encode(),
+        "sndbuf": pa.array(found.sndbuf, pa.uint32()),
+        **{name: info[of].astype(np.uint64) * factor for name, (of, factor) in _OF_INFO.items()},
+    }
+    arrays = []
+    for f in CONNECTIONS:
+        column = columns[f.name]
+        if isinstance(column, np.ndarray):
+            column = pa.array(column.astype("i8" if pa.types.is_timestamp(f.type) else f.type.to_pandas_dtype()))
+        arrays.append(column.cast(f.type))
     return pa.Table.from_arrays(arrays, schema=CONNECTIONS)
 
 
-def _dump() -> list[Any]:
-    with DiagSocket() as diag:
-        diag.bind()
-        messages: list[Any] = []
-        for family in (socket.AF_INET, socket.AF_INET6):
-            messages += diag.get_sock_stats(family=family, states=_STATE_MASK, protocol=_TCP, extensions=_EXTENSIONS)
-        return messages
-
-
-def _row(m: Any, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, utc_offset_ns: int) -> Row:
-    info = m.get_attr("INET_DIAG_INFO") or {}
-    saddr, daddr = _address(m["idiag_src"]), _address(m["idiag_dst"])
-    pid, comm = holders.get(m["idiag_inode"], (0, ""))
-
-    def value(name: str) -> int:
-        return int(info.get(f"tcpi_{name}") or 0)
-
-    return {
-        "time": (now_ns + utc_offset_ns) // 1000,
-        "ts_ns": now_ns,
-        "sock_cookie": m["idiag_cookie"],
-        "netns_ino": inode,
-        "family": socket.AF_INET6 if ":" in daddr else socket.AF_INET,
-        "state": _STATES.get(m["idiag_state"], str(m["idiag_state"])),
-        "saddr": saddr,
-        "sport": m["idiag_sport"],
-        "daddr": daddr,
-        "dport": m["idiag_dport"],
-        "inode": m["idiag_inode"],
-        "uid": m["idiag_uid"],
-        "pid": pid,
-        "comm": comm,
-        "ca_name": m.get_attr("INET_DIAG_CONG") or "",
-        "ca_state": value("ca_state"),
-        "cwnd": value("snd_cwnd"),
-        "ssthresh": value("snd_ssthresh"),
-        "mss": value("snd_mss"),
-        "rto_us": value("rto"),
-        "srtt_us": value("rtt"),
-        "min_rtt_us": value("min_rtt"),
-        "snd_wnd": value("snd_wnd"),
-        "last_snd_us": value("last_data_sent") * 1000,
-        "last_rcv_us": value("last_data_recv") * 1000,
-        "bytes_acked": value("bytes_acked"),
-        "bytes_sent": value("bytes_sent"),
-        "unsent_bytes": value("notsent_bytes"),
-        "unacked": value("unacked"),
-        "total_retrans": value("total_retrans"),
-        "busy_us": value("busy_time"),
-        "rwnd_limited_us": value("rwnd_limited"),
-        "sndbuf": _sndbuf(m.get_attr("INET_DIAG_SKMEMINFO")),
-        "sndbuf_limited_us": value("sndbuf_limited"),
-    }
-
-
-def _sndbuf(memory: str | None) -> int | None:
-    """The send buffer among the numbers of INET_DIAG_SKMEMINFO, which pyroute2 gives as hexadecimal text."""
-    raw = bytes.fromhex((memory or "").replace(":", ""))
-    at = 4 * _SK_MEMINFO_SNDBUF
-    return int.from_bytes(raw[at : at + 4], sys.byteorder) if len(raw) >= at + 4 else None
-
-
-def _address(text: str) -> str:
-    return address(socket.inet_pton(socket.AF_INET6, text)) if ":" in text else text
+def _addresses(families: np.ndarray, raw: np.ndarray) -> pa.DictionaryArray:
+    """Text of addresses, of which there are fewer than connections."""
+    numbers: dict[str, int] = {}
+    known: dict[tuple[int, bytes], int] = {}
+    indices = []
+    for key in zip(families.tolist(), raw.tolist(), strict=True):
+        if key not in known:
+            family, each = key
+            text = socket.inet_ntoa(each[:4]) if family == socket.AF_INET else address(each)
+            known[key] = numbers.setdefault(text, len(numbers))
+        indices.append(known[key])
+    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(list(numbers), pa.string()))
 
 
 class Snapshots:

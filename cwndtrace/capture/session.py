@@ -13,17 +13,19 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-import pandas as pd
 import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.lookout import Lookout
-from cwndtrace.capture.source import Filters, Source
+from cwndtrace.capture.source import TICK_SECONDS, Filters, Source
 from cwndtrace.kernel import facts, interfaces, netns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Session:
         self.spaces: dict[str, dict[str, Any]] = {}
         self._checked_ns = self.start["mono_ns"]
 
-    def step(self, timeout_s: float = 0.1) -> list[Batch]:
+    def step(self, timeout_s: float = TICK_SECONDS) -> list[Batch]:
         """The batches that came in, after waiting at most ``timeout_s`` for the first."""
         chunks = self.source.poll(timeout_s)
         self.clock.check()

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from cwndtrace.power import User
+
+TICK_SECONDS: Final = 0.15
+"""How long what no CPU hands over by itself may wait; less than the shortest RTO, for the BPF program ``refresh``."""
 
 Chunk = tuple[str, bytes]
 """An event's name and whole records of it, back to back as the kernel wrote them."""

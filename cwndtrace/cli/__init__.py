@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any, Final
 
 from cwndtrace import power
@@ -15,23 +16,44 @@ power.few_threads()  # before anything imports numpy or pyarrow
 import click
 
 import cwndtrace
-from cwndtrace.cli.compare import compare
-from cwndtrace.cli.doctor import doctor
 from cwndtrace.cli.output import hold_standard
-from cwndtrace.cli.plot import plot
-from cwndtrace.cli.report import report
-from cwndtrace.cli.reproduce import reproduce, serve
-from cwndtrace.cli.run import run
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
-from cwndtrace.events import clean
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_KERNEL: Final = 77
 
 
+COMMANDS: Final = {
+    "compare": ("compare", "What a change did: one capture beside another."),
+    "doctor": ("doctor", "What this kernel offers, and what mends each lack."),
+    "plot": ("plot", "The picture of a capture."),
+    "report": ("report", "What a capture means, and what to do."),
+    "reproduce": ("reproduce", "What the setting costs on a long path."),
+    "run": ("run", "Trace resets, a line each, and block I/O."),
+    "serve": ("reproduce", "The far end of reproduce --against."),
+}
+"""Each command's module, imported only when the command is used, and what ``--help`` says of it."""
+
+
 class Commands(click.Group):
-    """A group that turns the project's errors into one or two lines and an exit code."""
+    """A group that loads a command when it is used, and turns the project's errors into lines and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """All names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = getattr(import_module(f"cwndtrace.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The list in ``--help``, for which none is loaded."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -39,6 +61,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CwndtraceError as e:
+            from cwndtrace.events import clean
+
             click.echo(f"cwndtrace: {clean(e.cause)}", err=True)
             if e.remedy:
                 click.echo(f"  {clean(e.remedy)}", err=True)
@@ -63,7 +87,3 @@ def main() -> None:
       sudo cwndtrace run --iface eth0
       sudo cwndtrace reproduce
     """
-
-
-for command in (run, doctor, report, plot, compare, reproduce, serve):
-    main.add_command(command)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 import numpy as np
+import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace import words as fmt
@@ -33,11 +34,15 @@ class BlockFigures:
         """Count a batch of ``block_io``."""
         table = batch.table
         us = (table["done_ns"].to_numpy().astype(np.int64) - table["start_ns"].to_numpy().astype(np.int64)) / 1000
-        size, failed = table["bytes"].to_numpy(), table["error"].to_numpy() != "ok"
-        frame = table.select(["dev", "op"]).to_pandas()
         self.all.add(us)
-        for key, rows in frame.groupby(["dev", "op"], observed=True).indices.items():
-            pair = (str(key[0]), str(key[1]))
+        size = table["bytes"].to_numpy()
+        dev, op, error = (table[name].combine_chunks() for name in ("dev", "op", "error"))
+        devs, ops = dev.dictionary.to_pylist(), op.dictionary.to_pylist()
+        failed = np.array([text != "ok" for text in error.dictionary.to_pylist()])[error.indices.to_numpy()]
+        group = dev.indices.to_numpy() * len(ops) + op.indices.to_numpy()
+        for number in np.flatnonzero(np.bincount(group, minlength=len(devs) * len(ops))).tolist():
+            pair = (devs[number // len(ops)], ops[number % len(ops)])
+            rows = slice(None) if len(devs) * len(ops) == 1 else np.flatnonzero(group == number)
             self.latency.setdefault(pair, LatencyHistogram()).add(us[rows])
             self.bytes[pair] = self.bytes.get(pair, 0) + int(size[rows].sum())
             self.errors[pair] = self.errors.get(pair, 0) + int(failed[rows].sum())
@@ -50,21 +55,27 @@ class Holders:
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Any, ...], tuple[str, int]] = {}
-        self._before: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._snapshots: list[pa.Table] = []
+        self._held: list[dict[tuple[Any, ...], tuple[str, int]]] | None = None
 
     def add(self, batch: Batch) -> None:
         """Learn from a batch of ``connections``, which is one snapshot."""
-        self._held, self._before = {}, self._held
-        for row in batch.table.select(["netns_ino", "saddr", "sport", "daddr", "dport", "comm", "pid"]).to_pylist():
-            self._held[self._key(row)] = (row["comm"], row["pid"])
+        self._snapshots = [batch.table, *self._snapshots[:1]]
+        self._held = None
 
     def of(self, row: dict[str, Any]) -> tuple[str, int]:
         """Name and pid for a reset; "", 0 where nobody is known."""
         if row["tgid"]:
             return row["comm"], row["tgid"]
+        # Only here, because it takes Python for each connection.
+        if self._held is None:
+            self._held = [self._by_key(table) for table in self._snapshots]
         key = self._key(row)
-        return self._held.get(key) or self._before.get(key, ("", 0))
+        return next((held[key] for held in self._held if held.get(key)), ("", 0))
+
+    def _by_key(self, table: pa.Table) -> dict[tuple[Any, ...], tuple[str, int]]:
+        rows = table.select(["netns_ino", "saddr", "sport", "daddr", "dport", "comm", "pid"]).to_pylist()
+        return {self._key(row): (row["comm"], row["pid"]) for row in rows}
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[Any, ...]:

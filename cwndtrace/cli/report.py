@@ -12,6 +12,7 @@ import click
 import cwndtrace
 from cwndtrace import words as fmt
 from cwndtrace.analysis import remedy, verdict
+from cwndtrace.cli import memory
 from cwndtrace.cli.summary import columns
 from cwndtrace.errors import CwndtraceError, making_sense
 from cwndtrace.events import clean
@@ -41,6 +42,7 @@ def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
       cwndtrace report nginx.cwnd --html nginx.html
       cwndtrace report nginx.cwnd --json | jq '.remedies[0].action'
     """
+    memory.keep_freed()
     found = content.report(cwndtrace.load(capture))
     if file is not None:
         # Only here, because matplotlib takes longer to load than all the rest.

@@ -3,33 +3,29 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal, cast
 
 import click
-import numpy as np
-import pandas as pd
-import pyarrow as pa
 
 import cwndtrace
 from cwndtrace import power
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
-from cwndtrace.capture.session import Session
-from cwndtrace.capture.source import Filters
+from cwndtrace.capture.session import Batch, Session
+from cwndtrace.capture.source import TICK_SECONDS, Filters
 from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
-from cwndtrace.store import CaptureWriter
+from cwndtrace.store import Behind, CaptureWriter
 from cwndtrace.store.writer import FLUSH_SECONDS
-from cwndtrace.trace import Trace
 
 
 @click.command()
@@ -95,7 +91,7 @@ def run(
         with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
             user, roots = _whose(stay_root=stay_root)
             about = sessions.describe(session, filters, cwndtrace.__version__)
-            writer = CaptureWriter.create(output, about, user=user)
+            writer = Behind(CaptureWriter.create(output, about, user=user))
             view: TextView | JsonView
             if as_json:
                 view = JsonView(session, print_block=bool(block))
@@ -118,6 +114,9 @@ def run(
                 writer.close("failed")  # does nothing if it is closed already
         with suppress(Unprinted), printing():
             if not interrupt.hurried:
+                # Here and not above: it takes pandas, which would hold up the start.
+                from cwndtrace.trace import Trace
+
                 trace_file = Trace(writer.capture())
                 if as_json:
                     JsonView.write(summary_object(trace_file, session, view.block))
@@ -153,8 +152,8 @@ def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
     if user is None or stay_root:
         return user, ""
     # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
-    modules = (os, np, pd, pa, cwndtrace)
-    closed = power.unreadable(user, [Path(str(module.__file__)) for module in modules])
+    specs = (find_spec(name) for name in ("json", "numpy", "pandas", "pyarrow", "cwndtrace"))
+    closed = power.unreadable(user, [Path(spec.origin) for spec in specs if spec and spec.origin])
     return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
 
 
@@ -169,7 +168,7 @@ def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
 class Saver:
     """Writes what is due. A disk that refuses is said once, and ends the trace only if ``stop``."""
 
-    def __init__(self, writer: CaptureWriter, session: Session, *, stop: bool) -> None:
+    def __init__(self, writer: Behind | CaptureWriter, session: Session, *, stop: bool) -> None:
         self.writer = writer
         self._session = session
         self._stop = stop
@@ -220,7 +219,7 @@ def trace(
         with printing():
             view.begin()
         while not interrupt.requested and (end is None or time.monotonic() < end) and not session.source.exhausted():
-            left = 0.1 if end is None else max(0.0, min(0.1, end - time.monotonic()))
+            left = TICK_SECONDS if end is None else max(0.0, min(TICK_SECONDS, end - time.monotonic()))
             batches = session.step(left)
             for batch in batches:
                 saver.writer.add(batch.event, batch.table)
@@ -228,7 +227,7 @@ def trace(
                 for batch in batches:
                     view.batch(batch)
                     if batch.event == "connections" and not session.tally.kept["cwnd_reset"] and not quiet:
-                        warned = _warn(batch.to_pandas(), session, what, warned, view)
+                        warned = _warn(batch, session, what, warned, view)
                 if not quiet and (news := watch.news()):
                     view.end()
                     click.echo(f"warning: {clean(news)}", err=True)
@@ -288,10 +287,9 @@ class Watch:
         return f"interface {before} is called {name} now; the trace goes on" if before else f"interface {name} is back"
 
 
-def _warn(
-    connections: pd.DataFrame, session: Session, what: str, before: list[str], view: TextView | JsonView
-) -> list[str]:
-    found = waiting.warnings(connections, session.lookout.idle_sysctls(), what)
+def _warn(connections: Batch, session: Session, what: str, before: list[str], view: TextView | JsonView) -> list[str]:
+    controls = {clean(name) for name in connections.table["ca_name"].unique().to_pylist()}
+    found = waiting.warnings(controls, session.lookout.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
         view.end()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,7 +11,9 @@ from cwndtrace import words as fmt
 from cwndtrace.capture.session import Session
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.events import clean
-from cwndtrace.trace import Trace
+
+if TYPE_CHECKING:
+    from cwndtrace.trace import Trace
 
 _MOST: Final = 20
 

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from collections.abc import Set as AbstractSet
 
-from cwndtrace.analysis.verdict import EXEMPT
+from cwndtrace.events import EXEMPT
 from cwndtrace.kernel import netns
 
 
-def warnings(connections: pd.DataFrame, settings: list[tuple[netns.Namespace, int | None]], what: str) -> list[str]:
+def warnings(controls: AbstractSet[str], settings: list[tuple[netns.Namespace, int | None]], what: str) -> list[str]:
     """What makes idle resets impossible now, a line each; empty where they can happen.
 
-    ``connections`` is one snapshot, ``settings`` the namespaces that are traced with netns.IDLE_SYSCTL there,
-    ``what`` names the target.
+    ``controls`` are the congestion controls of the connections there are, ``settings`` the namespaces that are traced
+    with netns.IDLE_SYSCTL there, ``what`` names the target.
     """
     found = []
     off = [namespace for namespace, value in settings if value == 0]
@@ -23,10 +23,10 @@ def warnings(connections: pd.DataFrame, settings: list[tuple[netns.Namespace, in
         if off[0].path.parent.name == "netns":
             command = f"ip netns exec {off[0].name} {command}"
         found.append(f"{netns.IDLE_SYSCTL} is 0 in {where}: no window is reset after a rest ({command} turns it on)")
-    if connections.empty:
+    if not controls:
         found.append(f"{what} carries no TCP connection now")
-    elif set(connections["ca_name"]) <= EXEMPT:
-        names = ", ".join(sorted(set(connections["ca_name"])))
+    elif controls <= EXEMPT:
+        names = ", ".join(sorted(controls))
         found.append(
             f"every connection on {what} uses {names}, which is exempt from idle resets "
             "(net.ipv4.tcp_congestion_control sets it for new connections)"

@@ -9,7 +9,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from cwndtrace.errors import KernelLacks
 
@@ -18,9 +21,10 @@ VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
 _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 2, 3, 4, 5, 6, 8
 _VOLATILE, _CONST, _RESTRICT, _FUNC, _TYPE_TAG = 9, 10, 11, 12, 18
 _ALIASES: Final = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
-# Bytes after the 12-byte header: fixed, or per element of vlen.
-_TRAILER: Final = {1: 4, _ARRAY: 12, 14: 4, 17: 4}
-_PER_ELEMENT: Final = {_STRUCT: 12, _UNION: 12, _ENUM: 8, 13: 8, 15: 12, 19: 12}
+# Words after the three of the header, by kind: fixed, and per element of vlen.
+_TRAILERS, _PER_ELEMENT = np.zeros(32, np.uint32), np.zeros(32, np.uint32)
+_TRAILERS[[1, _ARRAY, 14, 17]] = 1, 3, 1, 1
+_PER_ELEMENT[[_STRUCT, _UNION, _ENUM, 13, 15, 19]] = 3, 3, 2, 2, 3, 3
 _POINTER_SIZE: Final = 8
 
 
@@ -44,10 +48,11 @@ class Btf:
         if len(data) < 24 or data[:2] != b"\x9f\xeb":
             raise KernelLacks("the kernel's type information is not little-endian BTF")
         header, types_at, types_len, strings_at, strings_len = struct.unpack_from("<IIIII", data, 4)
-        self._types = data[header + types_at : header + types_at + types_len]
+        self._types = memoryview(data)[header + types_at : header + types_at + types_len]
         self._strings = data[header + strings_at : header + strings_at + strings_len]
-        self._at: list[int] = [0]
-        self._named: dict[int, list[int]] = {}
+        self._at: npt.NDArray[Any] = np.zeros(1, np.uint32)
+        self._names: npt.NDArray[Any] = np.zeros(0, np.uint32)
+        self._kinds = self._names
         self._index()
 
     @classmethod
@@ -62,22 +67,27 @@ class Btf:
             ) from e
 
     def _index(self) -> None:
-        # One pass in which only offsets are kept: a kernel has 150,000 types.
-        at, end, types = 0, len(self._types), self._types
-        offsets, named, unpack = self._at, self._named, struct.Struct("<II").unpack_from
+        # A kernel has 150,000 types of different lengths one after the other. How long a type would be that began
+        # at each word is one calculation over all words, and leaves one look-up a type to do here.
+        words = np.frombuffer(self._types, "<u4", len(self._types) // 4)
+        if len(words) < 3:
+            return
+        info = words[1:]
+        kind, vlen = info >> 24 & 31, info & 0xFFFF
+        length = _TRAILERS[kind] + _PER_ELEMENT[kind] * vlen
+        following: memoryview[int] = memoryview(np.arange(3, len(info) + 3, dtype=np.uint32) + length)
+        at, end = 0, len(following)
+        offsets = []
         while at < end:
-            name, info = unpack(types, at)
-            kind = info >> 24 & 31
-            if name and kind in (_STRUCT, _UNION, _ENUM, _TYPEDEF, _FUNC):
-                named.setdefault(name, []).append(len(offsets))
             offsets.append(at)
-            at += 12 + _TRAILER.get(kind, 0)
-            if kind in _PER_ELEMENT:
-                at += _PER_ELEMENT[kind] * (info & 0xFFFF)
+            at = following[at]
+        starts = np.array(offsets, np.uint32)
+        self._at = np.concatenate((self._at, starts * np.uint32(4)))
+        self._names, self._kinds = words[starts], kind[starts]
 
     def _type(self, type_id: int) -> tuple[int, int, int, int, int]:
         """Kind, vlen, kind flag, size or type, and where the trailer begins."""
-        at = self._at[type_id]
+        at = int(self._at[type_id])
         _, info, size = struct.unpack_from("<III", self._types, at)
         return info >> 24 & 31, info & 0xFFFF, info >> 31, size, at + 12
 
@@ -87,16 +97,24 @@ class Btf:
     def _find(self, kind: int, name: str) -> int | None:
         # A name's string is stored once, so its offset names the type.
         at = self._strings.find(b"\0" + name.encode() + b"\0")
-        ids = self._named.get(at + 1, []) if at >= 0 else []
-        return next((i for i in ids if self._type(i)[0] == kind), None)
+        ids = np.flatnonzero((self._names == at + 1) & (self._kinds == kind)).tolist() if at >= 0 else []
+        return int(ids[0]) + 1 if ids else None
 
     def has_function(self, name: str) -> bool:
         """Whether the kernel has a function ``name`` that kept its own body."""
-        return self._find(_FUNC, name) is not None
+        return self.function_id(name) is not None
+
+    def function_id(self, name: str) -> int | None:
+        """The type id of that function, by which a BPF program says where it goes; None where there is none."""
+        return self._find(_FUNC, name)
 
     def has_tracepoint(self, name: str) -> bool:
         """Whether the kernel itself (no module) has a tracepoint ``name``."""
-        return self._find(_TYPEDEF, f"btf_trace_{name}") is not None
+        return self.tracepoint_id(name) is not None
+
+    def tracepoint_id(self, name: str) -> int | None:
+        """The type id of the tracepoint's arguments, by which a BPF program says where it goes; None where it isn't."""
+        return self._find(_TYPEDEF, f"btf_trace_{name}")
 
     def enumerator(self, enum: str, name: str) -> int | None:
         """The value of an enumerator, None where this kernel has no such enum or name."""

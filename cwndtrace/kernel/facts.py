@@ -62,16 +62,8 @@ def ladder_facts(btf: Btf) -> ladder.Facts:
     return ladder.Facts(
         tracepoints=frozenset(t for t in ladder.tracepoints() if btf.has_tracepoint(t)),
         functions=frozenset(f for f in ladder.FUNCTIONS.values() if btf.has_function(f)),
-        kprobes=Path("/sys/bus/event_source/devices/kprobe/type").exists() or _in_kallsyms("register_kprobe"),
+        kprobes=Path("/sys/bus/event_source/devices/kprobe/type").exists() or btf.has_function("register_kprobe"),
     )
-
-
-def _in_kallsyms(symbol: str) -> bool:
-    try:
-        with Path("/proc/kallsyms").open() as lines:
-            return any(line.split()[2] == symbol for line in lines)
-    except OSError:
-        return False
 
 
 def lockdown() -> str:

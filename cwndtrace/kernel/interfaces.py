@@ -6,9 +6,6 @@ from __future__ import annotations
 import socket
 from functools import cache
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import netns
 
@@ -49,6 +46,9 @@ class Routes:
 
     def _ask(self, daddr: str) -> int:
         """Interface index towards ``daddr``, 0 where there is no route."""
+        # Here, because it takes 14 MB and much of the start, and only a filter by interface needs it.
+        from pyroute2 import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
 
         def ask() -> int:
             family = socket.AF_INET6 if ":" in daddr else socket.AF_INET

@@ -43,20 +43,21 @@ def all_reachable() -> Iterator[Namespace]:
     seen: set[int] = set()
     for name, path in _candidates():
         try:
-            inode = path.stat().st_ino
+            inode = os.stat(path).st_ino  # noqa: PTH116
         except OSError:
             continue
         if inode not in seen:
             seen.add(inode)
-            yield Namespace(inode, name, path)
+            yield Namespace(inode, name or f"{comm(int(path.split('/')[2]))}[{path.split('/')[2]}]", Path(path))
 
 
-def _candidates() -> Iterator[tuple[str, Path]]:
-    yield "this", Path("/proc/thread-self/ns/net")
+def _candidates() -> Iterator[tuple[str, str]]:
+    """Names and paths; no name for processes, of which there are many, and hardly one is in a namespace of its own."""
+    yield "this", "/proc/thread-self/ns/net"
     for path in sorted(_NAMED.iterdir()) if _NAMED.is_dir() else ():
-        yield path.name, path
+        yield path.name, str(path)
     for pid in sorted(pids()):
-        yield f"{comm(pid)}[{pid}]", Path(f"/proc/{pid}/ns/net")
+        yield "", f"/proc/{pid}/ns/net"
 
 
 def find(text: str) -> Namespace:

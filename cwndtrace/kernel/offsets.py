@@ -10,7 +10,7 @@ from typing import Final
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel.btf import Btf
 
-_MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|AT)\(")
+_MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|SEE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
 _WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
@@ -55,7 +55,7 @@ def members(text: str) -> Iterator[tuple[str, str, str, str]]:
     """(macro, C type or "", struct, member as spelt) for each member that the active ``text`` reads."""
     for match in _MEMBER.finditer(text):
         macro, arguments = match[1], _arguments(text, match.end())
-        ctype = arguments[0] if macro in ("GET", "GET_OPT") else ""
+        ctype = arguments[0] if macro in ("GET", "GET_OPT", "SEE") else ""
         if re.fullmatch(r"\w+", arguments[-1]) and re.fullmatch(r"\w+", arguments[-2]):
             yield macro, ctype, arguments[-2], arguments[-1]
     for match in _OFFSET.finditer(text):

@@ -3,29 +3,33 @@
 
 from __future__ import annotations
 
-import re
+import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-
-_SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
 def inodes_of(pid: int) -> set[int]:
     """Inodes of the sockets that a process holds; empty once it is gone."""
     found: set[int] = set()
+    # By os, not pathlib, because there may be ten thousands.
     with suppress(OSError):
-        for file in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):
-                match = _SOCKET.match(str(file.readlink()))
-                if match:
-                    found.add(int(match[1]))
+        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name in os.listdir(folder):  # noqa: PTH208
+                with suppress(OSError):
+                    target = os.readlink(name, dir_fd=folder)
+                    if target.startswith("socket:["):
+                        found.add(int(target[8:-1]))
+        finally:
+            os.close(folder)
     return found
 
 
 def pids() -> Iterator[int]:
     """The processes there are now."""
-    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
 
 
 def comm(pid: int) -> str:
@@ -44,3 +48,22 @@ def holders() -> dict[int, tuple[int, str]]:
         if inodes:
             held |= dict.fromkeys(inodes, (pid, comm(pid)))
     return held
+
+
+class Holders:
+    """Who holds which sockets, looked up again only for new ones, and for all of them every half minute.
+
+    To look is to read the descriptors of every process there is.
+    """
+
+    def __init__(self, refresh_s: float = 30.0) -> None:
+        self._refresh_s = refresh_s
+        self._held: dict[int, tuple[int, str]] = {}
+        self._looked_at = float("-inf")
+
+    def of(self, inodes: set[int]) -> dict[int, tuple[int, str]]:
+        """At least these sockets' inodes to process and name; 0 and "" where nobody was found."""
+        if time.monotonic() - self._looked_at > self._refresh_s or inodes - self._held.keys() - {0}:
+            self._looked_at = time.monotonic()
+            self._held = dict.fromkeys(inodes, (0, "")) | holders()
+        return self._held

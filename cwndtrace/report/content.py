@@ -10,7 +10,7 @@ from typing import Any, Final
 import pandas as pd
 
 from cwndtrace import events
-from cwndtrace.analysis import block_io, idle_cause, verdict
+from cwndtrace.analysis import idle_cause, verdict
 from cwndtrace.errors import making_sense
 from cwndtrace.trace import Trace
 
@@ -45,7 +45,7 @@ def report(trace: Trace) -> Report:
         resets=resets,
         causes=idle_cause.summary(resets),
         devices=trace.block_summary(),
-        processes=block_io.by_submitter(trace.block_io),
+        processes=trace.block_submitters(),
         remedies=trace.remedies(),
         audit=trace.audit(),
         caveats=_caveats(trace),

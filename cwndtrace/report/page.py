@@ -23,7 +23,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from cwndtrace import words
-from cwndtrace.analysis import block_io, verdict
+from cwndtrace.analysis import verdict
 from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
 from cwndtrace.plot import style
@@ -70,7 +70,7 @@ def page(report: Report) -> str:
         processes=records(report.processes.head(_PROCESSES)),
         audit=records(report.audit),
         timelines=_timelines(report, rows),
-        heat=_heat(report) if len(report.trace.block_io) else None,
+        heat=_heat(report) if len(report.devices) else None,
         # These two are files of this package.
         style=Markup(files["css"]),  # noqa: S704
         script=Markup(files["js"]),  # noqa: S704
@@ -127,7 +127,7 @@ def _seen(report: Report, key: str) -> tuple[float, float]:
 
 def _heat(report: Report) -> dict[str, str]:
     trace = report.trace
-    cells, start = block_io.heat_map(trace.block_io), trace.started_ns
+    cells, start = trace.block_heat_map(), trace.started_ns
     return _pair(lambda: heat(cells, zero_ns=start, meta=trace.meta))
 
 

@@ -6,8 +6,9 @@ flushed to the device and then renamed. A writer that is killed, or whose disk f
 that it still held in memory and nothing else.
 """
 
+from cwndtrace.store.behind import Behind
 from cwndtrace.store.layout import SCHEMA_VERSION
 from cwndtrace.store.reader import Capture, open_capture
 from cwndtrace.store.writer import CaptureWriter
 
-__all__ = ["SCHEMA_VERSION", "Capture", "CaptureWriter", "open_capture"]
+__all__ = ["SCHEMA_VERSION", "Behind", "Capture", "CaptureWriter", "open_capture"]

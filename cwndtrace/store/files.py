@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -73,15 +73,22 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield opened
 
 
+def rows(path: Path) -> int:
+    """How many rows a part has, from its footer alone. Raises OSError and Refused."""
+    with plain(path) as (file, size):
+        return pages.rows(file, size)
+
+
 def _native(file: BinaryIO) -> pa.NativeFile:
     """The same file for pyarrow, which reads it without Python where the system has a name for it."""
     name = f"/proc/self/fd/{file.fileno()}"
     return pa.OSFile(name) if Path(name).exists() else pa.PythonFile(file, "r")
 
 
-def read(opened: pq.ParquetFile) -> pa.Table:
-    """All rows; what they hold is what their types say. Raises what pyarrow raises."""
-    table = opened.read()
+def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows, of these columns as far as there are such, as their types say. Raises what pyarrow raises."""
+    names = None if columns is None else [name for name in opened.schema_arrow.names if name in columns]
+    table = opened.read(names)
     # Indices outside of their dictionary, text that is no UTF-8: not looked at while reading.
     table.validate(full=True)
     return table

@@ -9,6 +9,8 @@ the process where a statistic in it has the wrong length.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, Final
 
 MOST_BYTES: Final = 1 << 30
@@ -35,27 +37,45 @@ class Refused(ValueError):
 def check(file: BinaryIO, size: int) -> list[str]:
     """Columns of text, to be read as dictionaries. Raises Refused for what isn't Parquet or asks for too much."""
     footer = _footer(file, size)
+    with _complete():
+        columns, _ = _sound(footer)
+        total = 0
+        for chunk in (chunk for group in footer[4] for chunk in group[1]):
+            total += _unpacked(file, size, chunk[3])
+            if total > MOST_BYTES:
+                raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes")
+    return [name for name, kind in columns if kind == _TEXT]
+
+
+def rows(file: BinaryIO, size: int) -> int:
+    """How many rows the footer says there are; the pages aren't looked at. Raises Refused as ``check`` does."""
+    footer = _footer(file, size)
+    with _complete():
+        return _sound(footer)[1]
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """Raises Refused where what is read in it isn't there, or is something else."""
     try:
-        columns, groups = _columns(footer), list(footer[4])
-        texts = [name for name, kind in columns if kind == _TEXT]
-        if len(columns) > _MOST_COLUMNS or len(groups) > _MOST_GROUPS:
-            raise Refused(f"{len(columns)} columns in {len(groups)} groups are too many")
-        rows, total = 0, 0
-        for group in groups:
-            if group[3] < 0 or len(group[1]) != len(columns):
-                raise Refused("its groups of rows don't agree with its footer")
-            rows += group[3]
-            for chunk in group[1]:
-                total += _unpacked(file, size, chunk[3])
-                if total > MOST_BYTES:
-                    raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes")
-        if rows != footer[3]:
-            raise Refused("its footer counts other rows than its groups")
+        yield
     except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
         raise Refused("its footer lacks what a footer has") from None
-    if rows * max(len(columns), 1) * _WIDEST > 4 * MOST_BYTES:
-        raise Refused(f"it says that it holds {rows:,} rows")
-    return texts
+
+
+def _sound(footer: Fields) -> tuple[list[tuple[str, int]], int]:
+    """Name and type of each column, and the number of rows."""
+    columns, groups = _columns(footer), list(footer[4])
+    if len(columns) > _MOST_COLUMNS or len(groups) > _MOST_GROUPS:
+        raise Refused(f"{len(columns)} columns in {len(groups)} groups are too many")
+    if any(group[3] < 0 or len(group[1]) != len(columns) for group in groups):
+        raise Refused("its groups of rows don't agree with its footer")
+    found = sum(group[3] for group in groups)
+    if found != footer[3]:
+        raise Refused("its footer counts other rows than its groups")
+    if found * max(len(columns), 1) * _WIDEST > 4 * MOST_BYTES:
+        raise Refused(f"it says that it holds {found:,} rows")
+    return columns, found
 
 
 def _footer(file: BinaryIO, size: int) -> Fields:
@@ -125,7 +145,11 @@ class Thrift:
 
     def _number(self) -> int:
         """A varint."""
-        value = shift = 0
+        byte = self._raw[self.at]
+        self.at += 1
+        if byte < 0x80:  # most are
+            return byte
+        value, shift = byte & 0x7F, 7
         while True:
             byte = self._byte()
             value |= (byte & 0x7F) << shift

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ class Capture:
     warnings: list[str] = field(default_factory=list)
     shown: Path | None = None
 
-    def table(self, name: str) -> pa.Table:
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table: its schema first, then columns that a later version may have added.
 
+        ``columns`` names those to read, of the schema; the others cost nothing then.
         Columns that an earlier version didn't write are null; without any part the table is empty. A part
         that is cut off or corrupt is left out, with a line in ``warnings``. Times come to the microsecond
         in ``time``, exact in the ``*_ns`` columns. Raises KeyError for a table that neither this version
@@ -49,18 +50,26 @@ class Capture:
         if strange and (not name or Path(name).name != name or name.startswith(".") or not (self.path / name).is_dir()):
             raise KeyError(name)
         known = None if strange else events.schema(name)
-        tables = [table for _, table in self._each(name, known)]
+        if known is not None and columns is not None:
+            known = pa.schema([known.field(column) for column in columns], metadata=known.metadata)
+        tables = [table for _, table in self._each(name, known, columns)]
         if not tables:
             return known.empty_table() if known else pa.table({})
         return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+
+    def pieces(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """What ``table`` gives, part by part, so that not all of it is in memory twice; the first is always empty."""
+        schema = events.schema(name)
+        known = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
+        yield known.empty_table()
+        yield from (table for _, table in self._each(name, known, columns))
 
     def rows(self, name: str) -> int:
         """How many rows of a table are on disk; reads only the parts' footers, so it is cheap."""
         total = 0
         for part in self._parts(name):
             try:
-                with files.parquet(part) as file:
-                    total += file.metadata.num_rows
+                total += files.rows(part)
             except _UNREADABLE as error:
                 self._warn(part, error)
         return total
@@ -74,12 +83,14 @@ class Capture:
         except Refused as error:
             raise CaptureError(f"{show(folder)} can't be read: {error}.", "Give another capture.") from error
 
-    def _each(self, name: str, known: pa.Schema | None) -> Iterator[tuple[Path, pa.Table]]:
+    def _each(
+        self, name: str, known: pa.Schema | None, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[Path, pa.Table]]:
         for part in self._parts(name):
             try:
                 # Not pq.read_table: it makes columns of a host=... in the path.
                 with files.parquet(part) as file:
-                    data = files.read(file)
+                    data = files.read(file, columns)
                 yield part, data if known is None else _conform(data, known)
             except _UNREADABLE as error:
                 self._warn(part, error)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -22,8 +23,8 @@ from cwndtrace.store.folder import Folder, Stranger, make
 from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
 from cwndtrace.store.reader import Capture, open_capture
 
-PART_ROWS: Final = 262_144
-"""Rows that make a part due, whatever their age."""
+PART_ROWS: Final = 131_072
+"""Rows that make a part due, whatever their age: few enough that writing them ends before a ring buffer is full."""
 
 FLUSH_SECONDS: Final = 0.5
 """How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses a second's rows."""
@@ -33,7 +34,7 @@ SEAL_SECONDS: Final = 60.0
 """A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what
 came in since, or a quiet day would leave a hundred thousand parts of a few rows."""
 
-BUFFER_ROWS: Final = 4 * PART_ROWS
+BUFFER_ROWS: Final = 8 * PART_ROWS
 """Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
 
 _REMEDIES: Final = {
@@ -232,7 +233,7 @@ class CaptureWriter:
         rows = pa.concat_tables(buffer.tables).unify_dictionaries()
 
         def fill(file: BinaryIO) -> None:
-            pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
+            pq.write_table(rows, file, **_encoding(name))
 
         with self._folder.inside(name) as folder:
             try:
@@ -250,6 +251,23 @@ class CaptureWriter:
     def _write_meta(self, meta: dict[str, Any]) -> None:
         text = json.dumps(meta, indent=1, allow_nan=False)
         self._folder.write(META, lambda file: file.write(text.encode("ascii") + b"\n"))
+
+
+@cache
+def _encoding(table: str) -> dict[str, Any]:
+    """How the columns of a table are stored: clocks as differences, most by dictionary, sectors by neither.
+
+    Beside one rule for all columns that takes a quarter of the time and half of the space.
+    """
+    schema = events.schema(table)
+    clocks = [f.name for f in schema if pa.types.is_timestamp(f.type) or f.name.endswith("_ns")]
+    plain = [f.name for f in schema if f.metadata[b"unit"].startswith(b"sectors")]
+    return {
+        "compression": "zstd",
+        "write_page_checksum": True,
+        "use_dictionary": [name for name in schema.names if name not in (*clocks, *plain)],
+        "column_encoding": dict.fromkeys(clocks, "DELTA_BINARY_PACKED"),
+    }
 
 
 def _failed(what: str, error: OSError) -> CaptureError:

@@ -210,8 +210,8 @@ class Traced:
                 self._thread.join()
             self.seen += self.session.finish()
             assert self._kernel._block is not None
-            flights = self._kernel._block._bpf[b"slots"].values()
-            self.unfinished = sum(1 for flight in flights if flight.rq and flight.issue_ns)
+            flights = self._kernel._block.rows("slots")
+            self.unfinished = sum(1 for _, flight in flights if flight["rq"] and flight["issue_ns"])
         finally:
             self.session.close()
 

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cwndtrace.capture import bcc
+from cwndtrace.capture import bcc, bpf_syscall
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import cgroups
@@ -367,7 +367,7 @@ def test_nothing_is_left_behind_on_cpus_that_went_offline(
 
     with Traced(poll=False) as traced:
         disk.read(*range(count))
-        monkeypatch.setattr(bcc, "run_raw_tracepoint", offline)
+        monkeypatch.setattr(bpf_syscall, "run_raw_tracepoint", offline)
     assert len(mine(traced.records(disk))) == count
     assert traced.lost == 0
 

@@ -155,7 +155,7 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
         for rest in (SHORT, LONG):
             for connection in world.all:
                 connection.grow()
-            world.named["closed"].fill()
+            _close_grown(world.named["closed"])
             for connection in world.all:
                 connection.rest(rest)
             for name, connection in world.named.items():
@@ -170,6 +170,17 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
             reasons = {name: c.sends[-1].reason for name, c in world.named.items()}
             assert reasons == dict.fromkeys(world.named, "idle")
         yield tracers
+
+
+def _close_grown(connection: Connection) -> None:
+    """Close the other end's window with the own one still so large that a rest cuts it."""
+    for _ in range(20):
+        connection.grow()
+        if connection.fill().cwnd > tcp.INIT_CWND:
+            return
+        # On a slow machine it had rested between two sends, and was cut already.
+        reopen(connection)
+    raise AssertionError(f"the window is always cut before the other one is closed: {connection.info()}")
 
 
 def _lets(world: World, case: Case) -> Callable[[Connection, Send], bool]:
@@ -196,7 +207,7 @@ def test_snapshots(watched: dict[str, Tracer], world: World, name: str) -> None:
 
 def test_a_reset_that_no_process_made_passes_its_holder(watched: dict[str, Tracer], world: World) -> None:
     records = watched["pid"].of(world.named["closed"])
-    assert [r["tgid"] for r in records].count(NOBODY[0]) == 2
+    assert [r["tgid"] for r in records].count(NOBODY[0]) >= 2
 
 
 def test_what_a_snapshot_says(tracer: Tracer, world: World) -> None:

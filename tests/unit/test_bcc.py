@@ -17,12 +17,14 @@ from cwndtrace.errors import BccError
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that hasn't looked for bcc yet, on a machine without it."""
     bcc.module.cache_clear()
+    bcc._place.cache_clear()
     monkeypatch.setattr(bcc, "_DISTRIBUTION_PACKAGES", ())
     # Another installation's packages may hold one; what the tests need is imported already.
     monkeypatch.setattr(sys, "path", [])
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "bcc"}
     yield
     bcc.module.cache_clear()
+    bcc._place.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "bcc"]:
         del sys.modules[name]
     sys.modules.update(kept)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cwndtrace import errors
-from cwndtrace.cli import exit_code, main
+from cwndtrace.cli import COMMANDS, exit_code, main
 from cwndtrace.cli.options import Span
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.scenario import Scenario
@@ -36,7 +36,7 @@ def user(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- help ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, command in main.commands.items() if not command.hidden])
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_has_an_example(name: str) -> None:
     result = call(name, "--help")
     assert result.exit_code == 0

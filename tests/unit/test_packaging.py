@@ -107,7 +107,7 @@ def _is_script(path: Path) -> bool:
 
 def _has_right_licence(path: Path) -> bool:
     head = "\n".join(path.read_text(encoding="utf-8").splitlines()[:3])
-    kernel = path.relative_to(ROOT).parts[0] in {"bpf", "kernel-patches"}
+    kernel = path.relative_to(ROOT).parts[0] in {"bpf", "kernel-patches"} or path.name.endswith(".bpf.c")
     expected = r"GPL-2\.0(-only)?( WITH Linux-syscall-note)?" if kernel else r"Apache-2\.0"
     return bool(re.search(rf"SPDX-License-Identifier: {expected}( \*/)?$", head, re.MULTILINE))
 

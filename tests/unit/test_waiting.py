@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from cwndtrace.cli import waiting
@@ -15,11 +14,11 @@ from cwndtrace.kernel.netns import Namespace
 THIS = Namespace(1, "this", Path("/proc/self/ns/net"))
 NAMED = Namespace(2, "blue", Path("/run/netns/blue"))
 POD = Namespace(3, "nginx[7]", Path("/proc/7/ns/net"))
-CUBIC = pd.DataFrame({"ca_name": ["cubic", "bbr"]})
+CUBIC = {"cubic", "bbr"}
 
 
-def warnings(sysctls: dict[int, int | None], connections: pd.DataFrame, *namespaces: Namespace) -> list[str]:
-    return waiting.warnings(connections, [(namespace, sysctls[namespace.inode]) for namespace in namespaces], "eth0")
+def warnings(sysctls: dict[int, int | None], controls: set[str], *namespaces: Namespace) -> list[str]:
+    return waiting.warnings(controls, [(namespace, sysctls[namespace.inode]) for namespace in namespaces], "eth0")
 
 
 def test_nothing_to_warn_of() -> None:
@@ -45,12 +44,12 @@ def test_the_setting_is_on_somewhere() -> None:
 
 
 def test_no_connection() -> None:
-    (line,) = warnings({1: 1}, CUBIC[:0], THIS)
+    (line,) = warnings({1: 1}, set(), THIS)
     assert line == "eth0 carries no TCP connection now"
 
 
 def test_all_exempt() -> None:
-    (line,) = warnings({1: 1}, CUBIC[1:], THIS)
+    (line,) = warnings({1: 1}, {"bbr"}, THIS)
     assert line.startswith("every connection on eth0 uses bbr, which is exempt")
 
 

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tracing block I/O takes, beside perf, bpftrace and trace-cmd in the same run (as root).
+
+    sudo .venv/bin/python -m benchmarks.block_io
+
+fio reads 4 KiB at random, 32 requests deep, from a loop device over memory: about the fastest device there is, so
+that what a tracer takes shows. Every tracer has the same turn; untraced runs lie between.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.common import COMMAND, Report, Running, Values, fio, folder, has, options, size
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import TICK_SECONDS
+from cwndtrace.kernel import ladder
+from cwndtrace.store import open_capture
+from tests.live.disk import Disk, loop
+
+_STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
+_BYTES: Final = 256 << 20
+_WANTED = {
+    "IOPS: cwndtrace / untraced": "at least 0.95",
+    "cwndtrace: user CPU an event": "at most 0.4 us",
+    "cwndtrace: bytes an event": "at most 20",
+    "cwndtrace: lost": "0",
+    "cwndtrace: kept + lost - diskstats": "0",
+}
+_BPFTRACE: Final = (
+    'BEGIN { printf("attached\\n"); } '
+    "tracepoint:block:block_io_start { @s[args->dev, args->sector] = nsecs; @c[args->dev, args->sector] = comm; } "
+    "tracepoint:block:block_io_done /@s[args->dev, args->sector]/ "
+    '{ printf("%s %d %d\\n", @c[args->dev, args->sector], nsecs, (nsecs - @s[args->dev, args->sector]) / 1000); '
+    "delete(@s[args->dev, args->sector]); delete(@c[args->dev, args->sector]); } END { clear(@s); clear(@c); }"
+)
+
+
+def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
+    """``cwndtrace run`` as a user has it; the CPU is that of the whole process between two looks at it."""
+    output = place / "trace.cwnd"
+    before = disk.stat()
+    with Running([*COMMAND, "run", "-q", "-o", str(output)], "", stdout=-3) as tracer:
+        _until_written(tracer, output)
+        used = tracer.usage()
+        got = fio(str(disk.path), seconds)
+        now = tracer.usage()
+        tracer.stop()
+    counted = disk.stat() - before
+    capture = open_capture(output)
+    counts = capture.meta["counts"]["block_io"]
+    kept = sum(1 for dev in capture.table("block_io", ["dev"])["dev"].to_pylist() if dev == disk.dev)
+    return {
+        "iops": got["iops"],
+        "p99_us": got["p99_us"],
+        "user": (now[0] - used[0]) / kept * 1e6,
+        "system": (now[1] - used[1]) / kept * 1e6,
+        "bytes": size(output / "block_io") / counts["kept"],
+        "kept": kept,
+        "lost": counts["lost"],
+        "off": kept + counts["lost"] - counted.reads - counted.writes - counted.discards,
+    }
+
+
+def _until_written(tracer: Running, output: Path) -> None:
+    from tests.live.tcp import until
+
+    until((output / "meta.json").exists, 30, f"the capture: {tracer.said()}")
+
+
+def peer(command: list[str], ready: str, written: Path, disk: Disk, seconds: float) -> dict[str, float]:
+    """Another tracer, which writes into ``written``; what of its ends are requests, ``kept`` counts where it can."""
+    how: dict[str, Any] = {"stdout": written.open("w")} if command[0] == "bpftrace" else {}
+    with Running(command, "" if how else ready, **how) as tracer:
+        if how:
+            from tests.live.tcp import until
+
+            until(
+                lambda: b"attached" in written.read_bytes() or tracer.process.poll() is not None,
+                30,
+                "bpftrace attached",
+            )
+            if tracer.process.poll() is not None:
+                raise SystemExit(written.read_text()[-300:])
+        got = fio(str(disk.path), seconds)
+        tracer.stop()
+        lost = tracer.said() if not how else ""
+    kept = max(0, sum(1 for _ in written.open("rb")) - 2) if how else got["requests"]
+    return {
+        "iops": got["iops"],
+        "bytes": size(written) / max(kept, 1),
+        "kept": kept / got["requests"],
+        "said": len(lost),
+    }
+
+
+def peers(place: Path) -> dict[str, tuple[list[str], str, Path]]:
+    """Those installed: command, what it says when it records, its file."""
+    found = {}
+    if has("perf"):
+        file = place / "perf.data"
+        events = ["-e", "block:block_io_start", "-e", "block:block_io_done"]
+        found["perf record"] = (["perf", "record", "-q", "-a", *events, "-o", str(file)], "", file)
+    if has("trace-cmd"):
+        file = place / "trace.dat"
+        events = ["-e", "block:block_io_start", "-e", "block:block_io_done"]
+        found["trace-cmd"] = (["trace-cmd", "record", *events, "-o", str(file)], "Hit Ctrl^C", file)
+    if has("bpftrace"):
+        found["bpftrace printing"] = (["bpftrace", "-e", _BPFTRACE], "", place / "bpftrace.txt")
+    return found
+
+
+@contextmanager
+def run_time_counters() -> Iterator[None]:
+    """Have the kernel count the time in BPF programs, as long as this is entered."""
+    before = _STATS.read_text()
+    _STATS.write_text("1")
+    try:
+        yield
+    finally:
+        _STATS.write_text(before)
+
+
+def in_kernel(report: Report, disk: Disk, seconds: float) -> None:
+    """What each program takes a run, which the counting itself makes dearer."""
+    with run_time_counters(), Session(Kernel(reasons=())) as session:
+        with _drained(session, 2):
+            fio(str(disk.path), seconds)
+        kernel = session.source
+        assert isinstance(kernel, Kernel)
+        for name, (runs, spent) in sorted(kernel.run_times().items()):
+            if runs:
+                report.add(f"in the kernel: {name}", spent / runs, "ns a run, the counting included")
+        session.finish()
+
+
+class Empty(Kernel):
+    """Programs that do nothing on the same tracepoints."""
+
+    block_sources = ("block_io.bpf.c", str(Path(__file__).with_name("empty.bpf.c").resolve()))
+    block_attachments = tuple(
+        ladder.Attachment("tp_btf", target, program)
+        for target, program in (
+            ("block_io_done", "empty_done"),
+            ("block_rq_issue", "empty_issue"),
+            ("block_io_start", "empty_start"),
+        )
+    )
+
+
+def layers(report: Report, disk: Disk, rounds: int, seconds: float) -> None:
+    """What each layer leaves of the untraced rate: calling programs, pairing and handing over, making Arrow of it."""
+    ways = {
+        "empty programs": (Empty, 0),
+        "the programs, what they hand over thrown away": (Kernel, 1),
+        "and made Arrow": (Kernel, 2),
+    }
+    found = {name: Values() for name in ways}
+    for _ in range(rounds):
+        for name, (kind, depth) in ways.items():
+            base = fio(str(disk.path), seconds)["iops"]
+            with Session(kind(reasons=())) as session, _drained(session, depth):
+                found[name].all.append(fio(str(disk.path), seconds)["iops"] / base)
+    for name, values in found.items():
+        report.add(f"of untraced IOPS: {name}", values)
+
+
+@contextmanager
+def _drained(session: Session, depth: int) -> Iterator[None]:
+    """Have a thread read the ring (1), or make batches of it too (2), as long as this is entered."""
+    stop = threading.Event()
+
+    def drain() -> None:
+        while not stop.wait(0 if depth else 0.1):
+            if depth == 1:
+                session.source.poll(TICK_SECONDS)
+            elif depth:
+                session.step()
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def encodings(report: Report, table: pa.Table, place: Path) -> None:
+    """Codecs and encodings over one part of a real capture: bytes and CPU an event, and what reading it takes."""
+    import time
+
+    clocks = ("time", "start_ns", "issue_ns", "done_ns")
+    dictionary = [name for name in table.column_names if name not in (*clocks, "sector")]
+    delta = {"use_dictionary": dictionary, "column_encoding": dict.fromkeys(clocks, "DELTA_BINARY_PACKED")}
+    split = {"use_dictionary": dictionary, "column_encoding": dict.fromkeys(clocks, "BYTE_STREAM_SPLIT")}
+    ways: dict[str, dict[str, Any]] = {
+        "dictionaries everywhere, zstd": {"compression": "zstd"},
+        "clocks as differences, no codec": {**delta, "compression": "none"},
+        "clocks as differences, lz4": {**delta, "compression": "lz4"},
+        "clocks as differences, snappy": {**delta, "compression": "snappy"},
+        "clocks as differences, zstd (taken)": {**delta, "compression": "zstd"},
+        "clocks as differences, zstd level 3": {**delta, "compression": "zstd", "compression_level": 3},
+        "the same, row groups of 16,384": {**delta, "compression": "zstd", "row_group_size": 16_384},
+        "clocks by byte streams, zstd": {**split, "compression": "zstd"},
+    }
+    file = place / "part.parquet"
+    for what, how in ways.items():
+        spent = []
+        for _ in range(5):
+            begin = time.process_time()
+            pq.write_table(table, file, write_page_checksum=True, **how)
+            spent.append((time.process_time() - begin) / len(table) * 1e6)
+        report.add(f"Parquet: {what}: bytes", size(file) / len(table), "bytes an event")
+        report.add(f"Parquet: {what}: CPU", Values("us an event", spent))
+
+
+def main() -> None:
+    """Measure and report."""
+    asked = options(__doc__)
+    report = Report("block_io", _WANTED)
+    with loop(_BYTES) as disk, folder() as place:
+        fio(str(disk.path), 1)
+        ways: dict[str, Callable[[], dict[str, float]]] = {
+            "untraced": partial(fio, str(disk.path), asked.seconds),
+            "cwndtrace": partial(cwndtrace_run, disk, asked.seconds, place),
+        }
+        for name, (command, ready, written) in peers(place).items():
+            ways[name] = partial(peer, command, ready, written, disk, asked.seconds)
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        table = None
+        for _ in range(asked.rounds):
+            for name, way in list(ways.items()):
+                if name != "untraced":
+                    # Each tracer right after an untraced run of its own.
+                    runs["untraced"].append(ways["untraced"]())
+                try:
+                    if name != "untraced":
+                        runs[name].append({**way(), "base": runs["untraced"][-1]["iops"]})
+                except SystemExit as e:
+                    report.add(f"{name} doesn't run here", str(e)[:200])
+                    del ways[name]
+                if name == "cwndtrace":
+                    if table is None:
+                        table = open_capture(place / "trace.cwnd").table("block_io").slice(0, 262_144).combine_chunks()
+                    shutil.rmtree(place / "trace.cwnd")
+        report.add("IOPS: untraced", Values("IOPS", [run["iops"] for run in runs["untraced"]]))
+        for name in ways:
+            if name == "untraced" or not runs[name]:
+                continue
+            report.add(f"IOPS: {name}", Values("IOPS", [run["iops"] for run in runs[name]]))
+            report.add(f"IOPS: {name} / untraced", Values("", [run["iops"] / run["base"] for run in runs[name]]))
+            report.add(f"{name}: bytes an event", Values("bytes", [run["bytes"] for run in runs[name]]))
+        for what, unit in (("user", "us"), ("system", "us")):
+            values = Values(unit, [run[what] for run in runs["cwndtrace"]])
+            report.add(f"cwndtrace: {what} CPU an event", values)
+        report.add("cwndtrace: lost", sum(run["lost"] for run in runs["cwndtrace"]), "events")
+        report.add("cwndtrace: kept", sum(run["kept"] for run in runs["cwndtrace"]), "events")
+        report.add("cwndtrace: kept + lost - diskstats", sum(run["off"] for run in runs["cwndtrace"]), "events")
+        if runs.get("bpftrace printing"):
+            report.add("bpftrace printing: kept", Values("", [run["kept"] for run in runs["bpftrace printing"]]))
+        in_kernel(report, disk, asked.seconds)
+        layers(report, disk, asked.rounds, asked.seconds)
+        assert table is not None
+        encodings(report, table, place)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

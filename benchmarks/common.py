@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all benchmarks share: pairs of runs, a table, a JSON file, a description of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+RESULTS: Final = Path("benchmarks/results")
+COMMAND: Final = (sys.executable, "-m", "cwndtrace")
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cpus": os.cpu_count(),
+        "memory_GB": round(int(memory[1]) * 1024 / 1e9, 1) if memory else None,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "bpf_jit": Path("/proc/sys/net/core/bpf_jit_enable").read_text().strip(),
+        "load_1_min": os.getloadavg()[0],
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@dataclass
+class Values:
+    """Measurements of one thing in one unit; prints as the median and what lies around it."""
+
+    unit: str = ""
+    all: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The middle one; NaN where there is none."""
+        return statistics.median(self.all) if self.all else float("nan")
+
+    def __str__(self) -> str:
+        if not self.all:
+            return "not measured"
+        digits = ",.0f" if abs(self.median) >= 1000 else ".3g" if self.unit else ".3f"
+        spread = f" ({min(self.all):{digits}} to {max(self.all):{digits}})" if len(self.all) > 1 else ""
+        return f"{self.median:{digits}}{f' {self.unit}' if self.unit else ''}{spread}"
+
+
+class Report:
+    """Figures of one benchmark: a line each as they come, a JSON file at the end."""
+
+    def __init__(self, name: str, target: Mapping[str, str] | None = None) -> None:
+        self.name, self.machine, self.figures = name, machine(), dict[str, Any]()
+        self._target = target or {}
+        about = self.machine
+        print(
+            f"# {name}: {about['cpu']}, {about['cpus']} CPUs, Linux {about['kernel']}, load {about['load_1_min']:.1f}"
+        )
+
+    def add(self, what: str, values: Values | float | str, unit: str = "") -> None:
+        """Print and keep one figure."""
+        found = Values(unit, [float(values)]) if isinstance(values, (int, float)) else values
+        wanted = f"   [wanted: {self._target[what]}]" if what in self._target else ""
+        print(f"{what:<58} {found}{wanted}", flush=True)
+        raw = found if isinstance(found, str) else {"unit": found.unit, "median": found.median, "all": found.all}
+        self.figures[what] = {"value": raw, "wanted": self._target.get(what)}
+
+    def write(self) -> None:
+        """Keep them in ``benchmarks/results``."""
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"{self.name}.json"
+        file.write_text(json.dumps({"machine": self.machine, "figures": self.figures}, indent=1) + "\n")
+        print(f"written to {file}", flush=True)
+
+
+def paired(ways: Mapping[str, Callable[[], float]], rounds: int, baseline: str, unit: str) -> dict[str, Values]:
+    """Every way in turn, ``rounds`` times (A B A B): what each gave, and under "NAME / baseline" each round's ratio."""
+    found = {name: Values(unit) for name in ways}
+    found |= {f"{name} / {baseline}": Values() for name in ways if name != baseline}
+    for _ in range(rounds):
+        now = {name: way() for name, way in ways.items()}
+        for name, value in now.items():
+            found[name].all.append(value)
+            if name != baseline:
+                found[f"{name} / {baseline}"].all.append(value / now[baseline])
+    return found
+
+
+def fio(device: str, seconds: float, depth: int = 32) -> dict[str, float]:
+    """4 KiB random direct reads of ``device``: ``iops``, ``p99_us`` of their latency, and ``requests``."""
+    options = f"--filename={device} --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth={depth}"
+    limits = f"--norandommap --time_based --runtime={seconds} --output-format=json"
+    command = ["fio", "--name=benchmark", *options.split(), *limits.split()]
+    read = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["jobs"][0]["read"]
+    p99 = read["clat_ns"]["percentile"]["99.000000"] / 1000
+    return {"iops": read["iops"], "requests": read["total_ios"], "p99_us": p99}
+
+
+def status(pid: int, name: str) -> int:
+    """A line of /proc/PID/status: VmRSS or VmHWM in bytes."""
+    match = re.search(rf"^{name}:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def cpu_seconds(pid: int) -> tuple[float, float]:
+    """User and system time of a process and all its threads, in seconds."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    tick = os.sysconf("SC_CLK_TCK")
+    return int(user) / tick, int(system) / tick
+
+
+class Running:
+    """A tracer in a process of its own: entered it is attached, ``stop`` interrupts it and waits for its end."""
+
+    def __init__(self, command: list[str], ready: str, **how: Any) -> None:
+        self._command, self._ready, self._how = command, ready, how
+
+    def __enter__(self) -> Running:
+        begin = time.monotonic()
+        self._output = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            self._command, stderr=subprocess.STDOUT, **{"stdout": self._output, "text": True, **self._how}
+        )
+        while self._ready and self._ready not in self.said():
+            if self.process.poll() is not None or time.monotonic() - begin > 60:
+                self.process.kill()
+                raise SystemExit(f"{self._command[0]} never started: {self.said()[-400:]}")
+            time.sleep(0.002)
+        self.started_s = time.monotonic() - begin
+        return self
+
+    def said(self) -> str:
+        """All that it printed, where its output isn't a pipe or a file of somebody else's."""
+        self._output.flush()
+        return os.pread(self._output.fileno(), 1 << 24, 0).decode("utf-8", "replace")
+
+    def usage(self) -> tuple[float, float]:
+        """User and system seconds so far."""
+        return cpu_seconds(self.process.pid)
+
+    def stop(self) -> None:
+        """Ctrl-C."""
+        if self.process.poll() is None:
+            self.process.send_signal(2)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        self._output.close()
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A folder for captures, gone afterwards; ``TMPDIR`` says where."""
+    with tempfile.TemporaryDirectory(prefix="cwndtrace-bench-") as name:
+        yield Path(name)
+
+
+def size(path: Path) -> int:
+    """Bytes of the files below a folder, or of a file."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def has(command: str) -> bool:
+    """Whether a peer is installed; says so where it isn't."""
+    there = shutil.which(command) is not None
+    if not there:
+        print(f"{command} isn't installed, and left out: tools/setup packages bench")
+    return there
+
+
+def options(doc: str | None, **extra: tuple[Any, str]) -> argparse.Namespace:
+    """``--rounds``, ``--seconds`` and what else a benchmark takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in {"rounds": (5, "runs of each"), "seconds": (4.0, "length of a run"), **extra}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} ({default})")
+    return parser.parse_args()

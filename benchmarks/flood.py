@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many events a second the whole path keeps: BPF slabs, ring buffer, Arrow, Parquet (as root).
+
+    sudo .venv/bin/python -m benchmarks.flood
+
+A process makes system calls at a given rate, and each becomes a record in the slabs of block I/O (flood.bpf.c).
+Two CPUs are the least for this: one floods, the other keeps.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import cwndtrace
+from benchmarks.common import Report, folder, options, size, status
+from cwndtrace.capture import bcc
+from cwndtrace.capture.connections import snapshot
+from cwndtrace.capture.session import Session, describe, ending
+from cwndtrace.capture.source import Filters
+from cwndtrace.cli.live import BlockFigures
+from cwndtrace.kernel import ladder
+from cwndtrace.store import Behind, CaptureWriter
+
+_WANTED = {
+    "highest rate kept without loss": "at least 1,000,000 events/s",
+    "highest rate offered": "more than 1,500,000 events/s",
+    "memory at most": "at most 300 MB",
+}
+_GENERATOR = """
+import os, sys, time
+from itertools import repeat
+sys.stdin.readline()
+rate, seconds = float(sys.argv[1]), float(sys.argv[2])
+call, step = os.getppid, 0.001
+begin = time.monotonic()
+made = 0
+while (now := time.monotonic() - begin) < seconds:
+    # In steps of a millisecond at the most, so that a pause isn't made up for by a burst.
+    due = min(int(now * rate) - made, int(rate * 0.004) + 1)
+    for _ in repeat(None, due):
+        call()
+    made += due
+    if rate * (time.monotonic() - begin) < made + rate * step / 2:
+        time.sleep(step / 4)
+print(made / (time.monotonic() - begin))
+"""
+
+
+def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
+    """One flood; what was offered, kept and lost, and what that took."""
+    generator = subprocess.Popen(
+        [sys.executable, "-c", _GENERATOR, str(rate), str(seconds)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    class Flooded(bcc.Kernel):
+        block_sources = ("block_io.bpf.c", str(Path(__file__).with_name("flood.bpf.c").resolve()))
+        block_attachments = (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),)
+        block_defines: ClassVar[dict[str, int]] = {"FLOOD_TGID": generator.pid}
+
+    snapshot(Filters(), 0)  # as run does: it loads what the first records would wait for
+    with Session(Flooded(reasons=())) as session:
+        kept_by = CaptureWriter.create(place, describe(session, Filters(), cwndtrace.__version__))
+        writer = Behind(kept_by)
+        figures, done, rates = BlockFigures(), threading.Event(), list[float]()
+
+        def flood() -> None:
+            rates.append(float(generator.communicate("go\n")[0]))
+            done.set()
+
+        thread = threading.Thread(target=flood)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        thread.start()
+        most = 0
+        while not done.is_set():
+            for batch in session.step():
+                writer.add(batch.event, batch.table)
+                figures.add(batch)
+            writer.flush()
+            most = max(most, status(os.getpid(), "VmRSS"))
+        for batch in session.finish():
+            writer.add(batch.event, batch.table)
+        writer.close("complete", **ending(session))
+        thread.join()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        kept, lost = session.tally.kept["block_io"], session.tally.lost["block_io"]
+    return {
+        "offered": rates[0],
+        "kept": kept,
+        "lost": lost + kept_by.lost["block_io"],
+        "on disk": cwndtrace.store.open_capture(place).rows("block_io"),
+        "user": (after.ru_utime - before.ru_utime) / max(kept, 1) * 1e6,
+        "system": (after.ru_stime - before.ru_stime) / max(kept, 1) * 1e6,
+        "bytes": size(place / "block_io") / max(kept, 1),
+        "memory": most / 1e6,
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    asked = options(__doc__, rates=("0.25e6,0.5e6,1e6,1.25e6,1.5e6,2e6,4e6", "events a second to offer"))
+    report = Report("flood", _WANTED)
+    best, offered, memory = 0.0, 0.0, 0.0
+    print(f"{'OFFERED/s':>12} {'KEPT/s':>12} {'LOST':>8} {'USER us':>8} {'SYS us':>8} {'BYTES':>6} {'MB':>6}")
+    for rate in (float(text) for text in asked.rates.split(",")):
+        with folder() as place:
+            got = run(rate, asked.seconds, place / "flood.cwnd")
+        if got["kept"] != got["on disk"]:
+            raise SystemExit(f"kept {got['kept']:,} records, and {got['on disk']:,} are on disk")
+        share = got["lost"] / (got["kept"] + got["lost"])
+        kept = got["offered"] * (1 - share)
+        print(
+            f"{got['offered']:>12,.0f} {kept:>12,.0f} {share:>8.2%} {got['user']:>8.3f} {got['system']:>8.3f} "
+            f"{got['bytes']:>6.1f} {got['memory']:>6.0f}",
+            flush=True,
+        )
+        report.figures[f"at {rate:,.0f}/s"] = got
+        best = max(best, got["offered"] if not got["lost"] else 0)
+        offered, memory = max(offered, got["offered"]), max(memory, got["memory"])
+    report.add("highest rate kept without loss", best, "events/s")
+    report.add("highest rate offered", offered, "events/s")
+    report.add("memory at most", memory, "MB")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

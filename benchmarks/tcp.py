@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tracing resets takes of TCP over loopback, and what many connections take of tracing (as root).
+
+    sudo .venv/bin/python -m benchmarks.tcp
+
+Bulk and request/response run between two processes, each on a CPU of its own, since where the scheduler puts them makes
+more of a difference than any tracer; with each rung that this kernel allows and without.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+from benchmarks.common import COMMAND, Report, Running, Values, folder, options
+from cwndtrace.capture import connections
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import Filters
+from cwndtrace.errors import CwndtraceError
+from cwndtrace.kernel import ladder
+
+_WANTED = {
+    "snapshot": "at most 150 ms for 10,000 sockets",
+    **{
+        f"{what}: {rung} / untraced": "at least 0.99"
+        for rung in ("tracepoint", "fentry", "kprobe")
+        for what in ("bulk",)
+    },
+    **{f"bulk: {rung} / untraced": "at least 0.97" for rung in ("sendmsg", "tcp_probe")},
+    **{f"requests/s: {rung.name} / untraced": "at least 0.98" for rung in ladder.RUNGS},
+}
+_SERVER = """
+import os, socket, sys
+os.sched_setaffinity(0, {os.cpu_count() - 1})
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    peer, _ = listener.accept()
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.argv[1] == "bulk":
+        room = bytearray(1 << 20)
+        while peer.recv_into(room):
+            pass
+    else:
+        while got := peer.recv(64):
+            peer.sendall(got)
+"""
+
+
+def _connect(kind: str) -> tuple[subprocess.Popen[str], socket.socket]:
+    server = subprocess.Popen([sys.executable, "-c", _SERVER, kind], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    sender = socket.socket()
+    sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sender.connect(("127.0.0.1", int(server.stdout.readline())))
+    return server, sender
+
+
+def bulk(seconds: float) -> dict[str, float]:
+    """Bytes a second."""
+    server, sender = _connect("bulk")
+    with server, sender:
+        data, sent, begin = bytes(1 << 18), 0, time.monotonic()
+        while time.monotonic() - begin < seconds:
+            sender.sendall(data)
+            sent += len(data)
+        took = time.monotonic() - begin
+        sender.close()
+    return {"GB/s": sent / took / 1e9}
+
+
+def exchanges(seconds: float) -> dict[str, float]:
+    """Requests of 64 bytes and their answers: how many a second, and the 99th percentile of one in us."""
+    server, sender = _connect("exchange")
+    with server, sender:
+        data, took, begin = bytes(64), list[float](), time.perf_counter()
+        now = begin
+        while now - begin < seconds:
+            sender.sendall(data)
+            sender.recv(64)
+            before, now = now, time.perf_counter()
+            took.append(now - before)
+        sender.close()
+    return {"requests/s": len(took) / (now - begin), "p99": statistics.quantiles(took, n=100)[98] * 1e6}
+
+
+def rungs() -> list[str]:
+    """Those that load here."""
+    found = []
+    for rung in ladder.RUNGS:
+        try:
+            Kernel(probe=rung.name, block=False, reasons=("idle",)).close()
+            found.append(rung.name)
+        except CwndtraceError as e:
+            print(f"rung {rung.name} left out: {e.cause[:150]}")
+    return found
+
+
+def throughput(report: Report, rounds: int, seconds: float) -> None:
+    """Bulk and request/response, each traced run right after an untraced one."""
+    every = os.sched_getaffinity(0)
+    try:
+        _throughput(report, rounds, seconds, every)
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) -> None:
+    def both() -> dict[str, float]:
+        os.sched_setaffinity(0, {min(every)})
+        got = {**bulk(seconds), **exchanges(seconds)}
+        os.sched_setaffinity(0, every)
+        return got
+
+    figures: dict[str, Values] = {}
+
+    def note(name: str, value: float, unit: str = "") -> None:
+        figures.setdefault(name, Values(unit)).all.append(value)
+
+    there = rungs()
+    for _ in range(rounds):
+        for rung in there:
+            plain = both()
+            with folder() as place:
+                command = [*COMMAND, "run", "--no-block", "--probe", rung, "-o", str(place / "a.cwnd")]
+                with Running(command, "Tracing "):
+                    traced = both()
+            for name, what, unit in (
+                ("GB/s", "bulk", "GB/s"),
+                ("requests/s", "requests/s", "/s"),
+                ("p99", "p99", "us"),
+            ):
+                note(f"{what}: untraced", plain[name], unit)
+                note(f"{what}: {rung}", traced[name], unit)
+                note(f"{what}: {rung} / untraced", traced[name] / plain[name])
+    for name in sorted(figures):
+        report.add(name, figures[name])
+
+
+def many(report: Report, number: int) -> None:
+    """So many connections that rest: what a snapshot takes, and whether each reset is recorded when they wake."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * number + 200)), hard))
+    number = min(number, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 2)
+    senders: list[socket.socket] = []
+    receivers = dict[int, socket.socket]()
+    poll = select.epoll()
+    stop = threading.Event()
+
+    def drain() -> None:
+        while not stop.is_set():
+            for fd, _ in poll.poll(0.1):
+                receivers[fd].recv(1 << 20)
+
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        thread = threading.Thread(target=drain)
+        thread.start()
+        try:
+            for _ in range(number):
+                sender = socket.socket()
+                sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+                # Small segments, or a burst would be too few of them to make a window grow.
+                sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)
+                sender.connect(listener.getsockname())
+                receiver, _ = listener.accept()
+                receivers[receiver.fileno()] = receiver
+                poll.register(receiver, select.EPOLLIN)
+                senders.append(sender)
+                if len(senders) == number // 2:  # a connection has both of its ends here
+                    snapshots(report)
+            # Windows must be above the initial one for a rest to lower them: a burst makes them grow.
+            burst = bytes(100_000)
+            for sender in senders:
+                sender.sendall(burst)
+            time.sleep(2.0)  # longer than any RTO here: the rest itself
+            port = listener.getsockname()[1]
+            with Session(Kernel(Filters(port=port), block=False, reasons=("idle",))) as session:
+                random.Random(1).shuffle(senders)
+                due = sum(_window(sender) > 10 for sender in senders)
+                seen = 0
+                for i, sender in enumerate(senders):
+                    sender.send(b"x")
+                    if i % 100 == 0:
+                        seen += sum(len(batch) for batch in session.step(0) if batch.event == "cwnd_reset")
+                time.sleep(0.2)
+                seen += sum(len(b) for _ in range(3) for b in session.step(0.1) if b.event == "cwnd_reset")
+                seen += sum(len(b) for b in session.finish() if b.event == "cwnd_reset")
+                lost = session.tally.lost["cwnd_reset"]
+            report.add("windows above the initial one before they woke", due, "connections")
+            report.add("resets recorded", seen, "resets")
+            report.add("resets lost", lost, "resets")
+        finally:
+            stop.set()
+            thread.join()
+            for each in (*senders, *receivers.values()):
+                each.close()
+            poll.close()
+
+
+def snapshots(report: Report) -> None:
+    """What a look at all sockets takes."""
+    taken = []
+    for _ in range(7):
+        begin = time.monotonic()
+        rows = len(connections.snapshot(Filters(), 0))
+        taken.append((time.monotonic() - begin) * 1000)
+    report.add("first snapshot, of new sockets", taken[0], "ms")
+    report.add("snapshot", Values("ms", taken[1:]))
+    report.add("snapshot: sockets", rows, "sockets")
+
+
+def _window(sock: socket.socket) -> int:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int.from_bytes(info[80:84], sys.byteorder)  # tcpi_snd_cwnd
+
+
+def main() -> None:
+    """Measure and report."""
+    asked = options(__doc__, connections=(10_000, "connections that rest"))
+    report = Report("tcp", _WANTED)
+    many(report, asked.connections)
+    throughput(report, asked.rounds, asked.seconds)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compiled BPF image in the kernel: its maps, and what of it is attached."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from cwndtrace.capture import bpf_syscall as bpf
+from cwndtrace.capture.image import Image, Map
+from cwndtrace.capture.ring import Ring
+from cwndtrace.errors import KernelLacks
+from cwndtrace.kernel import btf, ladder
+
+_CPUS: Final = "SC_NPROCESSORS_CONF"
+_LOAD_IMM64, _MAP_FD = 0x18, 1
+_INSTRUCTION: Final = np.dtype([("code", "u1"), ("registers", "u1"), ("off", "<i2"), ("imm", "<i4")])
+
+
+def map_uses(insns: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A program's instructions, writable, and the indices of those whose ``imm`` is a map's descriptor."""
+    code = np.frombuffer(bytearray(insns), _INSTRUCTION)
+    return code, np.flatnonzero((code["code"] == _LOAD_IMM64) & (code["registers"] >> 4 == _MAP_FD))
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
+    said: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace").strip())
+
+
+def fdinfo(fd: int, name: str) -> int:
+    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
+    match = re.search(rf"^{name}:\s*(\w+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    return int(match[1], 0) if match else 0
+
+
+class Program:
+    """The maps of ``image``, and of its programs those that ``attach`` or ``load`` asked for.
+
+    ``libbcc`` gives bcc's library, which attaches kprobes; it is large, and not loaded before.
+    """
+
+    def __init__(self, image: Image, libbcc: Callable[[], Any]) -> None:
+        self._image, self._libbcc = image, libbcc
+        self._maps: dict[str, tuple[int, Map]] = {}
+        self._fds: list[int] = []
+        self._loaded: dict[str, int] = {}
+        self._links: list[int] = []
+        self._kprobes: list[bytes] = []
+        self._rings: list[tuple[Ring, Callable[[bytes], None]]] = []
+        self.ring_fds: list[int] = []
+        try:
+            for m in image.maps:
+                fd = bpf.create_map(m.name, m.kind, m.key_size, m.value_size, m.max_entries, m.flags)
+                self._maps[m.name] = fd, m
+                self._fds.append(fd)
+        except OSError as e:
+            self.close()
+            raise KernelLacks(f"making the map {m.name}: {e.strerror}") from e
+
+    def attach(self, attachments: tuple[ladder.Attachment, ...], kernel: btf.Btf) -> None:
+        """Load and attach programs; raises KernelLacks with the reason where the kernel refuses one."""
+        for a in attachments:
+            try:
+                self._attach(a, kernel)
+            except OSError as e:
+                policy = e.errno == errno.EPERM and os.geteuid() == 0
+                why = f"refused by this system's policy ({e.strerror})" if policy else e.strerror
+                raise KernelLacks(f"{a.kind} {a.target}: {why}") from e
+
+    def _attach(self, a: ladder.Attachment, kernel: btf.Btf) -> None:
+        if a.kind == "raw_tracepoint":
+            self._links.append(bpf.attach(self.load(a.program), a.target))
+        elif a.kind == "tp_btf":
+            target = kernel.tracepoint_id(a.target) or 0
+            fd = self._load(a.program, self._image.programs[a.program], bpf.TRACING, bpf.TRACE_RAW_TP, target)
+            self._links.append(bpf.attach(fd))
+        elif a.kind in ("fentry", "fexit"):
+            prefix, place = ("kfunc__", bpf.TRACE_FENTRY) if a.kind == "fentry" else ("kretfunc__", bpf.TRACE_FEXIT)
+            target = kernel.function_id(a.target) or 0
+            # Newer versions of bcc put the module's name (vmlinux) between the two.
+            names = (n for n in self._image.programs if n.startswith(prefix) and n.endswith(f"__{a.program}"))
+            fd = self._load(a.program, self._image.programs[next(names)], bpf.TRACING, place, target)
+            self._links.append(bpf.attach(fd))
+        else:
+            self._attach_kprobe(a)
+
+    def _attach_kprobe(self, a: ladder.Attachment) -> None:
+        fd = self._load(a.program, self._image.programs[a.program], bpf.KPROBE)
+        back = a.kind == "kretprobe"
+        name = f"{'r' if back else 'p'}_{a.target}".encode()
+        with quiet() as said:
+            link = self._libbcc().bpf_attach_kprobe(fd, int(back), name, a.target.encode(), 0, 0)
+        if link < 0:
+            why = "\n".join(said).splitlines()
+            raise OSError(errno.EINVAL, f"not traceable ({why[-1] if why else 'no reason given'})")
+        self._links.append(link)
+        self._kprobes.append(name)
+
+    def load(self, program: str) -> int:
+        """The descriptor of a raw tracepoint program, attached or not."""
+        if program not in self._loaded:
+            self._load(program, self._image.programs[program], bpf.RAW_TRACEPOINT)
+        return self._loaded[program]
+
+    def _load(self, name: str, insns: bytes, kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> int:
+        code, uses = map_uses(insns)
+        code["imm"][uses] = np.array(self._fds, dtype=np.int32)[code["imm"][uses]]
+        fd = bpf.load_program(name, kind, code.tobytes(), attach_type, attach_btf_id)
+        self._fds.append(fd)
+        self._loaded[name] = fd
+        return fd
+
+    def open_ring(self, table: str, received: Callable[[bytes], None]) -> None:
+        """Have ``consume`` call ``received`` for each entry of the ring buffer."""
+        fd, m = self._maps[table]
+        try:
+            self._rings.append((Ring(fd, m.max_entries), received))
+        except OSError as e:
+            raise KernelLacks(f"the ring buffer {table} can't be read: {e.strerror}") from e
+        self.ring_fds.append(fd)
+
+    def consume(self) -> None:
+        """Hand over what the ring buffers hold."""
+        for ring, received in self._rings:
+            for entry in ring.read():
+                received(entry)
+
+    def run_everywhere(self, program: str) -> None:
+        """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
+        fd = self.load(program)
+        for cpu in range(os.sysconf(_CPUS)):
+            try:
+                bpf.run_raw_tracepoint(fd, cpu)
+            except OSError as e:
+                if e.errno != errno.ENXIO:
+                    raise
+
+    def each_cpu(self, table: str) -> list[bytes]:
+        """The first entry of a per-CPU array, for each CPU that the machine can have, offline ones too."""
+        fd, m = self._maps[table]
+        # The kernel pads each CPU's value to eight bytes.
+        size = (m.value_size + 7) & ~7
+        values = bpf.lookup(fd, bytes(4), size * bpf.possible_cpus()) or b""
+        return [values[at : at + m.value_size] for at in range(0, len(values), size)]
+
+    def total(self, index: int, table: str = "counts") -> int:
+        """One of the source's counters, summed over CPUs."""
+        value = bpf.lookup(self._maps[table][0], index.to_bytes(4, "little"), 8 * bpf.possible_cpus())
+        return int(np.frombuffer(value or b"", np.uint64).sum())
+
+    def rows(self, table: str) -> list[tuple[int, Any]]:
+        """A hash or an array: key and value (a numpy record) of each entry."""
+        fd, m = self._maps[table]
+        found = [(key, bpf.lookup(fd, key, m.value_size)) for key in bpf.keys(fd, m.key_size)]
+        dtype = np.dtype(list(m.fields))
+        return [(int.from_bytes(k, "little"), np.frombuffer(v, dtype)[0]) for k, v in found if v is not None]
+
+    def run_times(self) -> dict[str, tuple[int, int]]:
+        """Each loaded program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
+        return {name: (fdinfo(fd, "run_cnt"), fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
+
+    def missed(self) -> int:
+        """Runs that the kernel skipped because the program, or a kprobe's, was already running on that CPU."""
+        return sum(fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
+
+    def hold(self, table: str, keys: set[int]) -> None:
+        """Make a hash of u64 keys hold exactly ``keys``."""
+        fd = self._maps[table][0]
+        old = {int.from_bytes(key, "little") for key in bpf.keys(fd, 8)}
+        for key in keys - old:
+            bpf.update(fd, key.to_bytes(8, "little"), b"\1")
+        for key in old - keys:
+            bpf.delete(fd, key.to_bytes(8, "little"))
+
+    def detach(self) -> None:
+        """Stop all programs; maps and counters stay readable."""
+        while self._links:
+            os.close(self._links.pop())
+        while self._kprobes:
+            # Closing detached it; this takes its name away, for which tracefs may be root's alone.
+            with quiet():
+                self._libbcc().bpf_detach_kprobe(self._kprobes.pop())
+
+    def close(self) -> None:
+        """Stop all programs and free the maps."""
+        self.detach()
+        while self._rings:
+            self._rings.pop()[0].close()
+        while self._fds:
+            os.close(self._fds.pop())

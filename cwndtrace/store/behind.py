@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a capture behind the back of who traces: a slow disk then costs no records."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from typing import Any, Final
+
+import pyarrow as pa
+
+from cwndtrace import power
+from cwndtrace.errors import CaptureError
+from cwndtrace.store.reader import Capture
+from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
+
+_LOOK_S: Final = 0.2
+
+
+class Behind:
+    """A ``CaptureWriter`` on a thread of its own, which the first row starts; the calls are those of the writer.
+
+    Who adds never waits. Rows that the thread hasn't taken are at most BUFFER_ROWS; beyond that they are dropped and
+    counted as the writer's own are.
+    """
+
+    def __init__(self, writer: CaptureWriter) -> None:
+        self.path = writer.path
+        self._writer = writer
+        self._queue: queue.SimpleQueue[tuple[str, pa.Table] | dict[str, Any] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._dropped: Counter[str] = Counter()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def add(self, table: str, data: pa.Table) -> None:
+        """Take the rows of ``data``."""
+        with self._lock:
+            if self._waiting + len(data) > BUFFER_ROWS:
+                self._dropped[table] += len(data)
+                return
+            self._waiting += len(data)
+        self._start()
+        self._queue.put((table, data))
+
+    def _start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    @property
+    def user(self) -> power.User | None:
+        """As the writer's."""
+        return self._writer.user
+
+    def capture(self) -> Capture:
+        """As the writer's."""
+        return self._writer.capture()
+
+    def update_meta(self, **values: Any) -> None:
+        """As the writer's, in its turn; what it failed with comes from the next ``flush``."""
+        self._start()
+        self._queue.put(values)
+
+    def flush(self) -> None:
+        """Raise what the last attempt to write a part failed with; nothing where it didn't."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self, status: str = "complete", **meta: Any) -> None:
+        """As the writer's, after all that was added."""
+        if self._thread.ident is not None:
+            self._queue.put(None)
+            self._thread.join()
+        self._writer.lost.update(self._dropped)
+        self._dropped.clear()
+        failed = self._failure if not isinstance(self._failure, CaptureError) else None
+        self._writer.close("failed" if failed else status, **meta)
+        if failed:
+            raise failed
+
+    def _run(self) -> None:
+        while True:
+            try:
+                item = self._queue.get(timeout=_LOOK_S)
+            except queue.Empty:
+                self._flush()
+                continue
+            if item is None:
+                return
+            try:
+                if isinstance(item, dict):
+                    self._writer.update_meta(**item)
+                else:
+                    self._add(*item)
+            except Exception as e:  # must reach who traces, not die with the thread
+                self._failure = e
+            self._flush()
+
+    def _add(self, table: str, data: pa.Table) -> None:
+        try:
+            self._writer.add(table, data)
+        finally:
+            with self._lock:
+                self._waiting -= len(data)
+
+    def _flush(self) -> None:
+        try:
+            self._writer.flush()
+        except CaptureError as e:
+            self._failure = e
+        else:
+            if isinstance(self._failure, CaptureError):
+                self._failure = None

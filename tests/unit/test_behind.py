@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing behind the back of who traces: nothing is lost by it, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cwndtrace import events
+from cwndtrace.errors import CaptureError
+from cwndtrace.store import Behind, CaptureWriter, behind, open_capture
+
+
+def rows(number: int) -> pa.Table:
+    return events.to_arrow("block_io", np.zeros(number, dtype=events.event("block_io").dtype), 0)
+
+
+def test_all_that_was_added_is_on_disk_after_close(tmp_path: Path) -> None:
+    writer = Behind(CaptureWriter.create(tmp_path / "a.cwnd", {}))
+    for number in (1, 20, 300):
+        writer.add("block_io", rows(number))
+    writer.close("complete", ended="now")
+    writer.close("failed")
+    capture = open_capture(tmp_path / "a.cwnd")
+    assert (capture.rows("block_io"), capture.status, capture.meta["ended"]) == (321, "complete", "now")
+
+
+def test_one_that_got_nothing_starts_no_thread(tmp_path: Path) -> None:
+    before = threading.active_count()
+    writer = Behind(CaptureWriter.create(tmp_path / "a.cwnd", {}))
+    writer.flush()
+    assert threading.active_count() == before
+    writer.close()
+    assert open_capture(tmp_path / "a.cwnd").status == "complete"
+
+
+def test_who_adds_never_waits_and_what_is_too_much_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behind, "BUFFER_ROWS", 100)
+    held, inner = threading.Event(), CaptureWriter.create(tmp_path / "a.cwnd", {})
+    real = inner.add
+    monkeypatch.setattr(inner, "add", lambda table, data: (held.wait(30), real(table, data)))
+    writer = Behind(inner)
+    for _ in range(3):
+        writer.add("block_io", rows(40))
+    held.set()
+    writer.close()
+    capture = open_capture(tmp_path / "a.cwnd")
+    assert capture.rows("block_io") == 80
+    assert capture.meta["unwritten"] == {"block_io": 40}
+
+
+def test_a_disk_that_refuses_is_told_until_it_takes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = CaptureWriter.create(tmp_path / "a.cwnd", {}, flush_seconds=0)
+    real, refused, taken = inner.flush, threading.Event(), threading.Event()
+
+    def refuse(force: bool = False) -> None:  # noqa: ARG001
+        refused.set()
+        raise CaptureError("full", "free some")
+
+    def take(force: bool = False) -> None:
+        real(force)
+        taken.set()
+
+    monkeypatch.setattr(inner, "flush", refuse)
+    writer = Behind(inner)
+    writer.add("block_io", rows(5))
+    assert refused.wait(30)
+    refused.clear()
+    assert refused.wait(30)  # a second time, so that the first is noted
+    with pytest.raises(CaptureError, match="full"):
+        writer.flush()
+    monkeypatch.setattr(inner, "flush", take)
+    taken.clear()
+    assert taken.wait(30)
+    taken.clear()
+    assert taken.wait(30)
+    writer.flush()
+    writer.close()
+    assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 5
+
+
+def test_what_is_no_fault_of_the_disk_ends_the_trace(tmp_path: Path) -> None:
+    writer = Behind(CaptureWriter.create(tmp_path / "a.cwnd", {}))
+    writer.add("nothing of ours", rows(1))
+    with pytest.raises(ValueError, match="isn't a table"):
+        writer.close()
+    assert open_capture(tmp_path / "a.cwnd").status == "failed"

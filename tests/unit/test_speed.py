@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes it fast, held by counting: no time is measured here (benchmarks/ does that)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from cwndtrace import cli, events
+from cwndtrace.capture import image
+from cwndtrace.capture.image import Image, Map
+from cwndtrace.capture.session import Batch
+from cwndtrace.cli.live import BlockFigures
+from cwndtrace.kernel import sockets
+from cwndtrace.store import CaptureWriter, open_capture
+
+ROOT = Path(__file__).parents[2]
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many calls of Python functions ``work`` makes."""
+    number = 0
+
+    def profile(_frame: object, event: str, _argument: object) -> None:
+        nonlocal number
+        number += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return number
+
+
+def requests(number: int) -> bytes:
+    records = np.zeros(number, dtype=events.event("block_io").dtype)
+    records["start_ns"] = np.arange(number) * 1000
+    records["done_ns"] = records["start_ns"] + 500
+    records["sector"], records["tgid"], records["comm"] = np.arange(number) * 7919 % 65521, 7, b"fio"
+    return records.tobytes()
+
+
+def test_no_python_is_run_per_event(tmp_path: Path) -> None:
+    places = (tmp_path / f"{number}.cwnd" for number in count())
+
+    def through(number: int) -> int:
+        raw, figures = requests(number), BlockFigures()
+        writer = CaptureWriter.create(next(places), {})
+
+        def work() -> None:
+            table = events.to_arrow("block_io", events.decode("block_io", raw), 0)
+            figures.add(Batch("block_io", table))
+            writer.add("block_io", table)
+            writer.flush(force=True)
+
+        made = calls(work)
+        writer.close()
+        return made
+
+    through(64)  # what is imported and cached once
+    assert through(64) == through(64_000 + 1) == through(128_000)
+
+
+def test_reading_a_part_takes_no_python_per_row(tmp_path: Path) -> None:
+    import cwndtrace
+
+    places = (tmp_path / f"{number}.cwnd" for number in count())
+
+    def read(number: int) -> int:
+        path = next(places)
+        writer = CaptureWriter.create(path, {})
+        writer.add("block_io", events.to_arrow("block_io", events.decode("block_io", requests(number)), 0))
+        writer.close()
+        trace = cwndtrace.load(path)
+        return calls(lambda: trace.block_columns("latency_us", "device"))
+
+    read(64)
+    # Each page's header is looked at, and a page has thousands of rows.
+    assert read(100_000) - read(64) < 100_000 / 5
+
+
+def test_only_the_columns_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cwndtrace
+
+    asked: list[set[str]] = []
+    real = pq.ParquetFile.read
+
+    def read(self: pq.ParquetFile, columns: list[str]) -> object:
+        asked.append(set(columns))
+        return real(self, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read", read)
+    writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
+    writer.add("block_io", events.to_arrow("block_io", events.decode("block_io", requests(100)), 0))
+    writer.close()
+    frame = cwndtrace.load(tmp_path / "a.cwnd").block_columns("device", "latency_us")
+    assert list(frame) == ["device", "latency_us"]
+    assert asked == [{"start_ns", "done_ns", "dev"}]
+    assert set(frame["latency_us"]) == {0.5}
+
+
+def test_clocks_are_stored_as_differences(tmp_path: Path) -> None:
+    writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
+    writer.add("block_io", events.to_arrow("block_io", events.decode("block_io", requests(10_000)), 0))
+    writer.close()
+    (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
+    group = pq.read_metadata(part).row_group(0)
+    found = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
+    for name in ("time", "start_ns", "issue_ns", "done_ns"):
+        assert "DELTA_BINARY_PACKED" in found[name]
+    assert not {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} & set(found["sector"])
+    assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 10_000
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import cwndtrace.cli", "numpy pandas pyarrow pyroute2 matplotlib jinja2 bcc multiprocessing"),
+        ("import cwndtrace.cli.run", "pandas matplotlib jinja2 bcc"),
+    ],
+)
+def test_starting_imports_nothing_heavy(code: str, heavy: str) -> None:
+    code = f"import sys; {code}; print(sorted(set({heavy!r}.split()) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_list_of_commands_is_that_of_their_modules() -> None:
+    listed = CliRunner().invoke(cli.main, ["--help"]).output
+    for name, (_, text) in cli.COMMANDS.items():
+        command = cli.main.get_command(cli.main.make_context("cwndtrace", [], resilient_parsing=True), name)
+        assert command is not None
+        assert command.name == name
+        assert f"  {name} " in listed
+        assert text in listed
+
+
+def test_slabs_are_handed_over_whole() -> None:
+    source = (events.bpf_dir() / "block_io.bpf.c").read_text(encoding="utf-8")
+    assert source.count("ringbuf_output(") == 1
+    assert "ringbuf_output(s, size, flags)" in source
+    assert int(source.partition("#define SLAB_RECORDS ")[2].split()[0]) >= 64
+
+
+def test_who_holds_a_socket_is_looked_up_for_new_ones_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def look() -> dict[int, tuple[int, str]]:
+        looks.append(1)
+        return {7: (1, "init")}
+
+    monkeypatch.setattr(sockets, "holders", look)
+    held = sockets.Holders()
+    assert held.of({7, 8, 0})[7] == (1, "init")
+    assert held.of({8})[8] == (0, "")
+    assert len(looks) == 1
+    held.of({7, 9})
+    assert len(looks) == 2
+
+
+# ---- compiled programs that are kept ---------------------------------------------------------------
+
+IMAGE = Image({"on_x": bytes(range(64))}, (Map("m", 1, 4, 8, 16, 0), Map("n", 1, 8, 12, 1, 0, (("a", "<u8"),))))
+
+
+def test_an_image_comes_back_as_it_was_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    assert image.load("a", folder) is None
+    image.keep("a", IMAGE, folder)
+    assert image.load("a", folder) == IMAGE
+    assert image.load("b", folder) is None
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "folder for all", "file for all", "link", "nonsense"])
+def test_an_image_that_others_may_have_touched_is_not_taken(tmp_path: Path, harm: str) -> None:
+    folder = tmp_path / "kept"
+    image.keep("a", IMAGE, folder)
+    file = folder / "a.json"
+    if harm == "cut":
+        os.truncate(file, 100)
+    elif harm == "changed":
+        file.write_bytes(file.read_bytes().replace(b'"m"', b'"o"'))
+    elif harm == "folder for all":
+        folder.chmod(0o777)
+    elif harm == "file for all":
+        file.chmod(0o666)
+    elif harm == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.write_bytes(b"\xff\0")
+    assert image.load("a", folder) is None
+
+
+def test_what_goes_into_an_image_settles_its_name() -> None:
+    names = {image.key(b"a", b"bc"), image.key(b"ab", b"c"), image.key(b"abc"), image.key(b"a", b"bd")}
+    assert len(names) == 4
+
+
+def test_where_nothing_can_be_kept_nothing_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    image.keep("a", IMAGE, tmp_path / "file")
+    assert image.load("a", tmp_path / "file") is None
+
+
+def test_a_folder_is_kept_small(tmp_path: Path) -> None:
+    for number in range(image._KEPT + 5):
+        image.keep(str(number), IMAGE, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == image._KEPT
