@@ -48,6 +48,20 @@ def test_built_in_is_as_good_as_a_module(build: ModuleType) -> None:
     assert build.missing_options(fragment, config) == ["CONFIG_IFB=m", "CONFIG_BPF=y"]
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "/bin/sh: 1: zstd: not found",
+        "net/ipv4/tcp.c:12:3: error: 'cwnd' undeclared (first use in this function)",
+        "dpkg-checkbuilddeps: error: unmet build dependencies: build-essential:native",
+        "make[3]: *** [debian/rules:76: build-arch] Error 2",
+    ],
+)
+def test_the_first_cause_of_a_failed_build(failure: str, build: ModuleType) -> None:
+    output = f"  CC      tools/objtool/str_error_r.o\n  {failure}\nmake: *** [Makefile:236: __sub-make] Error 2\n"
+    assert build.first_cause(output) == failure
+
+
 def test_what_is_no_version(tmp_path: Path) -> None:
     done = run("--version", "newest", "--cache", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
