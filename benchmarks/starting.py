@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import COMMAND, Report, Running, Values, cpu_seconds, folder, has, options, paired, status
 from cwndtrace.capture import image
+from tests.live.test_overload import children
 
 _WANTED = {
     "cwndtrace --help": "at most 0.15 s",
@@ -53,7 +54,7 @@ def cwndtrace_s(fresh: bool = False) -> float:
 def family(tracer: Running) -> list[int]:
     """The process and those that it started."""
     pid = tracer.process.pid
-    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    return [pid, *children(pid)]
 
 
 def used(tracer: Running) -> float:

@@ -23,10 +23,13 @@ import pandas as pd
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
+from cwndtrace.events import bpf_dir
 from tests.live.tcp import until
 
 SECTOR: Final = 512
 BLOCK: Final = 4096
+SLAB: Final = int((bpf_dir() / "block_io.bpf.c").read_text().partition("#define SLAB_RECORDS ")[2].split()[0])
+"""How many records a CPU hands over at once."""
 _BLKFLSBUF: Final = 0x1261
 _BLKDISCARD: Final = 0x1277
 

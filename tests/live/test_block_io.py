@@ -30,6 +30,7 @@ from cwndtrace.kernel import cgroups
 from tests.live.disk import (
     BLOCK,
     SECTOR,
+    SLAB,
     Disk,
     Stat,
     Traced,
@@ -346,7 +347,7 @@ def test_a_few_records_come_soon_though_nothing_follows(disk: Disk) -> None:
     assert len(mine(traced.records(disk))) == 1
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 129])
+@pytest.mark.parametrize("count", [1, SLAB - 1, SLAB, SLAB + 1, 2 * SLAB + 1])
 @again_if_hidden
 def test_nothing_is_left_behind_at_the_end(disk: Disk, count: int) -> None:
     with Traced(poll=False) as traced:
@@ -355,7 +356,7 @@ def test_nothing_is_left_behind_at_the_end(disk: Disk, count: int) -> None:
     assert traced.lost == 0
 
 
-@pytest.mark.parametrize("count", [1, 64, 129])
+@pytest.mark.parametrize("count", [1, SLAB, 2 * SLAB + 1])
 @again_if_hidden
 def test_nothing_is_left_behind_on_cpus_that_went_offline(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, count: int

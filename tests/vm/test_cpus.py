@@ -21,7 +21,7 @@ from typing import Final, Self
 import pytest
 
 from tests.live import tcp
-from tests.live.disk import BLOCK, Disk, Traced, aligned, loop, stat_of
+from tests.live.disk import BLOCK, SLAB, Disk, Traced, aligned, loop, stat_of
 from tests.live.tracing import Tracer, check
 from tests.vm.test_rungs import KERNEL
 
@@ -186,15 +186,16 @@ def test_what_an_offline_cpu_still_holds_is_taken_at_the_end(disk: Disk) -> None
         pytest.skip("the only CPU can't go")
     last = CPUS[-1]
     everywhere = os.sched_getaffinity(0)
+    # Two full slabs, and one with the last of them.
+    reads = 2 * SLAB + 1
     with Traced(poll=False) as traced:
         os.sched_setaffinity(0, {last})
         try:
-            disk.read(*range(129))
+            disk.read(*range(reads))
         finally:
             os.sched_setaffinity(0, everywhere)
         switch(last, False)
     switch(last, True)
     records = traced.records(disk)
-    # Two full slabs, and one with the last of them.
-    assert (len(records), traced.lost) == (129, 0)
+    assert (len(records), traced.lost) == (reads, 0)
     assert set(records["cpu"]) == {last}
