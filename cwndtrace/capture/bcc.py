@@ -11,8 +11,10 @@ import platform
 import re
 import select
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +27,7 @@ from cwndtrace import power
 from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.lookout import Lookout
-from cwndtrace.capture.program import Program, fdinfo, map_uses, quiet
+from cwndtrace.capture.program import Program, fdinfo, map_uses
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
@@ -144,7 +146,7 @@ def _program(sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[s
     if made is None:
         made = _compile_apart(text, [*flags, f"-I{folder}"], sources[-1])
         image.keep(key, made)
-    return Program(made, _library)
+    return Program(made)
 
 
 @cache
@@ -198,6 +200,23 @@ def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
         to.send((type(e), e.cause, e.remedy))
 
 
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
+    said: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace").strip())
+
+
 def _compile(text: str, flags: list[str], name: str) -> image.Image:
     """The programs and maps of ``text``; raises BccError where it doesn't compile."""
     # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
@@ -209,7 +228,7 @@ def _compile(text: str, flags: list[str], name: str) -> image.Image:
 
     said: list[str] = []
     try:
-        with quiet() as said:
+        with _quiet() as said:
             made = Compiler(text=text.encode(), cflags=flags)
     except Exception as e:  # bcc raises nothing finer
         if "compile" in str(e):

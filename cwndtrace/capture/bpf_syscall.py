@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """bpf(2): whether it can be called, making maps, loading programs, attaching and running them, looking into maps.
 
-All raise OSError.
+Beside it perf_event_open(2), which makes kprobes. All raise OSError.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import resource
@@ -17,9 +18,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from cwndtrace.kernel import facts
+
 _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = range(5)
-_PROG_LOAD, _PROG_TEST_RUN, _RAW_TRACEPOINT_OPEN = 5, 10, 17
+_PROG_LOAD, _PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 15, 17, 28
+_SYS_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241, "riscv64": 241}
+_PERF_FLAG_FD_CLOEXEC: Final = 8
+_PERF_EVENT_IOC_SET_BPF: Final = 0x40042408
+_PERF_EVENT: Final = 41
 _TEST_RUN_ON_CPU: Final = 1
 _LOG_BYTES: Final = 1 << 20
 
@@ -48,6 +55,19 @@ _ProgLoad: Final = _attr(
     ("expected_attach_type", _U32), ("prog_btf_fd", _U32), ("func_info_rec_size", _U32), ("func_info", _U64),
     ("func_info_cnt", _U32), ("line_info_rec_size", _U32), ("line_info", _U64), ("line_info_cnt", _U32),
     ("attach_btf_id", _U32),
+)  # fmt: skip
+_LinkCreate: Final = _attr(("prog_fd", _U32), ("target_fd", _U32), ("attach_type", _U32), ("flags", _U32))
+_Info: Final = _attr(("fd", _U32), ("length", _U32), ("info", _U64))
+# struct bpf_link_info where perf_event.type is a kprobe's; what an older kernel doesn't fill in stays 0.
+_KprobeInfo: Final = _attr(
+    ("type", _U32), ("id", _U32), ("prog_id", _U32), ("padding", _U32), ("perf_type", _U32), ("more_padding", _U32),
+    ("function", _U64), ("name_length", _U32), ("offset", _U32), ("address", _U64), ("missed", _U64), ("cookie", _U64),
+)  # fmt: skip
+# struct perf_event_attr up to config2; for the kprobe PMU config is 1 for a return, config1 the function's name.
+_PerfEvent: Final = _attr(
+    ("type", _U32), ("size", _U32), ("config", _U64), ("sample_period", _U64), ("sample_type", _U64),
+    ("read_format", _U64), ("bits", _U64), ("wakeup_events", _U32), ("breakpoint", _U32), ("config1", _U64),
+    ("config2", _U64),
 )  # fmt: skip
 _RawTracepoint: Final = _attr(("name", _U64), ("prog_fd", _U32), ("padding", _U32))
 _TestRun: Final = _attr(
@@ -130,6 +150,42 @@ def attach(prog_fd: int, tracepoint: str | None = None) -> int:
     """Attach to a raw tracepoint, or (None) a TRACING program to its function; closing the result detaches."""
     name = ctypes.create_string_buffer((tracepoint or "").encode())
     return _bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(name) if tracepoint else 0, prog_fd))
+
+
+def attach_kprobe(prog_fd: int, function: str, back: bool) -> int:
+    """Attach to the entry of a kernel function, or (``back``) to its return; closing the result detaches."""
+    number = _SYS_PERF_EVENT_OPEN.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, f"perf_event_open(2) has no known number on {platform.machine()}")
+    name = ctypes.create_string_buffer(function.encode())
+    kind = int(facts.KPROBES.read_text(encoding="ascii"))
+    attr = _PerfEvent(kind, ctypes.sizeof(_PerfEvent), int(back), config1=ctypes.addressof(name))
+    # A CPU has to be named, and the program runs on each of them.
+    event = _libc.syscall(number, ctypes.byref(attr), -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
+    if event < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"not traceable ({os.strerror(code)})" if code != errno.EPERM else os.strerror(code))
+    try:
+        link = _bpf(_LINK_CREATE, _LinkCreate(prog_fd, event, _PERF_EVENT))
+    except OSError as e:
+        if e.errno == errno.EINVAL:  # before Linux 5.15 perf events have no links
+            fcntl.ioctl(event, _PERF_EVENT_IOC_SET_BPF, prog_fd)
+            return int(event)
+        os.close(event)
+        raise
+    os.close(event)
+    return link
+
+
+def kprobe_missed(link_fd: int) -> int:
+    """How many calls or returns a kprobe didn't get to see, as for an interrupt that came upon another kprobe's run.
+
+    0 where the kernel doesn't tell: before 6.7.
+    """
+    info = _KprobeInfo()
+    with suppress(OSError):
+        _bpf(_OBJ_GET_INFO_BY_FD, _Info(link_fd, ctypes.sizeof(info), ctypes.addressof(info)))
+    return int(info.missed)
 
 
 @cache

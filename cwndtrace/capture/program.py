@@ -6,10 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,23 +29,6 @@ def map_uses(insns: bytes) -> tuple[np.ndarray, np.ndarray]:
     return code, np.flatnonzero((code["code"] == _LOAD_IMM64) & (code["registers"] >> 4 == _MAP_FD))
 
 
-@contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
-    said: list[str] = []
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            said.append(file.read().decode("utf-8", "replace").strip())
-
-
 def fdinfo(fd: int, name: str) -> int:
     """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
     match = re.search(rf"^{name}:\s*(\w+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
@@ -56,18 +36,16 @@ def fdinfo(fd: int, name: str) -> int:
 
 
 class Program:
-    """The maps of ``image``, and of its programs those that ``attach`` or ``load`` asked for.
+    """The maps of ``image``, and of its programs those that ``attach`` or ``load`` asked for."""
 
-    ``libbcc`` gives bcc's library, which attaches kprobes; it is large, and not loaded before.
-    """
-
-    def __init__(self, image: Image, libbcc: Callable[[], Any]) -> None:
-        self._image, self._libbcc = image, libbcc
+    def __init__(self, image: Image) -> None:
+        self._image = image
         self._maps: dict[str, tuple[int, Map]] = {}
         self._fds: list[int] = []
         self._loaded: dict[str, int] = {}
         self._links: list[int] = []
-        self._kprobes: list[bytes] = []
+        self._kprobes: list[int] = []
+        self._kprobes_missed = 0
         self._rings: list[tuple[Ring, Callable[[bytes], None]]] = []
         self.ring_fds: list[int] = []
         try:
@@ -104,19 +82,8 @@ class Program:
             fd = self._load(a.program, self._image.programs[next(names)], bpf.TRACING, place, target)
             self._links.append(bpf.attach(fd))
         else:
-            self._attach_kprobe(a)
-
-    def _attach_kprobe(self, a: ladder.Attachment) -> None:
-        fd = self._load(a.program, self._image.programs[a.program], bpf.KPROBE)
-        back = a.kind == "kretprobe"
-        name = f"{'r' if back else 'p'}_{a.target}".encode()
-        with quiet() as said:
-            link = self._libbcc().bpf_attach_kprobe(fd, int(back), name, a.target.encode(), 0, 0)
-        if link < 0:
-            why = "\n".join(said).splitlines()
-            raise OSError(errno.EINVAL, f"not traceable ({why[-1] if why else 'no reason given'})")
-        self._links.append(link)
-        self._kprobes.append(name)
+            fd = self._load(a.program, self._image.programs[a.program], bpf.KPROBE)
+            self._kprobes.append(bpf.attach_kprobe(fd, a.target, a.kind == "kretprobe"))
 
     def load(self, program: str) -> int:
         """The descriptor of a raw tracepoint program, attached or not."""
@@ -182,8 +149,9 @@ class Program:
         return {name: (fdinfo(fd, "run_cnt"), fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
 
     def missed(self) -> int:
-        """Runs that the kernel skipped because the program, or a kprobe's, was already running on that CPU."""
-        return sum(fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
+        """Runs that the kernel skipped because the program, or a kprobe, was already running on that CPU."""
+        skipped = sum(fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
+        return skipped + self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))
 
     def hold(self, table: str, keys: set[int]) -> None:
         """Make a hash of u64 keys hold exactly ``keys``."""
@@ -199,9 +167,9 @@ class Program:
         while self._links:
             os.close(self._links.pop())
         while self._kprobes:
-            # Closing detached it; this takes its name away, for which tracefs may be root's alone.
-            with quiet():
-                self._libbcc().bpf_detach_kprobe(self._kprobes.pop())
+            link = self._kprobes.pop()
+            self._kprobes_missed += bpf.kprobe_missed(link)
+            os.close(link)
 
     def close(self) -> None:
         """Stop all programs and free the maps."""

@@ -84,10 +84,7 @@ def examine() -> Findings:
 def _tracefs() -> Fact:
     if facts.tracefs_mounted():
         return Fact("tracefs", f"mounted on {facts.TRACEFS}")
-    why = facts.mount_tracefs()
-    if why is None:
-        return Fact("tracefs", f"was not mounted; doctor mounted it on {facts.TRACEFS} (kprobes need it)")
-    return Fact("tracefs", f"not mounted: {why}", LACK, f"mount -t tracefs tracefs {facts.TRACEFS}")
+    return Fact("tracefs", "not mounted; cwndtrace needs none")
 
 
 def _power(found: list[Fact]) -> bool:
@@ -166,7 +163,7 @@ def _remedy(rung: str, why: str) -> str:
     if "policy" in why:
         return "ask whoever set the policy that refuses this program type (lockdown, an LSM, a hypervisor)"
     if rung == "kprobe":
-        return "boot a kernel with CONFIG_KPROBES=y, as the distributions' are"
+        return "boot a kernel with CONFIG_KPROBE_EVENTS=y, as the distributions' are"
     if rung == "sendmsg":
         return "boot Linux 6.16 or newer"
     return ""

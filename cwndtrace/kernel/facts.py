@@ -6,7 +6,6 @@ from __future__ import annotations
 import gzip
 import platform
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Final
@@ -16,6 +15,8 @@ from cwndtrace.kernel import ladder
 from cwndtrace.kernel.btf import Btf
 
 TRACEFS: Final = Path("/sys/kernel/tracing")
+KPROBES: Final = Path("/sys/bus/event_source/devices/kprobe/type")
+"""What perf_event_open(2) calls a kprobe."""
 _HZ_CHOICES: Final = (100, 250, 300, 1000)
 
 
@@ -62,7 +63,7 @@ def ladder_facts(btf: Btf) -> ladder.Facts:
     return ladder.Facts(
         tracepoints=frozenset(t for t in ladder.tracepoints() if btf.has_tracepoint(t)),
         functions=frozenset(f for f in ladder.FUNCTIONS.values() if btf.has_function(f)),
-        kprobes=Path("/sys/bus/event_source/devices/kprobe/type").exists() or btf.has_function("register_kprobe"),
+        kprobes=KPROBES.exists(),
     )
 
 
@@ -79,11 +80,3 @@ def lockdown() -> str:
 def tracefs_mounted() -> bool:
     """Whether tracefs is where the kernel puts it."""
     return (TRACEFS / "events").is_dir()
-
-
-def mount_tracefs() -> str | None:
-    """Mount tracefs; None, or why it couldn't be."""
-    result = subprocess.run(
-        ["mount", "-t", "tracefs", "tracefs", str(TRACEFS)], capture_output=True, text=True, check=False
-    )
-    return None if result.returncode == 0 else result.stderr.strip() or "mount failed"

@@ -130,7 +130,7 @@ def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
         if a.kind != "raw_tracepoint" and a.target not in facts.functions:
             return f"{a.target}() is inlined in this kernel"
         if a.kind in ("kprobe", "kretprobe") and not facts.kprobes:
-            return "this kernel has no kprobes (CONFIG_KPROBES)"
+            return "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
     return None
 
 

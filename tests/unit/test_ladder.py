@@ -125,7 +125,7 @@ def test_no_reason_needs_no_rung() -> None:
 
 def test_kprobes_need_to_be_there() -> None:
     facts = Facts(CURRENT, ALL, False)
-    assert ladder.lacks(facts, ladder.BY_NAME["kprobe"], "idle") == "this kernel has no kprobes (CONFIG_KPROBES)"
+    assert ladder.lacks(facts, ladder.BY_NAME["kprobe"], "idle") == "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
 
 
 def test_every_rung_names_programs_that_exist() -> None:
