@@ -281,11 +281,11 @@ def remount(path: Path, how: str) -> bool:
 
 
 @contextlib.contextmanager
-def file_system(disk: Disk, path: Path) -> Iterator[Path]:
-    """An ext4 on this disk."""
+def file_system(disk: Disk, path: Path, *, make: str = "", mount: str = "") -> Iterator[Path]:
+    """An ext4 on this disk; ``make`` and ``mount`` are options."""
     path.mkdir()
-    tcp.run("mkfs.ext4", "-q", str(disk.path))
-    tcp.run("mount", str(disk.path), str(path))
+    tcp.run("mkfs.ext4", "-q", *make.split(), str(disk.path))
+    tcp.run("mount", *mount.split(), str(disk.path), str(path))
     try:
         yield path
     finally:

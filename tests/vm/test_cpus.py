@@ -6,9 +6,7 @@ Only a guest of tools/vm has its CPUs switched, whatever the environment says.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import threading
 import time
 from collections import Counter
@@ -23,7 +21,7 @@ import pytest
 from tests.live import tcp
 from tests.live.disk import BLOCK, SLAB, Disk, Traced, aligned, loop, stat_of
 from tests.live.tracing import Tracer, check
-from tests.vm.test_rungs import KERNEL
+from tests.vm.conftest import in_guest
 
 pytestmark = pytest.mark.vm
 
@@ -31,14 +29,6 @@ CPUS: Final = range(os.sysconf("SC_NPROCESSORS_CONF"))
 READS: Final = 25
 ROUNDS: Final = 2
 LONG_S: Final = 120
-
-
-def in_guest() -> bool:
-    """Whether the kernel that runs is the one that tools/vm has booted, and by virtme-ng."""
-    folder = os.environ.get("CWNDTRACE_VM_KERNEL")
-    if not KERNEL or not folder or "virtme" not in Path("/proc/cmdline").read_text():
-        return False
-    return bool(json.loads((Path(folder) / "info.json").read_text())["release"] == platform.release())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done to a machine as a whole only where it is a guest of tools/vm: its clock stepped, its tasks frozen
+as for a suspend, a quota used up, and, last, the kernel locked down, which holds until it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import cwndtrace
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.disk import loop
+from tests.live.test_interrupted import file_system, rows_of
+from tests.live.test_moving import HOUR, follow_steps
+from tests.live.test_power import FOR_SOMEBODY, GID, UID
+from tests.live.test_run import LONG_S, assert_short, call, rest_once, running
+from tests.vm.conftest import in_guest
+
+pytestmark = pytest.mark.vm
+
+PM_TEST: Final = Path("/sys/power/pm_test")
+LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
+# linux/quota.h and uapi/linux/quota.h
+Q_SETQUOTA: Final = 0x800008
+QIF_BLIMITS: Final = 1
+SYS_QUOTACTL: Final = 179
+"""On x86-64."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guest() -> None:
+    """Nowhere but in a guest."""
+    if not in_guest():
+        pytest.skip("needs a guest of its own: make vm-test")
+
+
+@pytest.fixture
+def wall_clock() -> Iterator[None]:
+    """Right again in the end."""
+    offset = time.time_ns() - time.monotonic_ns()
+    yield
+    time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + offset)
+
+
+@pytest.mark.usefixtures("wall_clock")
+def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """By hours either way, for all of the machine."""
+    right = time.time_ns() - time.monotonic_ns()
+
+    def step(ns: int) -> None:
+        time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + right + ns)
+
+    follow_steps(space, connect(), tmp_path / "a.cwnd", step)
+
+
+@pytest.mark.usefixtures("wall_clock")
+def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """The kernel freezes every task, as its first step to a suspend, and UTC is an hour later when they go on."""
+    path = tmp_path / "a.cwnd"
+    PM_TEST.write_text("freezer")
+    try:
+        connection = connect()
+        with running("-n", space.name, "--no-block", "-o", path) as run:
+            sends = [rest_once(connection)]
+            tcp.until(lambda: len(cwndtrace.load(path).resets) == 1, LONG_S, "the record")
+            connection.grow()
+            before, begin = connection.quiet(), time.monotonic_ns()
+            # Back after five seconds: who writes this isn't frozen, but waits for it.
+            Path("/sys/power/state").write_text("freeze")
+            assert time.monotonic_ns() - begin > 4_000_000_000
+            time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + HOUR)
+            connection.rest(0)
+            sends.append(connection.send())
+            assert sends[-1].before.last_snd_us > before.last_snd_us + 4_000_000
+            tcp.until(lambda: len(cwndtrace.load(path).resets) == 2, LONG_S, "the record")
+            sends.append(rest_once(connection))
+            code, _, said = run.end()
+    finally:
+        PM_TEST.write_text("none")
+    assert (code, "Traceback" in said) == (0, False), said
+    trace = cwndtrace.load(path)
+    assert (trace.status, trace.warnings) == ("complete", [])
+    stamps = list(trace.resets["ts_ns"])
+    assert len(stamps) == 3
+    assert all(s.start_ns <= stamp <= s.end_ns for s, stamp in zip(sends, stamps, strict=True))
+    assert len(trace.meta["clock"]["segments"]) == 2
+    now = time.time() - time.monotonic()
+    assert abs(trace.resets["time"].iloc[2].timestamp() - stamps[2] / 1e9 - now) < 1
+    assert abs(trace.resets["time"].iloc[0].timestamp() - stamps[0] / 1e9 - now + HOUR / 1e9) < 1
+
+
+def set_quota(device: Path, uid: int, blocks: int) -> None:
+    """Let a user have so many KiB on the file system of this device; 0 is no limit."""
+    # struct if_dqblk: hard and soft limit of blocks, space; the same of inodes; two times; which of them are meant.
+    limits = struct.pack("=8QI4x", blocks, blocks, 0, 0, 0, 0, 0, 0, QIF_BLIMITS)
+    command = Q_SETQUOTA << 8  # of users
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(SYS_QUOTACTL, command, str(device).encode(), uid, limits):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(device))
+
+
+def test_a_quota_is_used_up(space: tcp.Space, tmp_path: Path) -> None:
+    """Said once; what was written stays readable, the rest waits, and is written once there is room again."""
+    with (
+        loop() as limited,
+        file_system(limited, tmp_path / "limited", make="-O quota", mount="-o usrquota") as folder,
+        loop() as disk,
+    ):
+        os.chown(folder, UID, GID)
+        path, ballast = folder / "a.cwnd", folder / "ballast"
+        with running("-n", space.name, "-o", path, before=FOR_SOMEBODY) as run:
+            disk.read(*range(100))
+            tcp.until(lambda: (path / "block_io").exists() and rows_of(path) >= 100, LONG_S, "the first rows")
+            ballast.write_bytes(bytes(1 << 20))
+            os.chown(ballast, UID, GID)
+            set_quota(limited.path, UID, 1024)
+            disk.read(*range(500))
+            run.wait_for(re.compile("Disk quota exceeded"))
+            assert rows_of(path) >= 100
+            assert run.process.poll() is None
+            set_quota(limited.path, UID, 0)
+            tcp.until(lambda: rows_of(path) >= 600, LONG_S, "the rows that waited")
+            code, _, said = run.end()
+        assert (code, said.count("Disk quota exceeded"), "Traceback" in said) == (0, 1, False), said
+        trace = cwndtrace.load(path)
+        assert (trace.status, trace.warnings) == ("complete", [])
+        assert len(trace.block_io) == trace.meta["counts"]["block_io"]["kept"]
+
+
+def test_locked_down(space: tcp.Space, tmp_path: Path) -> None:
+    """The last one: nothing takes a lockdown back."""
+    if "confidentiality" not in LOCKDOWN.read_text():
+        pytest.skip(f"needs CONFIG_SECURITY_LOCKDOWN_LSM: {LOCKDOWN.read_text()}")
+    with running("-n", space.name, "-o", tmp_path / "before.cwnd") as run:
+        LOCKDOWN.write_text("integrity")
+        done = call("run", "-n", space.name, "-d", "1s", "-o", tmp_path / "integrity.cwnd", seconds=LONG_S)
+        assert done.returncode == 0, done.stderr
+        LOCKDOWN.write_text("confidentiality")
+        done = call("run", "-n", space.name, "-d", "1s", "-o", tmp_path / "a.cwnd", seconds=LONG_S)
+        assert_short(done, 77, "lockdown=confidentiality keeps BPF from reading", "lockdown=integrity")
+        assert not (tmp_path / "a.cwnd").exists()
+        code, _, said = run.end()
+    # A trace that runs already goes on.
+    assert (code, "Traceback" in said) == (0, False), said
+    assert cwndtrace.load(tmp_path / "before.cwnd").status == "complete"
