@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.bpf_syscall import attach_kprobe, kprobe_missed
 from cwndtrace.cli.doctor import Findings, examine
 from cwndtrace.errors import NoRung
 from cwndtrace.kernel import btf, facts, ladder
@@ -208,3 +210,26 @@ def test_the_connections_close(traffic: dict[str, list[tcp.Connection]], connect
         for connection in each:
             connection.close()
     assert connect().send().reason is None
+
+
+def test_calls_that_a_kprobe_missed() -> None:
+    """A tick that comes upon another kprobe's run: its own is skipped, which is counted."""
+    if ladder.lacks(facts.ladder_facts(btf.Btf.running()), ladder.BY_NAME["kprobe"], "idle"):
+        pytest.skip("needs the rung kprobe: tools/vm test 6.12-unpatched")
+    kernel = Kernel(probe="kprobe", block=False, reasons=("idle",))
+    try:
+        (program,) = kernel._resets
+        fd = program._loaded["kprobe_in"]
+        links = [attach_kprobe(fd, function, False) for function in ("__x64_sys_getppid", "update_process_times")]
+        program._kprobes += links
+
+        def missed() -> bool:
+            for _ in range(10_000):
+                os.getppid()
+            return kprobe_missed(links[1]) > 0
+
+        tcp.until(missed, 120, "a tick in the midst of another kprobe's run")
+        kernel.stop()
+        assert kernel.counts().lost["cwnd_reset"] > 0
+    finally:
+        kernel.close()
