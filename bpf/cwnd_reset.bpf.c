@@ -444,6 +444,7 @@ struct probed {
 BPF_PERCPU_ARRAY(probed, struct probed, 1);
 
 /* The kernel's own numbers. Segments without data have a size of their own: skb_is_tcp_pure_ack(). */
+#define TCP_ESTABLISHED 1
 #define TCP_TIME_WAIT 6
 #define TCP_NEW_SYN_RECV 12
 #define TCPHDR_FIN 1
@@ -567,31 +568,32 @@ int refresh(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* Not one that only stands for a connection in SYN_RECV or TIME_WAIT: sk_fullsock() of include/net/sock.h. */
-static __always_inline bool full_socket(u64 sk)
-{
-	return !(1 << SEE(u8, sk, sock_common, skc_state) & (1 << TCP_NEW_SYN_RECV | 1 << TCP_TIME_WAIT));
-}
-
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 skb = ctx->args[0], key;
 	u32 cwnd, ssthresh, lsndtime;
 	struct window *w;
 	const void *sk;
+	u8 state;
 
 	if (SEE(u32, skb, sk_buff, truesize) == PURE_ACK_TRUESIZE)
 		return 0;
 	key = SEE(u64, skb, sk_buff, sk);
+	if (!key)
+		return 0;
+	/* In these two it is no whole socket: sk_fullsock() of include/net/sock.h. */
+	state = SEE(u8, key, sock_common, skc_state);
+	if (state == TCP_NEW_SYN_RECV || state == TCP_TIME_WAIT)
+		return 0;
 	/* What is under way waits in this queue for its ACK. From a packet the verifier lets nobody see tcp_sock. */
-	if (!key || !full_socket(key) || SEE(u64, key, sock, tcp_rtx_queue__rb_node))
+	if (SEE(u64, key, sock, tcp_rtx_queue__rb_node))
 		return 0;
 	w = windows.lookup(&key);
 	if (!w || w->ports != SEE(u32, key, sock_common, skc_portpair))
 		return 0;
-	/* No RTO is as short, and lsndtime has just been set. */
+	/* No RTO is as short, and lsndtime has just been set. In other states no ACK tells of the window. */
 	lsndtime = jiffies32();
-	if (lsndtime - w->lsndtime < 2) {
+	if (state == TCP_ESTABLISHED && lsndtime - w->lsndtime < 2) {
 		w->lsndtime = lsndtime;
 		return 0;
 	}

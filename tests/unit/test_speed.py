@@ -153,7 +153,7 @@ def body(function: str) -> str:
 
 
 def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
-    for function in ("rested", "ends_flight", "holds", "full_socket"):
+    for function in ("rested", "ends_flight", "holds"):
         assert "SEE(" in body(function)
         assert "GET(" not in body(function)
     for function, until in (
