@@ -134,18 +134,6 @@ static __always_inline void give_up(const struct flight *f, u64 rq)
 		count_lost(1);
 }
 
-/*
- * The address of the request that a program is given. It is a number and no pointer here, which the verifier lets
- * nobody calculate with.
- */
-static __always_inline u64 address_of(const struct bpf_raw_tracepoint_args *ctx)
-{
-	u64 rq = 0;
-
-	bpf_probe_read_kernel(&rq, sizeof(rq), ctx);
-	return rq;
-}
-
 /* For a claimed slot, or one of the hash. */
 static __always_inline void take_off(struct flight *f, u64 request)
 {
@@ -174,7 +162,7 @@ static __always_inline void take_off(struct flight *f, u64 request)
 
 int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = address_of(ctx);
+	u64 rq = argument(ctx, 0);
 	u64 request = ctx->args[0];
 	int zero = 0, slot = slot_of(rq);
 	struct flight *f = slots.lookup(&slot);
@@ -211,7 +199,7 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 /* Merges are over once a request is issued: where it begins and how long it is are right here, and only here. */
 int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = address_of(ctx);
+	u64 rq = argument(ctx, 0);
 	u64 request = ctx->args[0];
 	struct flight *f = find(rq);
 
@@ -225,7 +213,7 @@ int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 
 int on_block_rq_error(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = address_of(ctx);
+	u64 rq = argument(ctx, 0);
 	struct flight *f = find(rq);
 
 	if (f && f->rq == rq)
@@ -306,7 +294,7 @@ static __always_inline void keep(const struct flight *f, u32 dev)
 
 int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 rq = address_of(ctx);
+	u64 rq = argument(ctx, 0);
 	u64 request = ctx->args[0];
 	u64 disk;
 	struct flight *f;

@@ -24,17 +24,19 @@ struct followed {
 	/* For user space, which tells of what the end of the trace cut short. */
 	u64 sock_cookie;
 	u32 netns_ino;
-	u32 reason;
+	u16 reason;
+	u16 bucket;
 };
 BPF_HASH(followed, u64, struct followed, 16384);
-/* How many sockets are followed, by some bits of their address: spares all others the hash look-up. */
+/* How many sockets are followed, by some bits of their addresses' hash: spares all others the look-up. */
 BPF_ARRAY(follow_buckets, u64, 1 << FOLLOW_BUCKET_BITS);
 BPF_PERCPU_ARRAY(recovery_counts, u64, 2);
 
-static __always_inline u64 *follow_bucket(u64 sk)
-{
-	int bucket = (sk >> 6) * 0x9E3779B97F4A7C15ULL >> (64 - FOLLOW_BUCKET_BITS);
+/* The kernel's own hash of a connection's addresses and ports, with which it finds the socket of a packet. */
+#define FOLLOW_BUCKET(hash) ((hash) & ((1 << FOLLOW_BUCKET_BITS) - 1))
 
+static __always_inline u64 *follow_bucket(int bucket)
+{
 	return follow_buckets.lookup(&bucket);
 }
 
@@ -65,7 +67,7 @@ static __always_inline void end_following(u64 sk, const struct followed *f, u8 o
 		.reason = REASON,
 		.outcome = outcome,
 	};
-	u64 *n = follow_bucket(sk);
+	u64 *n = follow_bucket(f->bucket);
 
 	if (cwnd_recoveries.ringbuf_output(&r, sizeof(r), 0))
 		count_unrecovered(0);
@@ -74,11 +76,9 @@ static __always_inline void end_following(u64 sk, const struct followed *f, u8 o
 		__sync_fetch_and_add(n, -1);
 }
 
-/* A socket was reset: from r->cwnd_after it has to get back to r->cwnd_before. */
-static __always_inline void follow(const struct cwnd_reset *r)
+static __always_inline void start_following(const struct cwnd_reset *r)
 {
-	u64 sk = r->skaddr, *n = follow_bucket(sk);
-	struct followed *old = followed.lookup(&sk);
+	u64 sk = r->skaddr, *n;
 	struct followed f = {
 		.reset_ts_ns = r->ts_ns,
 		.acked_ns = r->ts_ns,
@@ -90,7 +90,23 @@ static __always_inline void follow(const struct cwnd_reset *r)
 		.sock_cookie = r->sock_cookie,
 		.netns_ino = r->netns_ino,
 		.reason = REASON,
+		.bucket = FOLLOW_BUCKET(GET(u32, sk, sock_common, skc_hash)),
 	};
+
+	if (followed.update(&sk, &f)) {
+		count_unrecovered(0);
+		return;
+	}
+	n = follow_bucket(f.bucket);
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
+/* A socket was reset: from r->cwnd_after it has to get back to r->cwnd_before. */
+static __always_inline void follow(const struct cwnd_reset *r)
+{
+	u64 sk = r->skaddr;
+	struct followed *old = followed.lookup(&sk);
 
 	if (old) {
 		/* The last ACK before this rest may have done it: nothing came after to show that. */
@@ -99,15 +115,14 @@ static __always_inline void follow(const struct cwnd_reset *r)
 
 		end_following(sk, old, regained ? OUTCOME_REGAINED : OUTCOME_RESET_AGAIN, end_ns, r->cwnd_before);
 	}
-	if (followed.update(&sk, &f))
-		count_unrecovered(0);
-	else if (n)
-		__sync_fetch_and_add(n, 1);
+	/* By itself, so that it takes the place on the stack that the end took: there is little. */
+	start_following(r);
 }
 
+/* For a program of type tp_btf: this runs on every ACK. */
 static __always_inline void on_ack(const void *sock)
 {
-	u64 sk = (u64)sock, now, *n = follow_bucket(sk);
+	u64 sk = (u64)sock, now, *n = follow_bucket(FOLLOW_BUCKET(SEE(u32, sock, sock_common, skc_hash)));
 	struct followed *f;
 	u32 cwnd, srtt_us;
 
@@ -150,12 +165,9 @@ static __always_inline void on_ack(const void *sock)
 
 static __always_inline void forget(const void *sock)
 {
-	u64 sk = (u64)sock, *n = follow_bucket(sk);
-	struct followed *f;
+	u64 sk = (u64)sock;
+	struct followed *f = followed.lookup(&sk);
 
-	if (!n || !*n)
-		return;
-	f = followed.lookup(&sk);
 	if (f)
 		end_following(sk, f, OUTCOME_CLOSED, bpf_ktime_get_ns(), GET(u32, sock, tcp_sock, snd_cwnd));
 }

@@ -282,16 +282,15 @@ static __always_inline bool restarts(const void *sk)
 #define LATE_JIFFIES (CWT_HZ / 50)
 
 /*
- * tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the kernel may restart this window now.
- * Cheapest and most telling test first: this runs on every send.
+ * The first half of tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the socket has rested so long
+ * that the kernel may restart its window now. This runs on every send and every ACK.
  */
-static __always_inline bool idle_restart_possible(const void *sk)
+static __always_inline bool rested(const void *tp)
 {
-	if (GET(u32, sk, tcp_sock, packets_out))
+	if (SEE(u32, tp, tcp_sock, packets_out))
 		return false;
-	if ((s32)(sk_idle(sk) + LATE_JIFFIES) <= (s32)GET(u32, sk, inet_connection_sock, icsk_rto))
-		return false;
-	return restarts(sk);
+	return (s32)(jiffies32() - SEE(u32, tp, tcp_sock, lsndtime) + LATE_JIFFIES) >
+	       (s32)SEE(u32, tp, inet_connection_sock, icsk_rto);
 }
 
 /* tcp_cwnd_restart() of net/ipv4/tcp_output.c: the window after it. */
@@ -349,13 +348,14 @@ static __always_inline void settle(const void *sk)
 	add_pending(-1);
 }
 
+/* For a socket that has rested. */
 static __always_inline void expect_restart(const void *sk)
 {
 	struct cwnd_reset r = {};
 	u64 key = (u64)sk;
 	u32 rto = GET(u32, sk, inet_connection_sock, icsk_rto), idle = sk_idle(sk);
 
-	if (!idle_restart_possible(sk) || !wanted(sk))
+	if (!restarts(sk) || !wanted(sk))
 		return;
 	fill_from_sock(&r, sk);
 	r.reason = REASON;
@@ -376,9 +376,13 @@ static __always_inline void expect_restart(const void *sk)
 
 int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 {
-	const void *sk = (const void *)ctx->args[0], *skb = (const void *)ctx->args[2];
+	const void *sk = (const void *)ctx->args[0], *tp = bpf_skc_to_tcp_sock((void *)sk);
+	u64 skb;
 
 	settle(sk);
+	if (!tp || !rested(tp))
+		return 0;
+	skb = argument(ctx, 2);
 	/* Only a new buffer is checked by the kernel (tcp_skb_entail); this one still takes more. */
 	if (skb && (s32)GET(u32, skb, sk_buff, len) < (s32)ctx->args[3] &&
 	    !GET_BITS(AT(skb, sk_buff, cb), tcp_skb_cb, eor))
@@ -389,13 +393,13 @@ int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 
 int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 {
-	const void *sk = (const void *)ctx->args[0];
+	const void *sk = (const void *)ctx->args[0], *tp = bpf_skc_to_tcp_sock((void *)sk);
 
 	settle(sk);
 	on_ack(sk);
 	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
-	if (!GET(u32, sk, tcp_sock, packets_out) &&
-	    GET(u32, sk, tcp_sock, write_seq) != GET(u32, sk, tcp_sock, snd_nxt))
+	if (tp && !SEE(u32, tp, tcp_sock, packets_out) &&
+	    SEE(u32, tp, tcp_sock, write_seq) != SEE(u32, tp, tcp_sock, snd_nxt) && rested(tp))
 		expect_restart(sk);
 	return 0;
 }
@@ -420,6 +424,7 @@ int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 
 /* ---- tcp_probe: the window as the last ACK left it, against the one that the next burst starts with ---- */
 #ifdef RUNG_TCP_PROBE
+/* Ports and bytes, because a socket is freed and its memory used for the next one: is it still this connection? */
 struct window {
 	u64 bytes_acked;
 	u32 ports;
@@ -432,101 +437,178 @@ BPF_TABLE("lru_hash", u64, struct window, windows, 65536);
  * tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. Two of them,
  * because an ACK that a process works in, from the socket's backlog, can be interrupted by others.
  */
-BPF_PERCPU_ARRAY(probed, u64, 2);
+struct probed {
+	u64 of_interrupt;
+	u64 of_process;
+};
+BPF_PERCPU_ARRAY(probed, struct probed, 1);
 
+/* The kernel's own numbers. Segments without data have a size of their own: skb_is_tcp_pure_ack(). */
+#define TCP_ESTABLISHED 1
+#define TCP_TIME_WAIT 6
+#define TCP_NEW_SYN_RECV 12
+#define TCPHDR_FIN 1
+#define PURE_ACK_TRUESIZE 2
+
+/* Once the ACK is worked in. */
 static __always_inline void note_window(u64 key)
 {
 	const void *sk = (const void *)key;
-	struct window w = {
-		.bytes_acked = GET(u64, sk, tcp_sock, bytes_acked),
-		.ports = sk_ports(sk),
-		.cwnd = GET(u32, sk, tcp_sock, snd_cwnd),
-		.ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh),
-		.lsndtime = GET(u32, sk, tcp_sock, lsndtime),
-	};
+	struct window *w = windows.lookup(&key);
 
-	windows.update(&key, &w);
+	if (!w)
+		return;
+	w->cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
+	w->ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh);
+}
+
+/*
+ * Whether this ACK leaves nothing under way, so that a rest may follow. The ACKs of what it leaves come here too,
+ * but for those behind a FIN.
+ */
+static __always_inline bool ends_flight(const void *tp, u64 skb)
+{
+	const void *cb = AT(skb, sk_buff, cb);
+
+	return SEE(u32, cb, tcp_skb_cb, ack_seq) == SEE(u32, tp, tcp_sock, snd_nxt) ||
+	       SEE_BYTE(cb, tcp_skb_cb, tcp_flags) & TCPHDR_FIN;
+}
+
+/* Whether what was noted still holds, with nothing under way: only an undo can change the window then. */
+static __always_inline bool holds(const struct window *w, const void *tp)
+{
+	return w->ports == SEE(u32, tp, sock_common, skc_portpair) &&
+	       w->bytes_acked <= SEE(u64, tp, tcp_sock, bytes_acked) &&
+	       w->cwnd == SEE(u32, tp, tcp_sock, snd_cwnd) && !SEE(u32, tp, tcp_sock, undo_marker);
 }
 
 int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 key = ctx->args[0], *last;
-	int which = sk_owned((const void *)key);
+	const void *sk = (const void *)key, *tp = bpf_skc_to_tcp_sock((void *)key);
+	struct window *w, first = {};
+	struct probed *p;
+	bool under_way;
+	int zero = 0;
 
-	on_ack((const void *)key);
-	last = probed.lookup(&which);
-	if (!last)
+	on_ack(sk);
+	if (!tp)
 		return 0;
+	under_way = SEE(u32, tp, tcp_sock, packets_out) != 0;
+	if (under_way && !ends_flight(tp, ctx->args[1]))
+		return 0;
+	w = windows.lookup(&key);
+	if (!under_way && w && holds(w, tp))
+		return 0;
+	p = probed.lookup(&zero);
+	if (!p)
+		return 0;
+	last = SEE(s32, key, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
 	if (*last && *last != key)
 		note_window(*last);
 	*last = 0;
-	if (!wanted((const void *)key))
+	if (!wanted(sk))
 		return 0;
 	*last = key;
-	note_window(key);
+	if (!w) {
+		windows.update(&key, &first);
+		w = windows.lookup(&key);
+		if (!w)
+			return 0;
+	}
+	w->bytes_acked = SEE(u64, tp, tcp_sock, bytes_acked);
+	w->ports = SEE(u32, tp, sock_common, skc_portpair);
+	w->cwnd = SEE(u32, tp, tcp_sock, snd_cwnd);
+	w->ssthresh = SEE(u32, tp, tcp_sock, snd_ssthresh);
+	w->lsndtime = SEE(u32, tp, tcp_sock, lsndtime);
 	return 0;
-}
-
-static __always_inline void refresh_one(int which)
-{
-	u64 *last = probed.lookup(&which);
-
-	if (!last || !*last)
-		return;
-	note_window(*last);
-	/* A process may still be at it. */
-	if (!sk_owned((const void *)*last))
-		*last = 0;
 }
 
 int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 {
-	refresh_one(0);
-	refresh_one(1);
+	int zero = 0;
+	struct probed *p = probed.lookup(&zero);
+
+	if (!p)
+		return 0;
+	if (p->of_interrupt) {
+		note_window(p->of_interrupt);
+		p->of_interrupt = 0;
+	}
+	/* Not while the process is still at it. */
+	if (p->of_process && !sk_owned((const void *)p->of_process)) {
+		note_window(p->of_process);
+		p->of_process = 0;
+	}
 	return 0;
+}
+
+static __always_inline void refresh_one(u64 *key)
+{
+	if (!*key)
+		return;
+	note_window(*key);
+	if (!sk_owned((const void *)*key))
+		*key = 0;
 }
 
 /*
  * User space runs this on each CPU, more often than the shortest RTO: an ACK from a backlog is followed by no
- * poll. Not an attached program, for the reason that hand_over() gives.
+ * poll, and one from a TUN device neither. Not an attached program, for the reason that hand_over() gives.
  */
 int refresh(struct bpf_raw_tracepoint_args *ctx)
 {
-	refresh_one(0);
-	refresh_one(1);
+	int zero = 0;
+	struct probed *p = probed.lookup(&zero);
+
+	if (!p)
+		return 0;
+	refresh_one(&p->of_interrupt);
+	refresh_one(&p->of_process);
 	return 0;
 }
 
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 key = GET(u64, ctx->args[0], sk_buff, sk);
-	const void *sk = (const void *)key;
+	u64 skb = ctx->args[0], key;
+	u32 cwnd, ssthresh, lsndtime;
 	struct window *w;
-	u32 cwnd, rested;
+	const void *sk;
+	u8 state;
 
-	if (!key || GET(u32, sk, tcp_sock, packets_out))
+	if (SEE(u32, skb, sk_buff, truesize) == PURE_ACK_TRUESIZE)
+		return 0;
+	key = SEE(u64, skb, sk_buff, sk);
+	if (!key)
+		return 0;
+	/* In these two it is no whole socket: sk_fullsock() of include/net/sock.h. */
+	state = SEE(u8, key, sock_common, skc_state);
+	if (state == TCP_NEW_SYN_RECV || state == TCP_TIME_WAIT)
+		return 0;
+	/* What is under way waits in this queue for its ACK. From a packet the verifier lets nobody see tcp_sock. */
+	if (SEE(u64, key, sock, tcp_rtx_queue__rb_node))
 		return 0;
 	w = windows.lookup(&key);
-	/* A socket is freed and its memory used for the next one: is this still the connection that was seen? */
-	if (!w || w->ports != sk_ports(sk) || w->bytes_acked > GET(u64, sk, tcp_sock, bytes_acked))
+	if (!w || w->ports != SEE(u32, key, sock_common, skc_portpair))
 		return 0;
-	cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
-	rested = GET(u32, sk, tcp_sock, lsndtime) - w->lsndtime;
-	if (cwnd < w->cwnd && (s32)rested > (s32)GET(u32, sk, inet_connection_sock, icsk_rto) &&
-	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts(sk) && wanted(sk)) {
-		struct cwnd_reset r = {};
-
-		fill_from_sock(&r, sk);
-		r.reason = REASON;
-		r.probe = PROBE_TCP_PROBE;
-		r.cwnd_before = w->cwnd;
-		r.ssthresh_before = w->ssthresh;
-		r.idle_us = jiffies_to_us(rested);
-		emit(&r);
+	/* No RTO is as short, and lsndtime has just been set. In other states no ACK tells of the window. */
+	lsndtime = jiffies32();
+	if (state == TCP_ESTABLISHED && lsndtime - w->lsndtime < 2) {
+		w->lsndtime = lsndtime;
+		return 0;
 	}
-	w->cwnd = cwnd;
+	sk = (const void *)key;
+	if (w->bytes_acked > GET(u64, sk, tcp_sock, bytes_acked))
+		return 0;
+	cwnd = w->cwnd;
+	ssthresh = w->ssthresh;
+	lsndtime = w->lsndtime;
+	w->cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
 	w->ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh);
 	w->lsndtime = GET(u32, sk, tcp_sock, lsndtime);
+	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)GET(u32, sk, inet_connection_sock, icsk_rto) &&
+	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts(sk))
+		emit_fallen(sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime);
 	return 0;
 }
 #endif

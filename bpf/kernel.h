@@ -39,6 +39,21 @@
 	*(volatile T *)((const char *)(base) + OFF_##type##__##member);			\
 })
 
+/* The lowest byte of a member that isn't as wide in every kernel. */
+#define SEE_BYTE(base, type, member) (*(volatile u8 *)AT(base, type, member))
+
+/*
+ * What a program is given, as a number: a tp_btf program's arguments are pointers, which the verifier lets nobody
+ * calculate with, and which it takes for set even where the kernel may pass none.
+ */
+static __always_inline u64 argument(const struct bpf_raw_tracepoint_args *ctx, int n)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), &ctx->args[n]);
+	return value;
+}
+
 /* A bitfield that lies within one byte, as the kernel's small TCP flags do. */
 #define GET_BITS(base, type, member) ({							\
 	u8 byte_ = 0;									\

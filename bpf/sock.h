@@ -55,12 +55,6 @@ static __always_inline u16 sk_dport(const void *sk)
 	return __builtin_bswap16(GET(u16, sk, sock_common, skc_dport));
 }
 
-/* Both, as the kernel keeps them, to tell connections apart. */
-static __always_inline u32 sk_ports(const void *sk)
-{
-	return (u32)sk_sport(sk) << 16 | GET(u16, sk, sock_common, skc_dport);
-}
-
 /* Whether a process holds the socket lock: if so, current is that process. */
 static __always_inline bool sk_owned(const void *sk)
 {

@@ -237,6 +237,11 @@ def _meta(column: pa.Field, unit: str, description: str) -> pa.Field:
 
 
 @cache
+def _columns(name: str) -> tuple[tuple[Field, pa.DataType], ...]:
+    return tuple((f, _arrow_type(f)) for f in event(name).fields)
+
+
+@cache
 def _arrow_type(f: Field) -> pa.DataType:
     if f.unit in ("text", "addr", "dev") or f.unit.startswith("enum "):
         return _DICTIONARY
@@ -251,18 +256,25 @@ def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.in
     """
     ev = event(name)
     times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000
-    arrays: list[Any] = [pa.array(times).cast(_TIME)]
-    for f in ev.fields:
+    arrays: list[Any] = [_numbers(_TIME, times)]
+    for f, column_type in _columns(name):
         column = np.ascontiguousarray(records[f.name])
-        arrays.append(_labels(f, column) if _arrow_type(f) == _DICTIONARY else pa.array(column))
+        arrays.append(_labels(f, column) if column_type is _DICTIONARY else _numbers(column_type, column))
     return pa.Table.from_arrays(arrays, schema=arrow_schema(name))
+
+
+def _numbers(kind: pa.DataType, column: npt.NDArray[Any]) -> pa.Array:
+    # As pa.array() makes it, which first finds out what it is given: a small batch feels that.
+    return pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(column)])
 
 
 def _labels(f: Field, column: npt.NDArray[Any]) -> pa.DictionaryArray:
     # Encoded as bytes first: there are few distinct values, and only those are turned into text.
-    raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(f.size), len(column), [None, pa.py_buffer(column.tobytes())])
+    raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(f.size), len(column), [None, pa.py_buffer(column)])
     encoded = raw.dictionary_encode()
     texts = [_label(f, value) for value in encoded.dictionary.to_pylist()]
+    if len(set(texts)) == len(texts):
+        return pa.DictionaryArray.from_arrays(encoded.indices, pa.array(texts, pa.string()))
     # What differs only behind a text's end is one text: a dictionary holds each once.
     labels = pa.array(texts, type=pa.string()).dictionary_encode()
     return pa.DictionaryArray.from_arrays(labels.indices.take(encoded.indices), labels.dictionary)

@@ -18,10 +18,15 @@ FUNCTIONS: Final = {
 }
 """The kernel function in which each reason lowers the window."""
 
+_TRACEPOINT: Final = frozenset({"raw_tracepoint", "tp_btf"})
+
 
 @dataclass(frozen=True)
 class Attachment:
-    """One BPF program and where it goes: ``kind`` is raw_tracepoint, fentry, fexit, kprobe or kretprobe."""
+    """One BPF program and where it goes: ``kind`` is raw_tracepoint, tp_btf, fentry, fexit, kprobe or kretprobe.
+
+    With tp_btf it is a raw tracepoint too, but the verifier knows what the arguments point to: it can be loaded.
+    """
 
     kind: str
     target: str
@@ -54,9 +59,13 @@ def _raw(target: str, program: str) -> Attachment:
     return Attachment("raw_tracepoint", target, program)
 
 
+def _btf(target: str, program: str) -> Attachment:
+    return Attachment("tp_btf", target, program)
+
+
 # What follows a socket after its reset, on rungs that need these tracepoints for nothing else.
 _FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
-_FOLLOW: Final = (_raw("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
+_FOLLOW: Final = (_btf("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
 _FOLLOWED: Final = {"idle": _FOLLOW, "rto_loss": (), "app_limited": _FOLLOW}
 
 _LOSS_BY_STATE: Final = (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),)
@@ -86,9 +95,9 @@ RUNGS: Final = (
         {
             "idle": (
                 _raw("net_dev_queue", "on_net_dev_queue"),
-                _raw("tcp_probe", "on_tcp_probe"),
+                _btf("tcp_probe", "on_tcp_probe"),
                 _raw("tcp_destroy_sock", "on_tcp_destroy_sock"),
-                _raw("tcp_sendmsg_locked", "on_tcp_sendmsg_locked"),
+                _btf("tcp_sendmsg_locked", "on_tcp_sendmsg_locked"),
             ),
             "rto_loss": _LOSS_BY_STATE,
         },
@@ -98,9 +107,9 @@ RUNGS: Final = (
         "windows compared between ACKs and transmits, seen with the first packet after the rest",
         {
             "idle": (
-                _raw("net_dev_queue", "on_net_dev_queue_first"),
+                _btf("net_dev_queue", "on_net_dev_queue_first"),
                 _raw("napi_poll", "on_napi_poll"),
-                _raw("tcp_probe", "on_tcp_probe_ack"),
+                _btf("tcp_probe", "on_tcp_probe_ack"),
                 *_FOLLOW_END,
             ),
             "rto_loss": _LOSS_BY_STATE,
@@ -115,7 +124,7 @@ BY_NAME: Final = {rung.name: rung for rung in RUNGS}
 def tracepoints() -> frozenset[str]:
     """Every tracepoint that some rung attaches to."""
     return frozenset(
-        a.target for rung in RUNGS for each in rung.attachments.values() for a in each if a.kind == "raw_tracepoint"
+        a.target for rung in RUNGS for each in rung.attachments.values() for a in each if a.kind in _TRACEPOINT
     )
 
 
@@ -125,9 +134,9 @@ def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
     if attachments is None:
         return f"this rung can't see {reason}"
     for a in attachments:
-        if a.kind == "raw_tracepoint" and a.target not in facts.tracepoints:
+        if a.kind in _TRACEPOINT and a.target not in facts.tracepoints:
             return f"this kernel has no tracepoint {a.target}"
-        if a.kind != "raw_tracepoint" and a.target not in facts.functions:
+        if a.kind not in _TRACEPOINT and a.target not in facts.functions:
             return f"{a.target}() is inlined in this kernel"
         if a.kind in ("kprobe", "kretprobe") and not facts.kprobes:
             return "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"

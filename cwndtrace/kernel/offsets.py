@@ -10,7 +10,7 @@ from typing import Final
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel.btf import Btf
 
-_MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|SEE|AT)\(")
+_MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|SEE|SEE_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
 _WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}

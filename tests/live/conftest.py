@@ -32,7 +32,7 @@ def left_out() -> dict[str, str]:
 
 
 def _refused(rung: ladder.Rung) -> str | None:
-    if all(a.kind == "raw_tracepoint" for a in rung.attachments["idle"]):
+    if all(a.kind in ("raw_tracepoint", "tp_btf") for a in rung.attachments["idle"]):
         return None
     try:
         Kernel(probe=rung.name, block=False, reasons=("idle",)).close()

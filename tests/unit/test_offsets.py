@@ -57,6 +57,7 @@ def test_members_are_found_where_they_are_read() -> None:
     text = """
         GET(u32, sk, sock, a); GET_OPT(u64, GET(u64, sk, sock, p), cgroup, kn);
         GET_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
+        SEE(u32, tp, tcp_sock, c); SEE_BYTE(AT(skb, sk_buff, cb), tcp_skb_cb, f);
     """
     assert sorted(offsets.members(text)) == sorted(
         [
@@ -66,6 +67,9 @@ def test_members_are_found_where_they_are_read() -> None:
             ("GET_BITS", "", "flags", "x"),
             ("AT", "", "sock", "m"),
             ("AT", "", "socket_alloc", "socket"),
+            ("SEE", "u32", "tcp_sock", "c"),
+            ("SEE_BYTE", "", "tcp_skb_cb", "f"),
+            ("AT", "", "sk_buff", "cb"),
         ]
     )
 

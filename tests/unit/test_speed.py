@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from cwndtrace.capture import image
 from cwndtrace.capture.image import Image, Map
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli.live import BlockFigures
-from cwndtrace.kernel import sockets
+from cwndtrace.kernel import ladder, sockets
 from cwndtrace.store import CaptureWriter, open_capture
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +144,32 @@ def test_the_list_of_commands_is_that_of_their_modules() -> None:
         assert command.name == name
         assert f"  {name} " in listed
         assert text in listed
+
+
+def body(function: str) -> str:
+    files = ("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c")
+    source = "".join((events.bpf_dir() / name).read_text(encoding="utf-8") for name in files)
+    return re.split(rf"\w+ {function}\(.*\)\n", source)[1].partition("\n}\n")[0]
+
+
+def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
+    for function in ("rested", "ends_flight", "holds"):
+        assert "SEE(" in body(function)
+        assert "GET(" not in body(function)
+    for function, until in (
+        ("on_ack", "followed.lookup"),
+        ("on_tcp_sendmsg_locked", "rested(tp)"),
+        ("on_tcp_probe", "rested(tp)"),
+        ("on_tcp_probe_ack", "ends_flight("),
+        ("on_net_dev_queue_first", "windows.lookup"),
+    ):
+        before, found, _ = body(function).partition(until)
+        assert found
+        assert "GET(" not in before
+        assert "argument(" not in before
+    kinds = {a.program: a.kind for rung in ladder.RUNGS for each in rung.attachments.values() for a in each}
+    loading = ["sendmsg_locked", "probe", "probe_ack", "probe_follow"]
+    assert {kinds[f"on_tcp_{name}"] for name in loading} | {kinds["on_net_dev_queue_first"]} == {"tp_btf"}
 
 
 def test_slabs_are_handed_over_whole() -> None:
