@@ -503,7 +503,8 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	p = probed.lookup(&zero);
 	if (!p)
 		return 0;
-	last = SEE(s32, key, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
+	/* Not by key, whose address calls were given: some verifiers take it for a pointer no more. */
+	last = SEE(s32, sk, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
 	if (*last && *last != key)
 		note_window(*last);
 	*last = 0;
@@ -570,26 +571,27 @@ int refresh(struct bpf_raw_tracepoint_args *ctx)
 
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 skb = ctx->args[0], key;
+	u64 skb = ctx->args[0], sk, key;
 	u32 cwnd, ssthresh, lsndtime;
 	struct window *w;
-	const void *sk;
 	u8 state;
 
 	if (SEE(u32, skb, sk_buff, truesize) == PURE_ACK_TRUESIZE)
 		return 0;
-	key = SEE(u64, skb, sk_buff, sk);
-	if (!key)
+	sk = SEE(u64, skb, sk_buff, sk);
+	if (!sk)
 		return 0;
 	/* In these two it is no whole socket: sk_fullsock() of include/net/sock.h. */
-	state = SEE(u8, key, sock_common, skc_state);
+	state = SEE(u8, sk, sock_common, skc_state);
 	if (state == TCP_NEW_SYN_RECV || state == TCP_TIME_WAIT)
 		return 0;
 	/* What is under way waits in this queue for its ACK. From a packet the verifier lets nobody see tcp_sock. */
-	if (SEE(u64, key, sock, tcp_rtx_queue__rb_node))
+	if (SEE(u64, sk, sock, tcp_rtx_queue__rb_node))
 		return 0;
+	/* A copy, for the same reason as in on_tcp_probe_ack(). */
+	key = sk;
 	w = windows.lookup(&key);
-	if (!w || w->ports != SEE(u32, key, sock_common, skc_portpair))
+	if (!w || w->ports != SEE(u32, sk, sock_common, skc_portpair))
 		return 0;
 	/* No RTO is as short, and lsndtime has just been set. In other states no ACK tells of the window. */
 	lsndtime = jiffies32();
@@ -597,7 +599,6 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 		w->lsndtime = lsndtime;
 		return 0;
 	}
-	sk = (const void *)key;
 	if (w->bytes_acked > GET(u64, sk, tcp_sock, bytes_acked))
 		return 0;
 	cwnd = w->cwnd;
@@ -607,8 +608,8 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 	w->ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh);
 	w->lsndtime = GET(u32, sk, tcp_sock, lsndtime);
 	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)GET(u32, sk, inet_connection_sock, icsk_rto) &&
-	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts(sk))
-		emit_fallen(sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime);
+	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts((const void *)sk))
+		emit_fallen((const void *)sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime);
 	return 0;
 }
 #endif
