@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tracing block I/O takes, beside perf, bpftrace and trace-cmd in the same run (as root).
+"""What tracing block I/O takes, beside perf, bpftrace, trace-cmd and biosnoop in the same run (as root).
 
     sudo .venv/bin/python -m benchmarks.block_io
 
 fio reads 4 KiB at random, 32 requests deep, from a loop device over memory: about the fastest device there is, so
-that what a tracer takes shows. Every tracer has the same turn; untraced runs lie between.
+that what a tracer takes shows. Every tracer has the same turn; untraced runs lie between. ``--device`` names another
+one to read, such as null_blk's; then the tracers are compared and nothing else.
 """
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +24,19 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import COMMAND, Report, Running, Values, fio, folder, has, options, size
+from benchmarks.common import (
+    COMMAND,
+    START_LIMIT_S,
+    Report,
+    Running,
+    Values,
+    biosnoops,
+    fio,
+    folder,
+    has,
+    options,
+    size,
+)
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import TICK_SECONDS
@@ -75,48 +91,75 @@ def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
 def _until_written(tracer: Running, output: Path) -> None:
     from tests.live.tcp import until
 
-    until((output / "meta.json").exists, 30, f"the capture: {tracer.said()}")
+    until((output / "meta.json").exists, START_LIMIT_S, f"the capture: {tracer.said()}")
 
 
-def peer(command: list[str], ready: str, written: Path, disk: Disk, seconds: float) -> dict[str, float]:
-    """Another tracer, which writes into ``written``; what of its ends are requests, ``kept`` counts where it can."""
-    how: dict[str, Any] = {"stdout": written.open("w")} if command[0] == "bpftrace" else {}
-    with Running(command, "" if how else ready, **how) as tracer:
-        if how:
-            from tests.live.tcp import until
+@dataclass(frozen=True)
+class Peer:
+    """Another tracer: what it says when it records, the file it writes, and the command that lists what is in that.
 
-            until(
-                lambda: b"attached" in written.read_bytes() or tracer.process.poll() is not None,
-                30,
-                "bpftrace attached",
-            )
-            if tracer.process.poll() is not None:
-                raise SystemExit(written.read_text()[-300:])
+    One without such a command prints its records, and its output goes into the file.
+    """
+
+    command: list[str]
+    ready: str
+    file: Path
+    lists: tuple[str, ...] = ()
+
+    def kept(self) -> int:
+        """How many of fio's requests it has; a trace has two events of each, of which one is counted."""
+        with subprocess.Popen(
+            [*(self.lists or ("cat",)), str(self.file)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as listing:
+            assert listing.stdout is not None
+            return sum(b"fio" in line and (not self.lists or b"block_io_start" in line) for line in listing.stdout)
+
+
+def peer(which: Peer, disk: Disk, seconds: float) -> dict[str, float]:
+    """One turn of another tracer; ``kept`` is its share of the requests."""
+    with (
+        which.file.open("w") as written,
+        Running(
+            which.command, which.ready if which.lists else "", **({} if which.lists else {"stdout": written})
+        ) as tracer,
+    ):
+        if not which.lists:
+            _until_printed(tracer, which, disk)
         got = fio(str(disk.path), seconds)
         tracer.stop()
-        lost = tracer.said() if not how else ""
-    kept = max(0, sum(1 for _ in written.open("rb")) - 2) if how else got["requests"]
-    return {
-        "iops": got["iops"],
-        "bytes": size(written) / max(kept, 1),
-        "kept": kept / got["requests"],
-        "said": len(lost),
-    }
+    kept = which.kept()
+    return {"iops": got["iops"], "bytes": size(which.file) / max(kept, 1), "kept": kept / got["requests"]}
 
 
-def peers(place: Path) -> dict[str, tuple[list[str], str, Path]]:
-    """Those installed: command, what it says when it records, its file."""
+def _until_printed(tracer: Running, which: Peer, disk: Disk) -> None:
+    from tests.live.tcp import until
+
+    def ready() -> bool:
+        time.sleep(0.1)  # bcc compiles, and has no CPU to spare in an emulated machine
+        disk.read(*range(128))  # what it prints of these pushes its header out of its buffer
+        return which.ready in which.file.read_text() or tracer.process.poll() is not None
+
+    until(ready, START_LIMIT_S, f"{which.command} attached")
+    if tracer.process.poll() is not None:
+        raise SystemExit(which.file.read_text().strip()[-300:])
+
+
+def peers(place: Path, disk: Disk) -> dict[str, Peer]:
+    """Those installed."""
     found = {}
+    events = ["-e", "block:block_io_start", "-e", "block:block_io_done"]
     if has("perf"):
         file = place / "perf.data"
-        events = ["-e", "block:block_io_start", "-e", "block:block_io_done"]
-        found["perf record"] = (["perf", "record", "-q", "-a", *events, "-o", str(file)], "", file)
+        lists = ("perf", "script", "-F", "comm,event", "-i")
+        found["perf record"] = Peer(["perf", "record", "-q", "-a", *events, "-o", str(file)], "", file, lists)
     if has("trace-cmd"):
         file = place / "trace.dat"
-        events = ["-e", "block:block_io_start", "-e", "block:block_io_done"]
-        found["trace-cmd"] = (["trace-cmd", "record", *events, "-o", str(file)], "Hit Ctrl^C", file)
+        command = ["stdbuf", "-oL", "trace-cmd", "record", *events, "-o", str(file)]
+        found["trace-cmd"] = Peer(command, "Hit Ctrl^C", file, ("trace-cmd", "report", "-i"))
     if has("bpftrace"):
-        found["bpftrace printing"] = (["bpftrace", "-e", _BPFTRACE], "", place / "bpftrace.txt")
+        found["bpftrace printing"] = Peer(["bpftrace", "-e", _BPFTRACE], "attached", place / "bpftrace.txt")
+    for name, command in biosnoops().items():
+        found[name] = Peer([*command, "-d", disk.path.name], "TIME(s)", place / "biosnoop.txt")
     return found
 
 
@@ -198,8 +241,6 @@ def _drained(session: Session, depth: int) -> Iterator[None]:
 
 def encodings(report: Report, table: pa.Table, place: Path) -> None:
     """Codecs and encodings over one part of a real capture: bytes and CPU an event, and what reading it takes."""
-    import time
-
     clocks = ("time", "start_ns", "issue_ns", "done_ns")
     dictionary = [name for name in table.column_names if name not in (*clocks, "sector")]
     delta = {"use_dictionary": dictionary, "column_encoding": dict.fromkeys(clocks, "DELTA_BINARY_PACKED")}
@@ -227,16 +268,17 @@ def encodings(report: Report, table: pa.Table, place: Path) -> None:
 
 def main() -> None:
     """Measure and report."""
-    asked = options(__doc__)
+    asked = options(__doc__, device=("", "a block device to read, none: a loop device"))
     report = Report("block_io", _WANTED)
-    with loop(_BYTES) as disk, folder() as place:
+    given = nullcontext(Disk(Path(asked.device), -1, 0)) if asked.device else loop(_BYTES)
+    with given as disk, folder() as place:
         fio(str(disk.path), 1)
         ways: dict[str, Callable[[], dict[str, float]]] = {
             "untraced": partial(fio, str(disk.path), asked.seconds),
             "cwndtrace": partial(cwndtrace_run, disk, asked.seconds, place),
         }
-        for name, (command, ready, written) in peers(place).items():
-            ways[name] = partial(peer, command, ready, written, disk, asked.seconds)
+        for name, which in peers(place, disk).items():
+            ways[name] = partial(peer, which, disk, asked.seconds)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         table = None
         for _ in range(asked.rounds):
@@ -261,18 +303,19 @@ def main() -> None:
             report.add(f"IOPS: {name}", Values("IOPS", [run["iops"] for run in runs[name]]))
             report.add(f"IOPS: {name} / untraced", Values("", [run["iops"] / run["base"] for run in runs[name]]))
             report.add(f"{name}: bytes an event", Values("bytes", [run["bytes"] for run in runs[name]]))
+            if name != "cwndtrace":
+                report.add(f"{name}: share of requests kept", Values("", [run["kept"] for run in runs[name]]))
         for what, unit in (("user", "us"), ("system", "us")):
             values = Values(unit, [run[what] for run in runs["cwndtrace"]])
             report.add(f"cwndtrace: {what} CPU an event", values)
         report.add("cwndtrace: lost", sum(run["lost"] for run in runs["cwndtrace"]), "events")
         report.add("cwndtrace: kept", sum(run["kept"] for run in runs["cwndtrace"]), "events")
         report.add("cwndtrace: kept + lost - diskstats", sum(run["off"] for run in runs["cwndtrace"]), "events")
-        if runs.get("bpftrace printing"):
-            report.add("bpftrace printing: kept", Values("", [run["kept"] for run in runs["bpftrace printing"]]))
-        in_kernel(report, disk, asked.seconds)
-        layers(report, disk, asked.rounds, asked.seconds)
-        assert table is not None
-        encodings(report, table, place)
+        if not asked.device:
+            in_kernel(report, disk, asked.seconds)
+            layers(report, disk, asked.rounds, asked.seconds)
+            assert table is not None
+            encodings(report, table, place)
     report.write()
 
 

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-RESULTS: Final = Path("benchmarks/results")
+# tools/vm names its guest, whose figures stand beside those of the machine itself.
+RESULTS: Final = Path("benchmarks/results", os.environ.get("CWNDTRACE_VM", ""))
+START_LIMIT_S: Final = 180  # bcc compiles for a minute in an emulated machine
 COMMAND: Final = (sys.executable, "-m", "cwndtrace")
 
 
@@ -80,8 +82,8 @@ class Report:
         self.figures[what] = {"value": raw, "wanted": self._target.get(what)}
 
     def write(self) -> None:
-        """Keep them in ``benchmarks/results``."""
-        RESULTS.mkdir(exist_ok=True)
+        """Keep them in ``benchmarks/results``, in a guest's own folder there if this is one."""
+        RESULTS.mkdir(parents=True, exist_ok=True)
         file = RESULTS / f"{self.name}.json"
         file.write_text(json.dumps({"machine": self.machine, "figures": self.figures}, indent=1) + "\n")
         print(f"written to {file}", flush=True)
@@ -136,7 +138,7 @@ class Running:
             self._command, stderr=subprocess.STDOUT, **{"stdout": self._output, "text": True, **self._how}
         )
         while self._ready and self._ready not in self.said():
-            if self.process.poll() is not None or time.monotonic() - begin > 60:
+            if self.process.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
                 self.process.kill()
                 raise SystemExit(f"{self._command[0]} never started: {self.said()[-400:]}")
             time.sleep(0.002)
@@ -186,6 +188,25 @@ def has(command: str) -> bool:
     if not there:
         print(f"{command} isn't installed, and left out: tools/setup packages bench")
     return there
+
+
+def biosnoops() -> dict[str, list[str]]:
+    """The commands of the two biosnoops, of those that are there.
+
+    ``CWNDTRACE_PEERS_ROOT`` is the root of another distribution to run them from, where one has newer ones.
+    """
+    root = os.environ.get("CWNDTRACE_PEERS_ROOT")
+    path = f"{root}/usr/sbin:{root}/usr/bin" if root else None
+    # Debian's names. Elsewhere bcc's is a biosnoop too, but in a folder that isn't on the PATH.
+    names = {"bcc's biosnoop": ("biosnoop-bpfcc",), "libbpf-tools' biosnoop": ("biosnoop-libbpf", "biosnoop")}
+    found = {}
+    for what, those in names.items():
+        name = next((name for name in those if shutil.which(name, path=path)), None)
+        if name:
+            found[what] = [*(("chroot", root) if root else ()), name]
+        else:
+            print(f"{what} isn't installed, and left out: tools/setup packages bench")
+    return found
 
 
 def options(doc: str | None, **extra: tuple[Any, str]) -> argparse.Namespace:

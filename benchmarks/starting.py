@@ -14,7 +14,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import COMMAND, Report, Running, Values, cpu_seconds, folder, has, options, paired, status
+from benchmarks.common import (
+    COMMAND,
+    Report,
+    Running,
+    Values,
+    biosnoops,
+    cpu_seconds,
+    folder,
+    has,
+    options,
+    paired,
+    status,
+)
 from cwndtrace.capture import image
 from tests.live.test_overload import children
 
@@ -77,12 +89,12 @@ def main() -> None:
         "cwndtrace run, first start": partial(cwndtrace_s, True),
         "cwndtrace run": cwndtrace_s,
     }
-    # Of the peers no one says when it is attached but by its header, and biosnoop prints that then.
-    biosnoop = next((name for name in ("biosnoop-bpfcc", "biosnoop") if shutil.which(name)), None)
     if has("bpftrace"):
         ways["bpftrace, two block tracepoints"] = partial(attached_s, "bpftrace", "-e", _BPFTRACE, ready="attached")
-    if biosnoop:
-        ways["bcc's biosnoop"] = partial(attached_s, "env", "PYTHONUNBUFFERED=1", biosnoop, ready="TIME")
+    for name, command in biosnoops().items():
+        # It says that it is attached by its header alone, and that lies in a buffer if nothing is done.
+        at_once = ("env", "PYTHONUNBUFFERED=1", "stdbuf", "-oL")
+        ways[name] = partial(attached_s, *at_once, *command, ready="TIME(s)")
     for name in [n for n in ways if not n.startswith("cwndtrace")]:
         try:
             ways[name]()

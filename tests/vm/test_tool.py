@@ -67,3 +67,7 @@ def test_what_failed_stands_at_the_end(tool: ModuleType, tmp_path: Path) -> None
     assert "6.12: E       assert (6 * 7) == 54" in repeated
     assert repeated[-2].startswith("6.12: FAILED test_two.py::test_wrong")
     assert not any("test_right" in line or "slowest" in line for line in repeated)
+
+
+def test_a_guest_that_ran_no_pytest_has_no_findings(tool: ModuleType) -> None:
+    assert tool.findings(["6.12: Traceback (most recent call last):", "6.12: OSError"]) == []
