@@ -146,15 +146,6 @@ def test_a_quota_is_used_up(space: tcp.Space) -> None:
         assert len(trace.block_io) == trace.meta["counts"]["block_io"]["kept"]
 
 
-@pytest.fixture
-def securityfs() -> Iterator[None]:
-    """Mounted, as distributions do."""
-    tcp.run("mount", "-t", "securityfs", "securityfs", str(LOCKDOWN.parent))
-    yield
-    tcp.run("umount", str(LOCKDOWN.parent))
-
-
-@pytest.mark.usefixtures("securityfs")
 def test_locked_down(space: tcp.Space, tmp_path: Path) -> None:
     """The last one: nothing takes a lockdown back."""
 

@@ -35,7 +35,7 @@ LONG = 0.6
 LATE = {"bytes_sent", "unsent_bytes", "sock_cookie"}
 ALWAYS = {"ts_ns", "time", "probe", "idle_us", "last_rcv_us"}
 # Each probe reads the clock when it is its turn, and an emulated machine takes a while from one to the next.
-TURN_US = 50_000
+TURN_US = 300_000
 
 
 @pytest.fixture(scope="module", autouse=True)
