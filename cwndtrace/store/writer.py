@@ -56,7 +56,7 @@ class _Buffer:
     ``since`` is when the first row came that isn't on disk, ``begun`` when the part's first one did.
     """
 
-    tables: list[pa.Table] = field(default_factory=list)
+    tables: list[pa.Table | events.Raw] = field(default_factory=list)
     rows: int = 0
     written: int = 0
     since: float = 0.0
@@ -148,14 +148,17 @@ class CaptureWriter:
         """
         return replace(open_capture(self._folder.path), shown=self.path)
 
-    def add(self, table: str, data: pa.Table) -> None:
+    def add(self, table: str, data: pa.Table | events.Raw) -> None:
         """Take the rows of ``data``, to be written by a later ``flush``.
 
         Raises ValueError for a table that isn't one of ``events.TABLES`` and for a schema other than its own.
         """
         if table not in events.TABLES:
             raise ValueError(f"{table!r} isn't a table of a capture")
-        if not data.schema.equals(events.schema(table)):
+        if isinstance(data, events.Raw):
+            if data.event != table:
+                raise ValueError(f"records of {data.event} are none of {table}")
+        elif not data.schema.equals(events.schema(table)):
             raise ValueError(f"the schema differs from that of {table}:\n{data.schema}")
         buffer = self._buffers[table]
         if buffer.rows + len(data) > BUFFER_ROWS:
@@ -230,7 +233,8 @@ class CaptureWriter:
 
     def _write_part(self, name: str, buffer: _Buffer, *, seal: bool) -> None:
         part = f"part-{buffer.part:06}.parquet"
-        rows = pa.concat_tables(buffer.tables).unify_dictionaries()
+        rows = events.joined(buffer.tables)
+        buffer.tables = [rows]
 
         def fill(file: BinaryIO) -> None:
             pq.write_table(rows, file, **_encoding(name))
@@ -243,7 +247,7 @@ class CaptureWriter:
                 if not buffer.written:
                     folder.discard(part)
                 raise
-        buffer.tables, buffer.written = [rows], buffer.rows
+        buffer.written = buffer.rows
         if seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS:
             buffer.part += 1
             buffer.clear()
