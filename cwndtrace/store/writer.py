@@ -236,8 +236,12 @@ class CaptureWriter:
         rows = events.joined(buffer.tables)
         buffer.tables = [rows]
 
+        sealed = seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS
+        # What is written anew soon isn't worth half of the time that writing a few rows takes.
+        codec = "zstd" if sealed else "none"
+
         def fill(file: BinaryIO) -> None:
-            pq.write_table(rows, file, **_encoding(name))
+            pq.write_table(rows, file, compression=codec, **_encoding(name))
 
         with self._folder.inside(name) as folder:
             try:
@@ -248,7 +252,7 @@ class CaptureWriter:
                     folder.discard(part)
                 raise
         buffer.written = buffer.rows
-        if seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS:
+        if sealed:
             buffer.part += 1
             buffer.clear()
 
@@ -267,7 +271,6 @@ def _encoding(table: str) -> dict[str, Any]:
     clocks = [f.name for f in schema if pa.types.is_timestamp(f.type) or f.name.endswith("_ns")]
     plain = [f.name for f in schema if f.metadata[b"unit"].startswith(b"sectors")]
     return {
-        "compression": "zstd",
         "write_page_checksum": True,
         "use_dictionary": [name for name in schema.names if name not in (*clocks, *plain)],
         "column_encoding": dict.fromkeys(clocks, "DELTA_BINARY_PACKED"),

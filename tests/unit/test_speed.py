@@ -92,9 +92,12 @@ def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
         writer.add(batch.event, batch.rows)
     writer.flush()
     assert made == [25]
+    (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
+    assert pq.read_metadata(part).row_group(0).column(0).compression == "UNCOMPRESSED"
     writer.add("block_io", batch.rows)
     writer.close()
     assert made == [25, 20]
+    assert pq.read_metadata(part).row_group(0).column(0).compression == "ZSTD"
     table = open_capture(tmp_path / "a.cwnd").table("block_io")
     offsets = np.repeat([5, 4, 1, 20, 20], [3, 4, 1, 20, 20])
     assert table["time"].cast("int64").to_pylist() == (table["start_ns"].to_numpy() // 1000 + offsets).tolist()
