@@ -80,12 +80,13 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
         most = 0
         while not done.is_set():
             for batch in session.step():
-                writer.add(batch.event, batch.table)
+                writer.add(batch.event, batch.rows)
                 figures.add(batch)
             writer.flush()
             most = max(most, status(os.getpid(), "VmRSS"))
         for batch in session.finish():
-            writer.add(batch.event, batch.table)
+            writer.add(batch.event, batch.rows)
+        figures.count()
         writer.close("complete", **ending(session))
         thread.join()
         after = resource.getrusage(resource.RUSAGE_SELF)

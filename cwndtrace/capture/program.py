@@ -135,7 +135,7 @@ class Program:
     def total(self, index: int, table: str = "counts") -> int:
         """One of the source's counters, summed over CPUs."""
         value = bpf.lookup(self._maps[table][0], index.to_bytes(4, "little"), 8 * bpf.possible_cpus())
-        return int(np.frombuffer(value or b"", np.uint64).sum())
+        return sum(memoryview(value or b"").cast("Q"))
 
     def rows(self, table: str) -> list[tuple[int, Any]]:
         """A hash or an array: key and value (a numpy record) of each entry."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +34,15 @@ class Batch:
     """Records of one event that came in together, in the order in which the kernel handed them over."""
 
     event: str
-    table: pa.Table
+    rows: pa.Table | events.Raw
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return len(self.rows)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The records in Arrow, made when it is asked for."""
+        return self.rows.to_arrow() if isinstance(self.rows, events.Raw) else self.rows
 
     def to_pandas(self) -> pd.DataFrame:
         """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC, texts ``clean``."""
@@ -133,10 +139,11 @@ class Session:
             raw.setdefault(name, []).append(data)
         batches = []
         for name, parts in raw.items():
-            records = events.decode(name, b"".join(parts))
+            data = b"".join(parts)
+            records = events.decode(name, data)
             if len(records):
                 offsets = self.clock.offsets(records[events.event(name).fields[0].name])
-                batches.append(Batch(name, events.to_arrow(name, records, offsets)))
+                batches.append(Batch(name, events.Raw(name, data, offsets)))
                 self.tally.kept[name] = self.tally.kept.get(name, 0) + len(records)
         return batches
 

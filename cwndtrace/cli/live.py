@@ -19,30 +19,42 @@ from cwndtrace.capture.session import Batch, Session
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
+_MANY: Final = 16_384
+"""Block requests that are counted without being asked for, so that they don't pile up."""
 
 
 class BlockFigures:
-    """Block I/O so far, by device and operation."""
+    """Block I/O so far, by device and operation; ``count`` has to come before these are read."""
 
     def __init__(self) -> None:
         self.latency: dict[tuple[str, str], LatencyHistogram] = {}
         self.bytes: dict[tuple[str, str], int] = {}
         self.errors: dict[tuple[str, str], int] = {}
         self.all = LatencyHistogram()
+        self._waiting: list[events.Raw] = []
+        self._rows = 0
 
     def add(self, batch: Batch) -> None:
-        """Count a batch of ``block_io``."""
-        table = batch.table
-        us = (table["done_ns"].to_numpy().astype(np.int64) - table["start_ns"].to_numpy().astype(np.int64)) / 1000
+        """Take a batch of ``block_io``."""
+        self._waiting.append(batch.rows)
+        self._rows += len(batch)
+        if self._rows >= _MANY:
+            self.count()
+
+    def count(self) -> None:
+        """Count what came in: many at once, for which little more is to do than for a few."""
+        if not self._waiting:
+            return
+        records = events.Raw.joined(self._waiting).records
+        self._waiting, self._rows = [], 0
+        us = (records["done_ns"].astype(np.int64) - records["start_ns"].astype(np.int64)) / 1000
         self.all.add(us)
-        size = table["bytes"].to_numpy()
-        dev, op, error = (table[name].combine_chunks() for name in ("dev", "op", "error"))
-        devs, ops = dev.dictionary.to_pylist(), op.dictionary.to_pylist()
-        failed = np.array([text != "ok" for text in error.dictionary.to_pylist()])[error.indices.to_numpy()]
-        group = dev.indices.to_numpy() * len(ops) + op.indices.to_numpy()
-        for number in np.flatnonzero(np.bincount(group, minlength=len(devs) * len(ops))).tolist():
-            pair = (devs[number // len(ops)], ops[number % len(ops)])
-            rows = slice(None) if len(devs) * len(ops) == 1 else np.flatnonzero(group == number)
+        size, failed = records["bytes"], records["error"] != events.code("blk_sts", "ok")
+        pairs = pa.array(records["dev"].astype(np.uint64) << 8 | records["op"]).dictionary_encode()
+        numbers = pairs.indices.to_numpy()
+        for number, raw in enumerate(pairs.dictionary.to_pylist()):
+            pair = events.label("block_io", "dev", raw >> 8), events.label("block_io", "op", raw & 0xFF)
+            rows = slice(None) if len(pairs.dictionary) == 1 else np.flatnonzero(numbers == number)
             self.latency.setdefault(pair, LatencyHistogram()).add(us[rows])
             self.bytes[pair] = self.bytes.get(pair, 0) + int(size[rows].sum())
             self.errors[pair] = self.errors.get(pair, 0) + int(failed[rows].sum())
@@ -164,6 +176,7 @@ class TextView:
         parts = [waiting if not self._resets else f"{self._resets:,} resets"]
         if self._session.tally.unchanged:
             parts.append(f"{self._session.tally.unchanged:,} restarts changed nothing")
+        self.block.count()
         if self.block.all.count:
             p50, p95, p99 = (fmt.span(self.block.all.percentile(p)) for p in (50, 95, 99))
             parts.append(f"block I/O {self.block.all.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (to 1 %)")

@@ -222,7 +222,7 @@ def trace(
             left = TICK_SECONDS if end is None else max(0.0, min(TICK_SECONDS, end - time.monotonic()))
             batches = session.step(left)
             for batch in batches:
-                saver.writer.add(batch.event, batch.table)
+                saver.writer.add(batch.event, batch.rows)
             with printing():
                 for batch in batches:
                     view.batch(batch)
@@ -243,7 +243,7 @@ def trace(
         try:
             last = session.finish()
             for batch in last:
-                saver.writer.add(batch.event, batch.table)
+                saver.writer.add(batch.event, batch.rows)
             with suppress(Unprinted), printing():
                 for batch in last:
                     view.batch(batch)

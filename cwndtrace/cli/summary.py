@@ -30,6 +30,7 @@ def columns(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
 
 def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     """Print it on stdout."""
+    block.count()
     summary = trace.summary()
     tally = session.tally
     click.echo()
@@ -96,6 +97,7 @@ def _print_block(trace: Trace, block: BlockFigures) -> None:
 
 def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[str, Any]:
     """The same as one JSON object."""
+    block.count()
     tally = session.tally
     names = ["connection", "saddr", "sport", "daddr", "dport", "pid", "comm", "ca_name", "resets", "resets_idle"]
     names += ["resets_rto_loss", "resets_app_limited", "rest_longest_us", "cwnd_min_segments", "cwnd_last_segments"]

@@ -68,7 +68,7 @@ class Recording:
 
     def _keep(self, batches: list[sessions.Batch]) -> None:
         for batch in batches:
-            self._writer.add(batch.event, batch.table)
+            self._writer.add(batch.event, batch.rows)
         self._writer.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cwndtrace import power
 from cwndtrace.errors import CaptureError
+from cwndtrace.events import Raw
 from cwndtrace.store.reader import Capture
 from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
 
@@ -28,14 +29,14 @@ class Behind:
     def __init__(self, writer: CaptureWriter) -> None:
         self.path = writer.path
         self._writer = writer
-        self._queue: queue.SimpleQueue[tuple[str, pa.Table] | dict[str, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, pa.Table | Raw] | dict[str, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
         self._dropped: Counter[str] = Counter()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
-    def add(self, table: str, data: pa.Table) -> None:
+    def add(self, table: str, data: pa.Table | Raw) -> None:
         """Take the rows of ``data``."""
         with self._lock:
             if self._waiting + len(data) > BUFFER_ROWS:
@@ -84,21 +85,19 @@ class Behind:
         while True:
             try:
                 item = self._queue.get(timeout=_LOOK_S)
-            except queue.Empty:
-                self._flush()
-                continue
-            if item is None:
-                return
-            try:
+                if item is None:
+                    return
                 if isinstance(item, dict):
                     self._writer.update_meta(**item)
                 else:
                     self._add(*item)
+            except queue.Empty:
+                pass
             except Exception as e:  # must reach who traces, not die with the thread
                 self._failure = e
             self._flush()
 
-    def _add(self, table: str, data: pa.Table) -> None:
+    def _add(self, table: str, data: pa.Table | Raw) -> None:
         try:
             self._writer.add(table, data)
         finally:
@@ -108,7 +107,7 @@ class Behind:
     def _flush(self) -> None:
         try:
             self._writer.flush()
-        except CaptureError as e:
+        except Exception as e:  # as above: what was added may only turn out now to be no records
             self._failure = e
         else:
             if isinstance(self._failure, CaptureError):

@@ -56,7 +56,7 @@ class _Buffer:
     ``since`` is when the first row came that isn't on disk, ``begun`` when the part's first one did.
     """
 
-    tables: list[pa.Table] = field(default_factory=list)
+    tables: list[pa.Table | events.Raw] = field(default_factory=list)
     rows: int = 0
     written: int = 0
     since: float = 0.0
@@ -148,14 +148,17 @@ class CaptureWriter:
         """
         return replace(open_capture(self._folder.path), shown=self.path)
 
-    def add(self, table: str, data: pa.Table) -> None:
+    def add(self, table: str, data: pa.Table | events.Raw) -> None:
         """Take the rows of ``data``, to be written by a later ``flush``.
 
         Raises ValueError for a table that isn't one of ``events.TABLES`` and for a schema other than its own.
         """
         if table not in events.TABLES:
             raise ValueError(f"{table!r} isn't a table of a capture")
-        if not data.schema.equals(events.schema(table)):
+        if isinstance(data, events.Raw):
+            if data.event != table:
+                raise ValueError(f"records of {data.event} are none of {table}")
+        elif not data.schema.equals(events.schema(table)):
             raise ValueError(f"the schema differs from that of {table}:\n{data.schema}")
         buffer = self._buffers[table]
         if buffer.rows + len(data) > BUFFER_ROWS:
@@ -230,10 +233,15 @@ class CaptureWriter:
 
     def _write_part(self, name: str, buffer: _Buffer, *, seal: bool) -> None:
         part = f"part-{buffer.part:06}.parquet"
-        rows = pa.concat_tables(buffer.tables).unify_dictionaries()
+        rows = events.joined(buffer.tables)
+        buffer.tables = [rows]
+
+        sealed = seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS
+        # What is written anew soon isn't worth half of the time that writing a few rows takes.
+        codec = "zstd" if sealed else "none"
 
         def fill(file: BinaryIO) -> None:
-            pq.write_table(rows, file, **_encoding(name))
+            pq.write_table(rows, file, compression=codec, **_encoding(name))
 
         with self._folder.inside(name) as folder:
             try:
@@ -243,8 +251,8 @@ class CaptureWriter:
                 if not buffer.written:
                     folder.discard(part)
                 raise
-        buffer.tables, buffer.written = [rows], buffer.rows
-        if seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS:
+        buffer.written = buffer.rows
+        if sealed:
             buffer.part += 1
             buffer.clear()
 
@@ -263,7 +271,6 @@ def _encoding(table: str) -> dict[str, Any]:
     clocks = [f.name for f in schema if pa.types.is_timestamp(f.type) or f.name.endswith("_ns")]
     plain = [f.name for f in schema if f.metadata[b"unit"].startswith(b"sectors")]
     return {
-        "compression": "zstd",
         "write_page_checksum": True,
         "use_dictionary": [name for name in schema.names if name not in (*clocks, *plain)],
         "column_encoding": dict.fromkeys(clocks, "DELTA_BINARY_PACKED"),

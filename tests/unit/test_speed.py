@@ -59,9 +59,10 @@ def test_no_python_is_run_per_event(tmp_path: Path) -> None:
         writer = CaptureWriter.create(next(places), {})
 
         def work() -> None:
-            table = events.to_arrow("block_io", events.decode("block_io", raw), 0)
-            figures.add(Batch("block_io", table))
-            writer.add("block_io", table)
+            rows = events.Raw("block_io", raw, np.zeros(number, np.int64))
+            figures.add(Batch("block_io", rows))
+            figures.count()
+            writer.add("block_io", rows)
             writer.flush(force=True)
 
         made = calls(work)
@@ -69,7 +70,55 @@ def test_no_python_is_run_per_event(tmp_path: Path) -> None:
         return made
 
     through(64)  # what is imported and cached once
-    assert through(64) == through(64_000 + 1) == through(128_000)
+    assert through(16_384) == through(64_000 + 1) == through(128_000)
+
+
+def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    real = events.to_arrow
+
+    def to_arrow(name: str, records: events.Records, utc_offset_ns: np.ndarray) -> object:
+        made.append(len(records))
+        return real(name, records, utc_offset_ns)
+
+    monkeypatch.setattr(events, "to_arrow", to_arrow)
+    writer = CaptureWriter.create(tmp_path / "a.cwnd", {}, flush_seconds=0)
+    before = events.decode("block_io", requests(3))
+    writer.add("block_io", real("block_io", before, 5_000))
+    for number in (4, 1, 20):
+        batch = Batch("block_io", events.Raw("block_io", requests(number), np.full(number, number * 1000)))
+        writer.add(batch.event, batch.rows)
+    writer.flush()
+    assert made == [25]
+    (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
+    assert pq.read_metadata(part).row_group(0).column(0).compression == "UNCOMPRESSED"
+    writer.add("block_io", batch.rows)
+    writer.close()
+    assert made == [25, 20]
+    assert pq.read_metadata(part).row_group(0).column(0).compression == "ZSTD"
+    table = open_capture(tmp_path / "a.cwnd").table("block_io")
+    offsets = np.repeat([5, 4, 1, 20, 20], [3, 4, 1, 20, 20])
+    assert table["time"].cast("int64").to_pylist() == (table["start_ns"].to_numpy() // 1000 + offsets).tolist()
+    assert batch.table is batch.table
+    with pytest.raises(ValueError, match="none of cwnd_reset"):
+        writer.add("cwnd_reset", batch.rows)
+
+
+def test_block_figures_are_those_of_each_request() -> None:
+    records = events.decode("block_io", requests(300)).copy()
+    records["dev"], records["op"] = np.arange(300) % 2 + (7 << 20), np.arange(300) // 2 % 2
+    records["error"], records["bytes"] = np.arange(300) == 3, 512
+    figures = BlockFigures()
+    for some in np.split(records, [1, 50]):
+        figures.add(Batch("block_io", events.Raw("block_io", some.tobytes(), np.zeros(len(some), np.int64))))
+    figures.count()
+    pairs = {(f"7:{minor}", op) for minor in (0, 1) for op in ("read", "write")}
+    assert figures.bytes == dict.fromkeys(pairs, 75 * 512)
+    assert figures.errors == dict.fromkeys(pairs, 0) | {("7:1", "write"): 1}
+    assert {pair: latency.count for pair, latency in figures.latency.items()} == dict.fromkeys(pairs, 75)
+    assert (figures.all.count, figures.all.max_us) == (300, 0.5)
 
 
 def test_reading_a_part_takes_no_python_per_row(tmp_path: Path) -> None:
