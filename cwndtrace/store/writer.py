@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -28,6 +29,10 @@ PART_ROWS: Final = 131_072
 
 FLUSH_SECONDS: Final = 0.5
 """How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses a second's rows."""
+
+OWN_SECONDS: Final = 10.0
+"""The same where all that waits is this process's own block I/O: writing makes some, which would have to be written in
+its turn, twice a second for as long as nothing else happens."""
 
 SEAL_ROWS: Final = 16_384
 SEAL_SECONDS: Final = 60.0
@@ -53,13 +58,13 @@ _REMEDIES: Final = {
 class _Buffer:
     """The rows of one table that aren't on disk yet, behind the ``written`` ones of a part that isn't sealed.
 
-    ``since`` is when the first row came that isn't on disk, ``begun`` when the part's first one did.
+    ``due`` is when those are to be written, ``begun`` when the part's first row came.
     """
 
     tables: list[pa.Table | events.Raw] = field(default_factory=list)
     rows: int = 0
     written: int = 0
-    since: float = 0.0
+    due: float = math.inf
     begun: float = 0.0
     part: int = 1
 
@@ -164,15 +169,20 @@ class CaptureWriter:
         if buffer.rows + len(data) > BUFFER_ROWS:
             self.lost[table] += len(data)
         elif len(data):
+            now = time.monotonic()
             if not buffer.waiting:
-                buffer.since = time.monotonic()
+                buffer.due = math.inf
             if not buffer.rows:
-                buffer.begun = buffer.since
+                buffer.begun = now
+            if buffer.due > now + self._flush_seconds:
+                wait = max(OWN_SECONDS, self._flush_seconds) if _own(data) else self._flush_seconds
+                buffer.due = min(buffer.due, now + wait)
             buffer.tables.append(data)
             buffer.rows += len(data)
 
     def flush(self, force: bool = False) -> None:
-        """Write the parts that are due: ``flush_seconds`` after their first new row, or with PART_ROWS new ones.
+        """Write the parts that are due: ``flush_seconds`` after their first new row that isn't of this process's own
+        block I/O, or with PART_ROWS new ones.
 
         ``force`` writes all that is held, and seals it. Raises CaptureError if the disk refuses; the rows are then kept
         and tried again, ``flush_seconds`` later at the earliest unless forced.
@@ -186,13 +196,13 @@ class CaptureWriter:
         """Write the parts that are due; the tables that the disk refused, and why."""
         refused = []
         for name, buffer in self._buffers.items():
-            due = buffer.waiting >= PART_ROWS or time.monotonic() - buffer.since >= self._flush_seconds
+            due = buffer.waiting >= PART_ROWS or time.monotonic() >= buffer.due
             if not buffer.waiting or not (due or force):
                 continue
             try:
                 self._write_part(name, buffer, seal=force)
             except OSError as error:
-                buffer.since = time.monotonic()
+                buffer.due = time.monotonic() + self._flush_seconds
                 refused.append((name, error))
         return refused
 
@@ -259,6 +269,13 @@ class CaptureWriter:
     def _write_meta(self, meta: dict[str, Any]) -> None:
         text = json.dumps(meta, indent=1, allow_nan=False)
         self._folder.write(META, lambda file: file.write(text.encode("ascii") + b"\n"))
+
+
+def _own(rows: pa.Table | events.Raw) -> bool:
+    """Whether these are block requests of this process alone."""
+    if not isinstance(rows, events.Raw) or rows.event != "block_io":
+        return False
+    return bool((rows.records["tgid"] == os.getpid()).all())
 
 
 @cache

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -22,7 +24,7 @@ from cwndtrace.capture.image import Image, Map
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.kernel import ladder, sockets
-from cwndtrace.store import CaptureWriter, open_capture
+from cwndtrace.store import CaptureWriter, open_capture, writer
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,11 +37,15 @@ def calls(work: Callable[[], object]) -> int:
         nonlocal number
         number += event == "call"
 
+    # What others left must not be cleared away, by calls of its own, in the midst of it.
+    gc.collect()
+    gc.disable()
     sys.setprofile(profile)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return number
 
 
@@ -56,21 +62,48 @@ def test_no_python_is_run_per_event(tmp_path: Path) -> None:
 
     def through(number: int) -> int:
         raw, figures = requests(number), BlockFigures()
-        writer = CaptureWriter.create(next(places), {})
+        made = CaptureWriter.create(next(places), {})
 
         def work() -> None:
             rows = events.Raw("block_io", raw, np.zeros(number, np.int64))
             figures.add(Batch("block_io", rows))
             figures.count()
-            writer.add("block_io", rows)
-            writer.flush(force=True)
+            made.add("block_io", rows)
+            made.flush(force=True)
 
-        made = calls(work)
-        writer.close()
-        return made
+        number_of_calls = calls(work)
+        made.close()
+        return number_of_calls
 
     through(64)  # what is imported and cached once
     assert through(16_384) == through(64_000 + 1) == through(128_000)
+
+
+def test_what_writing_itself_makes_is_in_no_hurry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle trace would else write down twice a second that it wrote."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    made = CaptureWriter.create(tmp_path / "a.cwnd", {})
+
+    def add(tgid: int) -> int:
+        records = np.zeros(3, dtype=events.event("block_io").dtype)
+        records["tgid"] = tgid
+        made.add("block_io", events.Raw("block_io", records.tobytes(), np.zeros(3, np.int64)))
+        return on_disk()
+
+    def on_disk() -> int:
+        made.flush()
+        return len(made.capture().table("block_io"))
+
+    assert add(os.getpid()) == 0
+    now += writer.OWN_SECONDS - 0.1
+    assert add(os.getpid()) == 0
+    now += 0.2
+    assert on_disk() == 6
+    assert add(os.getpid()) == add(7) == 6
+    now += writer.FLUSH_SECONDS
+    assert on_disk() == 12
+    made.close()
 
 
 def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
