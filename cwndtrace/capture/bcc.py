@@ -13,6 +13,7 @@ import select
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -333,7 +334,7 @@ class Kernel:
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
         self._refreshed = self._ticked = 0.0
-        self._missed: dict[int, int] = {}
+        self._missed = Counter[str]()
         self._missed_at = float("-inf")
         self._stopped = False
         try:
@@ -463,14 +464,19 @@ class Kernel:
         # A file is read for each program, which at each turn would be most of what an idle trace takes.
         if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
             self._missed_at = time.monotonic()
-            self._missed = {id(program): program.missed() for program in self._programs()}
-        counts.lost["cwnd_reset"] = sum(p.total(0) + self._missed[id(p)] for p in self._resets)
+            self._missed = Counter()
+            for program in self._programs():
+                for name, runs in program.missed().items():
+                    # One that only follows windows makes no record of a reset.
+                    table = "cwnd_sample" if name.endswith("_follow") else "cwnd_reset"
+                    self._missed["block_io" if program is self._block else table] += runs
+        counts.lost["cwnd_reset"] = sum(p.total(0) for p in self._resets) + self._missed["cwnd_reset"]
         for index, name in enumerate(("cwnd_recovery", "cwnd_sample")):
-            counts.lost[name] = sum(p.total(index, "recovery_counts") for p in self._resets)
+            counts.lost[name] = sum(p.total(index, "recovery_counts") for p in self._resets) + self._missed[name]
         counts.unchanged = sum(p.total(1) for p in self._resets)
         counts.withdrawn = sum(p.total(2) for p in self._resets)
         if self._block is not None:
-            counts.lost["block_io"] = self._block.total(0) + self._missed[id(self._block)]
+            counts.lost["block_io"] = self._block.total(0) + self._missed["block_io"]
         return counts
 
     def run_times(self) -> dict[str, tuple[int, int]]:

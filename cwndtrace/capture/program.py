@@ -148,10 +148,13 @@ class Program:
         """Each loaded program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
         return {name: (fdinfo(fd, "run_cnt"), fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
 
-    def missed(self) -> int:
-        """Runs that the kernel skipped because the program, or a kprobe, was already running on that CPU."""
-        skipped = sum(fdinfo(fd, "recursion_misses") for fd in self._loaded.values())
-        return skipped + self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))
+    def missed(self) -> dict[str, int]:
+        """Runs that the kernel skipped because the program was already running on that CPU, by program.
+
+        "kprobe" are the calls that no program got to see, since another kprobe was running.
+        """
+        skipped = {name: fdinfo(fd, "recursion_misses") for name, fd in self._loaded.items()}
+        return skipped | {"kprobe": self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))}
 
     def hold(self, table: str, keys: set[int]) -> None:
         """Make a hash of u64 keys hold exactly ``keys``."""

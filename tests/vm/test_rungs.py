@@ -144,7 +144,9 @@ def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.Connection]) ->
 
 
 def records(tracer: Tracer, connections: list[tcp.Connection], reason: str) -> list[dict[str, Any]]:
-    return [r for r in tracer.of(*connections) if r["reason"] == reason]
+    """By connection: of two timeouts at the same moment either may come to a tracer first."""
+    found = [r for r in tracer.of(*connections) if r["reason"] == reason]
+    return sorted(found, key=lambda r: (r["skaddr"], r["ts_ns"]))
 
 
 @pytest.mark.parametrize("reason", ladder.REASONS)
