@@ -61,7 +61,8 @@ def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -
     assert (trace.status, trace.warnings) == ("complete", [])
     # A security policy may hide the end of a request from every tracer, and the kernel skips a run of a program that an
     # interrupt would start once more on its CPU, which may have been a reset or a sample: both are counted, both are
-    # rare. A guest has no such policy, and its rung has programs of their own for resets. How many ends are hidden depends on what else runs: one in a thousand on a busy machine.
+    # rare. A guest has no such policy, and its rung has a program of its own for resets. How many ends are hidden
+    # depends on what else runs: one in a thousand on a busy machine.
     may_lose = {"cwnd_sample"} if EMULATED else {"block_io", "cwnd_reset", "cwnd_sample"}
     assert {name for name, each in counts.items() if each["lost"]} <= may_lose
     assert max(counts[name]["lost"] for name in ("cwnd_reset", "cwnd_sample")) <= len(sends) / 1000
