@@ -153,7 +153,7 @@ class Snapshots:
     """Takes a snapshot at the start, every ``interval_s`` seconds, and on ``finish``.
 
     Those in between are taken on a thread of its own, which the first ``drain`` starts: what power was given up until
-    then, it hasn't either.
+    then, it hasn't either. None is taken while one waits to be drained, or they would pile up behind who stalls.
     """
 
     def __init__(self, take: Callable[[], pa.Table], interval_s: float = 2.0) -> None:
@@ -176,6 +176,8 @@ class Snapshots:
     def _run(self) -> None:
         took = 0.0
         while not self._stop.wait(max(self._interval_s, took / _SHARE)):
+            if self._tables:
+                continue
             try:
                 took = self._one()
             except Exception as e:  # must reach the session, not die with the thread
