@@ -195,6 +195,11 @@ class TextView:
         """Leave the cursor on a clean line."""
         self._wipe()
 
+    @staticmethod
+    def unprinted(lines: int) -> str:
+        """What stands for lines that a slow reader didn't take."""
+        return f"{lines:,} lines weren't printed, because what reads this is too slow; the capture has it all"
+
 
 class JsonView:
     """One object a line on stdout and nothing else there."""
@@ -239,3 +244,8 @@ class JsonView:
 
     def end(self) -> None:
         """Nothing to put right."""
+
+    @staticmethod
+    def unprinted(lines: int) -> str:
+        """As TextView's."""
+        return fmt.json_line({"event": "unprinted", "lines": lines})

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When what is printed can't be: whoever read it has gone, its terminal has, or the file's disk is full."""
+"""When what is printed can't be: whoever read it has gone or doesn't read, its terminal has, or the disk is full."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from itertools import groupby
+from operator import itemgetter
+from typing import Final, TextIO
 
 import click
 
 _GONE: Final = (errno.EPIPE, errno.EIO, errno.ENXIO)
+_MOST_WAITING: Final = 4 << 20
+_LOOK_S: Final = 0.1
 
 
 class Unprinted(Exception):
@@ -65,3 +71,133 @@ def printing() -> Iterator[None]:
         if not gone:
             click.echo(f"cwndtrace: what is printed can't be written: {e.strerror}; the trace ends.", err=True)
         raise Unprinted(not gone) from e
+
+
+class _Paper:
+    """A file that is printed to from a thread of its own, which the first text starts."""
+
+    def __init__(self) -> None:
+        self._texts: list[tuple[int, bytes]] = []
+        self._size = 0
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="printer", daemon=True)
+        self.failure: OSError | None = None
+
+    def put(self, descriptor: int, text: bytes, *, whatever: bool = False) -> bool:
+        """Take a text if not too much is waiting, or ``whatever`` there is; says whether."""
+        with self._changed:
+            if self._size + len(text) > _MOST_WAITING and not whatever:
+                return False
+            self._texts.append((descriptor, text))
+            self._size += len(text)
+            if len(self._texts) == 1:
+                self._changed.notify()
+        if self._thread.ident is None:
+            self._thread.start()
+        return True
+
+    def printed(self, timeout_s: float) -> bool:
+        """Whether nothing is waiting any more, after so long at most."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._size, timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                texts, self._texts = self._texts, []
+            for descriptor, some in groupby(texts, itemgetter(0)):
+                self._write(descriptor, b"".join(text for _, text in some))
+            with self._changed:
+                self._size -= sum(len(text) for _, text in texts)
+                self._changed.notify_all()
+
+    def _write(self, descriptor: int, text: bytes) -> None:
+        try:
+            while text and self.failure is None:
+                # Not by the stream: its lock, held by a write that waits for ever, would spoil the process's end.
+                text = text[os.write(descriptor, text) :]
+        except OSError as e:
+            self.failure = e
+
+
+class _Later(io.TextIOBase):
+    """Stands for a stream and gives its texts to a ``_Paper``; ``unprinted`` is the line that stands for so many."""
+
+    def __init__(self, stream: TextIO, paper: _Paper, unprinted: Callable[[int], str], *, tells: bool) -> None:
+        self._stream = stream
+        self._paper = paper
+        self._unprinted = unprinted
+        self._tells = tells
+        self._dropped = 0
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self._stream.errors
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        note = f"{self._unprinted(self._dropped)}\n" if self._dropped else ""
+        if self._put(note + text):
+            self._dropped = 0
+        else:
+            self._dropped += text.count("\n")
+        return len(text)
+
+    def _put(self, text: str, *, whatever: bool = False) -> bool:
+        return self._paper.put(self.fileno(), text.encode(self.encoding, self.errors or "strict"), whatever=whatever)
+
+    def flush(self) -> None:
+        """Raise what printing failed with, once."""
+        if self._tells and self._paper.failure is not None:
+            self._tells = False
+            raise self._paper.failure
+
+    def finish(self, hurried: Callable[[], bool]) -> None:
+        if self._dropped:
+            self._put(f"{self._unprinted(self._dropped)}\n", whatever=True)
+        while not self._paper.printed(_LOOK_S):
+            if hurried():
+                with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                    os.dup2(nowhere.fileno(), self.fileno())
+                return
+
+
+@contextmanager
+def printing_behind(unprinted: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
+    """While it is entered, printing never waits: a stopped terminal, or a slow reader, holds up nothing but itself.
+
+    A few megabytes of text are held; of more, whole texts are dropped, and a line of ``unprinted`` says of how many
+    lines. At the end it waits until all is printed, or until ``hurried``: then the rest, and what follows, goes
+    nowhere. An error of stdout comes from the next flush, or at the end as ``printing`` has it; one of stderr is
+    nobody's business.
+    """
+    old = sys.stdout, sys.stderr
+    papers: dict[tuple[int, int], _Paper] = {}
+    new = []
+    for stream in old:
+        file = os.fstat(stream.fileno())
+        # One for both if they are the same terminal: what is printed keeps its order.
+        paper = papers.setdefault((file.st_dev, file.st_ino), _Paper())
+        new.append(_Later(stream, paper, unprinted, tells=stream is old[0]))
+    sys.stdout, sys.stderr = new
+    try:
+        yield
+    finally:
+        for later in new:
+            later.finish(hurried)
+        sys.stdout, sys.stderr = old
+    with printing():
+        new[0].flush()

@@ -20,7 +20,7 @@ from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
 from cwndtrace.cli import options, waiting
 from cwndtrace.cli.live import JsonView, TextView
-from cwndtrace.cli.output import Unprinted, nobody_reads, printing
+from cwndtrace.cli.output import Unprinted, nobody_reads, printing, printing_behind
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
@@ -98,18 +98,18 @@ def run(
             else:
                 view = TextView(session, print_block=bool(block), quiet=quiet)
             try:
-                if not stay_root:
-                    _drop(session, writer.user, quiet=quiet)
-                with suppress(Unprinted), printing():
+                with printing_behind(view.unprinted, lambda: interrupt.hurried):
+                    if not stay_root:
+                        _drop(session, writer.user, quiet=quiet)
+                    if writer.user != user is not None:
+                        roots = f"{user.name} may not write there"
                     if not quiet:
-                        _say_what(session, what, verbose=verbose)
-                        if writer.user != user is not None:
-                            roots = f"{user.name} may not write there"
-                        if roots:
-                            click.echo(f"{clean(roots)}: the capture is root's.", err=True)
-                watch = Watch(session, filters, iface)
-                saver = Saver(writer, session, stop=unwritable == "stop")
-                failed = trace(session, saver, view, interrupt, watch, duration=duration, what=what, quiet=quiet)
+                        _say_what(session, what, roots, verbose=verbose)
+                    watch = Watch(session, filters, iface)
+                    saver = Saver(writer, session, stop=unwritable == "stop")
+                    failed = trace(session, saver, view, interrupt, watch, duration=duration, what=what, quiet=quiet)
+            except Unprinted as e:
+                failed = e.failed
             finally:
                 writer.close("failed")  # does nothing if it is closed already
         with suppress(Unprinted), printing():
@@ -136,14 +136,17 @@ def _say_what_next(output: Path) -> None:
     click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
-def _say_what(session: Session, what: str, *, verbose: bool) -> None:
+def _say_what(session: Session, what: str, roots: str, *, verbose: bool) -> None:
     seen = ", ".join(f"{reason} by {rung}" for reason, rung in session.source.rungs.items() if rung)
     unseen = ", ".join(reason for reason, rung in session.source.rungs.items() if not rung)
-    click.echo(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
-    if verbose:
-        for reason, tried in session.source.tried.items():
-            for rung, why in tried.items():
-                click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
+    with suppress(Unprinted), printing():
+        click.echo(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
+        if verbose:
+            for reason, tried in session.source.tried.items():
+                for rung, why in tried.items():
+                    click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
+        if roots:
+            click.echo(f"{clean(roots)}: the capture is root's.", err=True)
 
 
 def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:

@@ -26,7 +26,7 @@ from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import Disk, Traced, go, loop, reader
 from tests.live.soak import Load, Read, amount
-from tests.live.test_run import COMMAND, ENVIRONMENT, call, rest_once, running
+from tests.live.test_run import COMMAND, ENVIRONMENT, call, read_until, rest_once, running
 
 pytestmark = pytest.mark.live
 
@@ -158,9 +158,7 @@ def test_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Pat
     )
     os.close(slave)
     try:
-        shown = b""
-        while not re.search(rb"^Tracing .+: idle by \w+", shown, re.MULTILINE):
-            shown += os.read(master, 65536)
+        read_until(master, rb"^Tracing .+: idle by \w+")
         rest_once(connect())
         tcp.until(lambda: (tmp_path / "a.cwnd" / "cwnd_reset").exists(), 20, "the reset")
     finally:
@@ -170,6 +168,38 @@ def test_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Pat
     finally:
         process.kill()
     assert_complete(tmp_path / "a.cwnd", 1)
+
+
+@pytest.mark.parametrize("insist", [False, True])
+def test_the_terminal_is_stopped(connect: Connect, space: tcp.Space, tmp_path: Path, insist: bool) -> None:
+    """As by Ctrl-S: resets are saved although none can be printed, and the end waits only for who doesn't insist."""
+    path = tmp_path / "a.cwnd"
+    master, slave = os.openpty()
+    command = [*COMMAND, "run", "-n", space.name, "--no-block", "-o", str(path)]
+    shown = b""
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
+        try:
+            read_until(master, rb"waiting for a rest")
+            termios.tcflow(slave, termios.TCOOFF)
+            for resets in (1, 2, 3):
+                rest_once(connect())
+                tcp.until(lambda n=resets: len(cwndtrace.load(path).resets) == n, 20, "another reset")  # type: ignore[misc]
+            process.send_signal(signal.SIGINT)
+            tcp.until(lambda: cwndtrace.load(path).status == "complete", 20, "the end")
+            assert process.poll() is None
+            if insist:
+                process.send_signal(signal.SIGINT)
+            else:
+                termios.tcflow(slave, termios.TCOON)
+                shown = read_until(master, rb"What to do with it")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            os.close(master)
+            os.close(slave)
+    assert len(re.findall(rb"\d+ -> \d+", shown)) == (0 if insist else 3)
+    assert (b"kept 3 resets" in shown) != insist
+    assert_complete(path, 3)
 
 
 PARENT = """

@@ -106,6 +106,15 @@ def running(
             made.process.communicate()
 
 
+def read_until(fd: int, pattern: bytes, shown: bytes = b"") -> bytes:
+    """``shown`` and what else a terminal shows, until ``pattern`` is in it."""
+    deadline = time.monotonic() + LONG_S
+    while not re.search(pattern, shown, re.MULTILINE):
+        assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], shown
+        shown += os.read(fd, 65536)
+    return shown
+
+
 def rest_once(connection: tcp.Connection) -> tcp.Send:
     """A reset that is known."""
     connection.grow()
@@ -266,24 +275,15 @@ def test_whoever_reads_may_leave_before_anything_happens(space: tcp.Space, tmp_p
 def test_colours_and_a_status_line_on_a_terminal(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     command = [*COMMAND, "run", "-n", space.name, "-o", str(tmp_path / "a.cwnd")]
-    shown = b""
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
         try:
             os.close(slave)
-
-            def read_until(pattern: bytes) -> None:
-                nonlocal shown
-                deadline = time.monotonic() + 60
-                while not re.search(pattern, shown):
-                    assert select.select([master], [], [], max(0.0, deadline - time.monotonic()))[0], shown
-                    shown += os.read(master, 65536)
-
-            read_until(rb"waiting for a rest longer than the RTO")
+            shown = read_until(master, rb"waiting for a rest longer than the RTO")
             rest_once(connect())
-            read_until(rb"\x1b\[33m *\d+ -> \d+\x1b\[0m")
-            read_until(rb"\r\x1b\[K1 resets")
+            shown = read_until(master, rb"\x1b\[33m *\d+ -> \d+\x1b\[0m", shown)
+            shown = read_until(master, rb"\r\x1b\[K1 resets", shown)
             process.send_signal(signal.SIGINT)
-            read_until(rb"What to do with it:")
+            shown = read_until(master, rb"What to do with it:", shown)
             with contextlib.suppress(OSError):  # the other end is closed
                 while more := os.read(master, 65536):
                     shown += more
