@@ -16,11 +16,8 @@
 
 BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
 
-enum {
-	COUNT_LOST = 0,		/* records for which the ring buffer had no room, and ends that were not seen */
-	COUNTS = 1,
-};
-BPF_PERCPU_ARRAY(counts, u64, COUNTS);
+/* Records for which the ring buffer had no room, and ends that were not seen. */
+BPF_PERCPU_ARRAY(counts, u64, 1);
 
 /* A request under way, known by its address. */
 struct flight {
@@ -60,8 +57,8 @@ BPF_PERCPU_ARRAY(slabs, struct slab, 1);
 
 static __always_inline void count_lost(u64 n)
 {
-	int which = COUNT_LOST;
-	u64 *c = counts.lookup(&which);
+	int zero = 0;
+	u64 *c = counts.lookup(&zero);
 
 	if (c)
 		*c += n;

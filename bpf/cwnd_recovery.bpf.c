@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Following a socket after a reset, ACK by ACK, until it has its window back. Compiled in front of
- * cwnd_reset.bpf.c, which calls follow(), on_ack() and forget().
+ * cwnd_reset.bpf.c, which calls count(), follow(), on_ack() and forget().
  *
  * tcp_probe comes before its ACK is worked in: what it shows is the window that the ACK before it left.
  */
@@ -11,6 +11,29 @@
 
 BPF_RINGBUF_OUTPUT(cwnd_recoveries, RESET_PAGES / 4);
 BPF_RINGBUF_OUTPUT(cwnd_samples, RESET_PAGES / 2);
+
+enum {
+	COUNT_LOST = 0,		/* resets for which the ring buffer had no room, or a stash no memory */
+	COUNT_UNCHANGED = 1,	/* calls that left the window as it was */
+	COUNT_WITHDRAWN = 2,	/* restarts that were due and didn't happen, as when a send blocked */
+	COUNT_LOST_RECOVERIES = 3,
+	COUNT_LOST_SAMPLES = 4,
+	COUNTS = 5,
+};
+/* One entry, so that one look-up shows all. */
+struct counts {
+	u64 of[COUNTS];
+};
+BPF_PERCPU_ARRAY(counts, struct counts, 1);
+
+static __always_inline void count(int which)
+{
+	int zero = 0;
+	struct counts *n = counts.lookup(&zero);
+
+	if (n)
+		n->of[which]++;
+}
 
 struct followed {
 	u64 reset_ts_ns;
@@ -30,7 +53,6 @@ struct followed {
 BPF_HASH(followed, u64, struct followed, 16384);
 /* How many sockets are followed, by some bits of their addresses' hash: spares all others the look-up. */
 BPF_ARRAY(follow_buckets, u64, 1 << FOLLOW_BUCKET_BITS);
-BPF_PERCPU_ARRAY(recovery_counts, u64, 2);
 
 /* The kernel's own hash of a connection's addresses and ports, with which it finds the socket of a packet. */
 #define FOLLOW_BUCKET(hash) ((hash) & ((1 << FOLLOW_BUCKET_BITS) - 1))
@@ -38,14 +60,6 @@ BPF_PERCPU_ARRAY(recovery_counts, u64, 2);
 static __always_inline u64 *follow_bucket(int bucket)
 {
 	return follow_buckets.lookup(&bucket);
-}
-
-static __always_inline void count_unrecovered(int which)
-{
-	u64 *n = recovery_counts.lookup(&which);
-
-	if (n)
-		(*n)++;
 }
 
 static __always_inline void end_following(u64 sk, const struct followed *f, u8 outcome, u64 end_ns, u32 cwnd)
@@ -70,7 +84,7 @@ static __always_inline void end_following(u64 sk, const struct followed *f, u8 o
 	u64 *n = follow_bucket(f->bucket);
 
 	if (cwnd_recoveries.ringbuf_output(&r, sizeof(r), 0))
-		count_unrecovered(0);
+		count(COUNT_LOST_RECOVERIES);
 	followed.delete(&sk);
 	if (n)
 		__sync_fetch_and_add(n, -1);
@@ -94,7 +108,7 @@ static __always_inline void start_following(const struct cwnd_reset *r)
 	};
 
 	if (followed.update(&sk, &f)) {
-		count_unrecovered(0);
+		count(COUNT_LOST_RECOVERIES);
 		return;
 	}
 	n = follow_bucket(f.bucket);
@@ -158,7 +172,7 @@ static __always_inline void on_ack(const void *sock)
 		};
 
 		if (cwnd_samples.ringbuf_output(&s, sizeof(s), 0))
-			count_unrecovered(1);
+			count(COUNT_LOST_SAMPLES);
 		f->sampled_ns = now;
 	}
 }

@@ -9,22 +9,6 @@
 /* Room for a reset of each of 10,000 connections at once: how many pages is said in cwndtrace/capture/bcc.py. */
 BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
 
-enum {
-	COUNT_LOST = 0,		/* records for which the ring buffer had no room, or a stash no memory */
-	COUNT_UNCHANGED = 1,	/* calls that left the window as it was */
-	COUNT_WITHDRAWN = 2,	/* restarts that were due and didn't happen, as when a send blocked */
-	COUNTS = 3,
-};
-BPF_PERCPU_ARRAY(counts, u64, COUNTS);
-
-static __always_inline void count(int which)
-{
-	u64 *n = counts.lookup(&which);
-
-	if (n)
-		(*n)++;
-}
-
 #ifdef FILTER_PID
 /* Inodes of the sockets that the process holds, kept fresh from user space: timers and ACKs have no process. */
 BPF_HASH(pid_sockets, u64, u8, 65536);

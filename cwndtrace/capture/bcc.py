@@ -461,7 +461,7 @@ class Kernel:
     def counts(self) -> Counts:
         """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
         counts = Counts()
-        # A file is read for each program, which at each turn would be most of what an idle trace takes.
+        # The kernel is asked for each program, which at each turn would be much of what an idle trace takes.
         if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
             self._missed_at = time.monotonic()
             self._missed = Counter()
@@ -470,13 +470,15 @@ class Kernel:
                     # One that only follows windows makes no record of a reset.
                     table = "cwnd_sample" if name.endswith("_follow") else "cwnd_reset"
                     self._missed["block_io" if program is self._block else table] += runs
-        counts.lost["cwnd_reset"] = sum(p.total(0) for p in self._resets) + self._missed["cwnd_reset"]
-        for index, name in enumerate(("cwnd_recovery", "cwnd_sample")):
-            counts.lost[name] = sum(p.total(index, "recovery_counts") for p in self._resets) + self._missed[name]
-        counts.unchanged = sum(p.total(1) for p in self._resets)
-        counts.withdrawn = sum(p.total(2) for p in self._resets)
+        lost = self._missed.copy()
+        for program in self._resets:
+            resets, unchanged, withdrawn, recoveries, samples = program.totals()
+            lost.update(cwnd_reset=resets, cwnd_recovery=recoveries, cwnd_sample=samples)
+            counts.unchanged += unchanged
+            counts.withdrawn += withdrawn
         if self._block is not None:
-            counts.lost["block_io"] = self._block.total(0) + self._missed["block_io"]
+            lost["block_io"] += self._block.totals()[0]
+        counts.lost = {name: lost[name] for name in self.events}
         return counts
 
     def run_times(self) -> dict[str, tuple[int, int]]:

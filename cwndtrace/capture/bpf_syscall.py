@@ -63,6 +63,8 @@ _KprobeInfo: Final = _attr(
     ("type", _U32), ("id", _U32), ("prog_id", _U32), ("padding", _U32), ("perf_type", _U32), ("more_padding", _U32),
     ("function", _U64), ("name_length", _U32), ("offset", _U32), ("address", _U64), ("missed", _U64), ("cookie", _U64),
 )  # fmt: skip
+# struct bpf_prog_info up to what a program's runs are counted in.
+_ProgInfo: Final = _attr(("before", ctypes.c_char * 192), ("run_time_ns", _U64), ("run_cnt", _U64), ("missed", _U64))
 # struct perf_event_attr up to config2; for the kprobe PMU config is 1 for a return, config1 the function's name.
 _PerfEvent: Final = _attr(
     ("type", _U32), ("size", _U32), ("config", _U64), ("sample_period", _U64), ("sample_type", _U64),
@@ -186,6 +188,16 @@ def kprobe_missed(link_fd: int) -> int:
     with suppress(OSError):
         _bpf(_OBJ_GET_INFO_BY_FD, _Info(link_fd, ctypes.sizeof(info), ctypes.addressof(info)))
     return int(info.missed)
+
+
+def program_stats(prog_fd: int) -> tuple[int, int, int]:
+    """A program's nanoseconds and runs, counted while kernel.bpf_stats_enabled is 1, and the runs that were skipped.
+
+    These are the ones for which it was already running on that CPU; 0 where the kernel doesn't tell: before 5.12.
+    """
+    info = _ProgInfo()
+    _bpf(_OBJ_GET_INFO_BY_FD, _Info(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
+    return info.run_time_ns, info.run_cnt, info.missed
 
 
 @cache

@@ -132,10 +132,12 @@ class Program:
         values = bpf.lookup(fd, bytes(4), size * bpf.possible_cpus()) or b""
         return [values[at : at + m.value_size] for at in range(0, len(values), size)]
 
-    def total(self, index: int, table: str = "counts") -> int:
-        """One of the source's counters, summed over CPUs."""
-        value = bpf.lookup(self._maps[table][0], index.to_bytes(4, "little"), 8 * bpf.possible_cpus())
-        return sum(memoryview(value or b"").cast("Q"))
+    def totals(self) -> list[int]:
+        """The source's counters, each summed over CPUs."""
+        fd, m = self._maps["counts"]
+        number = m.value_size // 8
+        numbers = memoryview(bpf.lookup(fd, bytes(4), m.value_size * bpf.possible_cpus()) or b"").cast("Q")
+        return [sum(numbers[index::number]) for index in range(number)]
 
     def rows(self, table: str) -> list[tuple[int, Any]]:
         """A hash or an array: key and value (a numpy record) of each entry."""
@@ -146,14 +148,15 @@ class Program:
 
     def run_times(self) -> dict[str, tuple[int, int]]:
         """Each loaded program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
-        return {name: (fdinfo(fd, "run_cnt"), fdinfo(fd, "run_time_ns")) for name, fd in self._loaded.items()}
+        stats = {name: bpf.program_stats(fd) for name, fd in self._loaded.items()}
+        return {name: (runs, spent) for name, (spent, runs, _) in stats.items()}
 
     def missed(self) -> dict[str, int]:
         """Runs that the kernel skipped because the program was already running on that CPU, by program.
 
         "kprobe" are the calls that no program got to see, since another kprobe was running.
         """
-        skipped = {name: fdinfo(fd, "recursion_misses") for name, fd in self._loaded.items()}
+        skipped = {name: bpf.program_stats(fd)[2] for name, fd in self._loaded.items()}
         return skipped | {"kprobe": self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))}
 
     def hold(self, table: str, keys: set[int]) -> None:
