@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import Counter
@@ -16,7 +17,7 @@ from cwndtrace.events import Raw
 from cwndtrace.store.reader import Capture
 from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
 
-_LOOK_S: Final = 0.2
+_SOONEST_S: Final = 0.05
 
 
 class Behind:
@@ -84,7 +85,9 @@ class Behind:
     def _run(self) -> None:
         while True:
             try:
-                item = self._queue.get(timeout=_LOOK_S)
+                due = self._writer.due_s()
+                # Not at once: what failed otherwise than by the disk would be tried for ever.
+                item = self._queue.get(timeout=None if due == math.inf else max(due, _SOONEST_S))
                 if item is None:
                     return
                 if isinstance(item, dict):

@@ -192,6 +192,10 @@ class CaptureWriter:
             what = f"Writing {name} to {show(self.path)} failed, {self._buffers[name].waiting:,} rows wait in memory"
             raise _failed(what, error)
 
+    def due_s(self) -> float:
+        """Seconds until ``flush`` has something to write, below 0 if it is late; infinite where no row waits."""
+        return min((b.due for b in self._buffers.values() if b.waiting), default=math.inf) - time.monotonic()
+
     def _flush(self, force: bool) -> list[tuple[str, OSError]]:
         """Write the parts that are due; the tables that the disk refused, and why."""
         refused = []

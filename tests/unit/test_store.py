@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import resource
@@ -127,14 +128,17 @@ def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(writer_module, "PART_ROWS", 10)
     path = tmp_path / "a.cwnd"
     writer = make(path)
+    assert writer.due_s() == math.inf
     writer.add("block_io", some(0))
     now += 0.25
     writer.add("block_io", some(3))
     writer.flush()
     assert sectors(path) == []
+    assert writer.due_s() == 0.25
     now += 0.25  # half a second after the first row, not after the last
     writer.flush()
     assert sectors(path) == list(range(6))
+    assert writer.due_s() == math.inf
     writer.add("block_io", some(6, 9))
     writer.flush()
     assert len(sectors(path)) == 6
