@@ -45,7 +45,9 @@ class Lookout:
     def idle_sysctls(self) -> list[tuple[netns.Namespace, int | None]]:
         """The network namespace that is traced, or else this process's, and ``netns.idle_sysctl`` there."""
         inode = self._filters.netns or netns.own().inode
-        return [(n, netns.idle_sysctl(n)) for n in netns.all_reachable() if n.inode == inode]
+        # This process's comes first, and looking at all of them is most of what this takes.
+        found = next((n for n in netns.all_reachable() if n.inode == inode), None)
+        return [] if found is None else [(found, netns.idle_sysctl(found))]
 
     def watched(self) -> tuple[bool, str | None]:
         """Whether the traced network namespace can be reached, and the name of the traced interface if it is there."""
