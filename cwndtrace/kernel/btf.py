@@ -53,6 +53,7 @@ class Btf:
         self._at: npt.NDArray[Any] = np.zeros(1, np.uint32)
         self._names: npt.NDArray[Any] = np.zeros(0, np.uint32)
         self._kinds = self._names
+        self._found: dict[tuple[int, str], int | None] = {}
         self._index()
 
     @classmethod
@@ -95,10 +96,12 @@ class Btf:
         return self._strings[at : self._strings.index(b"\0", at)].decode()
 
     def _find(self, kind: int, name: str) -> int | None:
-        # A name's string is stored once, so its offset names the type.
-        at = self._strings.find(b"\0" + name.encode() + b"\0")
-        ids = np.flatnonzero((self._names == at + 1) & (self._kinds == kind)).tolist() if at >= 0 else []
-        return int(ids[0]) + 1 if ids else None
+        if (kind, name) not in self._found:
+            # A name's string is stored once, so its offset names the type.
+            at = self._strings.find(b"\0" + name.encode() + b"\0")
+            ids = np.flatnonzero((self._names == at + 1) & (self._kinds == kind)).tolist() if at >= 0 else []
+            self._found[kind, name] = int(ids[0]) + 1 if ids else None
+        return self._found[kind, name]
 
     def has_function(self, name: str) -> bool:
         """Whether the kernel has a function ``name`` that kept its own body."""
