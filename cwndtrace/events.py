@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -258,10 +258,10 @@ def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.in
     """
     ev = event(name)
     times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000
-    arrays: list[Any] = [_numbers(_TIME, times)]
+    arrays: list[Any] = [numbers(_TIME, times)]
     for f, column_type in _columns(name):
         column = np.ascontiguousarray(records[f.name])
-        arrays.append(_labels(f, column) if column_type is _DICTIONARY else _numbers(column_type, column))
+        arrays.append(_labels(f, column) if column_type is _DICTIONARY else numbers(column_type, column))
     return pa.Table.from_arrays(arrays, schema=arrow_schema(name))
 
 
@@ -306,20 +306,39 @@ def joined(parts: Iterable[pa.Table | Raw]) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _numbers(kind: pa.DataType, column: npt.NDArray[Any]) -> pa.Array:
-    # As pa.array() makes it, which first finds out what it is given: a small batch feels that.
-    return pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(column)])
+# What pa.array() and to_numpy() do, which first find out what they are given: a small batch feels that, and they import
+# pandas, which a trace that waits has no use for.
+
+
+def numbers(kind: pa.DataType, column: npt.NDArray[Any], known: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+    """An array of ``kind`` over ``column``, whose items have that width; null where it isn't ``known``."""
+    valid = None if known is None else pa.py_buffer(np.packbits(known, bitorder="little"))
+    return pa.Array.from_buffers(kind, len(column), [valid, pa.py_buffer(column)])
+
+
+def values(array: pa.Array) -> npt.NDArray[Any]:
+    """The items of an array of numbers without nulls; copies nothing."""
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def texts(strings: Sequence[str]) -> pa.StringArray:
+    """An array of text."""
+    raw = [string.encode() for string in strings]
+    ends = np.zeros(len(raw) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, raw), np.int32, len(raw)), out=ends[1:])
+    return pa.Array.from_buffers(pa.string(), len(raw), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(raw))])
 
 
 def _labels(f: Field, column: npt.NDArray[Any]) -> pa.DictionaryArray:
     # Encoded as bytes first: there are few distinct values, and only those are turned into text.
     raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(f.size), len(column), [None, pa.py_buffer(column)])
     encoded = raw.dictionary_encode()
-    texts = [_label(f, value) for value in encoded.dictionary.to_pylist()]
-    if len(set(texts)) == len(texts):
-        return pa.DictionaryArray.from_arrays(encoded.indices, pa.array(texts, pa.string()))
+    found = [_label(f, value) for value in encoded.dictionary.to_pylist()]
+    if len(set(found)) == len(found):
+        return pa.DictionaryArray.from_arrays(encoded.indices, texts(found))
     # What differs only behind a text's end is one text: a dictionary holds each once.
-    labels = pa.array(texts, type=pa.string()).dictionary_encode()
+    labels = texts(found).dictionary_encode()
     return pa.DictionaryArray.from_arrays(labels.indices.take(encoded.indices), labels.dictionary)
 
 

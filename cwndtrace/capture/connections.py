@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
-from cwndtrace.events import CONNECTIONS, address
+from cwndtrace.events import CONNECTIONS, address, numbers, texts, values
 from cwndtrace.kernel import cgroups, inet_diag, interfaces, netns, sockets
 
 # Bits of include/net/tcp_states.h; TIME_WAIT, CLOSE, LISTEN, SYN_RECV have no window of interest.
@@ -81,19 +82,23 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
         table = _table(dumped, namespace.inode, holders, now, utc_offset_ns)
         keep = np.ones(len(table), dtype=np.bool_)
         if filters.family is not None:
-            keep &= table["family"].to_numpy() == filters.family
+            keep &= _column(table, "family") == filters.family
         if filters.port is not None:
-            keep &= (table["sport"].to_numpy() == filters.port) | (table["dport"].to_numpy() == filters.port)
+            keep &= (_column(table, "sport") == filters.port) | (_column(table, "dport") == filters.port)
         if mine is not None:
-            keep &= np.isin(table["inode"].to_numpy(), list(mine))
+            keep &= np.isin(_column(table, "inode"), list(mine))
         if groups is not None:
             keep &= np.array([group in groups for group in dumped.cgroup], dtype=np.bool_)
         if filters.ifindex is not None:
             peers, routes = table["daddr"].combine_chunks(), interfaces.Routes(namespace)
             there = [routes.index_of(peer) == filters.ifindex for peer in peers.dictionary.to_pylist()]
-            keep &= np.array(there, dtype=np.bool_)[peers.indices.to_numpy()]
-        tables.append(table if keep.all() else table.filter(pa.array(keep)))
-    return pa.concat_tables(tables) if tables else CONNECTIONS.empty_table()
+            keep &= np.array(there, dtype=np.bool_)[values(peers.indices)]
+        tables.append(table if keep.all() else table.take(numbers(pa.int64(), np.flatnonzero(keep))))
+    return pa.concat_tables(tables) if tables else pa.Table.from_batches([], CONNECTIONS)
+
+
+def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    return values(table[name].combine_chunks())
 
 
 def _table(
@@ -104,14 +109,15 @@ def _table(
     six = np.array([":" in text for text in daddr.dictionary.to_pylist()], dtype=np.bool_)
     nobody = (0, "")
     held = [holders.get(number, nobody) for number in m["inode"].tolist()]
+    told = np.array([size is not None for size in found.sndbuf], dtype=np.bool_)
     states = [_STATES.get(state, str(state)) for state in m["state"].tolist()]
     columns: dict[str, Any] = {
         "time": np.full(len(m), (now_ns + utc_offset_ns) // 1000, np.int64),
         "ts_ns": np.full(len(m), now_ns, np.uint64),
         "sock_cookie": m["cookie"],
         "netns_ino": np.full(len(m), inode, np.uint32),
-        "family": np.where(six[daddr.indices.to_numpy()], socket.AF_INET6, socket.AF_INET),
-        "state": pa.array(states, pa.string()).dictionary_encode(),
+        "family": np.where(six[values(daddr.indices)], socket.AF_INET6, socket.AF_INET),
+        "state": texts(states).dictionary_encode(),
         "saddr": saddr,
         "sport": m["sport"],
         "daddr": daddr,
@@ -119,34 +125,32 @@ def _table(
         "inode": m["inode"],
         "uid": m["uid"],
         "pid": np.array([pid for pid, _ in held], np.uint32),
-        "comm": pa.array([comm for _, comm in held], pa.string()).dictionary_encode(),
-        "ca_name": pa.array([name.decode("ascii", "replace") for name in found.control])
-        .cast("string")
-        .dictionary_encode(),
-        "sndbuf": pa.array(found.sndbuf, pa.uint32()),
+        "comm": texts([comm for _, comm in held]).dictionary_encode(),
+        "ca_name": texts([name.decode("ascii", "replace") for name in found.control]).dictionary_encode(),
+        "sndbuf": numbers(pa.uint32(), np.array([size or 0 for size in found.sndbuf], np.uint32), told),
         **{name: info[of].astype(np.uint64) * factor for name, (of, factor) in _OF_INFO.items()},
     }
     arrays = []
     for f in CONNECTIONS:
         column = columns[f.name]
         if isinstance(column, np.ndarray):
-            column = pa.array(column.astype("i8" if pa.types.is_timestamp(f.type) else f.type.to_pandas_dtype()))
+            column = numbers(f.type, column.astype("i8" if pa.types.is_timestamp(f.type) else f.type.to_pandas_dtype()))
         arrays.append(column.cast(f.type))
     return pa.Table.from_arrays(arrays, schema=CONNECTIONS)
 
 
 def _addresses(families: np.ndarray, raw: np.ndarray) -> pa.DictionaryArray:
     """Text of addresses, of which there are fewer than connections."""
-    numbers: dict[str, int] = {}
+    places: dict[str, int] = {}
     known: dict[tuple[int, bytes], int] = {}
     indices = []
     for key in zip(families.tolist(), raw.tolist(), strict=True):
         if key not in known:
             family, each = key
             text = socket.inet_ntoa(each[:4]) if family == socket.AF_INET else address(each)
-            known[key] = numbers.setdefault(text, len(numbers))
+            known[key] = places.setdefault(text, len(places))
         indices.append(known[key])
-    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(list(numbers), pa.string()))
+    return pa.DictionaryArray.from_arrays(numbers(pa.int32(), np.array(indices, np.int32)), texts(list(places)))
 
 
 class Snapshots:

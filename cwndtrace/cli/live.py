@@ -50,8 +50,8 @@ class BlockFigures:
         us = (records["done_ns"].astype(np.int64) - records["start_ns"].astype(np.int64)) / 1000
         self.all.add(us)
         size, failed = records["bytes"], records["error"] != events.code("blk_sts", "ok")
-        pairs = pa.array(records["dev"].astype(np.uint64) << 8 | records["op"]).dictionary_encode()
-        numbers = pairs.indices.to_numpy()
+        pairs = events.numbers(pa.uint64(), records["dev"].astype(np.uint64) << 8 | records["op"]).dictionary_encode()
+        numbers = events.values(pairs.indices)
         for number, raw in enumerate(pairs.dictionary.to_pylist()):
             pair = events.label("block_io", "dev", raw >> 8), events.label("block_io", "op", raw & 0xFF)
             rows = slice(None) if len(pairs.dictionary) == 1 else np.flatnonzero(numbers == number)
