@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, Final
 
@@ -87,7 +88,7 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) ->
     whole: dict[str, Any] = {}
     labels: dict[str, dict[object, int]] = {}
     filled = 0
-    for frame in frames:
+    for frame in _ahead(iter(frames)):
         start = frame["start_ns"].to_numpy()
         order = np.argsort(start, kind="stable")
         for name in columns:
@@ -111,6 +112,15 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) ->
             values[place] = values[order]
         whole[name] = pd.Categorical.from_codes(values, list(labels[name])) if name in labels else values  # type: ignore[call-overload]
     return pd.DataFrame(whole, copy=False)
+
+
+def _ahead(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """``frames``, the next one made on another CPU while one is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, frames, None)
+        while (frame := following.result()) is not None:
+            following = pool.submit(next, frames, None)
+            yield frame
 
 
 def _out_of_order(start: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
