@@ -55,6 +55,13 @@ struct slab {
 #define SLAB_HEADER (sizeof(struct slab) - SLAB_RECORDS * sizeof(struct block_io))
 BPF_PERCPU_ARRAY(slabs, struct slab, 1);
 
+/* A slab of one record. */
+struct lone {
+	u32 count;
+	u32 unused;
+	struct block_io rec;
+};
+
 static __always_inline void count_lost(u64 n)
 {
 	int zero = 0;
@@ -272,8 +279,12 @@ static __always_inline void keep(const struct flight *f, u32 dev)
 	if (!s)
 		return;
 	if (s->busy) {
-		/* This CPU was interrupted while it wrote here. */
-		count_lost(1);
+		/* This CPU was interrupted while it wrote here: this one goes by itself. */
+		struct lone one = {.count = 1};
+
+		fill_record(&one.rec, f, dev);
+		if (block_slabs.ringbuf_output(&one, sizeof(one), NO_WAKEUP))
+			count_lost(1);
 		return;
 	}
 	s->busy = 1;

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Final, Self
 import pandas as pd
 
 from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.program import Program
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
 from cwndtrace.events import bpf_dir
@@ -212,11 +213,16 @@ class Traced:
             if self.poll:
                 self._thread.join()
             self.seen += self.session.finish()
-            assert self._kernel._block is not None
-            flights = self._kernel._block.rows("slots")
+            flights = self.block.rows("slots")
             self.unfinished = sum(1 for _, flight in flights if flight["rq"] and flight["issue_ns"])
         finally:
             self.session.close()
+
+    @property
+    def block(self) -> Program:
+        """What is in the kernel for it."""
+        assert self._kernel._block is not None
+        return self._kernel._block
 
     @property
     def tally(self) -> Tally:

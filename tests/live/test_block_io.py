@@ -373,6 +373,18 @@ def test_nothing_is_left_behind_on_cpus_that_went_offline(
     assert traced.lost == 0
 
 
+@again_if_hidden
+def test_a_request_that_ends_in_the_midst_of_a_slab_goes_by_itself(disk: Disk) -> None:
+    """As when an interrupt comes upon a CPU that hands its slab over: here all of them are said to do that for ever."""
+    with Traced(poll=False) as traced:
+        fd, slab = traced.block._maps["slabs"]
+        busy = (1 << 32).to_bytes(8, "little").ljust((slab.value_size + 7) & ~7, b"\0")
+        bpf_syscall.update(fd, bytes(4), busy * bpf_syscall.possible_cpus())
+        disk.read(*range(71))
+    assert list(mine(traced.records(disk))["sector"]) == [block * BLOCK // SECTOR for block in range(71)]
+    assert traced.lost == 0
+
+
 # ---- filters ---------------------------------------------------------------------------------------
 
 
