@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 from benchmarks.common import COMMAND, Report, Running, Values, folder, options
 from cwndtrace.capture import connections
@@ -106,7 +107,7 @@ def rungs() -> list[str]:
 
 
 def throughput(report: Report, rounds: int, seconds: float) -> None:
-    """Bulk and request/response, each traced run right after an untraced one."""
+    """Bulk and request/response, each traced run right after an untraced one, and then the programs by themselves."""
     every = os.sched_getaffinity(0)
     try:
         _throughput(report, rounds, seconds, every)
@@ -134,6 +135,8 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
                 command = [*COMMAND, "run", "--no-block", "--probe", rung, "-o", str(place / "a.cwnd")]
                 with Running(command, "Tracing "):
                     traced = both()
+            with closing(Kernel(probe=rung, block=False)):
+                alone = both()
             for name, what, unit in (
                 ("GB/s", "bulk", "GB/s"),
                 ("requests/s", "requests/s", "/s"),
@@ -142,6 +145,7 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
                 note(f"{what}: untraced", plain[name], unit)
                 note(f"{what}: {rung}", traced[name], unit)
                 note(f"{what}: {rung} / untraced", traced[name] / plain[name])
+                note(f"{what}: {rung} / untraced, nobody reading", alone[name] / plain[name])
     for name in sorted(figures):
         report.add(name, figures[name])
 
