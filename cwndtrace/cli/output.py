@@ -113,12 +113,15 @@ class _Paper:
                 self._changed.notify_all()
 
     def _write(self, descriptor: int, text: bytes) -> None:
-        try:
-            while text and self.failure is None:
+        while text and self.failure is None:
+            try:
                 # Not by the stream: its lock, held by a write that waits for ever, would spoil the process's end.
                 text = text[os.write(descriptor, text) :]
-        except OSError as e:
-            self.failure = e
+            except BlockingIOError:
+                # Somebody else who has this terminal or pipe wants not to wait there; this thread does.
+                select.select([], [descriptor], [])
+            except OSError as e:
+                self.failure = e
 
 
 class _Later(io.TextIOBase):

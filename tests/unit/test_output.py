@@ -48,8 +48,10 @@ def no_hurry() -> bool:
     return False
 
 
-def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
     with piped(monkeypatch) as descriptor:
+        os.set_blocking(sys.stdout.fileno(), blocking)
         reader = Reader(descriptor)
         with printing_behind(TextView.unprinted, no_hurry):
             for number in range(2000):
