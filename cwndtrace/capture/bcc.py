@@ -28,7 +28,7 @@ from cwndtrace import power
 from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.lookout import Lookout
-from cwndtrace.capture.program import Program, fdinfo, map_uses
+from cwndtrace.capture.program import Program, map_uses
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
 from cwndtrace.events import bpf_dir, code, event
@@ -241,6 +241,12 @@ def _compile(text: str, flags: list[str], name: str) -> image.Image:
         made.cleanup()
 
 
+def _fdinfo(fd: int, name: str) -> int:
+    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
+    match = re.search(rf"^{name}:\s*(\w+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    return int(match[1], 0) if match else 0
+
+
 def _taken(made: Any) -> image.Image:
     """What bcc made, with the descriptors of its own maps replaced by their places."""
     lib = _library()
@@ -251,8 +257,8 @@ def _taken(made: Any) -> image.Image:
     for number in range(lib.bpf_num_tables(made.module)):
         raw = lib.bpf_table_name(made.module, number)
         fd = lib.bpf_table_fd(made.module, raw)
-        kind, flags = fdinfo(fd, "map_type"), fdinfo(fd, "map_flags")
-        key_size, value_size, entries = (fdinfo(fd, name) for name in ("key_size", "value_size", "max_entries"))
+        kind, flags = _fdinfo(fd, "map_type"), _fdinfo(fd, "map_flags")
+        key_size, value_size, entries = (_fdinfo(fd, name) for name in ("key_size", "value_size", "max_entries"))
         leaf = np.dtype(made[raw].Leaf) if raw in _RECORD_MAPS else None
         fields = tuple((name, leaf[name].str) for name in leaf.names or ()) if leaf is not None else ()
         places[fd] = len(maps)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -27,12 +25,6 @@ def map_uses(insns: bytes) -> tuple[np.ndarray, np.ndarray]:
     """A program's instructions, writable, and the indices of those whose ``imm`` is a map's descriptor."""
     code = np.frombuffer(bytearray(insns), _INSTRUCTION)
     return code, np.flatnonzero((code["code"] == _LOAD_IMM64) & (code["registers"] >> 4 == _MAP_FD))
-
-
-def fdinfo(fd: int, name: str) -> int:
-    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
-    match = re.search(rf"^{name}:\s*(\w+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
-    return int(match[1], 0) if match else 0
 
 
 class Program:
@@ -134,10 +126,7 @@ class Program:
 
     def totals(self) -> list[int]:
         """The source's counters, each summed over CPUs."""
-        fd, m = self._maps["counts"]
-        number = m.value_size // 8
-        numbers = memoryview(bpf.lookup(fd, bytes(4), m.value_size * bpf.possible_cpus()) or b"").cast("Q")
-        return [sum(numbers[index::number]) for index in range(number)]
+        return [sum(of_all) for of_all in zip(*(memoryview(n).cast("Q") for n in self.each_cpu("counts")), strict=True)]
 
     def rows(self, table: str) -> list[tuple[int, Any]]:
         """A hash or an array: key and value (a numpy record) of each entry."""
