@@ -21,27 +21,27 @@ from cwndtrace.cli.output import Unprinted, printing, printing_behind
 LINE = "x" * 99
 
 
-@contextmanager
-def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """What reads stdout and stderr, which are one pipe."""
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as out, os.fdopen(os.dup(writer), "w") as err:
-        monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "stderr", err)
-        yield reader
-
-
 class Reader(threading.Thread):
     """Reads all there is, once it is started."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self.lines: list[str] = []
 
     def run(self) -> None:
-        with os.fdopen(self._descriptor) as file:
+        with os.fdopen(self.descriptor) as file:
             self.lines = file.read().splitlines()
+
+
+@contextmanager
+def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    """Who is to read stdout and stderr, which are one pipe."""
+    descriptor, writer = os.pipe()
+    with os.fdopen(writer, "w") as out, os.fdopen(os.dup(writer), "w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        yield Reader(descriptor)
 
 
 def no_hurry() -> bool:
@@ -50,9 +50,8 @@ def no_hurry() -> bool:
 
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
-    with piped(monkeypatch) as descriptor:
+    with piped(monkeypatch) as reader:
         os.set_blocking(sys.stdout.fileno(), blocking)
-        reader = Reader(descriptor)
         with printing_behind(TextView.unprinted, no_hurry):
             for number in range(2000):
                 with printing():
@@ -64,12 +63,10 @@ def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.Monk
 
 def test_what_is_too_much_is_counted_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_MOST_WAITING", 200_000)
-    with piped(monkeypatch) as descriptor:
-        reader = Reader(descriptor)
-        with printing_behind(JsonView.unprinted, no_hurry):
-            for number in range(10_000):
-                click.echo(json.dumps({"number": number, "text": LINE}))
-            reader.start()
+    with piped(monkeypatch) as reader, printing_behind(JsonView.unprinted, no_hurry):
+        for number in range(10_000):
+            click.echo(json.dumps({"number": number, "text": LINE}))
+        reader.start()
     reader.join(30)
     *kept, note = [json.loads(line) for line in reader.lines]
     assert [row["number"] for row in kept] == list(range(len(kept)))
@@ -79,17 +76,15 @@ def test_what_is_too_much_is_counted_in_its_place(monkeypatch: pytest.MonkeyPatc
 
 def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_MOST_WAITING", 200_000)
-    with piped(monkeypatch) as descriptor:
-        reader = Reader(descriptor)
-        with printing_behind(TextView.unprinted, no_hurry):
-            for _ in range(10_000):
-                click.echo(LINE)
-            reader.start()
-            deadline, turns = time.monotonic() + 30, 0
-            # Until there was room for one.
-            while isinstance(sys.stdout, output._Later) and sys.stdout._dropped and time.monotonic() < deadline:
-                click.echo("more")
-                turns += 1
+    with piped(monkeypatch) as reader, printing_behind(TextView.unprinted, no_hurry):
+        for _ in range(10_000):
+            click.echo(LINE)
+        reader.start()
+        deadline, turns = time.monotonic() + 30, 0
+        # Until there was room for one.
+        while isinstance(sys.stdout, output._Later) and sys.stdout._dropped and time.monotonic() < deadline:
+            click.echo("more")
+            turns += 1
     reader.join(30)
     (note,) = (index for index, line in enumerate(reader.lines) if "weren't printed" in line)
     assert set(reader.lines[:note]) == {LINE}
@@ -99,19 +94,19 @@ def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_who_is_in_a_hurry_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    with piped(monkeypatch) as descriptor:
+    with piped(monkeypatch) as reader:
         with printing_behind(TextView.unprinted, lambda: True):
             for _ in range(2000):
                 click.echo(LINE)
         # It would wait for ever otherwise.
         click.echo(LINE * 2000)
         sys.stdout.flush()
-        os.close(descriptor)
+        os.close(reader.descriptor)
 
 
 def test_a_reader_that_has_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with piped(monkeypatch) as descriptor:
-        os.close(descriptor)
+    with piped(monkeypatch) as reader:
+        os.close(reader.descriptor)
         with pytest.raises(Unprinted) as told, printing_behind(TextView.unprinted, no_hurry):
             click.echo(LINE)
         assert not told.value.failed
