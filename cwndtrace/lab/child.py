@@ -18,7 +18,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
-from cwndtrace import errors
+from cwndtrace import errors, isolated
 from cwndtrace.errors import CwndtraceError
 
 _CLONE_NEWNET: Final = 0x40000000
@@ -38,8 +38,8 @@ class Child:
     def __init__(self, module: str, *arguments: str) -> None:
         self.what = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"cwndtrace.lab.{module}", str(os.getpid()), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            isolated.python("-m", f"cwndtrace.lab.{module}", str(os.getpid()), *arguments),
+            env=isolated.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             # A Ctrl-C at the terminal is for the parent, which ends its children itself, in order.
             start_new_session=True,
         )  # fmt: skip

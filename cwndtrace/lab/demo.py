@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on this machine: trace a connection that rests while a loop device is read.
 
-``python -m cwndtrace.lab.demo [--out FOLDER]`` needs root. It uses loopback only, and puts back all it made.
+``python -I -m cwndtrace.lab.demo [--out FOLDER]`` needs root. It uses loopback only, and puts back all it made.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from cwndtrace import isolated
 from cwndtrace.capture.target import need_root
 from cwndtrace.errors import CwndtraceError
 
@@ -35,16 +36,15 @@ def loop_device(size: int) -> Iterator[str]:
     """A loop device of ``size`` bytes on a temporary file; raises CwndtraceError where losetup can't make one."""
     with tempfile.NamedTemporaryFile(prefix="cwndtrace-demo-") as backing:
         backing.truncate(size)
-        made = subprocess.run(
-            ["losetup", "--find", "--show", backing.name], capture_output=True, text=True, check=False
-        )
+        attach, environment = ["losetup", "--find", "--show", backing.name], isolated.environment()
+        made = subprocess.run(attach, env=environment, capture_output=True, text=True, check=False)
         if made.returncode != 0:
             raise CwndtraceError(f"no loop device: {made.stderr.strip()}", "load the module: modprobe loop")
         device = made.stdout.strip()
         try:
             yield device
         finally:
-            subprocess.run(["losetup", "--detach", device], check=True)
+            subprocess.run(["losetup", "--detach", device], env=environment, check=True)
 
 
 def read_at_random(device: str, stop: threading.Event) -> None:
@@ -89,13 +89,13 @@ def demo(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     capture = folder / time.strftime("demo-%Y%m%d-%H%M%S.cwnd")
     picture = capture.with_suffix(".png")
-    command = [sys.executable, "-m", "cwndtrace"]
+    command, environment = isolated.python("-m", "cwndtrace"), isolated.environment()
     stop = threading.Event()
     with loop_device(_DISK_BYTES) as device, cubic_connection() as sender:
         disk = threading.Thread(target=read_at_random, args=(device, stop))
         disk.start()
         run = [*command, "run", "--iface", "lo", "--output", str(capture)]
-        tracer = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        tracer = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True)
         try:
             _wait_until_attached(tracer)
             for rest in _RESTS_S:
@@ -110,7 +110,8 @@ def demo(folder: Path) -> tuple[Path, Path]:
             disk.join()
     if tracer.returncode != 0:
         raise CwndtraceError(f"cwndtrace run ended with exit code {tracer.returncode}", "see what it printed above")
-    subprocess.run([*command, "plot", str(capture), "--output", str(picture)], check=True, stdout=subprocess.DEVNULL)
+    plot = [*command, "plot", str(capture), "--output", str(picture)]
+    subprocess.run(plot, env=environment, check=True, stdout=subprocess.DEVNULL)
     return capture, picture
 
 

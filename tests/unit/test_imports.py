@@ -18,10 +18,11 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"errors", "events", "power", "words"}
+LEAVES = {"errors", "events", "isolated", "power", "words"}
 BELOW = {
     "errors": set[str](),
     "events": set[str](),
+    "isolated": set[str](),
     "power": set[str](),
     "words": {"events"},
     "kernel": LEAVES,
