@@ -58,23 +58,28 @@ class User:
 
 
 def invoking_user() -> User | None:
-    """Whom sudo works for (SUDO_UID, SUDO_GID).
+    """Whom sudo works for (SUDO_UID, SUDO_GID); None where it wasn't sudo, or works for root.
 
-    None where it wasn't sudo, or works for root, or where this process may not become somebody else, as in a container.
+    Raises PermissionError where they name nobody, or somebody whom this process may not become: to go on as root
+    would do for that user what they may not do.
     """
-    uid, gid = (os.environ.get(name, "") for name in ("SUDO_UID", "SUDO_GID"))
-    if os.geteuid() != 0 or not (uid.isdecimal() and gid.isdecimal()):
+    uid, gid = (os.environ.get(name) for name in ("SUDO_UID", "SUDO_GID"))
+    if os.geteuid() != 0 or (uid is None and gid is None) or uid == "0":
         return None
-    if not 0 < int(uid) < _NOBODY or not 0 <= int(gid) < _NOBODY:
-        return None
+    if uid is None or gid is None or not _is_id(uid) or not _is_id(gid) or not int(uid):
+        raise PermissionError(1, "SUDO_UID and SUDO_GID name no user.")
     if not {SETUID, SETGID} <= held():
-        return None
+        raise PermissionError(1, f"SUDO_UID names user {uid}, whom this process may not become.")
     try:
         name = pwd.getpwuid(int(uid)).pw_name
         groups = tuple(os.getgrouplist(name, int(gid)))
     except KeyError:
         name, groups = uid, (int(gid),)
     return User(int(uid), int(gid), groups, name)
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < _NOBODY
 
 
 @contextmanager

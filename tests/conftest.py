@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from cwndtrace.cli import user
 
 # No database of examples: the checkout may be somebody else's. No deadline: the machine may be busy.
 hypothesis.settings.register_profile("cwndtrace", database=None, deadline=None)
@@ -27,3 +30,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, command in _NEEDS_ROOT.items():
         if item.get_closest_marker(marker):
             pytest.skip(f"needs root: {command}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def power_stays() -> Iterator[None]:
+    """A command that is called within the tests' own process would take its power for good, and with it the tests'.
+
+    That each command does so is shown by those that are started as processes, in tests/live.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(user, "give_up_power", lambda: None)
+        yield

@@ -16,6 +16,7 @@ power.few_threads()  # before anything imports numpy or pyarrow
 import click
 
 import cwndtrace
+from cwndtrace.cli import user
 from cwndtrace.cli.output import hold_standard
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
 
@@ -35,6 +36,9 @@ COMMANDS: Final = {
 }
 """Each command's module, imported only when the command is used, and what ``--help`` says of it."""
 
+NEED_ROOT: Final = frozenset({"doctor", "reproduce", "run"})
+"""All others give root's power up before their module is imported and their arguments are looked at."""
+
 
 class Commands(click.Group):
     """A group that loads a command when it is used, and turns the project's errors into lines and an exit code."""
@@ -47,6 +51,8 @@ class Commands(click.Group):
         """The command of that name."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name not in NEED_ROOT:
+            user.give_up_power()
         found: click.Command = getattr(import_module(f"cwndtrace.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         return found
 
@@ -61,12 +67,17 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CwndtraceError as e:
-            from cwndtrace.events import clean
+            sys.exit(explain(e))
 
-            click.echo(f"cwndtrace: {clean(e.cause)}", err=True)
-            if e.remedy:
-                click.echo(f"  {clean(e.remedy)}", err=True)
-            sys.exit(exit_code(e))
+
+def explain(error: CwndtraceError) -> int:
+    """Say the cause and the cure; the exit code."""
+    from cwndtrace.events import clean
+
+    click.echo(f"cwndtrace: {clean(error.cause)}", err=True)
+    if error.remedy:
+        click.echo(f"  {clean(error.remedy)}", err=True)
+    return exit_code(error)
 
 
 def exit_code(error: CwndtraceError) -> int:

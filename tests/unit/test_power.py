@@ -26,6 +26,7 @@ def invoked(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None, *
 
 
 def test_whom_sudo_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power, "held", lambda: frozenset({power.SETUID, power.SETGID}))
     assert invoked(monkeypatch, "54321", "54322") == power.User(54321, 54322, (54322,), "54321")
     known = invoked(monkeypatch, "65534", "65534")
     assert known is not None
@@ -33,15 +34,29 @@ def test_whom_sudo_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 65534 in known.groups
 
 
+@pytest.mark.parametrize(("uid", "gid"), [(None, None), ("0", "0"), ("0", None)])
+def test_what_says_root_itself(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None) -> None:
+    assert invoked(monkeypatch, uid, gid) is None
+
+
 @pytest.mark.parametrize(
     ("uid", "gid"),
     [
-        (None, None), ("54321", None), (None, "54322"), ("", ""), ("0", "0"), ("-1", "5"), ("4294967295", "5"),
+        ("54321", None), (None, "54322"), ("", ""), ("00", "0"), ("-1", "5"), ("4294967295", "5"),
         ("99999999999", "5"), ("54321", "4294967295"), ("1e3", "5"), ("5\n", "5"), (" 5", "5"), ("²", "5"), ("5", "x"),
     ],
 )  # fmt: skip
-def test_what_says_nobody(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None) -> None:
-    assert invoked(monkeypatch, uid, gid) is None
+def test_what_names_nobody_is_no_leave_to_go_on_as_root(
+    monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None
+) -> None:
+    with pytest.raises(PermissionError, match="name no user"):
+        invoked(monkeypatch, uid, gid)
+
+
+def test_whom_this_process_may_not_become_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power, "held", lambda: frozenset({power.SETGID}))
+    with pytest.raises(PermissionError, match="user 54321, whom this process may not become"):
+        invoked(monkeypatch, "54321", "54322")
 
 
 def test_without_root_sudo_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
