@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import click
 
 import cwndtrace
-from cwndtrace.errors import CwndtraceError, making_sense
+from cwndtrace.cli import files
+from cwndtrace.errors import UsageError, making_sense
 from cwndtrace.events import clean
+
+ENDINGS: Final = ("png", "svg", "pdf")
+"""Only these: in PostScript a picture is a program, and its title could be somebody else's text."""
 
 
 @click.command()
@@ -19,7 +25,7 @@ from cwndtrace.events import clean
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="PNG, SVG or PDF by its ending.",
+    help="PNG, SVG or PDF, by its ending: .png, .svg, .pdf.",
 )
 @click.option("--connection", metavar="KEY", help="Only this one, by its key in Trace.summary().")
 @click.option("--from", "start", type=float, metavar="SECONDS", help="From this second after the start.")
@@ -39,8 +45,13 @@ def plot(
     from cwndtrace.plot import style
     from cwndtrace.plot.timeline import timeline
 
-    trace = cwndtrace.load(capture)
     file = output or Path(f"{capture.name.removesuffix('.cwnd')}-timeline.png")
+    kind = file.suffix[1:].lower()
+    if kind not in ENDINGS:
+        raise UsageError(
+            f"{clean(str(file))} ends in none of .png, .svg and .pdf.", "Give it one of these endings with -o."
+        )
+    trace = cwndtrace.load(capture)
     span = None if start is None and end is None else (start or 0.0, end if end is not None else float("inf"))
     with style.use(dark=dark), making_sense():
         figure = timeline(
@@ -52,10 +63,8 @@ def plot(
             connection=connection,
             span=span,
         )
-        try:
-            figure.savefig(file)
-        except (OSError, ValueError) as e:
-            raise CwndtraceError(f"{clean(str(file))} can't be written: {e}", "choose another file with -o") from e
+        # By format and with a title of its own, so that the file's name is no part of what is in it.
+        files.write(file, partial(figure.savefig, format=kind, metadata={"Title": "cwndtrace timeline"}))
     for line in trace.warnings:
         click.echo(f"warning: {clean(line)}", err=True)
     click.echo(clean(str(file)))

@@ -12,9 +12,9 @@ import click
 import cwndtrace
 from cwndtrace import words as fmt
 from cwndtrace.analysis import remedy, verdict
-from cwndtrace.cli import memory
+from cwndtrace.cli import files, memory
 from cwndtrace.cli.summary import columns
-from cwndtrace.errors import CwndtraceError, making_sense
+from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
 from cwndtrace.report import content
 
@@ -48,10 +48,8 @@ def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
         # Only here, because matplotlib takes longer to load than all the rest.
         from cwndtrace.report.page import page
 
-        try:
-            file.write_text(page(found), encoding="utf-8")
-        except OSError as e:
-            raise CwndtraceError(f"{clean(str(file))} can't be written: {e.strerror}", "choose another file") from e
+        text = page(found).encode()
+        files.write(file, lambda opened: opened.write(text))
     if as_json:
         click.echo(fmt.json_line(content.as_json(found), allow_nan=False))
     else:

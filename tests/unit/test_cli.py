@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
 from cwndtrace import errors
-from cwndtrace.cli import COMMANDS, exit_code, main
+from cwndtrace.cli import COMMANDS, exit_code, files, main
 from cwndtrace.cli.options import Span
+from cwndtrace.cli.plot import ENDINGS
+from cwndtrace.errors import CwndtraceError
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.scenario import Scenario
 from tests.unit import frames
@@ -233,10 +238,64 @@ def test_plot_of_one_that_is_cut_off_draws_the_rest_and_says_so(tmp_path: Path) 
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("name", ["missing/a.png", "a.nonsense"])
-def test_plot_into_what_can_not_be_written(tmp_path: Path, name: str) -> None:
+def test_plot_into_what_can_not_be_written(tmp_path: Path) -> None:
+    capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
+    (tmp_path / "file").write_text("somebody's")
+    (tmp_path / "link.png").symlink_to("file")
+    (tmp_path / "dangling.png").symlink_to("new")
+    reasons = {
+        "missing/a.png": "No such file or directory",
+        "link.png": "it is a symbolic link to a file",
+        "dangling.png": "it is a symbolic link that leads nowhere",
+        f"{'x' * 300}.png": "File name too long",
+    }
+    for name, reason in reasons.items():
+        result = call("plot", capture.path, "-o", tmp_path / name)
+        assert result.exit_code == 1
+        assert result.stderr == f"cwndtrace: {tmp_path / name} can't be written: {reason}.\n  Choose another file.\n"
+    assert (tmp_path / "file").read_text() == "somebody's"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.cwnd", "dangling.png", "file", "link.png"]
+
+
+@pytest.mark.parametrize("name", ["a.ps", "a.eps", "a.nonsense", "png", "a.png\n%!.ps"])
+def test_plot_draws_in_three_formats_only(tmp_path: Path, name: str) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
     result = call("plot", capture.path, "-o", tmp_path / name)
-    assert result.exit_code == 1
-    assert "can't be written" in result.stderr
-    assert "choose another file with -o" in result.stderr
+    assert result.exit_code == 2
+    assert "ends in none of .png, .svg and .pdf." in result.stderr
+    assert "Give it one of these endings with -o." in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.cwnd"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_picture_says_nothing_of_its_name_and_replaces_the_old_one_whole(tmp_path: Path, ending: str) -> None:
+    capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS, block_io=BLOCKS)
+    file = tmp_path / f"x\nALL ALL=(ALL) NOPASSWD: ALL\ny.{ending.upper()}"
+    file.write_text("the old one")
+    file.chmod(0o644)
+    assert call("plot", capture.path, "-o", file).exit_code == 0
+    assert b"NOPASSWD" not in file.read_bytes()
+    assert len(file.read_bytes()) > 5000
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_file_that_breaks_off_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("the old one")
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    with pytest.raises(CwndtraceError, match="can't be written: the disk is full"):
+        files.write(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_text() == "the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as pipe, os.fdopen(writing, "wb"):
+        files.write(Path(f"/proc/self/fd/{writing}"), lambda file: file.write(b"a page"))
+        assert os.read(pipe.fileno(), 100) == b"a page"
+    with pytest.raises(CwndtraceError, match="Is a directory"):
+        files.write(tmp_path, lambda file: file.write(b"a page"))
