@@ -117,6 +117,14 @@ class Trace:
         frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self._requests, "start_ns"))
         return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
+    @property
+    @making_sense()
+    def left_out(self) -> dict[str, int]:
+        """How many ``cgroups`` and ``sockets`` of what was asked for the filter had no room for, where it was so."""
+        told = _mapping(self.meta.get("left_out"))
+        known = {kind: told.get(kind) for kind in ("cgroups", "sockets")}
+        return {kind: number for kind, number in known.items() if isinstance(number, int) and number > 0}
+
     @making_sense()
     def lost(self, table: str) -> int:
         """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
@@ -327,6 +335,7 @@ class Trace:
         facts.append(("rungs", _shown(", ".join(f"{reason}: {rung or 'none'}" for reason, rung in rungs.items()))))
         if filters := {name: value for name, value in _mapping(meta.get("filters")).items() if value is not None}:
             facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in filters.items()))))
+        facts += [("left out", words.left_out(kind, number)) for kind, number in self.left_out.items()]
         warnings = self._capture.warnings
         facts += [("warning", _shown(line)) for line in warnings[:5]]
         if len(warnings) > 5:

@@ -61,6 +61,15 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+_NARROWER: Final = {"cgroups": "a cgroup further down", "sockets": "a port, or its cgroup"}
+
+
+def left_out(kind: str, number: int) -> str:
+    """That a filter had no room for so many cgroups or sockets, and what to ask for instead."""
+    here = f"at least {number:,} {kind} of what was asked for aren't traced, because the filter is full"
+    return f"{here}: ask for {_NARROWER[kind]}" if kind in _NARROWER else here
+
+
 def json_line(row: Mapping[Any, Any], *, allow_nan: bool = True) -> str:
     """An object as one line of JSON, in ASCII that prints; json alone leaves DEL, a control character, as it is."""
     return json.dumps(row, ensure_ascii=True, allow_nan=allow_nan).replace("\x7f", "\\u007f")

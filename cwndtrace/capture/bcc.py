@@ -69,8 +69,12 @@ _RING_PAGES: Final = 2048
 # 4 MiB: a reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
 _CPUS: Final = "SC_NPROCESSORS_CONF"
-# What is new below a cgroup, and which sockets a process holds, is looked up again this often.
+# What is new below a cgroup, and which sockets a process holds, is looked up again this often, and less often where
+# that would take more than this share of the time.
 REFRESH_SECONDS: Final = 1.0
+_REFRESH_SHARE: Final = 0.1
+_SETS: Final = {"cgroups": "cgroups", "pid_sockets": "sockets"}
+"""The maps that a filter fills, and what people call what they hold."""
 
 
 @cache
@@ -339,7 +343,8 @@ class Kernel:
         self._block: Program | None = None
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
-        self._refreshed = self._ticked = 0.0
+        self._refresh_at = self._ticked = 0.0
+        self._left_out: dict[str, int] = {}
         self._missed = Counter[str]()
         self._missed_at = float("-inf")
         self._stopped = False
@@ -418,15 +423,21 @@ class Kernel:
         return [*self._resets, *([self._block] if self._block else [])]
 
     def _refresh_sets(self) -> None:
-        self._refreshed = time.monotonic()
+        begin = time.monotonic()
         if self._filters.cgroup is not None:
-            ids = self._lookout.cgroup_ids()
-            for program in self._programs():
-                program.hold("cgroups", ids)
+            ids, unseen = self._lookout.cgroup_ids()
+            self._hold(self._programs(), "cgroups", ids, unseen)
         if self._filters.pid is not None:
-            inodes = self._lookout.pid_sockets()
-            for program in self._resets:
-                program.hold("pid_sockets", inodes)
+            self._hold(self._resets, "pid_sockets", self._lookout.pid_sockets(), 0)
+        end = time.monotonic()
+        # Whoever is traced decides how much there is to look at.
+        self._refresh_at = end + max(REFRESH_SECONDS, (end - begin) / _REFRESH_SHARE)
+
+    def _hold(self, programs: list[Program], table: str, keys: set[int], unseen: int) -> None:
+        lacking = unseen + max((program.hold(table, keys) for program in programs), default=0)
+        kind = _SETS[table]
+        if lacking > self._left_out.get(kind, 0):
+            self._left_out[kind] = lacking
 
     def power_needed(self, user: power.User | None) -> frozenset[int]:
         """The least capabilities with which ``user`` can go on tracing, found by trying."""
@@ -447,7 +458,7 @@ class Kernel:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
         self._epoll.poll(timeout_s)
         now = time.monotonic()
-        if now - self._refreshed > REFRESH_SECONDS:
+        if now > self._refresh_at:
             self._refresh_sets()
         # Not each time: resets may end a thousand waits a second, and this goes to every CPU.
         if now - self._ticked >= min(timeout_s, TICK_SECONDS):
@@ -466,7 +477,7 @@ class Kernel:
 
     def counts(self) -> Counts:
         """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
-        counts = Counts()
+        counts = Counts(left_out=self._left_out.copy())
         # The kernel is asked for each program, which at each turn would be much of what an idle trace takes.
         if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
             self._missed_at = time.monotonic()

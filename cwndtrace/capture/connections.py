@@ -65,7 +65,7 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
     goes out of.
     """
     mine = None if filters.pid is None else sockets.inodes_of(filters.pid)
-    groups = None if filters.cgroup is None else cgroups.ids(filters.cgroup)
+    groups = None if filters.cgroup is None else cgroups.ids(filters.cgroup)[0]
     found: list[tuple[netns.Namespace, inet_diag.Sockets, int]] = []
     for namespace in netns.all_reachable():
         if filters.netns is not None and namespace.inode != filters.netns:

@@ -55,7 +55,7 @@ class Lookout:
             return True, None
         for namespace in netns.all_reachable():
             if namespace.inode == self._filters.netns:
-                with suppress(NotFound):
+                with suppress(NotFound, OSError):
                     by_name = interfaces.by_name(namespace)
                     return True, next((n for n, i in by_name.items() if i == self._filters.ifindex), None)
         return False, None
@@ -64,9 +64,9 @@ class Lookout:
         """Inodes of the sockets of the process that is traced."""
         return set() if self._filters.pid is None else sockets.inodes_of(self._filters.pid)
 
-    def cgroup_ids(self) -> set[int]:
-        """Ids of the cgroup that is traced and of those below it."""
-        return set() if self._filters.cgroup is None else cgroups.ids(self._filters.cgroup)
+    def cgroup_ids(self) -> tuple[set[int], int]:
+        """Ids of the cgroup that is traced and of those below it, and how many more weren't looked at."""
+        return (set(), 0) if self._filters.cgroup is None else cgroups.ids(self._filters.cgroup)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -153,9 +153,9 @@ class Apart(Lookout):
         found: set[int] = self._quick.ask("pid_sockets")
         return found
 
-    def cgroup_ids(self) -> set[int]:
+    def cgroup_ids(self) -> tuple[set[int], int]:
         """As in Lookout."""
-        found: set[int] = self._quick.ask("cgroup_ids")
+        found: tuple[set[int], int] = self._quick.ask("cgroup_ids")
         return found
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ class Program:
         self._links: list[int] = []
         self._kprobes: list[int] = []
         self._kprobes_missed = 0
+        self._held: dict[str, set[int]] = {}
         self._rings: list[tuple[Ring, Callable[[bytes], None]]] = []
         self.ring_fds: list[int] = []
         try:
@@ -148,14 +149,21 @@ class Program:
         skipped = {name: bpf.program_stats(fd)[2] for name, fd in self._loaded.items()}
         return skipped | {"kprobe": self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))}
 
-    def hold(self, table: str, keys: set[int]) -> None:
-        """Make a hash of u64 keys hold exactly ``keys``."""
-        fd = self._maps[table][0]
-        old = {int.from_bytes(key, "little") for key in bpf.keys(fd, 8)}
-        for key in keys - old:
-            bpf.update(fd, key.to_bytes(8, "little"), b"\1")
-        for key in old - keys:
+    def hold(self, table: str, keys: set[int]) -> int:
+        """Make a hash of u64 keys hold ``keys`` and no other ones; how many it had no room for.
+
+        What it holds already stays, the rest comes in order.
+        """
+        fd, m = self._maps[table]
+        held = self._held.setdefault(table, set())
+        for key in held - keys:
             bpf.delete(fd, key.to_bytes(8, "little"))
+        held &= keys
+        # Whoever is traced decides how many there are.
+        for key in sorted(keys - held)[: m.max_entries - len(held)]:
+            bpf.update(fd, key.to_bytes(8, "little"), b"\1")
+            held.add(key)
+        return len(keys) - len(held)
 
     def detach(self) -> None:
         """Stop all programs; maps and counters stay readable."""

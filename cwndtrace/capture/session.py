@@ -23,7 +23,7 @@ from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.source import TICK_SECONDS, Filters, Source
-from cwndtrace.kernel import facts, interfaces, netns
+from cwndtrace.kernel import cgroups, facts, interfaces, netns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,13 +69,17 @@ class Loss:
 
 @dataclass
 class Tally:
-    """What was kept and lost so far. ``lossy`` are the spans during which the loss counters moved."""
+    """What was kept and lost so far. ``lossy`` are the spans during which the loss counters moved.
+
+    ``left_out`` are the cgroups and sockets that a filter had no room for, see ``source.Counts``.
+    """
 
     kept: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     withdrawn: int = 0
     lossy: list[Loss] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def add(self, loss: Loss) -> None:
         """Note a span. Of more than MOST_SPANS of an event the two that are closest become one: days may be lossy."""
@@ -94,6 +98,7 @@ class Tally:
             "unchanged": self.unchanged,
             "withdrawn": self.withdrawn,
             "lossy": [asdict(loss) for loss in self.lossy],
+            "left_out": self.left_out,
         }
 
 
@@ -166,6 +171,7 @@ class Session:
             else:
                 self.tally.add(Loss(name, self._checked_ns, now, more))
         self.tally.unchanged, self.tally.withdrawn = counts.unchanged, counts.withdrawn
+        self.tally.left_out = counts.left_out
         self._checked_ns = now
 
     def close(self) -> None:
@@ -191,7 +197,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "machine": platform.machine(),
         "hz": facts.hz(),
         "command": sys.argv,
-        "filters": {k: str(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},
+        "filters": {k: cgroups.shown(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},
         "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
         "ended": None,
         "clock": _clocks(session),

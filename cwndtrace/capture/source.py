@@ -38,12 +38,14 @@ class Counts:
     """Totals since the start, counted in the kernel.
 
     ``lost`` are records that could not be kept, per event; ``unchanged`` idle restarts that left the window
-    as it was; ``withdrawn`` restarts that were due and didn't happen.
+    as it was; ``withdrawn`` restarts that were due and didn't happen. ``left_out`` are the most cgroups and sockets at
+    a time of what was asked for that the filters had no room for, by kind.
     """
 
     lost: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     withdrawn: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 class Source(Protocol):

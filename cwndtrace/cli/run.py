@@ -13,7 +13,7 @@ from typing import Final, Literal, cast
 import click
 
 import cwndtrace
-from cwndtrace import power
+from cwndtrace import power, words
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Batch, Session
@@ -180,7 +180,8 @@ class Saver:
         self._next = 0.0
 
     def _news(self) -> tuple[object, ...]:
-        return sum(self._session.tally.lost.values()), len(self._session.clock.all)
+        tally = self._session.tally
+        return sum(tally.lost.values()), len(self._session.clock.all), sum(tally.left_out.values())
 
     def save(self) -> None:
         """Write rows that are due, and, should this process be killed, what has been lost until now."""
@@ -217,6 +218,7 @@ def trace(
     """
     end = None if duration is None else time.monotonic() + duration
     warned: list[str] = []
+    told: set[str] = set()
     status, unprinted = "failed", False
     try:
         with printing():
@@ -234,6 +236,11 @@ def trace(
                 if not quiet and (news := watch.news()):
                     view.end()
                     click.echo(f"warning: {clean(news)}", err=True)
+                for kind, number in session.tally.left_out.items() if not quiet else ():
+                    if kind not in told:
+                        told.add(kind)
+                        view.end()
+                        click.echo(f"warning: {words.left_out(kind, number)}", err=True)
                 saver.save()
                 view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
             if nobody_reads():

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -54,8 +55,9 @@ def all_reachable() -> Iterator[Namespace]:
 def _candidates() -> Iterator[tuple[str, str]]:
     """Names and paths; no name for processes, of which there are many, and hardly one is in a namespace of its own."""
     yield "this", "/proc/thread-self/ns/net"
-    for path in sorted(_NAMED.iterdir()) if _NAMED.is_dir() else ():
-        yield path.name, str(path)
+    with suppress(OSError):
+        for name in sorted(os.listdir(_NAMED)):  # noqa: PTH208
+            yield name, str(_NAMED / name)
     for pid in sorted(pids()):
         yield "", f"/proc/{pid}/ns/net"
 

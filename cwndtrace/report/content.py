@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from cwndtrace import events
+from cwndtrace import events, words
 from cwndtrace.analysis import idle_cause, verdict
 from cwndtrace.errors import making_sense
 from cwndtrace.trace import Trace
@@ -56,6 +56,9 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
     whole = [f"{line}." for line in trace.warnings]
     if trace.status != "complete":
         whole.append(f"The capture is {trace.status}: what it had not yet written is missing.")
+    for kind, number in trace.left_out.items():
+        line = words.left_out(kind, number)
+        whole.append(f"{line[0].upper()}{line[1:]}.")
     lost = {name: trace.lost(name) for name in events.TABLES}
     resets = [f"{lost[name]:,} records of {name} were lost: figures may be too low." for name in RESETS if lost[name]]
     rungs = trace.meta.get("rungs")

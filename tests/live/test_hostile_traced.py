@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is traced makes more than a filter holds, takes it away as it is looked at, or hides where it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import cwndtrace
+from cwndtrace.capture import bpf_syscall
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.lookout import Lookout
+from cwndtrace.capture.source import Filters
+from cwndtrace.errors import NotFound
+from cwndtrace.kernel import cgroups
+from cwndtrace.report.content import report
+from tests.live import tcp
+from tests.live.conftest import Connect
+from tests.live.test_run import LONG_S, call, rest_once, running, within
+
+pytestmark = pytest.mark.live
+
+ROOM: Final = 16_384
+"""In the kernel's map of cgroups."""
+SOCKETS: Final = 65_536
+"""In that of a process's sockets."""
+
+
+def remove(folder: Path) -> None:
+    """Remove a cgroup and all below it, however deep; its processes have ended."""
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in [entry.name for entry in os.scandir(at) if entry.is_dir(follow_symlinks=False)]:
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=at)
+                continue
+            remove(folder / name)
+    finally:
+        os.close(at)
+    tcp.until(lambda: _gone(folder), 20, f"{folder} to be empty")
+
+
+def _gone(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    try:
+        folder = cgroups.mount_point() / f"{tcp.PREFIX}{os.getpid()}-hostile"
+    except NotFound as e:
+        pytest.skip(f"{e.cause}; {e.remedy}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def test_a_cgroup_by_its_names(cgroup: Path) -> None:
+    inner = cgroup / "nginx.service"
+    inner.mkdir()
+    relative = inner.relative_to(cgroups.mount_point())
+    for name in (str(relative), f"/{relative}", str(inner)):
+        assert cgroups.find(name) == inner
+    assert cgroups.ids(cgroup) == ({cgroup.stat().st_ino, inner.stat().st_ino}, 0)
+    with pytest.raises(NotFound, match=f"no cgroup {relative}x") as caught:
+        cgroups.find(f"{relative}x")
+    assert str(cgroups.mount_point()) in caught.value.remedy
+
+
+def test_cgroups_that_vanish_as_they_are_looked_at(cgroup: Path) -> None:
+    stopped = threading.Event()
+    rounds = [0]
+
+    def churn() -> None:
+        while not stopped.is_set():
+            for number in range(50):
+                (cgroup / str(number) / "below").mkdir(parents=True)
+            for number in range(50):
+                (cgroup / str(number) / "below").rmdir()
+                (cgroup / str(number)).rmdir()
+            rounds[0] += 1
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        looks = 0
+        deadline = time.monotonic() + 60
+        while (rounds[0] < 20 or looks < 200) and time.monotonic() < deadline:
+            found, unseen = cgroups.ids(cgroup)
+            assert cgroup.stat().st_ino in found
+            assert unseen == 0
+            looks += 1
+    finally:
+        stopped.set()
+        thread.join()
+    assert rounds[0] >= 20
+    assert looks >= 200
+
+
+def test_cgroups_deeper_than_python_recurses(cgroup: Path) -> None:
+    depth = sys.getrecursionlimit() + 200
+    folder, made = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY), 0
+    try:
+        for _ in range(depth):
+            try:
+                os.mkdir("d", dir_fd=folder)
+            except OSError:
+                break
+            made += 1
+            below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        found, unseen = cgroups.ids(cgroup)
+        assert made == depth
+        assert (len(found), unseen) == (depth + 1, 0)
+    finally:
+        os.close(folder)
+        # From below, because a path that long may have no name.
+        for level in range(made, 0, -1):
+            (cgroup / "/".join(["d"] * level)).rmdir()
+
+
+def test_more_cgroups_than_the_filter_holds(cgroup: Path, space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """It is said, in the capture too, and the trace goes on with those that there is room for."""
+    holder = tcp.Holder(space, cgroup)
+    try:
+        connection = connect(by=holder)
+        with running("-c", cgroup, "--no-block", "-o", tmp_path / "a.cwnd") as run:
+            for number in range(ROOM + 116):
+                (cgroup / str(number)).mkdir()
+            run.wait_for(re.compile(r"^warning: at least [\d,]+ cgroups of what was asked for aren't traced"), LONG_S)
+            rest_once(connection)
+            code, _, said = run.end()
+    finally:
+        holder.close()
+    assert code == 0, said
+    assert said.count("aren't traced") == 1
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    assert trace.status == "complete"
+    assert len(trace.resets) >= 1
+    assert 1 <= trace.left_out["cgroups"] <= 117
+    assert "left out" in dict(trace.facts())
+    assert any("cgroups of what was asked for" in line for line in report(trace).caveats["all"])
+
+
+MANY_SOCKETS: Final = f"""
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({SOCKETS + 400}, {SOCKETS + 400}))
+held = []
+for _ in range({SOCKETS + 300}):
+    held.append(socket.socket())
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_more_sockets_than_the_filter_holds(tmp_path: Path) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < SOCKETS + 400:
+        pytest.skip(f"a process may open {most} files at once: ulimit -Hn {SOCKETS + 400}, as root")
+    holder = subprocess.Popen(
+        [sys.executable, "-I", "-c", MANY_SOCKETS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "made\n"
+        with running("-p", str(holder.pid), "--no-block", "-o", tmp_path / "a.cwnd") as run:
+            run.wait_for(re.compile(r"^warning: at least 300 sockets of what was asked for aren't traced"), LONG_S)
+            code, _, said = run.end(signal.SIGINT)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert code == 0, said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    assert (trace.status, trace.left_out) == ("complete", {"sockets": 300})
+
+
+class Crowded(Lookout):
+    """As if the process that is traced held the sockets ``inodes``: no limit of open files is in the way."""
+
+    inodes = frozenset(range(1, SOCKETS + 301))
+
+    def pid_sockets(self) -> set[int]:
+        return set(self.inodes)
+
+
+def test_sockets_come_and_go_in_a_full_filter() -> None:
+    filters = Filters(pid=os.getpid())
+    look = Crowded(filters)
+    kernel = Kernel(filters, block=False, reasons=("idle",), lookout=look)
+    try:
+        assert kernel.counts().left_out == {"sockets": 300}
+        first, *_ = kernel._resets
+        held = {int.from_bytes(key, "little") for key in bpf_syscall.keys(first._maps["pid_sockets"][0], 8)}
+        assert held == set(range(1, SOCKETS + 1))
+        look.inodes = frozenset(range(SOCKETS, SOCKETS + 1000))
+        kernel._refresh_sets()
+        held = {int.from_bytes(key, "little") for key in bpf_syscall.keys(first._maps["pid_sockets"][0], 8)}
+        assert held == set(look.inodes)
+        assert kernel.counts().left_out == {"sockets": 300}
+    finally:
+        kernel.close()
+
+
+def test_a_cgroup_under_ip_netns_exec(
+    cgroup: Path, make_space: Callable[[], tcp.Space], drain: tcp.Drain, tmp_path: Path
+) -> None:
+    """It puts another /sys in place, with no cgroups in it."""
+    space = make_space()
+    holder = tcp.Holder(space, cgroup)
+    try:
+        connection = tcp.connect(space, drain, by=holder)
+        name = str(cgroup.relative_to(cgroups.mount_point()))
+        with running("-c", name, "--no-block", "-o", tmp_path / "a.cwnd", before=within(space)) as run:
+            rest_once(connection)
+            code, _, said = run.end()
+        connection.close()
+    finally:
+        holder.close()
+    assert code == 0, said
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    assert len(trace.resets) >= 1
+    assert trace.meta["filters"]["cgroup"] == f"/{name}"
+    done = call("run", "-c", "nothing", "-d", "1s", "-o", tmp_path / "b.cwnd", before=within(space))
+    assert done.returncode == 1
+    assert "no cgroup nothing" in done.stderr
