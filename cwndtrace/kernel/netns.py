@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,11 +15,12 @@ from typing import Any, Final, TypeVar
 from cwndtrace.errors import NotFound
 from cwndtrace.events import CONTROL_SYSCTL
 from cwndtrace.events import IDLE_SYSCTL as IDLE_SYSCTL
+from cwndtrace.kernel import setns
 from cwndtrace.kernel.sockets import comm, pids
 
-_CLONE_NEWNET: Final = 0x40000000
+# EINVAL is of a file that was a namespace and is a plain one again.
+_GONE: Final = (errno.ENOENT, errno.ESRCH, errno.ESTALE, errno.EINVAL)
 _NAMED: Final = Path("/run/netns")
-_libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
 
 
@@ -32,6 +32,11 @@ class Namespace:
     name: str
     path: Path
 
+    @property
+    def address(self) -> str:
+        """All that another process needs to enter this one and no other: inode and path."""
+        return f"{self.inode}:{self.path}"
+
 
 def own() -> Namespace:
     """The one that this process is in."""
@@ -42,12 +47,14 @@ def own() -> Namespace:
 def all_reachable() -> Iterator[Namespace]:
     """Each namespace once: this process's, those of ``ip netns``, and those that some process is in."""
     seen: set[int] = set()
+    device = own().path.stat().st_dev
     for name, path in _candidates():
         try:
-            inode = os.stat(path).st_ino  # noqa: PTH116
+            found = os.stat(path)  # noqa: PTH116
         except OSError:
             continue
-        if inode not in seen:
+        inode = found.st_ino
+        if inode not in seen and found.st_dev == device:
             seen.add(inode)
             yield Namespace(inode, name or f"{comm(int(path.split('/')[2]))}[{path.split('/')[2]}]", Path(path))
 
@@ -67,9 +74,10 @@ def find(text: str) -> Namespace:
 
     Raises NotFound, listing those there are.
     """
-    for path in (_NAMED / text, Path(f"/proc/{text}/ns/net") if text.isdigit() else None, Path(text)):
-        if path is not None and _is_namespace(path):
-            return Namespace(path.stat().st_ino, text, path)
+    process = Path(f"/proc/{text}/ns/net") if text.isdigit() else None
+    for path in (_NAMED / text, process, Path(text)):
+        if path is not None and (inode := _inode(path)) is not None:
+            return Namespace(inode, f"{comm(int(text))}[{text}]" if path == process else text, path)
     known = list(all_reachable())
     for each in known:
         if text.isdigit() and each.inode == int(text):
@@ -78,13 +86,16 @@ def find(text: str) -> Namespace:
     raise NotFound(f"no network namespace {text}", f"there are: {names}; or give a pid, an inode or a path")
 
 
-def _is_namespace(path: Path) -> bool:
-    """Whether opening ``path`` gives a namespace: those are files of a file system of their own (nsfs)."""
+def _inode(path: Path) -> int | None:
+    """The inode of the network namespace that ``path`` opens; None where it opens something else, or nothing."""
     try:
-        found = path.stat()
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_dev == own().path.stat().st_dev
+        fd = setns.opened(path)
+    except (OSError, ValueError):
+        return None
+    try:
+        return os.fstat(fd).st_ino
+    finally:
+        os.close(fd)
 
 
 def inside(namespace: Namespace, work: Callable[[], T]) -> T:
@@ -97,15 +108,10 @@ def inside(namespace: Namespace, work: Callable[[], T]) -> T:
 
     def enter_and_work() -> T:
         try:
-            fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+            setns.enter(namespace.path, namespace.inode)
         except OSError as e:
-            raise NotFound(f"network namespace {namespace.name} is gone: {e.strerror}") from e
-        try:
-            if _libc.setns(fd, _CLONE_NEWNET) != 0:
-                reason = os.strerror(ctypes.get_errno())
-                raise NotFound(f"network namespace {namespace.name} can't be entered: {reason}")
-        finally:
-            os.close(fd)
+            what = "is gone" if e.errno in _GONE else "can't be entered"
+            raise NotFound(f"network namespace {namespace.name} {what}: {e.strerror}") from e
         return work()
 
     if namespace.inode == own().inode:

@@ -56,7 +56,7 @@ class Against:
             self.settings: tuple[Setting, ...] = ("on", "off") if self._allow else (current,)
             if self._allow:
                 value = "1" if current == "on" else "0"
-                self._write = stack.enter_context(cleanup.host_sysctl(Owner.new(), IDLE_SYSCTL, value))
+                self._write = stack.enter_context(cleanup.host_sysctl(Owner.new(), value))
             for setting in self.settings:
                 self._socks[setting] = stack.enter_context(self._connect())
                 self._last_ns[setting] = time.monotonic_ns()

@@ -20,8 +20,8 @@ from typing import Any, Final, Self
 
 from cwndtrace import errors, isolated
 from cwndtrace.errors import CwndtraceError
+from cwndtrace.kernel import setns
 
-_CLONE_NEWNET: Final = 0x40000000
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_TIMERSLACK: Final = 29
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -149,15 +149,10 @@ def be_punctual() -> None:
             os.setpriority(os.PRIO_PROCESS, 0, -10)
 
 
-def enter(namespace: str) -> None:
-    """Move this (single-threaded) process into the network namespace at a path. Raises OSError."""
-    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if _libc.setns(fd, _CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), namespace)
-    finally:
-        os.close(fd)
+def enter(address: str) -> None:
+    """Move this (single-threaded) process into a network namespace, by its ``Namespace.address``. Raises OSError."""
+    inode, _, path = address.partition(":")
+    setns.enter(path, int(inode))
 
 
 def end_with_stdin() -> None:

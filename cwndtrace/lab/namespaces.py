@@ -27,10 +27,12 @@ def _check(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _create(path: Path) -> None:
+def _create(path: Path) -> int:
+    """Make one and keep it at ``path``; its inode."""
     _check(_libc.unshare(_CLONE_NEWNET))
     # Of the thread, not of the process: only this thread is in the new namespace.
     _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), b"none", _MS_BIND, None))
+    return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
 @contextmanager
@@ -48,11 +50,11 @@ def namespace(name: str) -> Iterator[Namespace]:
     try:
         try:
             with ThreadPoolExecutor(max_workers=1) as pool:
-                pool.submit(_create, path).result()
+                inode = pool.submit(_create, path).result()
         except PermissionError as e:
             cause = f"no network namespace could be made: {e.strerror}"
             raise PermissionNeeded(cause, "run as root, in no sandbox") from e
-        yield Namespace(path.stat().st_ino, name, path)
+        yield Namespace(inode, name, path)
     finally:
         remove(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from pyroute2.netlink.rtnl import RTM_NEWQDISC, TC_H_ROOT
 from pyroute2.netlink.rtnl.tcmsg import sched_netem, tcmsg
 
 from cwndtrace.errors import CwndtraceError, KernelLacks
-from cwndtrace.kernel import netns
+from cwndtrace.kernel import netns, setns
 from cwndtrace.lab.child import Child, Message
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.namespaces import namespace, write_sysctl
@@ -148,9 +149,12 @@ def _open_netem(link: Link, ends: tuple[End, End], owner: Owner) -> Iterator[net
     def join() -> None:
         with IPRoute() as route:
             for end in ends:
-                with end.namespace.path.open("rb") as fd:
-                    peer = {"ifname": end.device, "net_ns_fd": fd.fileno()}
+                fd = setns.opened(end.namespace.path, end.namespace.inode)
+                try:
+                    peer = {"ifname": end.device, "net_ns_fd": fd}
                     route.link("add", ifname=_towards(end), kind="veth", peer=peer)
+                finally:
+                    os.close(fd)
 
     def lengthen() -> None:
         for end in ends:
@@ -255,7 +259,7 @@ def _netem(link: Link, device: str) -> None:
 
 @contextmanager
 def _open_relay(link: Link, client: End, server: End, without: str) -> Iterator[Child]:
-    ends = [str(end.namespace.path) for end in (client, server)]
+    ends = [end.namespace.address for end in (client, server)]
     with Child("relay", json.dumps(asdict(link)), *ends) as relay:
         try:
             relay.receive(30)

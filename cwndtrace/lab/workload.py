@@ -46,7 +46,7 @@ class Server:
         self, where: Namespace, address: str, cc: str, sndbuf: int | None = None, device: str | None = None
     ) -> None:
         settings = {"address": address, "cc": cc, "sndbuf": sndbuf, "device": device}
-        self.child = Child("workload", "server", str(where.path), json.dumps(settings))
+        self.child = Child("workload", "server", where.address, json.dumps(settings))
 
     def wait(self) -> None:
         """Until it listens."""
@@ -65,7 +65,7 @@ class Client:
     """The client process, with connections by name."""
 
     def __init__(self, where: Namespace) -> None:
-        self.child = Child("workload", "client", str(where.path), "{}")
+        self.child = Child("workload", "client", where.address, "{}")
 
     def wait(self) -> None:
         """Until it takes commands."""

@@ -6,11 +6,12 @@ In namespaces that the test makes, or on loopback.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from cwndtrace.lab.link import Link
 from cwndtrace.lab.measurement import Setting, frame
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.scenario import PRESETS, Scenario
+from cwndtrace.lab.workload import Client
+from tests.live import tcp
 
 pytestmark = pytest.mark.live
 
@@ -217,6 +220,99 @@ def test_a_plain_sink_taken_for_ours_is_said() -> None:
         thread.join()
 
 
+def _idle_sysctl() -> str:
+    return Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").read_text().strip()
+
+
+def test_notes_that_are_not_ours_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note may name nothing but the value of the one sysctl; a link, a pipe or somebody else's file is none."""
+    from cwndtrace.lab.namespaces import namespace
+
+    notes, target = tmp_path / "notes", tmp_path / "target"
+    notes.mkdir(mode=0o755)
+    monkeypatch.setattr(cleanup, "NOTES", notes)
+    names = [replace(Owner.new(), pid=2**22 + 7).name("sysctl") for _ in range(6)]
+
+    def work() -> tuple[list[str], str, str, str]:
+        here, now = cleanup.here(), _idle_sysctl()
+        other = str(1 - int(now))
+        wanted = {"value": other, "netns": here}
+        target.write_text(json.dumps(wanted))
+        (notes / names[0]).symlink_to(target)
+        os.mkfifo(notes / names[1])
+        (notes / names[2]).write_text(json.dumps({**wanted, "value": "7"}))
+        (notes / names[3]).write_text(json.dumps(wanted))
+        os.chown(notes / names[3], 65534, 65534)
+        # As an older version wrote it, with the name of the sysctl, which could lead anywhere.
+        forged = {"name": "net.ipv4.tcp_congestion_control", "value": "reno", "netns": here}
+        (notes / names[4]).write_text(json.dumps(forged))
+        (notes / names[5]).write_text("[" * 100_000)
+        control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text()
+        swept = cleanup.sweep()
+        assert Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text() == control
+        return swept, now, _idle_sysctl(), target.read_text()
+
+    with namespace(Owner.new().name("test")) as where:
+        swept, before, after, left = netns.inside(where, work)
+    assert before == after
+    assert json.loads(left)["value"] != before
+    assert {line for line in swept if "sysctl" in line} == {f"sysctl of {name}" for name in names}
+    assert not list(notes.iterdir())
+
+
+def test_a_folder_of_notes_that_others_may_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cwndtrace.lab.namespaces import namespace
+
+    notes = tmp_path / "notes"
+    monkeypatch.setattr(cleanup, "NOTES", notes)
+
+    def work() -> None:
+        now = _idle_sysctl()
+        with cleanup.host_sysctl(Owner.new(), now):
+            assert notes.stat().st_mode & 0o777 == 0o700
+            assert [note.stat().st_mode & 0o777 for note in notes.iterdir()] == [0o600]
+        for mode, uid in ((0o777, 0), (0o770, 0), (0o755, 65534)):
+            notes.chmod(mode)
+            os.chown(notes, uid, -1)
+            (notes / replace(Owner.new(), pid=2**22 + 7).name("sysctl")).touch()
+            with pytest.raises(CwndtraceError, match="can't be trusted") as caught:
+                cleanup.sweep()
+            assert f"rm -r {notes}" in caught.value.remedy
+            with (
+                pytest.raises(CwndtraceError, match="can't be trusted"),
+                cleanup.host_sysctl(Owner.new(), str(1 - int(now))),
+            ):
+                pass
+            assert _idle_sysctl() == now
+        notes.rename(tmp_path / "elsewhere")
+        notes.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(CwndtraceError, match="is no folder"):
+            cleanup.sweep()
+
+    with namespace(Owner.new().name("test")) as where:
+        netns.inside(where, work)
+
+
+def test_a_namespace_in_the_place_of_another_is_not_entered(make_space: Callable[[], tcp.Space]) -> None:
+    space = make_space()
+    before = netns.find(space.name)
+    # As long as it is held, no other one gets its number.
+    held = os.open(before.path, os.O_RDONLY)
+    try:
+        tcp.run("ip", "netns", "del", space.name)
+        tcp.run("ip", "netns", "add", space.name)
+        with pytest.raises(NotFound, match="is gone: another network namespace is there now"):
+            netns.inside(before, lambda: None)
+        child = Client(before)
+        try:
+            with pytest.raises(CwndtraceError, match="another network namespace is there now"):
+                child.wait()
+        finally:
+            child.child.close()
+    finally:
+        os.close(held)
+
+
 def test_the_hosts_sysctl_is_put_back_by_the_next_start() -> None:
     from cwndtrace.lab.namespaces import namespace
 
@@ -224,7 +320,7 @@ def test_the_hosts_sysctl_is_put_back_by_the_next_start() -> None:
         # As a killed run leaves it: changed, and noted under the name of an owner that is gone.
         old = netns.read_sysctl(netns.IDLE_SYSCTL)
         dead = replace(Owner.new(), pid=2**22 + 7)
-        with cleanup.host_sysctl(dead, netns.IDLE_SYSCTL, str(1 - old)):
+        with cleanup.host_sysctl(dead, str(1 - old)):
             assert netns.read_sysctl(netns.IDLE_SYSCTL) == 1 - old
             note = (cleanup.NOTES / dead.name("sysctl")).read_bytes()
         Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").write_text(str(1 - old))

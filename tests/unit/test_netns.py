@@ -13,7 +13,7 @@ import pytest
 from cwndtrace.capture import target
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import KernelLacks, NotFound, UsageError
-from cwndtrace.kernel import cgroups, facts, netns, sockets
+from cwndtrace.kernel import cgroups, facts, netns, setns, sockets
 
 
 def test_this_namespace_is_found_by_each_of_its_names() -> None:
@@ -35,6 +35,26 @@ def test_a_namespace_that_is_not_there_lists_those_that_are(text: str) -> None:
     with pytest.raises(NotFound, match="no network namespace") as caught:
         netns.find(text)
     assert "there are: this" in caught.value.remedy
+
+
+def test_only_a_network_namespace_is_opened(tmp_path: Path) -> None:
+    """Nothing else is, not even to look what it is: a pipe would have this wait, and a device may act."""
+    pipe, plain = tmp_path / "pipe", tmp_path / "plain"
+    os.mkfifo(pipe)
+    plain.touch()
+    for path in (pipe, plain, Path("/dev/null"), tmp_path, Path("/proc/self/ns/mnt")):
+        with pytest.raises(OSError, match=r"not a (network )?namespace"):
+            setns.opened(path)
+        with pytest.raises(NotFound):
+            netns.find(str(path))
+    own = netns.own()
+    os.close(setns.opened(own.path, own.inode))
+    with pytest.raises(OSError, match="another network namespace is there now"):
+        setns.opened(own.path, own.inode + 1)
+
+
+def test_a_process_is_named_with_its_namespace() -> None:
+    assert netns.find(str(os.getpid())).name == f"{sockets.comm(os.getpid())}[{os.getpid()}]"
 
 
 def test_a_sysctl() -> None:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entering a network namespace: opened, looked at and entered on one descriptor, so that no other one is entered."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+_CLONE_NEWNET: Final = 0x40000000
+_NS_GET_NSTYPE: Final = 0xB703
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def opened(path: str | Path, inode: int | None = None) -> int:
+    """A descriptor of the network namespace at ``path``, of the one with this ``inode`` if it is said.
+
+    Raises OSError for any other file, which is left unopened: to open a device or a pipe may do something.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        # Namespaces are files of a file system of their own.
+        if os.fstat(place).st_dev != os.stat("/proc/thread-self/ns/net").st_dev:  # noqa: PTH116
+            raise OSError(errno.EINVAL, "not a namespace", str(path))
+        fd = os.open(f"/proc/thread-self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
+    try:
+        if fcntl.ioctl(fd, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+            raise OSError(errno.EINVAL, "not a network namespace", str(path))
+        if inode is not None and os.fstat(fd).st_ino != inode:
+            raise OSError(errno.ESTALE, "another network namespace is there now", str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def enter(path: str | Path, inode: int) -> None:
+    """Move the calling thread into the network namespace ``inode`` at ``path``, and into no other. Raises OSError."""
+    fd = opened(path, inode)
+    try:
+        if _libc.setns(fd, _CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(fd)
