@@ -288,6 +288,8 @@ class Trace:
     @making_sense()
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         resets, connections = (_as_text(self._frame(name)) for name in ("cwnd_reset", "connections"))
+        # Older recordings have rows of what is left of closed connections, which has no window and no round trip.
+        connections = connections[connections["cwnd"] > 0].reset_index(drop=True)
         return connection_analysis.identify(resets, connections)
 
     def _frame(self, table: str) -> pd.DataFrame:

@@ -62,7 +62,10 @@ class Sockets:
 
 
 def dump(states: int) -> Sockets:
-    """The TCP sockets of this network namespace whose state is a bit of ``states``. Raises OSError."""
+    """The TCP sockets of this network namespace whose state is a bit of ``states`` and that have a window.
+
+    Raises OSError.
+    """
     found, messages, info = Sockets(), bytearray(), bytearray()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as netlink:
         netlink.bind((0, 0))
@@ -85,17 +88,21 @@ def _take(data: bytes, found: Sockets, messages: bytearray, info: bytearray) -> 
         if kind == _NLMSG_ERROR:
             (code,) = struct.unpack_from("=i", data, at + body)
             raise OSError(-code, os.strerror(-code))
-        messages += data[at + body : at + body + MESSAGE.itemsize]
+        begin = at + body
         here, end = at + body + MESSAGE.itemsize, at + length
         told: dict[int, bytes] = {}
         while here + 4 <= end:
             size, which = attribute(data, here)
             told[which] = data[here + 4 : here + size]
             here += (max(size, 4) + 3) & ~3
-        info += told.get(_INFO, b"")[:_INFO_SIZE].ljust(_INFO_SIZE, b"\0")
+        at += (length + 3) & ~3
+        # The kernel keeps no more of a closed connection than its ends, for TIME-WAIT and most of FIN-WAIT-2.
+        if _INFO not in told:
+            continue
+        messages += data[begin : begin + MESSAGE.itemsize]
+        info += told[_INFO][:_INFO_SIZE].ljust(_INFO_SIZE, b"\0")
         found.control.append(told.get(_CONG, b"").rstrip(b"\0"))
         memory, group = told.get(_SKMEMINFO, b""), told.get(_CGROUP, b"")
         found.sndbuf.append(int.from_bytes(memory[12:16], "little") if len(memory) >= 16 else None)
         found.cgroup.append(int.from_bytes(group[:8], "little") if len(group) >= 8 else None)
-        at += (length + 3) & ~3
     return True

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from cwndtrace.capture.connections import snapshot
+from cwndtrace.capture.source import Filters
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.tcp import until
@@ -283,3 +285,35 @@ def test_a_rest_of_exactly_the_timeout(tracer: Tracer, connect: Connect) -> None
     reasons = [s.reason for c in connections for s in c.sends]
     assert "app_limited" in reasons
     check(tracer, *connections)
+
+
+def test_what_is_left_of_a_closed_connection_is_no_snapshot(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
+    """The kernel keeps its ends alone, with no window: a mini socket, in FIN-WAIT-2 and in TIME-WAIT."""
+    tracer.settle()
+    # For no longer than that a mini socket takes over at once.
+    space.sysctl("net.ipv4.tcp_fin_timeout", "60")
+    half, whole, closed = connect(), connect(), connect()
+    half.sock.shutdown(socket.SHUT_WR)
+    half.until(lambda _: tcp_state(half) == "FIN-WAIT-2", "the other end's ACK")
+    ports = {c.sport: c for c in (half, whole, closed)}
+    closed.drain.pause(closed.peer)
+    closed.sock.close()
+
+    def remains() -> bool:
+        return b"FIN-WAIT-2" in tcp.run("ss", "-N", space.name, "-tan", f"sport = :{closed.sport}").encode()
+
+    until(remains, 20, "a mini socket in FIN-WAIT-2")
+    rows = [row for row in snapshot(Filters(), 0).to_pylist() if row["netns_ino"] == space.inode]
+    found = {row["sport"]: row for row in rows if row["sport"] in ports and row["dport"] == ports[row["sport"]].dport}
+    assert {(found[c.sport]["state"], found[c.sport]["cwnd"] > 0) for c in (half, whole)} == {
+        ("FIN-WAIT-2", True),
+        ("ESTAB", True),
+    }
+    assert closed.sport not in found
+    assert all(row["cwnd"] > 0 and row["mss"] > 0 for row in rows)
+
+
+def tcp_state(connection: tcp.Connection) -> str:
+    """As a person knows it."""
+    raw = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return {1: "ESTAB", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2"}.get(raw[0], str(raw[0]))

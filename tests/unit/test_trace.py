@@ -213,3 +213,20 @@ def test_a_hostile_connection_shows_itself_harmlessly(tmp_path: Path) -> None:
         tags = Tags()
         tags.feed(page)
         assert tags.names <= {"div", "b", "code", "table", "tr", "th", "td", "br", "bdi"}
+
+
+def test_what_is_left_of_a_closed_connection_has_no_window(tmp_path: Path) -> None:
+    """Older recordings have rows of it, whose numbers are all 0; it is no snapshot of a window."""
+    ends = {"sport": 443, "sock_cookie": 7}
+    remains = dict.fromkeys(("cwnd", "ssthresh", "mss", "rto_us", "srtt_us", "min_rtt_us", "snd_wnd", "bytes_sent"), 0)
+    rows = frames.snapshots(
+        frames.snapshot(1.0, cwnd=40, **ends),
+        frames.snapshot(3.0, cwnd=44, **ends),
+        frames.snapshot(5.0, state="FIN-WAIT-2", **remains, **ends),
+    )
+    trace = frames.capture(tmp_path / "a.cwnd", connections=rows)
+    assert trace.connections["cwnd"].tolist() == [40, 44]
+    assert trace.connections.attrs["units"]["cwnd"] == "segments"
+    (row,) = trace.summary().to_dict("records")
+    assert (row["cwnd_min_segments"], row["cwnd_last_segments"], row["snapshots"]) == (40, 44, 2)
+    assert row["srtt_us"] > 0
