@@ -27,7 +27,7 @@ import numpy as np
 from cwndtrace import power
 from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
-from cwndtrace.capture.lookout import Lookout
+from cwndtrace.capture.lookout import Lookout, outlive_signals
 from cwndtrace.capture.program import Program, map_uses
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
@@ -199,6 +199,7 @@ def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
 
 
 def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
+    outlive_signals()
     try:
         to.send(_compile(text, flags, name))
     except CwndtraceError as e:
@@ -424,11 +425,15 @@ class Kernel:
 
     def _refresh_sets(self) -> None:
         begin = time.monotonic()
-        if self._filters.cgroup is not None:
-            ids, unseen = self._lookout.cgroup_ids()
-            self._hold(self._programs(), "cgroups", ids, unseen)
-        if self._filters.pid is not None:
-            self._hold(self._resets, "pid_sockets", self._lookout.pid_sockets(), 0)
+        cgroups = (set(), 0) if self._filters.cgroup is None else self._lookout.cgroup_ids()
+        inodes = set() if self._filters.pid is None else self._lookout.pid_sockets()
+        if not self._refresh_at and (cgroups is None or inodes is None):
+            # Without them it would see nothing, or not all.
+            raise CwndtraceError("what is to be traced can't be found: its finder was ended", "start once more")
+        if self._filters.cgroup is not None and cgroups is not None:
+            self._hold(self._programs(), "cgroups", *cgroups)
+        if self._filters.pid is not None and inodes is not None:
+            self._hold(self._resets, "pid_sockets", inodes, 0)
         end = time.monotonic()
         # Whoever is traced decides how much there is to look at.
         self._refresh_at = end + max(REFRESH_SECONDS, (end - begin) / _REFRESH_SHARE)

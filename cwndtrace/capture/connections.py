@@ -53,6 +53,7 @@ _OF_INFO: Final = {
 }
 # A snapshot may take this share of one CPU: with very many connections they come less often.
 _SHARE: Final = 0.05
+_LAST_S: Final = 10.0
 
 
 _holders: Final = sockets.Holders()
@@ -158,15 +159,17 @@ class Snapshots:
 
     Those in between are taken on a thread of its own, which the first ``drain`` starts: what power was given up until
     then, it hasn't either. None is taken while one waits to be drained, or they would pile up behind who stalls.
+    ``take`` gives None where there is none.
     """
 
-    def __init__(self, take: Callable[[], pa.Table], interval_s: float = 2.0) -> None:
+    def __init__(self, take: Callable[[], pa.Table | None], interval_s: float = 2.0) -> None:
         self._take = take
         self._interval_s = interval_s
         self._tables: list[pa.Table] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.error: Exception | None = None
+        self.late = False
         self._one()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
@@ -174,13 +177,14 @@ class Snapshots:
         begin = time.monotonic()
         table = self._take()
         with self._lock:
-            self._tables.append(table)
+            self._tables += [] if table is None else [table]
         return time.monotonic() - begin
 
     def _run(self) -> None:
-        took = 0.0
-        while not self._stop.wait(max(self._interval_s, took / _SHARE)):
-            if self._tables:
+        took, last = 0.0, False
+        while not last:
+            last = self._stop.wait(max(self._interval_s, took / _SHARE))
+            if self._tables and not last:
                 continue
             try:
                 took = self._one()
@@ -199,9 +203,10 @@ class Snapshots:
         return iter(tables)
 
     def finish(self) -> Iterator[pa.Table]:
-        """Take a last one and stop."""
+        """Take a last one and stop; without it, which ``late`` tells, where it isn't there within ten seconds."""
         self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._one()
+        if self._thread.ident is None:
+            self._thread.start()
+        self._thread.join(_LAST_S)
+        self.late = self._thread.is_alive()
         return self.drain()

@@ -7,10 +7,15 @@ process is asked by fixed questions, and reads nothing but what the kernel says.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -25,16 +30,30 @@ from cwndtrace.errors import CwndtraceError, NotFound
 from cwndtrace.kernel import cgroups, interfaces, netns, sockets
 
 _PATIENCE_S: Final = 5.0
+_QUICK_S: Final = 5
+_SLOW_S: Final = 30
+"""How long an answer may take: of what the loop that empties the buffers asks, and of a snapshot."""
 _LONGEST_QUESTION: Final = 100
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Unanswered(CwndtraceError):
+    """A question got no answer, and the trace can go on without."""
 
 
 class Lookout:
-    """Looks with the power of this process."""
+    """Looks with the power of this process.
+
+    An answer is None where there was none (see ``Apart``); ``lacking`` says then what the trace goes on without.
+    """
+
+    lacking: str | None = None
 
     def __init__(self, filters: Filters) -> None:
         self._filters = filters
 
-    def snapshot(self, utc_offset_ns: int) -> pa.Table:
+    def snapshot(self, utc_offset_ns: int) -> pa.Table | None:
         """See ``connections.snapshot``."""
         return connections.snapshot(self._filters, utc_offset_ns)
 
@@ -49,7 +68,7 @@ class Lookout:
         found = next((n for n in netns.all_reachable() if n.inode == inode), None)
         return [] if found is None else [(found, netns.idle_sysctl(found))]
 
-    def watched(self) -> tuple[bool, str | None]:
+    def watched(self) -> tuple[bool, str | None] | None:
         """Whether the traced network namespace can be reached, and the name of the traced interface if it is there."""
         if self._filters.netns is None:
             return True, None
@@ -60,11 +79,11 @@ class Lookout:
                     return True, next((n for n, i in by_name.items() if i == self._filters.ifindex), None)
         return False, None
 
-    def pid_sockets(self) -> set[int]:
+    def pid_sockets(self) -> set[int] | None:
         """Inodes of the sockets of the process that is traced."""
         return set() if self._filters.pid is None else sockets.inodes_of(self._filters.pid)
 
-    def cgroup_ids(self) -> tuple[set[int], int]:
+    def cgroup_ids(self) -> tuple[set[int], int] | None:
         """Ids of the cgroup that is traced and of those below it, and how many more weren't looked at."""
         return (set(), 0) if self._filters.cgroup is None else cgroups.ids(self._filters.cgroup)
 
@@ -83,33 +102,55 @@ _QUESTIONS: Final[dict[str, Callable[[Lookout, int], Any]]] = {
 
 
 class _Line:
-    """One end of a pair of sockets; questions and answers have numbers, since an interrupt may lose an answer."""
+    """One end of a pair of sockets; questions and answers have numbers, since an interrupt may lose an answer.
 
-    def __init__(self, end: Connection) -> None:
-        self.end = end
+    Nothing waits for longer than ``patience_s``, and nobody again until the answer that is late has come.
+    """
+
+    def __init__(self, end: Connection, patience_s: int) -> None:
+        self._end = end
+        self._patience_s = patience_s
         self._lock = threading.Lock()
         self._number = 0
+        self._late = False
+        # For one who is stopped in the midst of sending: such a line is of no use any more.
+        with socket.socket(fileno=os.dup(end.fileno())) as same:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", patience_s, 0))
 
     def ask(self, question: str, argument: int = 0) -> Any:
+        """The answer, which may be an exception. Raises Unanswered; EOFError or OSError where the line is broken."""
         with self._lock:
-            self._number += 1
             try:
-                self.end.send_bytes(f"{self._number} {question} {argument}".encode())
-                number, answer = self.end.recv()
-                while number != self._number:
-                    number, answer = self.end.recv()
-            except (EOFError, OSError) as e:
-                cause = "the process that looks at connections for this one was ended from outside"
-                raise CwndtraceError(cause, "see dmesg for the reason, or trace with --stay-root") from e
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+                if self._late:
+                    self._receive(time.monotonic())
+                self._number += 1
+                self._end.send_bytes(f"{self._number} {question} {argument}".encode())
+                return self._receive(time.monotonic() + self._patience_s)
+            except (EOFError, OSError):
+                self._end.close()
+                raise
+
+    def _receive(self, deadline: float) -> Any:
+        """The answer to the last question."""
+        while True:
+            if not self._end.poll(max(0.0, deadline - time.monotonic())):
+                self._late = True
+                raise Unanswered(f"didn't answer within {self._patience_s} s")
+            number, answer = self._end.recv()
+            if number == self._number:
+                self._late = False
+                return answer
+
+    def close(self) -> None:
+        self._end.close()
 
 
 class Apart(Lookout):
     """A lookout in a process of its own, which goes on as ``user`` with ``power.LOOKING`` and nothing else.
 
-    To be made while this process has one thread and holds nothing that a copy of it shouldn't.
+    To be made while this process has one thread, which lasts as long as it does, and holds nothing that a copy of it
+    shouldn't. Should that process die or be stopped, answers are None from then on.
     """
 
     def __init__(self, filters: Filters, user: power.User | None) -> None:
@@ -118,67 +159,106 @@ class Apart(Lookout):
         # One for the thread of snapshots, which may take long, and one for the rest, which mustn't wait.
         pairs = [context.Pipe() for _ in range(2)]
         ours, theirs = ([pair[i] for pair in pairs] for i in range(2))
-        self._process = context.Process(target=_look, args=(filters, user, theirs, ours), name="lookout", daemon=True)
+        self._process = context.Process(
+            target=_look, args=(filters, user, os.getpid(), theirs, ours), name="lookout", daemon=True
+        )
         self._process.start()
         for end in theirs:
             end.close()
-        self._slow, self._quick = (_Line(end) for end in ours)
+        self._slow, self._quick = (_Line(end, s) for end, s in zip(ours, (_SLOW_S, _QUICK_S), strict=True))
 
     @property
     def pid(self) -> int:
         """Of the process that looks."""
         return int(self._process.pid or 0)
 
-    def snapshot(self, utc_offset_ns: int) -> pa.Table:
+    def _ask(self, line: _Line, question: str, argument: int = 0) -> Any:
+        """The answer; None where there was none, after ``lacking`` was set."""
+        try:
+            answer = line.ask(question, argument)
+        except Unanswered as e:
+            answer = e
+        except BlockingIOError:
+            answer = Unanswered("was stopped in the midst of an answer")
+        except (EOFError, OSError):
+            answer = Unanswered("was ended from outside (see dmesg for the reason)")
+        if isinstance(answer, Unanswered):
+            if self.lacking is None:
+                self.lacking = f"the process that looks at connections for this one {answer.cause}; {self._without()}"
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _without(self) -> str:
+        lost = ["snapshots of connections", "what became of network settings and interfaces"]
+        if self._filters.pid is not None:
+            lost.append("sockets that the process opened later")
+        if self._filters.cgroup is not None:
+            lost.append("cgroups that were made later")
+        return f"the trace goes on without {', '.join(lost)}"
+
+    def snapshot(self, utc_offset_ns: int) -> pa.Table | None:
         """As in Lookout."""
-        return self._slow.ask("snapshot", utc_offset_ns)
+        return self._ask(self._slow, "snapshot", utc_offset_ns)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """As in Lookout."""
-        found: dict[str, dict[str, Any]] = self._quick.ask("settings")
-        return found
+        found: dict[str, dict[str, Any]] | None = self._ask(self._quick, "settings")
+        return found or {}
 
     def idle_sysctls(self) -> list[tuple[netns.Namespace, int | None]]:
         """As in Lookout."""
-        found: list[tuple[netns.Namespace, int | None]] = self._quick.ask("idle_sysctls")
+        found: list[tuple[netns.Namespace, int | None]] | None = self._ask(self._quick, "idle_sysctls")
+        return found or []
+
+    def watched(self) -> tuple[bool, str | None] | None:
+        """As in Lookout."""
+        found: tuple[bool, str | None] | None = self._ask(self._quick, "watched")
         return found
 
-    def watched(self) -> tuple[bool, str | None]:
+    def pid_sockets(self) -> set[int] | None:
         """As in Lookout."""
-        found: tuple[bool, str | None] = self._quick.ask("watched")
+        found: set[int] | None = self._ask(self._quick, "pid_sockets")
         return found
 
-    def pid_sockets(self) -> set[int]:
+    def cgroup_ids(self) -> tuple[set[int], int] | None:
         """As in Lookout."""
-        found: set[int] = self._quick.ask("pid_sockets")
-        return found
-
-    def cgroup_ids(self) -> tuple[set[int], int]:
-        """As in Lookout."""
-        found: tuple[set[int], int] = self._quick.ask("cgroup_ids")
+        found: tuple[set[int], int] | None = self._ask(self._quick, "cgroup_ids")
         return found
 
     def close(self) -> None:
         """End the process."""
         for line in (self._slow, self._quick):
-            line.end.close()
+            line.close()
+        # It holds nothing that an orderly end would be for, and may be stopped.
+        self._process.kill()
         self._process.join(_PATIENCE_S)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join(_PATIENCE_S)
 
 
-def _look(filters: Filters, user: power.User | None, ends: list[Connection], others: list[Connection]) -> None:
-    """The process that looks: it ends with the one that asks, whose signals aren't for it."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+def outlive_signals() -> None:
+    """For a process that its parent ends: what a group, a terminal or a service gets isn't for it."""
+    # An error of its own still ends it, and it can collect children.
+    own = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
+    for number in signal.valid_signals() - own - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _look(
+    filters: Filters, user: power.User | None, parent: int, ends: list[Connection], others: list[Connection]
+) -> None:
+    """The process that looks: it ends with the one that asks, whatever its group gets."""
+    outlive_signals()
     for end in others:
         end.close()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nowhere, standard)
     power.drop(user, power.LOOKING)
+    # Behind that, since a change of the ids undoes it. It is for a process that is busy when its lines end.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        return
     look = Lookout(filters)
     threads = [threading.Thread(target=_answer, args=(look, end), daemon=True) for end in ends]
     for thread in threads:
@@ -188,7 +268,7 @@ def _look(filters: Filters, user: power.User | None, ends: list[Connection], oth
 
 
 def _answer(look: Lookout, end: Connection) -> None:
-    with suppress(EOFError, OSError, ValueError):
+    with end, suppress(EOFError, OSError, ValueError):
         while True:
             # Never unpickled: who asks has given its power up, and mustn't get this one's.
             number, question, argument = end.recv_bytes(_LONGEST_QUESTION).decode("ascii").split(" ")
@@ -196,4 +276,16 @@ def _answer(look: Lookout, end: Connection) -> None:
                 answer = _QUESTIONS[question](look, int(argument))
             except Exception as e:
                 answer = e
-            end.send((int(number), answer))
+            end.send_bytes(_packed(int(number), answer))
+
+
+def _packed(number: int, answer: object) -> bytes:
+    """An answer as it is sent; in place of one that can't be, that it can't."""
+    try:
+        packed = pickle.dumps((number, answer))
+        # An exception may be packed and not be unpacked.
+        if isinstance(answer, Exception):
+            pickle.loads(packed)  # noqa: S301  (its own)
+    except Exception as e:
+        return pickle.dumps((number, Unanswered(f"had an answer that can't be sent: {type(e).__name__}")))
+    return packed

@@ -158,6 +158,17 @@ class Session:
         self.tally.kept["connections"] = self.tally.kept.get("connections", 0) + rows
         return batches
 
+    @property
+    def lacking(self) -> str | None:
+        """What the trace goes on without, and why."""
+        if self.lookout.lacking is None and self.snapshots is not None and self.snapshots.late:
+            return "the last snapshot of connections took too long; the trace ends without it"
+        return self.lookout.lacking
+
+    def meta(self) -> dict[str, Any]:
+        """What meta.json says of what was kept, lost and not looked at, as it stands now."""
+        return {**self.tally.meta(), "lacking": [self.lacking] if self.lacking else []}
+
     def _count(self) -> None:
         counts, now = self.source.counts(), time.monotonic_ns()
         for name, total in counts.lost.items():
@@ -205,7 +216,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "rungs": session.source.rungs,
         "devices": devices(),
         "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
-        **session.tally.meta(),
+        **session.meta(),
     }
 
 
@@ -221,31 +232,34 @@ def _clocks(session: Session, end: dict[str, int] | None = None) -> dict[str, An
 
 def so_far(session: Session) -> dict[str, Any]:
     """What a killed trace couldn't say any more: its losses, and how the wall clock went."""
-    return {"clock": _clocks(session), **session.tally.meta()}
+    return {"clock": _clocks(session), **session.meta()}
 
 
 def ending(session: Session) -> dict[str, Any]:
     """What meta.json says at the end besides the status."""
     end = clock()
+    # Those that came later have what they are set to now.
+    sysctls = {**session.lookout.settings(), **session.spaces}
     return {
         "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": _clocks(session, end),
-        # Those that came later have what they are set to now.
-        "sysctls": {**session.lookout.settings(), **session.spaces},
-        **session.tally.meta(),
+        "sysctls": sysctls,
+        **session.meta(),
     }
 
 
 class Interrupt:
     """While it is entered, SIGINT, SIGTERM and SIGHUP set ``requested`` in place of what they did.
 
-    A second one sets ``hurried``: an end that is under way isn't spoilt by an impatient key, or by a sudo and a
-    terminal that both pass the same one on. A third raises KeyboardInterrupt. A SIGHUP that nohup has shut off
-    stays shut off.
+    A second one sets ``hurried``, a third raises KeyboardInterrupt; an end that is under way isn't spoilt by an
+    impatient key. The same one once more within ``together_s`` seconds is no second one: a timeout(1) sends it to the
+    process and to its group, a sudo and a terminal both pass it on. A SIGHUP that nohup has shut off stays shut off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together_s: float = 1.0) -> None:
+        self._together_s = together_s
         self._count = 0
+        self._last: dict[int, float] = {}
         self._old: dict[int, Any] = {}
 
     @property
@@ -259,6 +273,10 @@ class Interrupt:
         return self._count > 1
 
     def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        now = time.monotonic()
+        again, self._last[number] = now - self._last.get(number, float("-inf")) < self._together_s, now
+        if again:
+            return
         self._count += 1
         if self._count > 2:
             raise KeyboardInterrupt

@@ -178,13 +178,16 @@ class Saver:
         self._told: tuple[object, ...] = self._news()
         self._failed = False
         self._next = 0.0
+        self._lacking_told = False
 
     def _news(self) -> tuple[object, ...]:
         tally = self._session.tally
-        return sum(tally.lost.values()), len(self._session.clock.all), sum(tally.left_out.values())
+        lost, left_out = sum(tally.lost.values()), sum(tally.left_out.values())
+        return lost, left_out, len(self._session.clock.all), self._session.lacking
 
     def save(self) -> None:
         """Write rows that are due, and, should this process be killed, what has been lost until now."""
+        self.say_lacking()
         try:
             self.writer.flush()
             now = time.monotonic()
@@ -199,6 +202,12 @@ class Saver:
             if not self._failed:
                 click.echo(f"\ncwndtrace: {e.cause}\n  {e.remedy}", err=True)
             self._failed = True
+
+    def say_lacking(self) -> None:
+        """Say, once, what the trace goes on without."""
+        if self._session.lacking and not self._lacking_told:
+            self._lacking_told = True
+            click.echo(f"\ncwndtrace: {clean(self._session.lacking)}", err=True)
 
 
 def trace(
@@ -264,6 +273,8 @@ def trace(
             raise
         finally:
             saver.writer.close(status, **sessions.ending(session))
+            with suppress(Unprinted), printing():
+                saver.say_lacking()
     return unprinted
 
 
@@ -284,7 +295,7 @@ class Watch:
         if self._filters.netns is None or time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + _LOOK_S
-        if (now := self._session.lookout.watched()) == self._known:
+        if (now := self._session.lookout.watched()) is None or now == self._known:
             return None
         (_, before), self._known = self._known, now
         there, name = now

@@ -27,8 +27,8 @@ class Capture:
     """A capture as it lies on disk.
 
     ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
-    never closed it) or ``failed``. ``warnings`` grows as ``table`` meets parts that can't be read. ``shown`` is
-    the path for people where ``path`` is not.
+    never closed it) or ``failed``. ``warnings`` begins with what the trace had to go on without, and grows as
+    ``table`` meets parts that can't be read. ``shown`` is the path for people where ``path`` is not.
     """
 
     path: Path
@@ -116,7 +116,7 @@ def open_capture(path: str | os.PathLike[str]) -> Capture:
     except PermissionError as error:
         cause = f"{show(where)} can't be read: {error.strerror}."
         raise CaptureError(cause, "Read it as the user who wrote it, perhaps with sudo.") from error
-    return Capture(where, meta, _status(meta))
+    return Capture(where, meta, _status(meta), _lacking(meta))
 
 
 def _refuse_mistakes(where: Path) -> None:
@@ -165,6 +165,11 @@ def _status(meta: dict[str, Any]) -> str:
     pid = meta.get("pid")
     started = process_start(pid) if isinstance(pid, int) and meta.get("boot_id") == boot_id() else None
     return "running" if started is not None and started == meta.get("pid_start") else "interrupted"
+
+
+def _lacking(meta: dict[str, Any]) -> list[str]:
+    lines = meta.get("lacking")
+    return [events.clean(line)[:400] for line in lines[:5] if isinstance(line, str)] if isinstance(lines, list) else []
 
 
 def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:

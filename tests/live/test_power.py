@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -213,16 +212,6 @@ def test_the_lookout_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
         run.process.communicate()
         until(lambda: not Path(f"/proc/{lookout}").exists(), 10, "the lookout to end")
     assert cwndtrace.load(home / "a.cwnd").status == "interrupted"
-
-
-def test_a_lookout_that_is_ended_from_outside_is_said(space: tcp.Space, home: Path) -> None:
-    with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
-        os.kill(lookout_of(run), signal.SIGKILL)
-        code, _, said = run.end(None)
-    assert code == 1, said
-    assert "cwndtrace: the process that looks at connections for this one was ended from outside" in said
-    assert "Traceback" not in said
-    assert cwndtrace.load(home / "a.cwnd").status == "failed"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_a_slow_reading_of_the_clocks_is_no_step(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_asks_to_stop_a_second_one_hurries_and_a_third_insists(number: signal.Signals) -> None:
     old = signal.getsignal(number)
-    with Interrupt() as interrupt:
+    with Interrupt(together_s=0) as interrupt:
         seen = [interrupt.requested]
         os.kill(os.getpid(), number)
         seen.append(interrupt.requested)
@@ -167,6 +167,23 @@ def test_a_signal_asks_to_stop_a_second_one_hurries_and_a_third_insists(number: 
             os.kill(os.getpid(), number)
     assert seen == [False, True, False, True]
     assert signal.getsignal(number) is old
+
+
+def test_what_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from timeout(1), which sends it to the process and to its group; another one, or a later one, is a second."""
+    now = 100.0
+    monkeypatch.setattr("cwndtrace.capture.session.time.monotonic", lambda: now)
+    with Interrupt() as interrupt:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (interrupt.requested, interrupt.hurried) == (True, False)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.hurried
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now += 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.hurried
 
 
 def test_a_hang_up_that_nohup_shut_off_stays_so() -> None:
