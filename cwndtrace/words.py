@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 from cwndtrace.events import clean
 
 _INFINITE: Final = 0x7FFFFFFF
+_NUMBER_AND_UNIT: Final = re.compile(r"(?<=\d) (?=[A-Za-z%])")
 
 
 def span(us: float) -> str:
@@ -68,6 +70,11 @@ def left_out(kind: str, number: int) -> str:
     """That a filter had no room for so many cgroups or sockets, and what to ask for instead."""
     here = f"at least {number:,} {kind} of what was asked for aren't traced, because the filter is full"
     return f"{here}: ask for {_NARROWER[kind]}" if kind in _NARROWER else here
+
+
+def unbroken(text: str) -> str:
+    """``text`` with no-break spaces between a number and what it counts, so that no line ends between them."""
+    return _NUMBER_AND_UNIT.sub("\u00a0", text)
 
 
 def json_line(row: Mapping[Any, Any], *, allow_nan: bool = True) -> str:

@@ -5,15 +5,25 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 import cwndtrace
 from cwndtrace.analysis.compare import MEASURES
-from cwndtrace.cli.summary import columns
+from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.events import TABLES, clean
-from cwndtrace.words import json_line, span
+from cwndtrace.words import json_line, plural, span
+
+_COLUMNS: Final = (
+    Column("MEASURE", least=16),
+    Column("BEFORE", right=True),
+    Column("AFTER", right=True),
+    Column("DIFFERENCE", 1, right=True),
+    Column("95 % INTERVAL", 2),
+    Column("EFFECT"),
+    Column("VALUES", 3),
+)
 
 
 @click.command()
@@ -36,21 +46,21 @@ def compare(before: Path, after: Path, *, as_json: bool) -> None:
             click.echo(json_line({"event": "compare"} | finite))
     else:
         for trace in traces:
-            click.echo(f"{clean(str(trace.path))}: {clean(trace.host().text)}")
+            echo_prose(f"{clean(str(trace.path))}: {clean(trace.host().text)}")
         _print(rows)
     for trace in traces:
         lost = {name: trace.lost(name) for name in TABLES}
-        lines = [f"{number:,} records of {name} were lost" for name, number in lost.items() if number]
+        lines = [f"{plural(number, 'record')} of {name} lost" for name, number in lost.items() if number]
         for line in [*trace.warnings, *lines]:
             click.echo(f"warning: {clean(str(trace.path))}: {clean(line)}", err=True)
 
 
 def _print(rows: list[dict[Any, Any]]) -> None:
-    table: list[tuple[str, ...]] = [("MEASURE", "BEFORE", "AFTER", "DIFFERENCE", "95 % INTERVAL", "EFFECT", "VALUES")]
+    texts: list[tuple[str, ...]] = []
     for row in rows:
         name = row["measure"] + (" (estimated)" if row["measure"].startswith("lost") else "")
         ends = [_value(row[end], row["unit"], sign=True) for end in ("low", "high")]
-        table.append(
+        texts.append(
             (
                 clean(name),
                 *(_value(row[side], row["unit"]) for side in ("before", "after")),
@@ -61,14 +71,12 @@ def _print(rows: list[dict[Any, Any]]) -> None:
             )
         )
     click.echo()
-    header, *body = columns(table, {1, 2, 3})
-    click.echo(click.style(header, bold=True))
-    for line in body:
+    for line in table(_COLUMNS, texts):
         click.echo(line)
     click.echo()
     for name, (_, centre, meaning) in MEASURES.items():
         if any(row["measure"] == name for row in rows):
-            click.echo(f"{name}: {meaning} ({centre})")
+            echo_prose(f"{name}: {meaning} ({centre})")
 
 
 def _value(value: float, unit: str, *, sign: bool = False) -> str:

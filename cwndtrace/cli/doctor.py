@@ -16,12 +16,14 @@ import click
 from cwndtrace.capture import bcc, target
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
-from cwndtrace.cli.summary import columns
+from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoRung
 from cwndtrace.events import clean
 from cwndtrace.kernel import btf, facts, ladder, netns
 
 OK, LACK, BAD = "ok", "lack", "bad"
+_NAME: Final = 24
+"""Cells of a terminal for a fact's name; a longer one takes more lines."""
 _MARK: Final = {OK: ("ok", "green"), LACK: ("-", "yellow"), BAD: ("BAD", "red")}
 
 
@@ -196,14 +198,25 @@ def _congestion_controls() -> list[Fact]:
 
 
 def _print(findings: Findings) -> None:
-    rows: list[tuple[str, ...]] = [("", "FACT", "WHAT THERE IS")]
-    rows += [(_MARK[f.state][0], clean(f.name), clean(f.value)) for f in findings.facts]
-    header, *body = columns(rows, set())
-    click.echo(click.style(header, bold=True))
-    for line, fact in zip(body, findings.facts, strict=True):
-        click.echo(click.style(line[:3], fg=_MARK[fact.state][1]) + line[3:])
+    most = room()
+    width = max(cells(clean(fact.name)) for fact in findings.facts)
+    width = width if most is None else min(width, _NAME)
+    indent = " " * (5 + width + 2)
+    click.echo(click.style(f"{'':<5}{'FACT':<{width}}  WHAT THERE IS", bold=True))
+    for fact in findings.facts:
+        mark, colour = _MARK[fact.state]
+        *above, name = prose(clean(fact.name), most and width)
+        # Every word counts here: what is too long for its column goes on below.
+        first, *below = prose(clean(fact.value), most and most - len(indent))
+        for part in above:
+            click.echo(f"{'':<5}{part}")
+        padding = " " * (width - cells(name))
+        click.echo(f"{click.style(f'{mark:<5}', fg=colour)}{name}{padding}  {first}")
+        for part in below:
+            click.echo(indent + part)
         if fact.remedy:
-            click.echo(f"{'':<8}mend: {clean(fact.remedy)}")
+            for part in prose(f"{'':<8}mend: {clean(fact.remedy)}", most, indent=14):
+                click.echo(part)
     if findings.rungs is None:
         click.echo("\nNothing here can trace idle resets.")
     else:

@@ -16,11 +16,32 @@ from cwndtrace import events
 from cwndtrace import words as fmt
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
+from cwndtrace.cli.table import Column, Layout, cut_connection, cut_process, room
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
 _MANY: Final = 16_384
 """Block requests that are counted without being asked for, so that they don't pile up."""
+_TIME: Final = Column("TIME", least=8, shorten=lambda text, most: text[:most])
+RESETS_SHOWN: Final = (
+    _TIME,
+    Column("REASON", least=8),
+    Column("PROCESS", 2, least=10, shorten=cut_process),
+    Column("CONNECTION", least=41, shorten=cut_connection),
+    Column("REST", 1, right=True),
+    Column("RTO", 3, right=True),
+    Column("CWND (segments)", right=True),
+    Column("SSTHRESH", 4, right=True),
+    Column("SRTT", 5, right=True),
+)
+_RESET_WIDTHS: Final = (15, 11, 20, 41, 8, 8, 15, 8, 8)
+_REQUESTS: Final = (
+    _TIME,
+    Column("EVENT"),
+    Column("PROCESS", least=10, shorten=cut_process),
+    Column("REQUEST", least=45),
+)
+_REQUEST_WIDTHS: Final = (15, 11, 20, 45)
 
 
 class BlockFigures:
@@ -97,14 +118,13 @@ class Holders:
 class TextView:
     """Aligned lines on stdout, a status line that rewrites itself on stderr if that is a terminal."""
 
-    HEADER: Final = ("TIME", "REASON", "PROCESS", "CONNECTION", "REST", "RTO", "CWND (segments)", "SSTHRESH", "SRTT")
-
     def __init__(self, session: Session, *, print_block: bool, quiet: bool) -> None:
         self._session = session
         self._print_block = print_block
         self._quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
-        self._widths = [15, 11, 20, 41, 8, 8, 15, 8, 8]
+        self._room = room()
+        self._lay_out()
         self._resets = 0
         self._status_at = 0.0
         self._status_shown = False
@@ -114,18 +134,32 @@ class TextView:
 
     def begin(self) -> None:
         """Print the header."""
-        self._line(self.HEADER, bold=True)
+        for line in (self._layout.header(), *self._layout.left_out()):
+            click.echo(line)
+
+    def _lay_out(self) -> None:
+        self._layout = Layout(RESETS_SHOWN, _RESET_WIDTHS, self._room)
+        self._requests = Layout(_REQUESTS, _REQUEST_WIDTHS, self._room)
+
+    def _follow_terminal(self) -> None:
+        """Begin anew where the terminal has another width now."""
+        if self._room != (now := room()):
+            self._room = now
+            self._lay_out()
+            self.begin()
 
     def batch(self, batch: Batch) -> None:
         """Print what is printed one by one, count the rest."""
         if batch.event == "cwnd_reset":
             self._wipe()
+            self._follow_terminal()
             for row in batch.to_dicts():
                 self._reset(row)
         elif batch.event == "block_io":
             self.block.add(batch)
             if self._print_block:
                 self._wipe()
+                self._follow_terminal()
                 for row in batch.to_dicts():
                     self._request(row)
         elif batch.event == "connections":
@@ -144,22 +178,15 @@ class TextView:
             fmt.threshold(row["ssthresh_after"]),
             fmt.span(row["srtt_us"]),
         )
-        self._line(cells, colour=_COLOURS.get(row["reason"]))
+        colour = _COLOURS.get(row["reason"])
+        click.echo(self._layout.line(cells, {6: lambda text: click.style(text, fg=colour)} if colour else None))
 
     def _request(self, row: dict[str, Any]) -> None:
         latency = fmt.span((row["done_ns"] - row["start_ns"]) / 1000)
         error = "" if row["error"] == "ok" else f" {row['error'].upper()}"
-        click.echo(
-            f"{row['time'][11:26]}  block_io     {fmt.process(row['comm'], row['tgid']):<20}  {row['dev']} {row['op']} "
-            f"sector {row['sector']} {fmt.size(row['bytes'])} in {latency}{error}"
-        )
-
-    def _line(self, cells: tuple[str, ...], *, bold: bool = False, colour: str | None = None) -> None:
-        self._widths = [max(width, len(cell)) for width, cell in zip(self._widths, cells, strict=True)]
-        text = [f"{c:<{w}}" if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, self._widths, strict=True))]
-        if colour:
-            text[6] = click.style(text[6], fg=colour)
-        click.echo("  ".join(click.style(t, bold=True) if bold else t for t in text).rstrip())
+        request = f"{row['dev']} {row['op']} sector {row['sector']} {fmt.size(row['bytes'])} in {latency}{error}"
+        cells = (row["time"][11:26], "block_io", fmt.process(row["comm"], row["tgid"]), request)
+        click.echo(self._requests.line(cells))
 
     def tick(self, waiting: str) -> None:
         """Rewrite the status line now and then; say at once when records are lost."""

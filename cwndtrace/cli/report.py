@@ -13,7 +13,7 @@ import cwndtrace
 from cwndtrace import words as fmt
 from cwndtrace.analysis import remedy, verdict
 from cwndtrace.cli import files, memory
-from cwndtrace.cli.summary import columns
+from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
 from cwndtrace.report import content
@@ -21,6 +21,35 @@ from cwndtrace.report import content
 _CONNECTIONS: Final = 8
 _DEVICES: Final = 4
 _REMEDIES: Final = 3
+_BRIEF: Final = {
+    "unknown": "can't tell",
+    "exempt": "exempt",
+    "sysctl_off": "resets are off",
+    "no_reset": "never reset",
+}
+"""Verdicts where there is no room for their labels; of the others what stands before the colon."""
+_OF_CONNECTIONS: Final = (
+    Column("CONNECTION", least=IPV4, shorten=cut_connection),
+    Column("PROCESS", 1, least=10, shorten=cut_process),
+    Column("CC", 6),
+    Column("RESETS", 2, right=True),
+    Column("HARMFUL", 3, right=True),
+    Column("LOST (est.)", right=True),
+    Column("LONGEST REST", 4, right=True),
+    Column("RTT", 5, right=True),
+)
+_OF_DEVICES: Final = (
+    Column("DEVICE", least=8),
+    Column("OP"),
+    Column("REQUESTS", 1, right=True),
+    Column("P50", 5, right=True),
+    Column("P95", 6, right=True),
+    Column("P99", 2, right=True),
+    Column("MAX", 3, right=True),
+    Column("QUEUE P95", 7, right=True),
+    Column("SERVICE P95", 8, right=True),
+    Column("ERRORS", 4, right=True),
+)
 
 
 @click.command()
@@ -66,14 +95,13 @@ def lines(found: content.Report) -> list[str]:
 
 
 def _lines(found: content.Report) -> Iterator[str]:
-    yield click.style(clean(found.host.text), bold=True)
+    for line in prose(clean(found.host.text), room()):
+        yield click.style(line, bold=True)
     for line in (line for each in found.caveats.values() for line in each):
-        yield f"! {clean(line)}"
+        yield from prose(f"! {clean(line)}", room(), indent=2)
     yield ""
     if len(found.connections):
-        rows: list[tuple[str, ...]] = [
-            ("CONNECTION", "PROCESS", "CC", "RESETS", "HARMFUL", "LOST (est.)", "LONGEST REST", "RTT", "VERDICT")
-        ]
+        rows: list[tuple[str, ...]] = []
         for row in found.connections.head(_CONNECTIONS).to_dict("records"):
             rows.append(
                 (
@@ -88,17 +116,22 @@ def _lines(found: content.Report) -> Iterator[str]:
                     verdict.LABELS[row["verdict"]],
                 )
             )
-        yield from _table(rows, {3, 4, 5, 6, 7})
+        briefs = {label: _BRIEF.get(name, label.partition(":")[0]) for name, label in verdict.LABELS.items()}
+        least = max(cells(briefs[row[-1]]) for row in rows)
+        labels = Column("VERDICT", least=least, shorten=lambda label, most: cut(briefs.get(label, label), most))
+        yield from table((*_OF_CONNECTIONS, labels), rows)
         if len(found.connections) > _CONNECTIONS:
             yield f"and {fmt.plural(len(found.connections) - _CONNECTIONS, 'more connection')}"
         yield ""
     for row in found.causes.to_dict("records"):
         on = f", {fmt.span(row['disk_us'])} of it under block I/O on {clean(row['disk_device'])}" * bool(row["disk_us"])
-        yield (
-            f"Rested for its {row['cause']}: " if row["cause"] == "peer" else f"Rested, cause {row['cause']}: "
-        ) + f"{fmt.plural(row['resets'], 'time')}, {fmt.span(row['rest_us'])}{on}; {row['harmful']} harmful"
+        cause = f"Rested for its {row['cause']}" if row["cause"] == "peer" else f"Rested, cause {row['cause']}"
+        times = fmt.plural(row["resets"], "time")
+        yield from prose(
+            f"{cause}: {times}, {fmt.span(row['rest_us'])}{on}; {row['harmful']} harmful", room(), indent=2
+        )
     if len(found.devices):
-        rows = [("DEVICE", "OP", "REQUESTS", "P50", "P95", "P99", "MAX", "QUEUE P95", "SERVICE P95", "ERRORS")]
+        rows = []
         for row in found.devices.head(_DEVICES).to_dict("records"):
             figures = ("latency_p50_us", "latency_p95_us", "latency_p99_us", "latency_max_us")
             parts = (row["queue_p95_us"], row["service_p95_us"])
@@ -113,14 +146,8 @@ def _lines(found: content.Report) -> Iterator[str]:
                 )
             )
         yield ""
-        yield from _table(rows, set(range(2, 10)))
+        yield from table(_OF_DEVICES, rows)
     yield ""
     yield click.style("What to do", bold=True)
     for number, row in enumerate(found.remedies.head(_REMEDIES).to_dict("records"), start=1):
-        yield f"{number}. {clean(remedy.sentence(row))}"
-
-
-def _table(rows: list[tuple[str, ...]], right: set[int]) -> Iterator[str]:
-    header, *body = columns(rows, right)
-    yield click.style(header, bold=True)
-    yield from body
+        yield from prose(f"{number}. {clean(remedy.sentence(row))}", room(), indent=3)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import click
 import pandas as pd
@@ -22,7 +22,7 @@ from cwndtrace.capture import target
 from cwndtrace.capture.session import Interrupt
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli import options
-from cwndtrace.cli.summary import columns
+from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.events import clean
 from cwndtrace.kernel import netns
@@ -38,6 +38,20 @@ from cwndtrace.lab.scenario import PRESETS
 from cwndtrace.lab.statistics import overall, size, summarise
 from cwndtrace.store.folder import Folder, make
 from cwndtrace.trace import Trace
+from cwndtrace.words import plural
+
+_COLUMNS: Final = (
+    Column("BURST", right=True),
+    Column("REST", right=True),
+    Column("ON median", right=True),
+    Column("ON p95", 4, right=True),
+    Column("OFF median", right=True),
+    Column("OFF p95", 5, right=True),
+    Column("COST", right=True),
+    Column("95 % interval", 1, right=True),
+    Column("ROUND TRIPS", 3, right=True),
+    Column("RESETS", 2, right=True),
+)
 
 
 class Amount(click.ParamType[float]):
@@ -226,9 +240,34 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
         raise CwndtraceError("nothing was measured", "let it run until the first line of a round is there")
     summary = summarise(taken)
     click.echo()
-    rows: list[tuple[str, ...]] = [
-        ("BURST", "REST", "ON median", "p95", "OFF median", "p95", "COST", "95 % interval", "ROUND TRIPS", "RESETS")
-    ]
+    for line in costs_of(summary):
+        click.echo(line)
+    during = matched(taken, trace.resets)
+    click.echo()
+    missing = during.attrs["missing"]
+    echo_prose(
+        f"{plural(len(during), 'idle reset')} recorded during these bursts; "
+        f"{missing:,} that TCP_INFO saw {'is' if missing == 1 else 'are'} missing from the capture."
+    )
+    priced = costs(taken, trace.resets)
+    if len(priced):
+        off = (priced["predicted_ms"] - priced["measured_ms"]).abs()
+        echo_prose(
+            f"Predicted from the records alone (estimate): median {priced['predicted_ms'].median():.0f} ms extra, "
+            f"measured {priced['measured_ms'].median():.0f} ms; off by {off.median():.0f} ms at the median."
+        )
+    for note in notes:
+        echo_prose(f"note: {clean(note)}")
+    pictures = _draw(taken, summary, trace, priced, folder, dark=dark)
+    click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(path))}.", err=True)
+    click.echo()
+    echo_prose(f"What it cost: {overall(summary)}.")
+    echo_prose(f"The picture:  {clean(str(path / pictures[0]))}")
+
+
+def costs_of(summary: pd.DataFrame) -> Iterator[str]:
+    """What ``summarise`` gives, as a table."""
+    rows: list[tuple[str, ...]] = []
     for cell in summary.to_dict("records"):
         rows.append(
             (
@@ -241,29 +280,7 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
                 _known("{:.0f} %", 100 * cell["resets_on"]),
             )
         )
-    header, *body = columns(rows, set(range(10)))
-    click.echo(click.style(header, bold=True))
-    for line in body:
-        click.echo(line)
-    during = matched(taken, trace.resets)
-    click.echo()
-    click.echo(
-        f"{len(during)} idle resets recorded during these bursts; "
-        f"{during.attrs['missing']} that TCP_INFO saw are missing from the capture."
-    )
-    priced = costs(taken, trace.resets)
-    if len(priced):
-        off = (priced["predicted_ms"] - priced["measured_ms"]).abs()
-        click.echo(
-            f"Predicted from the records alone (estimate): median {priced['predicted_ms'].median():.0f} ms extra, "
-            f"measured {priced['measured_ms'].median():.0f} ms; off by {off.median():.0f} ms at the median."
-        )
-    for note in notes:
-        click.echo(f"note: {clean(note)}")
-    pictures = _draw(taken, summary, trace, priced, folder, dark=dark)
-    click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(path))}.", err=True)
-    click.echo(f"\nWhat it cost: {overall(summary)}.")
-    click.echo(f"The picture:  {clean(str(path / pictures[0]))}")
+    yield from table(_COLUMNS, rows)
 
 
 def _known(text: str, *values: float) -> str:
@@ -333,6 +350,7 @@ def serve(host: str, port: int, cc: str | None) -> None:
             click.echo(err=True)
         totals = server.totals
         click.echo(
-            f"{totals.connections} connections; took in {totals.bursts_taken} bursts ({size(totals.bytes_taken)}), "
+            f"{plural(totals.connections, 'connection')}; took in {plural(totals.bursts_taken, 'burst')} "
+            f"({size(totals.bytes_taken)}), "
             f"sent {totals.bursts_sent}"
         )

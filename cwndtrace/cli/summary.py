@@ -10,22 +10,36 @@ import click
 from cwndtrace import words as fmt
 from cwndtrace.capture.session import Session
 from cwndtrace.cli.live import BlockFigures
+from cwndtrace.cli.table import IPV4, Column, cut_connection, cut_process, echo_prose, table
 from cwndtrace.events import clean
 
 if TYPE_CHECKING:
     from cwndtrace.trace import Trace
 
 _MOST: Final = 20
-
-
-def columns(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
-    """Rows of text as aligned lines; the first row is the header, columns in ``right`` end flush."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, range(len(row)), strict=True)
-        lines.append("  ".join(c.rjust(w) if i in right else c.ljust(w) for c, w, i in cells).rstrip())
-    return lines
+_CONNECTIONS: Final = (
+    Column("CONNECTION", least=IPV4, shorten=cut_connection),
+    Column("PROCESS", 2, least=10, shorten=cut_process),
+    Column("CC", 8),
+    Column("RESETS", 1, right=True),
+    Column("IDLE", 5, right=True),
+    Column("LOSS", 6, right=True),
+    Column("APP", 7, right=True),
+    Column("LONGEST REST", 3, right=True),
+    Column("LEAST CWND", 4, right=True),
+    Column("LAST CWND", 9, right=True),
+)
+_DEVICES: Final = (
+    Column("DEVICE", least=8),
+    Column("OP"),
+    Column("REQUESTS", 1, right=True),
+    Column("BYTES", 7, right=True),
+    Column("P50", 5, right=True),
+    Column("P95", 6, right=True),
+    Column("P99", 2, right=True),
+    Column("MAX", 3, right=True),
+    Column("ERRORS", 4, right=True),
+)
 
 
 def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
@@ -34,8 +48,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     summary = trace.summary()
     tally = session.tally
     click.echo()
-    header = "CONNECTION PROCESS CC RESETS IDLE LOSS APP LONGEST-REST LEAST-CWND LAST-CWND"
-    rows = [tuple(name.replace("-", " ") for name in header.split())]
+    rows: list[tuple[str, ...]] = []
     for row in summary.head(_MOST).to_dict("records"):
         rows.append(
             (
@@ -51,10 +64,8 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
                 f"{row['cwnd_last_segments']} segments",
             )
         )
-    if len(rows) > 1:
-        header, *body = columns(rows, {3, 4, 5, 6, 7, 8, 9})
-        click.echo(click.style(header, bold=True))
-        for line in body:
+    if rows:
+        for line in table(_CONNECTIONS, rows):
             click.echo(line)
         if len(summary) > _MOST:
             click.echo(f"and {len(summary) - _MOST:,} more connections")
@@ -64,7 +75,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
         _print_block(trace, block)
     kept, lost = tally.kept, tally.lost
     click.echo()
-    click.echo(
+    echo_prose(
         f"kept {kept.get('cwnd_reset', 0):,} resets, {kept.get('block_io', 0):,} block I/Os; "
         f"lost {lost.get('cwnd_reset', 0):,} and {lost.get('block_io', 0):,}; "
         f"{tally.unchanged:,} restarts left the window as it was"
@@ -73,7 +84,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
 
 def _print_block(trace: Trace, block: BlockFigures) -> None:
     names = trace.meta.get("devices", {})
-    rows: list[tuple[str, ...]] = [("DEVICE", "OP", "REQUESTS", "BYTES", "P50", "P95", "P99", "MAX", "ERRORS")]
+    rows: list[tuple[str, ...]] = []
     for (dev, op), latency in sorted(block.latency.items(), key=lambda item: -item[1].count):
         percentiles = (fmt.span(latency.percentile(p)) for p in (50, 95, 99))
         rows.append(
@@ -88,9 +99,7 @@ def _print_block(trace: Trace, block: BlockFigures) -> None:
             )
         )
     click.echo()
-    header, *body = columns(rows, {2, 3, 4, 5, 6, 7, 8})
-    click.echo(click.style(header, bold=True))
-    for line in body:
+    for line in table(_DEVICES, rows):
         click.echo(line)
     click.echo("(percentiles to 1 %)")
 

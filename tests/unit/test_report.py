@@ -188,7 +188,9 @@ def test_the_page_asks_for_nothing_from_outside(at: Path) -> None:
 
 def test_the_page_forbids_all_but_its_own(at: Path) -> None:
     tags = Tags(page(content.report(frames.capture(at))))
-    (policy,) = (str(attrs["content"]) for _, attrs in tags.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    (policy,) = (
+        str(attrs["content"]) for _, attrs in tags.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert {name for name, value in rules.items() if value == "'none'"} == {"default-src", "base-uri", "form-action"}
     assert rules["img-src"] == "data:"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 
 from cwndtrace import words as fmt
-from cwndtrace.cli.summary import columns
 
 
 @pytest.mark.parametrize(
@@ -69,6 +68,8 @@ def test_processes() -> None:
     assert fmt.process("\x1b[2Jevil\n", 7) == "?[2Jevil?[7]"
 
 
-def test_columns_are_as_wide_as_their_widest_cell() -> None:
-    lines = columns([("NAME", "N"), ("a", "1"), ("longer", "100")], right={1})
-    assert lines == ["NAME      N", "a         1", "longer  100"]
+def test_a_number_stays_with_what_it_counts() -> None:
+    nb = "\u00a0"
+    assert fmt.unbroken("saves 11.0 s, 3 of 9 connections, 12 %; 2 -> 1 by 253:1 read") == (
+        f"saves 11.0{nb}s, 3{nb}of 9{nb}connections, 12{nb}%; 2 -> 1{nb}by 253:1{nb}read"
+    )

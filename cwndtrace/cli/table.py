@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and prose as wide as the terminal; a pipe or a file gets all columns, and no line broken.
+
+Where a terminal is too narrow, columns are left out, those that matter least first, and texts shortened; a line names
+what was left out. Widths are cells of a terminal: an ideograph takes two, a combining mark none.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import click
+
+from cwndtrace.words import unbroken
+
+_GAP: Final = 2
+_CUT: Final = ".."
+_NARROW: Final = 14
+IPV4: Final = 45
+"""Cells of the longest connection over IPv4, which is to be read whole."""
+
+
+def room() -> int | None:
+    """Cells in a line of stdout's terminal (COLUMNS, if that is set); None where stdout is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def cells(text: str) -> int:
+    """How many cells of a terminal ``text`` takes."""
+    return len(text) if text.isascii() else sum(map(_width, text))
+
+
+def _width(char: str) -> int:
+    # The vowels and finals of Hangul join the syllable before them.
+    if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _head(text: str, most: int) -> str:
+    """As much of the begin as fits into ``most`` cells."""
+    taken = 0
+    for at, char in enumerate(text):
+        taken += _width(char)
+        if taken > most:
+            return text[:at]
+    return text
+
+
+def _tail(text: str, most: int) -> str:
+    """As much of the end as fits; never one that begins with what joins the character before it."""
+    taken, start = 0, len(text)
+    for at in range(len(text) - 1, -1, -1):
+        width = _width(text[at])
+        if taken + width > most:
+            break
+        taken += width
+        if width:
+            start = at
+    return text[start:]
+
+
+def cut(text: str, most: int) -> str:
+    """``text`` in ``most`` cells; what lacks at its end is shown by two dots."""
+    return text if cells(text) <= most else _head(text, max(most - len(_CUT), 0)) + _CUT[: max(most, 0)]
+
+
+def cut_tail_kept(text: str, most: int, tail: str) -> str:
+    """The same, but the middle lacks: ``tail`` stays, and as much of the end before it as of the begin."""
+    spare = most - cells(tail) - len(_CUT)
+    if cells(text) <= most or spare < 1:
+        return cut(text, most)
+    rest = text.removesuffix(tail)
+    end = _tail(rest, spare // 2) if tail.startswith(":") else ""
+    return _head(rest, spare - cells(end)) + _CUT + end + tail
+
+
+def cut_process(text: str, most: int) -> str:
+    """``name[pid]`` with the pid."""
+    return cut_tail_kept(text, most, text[text.rfind("[") :] if "[" in text else "")
+
+
+def cut_connection(text: str, most: int) -> str:
+    """``address:port > address:port`` with both ports, and the begin and the end of the addresses."""
+    ends = text.partition(" > ")[::2]
+    widths = [cells(end) for end in ends]
+    share = max(most - 3, 0)
+    # A short end leaves its room to the long one.
+    left = min(widths[0], max(share // 2, share - widths[1]))
+    parts = (
+        cut_tail_kept(end, n, f":{end.rpartition(':')[2]}") for end, n in zip(ends, (left, share - left), strict=True)
+    )
+    return cut(" > ".join(parts), most)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, and what becomes of it where there is too little room.
+
+    Columns with a ``rank`` are left out, the highest first, until the others fit with ``least`` cells each; then texts
+    are shortened by ``shorten``, from the last column on. Without ``least`` a text is whole or not there.
+    """
+
+    title: str
+    rank: int = 0
+    right: bool = False
+    least: int | None = None
+    shorten: Callable[[str, int], str] = cut
+
+
+class Layout:
+    """Which of ``columns`` are shown in ``room`` cells (None: as many as it takes), and how wide."""
+
+    def __init__(self, columns: Sequence[Column], widths: Sequence[int], room: int | None) -> None:
+        self._columns = columns
+        self._room = room
+        self.widths = dict(enumerate(widths))
+        """By the number of the column, of those that are shown."""
+        for i in sorted(self.widths, key=lambda i: -columns[i].rank):
+            if columns[i].rank and self._excess(self._least(j) for j in self.widths) > 0:
+                del self.widths[i]
+        for i in sorted(self.widths, reverse=True):
+            self._shrink(i, self._least(i))
+        # Only for terminals that are narrower than any table.
+        for least in (_NARROW, len(_CUT)):
+            for i in sorted(self.widths, key=lambda i: -self.widths[i]):
+                self._shrink(i, least)
+
+    def _shrink(self, i: int, least: int) -> None:
+        self.widths[i] -= max(0, min(self._excess(self.widths.values()), self.widths[i] - least))
+
+    def _least(self, i: int) -> int:
+        least = self._columns[i].least
+        return self.widths[i] if least is None else min(self.widths[i], least)
+
+    def _excess(self, widths: Iterable[int]) -> int:
+        taken = list(widths)
+        return 0 if self._room is None else sum(taken) + _GAP * (len(taken) - 1) - self._room
+
+    def line(self, texts: Sequence[str], paint: Mapping[int, Callable[[str], str]] | None = None) -> str:
+        """A row. A column grows with what is wider, as long as there is room; ``paint`` colours by column."""
+        paint, parts = paint or {}, []
+        for i in self.widths:
+            column, text = self._columns[i], _as_printed(texts[i])
+            spare = cells(text) if self._room is None else self.widths[i] - self._excess(self.widths.values())
+            self.widths[i] = max(self.widths[i], min(cells(text), spare))
+            text = column.shorten(text, self.widths[i]) if cells(text) > self.widths[i] else text
+            padding = " " * (self.widths[i] - cells(text))
+            text = padding + text if column.right else text + padding
+            parts.append(paint[i](text) if i in paint else text)
+        return (" " * _GAP).join(parts).rstrip()
+
+    def header(self) -> str:
+        """The titles."""
+        return click.style(self.line([column.title for column in self._columns]), bold=True)
+
+    def left_out(self) -> list[str]:
+        """Lines that say what was left out, and how to see it."""
+        names = [column.title for i, column in enumerate(self._columns) if i not in self.widths]
+        if not names:
+            return []
+        text = f"Left out: {', '.join(names)}. A wider terminal or pipe has all."
+        return [click.style(line, dim=True) for line in prose(text, self._room)]
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Header, rows and what was left out, as wide as stdout's terminal."""
+    texts = [[_as_printed(text) for text in row] for row in rows]
+    widths = [max(cells(row[i]) for row in [[c.title for c in columns], *texts]) for i in range(len(columns))]
+    layout = Layout(columns, widths, room())
+    yield layout.header()
+    yield from map(layout.line, texts)
+    yield from layout.left_out()
+
+
+def prose(text: str, room: int | None, indent: int = 0) -> list[str]:
+    """``text`` in lines of ``room`` cells, those after the first indented; one line where ``room`` is None."""
+    if room is None:
+        return [text]
+    text = unbroken(_as_printed(text))
+    words = text.lstrip(" ")
+    lines = [" " * (len(text) - len(words))]
+    for word in words.split(" "):
+        glued = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
+        if cells(glued) <= room:
+            lines[-1] = glued
+            continue
+        if lines[-1].strip():
+            lines.append(" " * indent)
+        rest = lines.pop() + word
+        # A word that is longer than a line is broken.
+        while cells(rest) > room and room > indent + 1:
+            lines.append(_head(rest, room))
+            rest = " " * indent + rest[len(lines[-1]) :]
+        lines.append(rest)
+    return [line.replace("\u00a0", " ") for line in lines]
+
+
+def echo_prose(text: str) -> None:
+    """Print it as wide as stdout's terminal."""
+    for line in prose(text, room(), indent=2):
+        click.echo(line)
+
+
+def _as_printed(text: str) -> str:
+    """``text`` as stdout's encoding leaves it: what it can't say may come out wider or narrower."""
+    if text.isascii():
+        return text
+    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    return text.encode(encoding, "replace" if errors == "strict" else errors).decode(encoding, "replace")
