@@ -416,7 +416,8 @@ struct window {
 	u32 ssthresh;
 	u32 lsndtime;
 };
-BPF_TABLE("lru_hash", u64, struct window, windows, 65536);
+/* Not one that evicts, or a window could be forgotten and fall with nobody to tell. How many: capture/bcc.py. */
+BPF_HASH(windows, u64, struct window, WINDOWS);
 /*
  * tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. Two of them,
  * because an ACK that a process works in, from the socket's backlog, can be interrupted by others.
@@ -496,7 +497,12 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	*last = key;
 	if (!w) {
-		windows.update(&key, &first);
+		if (windows.update(&key, &first)) {
+			/* A window that there is no room to note: a rest may follow that makes it fall unseen. */
+			if (restarts(sk) && SEE(u32, tp, tcp_sock, snd_cwnd) > sk_init_cwnd(sk))
+				count(COUNT_LOST);
+			return 0;
+		}
 		w = windows.lookup(&key);
 		if (!w)
 			return 0;
@@ -506,6 +512,15 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	w->cwnd = SEE(u32, tp, tcp_sock, snd_cwnd);
 	w->ssthresh = SEE(u32, tp, tcp_sock, snd_ssthresh);
 	w->lsndtime = SEE(u32, tp, tcp_sock, lsndtime);
+	return 0;
+}
+
+int on_tcp_destroy_sock_window_follow(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 key = ctx->args[0];
+
+	forget((const void *)key);
+	windows.delete(&key);
 	return 0;
 }
 

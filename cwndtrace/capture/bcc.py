@@ -68,6 +68,8 @@ _SLAB_HEADER: Final = 8
 _RING_PAGES: Final = 2048
 # 4 MiB: a reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
+# Of connections, noted by the rung tcp_probe.
+_WINDOWS: Final = 65536
 _CPUS: Final = "SC_NPROCESSORS_CONF"
 # What is new below a cgroup, and which sockets a process holds, is looked up again this often, and less often where
 # that would take more than this share of the time.
@@ -365,7 +367,8 @@ class Kernel:
     def _try(self, rung: str, reason: str) -> str | None:
         if rung in self._refused:
             return self._refused[rung]
-        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason), "RESET_PAGES": _RESET_PAGES}
+        sizes = {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
+        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)} | sizes
         attachments = ladder.BY_NAME[rung].attachments[reason]
         if any(a.target == "tcp_cong_state_set" for a in attachments):
             defines["RUNG_CONG_STATE"] = code("probe", rung)

@@ -110,7 +110,7 @@ RUNGS: Final = (
                 _btf("net_dev_queue", "on_net_dev_queue_first"),
                 _raw("napi_poll", "on_napi_poll"),
                 _btf("tcp_probe", "on_tcp_probe_ack"),
-                *_FOLLOW_END,
+                _raw("tcp_destroy_sock", "on_tcp_destroy_sock_window_follow"),
             ),
             "rto_loss": _LOSS_BY_STATE,
         },

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -20,11 +20,12 @@ from typing import Final, Self
 import pytest
 
 import cwndtrace
-from cwndtrace.capture import bpf_syscall
+from cwndtrace.capture import bcc, bpf_syscall
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import go, loop, reader
 from tests.live.soak import amount
+from tests.live.tcp import until
 from tests.live.test_run import running, within
 from tests.live.tracing import Tracer
 
@@ -273,3 +274,34 @@ def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None
     assert counts["lost"] <= resets / 1000
     # In the short form the allocator's own warming up is most of it.
     assert last - first < 20e6
+
+
+def test_more_windows_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, make_space: Callable[[], tcp.Space], drain: tcp.Drain
+) -> None:
+    """Each reset by rung tcp_probe is kept or counted as lost, and what closes makes room."""
+    monkeypatch.setattr(bcc, "_WINDOWS", 8)
+    space = make_space()
+    with Tracer("tcp_probe", netns=space.name, idle_only=True) as tracer:
+        for _ in range(2):
+            connections = [tcp.connect(space, drain) for _ in range(12)]
+            try:
+                before = len(tracer.records), tracer.tally.lost["cwnd_reset"]
+                for connection in connections:
+                    connection.grow()
+                resets = 0
+                for connection in connections:
+                    connection.rest(0.4)
+                    resets += connection.send().reason == "idle"
+                assert resets == len(connections)
+                tracer.settle()
+                kept, lost = (len(tracer.records) - before[0], tracer.tally.lost["cwnd_reset"] - before[1])
+                # Both ends of a connection are in the namespace, and each has a window.
+                assert 1 <= kept <= 8
+                # A window without room is counted at each end of a flight: a reset may follow each.
+                assert kept + lost >= resets
+            finally:
+                for connection in connections:
+                    connection.close()
+            windows = tracer._session.source._resets[0]  # type: ignore[attr-defined]
+            until(lambda w=windows: not list(bpf_syscall.keys(w._maps["windows"][0], 8)), 20, "an empty map")  # type: ignore[misc]
