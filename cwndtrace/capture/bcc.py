@@ -292,6 +292,13 @@ def _filter_defines(filters: Filters) -> dict[str, int]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
+@cache
+def _began_at(name: str) -> int:
+    """Where a record says when what it tells of began: of a window on its way back that is the reset."""
+    fields = event(name).fields
+    return next((f.offset for f in fields if f.name == "reset_ts_ns"), fields[0].offset)
+
+
 def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
     """Recoveries that the end of the trace cut short, as records."""
     records = np.zeros(len(followed), dtype=event("cwnd_recovery").dtype)
@@ -348,6 +355,8 @@ class Kernel:
         self._epoll = select.epoll()
         self._refresh_at = self._ticked = 0.0
         self._left_out: dict[str, int] = {}
+        self._begin_ns = 0
+        self._before = Counts()
         self._missed = Counter[str]()
         self._missed_at = float("-inf")
         self._stopped = False
@@ -416,12 +425,21 @@ class Kernel:
         # By edge: data that nobody was woken for (block I/O: submit() in bpf/block_io.bpf.c) must not end a wait.
         self._epoll.register(program.ring_fds[-1], select.EPOLLIN | select.EPOLLET)
 
+    def begin(self, mono_ns: int) -> None:
+        """Give and count nothing that began before: programs are attached one after the other, which takes seconds."""
+        self._before = self.counts()
+        self._begin_ns = mono_ns
+
     def _record(self, name: str, raw: bytes) -> None:
-        self._chunks.append((name, raw))
+        at = _began_at(name)
+        if int.from_bytes(raw[at : at + 8], sys.byteorder) >= self._begin_ns:
+            self._chunks.append((name, raw))
 
     def _slab(self, raw: bytes) -> None:
-        count = int.from_bytes(raw[:4], "little")
-        self._chunks.append(("block_io", raw[_SLAB_HEADER : _SLAB_HEADER + count * event("block_io").size]))
+        count = int.from_bytes(raw[:4], sys.byteorder)
+        rows = np.frombuffer(raw, event("block_io").dtype, count, _SLAB_HEADER)
+        late = rows["start_ns"] >= self._begin_ns
+        self._chunks.append(("block_io", (rows if late.all() else rows[late]).tobytes()))
 
     def _programs(self) -> list[Program]:
         return [*self._resets, *([self._block] if self._block else [])]
@@ -503,7 +521,9 @@ class Kernel:
             counts.withdrawn += withdrawn
         if self._block is not None:
             lost["block_io"] += self._block.totals()[0]
-        counts.lost = {name: lost[name] for name in self.events}
+        counts.lost = {name: lost[name] - self._before.lost.get(name, 0) for name in self.events}
+        counts.unchanged -= self._before.unchanged
+        counts.withdrawn -= self._before.withdrawn
         return counts
 
     def run_times(self) -> dict[str, tuple[int, int]]:
@@ -530,7 +550,8 @@ class Kernel:
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)
         chunks = self._take()
-        unfinished = [row for program in self._resets for row in program.rows("followed")]
+        rows = (row for program in self._resets for row in program.rows("followed"))
+        unfinished = [(sk, f) for sk, f in rows if f["reset_ts_ns"] >= self._begin_ns]
         return [*chunks, ("cwnd_recovery", _cut_short(unfinished))]
 
     def close(self) -> None:

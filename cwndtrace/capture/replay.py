@@ -78,6 +78,9 @@ class Replay:
             chunks.append((which, body[at - size : at]))
         return chunks
 
+    def begin(self, mono_ns: int) -> None:
+        """Nothing: a recording is of what was before."""
+
     def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002  (nothing to wait for)
         """The next chunk, if there is one."""
         return [self._chunks.pop()] if self._chunks else []

@@ -114,6 +114,7 @@ class Session:
         self.tally = Tally(kept=dict.fromkeys(source.events, 0))
         self.clock = Segments()
         self.start = self.clock.all[0]
+        source.begin(self.start["mono_ns"])
         self.snapshots = snapshots
         self.spaces: dict[str, dict[str, Any]] = {}
         self._checked_ns = self.start["mono_ns"]

@@ -55,6 +55,9 @@ class Source(Protocol):
     tried: dict[str, dict[str, str]]
     events: tuple[str, ...]
 
+    def begin(self, mono_ns: int) -> None:
+        """Tracing begins at this moment of CLOCK_MONOTONIC, for all events: nothing is given or counted from before."""
+
     def poll(self, timeout_s: float) -> list[Chunk]:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
 

@@ -19,9 +19,14 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
+from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.session import Session
+from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import ladder
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
+from tests.live.disk import loop
+from tests.live.tcp import until
 from tests.live.tracing import Tracer, check, expected
 
 pytestmark = pytest.mark.live
@@ -295,3 +300,43 @@ def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
     assert frames[0][["cwnd_before", "cwnd_after"]].to_numpy().tolist() == [
         [connection.sends[-1].before.cwnd, connection.sends[-1].after.cwnd]
     ]
+
+
+def test_tracing_begins_at_one_moment_for_all(tracer: Tracer, connect: Connect, space: tcp.Space) -> None:
+    """Programs are attached one after the other; what they saw before the session began is neither kept nor counted."""
+    connection = connect()
+    filters = Filters(netns=space.inode)
+    with loop() as disk:
+        kernel = Kernel(filters, probe=tracer.probe)
+        try:
+            connection.grow()
+            connection.rest(LONG)
+            early = connection.send()
+            connection.grow()
+            disk.read(1)
+            session = Session(kernel)
+            begin = session.start["mono_ns"]
+            connection.rest(LONG)
+            late = connection.send()
+            disk.read(2)
+            batches = session.step()
+
+            def requested() -> bool:
+                batches.extend(session.step())
+                return session.tally.kept["block_io"] > 0
+
+            until(requested, 20, "a request")
+            batches += session.finish()
+        finally:
+            kernel.close()
+    assert (early.reason, late.reason) == ("idle", "idle")
+    assert early.end_ns < begin < late.start_ns
+    rows = [row for batch in batches for row in batch.to_dicts()]
+    resets = [row["ts_ns"] for row in rows if row["event"] == "cwnd_reset"]
+    assert len(resets) == 1
+    assert late.start_ns <= resets[0] <= late.end_ns
+    began = {"cwnd_recovery": "reset_ts_ns", "cwnd_sample": "reset_ts_ns", "block_io": "start_ns"}
+    times = [row[began[row["event"]]] for row in rows if row["event"] in began]
+    assert times
+    assert min(times) >= begin
+    assert {row["dev"] for row in rows if row["event"] == "block_io"} >= {disk.dev}

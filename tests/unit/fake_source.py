@@ -19,8 +19,12 @@ class FakeSource:
         self.tried: dict[str, dict[str, str]] = {"idle": {"fentry": "refused"}}
         self.count = Counts(lost=dict.fromkeys(self.events, 0))
         self.closed = False
+        self.begun_ns = 0
         self._polls = list(polls)
         self._last = last or []
+
+    def begin(self, mono_ns: int) -> None:
+        self.begun_ns = mono_ns
 
     def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002
         return self._polls.pop(0) if self._polls else []
