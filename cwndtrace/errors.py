@@ -13,6 +13,8 @@ CwndtraceError              a cause and a remedy, both for a person
 
 from __future__ import annotations
 
+import errno
+import resource
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,19 @@ class NoRung(KernelLacks):
     def __init__(self, cause: str, remedy: str, tried: dict[str, str]) -> None:
         super().__init__(cause, remedy)
         self.tried = tried
+
+
+MORE_FILES: Final = "raise the limit: ulimit -n 1024"
+
+
+def too_many_files(error: OSError) -> CwndtraceError | None:
+    """What to say of an error that comes from a limit of open files; None for any other one."""
+    if error.errno == errno.ENFILE:
+        return CwndtraceError("this machine has as many files open as it may", "raise the limit: sysctl fs.file-max")
+    if error.errno != errno.EMFILE:
+        return None
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CwndtraceError(f"this process may have {most:,} files open at once, which is too few", MORE_FILES)
 
 
 @contextmanager

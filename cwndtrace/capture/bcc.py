@@ -312,8 +312,9 @@ def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
 
 
 def check_power() -> None:
-    """Raise PermissionNeeded or KernelLacks, with cause and cure, where this process can't load programs."""
+    """Raise CwndtraceError, with cause and cure, where this process can't load programs."""
     permission.check()
+    permission.check_files()
     try:
         try_map()
     except OSError as e:

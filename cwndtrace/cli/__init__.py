@@ -18,7 +18,7 @@ import click
 import cwndtrace
 from cwndtrace.cli import user
 from cwndtrace.cli.output import hold_standard
-from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
+from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, too_many_files
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -68,6 +68,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except CwndtraceError as e:
             sys.exit(explain(e))
+        except OSError as e:
+            if (limit := too_many_files(e)) is None:
+                raise
+            sys.exit(explain(limit))
 
 
 def explain(error: CwndtraceError) -> int:

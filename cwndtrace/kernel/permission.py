@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
 from typing import Final
 
 from cwndtrace import power
-from cwndtrace.errors import KernelLacks, PermissionNeeded
+from cwndtrace.errors import MORE_FILES, CwndtraceError, KernelLacks, PermissionNeeded, too_many_files
 from cwndtrace.kernel import facts
 
 _ENOUGH: Final = {power.BPF: "CAP_BPF", power.PERFMON: "CAP_PERFMON"}
 _SYSTEM: Final = Path("/proc/self")
+_DESCRIPTORS: Final = 128
+"""What maps, programs, what is attached, and the compiler take at most."""
 
 
 def check(process: Path = _SYSTEM, lockdown: str | None = None) -> None:
@@ -35,6 +38,22 @@ def check(process: Path = _SYSTEM, lockdown: str | None = None) -> None:
             "lockdown=confidentiality keeps BPF from reading what it traces",
             "boot with lockdown=integrity, or without lockdown",
         )
+
+
+def check_files(process: Path = _SYSTEM) -> None:
+    """Raise CwndtraceError where this process may not open what tracing takes: the kernel's objects are files too."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        now = sum(1 for _ in (process / "fd").iterdir())
+    except OSError as e:
+        if (limit := too_many_files(e)) is not None:
+            raise limit from e
+        raise
+    if most != resource.RLIM_INFINITY and most - now < _DESCRIPTORS:
+        cause = (
+            f"this process may have {most:,} files open at once, and has {now:,}: tracing takes {_DESCRIPTORS:,} more"
+        )
+        raise CwndtraceError(cause, MORE_FILES)
 
 
 def refused(process: Path = _SYSTEM) -> PermissionNeeded | None:

@@ -104,3 +104,11 @@ def test_without_tracefs() -> None:
     done = call("doctor", before=(*MOUNTS, f'{commands}; exec "$0" "$@"'))
     assert (done.returncode, done.stderr) == (0, "")
     assert "not mounted; cwndtrace needs none" in done.stdout
+
+
+@pytest.mark.parametrize("most", [20, 64])
+def test_too_few_files_may_be_open(most: int, tmp_path: Path) -> None:
+    """What the kernel holds for a tracer is a file each."""
+    done = call("run", "-d", "1s", "-o", tmp_path / "a.cwnd", before=("prlimit", f"--nofile={most}"))
+    assert_short(done, 1, f"may have {most} files open at once", r"ulimit -n 1024")
+    assert not (tmp_path / "a.cwnd").exists()

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
+from cwndtrace import errors
 from cwndtrace.errors import CwndtraceError, KernelLacks, PermissionNeeded
 from cwndtrace.kernel import permission
 
@@ -46,3 +50,25 @@ def test_a_filter_is_named(tmp_path: Path) -> None:
     found = permission.refused(process(tmp_path, (1 << 41) - 1, seccomp=2))
     assert found is not None
     assert "seccomp" in found.cause
+
+
+@pytest.mark.parametrize(
+    ("number", "cause", "cure"),
+    [(errno.EMFILE, "this process may have", "ulimit -n 1024"), (errno.ENFILE, "this machine has", "fs.file-max")],
+)
+def test_a_limit_of_open_files_is_named(number: int, cause: str, cure: str) -> None:
+    found = errors.too_many_files(OSError(number, os.strerror(number)))
+    assert found is not None
+    assert found.cause.startswith(cause)
+    assert cure in found.remedy
+    assert errors.too_many_files(OSError(errno.ENOENT, "")) is None
+
+
+def test_room_for_what_tracing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (open_now + 100, 4096))
+    with pytest.raises(errors.CwndtraceError, match="128 more") as caught:
+        permission.check_files()
+    assert "ulimit -n 1024" in caught.value.remedy
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (open_now + 200, 4096))
+    permission.check_files()
