@@ -20,12 +20,13 @@ Chunk = tuple[str, bytes]
 class Filters:
     """What to trace; everything that is None lets all through. All of it is decided in the kernel.
 
-    ``ifindex`` counts in the namespace ``netns`` (an inode), so it never comes without. ``cgroup`` is a
-    folder of cgroup v2; its descendants belong to it. ``min_idle_us`` applies to idle resets' rest.
+    ``ifindex`` counts in the namespace ``netns`` (an inode), so it never comes without; ``netns_name`` is for people.
+    ``cgroup`` is a folder of cgroup v2; its descendants belong to it. ``min_idle_us`` applies to idle resets' rest.
     """
 
     ifindex: int | None = None
     netns: int | None = None
+    netns_name: str | None = None
     pid: int | None = None
     port: int | None = None
     family: int | None = None

@@ -46,9 +46,25 @@ def resolve(
     return Filters(
         ifindex=interfaces.find(iface, where) if iface is not None and where is not None else None,
         netns=where.inode if where is not None else None,
+        netns_name=where.name if where is not None and namespace is not None else None,
         pid=pid,
         port=port,
         family={None: None, 4: int(socket.AF_INET), 6: int(socket.AF_INET6)}[family],
         cgroup=cgroups.find(cgroup) if cgroup is not None else None,
         min_idle_us=round(min_idle_s * 1e6) if min_idle_s is not None else None,
     )
+
+
+def named(filters: Filters, iface: str | None = None) -> str:
+    """What is traced, for people: ``eth0, port 443 in network namespace web (inode 4026532281)``."""
+    parts = [
+        iface,
+        f"port {filters.port}" if filters.port is not None else None,
+        f"process {filters.pid}" if filters.pid is not None else None,
+        f"cgroup {cgroups.shown(filters.cgroup)}" if filters.cgroup is not None else None,
+    ]
+    what = ", ".join(part for part in parts if part)
+    if filters.netns_name is None:
+        return what or "this machine"
+    where = f"network namespace {filters.netns_name} (inode {filters.netns})"
+    return f"{what} in {where}" if what else where

@@ -86,7 +86,7 @@ def run(
     if not output.parent.is_dir():
         cause = f"The folder {clean(str(output.parent))} doesn't exist."
         raise CaptureError(cause, "Make it, or choose another place with -o.")
-    what = iface or (f"port {port}" if port else f"process {pid}" if pid else "this machine")
+    what = target.named(filters, iface)
     with sessions.Interrupt() as interrupt:
         with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
             user, roots = _whose(stay_root=stay_root)

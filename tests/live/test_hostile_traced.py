@@ -240,3 +240,20 @@ def test_a_cgroup_under_ip_netns_exec(
     done = call("run", "-c", "nothing", "-d", "1s", "-o", tmp_path / "b.cwnd", before=within(space))
     assert done.returncode == 1
     assert "no cgroup nothing" in done.stderr
+
+
+def test_which_namespace_a_pid_is_in_is_said(make_space: Callable[[], tcp.Space], cgroup: Path, tmp_path: Path) -> None:
+    space = make_space()
+    holder = tcp.Holder(space, cgroup)
+    pid = holder.pid
+    try:
+        with running("-n", str(pid), "-P", "443", "--no-block", "-o", tmp_path / "a.cwnd") as run:
+            code, _, said = run.end()
+    finally:
+        holder.close()
+    assert code == 0, said
+    comm = said.partition("in network namespace ")[2].partition("[")[0]
+    assert f"Tracing port 443 in network namespace {comm}[{pid}] (inode {space.inode}): " in said
+    assert comm
+    named = cwndtrace.load(tmp_path / "a.cwnd").meta["filters"]
+    assert (named["netns"], named["netns_name"]) == (space.inode, f"{comm}[{pid}]")
