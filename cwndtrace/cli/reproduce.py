@@ -21,7 +21,7 @@ from cwndtrace import power
 from cwndtrace.capture import target
 from cwndtrace.capture.session import Interrupt
 from cwndtrace.capture.source import Filters
-from cwndtrace.cli import options
+from cwndtrace.cli import options, user
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.events import clean
@@ -36,7 +36,7 @@ from cwndtrace.lab.path import KINDS
 from cwndtrace.lab.recording import Recording, costs, matched
 from cwndtrace.lab.scenario import PRESETS
 from cwndtrace.lab.statistics import overall, size, summarise
-from cwndtrace.store.folder import Folder, make
+from cwndtrace.store.folder import Folder
 from cwndtrace.trace import Trace
 from cwndtrace.words import plural
 
@@ -117,8 +117,9 @@ def _check_together(against: str | None, of_the_path: dict[str, Any], of_the_ser
 @contextmanager
 def _new(path: Path) -> Iterator[Folder]:
     """Make a folder for whom sudo works for; it goes again if nothing was put into it."""
+    owner = user.invoking()
     try:
-        folder = make(path, power.invoking_user())
+        folder = Folder.make(path, owner)
     except OSError as e:
         raise CaptureError(f"{clean(str(path))} can't be made: {e.strerror}", "choose another folder with -o") from e
     try:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -18,14 +17,14 @@ from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
-from cwndtrace.cli import options, waiting
+from cwndtrace.cli import options, user, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing, printing_behind
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
 from cwndtrace.store import Behind, CaptureWriter
-from cwndtrace.store.writer import FLUSH_SECONDS
+from cwndtrace.store.writer import FLUSH_SECONDS, refuse_place
 
 
 @click.command()
@@ -40,7 +39,7 @@ from cwndtrace.store.writer import FLUSH_SECONDS
     default="wait",
     help="When the disk refuses rows: hold them until it takes them (default), or stop.",
 )
-@click.option("--stay-root", is_flag=True, help="Keep root's power for all of the trace, in one process.")
+@click.option("--stay-root", is_flag=True, help="Keep root's power while it traces, in one process.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each better probe was not used.")
 def run(
@@ -81,17 +80,14 @@ def run(
         min_idle_s=min_idle,
     )
     output = output or Path(time.strftime("cwndtrace-%Y%m%d-%H%M%S.cwnd"))
-    if output.exists():
-        raise CaptureError(f"{clean(str(output))} exists already.", "Choose another name with -o.")
-    if not output.parent.is_dir():
-        cause = f"The folder {clean(str(output.parent))} doesn't exist."
-        raise CaptureError(cause, "Make it, or choose another place with -o.")
+    owner = user.invoking()
+    # At once, and not after seconds of attaching.
+    refuse_place(output, owner)
     what = target.named(filters, iface)
     with sessions.Interrupt() as interrupt:
         with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
-            user, roots = _whose(stay_root=stay_root)
             about = sessions.describe(session, filters, cwndtrace.__version__)
-            writer = Behind(CaptureWriter.create(output, about, user=user))
+            writer = Behind(CaptureWriter.create(output, about, user=owner))
             view: TextView | JsonView
             if as_json:
                 view = JsonView(session, print_block=bool(block))
@@ -100,11 +96,9 @@ def run(
             try:
                 with printing_behind(view.unprinted, lambda: interrupt.hurried):
                     if not stay_root:
-                        _drop(session, writer.user, quiet=quiet)
-                    if writer.user != user is not None:
-                        roots = f"{user.name} may not write there"
+                        _drop(session, owner, quiet=quiet)
                     if not quiet:
-                        _say_what(session, what, roots, verbose=verbose)
+                        _say_what(session, what, verbose=verbose)
                     watch = Watch(session, filters, iface)
                     saver = Saver(writer, session, stop=unwritable == "stop")
                     failed = trace(session, saver, view, interrupt, watch, duration=duration, what=what, quiet=quiet)
@@ -112,6 +106,9 @@ def run(
                 failed = e.failed
             finally:
                 writer.close("failed")  # does nothing if it is closed already
+        if stay_root:
+            # Nothing needs it any more, and the capture's owner could lead its reading elsewhere.
+            power.drop(owner)
         with suppress(Unprinted), printing():
             if not interrupt.hurried:
                 # Here and not above: it takes pandas, which would hold up the start.
@@ -136,7 +133,7 @@ def _say_what_next(output: Path) -> None:
     click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
-def _say_what(session: Session, what: str, roots: str, *, verbose: bool) -> None:
+def _say_what(session: Session, what: str, *, verbose: bool) -> None:
     seen = ", ".join(f"{reason} by {rung}" for reason, rung in session.source.rungs.items() if rung)
     unseen = ", ".join(reason for reason, rung in session.source.rungs.items() if not rung)
     with suppress(Unprinted), printing():
@@ -145,25 +142,12 @@ def _say_what(session: Session, what: str, roots: str, *, verbose: bool) -> None
             for reason, tried in session.source.tried.items():
                 for rung, why in tried.items():
                     click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
-        if roots:
-            click.echo(f"{clean(roots)}: the capture is root's.", err=True)
 
 
-def _whose(*, stay_root: bool) -> tuple[power.User | None, str]:
-    """Whose the capture is to be, and why it is root's although sudo works for somebody."""
-    user = power.invoking_user()
-    if user is None or stay_root:
-        return user, ""
-    # Python reads modules as it goes: an installation below /root would be out of reach after the drop.
-    specs = (find_spec(name) for name in ("json", "numpy", "pandas", "pyarrow", "cwndtrace"))
-    closed = power.unreadable(user, [Path(spec.origin) for spec in specs if spec and spec.origin])
-    return (user, "") if closed is None else (None, f"{user.name} may not read {closed}")
-
-
-def _drop(session: Session, user: power.User | None, *, quiet: bool) -> None:
+def _drop(session: Session, owner: power.User | None, *, quiet: bool) -> None:
     """Give up what tracing needs no longer, now that all is attached and open."""
-    needed = session.source.power_needed(user)
-    power.drop(user, needed)
+    needed = session.source.power_needed(owner)
+    power.drop(owner, needed)
     if (left := power.still_powerful(needed)) and not quiet:
         click.echo(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
 

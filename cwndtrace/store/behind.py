@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from cwndtrace import power
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import Raw
 from cwndtrace.store.reader import Capture
@@ -50,11 +49,6 @@ class Behind:
     def _start(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
-
-    @property
-    def user(self) -> power.User | None:
-        """As the writer's."""
-        return self._writer.user
 
     def capture(self) -> Capture:
         """As the writer's."""

@@ -39,11 +39,14 @@ class Folder:
 
     @classmethod
     def make(cls, path: Path, user: power.User | None) -> Self:
-        """Make the folder ``path``, for nobody but its owner. Raises FileExistsError where there is something."""
+        """Make the folder ``path`` with ``user``'s rights, for nobody but its owner.
+
+        Raises FileExistsError where there is something.
+        """
         with power.acting_as(user):
             parent = _reach(path.parent)
             try:
-                os.mkdir(path.name, 0o700, dir_fd=parent)
+                _make_in(parent, path.name)
                 descriptor = os.open(path.name, _FOLDER, dir_fd=parent)
                 try:
                     owner = user.uid if user else os.geteuid()
@@ -117,14 +120,29 @@ class Folder:
         self.close()
 
 
-def make(path: Path, user: power.User | None) -> Folder:
-    """The new folder ``path``: ``user``'s if they may make it, else this process's own user's. Raises OSError."""
+def refuse(path: Path, user: power.User | None) -> None:
+    """Raise what ``Folder.make`` would, as far as it can be told without making anything."""
+    with power.acting_as(user):
+        parent = _reach(path.parent)
+        try:
+            with suppress(FileNotFoundError):
+                os.stat(path.name or ".", dir_fd=parent, follow_symlinks=False)
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            # By the effective rights, which are those acted with: the real ones may still be root's.
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=parent, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        finally:
+            os.close(parent)
+
+
+def _make_in(parent: int, name: str) -> None:
     try:
-        return Folder.make(path, user)
-    except PermissionError:
-        if user is None:
+        os.mkdir(name or ".", 0o700, dir_fd=parent)
+    except FileNotFoundError:
+        # So say file systems, as /proc, where nothing can be made; a folder that is gone has no link left.
+        if os.fstat(parent).st_nlink == 0:
             raise
-        return Folder.make(path, None)
+        raise OSError(errno.EROFS, "nothing can be made in that file system") from None
 
 
 def _reach(path: Path) -> int:

@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cwndtrace import events, power
 from cwndtrace.errors import CaptureError
-from cwndtrace.store.folder import Folder, Stranger, make
+from cwndtrace.store.folder import Folder, Stranger, refuse
 from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
 from cwndtrace.store.reader import Capture, open_capture
 
@@ -105,8 +106,7 @@ class CaptureWriter:
 
         ``meta`` may hold anything that JSON can; ``schema``, ``status``, ``pid``, ``pid_start`` (clock ticks
         since boot) and ``boot_id`` are filled in, because they tell later whether this process still lives.
-        The capture is made by ``user``'s rights and belongs to them; where they may not write, to this process's
-        own user, which ``user`` of the writer tells.
+        The capture is made by ``user``'s rights and belongs to them.
         Raises CaptureError if ``path`` exists, its parent doesn't, or it can't be written.
         """
         path = Path(path)
@@ -117,18 +117,8 @@ class CaptureWriter:
             "pid_start": process_start(os.getpid()),
             "boot_id": boot_id(),
         }
-        try:
-            folder = make(path, user)
-        except FileExistsError:
-            raise CaptureError(f"{show(path)} exists already.", "Choose another name with -o.") from None
-        except FileNotFoundError:
-            cause = f"The folder {show(path.parent)} doesn't exist."
-            raise CaptureError(cause, "Make it, or choose another place with -o.") from None
-        except Stranger as error:
-            cause = f"{show(path)} can't be made safely: {error.strerror}."
-            raise CaptureError(cause, "Give its real place, where nobody else can rename things, with -o.") from error
-        except OSError as error:
-            raise _failed(f"{show(path)} can't be made", error) from error
+        with _explained(path):
+            folder = Folder.make(path, user)
         writer = cls(path, folder, {**meta, **identity}, flush_seconds)
         try:
             writer._write_meta(writer._meta)
@@ -140,11 +130,6 @@ class CaptureWriter:
                 raise _failed(f"{show(path)} can't be written", error) from error
             raise
         return writer
-
-    @property
-    def user(self) -> power.User | None:
-        """Whose the capture is; None for this process's own user."""
-        return self._folder.user
 
     def capture(self) -> Capture:
         """The capture for reading, wherever its directory lies by now, also where its path can't be walked any more.
@@ -273,6 +258,29 @@ class CaptureWriter:
     def _write_meta(self, meta: dict[str, Any]) -> None:
         text = json.dumps(meta, indent=1, allow_nan=False)
         self._folder.write(META, lambda file: file.write(text.encode("ascii") + b"\n"))
+
+
+def refuse_place(path: Path, user: power.User | None) -> None:
+    """Raise the CaptureError of ``create`` where it is plain beforehand that no capture can be made there."""
+    with _explained(path):
+        refuse(path, user)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What making the folder ``path`` raises becomes CaptureError."""
+    try:
+        yield
+    except FileExistsError:
+        raise CaptureError(f"{show(path)} exists already.", "Choose another name with -o.") from None
+    except FileNotFoundError:
+        cause = f"The folder {show(path.parent)} doesn't exist."
+        raise CaptureError(cause, "Make it, or choose another place with -o.") from None
+    except Stranger as error:
+        cause = f"{show(path)} can't be made safely: {error.strerror}."
+        raise CaptureError(cause, "Give its real place, where nobody else can rename things, with -o.") from error
+    except OSError as error:
+        raise _failed(f"{show(path)} can't be made", error) from error
 
 
 def _own(rows: pa.Table | events.Raw) -> bool:

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +21,12 @@ import pytest
 
 import cwndtrace
 from cwndtrace import power
+from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import ladder
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.tcp import listening, until
-from tests.live.test_run import Running, rest_once, running
+from tests.live.test_run import Running, call, rest_once, running
 
 pytestmark = pytest.mark.live
 
@@ -179,16 +182,44 @@ def test_root_can_stay_what_it_is(connect: Connect, space: tcp.Space, home: Path
     assert_owned(home / "a.cwnd", UID, GID)
 
 
-def test_where_the_user_may_not_write_the_capture_is_roots(connect: Connect, space: tcp.Space, home: Path) -> None:
+@pytest.mark.parametrize("how", [(), ("--stay-root",)], ids=["", "stay-root"])
+@pytest.mark.parametrize("command", ["run", "reproduce"])
+def test_where_the_user_may_not_write_nothing_is_made(command: str, how: tuple[str, ...], home: Path) -> None:
+    """Neither is told what lies where they may not look."""
+    if how and command != "run":
+        pytest.skip("it has no such option")
     closed = home / "closed"
-    closed.mkdir(mode=0o700)
-    connect()
-    with running("-n", space.name, "-o", closed / "a.cwnd", before=FOR_SOMEBODY) as run:
-        assert_holds(run.process.pid, 0, 0, frozenset())
-        code, _, said = run.end()
-    assert code == 0, said
-    assert f"{UID} may not write there: the capture is root's." in said
-    assert_owned(closed / "a.cwnd", 0, 0)
+    (closed / "folder").mkdir(parents=True)
+    (closed / "there").touch()
+    closed.chmod(0o700)
+    said = set()
+    for name in ("new", "there", "folder/new", "missing/new", "there/new"):
+        done = call(command, *how, "-o", closed / name, before=FOR_SOMEBODY)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "can't be made: Permission denied" in done.stderr
+        assert "with -o" in done.stderr
+        said.add(done.stderr.replace(str(closed / name), ""))
+    assert len(said) == 1
+    assert sorted(p.name for p in closed.rglob("*")) == ["folder", "there"]
+
+
+def test_an_installation_that_the_user_can_not_read_is_refused(home: Path) -> None:
+    """Its modules are read as it goes, and root's rights to read them would be all that there is."""
+    closed = home / "closed"
+    shutil.copytree(Path(cwndtrace.__file__).parent, closed / "cwndtrace")
+    shutil.copytree(bpf_dir(), closed / "bpf")
+    closed.chmod(0o700)
+    os.chown(closed, 0, 0)
+    for arguments in (("run", "-o", "a.cwnd"), ("reproduce",), ("report", "a.cwnd"), ("compare", "a", "b"), ("serve",)):
+        done = subprocess.run(
+            [*FOR_SOMEBODY, f"PYTHONPATH={closed}", sys.executable, "-P", "-m", "cwndtrace", *arguments],
+            cwd=home, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, ""), (arguments, done.stderr)
+        cause, cure = done.stderr.splitlines()
+        assert cause == f"cwndtrace: {UID} may not read {closed}/cwndtrace/__init__.py, a part of this installation."
+        assert "make install" in cure
+    assert [p.name for p in home.iterdir()] == ["closed"]
 
 
 def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(connect: Connect, space: tcp.Space, home: Path) -> None:
@@ -226,11 +257,11 @@ def test_what_a_container_may_have_left(
     had: tuple[str, ...], owner: int, connect: Connect, home: Path, tmp_path: Path
 ) -> None:
     """Root with few capabilities: it traces with what there is, and keeps none of that."""
-    capture = (home if owner else tmp_path) / "a.cwnd"
+    capture, whose = (home / "a.cwnd", FOR_SOMEBODY) if owner else (tmp_path / "a.cwnd", FOR_NOBODY)
     few = ("setpriv", "--inh-caps=-all", f"--bounding-set=-all,{','.join(f'+{name}' for name in had)}")
     mine = tcp.Here()
     connection = connect(mine)
-    with running("-P", str(connection.sport), "-o", capture, before=(*FOR_SOMEBODY, *few)) as run:
+    with running("-P", str(connection.sport), "-o", capture, before=(*whose, *few)) as run:
         for thread in threads(run.process.pid):
             assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
             assert thread["Uid"].split() == [str(owner)] * 4
@@ -243,3 +274,12 @@ def test_what_a_container_may_have_left(
     assert list(trace.resets["sport"]) == [connection.sport]
     assert connection.sport in set(trace.connections["sport"])
     assert capture.stat().st_uid == owner
+
+
+def test_who_may_not_become_the_user_does_nothing(home: Path) -> None:
+    few = ("setpriv", "--inh-caps=-all", "--bounding-set=-all,+bpf,+perfmon")
+    for arguments in (("run", "-o", home / "a.cwnd"), ("plot", home / "a.cwnd"), ("reproduce", "-o", home / "a")):
+        done = call(*arguments, before=(*FOR_SOMEBODY, *few))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"SUDO_UID names user {UID}, whom this process may not become." in done.stderr
+    assert list(home.iterdir()) == []

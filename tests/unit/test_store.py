@@ -622,6 +622,8 @@ def test_a_capture_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     assert f"folder {tmp_path / 'no'} doesn't exist" in create_refusal(tmp_path / "no" / "a.cwnd").cause
     assert "Not a directory" in create_refusal(tmp_path / "file" / "a.cwnd").cause
     assert "shorter name" in create_refusal(tmp_path / ("x" * 300)).remedy
+    for path in (Path(), tmp_path / ".."):
+        assert "exists already" in create_refusal(path).cause
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
 
 
