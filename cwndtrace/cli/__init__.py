@@ -19,6 +19,7 @@ import cwndtrace
 from cwndtrace.cli import user
 from cwndtrace.cli.output import hold_standard
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, too_many_files
+from cwndtrace.words import print_all
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -61,9 +62,14 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run it all; what is wrong with the command line is printed before a command is invoked."""
+        hold_standard()
+        print_all()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        hold_standard()
         try:
             return super().invoke(ctx)
         except CwndtraceError as e:

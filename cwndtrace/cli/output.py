@@ -160,7 +160,7 @@ class _Later(io.TextIOBase):
         return len(text)
 
     def _put(self, text: str, *, whatever: bool = False) -> bool:
-        return self._paper.put(self.fileno(), text.encode(self.encoding, self.errors or "strict"), whatever=whatever)
+        return self._paper.put(self.fileno(), text.encode(self.encoding, "replace"), whatever=whatever)
 
     def flush(self) -> None:
         """Raise what printing failed with, once."""

@@ -24,6 +24,7 @@ from typing import Final
 from cwndtrace import isolated
 from cwndtrace.capture.target import need_root
 from cwndtrace.errors import CwndtraceError
+from cwndtrace.words import print_all
 
 _BURST: Final = 3_000_000
 _RESTS_S: Final = (0.25, 0.6, 1.2, 0.1, 0.4, 0.9, 0.25, 0.6)
@@ -95,7 +96,7 @@ def demo(folder: Path) -> tuple[Path, Path]:
         disk = threading.Thread(target=read_at_random, args=(device, stop))
         disk.start()
         run = [*command, "run", "--iface", "lo", "--output", str(capture)]
-        tracer = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True)
+        tracer = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
         try:
             _wait_until_attached(tracer)
             for rest in _RESTS_S:
@@ -125,6 +126,7 @@ def _wait_until_attached(tracer: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     """Parse the command line and run the demo."""
+    print_all()
     parser = argparse.ArgumentParser(prog="cwndtrace demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(), help="where the capture and the picture go")
     try:

@@ -470,10 +470,10 @@ EVIL = b"\x1b[2J\x07evil\n"
 
 
 @contextmanager
-def evil_thread_name() -> Iterator[None]:
+def evil_thread_name(name: bytes = EVIL) -> Iterator[None]:
     libc = ctypes.CDLL(None)
     old = tcp.thread_name().encode()
-    libc.prctl(15, EVIL, 0, 0, 0)
+    libc.prctl(15, name, 0, 0, 0)
     try:
         yield
     finally:
@@ -504,3 +504,30 @@ def test_a_hostile_name_never_reaches_the_terminal(connect: Connect, space: tcp.
     # On disk the name is what it was, in a frame what can be shown.
     assert set(open_capture(tmp_path / "a.cwnd").table("cwnd_reset")["comm"].to_pylist()) == {EVIL.decode()}
     assert set(cwndtrace.load(tmp_path / "a.cwnd").resets["comm"]) == {"?[2J?evil?"}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_name_that_can_not_be_printed(connect: Connect, space: tcp.Space, tmp_path: Path, as_json: bool) -> None:
+    """By the locale, which knows no replacement either; with a file name that is no text."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.cwnd"))
+    json_too = ["--json"] if as_json else []
+    strict = ("env", "PYTHONIOENCODING=latin-1:strict")
+    with loop() as disk, running("-n", space.name, "--block", *json_too, "-o", path, before=strict) as run:
+        connection = connect()
+        connection.grow()
+        with evil_thread_name(b"\xff\xfe\xff"):
+            time.sleep(connection.info().rto_us / 1e6 + 0.15)
+            connection.send()
+            disk.read(1, 2, 3)
+        code, shown, said = run.end()
+    assert code == 0, said
+    assert "Traceback" not in said
+    if as_json:
+        assert shown.isascii()
+        names = {row.get("comm") for row in map(json.loads, shown.splitlines()) if row["event"] == "cwnd_reset"}
+        assert names == {"\ufffd" * 3}
+    else:
+        assert f"???[{os.getpid()}]" in shown
+        assert "kept 1 reset" in shown
+    trace = cwndtrace.load(path)
+    assert (trace.status, len(trace.resets)) == ("complete", 1)

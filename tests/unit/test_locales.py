@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that a locale can't print, which any user may give: every command under every locale, on each surface."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cwndtrace
+from tests.unit import frames
+
+CHECKOUT = str(Path(cwndtrace.__file__).parents[1])
+COMM = b"\xff\xfe\xff"
+NAME = "é\u4e00\U0001f4a9"
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+from cwndtrace.cli import main
+for line in os.fsencode(sys.argv.pop(1)).split(b"\\n"):
+    try:
+        main([os.fsdecode(word) for word in line.split(b"\\t")])
+    except SystemExit as e:
+        sys.stdout.flush()
+        os.write(1, b"== %d\\n" % (e.code or 0))
+"""
+LATIN = "de_DE.ISO-8859-1"
+"""Made by the test: few machines have it."""
+OLD = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""Without what Python does of its own to a C locale; where Python is isolated it does so all the same."""
+WHERE: dict[str, tuple[dict[str, str], str]] = {
+    "latin-1": ({"LC_ALL": LATIN}, "latin-1"),
+    "C": ({"LC_ALL": "C"}, "utf-8"),
+    "POSIX and nothing else": ({"LC_ALL": "POSIX", **OLD}, "ascii"),
+    "C.UTF-8": ({"LC_ALL": "C.UTF-8"}, "utf-8"),
+    "strict ascii": ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii:strict"}, "ascii"),
+    "strict latin-1": ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1:strict"}, "latin-1"),
+}
+
+
+@pytest.fixture(scope="module")
+def locales(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the locale LATIN."""
+    folder = tmp_path_factory.mktemp("locales")
+    if shutil.which("localedef") is None:
+        pytest.skip("no localedef (Debian: libc-bin)")
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / LATIN)], capture_output=True, check=False
+    )
+    if not (folder / LATIN).is_dir():
+        pytest.skip(f"localedef can't make {LATIN} (Debian: apt install locales): {made.stderr!r}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose names no locale but UTF-8 can print, in a folder whose name is no text at all."""
+    folder = tmp_path_factory.mktemp("captures")
+    resets = frames.table("cwnd_reset", frames.reset(5, comm=COMM), frames.reset(7, comm=NAME.encode()))
+    seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=NAME) for t in (0, 9)]
+    blocks = frames.table("block_io", frames.block(1, comm=COMM), frames.block(2, comm=NAME.encode()))
+    frames.capture(
+        folder / "a.cwnd", resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=NAME,
+        devices={"7:0": NAME}, filters={"iface": "\udcff"}, command=["cwndtrace", "\udcff"],
+        sysctls={str(frames.NETNS): {"name": NAME}},
+    )  # fmt: skip
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xc3\xa9.cwnd"))
+    (folder / "a.cwnd").rename(odd)
+    return odd
+
+
+@pytest.mark.parametrize(
+    ("where", "isolated"), [*((where, False) for where in WHERE), ("latin-1", True), ("strict ascii", True)]
+)
+def test_every_command(
+    request: pytest.FixtureRequest, capture: Path, tmp_path: Path, where: str, isolated: bool
+) -> None:
+    variables, encoding = WHERE[where]
+    if isolated and (OLD.items() <= variables.items() or "PYTHONIOENCODING" in variables):
+        # Python reads no variable of its own then.
+        encoding = "utf-8"
+    if variables["LC_ALL"] == LATIN:
+        variables = {**variables, "LOCPATH": str(request.getfixturevalue("locales"))}
+    name = str(capture)
+    lines: list[list[str]] = [
+        ["report", name],
+        ["report", name, "--json"],
+        ["compare", name, name],
+        ["compare", name, name, "--json"],
+        ["report", name, "--html", str(tmp_path / "\udcffé.html")],
+        ["plot", name, "-o", str(tmp_path / "\udcffé.svg")],
+        ["report", str(tmp_path / "\udcffé")],
+        ["plot", name, "-o", str(tmp_path / "\udcffé" / "a.png")],
+        ["run", "--iface", "\udcffé"],
+        ["run", "--probe", "\udcffé"],
+        ["doctor", "\udcffé"],
+        ["serve", "\udcffé"],
+        ["reproduce", "--burst", "\udcffé"],
+        ["\udcffé"],
+    ]
+    command = [sys.executable, *(["-I"] if isolated else []), "-c", DRIVER, CHECKOUT]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    done = subprocess.run(
+        [*map(os.fsencode, command), b"\n".join(b"\t".join(map(os.fsencode, line)) for line in lines)],
+        capture_output=True, check=False, timeout=300, env={**kept, **variables}, cwd=tmp_path,
+    )  # fmt: skip
+    said = done.stderr.decode(encoding)
+    assert "Traceback" not in said, said
+    assert done.returncode == 0, said
+    texts: list[str] = []
+    codes: list[int] = []
+    for line in done.stdout.decode(encoding).split("\n"):
+        if line.startswith("== "):
+            codes.append(int(line.removeprefix("== ")))
+        else:
+            texts.append(line)
+            assert line.isprintable()
+    assert codes == [0] * 6 + [1] * 3 + [2] * 5, said
+    assert [line for line in texts if line.startswith("{")]
+    for line in texts:
+        if line.startswith("{"):
+            assert line.isascii()
+            json.loads(line)
+    shown = NAME.encode(encoding, "replace").decode(encoding)
+    assert any(shown in line for line in texts if not line.startswith("{")), texts
+    assert b"<svg" in (tmp_path / "\udcffé.svg").read_bytes()
+    assert NAME in (tmp_path / "\udcffé.html").read_text("utf-8")
