@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +20,7 @@ import click
 import pandas as pd
 
 import cwndtrace
-from cwndtrace import power
+from cwndtrace import isolated, power
 from cwndtrace.capture import target
 from cwndtrace.capture.session import Interrupt
 from cwndtrace.capture.source import Filters
@@ -225,9 +228,36 @@ def _measure(
         raise broken
     taken = frame(lab.taken)
     folder.write("measurements.parquet", taken.to_parquet)
-    _report(taken, recording.trace(), path, folder, lab.notes(), dark=dark)
+    code = _report_apart(path, folder, lab.notes(), dark=dark)
     if broken is not None:
         raise broken
+    if code:
+        sys.exit(code)
+
+
+def _report_apart(path: Path, folder: Folder, notes: list[str], *, dark: bool) -> int:
+    """Have it all reported by a process that has no power; its exit code."""
+    descriptor = folder.fileno()
+    command = isolated.python("-m", "cwndtrace.cli.measured", *(["--dark"] if dark else []), "--", str(descriptor))
+    done = subprocess.run(
+        [*command, str(path)], env=isolated.environment(), pass_fds=[descriptor], input=json.dumps(notes).encode(),
+        check=False,
+    )  # fmt: skip
+    if done.returncode < 0:
+        cause = f"the process that reports was ended from outside, by signal {-done.returncode}"
+        raise CwndtraceError(cause, f"what was measured is in {path}: try cwndtrace report on its capture.cwnd")
+    return done.returncode
+
+
+@click.command()
+@click.argument("descriptor", type=int)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--dark", is_flag=True)
+def measured(descriptor: int, path: Path, *, dark: bool) -> None:
+    """Report what lies in an open folder that people know as PATH; notes come on stdin (see cli/measured.py)."""
+    with Folder(descriptor, None) as folder:
+        taken = pd.read_parquet(folder.path / "measurements.parquet")
+        _report(taken, cwndtrace.load(folder.path / "capture.cwnd"), path, folder, json.load(sys.stdin), dark=dark)
 
 
 def _line(row: Measurement) -> str:

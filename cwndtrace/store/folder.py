@@ -66,6 +66,10 @@ class Folder:
         """A name that reads this folder wherever it lies, for this process and until ``close``."""
         return Path(f"/proc/self/fd/{self._fd}")
 
+    def fileno(self) -> int:
+        """Its descriptor, for a process that is to have it too."""
+        return self._fd
+
     def inside(self, name: str) -> Folder:
         """The folder ``name`` in this one, made if there is none."""
         with power.acting_as(self.user):
