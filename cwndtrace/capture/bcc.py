@@ -11,7 +11,6 @@ import platform
 import re
 import select
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -214,7 +213,8 @@ def _quiet() -> Iterator[list[str]]:
     said: list[str] = []
     sys.stderr.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    # In memory: a file would lie where TMPDIR says, which may be somebody else's folder.
+    with os.fdopen(os.memfd_create("cwndtrace"), "w+b") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield said

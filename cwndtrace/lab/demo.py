@@ -13,17 +13,17 @@ import random
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from cwndtrace import isolated
+from cwndtrace import isolated, power
 from cwndtrace.capture.target import need_root
 from cwndtrace.errors import CwndtraceError
+from cwndtrace.lab.disk import loop
 from cwndtrace.words import print_all
 
 _BURST: Final = 3_000_000
@@ -34,18 +34,19 @@ _BLOCK: Final = 4096
 
 @contextmanager
 def loop_device(size: int) -> Iterator[str]:
-    """A loop device of ``size`` bytes on a temporary file; raises CwndtraceError where losetup can't make one."""
-    with tempfile.NamedTemporaryFile(prefix="cwndtrace-demo-") as backing:
-        backing.truncate(size)
-        attach, environment = ["losetup", "--find", "--show", backing.name], isolated.environment()
-        made = subprocess.run(attach, env=environment, capture_output=True, text=True, check=False)
-        if made.returncode != 0:
-            raise CwndtraceError(f"no loop device: {made.stderr.strip()}", "load the module: modprobe loop")
-        device = made.stdout.strip()
+    """A loop device of ``size`` bytes of memory; raises CwndtraceError where none can be made.
+
+    Not of a file: where it is made, TMPDIR says, and that may be somebody else's folder.
+    """
+    with ExitStack() as stack:
+        memory = os.memfd_create("cwndtrace-demo")
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, size)
         try:
-            yield device
-        finally:
-            subprocess.run(["losetup", "--detach", device], env=environment, check=True)
+            device = loop(stack, memory)
+        except OSError as e:
+            raise CwndtraceError(f"no loop device: {e.strerror}", "load the module: modprobe loop") from e
+        yield str(Path(f"/proc/self/fd/{device}").readlink())
 
 
 def read_at_random(device: str, stop: threading.Event) -> None:
@@ -87,7 +88,12 @@ def _swallow(receiver: socket.socket) -> None:
 def demo(folder: Path) -> tuple[Path, Path]:
     """Run it; the capture and the picture, both in ``folder``. Raises CwndtraceError where a step fails."""
     need_root("the demo")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # All that it leaves is the user's, and lies where they may put it.
+        with power.acting_as(power.invoking_user()):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CwndtraceError(f"{folder} can't be made: {e.strerror}.", "choose another folder with --out") from e
     capture = folder / time.strftime("demo-%Y%m%d-%H%M%S.cwnd")
     picture = capture.with_suffix(".png")
     command, environment = isolated.python("-m", "cwndtrace"), isolated.environment()
@@ -112,7 +118,9 @@ def demo(folder: Path) -> tuple[Path, Path]:
     if tracer.returncode != 0:
         raise CwndtraceError(f"cwndtrace run ended with exit code {tracer.returncode}", "see what it printed above")
     plot = [*command, "plot", str(capture), "--output", str(picture)]
-    subprocess.run(plot, env=environment, check=True, stdout=subprocess.DEVNULL)
+    # It gives the power up before anything else.
+    if code := subprocess.run(plot, env=environment, check=False, stdout=subprocess.DEVNULL).returncode:
+        raise CwndtraceError(f"cwndtrace plot ended with exit code {code}", "see what it printed above")
     return capture, picture
 
 

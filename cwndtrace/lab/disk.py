@@ -137,8 +137,8 @@ def _throttled_loop(owner: Owner) -> Iterator[SlowDevice]:
         memory = os.memfd_create(owner.name("disk"))
         stack.callback(os.close, memory)
         os.ftruncate(memory, SIZE)
-        lower = _loop(stack, memory, 0)
-        upper = _loop(stack, lower, _DIRECT_IO)
+        lower = loop(stack, memory)
+        upper = loop(stack, lower, _DIRECT_IO)
         group = stack.enter_context(_group(owner, os.fstat(lower).st_rdev))
 
         def admit(pid: int) -> None:
@@ -148,8 +148,8 @@ def _throttled_loop(owner: Owner) -> Iterator[SlowDevice]:
         yield SlowDevice(path, f"a loop device on one throttled to {READS_PER_S} requests a second", admit)
 
 
-def _loop(stack: ExitStack, backing: int, flags: int) -> int:
-    """A descriptor of a new loop device over ``backing``. Raises OSError."""
+def loop(stack: ExitStack, backing: int, flags: int = 0) -> int:
+    """A descriptor of a new loop device over ``backing``, which is gone with ``stack``. Raises OSError."""
     with Path("/dev/loop-control").open("rb") as control:
         # Another process may take the free one first.
         for attempt in range(10):
