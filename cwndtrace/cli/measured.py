@@ -12,10 +12,12 @@ import sys
 
 from cwndtrace.cli import explain, user
 from cwndtrace.errors import CwndtraceError
+from cwndtrace.words import print_all
 
 
 def main() -> None:
     """Give the power up, and then go on."""
+    print_all()
     # A Ctrl-C is for the parent to explain.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
