@@ -26,7 +26,7 @@ import numpy as np
 from cwndtrace import power
 from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
-from cwndtrace.capture.lookout import Lookout, outlive_signals
+from cwndtrace.capture.lookout import Lookout, outlive_signals, start_deaf
 from cwndtrace.capture.program import Program, map_uses
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
@@ -184,7 +184,7 @@ def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     process = fork.Process(target=_tell, args=(theirs, text, flags, name), name="compiler", daemon=True)
-    process.start()
+    start_deaf(process)
     theirs.close()
     try:
         found = ours.recv()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 import pyarrow as pa
@@ -162,7 +163,7 @@ class Apart(Lookout):
         self._process = context.Process(
             target=_look, args=(filters, user, os.getpid(), theirs, ours), name="lookout", daemon=True
         )
-        self._process.start()
+        start_deaf(self._process)
         for end in theirs:
             end.close()
         self._slow, self._quick = (_Line(end, s) for end, s in zip(ours, (_SLOW_S, _QUICK_S), strict=True))
@@ -236,12 +237,22 @@ class Apart(Lookout):
         self._process.join(_PATIENCE_S)
 
 
+def start_deaf(process: BaseProcess) -> None:
+    """Start a process that is to call ``outlive_signals``, so that no signal can come before it has."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def outlive_signals() -> None:
     """For a process that its parent ends: what a group, a terminal or a service gets isn't for it."""
     # An error of its own still ends it, and it can collect children.
     own = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
     for number in signal.valid_signals() - own - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _look(
