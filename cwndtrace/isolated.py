@@ -7,9 +7,13 @@ it was before. Neither may choose what code runs, which commands are found or wh
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 _PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -22,6 +26,46 @@ _KEPT: Final = re.compile(
 # As sudo has it: what names a file makes the C library open it.
 _NAMES_NO_FILE: Final = re.compile(r"[^/%]*")
 _HOURS: Final = re.compile(r"[A-Za-z0-9_+<>,.-]+(?:/[A-Za-z0-9_+-]+)*")
+
+
+_SETTINGS: Final = Path(__file__).parent / "plot"
+"""The folder with the project's own matplotlibrc."""
+_begun = False
+
+
+def begin() -> None:
+    """To be called by a command before it imports what looks at the environment.
+
+    Root's own is replaced by ``environment()``, since libbcc, clang, Arrow and others look into it. Somebody else's
+    stays: it can't give them what they haven't got.
+    """
+    global _begun
+    _begun = True
+    if os.geteuid() == 0:
+        kept = environment()
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def load_matplotlib() -> None:
+    """Import matplotlib with the project's settings, in a command or an isolated Python; elsewhere do nothing.
+
+    As it is imported it reads the first matplotlibrc it finds, and the current folder's comes first, before
+    MATPLOTLIBRC and the user's.
+    """
+    if "matplotlib" in sys.modules or not (_begun or sys.flags.isolated):
+        return
+    # A folder that this user may not enter is none that matplotlib finds a file in.
+    with suppress(OSError):
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.chdir(_SETTINGS)
+            import_module("matplotlib")
+        finally:
+            os.fchdir(here)
+            os.close(here)
+    # It warns where it may not keep its list of fonts, and while it makes it: that is nobody's business.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def python(*arguments: str) -> list[str]:

@@ -14,6 +14,10 @@ from importlib import resources
 from io import BytesIO
 from typing import Any, Final
 
+import cwndtrace.plot  # noqa: F401  # first, since it decides whose settings matplotlib reads
+
+# isort: split
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of the environment reaches a child, and whose settings matplotlib has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cwndtrace import isolated
+
+PAPER = "import cwndtrace.plot.style, matplotlib, os; print(matplotlib.rcParams['figure.dpi'], os.getcwd())"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "passes"),
+    [
+        ("TERM", "xterm", True),
+        ("LC_ALL", "de_DE.ISO-8859-1", True),
+        ("LC_ALL", "../../tmp/x", False),
+        ("LANG", "%s", False),
+        ("TZ", "Europe/Vienna", True),
+        ("TZ", ":/tmp/x", False),
+        ("TZ", "../../tmp/x", False),
+        ("SUDO_UID", "1000", True),
+        ("PYTHONPATH", "/tmp", False),
+        ("LD_PRELOAD", "/tmp/x.so", False),
+        ("MPLCONFIGDIR", "/tmp", False),
+        ("BCC_SYMFS", "/tmp", False),
+        ("HOME", "/tmp", False),
+    ],
+)
+def test_a_child_gets_what_is_harmless(monkeypatch: pytest.MonkeyPatch, name: str, value: str, passes: bool) -> None:
+    monkeypatch.setenv(name, value)
+    assert (isolated.environment().get(name) == value) is passes
+
+
+def test_commands_are_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("/tmp", ""):
+        monkeypatch.setenv("PATH", path)
+        assert isolated.environment()["PATH"] == "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@pytest.mark.parametrize(("options", "dpi"), [(("-I",), "100.0"), (("-P",), "31.0")])
+def test_settings_are_ours_in_a_command_and_the_users_in_their_program(
+    tmp_path: Path, options: tuple[str, ...], dpi: str
+) -> None:
+    (tmp_path / "matplotlibrc").write_text("figure.dpi: 31\n")
+    command = [sys.executable, *options, "-c", PAPER]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [dpi, str(tmp_path)]
