@@ -24,10 +24,10 @@ install: ## install into PREFIX (/opt/cwndtrace), and `cwndtrace` on root's PATH
 uninstall: ## take that away again; the distribution's packages stay
 	@$(SETUP) uninstall
 
-# -P: the installed package, not the one in this folder.
+# -I: the installed package, not the one in this folder.
 demo: ## install, trace a connection with rests while a disk is read, then measure what the resets cost
 	@$(SUDO) $(SETUP) install
-	@$(SUDO) '$(PREFIX)/bin/python' -P -m cwndtrace.lab.demo
+	@$(SUDO) '$(PREFIX)/bin/python' -I -m cwndtrace.lab.demo
 	@$(SUDO) '$(PREFIX)/bin/cwndtrace' reproduce --preset quick
 
 develop: ## development packages, and .venv with this checkout in it

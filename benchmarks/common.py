@@ -11,7 +11,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cwndtrace import isolated
+
 # tools/vm names its guest, whose figures stand beside those of the machine itself.
 RESULTS: Final = Path("benchmarks/results", os.environ.get("CWNDTRACE_VM", ""))
 START_LIMIT_S: Final = 180  # bcc compiles for a minute in an emulated machine
-COMMAND: Final = (sys.executable, "-m", "cwndtrace")
+COMMAND: Final = (*isolated.python("-m", "cwndtrace"),)
 
 
 def machine() -> dict[str, Any]:

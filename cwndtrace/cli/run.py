@@ -130,7 +130,7 @@ def _say_what_next(output: Path) -> None:
     click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
     click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
     click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
-    click.echo(f'  {sys.executable} -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
+    click.echo(f'  {sys.executable} -I -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
 def _say_what(session: Session, what: str, *, verbose: bool) -> None:

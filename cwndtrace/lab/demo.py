@@ -134,6 +134,7 @@ def _wait_until_attached(tracer: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     """Parse the command line and run the demo."""
+    isolated.begin()
     print_all()
     parser = argparse.ArgumentParser(prog="cwndtrace demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(), help="where the capture and the picture go")

@@ -81,7 +81,7 @@ def follow_steps(
     connection: tcp.Connection,
     path: Path,
     step: Callable[[int], None],
-    python: tuple[str, ...] = ("-m", "cwndtrace"),
+    python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),
 ) -> None:
     """A trace over which ``step`` sets the wall clock so many nanoseconds off what it was: times are in order, and UTC
     right before and after each step."""

@@ -33,7 +33,7 @@ from tests.live.tracing import EMULATED
 
 pytestmark = pytest.mark.live
 
-COMMAND = [sys.executable, "-m", "cwndtrace"]
+COMMAND = [sys.executable, "-P", "-m", "cwndtrace"]
 CHECKOUT = str(Path(__file__).resolve().parents[2])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
 ATTACHED = re.compile(r"^Tracing .+: idle by \w+")
@@ -62,7 +62,7 @@ class Running:
         before: tuple[str, ...] = (),
         stdout: int | None = None,
         said: bool = True,
-        python: tuple[str, ...] = ("-m", "cwndtrace"),
+        python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),
     ) -> None:
         command = [*before, sys.executable, *python, "run", *map(str, arguments)]
         out = subprocess.PIPE if stdout is None else stdout
@@ -95,7 +95,7 @@ def running(
     before: tuple[str, ...] = (),
     stdout: int | None = None,
     said: bool = True,
-    python: tuple[str, ...] = ("-m", "cwndtrace"),
+    python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),
 ) -> Iterator[Running]:
     made = Running(*arguments, before=before, stdout=stdout, said=said, python=python)
     try:

@@ -36,7 +36,7 @@ BELOW = {
     # The package itself only shows the public names; the commands wire everything.
     "": LEAVES | {"capture", "trace"},
     "cli": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", "lab", "report", ""},
-    "__main__": {"cli"},
+    "__main__": {"cli", "isolated"},
 }
 """What each part of the package may import besides itself; the empty name is ``cwndtrace/__init__.py``."""
 
