@@ -115,7 +115,7 @@ def open_capture(path: str | os.PathLike[str]) -> Capture:
             meta = _read_meta(where)  # its writer may have closed it between our two looks
     except PermissionError as error:
         cause = f"{show(where)} can't be read: {error.strerror}."
-        raise CaptureError(cause, "Read it as the user who wrote it, perhaps with sudo.") from error
+        raise CaptureError(cause, "Read it as the user who wrote it.") from error
     return Capture(where, meta, _status(meta), _lacking(meta))
 
 

@@ -14,19 +14,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import cwndtrace
 from cwndtrace import power
+from cwndtrace.cli import COMMANDS, NEED_ROOT
 from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import ladder
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.tcp import listening, until
-from tests.live.test_run import Running, call, rest_once, running
+from tests.live.test_run import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, rest_once, running
 
 pytestmark = pytest.mark.live
 
@@ -283,3 +284,67 @@ def test_who_may_not_become_the_user_does_nothing(home: Path) -> None:
         assert (done.returncode, done.stdout) == (1, "")
         assert f"SUDO_UID names user {UID}, whom this process may not become." in done.stderr
     assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(("whose", "uid", "gid"), [(FOR_SOMEBODY, UID, GID), (FOR_NOBODY, 0, 0)], ids=["sudo", "root"])
+def test_what_needs_no_root_gives_it_up(whose: tuple[str, ...], uid: int, gid: int, home: Path) -> None:
+    """serve stands for all such commands, because it waits."""
+    serve = [*whose, *COMMAND, "serve", "--port", "0"]
+    with subprocess.Popen(serve, cwd=home, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith("Listening")
+            assert_holds(process.pid, uid, gid, frozenset())
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - NEED_ROOT))
+def test_power_goes_before_anything_else(command: str, home: Path) -> None:
+    """Before what is large is imported, and with HOME and its like away from root's."""
+    script = (
+        "import os, sys\n"
+        "from cwndtrace import cli, power\n"
+        "real = power.drop\n"
+        "def drop(user):\n"
+        "    print(user.uid, [n for n in ('numpy', 'pyarrow', 'pandas', 'matplotlib') if n in sys.modules])\n"
+        "    real(user)\n"
+        "power.drop = drop\n"
+        "try: cli.main([sys.argv[1], 'missing.cwnd', '-o', '/root/x.png'])\n"
+        "finally: print([n for n in os.environ if '/root' in os.environ[n]], os.environ['HOME'])\n"
+    )
+    of_root = ("HOME=/root", "MPLCONFIGDIR=/root/m", "XDG_CONFIG_HOME=/root/c", "XDG_CACHE_HOME=/root/d", "PATH=/bin")
+    done = subprocess.run(
+        [*FOR_SOMEBODY, *of_root, sys.executable, "-c", script, command],
+        cwd=home, env={"PYTHONPATH": CHECKOUT}, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == f"{UID} []\n[] /\n", done.stderr
+
+
+def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
+    """What reads the user's capture and draws is a process of its own."""
+    short = ("--rtt", "5ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
+    command = [*FOR_SOMEBODY, *COMMAND, "reproduce", *short, "-o", home / "a"]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+
+            def drawing() -> bool:
+                assert process.poll() is None, process.communicate()
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                assert "matplotlib" not in maps
+                for child in children(process.pid):
+                    with suppress(OSError):
+                        if "matplotlib" in Path(f"/proc/{child}/maps").read_text():
+                            assert_holds(child, UID, GID, frozenset())
+                            return True
+                return False
+
+            until(drawing, 120, "matplotlib to be loaded")
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 0, said
+    assert_owned(home / "a", UID, GID)
+    assert len(list((home / "a").glob("*.png"))) == 4
