@@ -323,8 +323,8 @@ def test_power_goes_before_anything_else(command: str, home: Path) -> None:
 
 def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
     """What reads the user's capture and draws is a process of its own."""
-    short = ("--rtt", "5ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
-    command = [*FOR_SOMEBODY, *COMMAND, "reproduce", *short, "-o", home / "a"]
+    short = ("--rtt", "20ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
+    command = [*FOR_SOMEBODY, *COMMAND, "reproduce", *short, "-o", str(home / "a")]
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
