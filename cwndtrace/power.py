@@ -198,7 +198,11 @@ def still_powerful(keep: frozenset[int] = frozenset()) -> list[str]:
     mask = sum(1 << number for number in keep)
     found = []
     for task in Path("/proc/self/task").iterdir():
-        facts = dict(line.split(":\t", 1) for line in (task / "status").read_text(errors="replace").splitlines())
+        try:
+            status = (task / "status").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        facts = dict(line.split(":\t", 1) for line in status.splitlines())
         if int(facts["CapPrm"], 16) & ~mask:
             found.append(facts["Name"])
     return found

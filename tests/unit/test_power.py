@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,24 @@ def test_no_library_starts_a_thread_when_the_command_is_loaded() -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
+
+
+def test_threads_that_end_while_they_are_looked_at() -> None:
+    stopped = threading.Event()
+
+    def churn() -> None:
+        while not stopped.is_set():
+            short = [threading.Thread(target=int) for _ in range(20)]
+            for thread in short:
+                thread.start()
+            for thread in short:
+                thread.join()
+
+    churning = threading.Thread(target=churn)
+    churning.start()
+    try:
+        for _ in range(300):
+            power.still_powerful(power.held())
+    finally:
+        stopped.set()
+        churning.join()
