@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cwndtrace import events
+from cwndtrace import events, words
 from cwndtrace.errors import CaptureError, NotFound
 from cwndtrace.trace import Trace, load
 from tests.unit import frames
@@ -230,3 +230,16 @@ def test_what_is_left_of_a_closed_connection_has_no_window(tmp_path: Path) -> No
     (row,) = trace.summary().to_dict("records")
     assert (row["cwnd_min_segments"], row["cwnd_last_segments"], row["snapshots"]) == (40, 44, 2)
     assert row["srtt_us"] > 0
+
+
+def test_what_a_filter_had_no_room_for(tmp_path: Path) -> None:
+    told = {"cgroups": 117, "sockets": 0, "<b>": 5}
+    trace = frames.capture(tmp_path / "a.cwnd", left_out=told)
+    assert trace.left_out == {"cgroups": 117}
+    assert ("left out", words.left_out("cgroups", 117)) in trace.facts()
+    assert "117 cgroups" in repr(trace)
+    stranges: tuple[object, ...] = (None, [], {"cgroups": "many"}, {"cgroups": -1})
+    for strange in stranges:
+        hostile = frames.capture(tmp_path / f"{len(str(strange))}{strange is None}.cwnd", left_out=strange)
+        assert hostile.left_out == {}
+        assert repr(hostile)
