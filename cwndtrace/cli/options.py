@@ -30,6 +30,28 @@ class Span(click.ParamType[float]):
         return float(match[1]) * _UNITS[match[2]]
 
 
+def _family(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    family = int(str(param.name).removeprefix("ipv")) if value else None
+    before = ctx.params.setdefault("family", family)
+    if before and family and before != family:
+        raise click.UsageError("-4 and -6 together leave nothing: give one of them, or none for both", ctx)
+    ctx.params["family"] = before or family
+
+
+def family(four: str, six: str) -> Callable[[F], F]:
+    """The options -4 and -6, one of which ``family`` tells: 4, 6 or None."""
+
+    def both(command: F) -> F:
+        for number, text in ((6, six), (4, four)):
+            option = click.option(
+                f"-{number}", f"ipv{number}", is_flag=True, expose_value=False, callback=_family, help=text
+            )
+            command = option(command)
+        return command
+
+    return both
+
+
 def filters(command: F) -> F:
     """The filters of ``run``, decided in the kernel."""
     for option in reversed(
@@ -41,8 +63,7 @@ def filters(command: F) -> F:
                 "-n", "--netns", "namespace", metavar="NAME", help="This network namespace: name, pid, inode or path."
             ),
             click.option("-c", "--cgroup", metavar="FOLDER", help="This cgroup (v2) and those below it."),
-            click.option("-4", "family", flag_value=4, type=int, help="IPv4 only, mapped addresses included."),
-            click.option("-6", "family", flag_value=6, type=int, help="IPv6 only."),
+            family("IPv4 only, mapped addresses included.", "IPv6 only."),
             click.option("--min-idle", type=Span(), metavar="TIME", help="Rests at least this long, as 500ms or 2s."),
             click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Force this rung of the ladder."),
         )

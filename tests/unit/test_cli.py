@@ -86,6 +86,8 @@ def test_spans_that_are_none(text: str) -> None:
         (["run", "-d", "soon"], "'soon' is no time span"),
         (["run", "-p", "nginx"], "'nginx' is not a valid integer"),
         (["run", "--colour"], "No such option"),
+        (["run", "-4", "-6"], "-4 and -6 together leave nothing"),
+        (["reproduce", "-6", "-4"], "-4 and -6 together leave nothing"),
         (["reproduce", "--probe", "crystal-ball"], "'crystal-ball' is not one of"),
         (["reproduce", "--burst", "100k,much"], "'much' is no amount: write 300k, 2M, 1G"),
         (["trace"], "No such command 'trace'"),
