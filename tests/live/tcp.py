@@ -398,7 +398,7 @@ def own_cgroup() -> int:
 
 def thread_name() -> str:
     """The calling thread's, as the kernel knows it."""
-    return Path("/proc/thread-self/comm").read_text().rstrip("\n")
+    return Path("/proc/thread-self/comm").read_text("utf-8", "replace").rstrip("\n")
 
 
 def connect(
