@@ -16,7 +16,7 @@ power.few_threads()  # before anything imports numpy or pyarrow
 import click
 
 import cwndtrace
-from cwndtrace.cli import user
+from cwndtrace.cli import systemd, user
 from cwndtrace.cli.output import hold_standard
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, too_many_files
 from cwndtrace.words import print_all
@@ -66,6 +66,7 @@ class Commands(click.Group):
         """Run it all; what is wrong with the command line is printed before a command is invoked."""
         hold_standard()
         print_all()
+        systemd.take()
         return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -20,6 +22,8 @@ from cwndtrace.cli.table import Column, Layout, cut_connection, cut_process, roo
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
+_LOST_EVERY_S: Final = 10.0
+"""A busy machine may lose records at each turn; who looks on is here for the resets."""
 _MANY: Final = 16_384
 """Block requests that are counted without being asked for, so that they don't pile up."""
 _TIME: Final = Column("TIME", least=8, shorten=lambda text, most: text[:most])
@@ -129,10 +133,11 @@ class TextView:
         self._status_at = 0.0
         self._status_shown = False
         self._lost = 0
+        self._lost_at = -math.inf
         self._holders = Holders()
         self.block = BlockFigures()
 
-    def begin(self) -> None:
+    def begin(self, what: str, capture: Path) -> None:  # noqa: ARG002
         """Print the header."""
         for line in (self._layout.header(), *self._layout.left_out()):
             click.echo(line)
@@ -188,21 +193,20 @@ class TextView:
         cells = (row["time"][11:26], "block_io", fmt.process(row["comm"], row["tgid"]), request)
         click.echo(self._requests.line(cells))
 
-    def tick(self, waiting: str) -> None:
-        """Rewrite the status line now and then; say at once when records are lost."""
-        lost = sum(self._session.tally.lost.values())
-        if lost > self._lost and not self._quiet:
+    def tick(self, waiting: str, *, last: bool = False) -> None:
+        """Rewrite the status line now and then; say that records are lost, every ten seconds at most and at the end."""
+        lost, now = sum(self._session.tally.lost.values()), time.monotonic()
+        if lost > self._lost and not self._quiet and (last or now - self._lost_at >= _LOST_EVERY_S):
             self._wipe()
             each = ", ".join(f"{n:,} {event}" for event, n in self._session.tally.lost.items() if n)
             click.echo(f"lost so far: {each} (counted in the kernel)", err=True)
-        self._lost = lost
-        now = time.monotonic()
+            self._lost, self._lost_at = lost, now
         if not self._terminal or now - self._status_at < _STATUS_EVERY_S:
             return
         self._status_at = now
-        parts = [waiting if not self._resets else f"{self._resets:,} resets"]
+        parts = [waiting if not self._resets else fmt.plural(self._resets, "reset")]
         if self._session.tally.unchanged:
-            parts.append(f"{self._session.tally.unchanged:,} restarts changed nothing")
+            parts.append(f"{fmt.plural(self._session.tally.unchanged, 'restart')} changed nothing")
         self.block.count()
         if self.block.all.count:
             p50, p95, p99 = (fmt.span(self.block.all.percentile(p)) for p in (50, 95, 99))
@@ -225,7 +229,10 @@ class TextView:
     @staticmethod
     def unprinted(lines: int) -> str:
         """What stands for lines that a slow reader didn't take."""
-        return f"{lines:,} lines weren't printed, because what reads this is too slow; the capture has it all"
+        verb = "wasn't" if lines == 1 else "weren't"
+        return (
+            f"{fmt.plural(lines, 'line')} {verb} printed, because what reads this is too slow; the capture has it all"
+        )
 
 
 class JsonView:
@@ -236,10 +243,15 @@ class JsonView:
         self._print_block = print_block
         self._lost: dict[str, int] = {}
         self._told_ns: dict[str, int] = {}
+        self._lost_at = -math.inf
         self.block = BlockFigures()
 
-    def begin(self) -> None:
-        """Nothing to say yet."""
+    def begin(self, what: str, capture: Path) -> None:
+        """Say that tracing has begun, of what, where to and by which probes."""
+        start = self._session.start
+        when = events.iso_time(start["mono_ns"] + start["utc_offset_ns"])
+        probes = self._session.source.rungs
+        self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, "probes": probes})
 
     def batch(self, batch: Batch) -> None:
         """Print resets and recoveries, and block I/O where it was asked for."""
@@ -249,20 +261,24 @@ class JsonView:
             for row in batch.to_dicts():
                 self.write(row)
 
-    def tick(self, waiting: str) -> None:  # noqa: ARG002
-        """Print losses as they become known."""
+    def tick(self, waiting: str, *, last: bool = False) -> None:  # noqa: ARG002
+        """Print losses as they become known, every ten seconds at most and at the end."""
+        now = time.monotonic()
+        if not last and now - self._lost_at < _LOST_EVERY_S:
+            return
         tally = self._session.tally
         for event, lost in tally.lost.items():
             more = lost - self._lost.get(event, 0)
             if more <= 0:
                 continue
-            self._lost[event] = lost
-            loss = next(loss for loss in reversed(tally.lossy) if loss.event == event)
+            self._lost[event], self._lost_at = lost, now
+            told = self._told_ns.get(event, 0)
+            losses = [loss for loss in tally.lossy if loss.event == event and loss.end_ns > told]
             # A loss that goes on is one span in the capture; here each line has what came to it.
-            span = {"start_ns": max(loss.start_ns, self._told_ns.get(event, 0)), "end_ns": loss.end_ns, "lost": more}
-            self._told_ns[event] = loss.end_ns
-            when = events.iso_time(loss.end_ns + self._session.clock.offset_ns)
-            self.write({"event": "lost", "time": when, "of": event, **span})
+            start, end = max(losses[0].start_ns, told), losses[-1].end_ns
+            self._told_ns[event] = end
+            when = events.iso_time(end + self._session.clock.offset_ns)
+            self.write({"event": "lost", "time": when, "of": event, "start_ns": start, "end_ns": end, "lost": more})
 
     @staticmethod
     def write(row: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
-from cwndtrace.cli import options, user, waiting
+from cwndtrace.cli import options, systemd, user, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing, printing_behind
 from cwndtrace.cli.summary import print_summary, summary_object
@@ -67,7 +67,7 @@ def run(
     Examples:
       sudo cwndtrace run --iface eth0
       sudo cwndtrace run -p $(pidof -s nginx) --min-idle 1s -d 10m -o nginx.cwnd
-      sudo cwndtrace run -P 443 --json | jq -r '[.comm, .cwnd_before, .cwnd_after] | @tsv'
+      sudo cwndtrace run -P 443 --json | jq -r 'select(.cwnd_after) | [.comm, .cwnd_before, .cwnd_after] | @tsv'
     """
     target.need_root("tracing")
     filters = target.resolve(
@@ -215,7 +215,8 @@ def trace(
     status, unprinted = "failed", False
     try:
         with printing():
-            view.begin()
+            view.begin(what, saver.writer.path)
+        systemd.tell("READY=1")
         while not interrupt.requested and (end is None or time.monotonic() < end) and not session.source.exhausted():
             left = TICK_SECONDS if end is None else max(0.0, min(TICK_SECONDS, end - time.monotonic()))
             batches = session.step(left)
@@ -243,6 +244,7 @@ def trace(
     except Unprinted as e:
         status, unprinted = "complete", e.failed
     finally:
+        systemd.tell("STOPPING=1")
         try:
             last = session.finish()
             for batch in last:
@@ -250,7 +252,7 @@ def trace(
             with suppress(Unprinted), printing():
                 for batch in last:
                     view.batch(batch)
-                view.tick("")
+                view.tick("", last=True)
                 view.end()
         except BaseException:
             status = "failed"

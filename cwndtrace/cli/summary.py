@@ -68,7 +68,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
         for line in table(_CONNECTIONS, rows):
             click.echo(line)
         if len(summary) > _MOST:
-            click.echo(f"and {len(summary) - _MOST:,} more connections")
+            click.echo(f"and {fmt.plural(len(summary) - _MOST, 'more connection')}")
     else:
         click.echo("No TCP connection was seen.")
     if block.latency:
@@ -76,9 +76,9 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     kept, lost = tally.kept, tally.lost
     click.echo()
     echo_prose(
-        f"kept {kept.get('cwnd_reset', 0):,} resets, {kept.get('block_io', 0):,} block I/Os; "
+        f"kept {fmt.plural(kept.get('cwnd_reset', 0), 'reset')}, {fmt.plural(kept.get('block_io', 0), 'block I/O')}; "
         f"lost {lost.get('cwnd_reset', 0):,} and {lost.get('block_io', 0):,}; "
-        f"{tally.unchanged:,} restarts left the window as it was"
+        f"{fmt.plural(tally.unchanged, 'restart')} left the window as it was"
     )
 
 

@@ -139,7 +139,7 @@ def test_signals_end_it_cleanly(connect: Connect, space: tcp.Space, tmp_path: Pa
             assert code == 0, (name, said)
             assert "The capture is in" in said
             # Who insists doesn't want to wait for a summary.
-            assert ("kept 1 resets" in shown or "kept 1 reset" in shown) == (name != "int twice")
+            assert ("kept 1 reset, 0 block I/Os" in shown) == (name != "int twice")
             assert "Traceback" not in said
             assert_complete(tmp_path / f"{name}.cwnd", 1)
 

@@ -214,7 +214,10 @@ def test_json_is_all_there_is_on_stdout(connect: Connect, space: tcp.Space, tmp_
         code, shown, _ = run.end()
     assert code == 0
     rows: list[dict[str, Any]] = [json.loads(line, parse_constant=pytest.fail) for line in shown.splitlines()]
-    assert {row["event"] for row in rows} <= {"cwnd_reset", "cwnd_recovery", "block_io", "lost", "summary"}
+    assert {row["event"] for row in rows} <= {"started", "cwnd_reset", "cwnd_recovery", "block_io", "lost", "summary"}
+    assert [row["event"] for row in rows].index("started") == 0
+    assert rows[0]["capture"] == str(tmp_path / "a.cwnd")
+    assert rows[0]["probes"]["idle"]
     (reset,) = (row for row in rows if row["event"] == "cwnd_reset")
     assert (reset["cwnd_before"], reset["cwnd_after"]) == (send.before.cwnd, send.after.cwnd)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", reset["time"])
@@ -230,6 +233,26 @@ def test_quiet_says_nothing(space: tcp.Space, tmp_path: Path) -> None:
     done = call("run", "-q", "-n", space.name, "-d", "200ms", "--no-block", "-o", tmp_path / "a.cwnd")
     assert (done.returncode, done.stderr) == (0, "")
     assert "kept 0 resets, 0 block I/Os" in done.stdout
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_service_manager_is_told(space: tcp.Space, tmp_path: Path, abstract: bool) -> None:
+    """When all is attached, and when it ends; a quiet trace says nothing to anybody else."""
+    name = f"\0cwt-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name)
+        manager.settimeout(LONG_S)
+        address = name.replace("\0", "@")
+        arguments = ("-q", "-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd")
+        with running(*arguments, before=("env", f"NOTIFY_SOCKET={address}"), said=False) as run:
+            assert manager.recv(100) == b"READY=1"
+            assert (tmp_path / "a.cwnd" / "meta.json").exists()
+            code, _, said = run.end(signal.SIGTERM)
+            assert manager.recv(100) == b"STOPPING=1"
+        assert (code, said) == (0, "")
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
 
 
 def test_a_default_name_and_why_not_a_better_rung(space: tcp.Space, tmp_path: Path) -> None:
@@ -281,7 +304,7 @@ def test_colours_and_a_status_line_on_a_terminal(connect: Connect, space: tcp.Sp
             shown = read_until(master, rb"waiting for a rest longer than the RTO")
             rest_once(connect())
             shown = read_until(master, rb"\x1b\[33m *\d+ -> \d+\x1b\[0m", shown)
-            shown = read_until(master, rb"\r\x1b\[K1 resets", shown)
+            shown = read_until(master, rb"\r\x1b\[K1 reset ", shown)
             process.send_signal(signal.SIGINT)
             shown = read_until(master, rb"What to do with it:", shown)
             with contextlib.suppress(OSError):  # the other end is closed

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,14 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         by_event.setdefault(row["event"], []).append(row)
     assert len(by_event["cwnd_reset"]) == RESETS
     assert len(by_event["block_io"]) == 2 * BLOCKS
-    (summary,) = by_event["summary"]
+    (started,), (summary,) = by_event["started"], by_event["summary"]
+    assert rows[0] == started
+    assert {key: started[key] for key in ("capture", "traced", "time")} == {
+        "capture": str(capture.path),
+        "traced": "a recording",
+        "time": capture.meta["started"],
+    }
+    assert started["probes"] == capture.meta["rungs"]
     assert rows[-1] == summary
     assert summary["kept"]["cwnd_reset"] == RESETS
     assert sum(row["resets"] for row in summary["connections"]) == RESETS
@@ -157,6 +165,49 @@ def test_losses_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows[-1]["lost"]["block_io"] == 1234
     assert capture.meta["counts"]["block_io"] == {"kept": 1, "lost": 1234}
     assert capture.meta["lossy"][0]["lost"] == 1234
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_losses_are_shown_now_and_then_and_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """A machine that loses records for a minute: at once, every ten seconds, and what came last."""
+    session = Session(FakeSource(*[[] for _ in range(602)]))
+    view = JsonView(session, print_block=False) if as_json else TextView(session, print_block=False, quiet=False)
+    now = 1000.0
+    monkeypatch.setattr("cwndtrace.cli.live.time.monotonic", lambda: now)
+    assert isinstance(session.source, FakeSource)
+    for _ in range(601):  # a minute of turns
+        session.source.count.lost["block_io"] += 2
+        session.step()
+        view.tick("waiting")
+        now += 0.1
+    session.source.count.lost["cwnd_reset"] = 1
+    session.step()
+    view.tick("", last=True)
+    view.tick("", last=True)
+    shown, said = capsys.readouterr()
+    if as_json:
+        rows = [json.loads(line) for line in shown.splitlines()]
+        assert sum(row["lost"] for row in rows if row["of"] == "block_io") == 1202
+        assert [row["lost"] for row in rows if row["of"] == "cwnd_reset"] == [1]
+        spans = [(row["start_ns"], row["end_ns"]) for row in rows if row["of"] == "block_io"]
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+        assert len(spans) in (7, 8)
+    else:
+        lines = said.splitlines()
+        assert lines[0] == "lost so far: 2 block_io (counted in the kernel)"
+        assert lines[-1] == "lost so far: 1 cwnd_reset, 1,202 block_io (counted in the kernel)"
+        assert len(lines) in (7, 8)
+
+
+def test_one_of_each_is_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = FakeSource([("cwnd_reset", frames.reset().tobytes()), ("block_io", frames.block().tobytes())], [])
+    source.count.unchanged = 1
+    played(source, tmp_path, as_json=False)
+    shown = capsys.readouterr().out
+    assert "kept 1 reset, 1 block I/O; lost 0 and 0; 1 restart left the window as it was" in shown
+    assert TextView.unprinted(1).startswith("1 line wasn't printed")
 
 
 def test_hostile_names_never_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
