@@ -8,8 +8,10 @@ PYTHON ?=
 PACKAGES ?= yes
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-# By env, because sudo drops what it isn't told to keep.
-SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
+# By env, because sudo drops what it isn't told to keep. As variables, so that no character in them is the shell's.
+install uninstall demo: export PREFIX := $(PREFIX)
+install uninstall demo: export BINDIR := $(BINDIR)
+SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
 
 .DEFAULT_GOAL := help
 .PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions vm-test vm-soak vm-shell \
@@ -18,7 +20,7 @@ SETUP := env PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' PYTHON='$(PYTHON)' PACKAGES='
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
 
-install: ## install into PREFIX (/opt/cwndtrace), and `cwndtrace` on root's PATH; needs root
+install: ## install into PREFIX (/opt/cwndtrace), and `cwndtrace` on root's PATH; runs this checkout's code as root
 	@$(SETUP) install
 
 uninstall: ## take that away again; the distribution's packages stay
@@ -26,9 +28,9 @@ uninstall: ## take that away again; the distribution's packages stay
 
 # -I: the installed package, not the one in this folder.
 demo: ## install, trace a connection with rests while a disk is read, then measure what the resets cost
-	@$(SUDO) $(SETUP) install
-	@$(SUDO) '$(PREFIX)/bin/python' -I -m cwndtrace.lab.demo
-	@$(SUDO) '$(PREFIX)/bin/cwndtrace' reproduce --preset quick
+	@$(SUDO) $(SETUP) install demo
+	@$(SUDO) "$$PREFIX/bin/python" -I -m cwndtrace.lab.demo
+	@$(SUDO) "$$PREFIX/bin/cwndtrace" reproduce --preset quick
 
 develop: ## development packages, and .venv with this checkout in it
 	@$(SETUP) develop
