@@ -49,6 +49,12 @@ def make(
     )
 
 
+@pytest.fixture(autouse=True)
+def logs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the set-up keeps of a step that failed goes with the test's own folders."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("logs")))
+
+
 @pytest.fixture
 def places(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "prefix", tmp_path / "bin"
