@@ -25,7 +25,6 @@ _NONSENSE: Final = (
     ArithmeticError,
     AttributeError,
     LookupError,
-    MemoryError,
     NotImplementedError,
     RecursionError,
     TypeError,
@@ -98,8 +97,18 @@ def making_sense() -> Iterator[None]:
         yield
     except CwndtraceError:
         raise
+    except MemoryError as e:
+        raise out_of_memory() from e
     except _NONSENSE as e:
         ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
         place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
         cause = f"The rows of this capture make no sense together: {type(e).__name__}{place}."
         raise CaptureError(cause, "If cwndtrace wrote it and nobody changed it, report this line.") from e
+
+
+def out_of_memory() -> CaptureError:
+    """What to say where a capture's rows don't fit."""
+    cause = "Memory ran out: this capture's rows need more than there is."
+    return CaptureError(
+        cause, "Read it where more is free, raise ulimit -v if one is set, or trace for a shorter time."
+    )

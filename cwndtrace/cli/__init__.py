@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from typing import Any, Final
 
@@ -71,8 +72,13 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        # What libraries say to programmers, of what a capture may hold; behind the filters that raise it in tests.
+        warnings.simplefilter("ignore", append=True)
         try:
             return super().invoke(ctx)
+        except MemoryError:
+            cure = "Try again where more is free, or raise ulimit -v if one is set."
+            sys.exit(explain(CwndtraceError("Memory ran out.", cure)))
         except CwndtraceError as e:
             sys.exit(explain(e))
         except OSError as e:
