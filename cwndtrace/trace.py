@@ -21,14 +21,17 @@ from cwndtrace.analysis.verdict import Host, Verdict
 from cwndtrace.errors import NotFound, making_sense
 
 _CELL = 100  # characters of a line that came from outside
+_VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
+"""Tables without some of whose rows no verdict on the whole holds, and what a row of each is called."""
 
 
-def load(path: str | os.PathLike[str]) -> Trace:
+def load(path: str | os.PathLike[str], *, max_rows: int = store.MOST_ROWS) -> Trace:
     """Open the capture ``path``, also one that is still being written or was cut short.
 
-    Raises CaptureError, with the cause and what to do, for anything that isn't one.
+    Raises CaptureError, with the cause and what to do, for anything that isn't one, and later for one that has more
+    than ``max_rows`` rows.
     """
-    return Trace(store.open_capture(path))
+    return Trace(store.open_capture(path, max_rows=max_rows))
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,6 +96,7 @@ class Trace:
         return self._capture.shown or self._capture.path
 
     @cached_property
+    @making_sense()
     def meta(self) -> dict[str, Any]:
         """The content of ``meta.json``, its texts clean of what could steer a terminal."""
         return _mapping(_cleaned(self._capture.meta))
@@ -104,8 +108,31 @@ class Trace:
 
     @property
     def warnings(self) -> list[str]:
-        """What couldn't be read so far, a line each."""
-        return list(self._capture.warnings)
+        """What of what the trace kept isn't there, then what couldn't be read so far, a line each."""
+        return [*self.gaps(), *self._capture.warnings]
+
+    @making_sense()
+    def gaps(self) -> list[str]:
+        """Which records that the trace kept aren't in the capture, by its own account of them; a line each."""
+        lines = []
+        for table in events.TABLES:
+            lacking, kept = self._capture.missing(table)
+            if lacking:
+                lines.append(
+                    f"{lacking:,} of {kept:,} records of {table} are not in the capture"
+                    + _some(table, self._capture.gone(table), "; missing: ")
+                )
+            if strange := self._capture.strange(table):
+                lines.append(f"what lies there isn't what the trace wrote{_some(table, strange, ': ')}")
+        return lines
+
+    def _lacking(self) -> str:
+        """Why nothing can be said of the resets on the whole; empty where it can."""
+        for table, kind in _VERDICT_NEEDS.items():
+            lacking, kept = self._capture.missing(table)
+            if lacking:
+                return f"{lacking:,} of {words.plural(kept, kind)} are not in the capture"
+        return ""
 
     @property
     @making_sense()
@@ -221,7 +248,7 @@ class Trace:
     @making_sense()
     def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self.resets, self.connections)
-        return verdict.connections(rows, self._judged, self.connections, self.meta)
+        return verdict.connections(rows, self._judged, self.connections, self.meta, whole=not self._lacking())
 
     @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
@@ -235,7 +262,7 @@ class Trace:
             if rows.empty:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
-        return remedy.remedies(judged, rows, self.meta)
+        return remedy.remedies(judged, rows, self.meta, lacking=self._lacking())
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
@@ -269,7 +296,7 @@ class Trace:
     @making_sense()
     def host(self) -> Host:
         """What the resets cost on the whole, and whether that is the answer at all."""
-        return verdict.host(self._summary, self._judged)
+        return verdict.host(self._summary, self._judged, self._lacking())
 
     @making_sense()
     def block_summary(self) -> pd.DataFrame:
@@ -294,7 +321,7 @@ class Trace:
 
     def _frame(self, table: str) -> pd.DataFrame:
         # Not what a stranger or a later version added: it might take the name of what is computed here.
-        rows = events.clean_texts(self._capture.table(table).select(events.schema(table).names))
+        rows = events.clean_texts(self._capture.table(table, events.schema(table).names))
         clock = next(name for name in rows.column_names if name.endswith("_ns"))
         told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         frame: pd.DataFrame = rows.to_pandas()
@@ -338,7 +365,7 @@ class Trace:
         if filters := {name: value for name, value in _mapping(meta.get("filters")).items() if value is not None}:
             facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in filters.items()))))
         facts += [("left out", words.left_out(kind, number)) for kind, number in self.left_out.items()]
-        warnings = self._capture.warnings
+        warnings = self.warnings
         facts += [("warning", _shown(line)) for line in warnings[:5]]
         if len(warnings) > 5:
             facts.append(("warning", f"and {len(warnings) - 5} more, see .warnings"))
@@ -365,6 +392,12 @@ class Trace:
         offsets = [_mapping(s).get("utc_offset_ns") for s in segments] if isinstance(segments, list) else []
         known = [offset for offset in offsets if isinstance(offset, int)]
         return [(after - before) / 1e9 for before, after in pairwise(known)]
+
+
+def _some(table: str, parts: list[str], before: str) -> str:
+    """The first of some parts of a table, and how many more there are; nothing where there is none."""
+    more = f" and {words.plural(len(parts) - 1, 'other part')}" if len(parts) > 1 else ""
+    return f"{before}{table}/{events.clean(parts[0])[:_CELL]}{more}" if parts else ""
 
 
 def _no_connection(key: str) -> NotFound:

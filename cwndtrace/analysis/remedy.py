@@ -61,15 +61,17 @@ class _Remedy:
     connections: int
 
 
-def remedies(judged: pd.DataFrame, rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.DataFrame:
+def remedies(judged: pd.DataFrame, rows: pd.DataFrame, meta: Mapping[str, Any], *, lacking: str = "") -> pd.DataFrame:
     """What to do, best first: what saves most, and of what saves the same the least risky. Never empty.
 
     ``judged`` are resets of a Trace's ``verdicts``, ``rows`` connections of its ``summary``: all of them for the host,
-    or those of one connection. The columns are ``COLUMNS``.
+    or those of one connection. The columns are ``COLUMNS``. ``lacking`` is as for ``verdict.host``.
     """
     harmful = judged[judged["verdict"] == "harmful"]
     found = [*_cures(harmful, meta), *_limits(rows)]
-    if not found:
+    if not found and lacking:
+        found = [_Remedy("nothing", f"trace again, or get the whole capture: {lacking}", 0.0, "low", "none", 0)]
+    elif not found:
         found = [_Remedy("nothing", "leave the settings as they are", 0.0, "low", "none", 0)]
     found.sort(key=lambda r: (-r.saves_us if r.saves_us == r.saves_us else 1.0, _RISKS.index(r.risk)))
     return pd.DataFrame([asdict(each) for each in found], columns=list(COLUMNS))

@@ -154,11 +154,17 @@ def _limited(resets: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
 
 
 def connections(
-    summary: pd.DataFrame, judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]
+    summary: pd.DataFrame,
+    judged: pd.DataFrame,
+    snapshots: pd.DataFrame,
+    meta: Mapping[str, Any],
+    *,
+    whole: bool = True,
 ) -> pd.DataFrame:
     """``summary`` (of analysis.connections) with ``CONNECTION_COLUMNS``, those that lost most first.
 
     ``judged`` holds the resets with ``COLUMNS``, ``snapshots`` is ``connections`` of a Trace, ``meta`` its metadata.
+    ``whole`` says that none of these rows are missing: else a connection without a reset may have had one.
     """
     out = summary.set_index("connection", drop=False).rename_axis(None)
     out = out.join(_watched(judged, snapshots)).join(_of_resets(judged))
@@ -167,7 +173,7 @@ def connections(
     out["sent_bytes"] = out[["sent_bytes", "burst_bytes"]].max(axis=1).astype("int64")
     out["bursts"] = (out["bursts"] + out["resets_idle"]).astype("int64")
     out["after_reset_share"] = out["resets_idle"] / out["bursts"].where(out["bursts"] > 0)
-    out["verdict"] = _judge(out, meta)
+    out["verdict"] = _judge(out, meta, whole=whole)
     out["why"] = pd.Series([explain_connection(row) for row in out.to_dict("records")], index=out.index, dtype="str")
     out = out.sort_values("lost_us", ascending=False, kind="stable")
     return out.reset_index(drop=True)[[*summary.columns, *CONNECTION_COLUMNS]]
@@ -231,7 +237,7 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _judge(rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.Series:
+def _judge(rows: pd.DataFrame, meta: Mapping[str, Any], *, whole: bool) -> pd.Series:
     sysctls, rungs = _mapping(meta.get("sysctls")), _mapping(meta.get("rungs"))
     setting = {ino: _mapping(each).get(events.IDLE_SYSCTL) for ino, each in sysctls.items()}
     off = rows["netns_ino"].astype(str).map(lambda inode: setting.get(inode) == 0).astype(bool)
@@ -240,6 +246,7 @@ def _judge(rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.Series:
         "common": rows["common"].notna(),
         "exempt": rows["ca_name"].isin(events.EXEMPT),
         "sysctl_off": off,
+        " unknown": pd.Series(not whole, index=rows.index),
         "nothing_sent": (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1),
         "send_buffer": rows["sndbuf_limited_share"] > _MOST,
         "receiver_window": rows["rwnd_limited_share"] > _MOST,
@@ -247,7 +254,7 @@ def _judge(rows: pd.DataFrame, meta: Mapping[str, Any]) -> pd.Series:
         "unknown": pd.Series(bool(rungs) and not rungs.get("idle"), index=rows.index)
         | ((rows["snapshots"] < 2) & (rows["sent_bytes"] == 0)),
     }
-    label = np.select([rule.to_numpy(dtype=bool) for rule in rules.values()], list(rules), "no_reset")
+    label = np.select([rule.to_numpy(dtype=bool) for rule in rules.values()], [n.strip() for n in rules], "no_reset")
     return pd.Series(np.where(label == "common", rows["common"], label), index=rows.index, dtype="str")
 
 
@@ -318,7 +325,7 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
         "receiver_window": f"no reset; the peer's window held it back for {_percent(row['rwnd_limited_share'])} of "
         f"{span(row['busy_us'])} with data under way",
         "loss": f"no reset; {plural(row['retrans_segments'], 'segment')} retransmitted",
-        "unknown": "only one snapshot shows it, or no probe saw idle resets",
+        "unknown": "only one snapshot shows it, no probe saw idle resets, or the capture lacks some of its records",
     }
     return reasons.get(label, f"no reset while it sent {size(row['sent_bytes'])}")
 
@@ -336,8 +343,11 @@ def _not_the_window(labels: pd.Series, what: str) -> tuple[str, str]:
     return verdict, f"{claim}: {what} ({reasons})."
 
 
-def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
-    """The verdict on all of a capture: ``rows`` of ``connections``, ``judged`` of ``resets``."""
+def host(rows: pd.DataFrame, judged: pd.DataFrame, lacking: str = "") -> Host:
+    """The verdict on all of a capture: ``rows`` of ``connections``, ``judged`` of ``resets``.
+
+    ``lacking`` says what the trace kept and the capture doesn't have: what is there then tells nothing of the whole.
+    """
     harmful = judged[judged["verdict"] == "harmful"]
     touched = int(harmful["connection"].nunique())
     lost, busy = float(harmful["lost_us"].sum()), float(rows["busy_us"].sum(min_count=1))
@@ -357,4 +367,7 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Host:
         verdict, text = _not_the_window(rows["verdict"], f"no reset on {plural(len(rows), 'connection')}")
     else:
         verdict, text = "unknown", "No TCP connection was seen."
+    if lacking:
+        rest = f" Of what is there: {text}" if len(harmful) else ""
+        verdict, text = "unknown", f"Can't tell whether it is the window, because {lacking}.{rest}"
     return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

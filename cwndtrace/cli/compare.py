@@ -11,6 +11,7 @@ import click
 
 import cwndtrace
 from cwndtrace.analysis.compare import MEASURES
+from cwndtrace.cli import options
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.events import TABLES, clean
 from cwndtrace.words import json_line, plural, span
@@ -30,7 +31,8 @@ _COLUMNS: Final = (
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, a measure each.")
-def compare(before: Path, after: Path, *, as_json: bool) -> None:
+@options.max_rows
+def compare(before: Path, after: Path, *, as_json: bool, max_rows: int) -> None:
     """Compare the captures BEFORE and AFTER a change: what differs, how surely, how much.
 
     \b
@@ -38,7 +40,7 @@ def compare(before: Path, after: Path, *, as_json: bool) -> None:
       cwndtrace compare monday.cwnd tuesday.cwnd
       cwndtrace compare on.cwnd off.cwnd --json | jq -r 'select(.effect == "large") | .measure'
     """
-    traces = cwndtrace.load(before), cwndtrace.load(after)
+    traces = tuple(cwndtrace.load(path, max_rows=max_rows) for path in (before, after))
     rows = traces[0].compare(traces[1]).to_dict("records")
     if as_json:
         for row in rows:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from cwndtrace.kernel.ladder import RUNGS
+from cwndtrace.store import MOST_ROWS
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -50,6 +51,14 @@ def family(four: str, six: str) -> Callable[[F], F]:
         return command
 
     return both
+
+
+def max_rows(command: F) -> F:
+    """How many rows a capture may have that is to be read."""
+    return click.option(
+        "--max-rows", type=click.IntRange(min=1), default=MOST_ROWS, show_default=True, metavar="N",
+        help="Refuse captures with more rows: each takes 100 to 1,000 bytes of memory.",
+    )(command)  # fmt: skip
 
 
 def filters(command: F) -> F:

@@ -10,7 +10,7 @@ from typing import Final
 import click
 
 import cwndtrace
-from cwndtrace.cli import files
+from cwndtrace.cli import files, options
 from cwndtrace.errors import UsageError, making_sense
 from cwndtrace.events import clean
 
@@ -31,8 +31,16 @@ ENDINGS: Final = ("png", "svg", "pdf")
 @click.option("--from", "start", type=float, metavar="SECONDS", help="From this second after the start.")
 @click.option("--to", "end", type=float, metavar="SECONDS", help="Up to this second after the start.")
 @click.option("--dark", is_flag=True, help="For a dark background.")
+@options.max_rows
 def plot(
-    capture: Path, output: Path | None, connection: str | None, start: float | None, end: float | None, *, dark: bool
+    capture: Path,
+    output: Path | None,
+    connection: str | None,
+    start: float | None,
+    end: float | None,
+    *,
+    dark: bool,
+    max_rows: int,
 ) -> None:
     """Draw the timeline of CAPTURE: windows, rests, resets, and block I/O on the same axis.
 
@@ -51,7 +59,7 @@ def plot(
         raise UsageError(
             f"{clean(str(file))} ends in none of .png, .svg and .pdf.", "Give it one of these endings with -o."
         )
-    trace = cwndtrace.load(capture)
+    trace = cwndtrace.load(capture, max_rows=max_rows)
     span = None if start is None and end is None else (start or 0.0, end if end is not None else float("inf"))
     with style.use(dark=dark), making_sense():
         figure = timeline(

@@ -12,7 +12,7 @@ import click
 import cwndtrace
 from cwndtrace import words as fmt
 from cwndtrace.analysis import remedy, verdict
-from cwndtrace.cli import files, memory
+from cwndtrace.cli import files, memory, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
@@ -62,7 +62,8 @@ _OF_DEVICES: Final = (
     metavar="FILE",
     help="A page that holds all of it, pictures too.",
 )
-def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
+@options.max_rows
+def report(capture: Path, *, as_json: bool, file: Path | None, max_rows: int) -> None:
     """Say what CAPTURE means: did resets matter, which connections suffered, why they rested, what to do.
 
     \b
@@ -72,7 +73,7 @@ def report(capture: Path, *, as_json: bool, file: Path | None) -> None:
       cwndtrace report nginx.cwnd --json | jq '.remedies[0].action'
     """
     memory.keep_freed()
-    found = content.report(cwndtrace.load(capture))
+    found = content.report(cwndtrace.load(capture, max_rows=max_rows))
     if file is not None:
         # Only here, because matplotlib takes longer to load than all the rest.
         from cwndtrace.report.page import page
@@ -95,9 +96,12 @@ def lines(found: content.Report) -> list[str]:
 
 
 def _lines(found: content.Report) -> Iterator[str]:
+    # What isn't there comes first: it may turn all the rest round.
+    for line in found.caveats["missing"]:
+        yield from (click.style(part, bold=True) for part in prose(f"! {clean(line)}", room(), indent=2))
     for line in prose(clean(found.host.text), room()):
         yield click.style(line, bold=True)
-    for line in (line for each in found.caveats.values() for line in each):
+    for line in (line for kind, each in found.caveats.items() if kind != "missing" for line in each):
         yield from prose(f"! {clean(line)}", room(), indent=2)
     yield ""
     if len(found.connections):

@@ -20,7 +20,11 @@ BLOCK_IO: Final = ("block_io",)
 
 @dataclass(frozen=True)
 class Report:
-    """Frames of a Trace as its methods give them; ``caveats`` by what they touch: ``all``, ``resets``, ``block_io``."""
+    """Frames of a Trace as its methods give them; ``caveats`` by what they touch.
+
+    They are ``missing`` (what the trace kept and the capture doesn't have, to be said before all else), ``all``,
+    ``resets`` and ``block_io``.
+    """
 
     trace: Trace
     host: verdict.Host
@@ -53,7 +57,8 @@ def report(trace: Trace) -> Report:
 
 
 def _caveats(trace: Trace) -> dict[str, list[str]]:
-    whole = [f"{line}." for line in trace.warnings]
+    gaps = trace.gaps()
+    whole = [f"{line}." for line in trace.warnings if line not in gaps]
     if trace.status != "complete":
         whole.append(f"The capture is {trace.status}: what it had not yet written is missing.")
     for kind, number in trace.left_out.items():
@@ -70,7 +75,7 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
         resets.append("Block requests were lost: a rest may have been more the disk's than it seems.")
     if not trace.block_recorded:
         block.append("Block I/O wasn't recorded: a disk can't be told from the application as the cause of a rest.")
-    return {"all": whole, "resets": resets, "block_io": block}
+    return {"missing": [f"{line}." for line in gaps], "all": whole, "resets": resets, "block_io": block}
 
 
 @making_sense()

@@ -8,7 +8,7 @@ that it still held in memory and nothing else.
 
 from cwndtrace.store.behind import Behind
 from cwndtrace.store.layout import SCHEMA_VERSION
-from cwndtrace.store.reader import Capture, open_capture
+from cwndtrace.store.reader import MOST_ROWS, Capture, open_capture
 from cwndtrace.store.writer import CaptureWriter
 
-__all__ = ["SCHEMA_VERSION", "Behind", "Capture", "CaptureWriter", "open_capture"]
+__all__ = ["MOST_ROWS", "SCHEMA_VERSION", "Behind", "Capture", "CaptureWriter", "open_capture"]

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -15,13 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwndtrace.store import pages
-from cwndtrace.store.pages import Refused
+from cwndtrace.store.pages import Refused, Told
 
-MOST_META: Final = 64 << 20
-"""Bytes of meta.json; a namespace takes about 200."""
+MOST_META: Final = 16 << 20
+"""Bytes of meta.json; a namespace takes about 200, a part 35."""
+
+MOST_VALUES: Final = 1_000_000
+"""Values in meta.json; a part takes three, and each takes up to 100 bytes of memory."""
 
 MOST_PARTS: Final = 100_000
-"""Parts of one table: five days of the writer's."""
+"""Parts of one table, whatever else lies in its folder counted with them."""
 
 
 @contextmanager
@@ -44,21 +48,26 @@ def plain(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def meta(path: Path) -> bytes:
-    """The bytes of meta.json."""
+    """The bytes of meta.json, which ask for no more memory than what they may say is worth."""
     with plain(path) as (file, size):
         if size > MOST_META:
-            raise Refused(f"it has {size:,} bytes")
-        return file.read(MOST_META)
+            raise Refused(f"it has {size:,} bytes, and {MOST_META:,} are the most")
+        raw = file.read(MOST_META)
+    # Each value but the first of a list or a mapping has a comma before it. Some are in texts: never mind.
+    if sum(raw.count(each) for each in (b",", b"[", b"{")) > MOST_VALUES:
+        raise Refused(f"it holds more than {MOST_VALUES:,} values")
+    return raw
 
 
 def parts(folder: Path) -> list[Path]:
     """The parts in the folder of a table; none where that is a link. Raises Refused where there are too many."""
-    if folder.is_symlink():
+    if folder.is_symlink() or not folder.is_dir():
         return []
-    found = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
-    if len(found) > MOST_PARTS:
-        raise Refused(f"{len(found):,} parts are too many")
-    return found
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, MOST_PARTS + 1)]
+    if len(names) > MOST_PARTS:
+        raise Refused(f"more than {MOST_PARTS:,} parts are too many")
+    return [folder / name for name in sorted(names) if name.endswith(".parquet") and not name.startswith((".", "_"))]
 
 
 @contextmanager
@@ -73,10 +82,10 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield opened
 
 
-def rows(path: Path) -> int:
-    """How many rows a part has, from its footer alone. Raises OSError and Refused."""
+def told(path: Path) -> Told:
+    """What a part says of itself in its footer. Raises OSError and Refused."""
     with plain(path) as (file, size):
-        return pages.rows(file, size)
+        return pages.told(file, size)
 
 
 def _native(file: BinaryIO) -> pa.NativeFile:
@@ -87,8 +96,32 @@ def _native(file: BinaryIO) -> pa.NativeFile:
 
 def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows, of these columns as far as there are such, as their types say. Raises what pyarrow raises."""
-    names = None if columns is None else [name for name in opened.schema_arrow.names if name in columns]
+    schema = opened.schema_arrow
+    names = [name for name in schema.names if columns is None or name in columns]
+    # As Arrow will hold them: by the schema that a part may bring along, values are wider than their pages tell.
+    width = sum(kind.bit_width // 8 if _fixed(kind) else _POINTER for kind in (schema.field(n).type for n in names))
+    if opened.metadata.num_rows * width > pages.MOST_BYTES:
+        raise Refused(f"its rows would take more than {pages.MOST_BYTES:,} bytes")
     table = opened.read(names)
+    if len(table) * sum(map(_longest_text, table.columns)) > pages.MOST_BYTES:
+        raise Refused(f"its texts, written out, would take more than {pages.MOST_BYTES:,} bytes")
     # Indices outside of their dictionary, text that is no UTF-8: not looked at while reading.
     table.validate(full=True)
     return table
+
+
+_POINTER: Final = 16
+
+
+def _fixed(kind: pa.DataType) -> bool:
+    kinds = (pa.types.is_primitive, pa.types.is_dictionary, pa.types.is_decimal)
+    return any(is_one(kind) for is_one in kinds)
+
+
+def _longest_text(column: pa.ChunkedArray) -> int:
+    """Bytes of the longest text in a dictionary: as frames each row has its own."""
+    import pyarrow.compute as pc  # takes longer than a trace's start has; pandas has loaded it where rows are read
+
+    if not pa.types.is_dictionary(column.type):
+        return 0
+    return max((pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks), default=0)

@@ -1,27 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a Parquet file asks for, counted before any of it is given.
+"""How much memory and time a Parquet file asks for, counted before any of it is given.
 
-A few bytes of a file can say that they are gigabytes: by rows that are all alike, or by pages that say how large they
-are when unpacked. pyarrow gives what is asked. The rows are in the footer, the pages' sizes in front of each page, both
-in Thrift's compact protocol (parquet-format), which is read here and nowhere else: pyarrow's own view of a footer ends
-the process where a statistic in it has the wrong length.
+A few bytes of a file can say that they are gigabytes: by rows that are all alike, by pages that say how large they are
+when unpacked, or by columns that all lie in the same pages. pyarrow gives what is asked. The rows are in the footer,
+the pages' sizes in front of each page, both in Thrift's compact protocol (parquet-format), which is read here and
+nowhere else: pyarrow's own view of a footer ends the process where a statistic in it has the wrong length.
+
+A process of its own with limits would bound all that too, but whoever loads a capture in a notebook would have to start
+one, get its rows back through a pipe, and tell a limit from damage.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
-MOST_BYTES: Final = 1 << 30
-"""Memory of one part, and of all its pages unpacked: a part that cwndtrace writes takes less than half of it."""
+from cwndtrace.store.layout import MOST_PART_ROWS
 
-_MOST_FOOTER: Final = 4 << 20
+MOST_BYTES: Final = 1 << 29
+"""Memory of one part's rows, and of all its pages unpacked: a part that cwndtrace writes takes less than half of it."""
+
+MOST_PAGES: Final = 20_000
+"""Pages of one part; the largest that cwndtrace writes has 2,000."""
+
+_MOST_PAGE: Final = 64 << 20
+_MOST_HEADERS: Final = 2 << 20
+_MOST_FOOTER: Final = 1 << 20
 _MOST_COLUMNS: Final = 200
 _MOST_GROUPS: Final = 1000
 _LONGEST_HEADER: Final = 1 << 16
 _DEEPEST: Final = 16
-_WIDEST: Final = 16  # bytes a value, but text, which is kept once for each that differs
 _TYPES: Final = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 _TEXT: Final = _TYPES.index("BYTE_ARRAY")
 _REPEATED: Final = 2
@@ -34,24 +46,34 @@ class Refused(ValueError):
     """A part that may not be read, and why."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a part says of itself without its pages: rows, size in bytes, and the checksum of its footer."""
+
+    rows: int
+    size: int
+    crc: int
+
+
 def check(file: BinaryIO, size: int) -> list[str]:
     """Columns of text, to be read as dictionaries. Raises Refused for what isn't Parquet or asks for too much."""
-    footer = _footer(file, size)
+    footer = Thrift(_footer(file, size)).struct()
     with _complete():
         columns, _ = _sound(footer)
-        total = 0
-        for chunk in (chunk for group in footer[4] for chunk in group[1]):
-            total += _unpacked(file, size, chunk[3])
-            if total > MOST_BYTES:
-                raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes")
+        chunks = sorted(_place(size, chunk[3]) for group in footer[4] for chunk in group[1])
+        if any(end > begin for (_, end), (begin, _) in pairwise(chunks)):
+            raise Refused("its columns lie in each other")
+        work = _Work()
+        for begin, end in chunks:
+            _unpacked(file, begin, end, work)
     return [name for name, kind in columns if kind == _TEXT]
 
 
-def rows(file: BinaryIO, size: int) -> int:
-    """How many rows the footer says there are; the pages aren't looked at. Raises Refused as ``check`` does."""
-    footer = _footer(file, size)
+def told(file: BinaryIO, size: int) -> Told:
+    """What the footer says; the pages aren't looked at. Raises Refused as ``check`` does."""
+    raw = _footer(file, size)
     with _complete():
-        return _sound(footer)[1]
+        return Told(_sound(Thrift(raw).struct())[1], size, zlib.crc32(raw))
 
 
 @contextmanager
@@ -73,19 +95,19 @@ def _sound(footer: Fields) -> tuple[list[tuple[str, int]], int]:
     found = sum(group[3] for group in groups)
     if found != footer[3]:
         raise Refused("its footer counts other rows than its groups")
-    if found * max(len(columns), 1) * _WIDEST > 4 * MOST_BYTES:
-        raise Refused(f"it says that it holds {found:,} rows")
+    if found > MOST_PART_ROWS:
+        raise Refused(f"it says that it holds {found:,} rows, a part has {MOST_PART_ROWS:,} at most")
     return columns, found
 
 
-def _footer(file: BinaryIO, size: int) -> Fields:
-    """FileMetaData."""
+def _footer(file: BinaryIO, size: int) -> bytes:
+    """FileMetaData, as it lies there."""
     file.seek(max(0, size - 8))
     length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
     if size < 12 or magic != b"PAR1" or length > min(size - 12, _MOST_FOOTER):
         raise Refused("it has no footer of Parquet")
     file.seek(size - 8 - length)
-    return Thrift(file.read(length)).struct()
+    return file.read(length)
 
 
 def _columns(footer: Fields) -> list[tuple[str, int]]:
@@ -104,25 +126,46 @@ def _columns(footer: Fields) -> list[tuple[str, int]]:
     return found
 
 
-def _unpacked(file: BinaryIO, size: int, chunk: Fields) -> int:
-    """Bytes that the pages of a column (ColumnMetaData) say they take."""
+def _place(size: int, chunk: Fields) -> tuple[int, int]:
+    """Where the pages of a column (ColumnMetaData) begin and end."""
     at, dictionary = chunk[9], chunk.get(11, 0)
     if dictionary > 0:
         at = min(at, dictionary)
     end = at + chunk[7]
     if not 0 <= at <= end <= size:
         raise Refused("a column lies outside of the file")
-    total = 0
-    while at < end and total <= MOST_BYTES:
+    return at, end
+
+
+@dataclass
+class _Work:
+    """What the pages looked at so far come to: how many, bytes of their headers, bytes unpacked."""
+
+    pages: int = 0
+    headers: int = 0
+    unpacked: int = 0
+
+    def add(self, header: int, unpacked: int) -> None:
+        self.pages, self.headers, self.unpacked = self.pages + 1, self.headers + header, self.unpacked + unpacked
+        if self.pages > MOST_PAGES or self.headers > _MOST_HEADERS:
+            raise Refused(
+                f"it has more than {MOST_PAGES:,} pages, or more of their headers than {_MOST_HEADERS:,} bytes"
+            )
+        if unpacked > _MOST_PAGE or self.unpacked > MOST_BYTES:
+            raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes, or one to {_MOST_PAGE:,}")
+
+
+def _unpacked(file: BinaryIO, at: int, end: int, work: _Work) -> None:
+    """Add the pages between two places to ``work``. Raises Refused where that is too much."""
+    while at < end:
         file.seek(at)
         header = Thrift(file.read(min(_LONGEST_HEADER, end - at)))
         fields = header.struct()
         unpacked, packed = fields[2], fields[3]
         if unpacked < 0 or packed < 0:
             raise Refused("a page has a negative size")
-        total += unpacked
+        work.add(header.at, unpacked)
         at += header.at + packed
-    return total
 
 
 class Thrift:

@@ -8,18 +8,22 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace.errors import CaptureError
 from cwndtrace.store import files
-from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
-from cwndtrace.store.pages import Refused
+from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
+from cwndtrace.store.pages import Refused, Told
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
+
+MOST_ROWS: Final = 100_000_000
+"""Rows of a capture, all its tables together, unless who reads it says otherwise: a day of 1,000 block requests a
+second."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Capture:
 
     ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
     never closed it) or ``failed``. ``warnings`` begins with what the trace had to go on without, and grows as
-    ``table`` meets parts that can't be read. ``shown`` is the path for people where ``path`` is not.
+    ``table`` meets parts that can't be read; ``missing`` and ``strange`` tell what lacks besides. ``shown`` is the path
+    for people where ``path`` is not, ``max_rows`` how many rows all tables may have together.
     """
 
     path: Path
@@ -36,6 +41,9 @@ class Capture:
     status: str
     warnings: list[str] = field(default_factory=list)
     shown: Path | None = None
+    max_rows: int = MOST_ROWS
+    _told: dict[tuple[Path, int, int, int], Told] = field(default_factory=dict, repr=False)
+    _unread: set[Path] = field(default_factory=set, repr=False)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table: its schema first, then columns that a later version may have added.
@@ -66,13 +74,70 @@ class Capture:
 
     def rows(self, name: str) -> int:
         """How many rows of a table are on disk; reads only the parts' footers, so it is cheap."""
-        total = 0
+        return sum(told.rows for told in self._footers(name).values())
+
+    def missing(self, name: str) -> tuple[int, int]:
+        """How many rows of a table aren't there or can't be read, and how many the trace kept, by ``meta.json``.
+
+        Nothing is missing while the trace runs, and where ``meta.json`` doesn't tell.
+        """
+        if self.status == "running":
+            return 0, 0
+        there, listed = self._footers(name), self._listed(name)
+        kept = _number(_at(self.meta, "counts", name, "kept")) - _number(_at(self.meta, "unwritten", name))
+        written = sum(told.rows for told in listed.values())
+        rows = {part: there[part].rows if part in there else 0 for part in listed}
+        lacking = sum(max(told.rows - rows[part], 0) for part, told in listed.items())
+        if not listed:
+            lacking = max(kept - self.rows(name), 0)
+        elif kept > written:
+            lacking += kept - written
+        return lacking, max(kept, written)
+
+    def strange(self, name: str) -> list[str]:
+        """The parts of a table that aren't those that the trace wrote, as far as ``meta.json`` lists them."""
+        listed = self._listed(name)
+        if not listed and not isinstance(self.meta.get("parts"), dict):
+            return []
+        return [part for part, told in self._footers(name).items() if told != listed.get(part)]
+
+    def gone(self, name: str) -> list[str]:
+        """The parts of a table that ``meta.json`` lists and that aren't there or can't be read."""
+        return [part for part in self._listed(name) if part not in self._footers(name)]
+
+    def _listed(self, name: str) -> dict[str, Told]:
+        columns = [_at(self.meta, "parts", name, figure) for figure in PART_FIGURES]
+        lists = [column for column in columns if isinstance(column, list)]
+        if len(lists) < len(columns) or len({len(column) for column in lists}) > 1:
+            return {}
+        figures = (tuple(map(_number, each)) for each in zip(*lists, strict=True))
+        return {part_name(number): Told(*each) for number, each in enumerate(figures, start=1)}
+
+    def _footers(self, name: str) -> dict[str, Told]:
+        """What each part of a table that can be read says of itself. Each is looked at once for as long as it lies."""
+        found = {}
         for part in self._parts(name):
             try:
-                total += files.rows(part)
+                status = part.lstat()
+                key = part, status.st_ino, status.st_mtime_ns, status.st_size
+                told = self._told.get(key) or files.told(part)
             except _UNREADABLE as error:
                 self._warn(part, error)
-        return total
+            else:
+                self._told[key] = told
+                if part not in self._unread:
+                    found[part.name] = told
+        return found
+
+    def _bound(self, name: str) -> None:
+        """Raises CaptureError where there are more rows than may be read."""
+        total = sum(self.rows(table) for table in {*events.TABLES, name})
+        if total > self.max_rows:
+            cause = (
+                f"{show(self.shown or self.path)} holds {total:,} rows, and {self.max_rows:,} are the most to be read."
+            )
+            remedy = "If there is memory for them (a block request takes about 100 bytes, a reset 1,000), raise "
+            raise CaptureError(cause, f"{remedy}--max-rows, max_rows in Python.")
 
     def _parts(self, name: str) -> list[Path]:
         folder = self.path / name
@@ -86,14 +151,20 @@ class Capture:
     def _each(
         self, name: str, known: pa.Schema | None, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[Path, pa.Table]]:
+        self._bound(name)
         for part in self._parts(name):
             try:
                 # Not pq.read_table: it makes columns of a host=... in the path.
                 with files.parquet(part) as file:
                     data = files.read(file, columns)
-                yield part, data if known is None else _conform(data, known)
+                data = data if known is None else _conform(data, known)
+            except MemoryError:  # pyarrow's is one of its own exceptions too
+                raise
             except _UNREADABLE as error:
+                self._unread.add(part)
                 self._warn(part, error)
+            else:
+                yield part, data
 
     def _warn(self, part: Path, error: Exception) -> None:
         reason = events.clean(str(error).split("\n", 1)[0])[:160]
@@ -102,8 +173,8 @@ class Capture:
             self.warnings.append(line)
 
 
-def open_capture(path: str | os.PathLike[str]) -> Capture:
-    """Open a capture for reading; its tables are read when asked for.
+def open_capture(path: str | os.PathLike[str], *, max_rows: int = MOST_ROWS) -> Capture:
+    """Open a capture for reading; its tables are read when asked for, as long as they have ``max_rows`` at most.
 
     Raises CaptureError, with what to do about it, for anything that isn't a capture this version can read.
     """
@@ -116,7 +187,7 @@ def open_capture(path: str | os.PathLike[str]) -> Capture:
     except PermissionError as error:
         cause = f"{show(where)} can't be read: {error.strerror}."
         raise CaptureError(cause, "Read it as the user who wrote it.") from error
-    return Capture(where, meta, _status(meta), _lacking(meta))
+    return Capture(where, meta, _status(meta), _lacking(meta), max_rows=max_rows)
 
 
 def _refuse_mistakes(where: Path) -> None:
@@ -170,6 +241,17 @@ def _status(meta: dict[str, Any]) -> str:
 def _lacking(meta: dict[str, Any]) -> list[str]:
     lines = meta.get("lacking")
     return [events.clean(line)[:400] for line in lines[:5] if isinstance(line, str)] if isinstance(lines, list) else []
+
+
+def _at(values: Any, *keys: str) -> Any:
+    """What lies in mappings in mappings; None where there are none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _number(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
 
 
 def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,16 @@ import pyarrow.parquet as pq
 from cwndtrace import events, power
 from cwndtrace.errors import CaptureError
 from cwndtrace.store.folder import Folder, Stranger, refuse
-from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, process_start, show
+from cwndtrace.store.layout import (
+    META,
+    MOST_PART_ROWS,
+    PART_FIGURES,
+    SCHEMA_VERSION,
+    boot_id,
+    part_name,
+    process_start,
+    show,
+)
 from cwndtrace.store.reader import Capture, open_capture
 
 PART_ROWS: Final = 131_072
@@ -40,7 +50,7 @@ SEAL_SECONDS: Final = 60.0
 """A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what
 came in since, or a quiet day would leave a hundred thousand parts of a few rows."""
 
-BUFFER_ROWS: Final = 8 * PART_ROWS
+BUFFER_ROWS: Final = MOST_PART_ROWS
 """Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
 
 _REMEDIES: Final = {
@@ -91,6 +101,7 @@ class CaptureWriter:
         self._meta = meta
         self._flush_seconds = flush_seconds
         self._buffers = {name: _Buffer() for name in events.TABLES}
+        self._parts: dict[str, dict[int, tuple[int, ...]]] = {name: {} for name in events.TABLES}
         self._closed = False
 
     @classmethod
@@ -208,7 +219,7 @@ class CaptureWriter:
         """Write what is held, then ``status`` and ``meta``; the second call does nothing.
 
         Where rows had to be given up, ``meta.json`` gets ``unwritten`` with their number by table; where the
-        last flush failed, the status is ``failed`` and CaptureError is raised.
+        last flush failed, the status is ``failed`` and CaptureError is raised. ``parts`` says what was written.
         """
         if self._closed:
             return
@@ -223,6 +234,8 @@ class CaptureWriter:
             failure = _failed(f"{given_up} never reached {show(self.path)}", refused[0][1])
         if self.lost:
             meta["unwritten"] = dict(+self.lost)
+        figures = {name: zip(*parts.values(), strict=True) for name, parts in self._parts.items() if parts}
+        meta["parts"] = {name: dict(zip(PART_FIGURES, map(list, each), strict=True)) for name, each in figures.items()}
         try:
             self.update_meta(status=status, **meta)
         except CaptureError as error:
@@ -231,7 +244,7 @@ class CaptureWriter:
             raise failure
 
     def _write_part(self, name: str, buffer: _Buffer, *, seal: bool) -> None:
-        part = f"part-{buffer.part:06}.parquet"
+        part = part_name(buffer.part)
         rows = events.joined(buffer.tables)
         buffer.tables = [rows]
 
@@ -239,8 +252,13 @@ class CaptureWriter:
         # What is written anew soon isn't worth half of the time that writing a few rows takes.
         codec = "zstd" if sealed else "none"
 
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression=codec, **_encoding(name))
+        whole = memoryview(sink.getvalue())
+        footer = whole[-8 - int.from_bytes(whole[-8:-4], "little") : -8]
+
         def fill(file: BinaryIO) -> None:
-            pq.write_table(rows, file, compression=codec, **_encoding(name))
+            file.write(whole)
 
         with self._folder.inside(name) as folder:
             try:
@@ -251,6 +269,7 @@ class CaptureWriter:
                     folder.discard(part)
                 raise
         buffer.written = buffer.rows
+        self._parts[name][buffer.part] = len(rows), len(whole), zlib.crc32(footer)
         if sealed:
             buffer.part += 1
             buffer.clear()

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,8 +31,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cwndtrace import events, store
+from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
+from cwndtrace.report import content
 from cwndtrace.store import writer as writer_module
+from cwndtrace.trace import load
 from tests.unit import frames
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -666,3 +670,92 @@ def test_places_without_permission_are_named(tmp_path: Path, as_nobody: Callable
         assert "may write" in error.remedy
 
     as_nobody(step)
+
+
+# ---- parts that are missing -----------------------------------------------------------------------
+
+
+def told(path: Path) -> tuple[list[str], str, str]:
+    """The warnings, the answer, and the first line of the report."""
+    trace = load(path)
+    found = content.report(trace)
+    return trace.warnings, trace.host().text, click.unstyle(lines(found)[0])
+
+
+@pytest.fixture
+def resets_in_parts(tmp_path: Path) -> Path:
+    """A capture of 3 connections whose resets lie in parts of five rows."""
+    resets, connections = frames.story(seconds=30, peers=3)
+    writer = make(tmp_path / "a.cwnd")
+    writer.add("connections", connections)
+    for first in range(0, len(resets), 5):
+        writer.add("cwnd_reset", resets.slice(first, 5))
+        writer.flush(force=True)
+    writer.close(counts={"cwnd_reset": {"kept": len(resets)}, "connections": {"kept": len(connections)}})
+    return tmp_path / "a.cwnd"
+
+
+def cut(part: Path) -> None:
+    part.write_bytes(part.read_bytes()[:-100])
+
+
+def shorten(part: Path) -> None:
+    pq.write_table(pq.ParquetFile(part).read().slice(0, 2), part)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "without a list of parts"])
+@pytest.mark.parametrize(
+    ("do", "lacking"),
+    [(Path.unlink, 5), (cut, 5), (shorten, 3), (lambda part: shutil.rmtree(part.parent), -1)],
+    ids=["one is deleted", "one is cut off", "one has fewer rows", "the folder is gone"],
+)
+def test_what_is_missing_is_said_first_and_nothing_else_is_claimed(
+    resets_in_parts: Path, do: Callable[[Path], object], lacking: int, old: bool
+) -> None:
+    meta = json.loads((resets_in_parts / "meta.json").read_text())
+    kept = meta["counts"]["cwnd_reset"]["kept"]
+    assert sum(meta["parts"]["cwnd_reset"]["rows"]) == kept
+    if old:
+        del meta["parts"]
+        (resets_in_parts / "meta.json").write_text(json.dumps(meta))
+    warnings, answer, first = told(resets_in_parts)
+    assert (warnings, first) == ([], answer)
+    do(resets_in_parts / "cwnd_reset" / "part-000002.parquet")
+    warnings, answer, first = told(resets_in_parts)
+    number = kept if lacking < 0 else lacking
+    assert warnings[0].startswith(f"{number} of {kept} records of cwnd_reset are not in the capture")
+    assert first == f"! {warnings[0]}."
+    assert answer.startswith(f"Can't tell whether it is the window, because {number} of {kept} resets are not in")
+    assert "It is not the window" not in answer
+    assert load(resets_in_parts).host().verdict == "unknown"
+    assert "no_reset" not in set(load(resets_in_parts).summary()["verdict"])
+    if not old and do is Path.unlink:
+        assert warnings[0].endswith("; missing: cwnd_reset/part-000002.parquet")
+
+
+def test_parts_that_are_not_the_ones_written_are_named(resets_in_parts: Path) -> None:
+    parts = [resets_in_parts / "cwnd_reset" / f"part-{number:06}.parquet" for number in (1, 2)]
+    shutil.copy(parts[0], parts[1])  # as many rows, others
+    shutil.copy(parts[0], resets_in_parts / "cwnd_reset" / "part-000099.parquet")
+    assert load(resets_in_parts).warnings == [
+        "what lies there isn't what the trace wrote: cwnd_reset/part-000002.parquet and 1 other part"
+    ]
+
+
+def test_nothing_is_said_to_be_missing_while_the_trace_runs_or_of_what_it_gave_up(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.cwnd")
+    writer.update_meta(counts={"block_io": {"kept": 9}})
+    writer.add("block_io", some(0))
+    writer.flush(force=True)
+    assert (load(tmp_path / "a.cwnd").status, load(tmp_path / "a.cwnd").warnings) == ("running", [])
+    writer.lost["block_io"] = 6
+    writer.close()
+    assert load(tmp_path / "a.cwnd").warnings == []
+
+
+def test_more_rows_than_are_to_be_read_are_refused(resets_in_parts: Path) -> None:
+    rows = sum(store.open_capture(resets_in_parts).rows(name) for name in events.TABLES)
+    assert len(load(resets_in_parts, max_rows=rows).resets)
+    with pytest.raises(CaptureError, match=f"holds {rows} rows, and {rows - 1} are the most") as caught:
+        load(resets_in_parts, max_rows=rows - 1).resets  # noqa: B018
+    assert "--max-rows" in caught.value.remedy
