@@ -14,7 +14,7 @@ from typing import Any, Final
 from cwndtrace.events import clean
 
 _INFINITE: Final = 0x7FFFFFFF
-_NUMBER_AND_UNIT: Final = re.compile(r"(?<=\d) (?=[A-Za-z%])")
+_NUMBER_AND_UNIT: Final = re.compile(r"(?<![\w.:/-])(\d[\d,]*(?:\.\d+)?) (?=[A-Za-z%])")
 
 
 def span(us: float) -> str:
@@ -98,7 +98,7 @@ def left_out(kind: str, number: int) -> str:
 
 def unbroken(text: str) -> str:
     """``text`` with no-break spaces between a number and what it counts, so that no line ends between them."""
-    return _NUMBER_AND_UNIT.sub("\u00a0", text)
+    return _NUMBER_AND_UNIT.sub("\\1\u00a0", text)
 
 
 def json_line(row: Mapping[Any, Any], *, allow_nan: bool = True) -> str:

@@ -22,7 +22,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
@@ -52,6 +52,9 @@ def page(report: Report) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters |= {
         "clean": lambda text: clean(str(text)),
+        "pair": lambda text: _unbroken(clean(text).replace(" > ", "\u00a0> ")),
+        "prose": lambda text: _unbroken(words.unbroken(clean(str(text)))),
+        "counted": words.plural,
         "span": lambda us: words.span(us) if us is not None else "unknown",
         "size": words.size,
         "times": lambda ratio: f"{ratio:.1f}" if ratio is not None else "",
@@ -84,12 +87,17 @@ def page(report: Report) -> str:
     return text
 
 
+def _unbroken(text: str) -> Markup:
+    """HTML for a text with no-break spaces; as a character they wouldn't be printable."""
+    return escape(text).replace("\u00a0", Markup("&nbsp;"))
+
+
 def _because(row: Mapping[str, Any]) -> str:
     """The cause of a reset's rest, to be put behind its verdict."""
     told = {
         "peer": f"; it waited {words.span(row['peer_us'])} for its peer",
-        "disk": f"; {clean(row['comm'])} had {row['disk_requests']} requests on {row['disk_device']} for "
-        f"{words.span(row['disk_us'])} of the rest",
+        "disk": f"; {clean(row['comm'])} had {words.plural(row['disk_requests'], 'request')} on {row['disk_device']} "
+        f"for {words.span(row['disk_us'])} of the rest",
         "application": f"; {words.span(row['application_us'])} of the rest were the application's own",
         "unknown": "; whether a disk was why wasn't recorded",
     }

@@ -70,6 +70,9 @@ def test_processes() -> None:
 
 def test_a_number_stays_with_what_it_counts() -> None:
     nb = "\u00a0"
-    assert fmt.unbroken("saves 11.0 s, 3 of 9 connections, 12 %; 2 -> 1 by 253:1 read") == (
-        f"saves 11.0{nb}s, 3{nb}of 9{nb}connections, 12{nb}%; 2 -> 1{nb}by 253:1{nb}read"
+    assert fmt.unbroken("saves 11.0 s, 3 of 1,234 connections, 12 %; 2 -> 1") == (
+        f"saves 11.0{nb}s, 3{nb}of 1,234{nb}connections, 12{nb}%; 2 -> 1"
     )
+    # What may be pasted into a shell.
+    command = "ip netns exec web-1 ip route change 10.0.0.0/24 via 10.0.0.1 dev eth0 proto static; ip -6 addr"
+    assert fmt.unbroken(command) == command
