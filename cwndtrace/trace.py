@@ -344,22 +344,28 @@ class Trace:
         meta = self.meta
         on_disk = {table: self._capture.rows(table) for table in events.TABLES}
         names = {
-            "cwnd_reset": "resets",
-            "cwnd_recovery": "recoveries",
-            "block_io": "block I/Os",
-            "connections": "snapshots of connections",
+            "cwnd_reset": ("reset", "resets"),
+            "cwnd_recovery": ("recovery", "recoveries"),
+            "block_io": ("block I/O", "block I/Os"),
+            "connections": ("snapshot of connections", "snapshots of connections"),
         }
         lost = {table: self.lost(table) for table in events.TABLES}
         facts = [
             ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),
             ("span", self._span()),
-            ("kept", ", ".join(f"{on_disk[table]:,} {name}" for table, name in names.items())),
-            ("lost", ", ".join(f"{lost[table]:,} {names[table]}" for table in names if lost[table]) or "nothing"),
+            ("kept", ", ".join(f"{on_disk[table]:,} {name[on_disk[table] != 1]}" for table, name in names.items())),
+            (
+                "lost",
+                ", ".join(f"{lost[table]:,} {name[lost[table] != 1]}" for table, name in names.items() if lost[table])
+                or "nothing",
+            ),
         ]
         if steps := self._steps():
             facts.append(("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}; suspends count"))
         if unchanged := meta.get("unchanged"):
-            facts.append(("unchanged", f"{_shown(unchanged)} idle restarts left the window as it was"))
+            facts.append(
+                ("unchanged", f"{_shown(unchanged)} idle restart{'s' * (unchanged != 1)} left the window as it was")
+            )
         rungs = _mapping(meta.get("rungs"))
         facts.append(("rungs", _shown(", ".join(f"{reason}: {rung or 'none'}" for reason, rung in rungs.items()))))
         if filters := {name: value for name, value in _mapping(meta.get("filters")).items() if value is not None}:

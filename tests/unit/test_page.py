@@ -192,3 +192,15 @@ def test_pictures_and_regions_are_told_apart(browser: Browser, sample: Path) -> 
             assert all(texts)
         assert shown.locator("main").count() == 1
         assert shown.locator("th:not([scope])").count() == 0
+
+
+def test_one_is_one(browser: Browser, tmp_path: Path) -> None:
+    seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000) for t in (0, 9)]
+    resets, blocks = frames.table("cwnd_reset", frames.reset(5)), frames.table("block_io", frames.block(1))
+    trace = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=frames.snapshots(*seen), block_io=blocks)
+    with opened(browser, written(tmp_path, page(content.report(trace)))) as shown:
+        text = shown.inner_text("body") + " ".join(shown.eval_on_selector_all("img", "all => all.map(i => i.alt)"))
+    assert "with 1 reset" in text
+    assert "of 1 request" in text
+    many = "requests|resets|connections|segments|bursts|records|times|block I/Os|snapshots|recoveries"
+    assert re.findall(rf"(?<![\d.,:])1\s(?:more )?(?:{many})", text) == []
