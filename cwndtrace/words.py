@@ -96,6 +96,11 @@ def left_out(kind: str, number: int) -> str:
     return f"{here}: ask for {_NARROWER[kind]}" if kind in _NARROWER else here
 
 
+def lost(number: int, noun: str, of: str = "") -> str:
+    """``1 record was lost``, ``2 records of block_io were lost``."""
+    return f"{plural(number, noun)}{of and f' of {of}'} {'was' if number == 1 else 'were'} lost"
+
+
 def unbroken(text: str) -> str:
     """``text`` with no-break spaces between a number and what it counts, so that no line ends between them."""
     return _NUMBER_AND_UNIT.sub("\\1\u00a0", text)

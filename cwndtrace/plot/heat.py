@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, losses
 from cwndtrace.plot.style import plain
+from cwndtrace.words import plural
 
 _LEFT, _BOTTOM, _WIDTH, _HEIGHT = 0.75, 0.85, 5.55, 2.2
 
@@ -55,6 +56,6 @@ def heat(cells: pd.DataFrame, *, zero_ns: int, meta: Mapping[str, Any]) -> Figur
         panels.hatch(axes, lost, at, colours)
         caption = f"on {meta.get('host', 'unknown host')}"
         if lost:
-            caption += f"  ·  hatched: {sum(loss.lost for loss in lost):,} requests lost"
-        layout.finish(figure, "Latency of block I/O over time", f"{total:,} requests", {}, plain(caption), colours)
+            caption += f"  ·  hatched: {plural(sum(loss.lost for loss in lost), 'request')} lost"
+        layout.finish(figure, "Latency of block I/O over time", plural(total, "request"), {}, plain(caption), colours)
     return figure

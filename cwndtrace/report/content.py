@@ -65,12 +65,12 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
         line = words.left_out(kind, number)
         whole.append(f"{line[0].upper()}{line[1:]}.")
     lost = {name: trace.lost(name) for name in events.TABLES}
-    resets = [f"{lost[name]:,} records of {name} were lost: figures may be too low." for name in RESETS if lost[name]]
+    resets = [f"{words.lost(lost[name], 'record', name)}: figures may be too low." for name in RESETS if lost[name]]
     rungs = trace.meta.get("rungs")
     unseen = [str(reason) for reason, rung in rungs.items() if not rung] if isinstance(rungs, dict) else []
     if unseen:
         whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
-    block = [f"{lost[name]:,} block requests were lost: figures may be too low." for name in BLOCK_IO if lost[name]]
+    block = [f"{words.lost(lost[name], 'block request')}: figures may be too low." for name in BLOCK_IO if lost[name]]
     if lost["block_io"]:
         resets.append("Block requests were lost: a rest may have been more the disk's than it seems.")
     if not trace.block_recorded:

@@ -68,6 +68,11 @@ def test_processes() -> None:
     assert fmt.process("\x1b[2Jevil\n", 7) == "?[2Jevil?[7]"
 
 
+def test_what_was_lost() -> None:
+    assert fmt.lost(1, "record", "block_io") == "1 record of block_io was lost"
+    assert fmt.lost(2345, "block request") == "2,345 block requests were lost"
+
+
 def test_a_number_stays_with_what_it_counts() -> None:
     nb = "\u00a0"
     assert fmt.unbroken("saves 11.0 s, 3 of 1,234 connections, 12 %; 2 -> 1") == (
