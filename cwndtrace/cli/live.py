@@ -139,6 +139,9 @@ class TextView:
 
     def begin(self, what: str, capture: Path) -> None:  # noqa: ARG002
         """Print the header."""
+        self._header()
+
+    def _header(self) -> None:
         for line in (self._layout.header(), *self._layout.left_out()):
             click.echo(line)
 
@@ -151,7 +154,7 @@ class TextView:
         if self._room != (now := room()):
             self._room = now
             self._lay_out()
-            self.begin()
+            self._header()
 
     def batch(self, batch: Batch) -> None:
         """Print what is printed one by one, count the rest."""

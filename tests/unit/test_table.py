@@ -254,7 +254,7 @@ def test_run_follows_its_terminal() -> None:
     batch = Batch("cwnd_reset", frames.table("cwnd_reset", frames.reset(5)))
     with Session(Replay(FILE)) as session, terminal(80) as lines:
         view = TextView(session, print_block=False, quiet=True)
-        view.begin()
+        view.begin("eth0", FILE)
         view.batch(batch)
         fcntl.ioctl(sys.stdout.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
         view.batch(batch)
