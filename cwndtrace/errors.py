@@ -93,8 +93,12 @@ def making_sense() -> Iterator[None]:
 
     A capture may come from a stranger, and no check in front of the arithmetic could foresee all that numbers do.
     """
+    import numpy as np  # only where rows are worked on, and then it is there
+
     try:
-        yield
+        # What is missing has no integer: numpy would make one up.
+        with np.errstate(invalid="raise"):
+            yield
     except CwndtraceError:
         raise
     except MemoryError as e:
@@ -102,6 +106,9 @@ def making_sense() -> Iterator[None]:
     except _NONSENSE as e:
         ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
         place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+        if isinstance(e, FloatingPointError) or "NaN" in f"{type(e).__name__} {e}":
+            cause = f"The rows of this capture lack values that are needed{place}."
+            raise CaptureError(cause, "A part without a column does that (an older recording): trace again.") from e
         cause = f"The rows of this capture make no sense together: {type(e).__name__}{place}."
         raise CaptureError(cause, "If cwndtrace wrote it and nobody changed it, report this line.") from e
 

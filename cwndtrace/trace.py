@@ -193,6 +193,7 @@ class Trace:
         return frame if names == columns else frame[list(columns)]
 
     @cached_property
+    @making_sense()
     def _requests(self) -> pd.DataFrame:
         """Of each block request what the analyses use: a third of it."""
         return self.block_columns(*block_analysis.USED)

@@ -188,7 +188,7 @@ def test_exit_codes() -> None:
 
 
 def test_an_error_is_two_lines_without_control_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(path: object) -> None:  # noqa: ARG001
+    def fail(path: object, max_rows: int) -> None:  # noqa: ARG001
         raise errors.CaptureError("no \x1b[31mname\nof yours", "try \x07another")
 
     monkeypatch.setattr("cwndtrace.load", fail)

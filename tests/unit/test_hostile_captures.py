@@ -331,3 +331,30 @@ def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     read, flipped = map(int, done.stdout.split())
     assert 0 < read < flipped
+
+
+@pytest.mark.parametrize("table", events.TABLES)
+def test_a_part_without_any_one_column_is_reported_or_refused(tmp_path: Path, table: str) -> None:
+    resets, connections = frames.story(seconds=4)
+    recoveries = frames.table("cwnd_recovery", frames.recovered())
+    path = tmp_path / "a.cwnd"
+    frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(5), recoveries=recoveries)
+    for part in path.glob(f"{table}/*.parquet"):
+        whole = pq.ParquetFile(part).read()
+        for name in whole.column_names:
+            pq.write_table(whole.drop_columns([name]), part)
+            assert store.open_capture(path).table(table).column(name).null_count == len(whole)
+            with suppress(CaptureError):
+                report = content.report(cwndtrace.load(path))
+                json.dumps(content.as_json(report), allow_nan=False)
+                assert report.host.resets == len(resets)
+
+
+def test_memory_that_runs_out_is_said_as_such(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(files, "read", none_left)
+    with pytest.raises(CaptureError, match="Memory ran out") as caught:
+        content.report(cwndtrace.load(capture))
+    assert "report this line" not in str(caught.value)
