@@ -46,10 +46,12 @@ RAW: Final = ROOT / "tests/data/trace.raw"
 BATCH: Final = 200
 TOGETHER: Final = {"parquet": 8, "plain parquet": 8, "values": 4}
 """Parts, of ten, that are mutated in one capture, by kind; one file for the other kinds."""
-SECONDS: Final = 20
-"""Longest that one case may take."""
+SECONDS: Final = 10
+"""Of CPU, the most that a case may take."""
+PEAK: Final = 1 << 30
+"""Most memory that a case may take, on top of what its process began with."""
 MEMORY: Final = 3 << 30
-"""Address space of a process, on top of what it begins with: twice what a part may take, and room for pandas."""
+"""Address space of a process, on top of what it begins with, so that no case takes the machine down."""
 
 Files = dict[str, bytes]
 
@@ -90,6 +92,85 @@ def packed(table: pa.Table, **options: Any) -> bytes:
     out = io.BytesIO()
     pq.write_table(table, out, **({"compression": "none"} | options))
     return out.getvalue()
+
+
+# ---- shapes that ask for more than they are worth -------------------------------------------------------------------
+
+
+def compact(value: Any) -> bytes:
+    """A struct (a dict by field number), list, text or number in Thrift's compact protocol; numbers are i32."""
+    if isinstance(value, dict):
+        fields, last = b"", 0
+        for field, inner in value.items():
+            fields += bytes([(field - last) << 4 | thrift_kind(inner)]) + compact(inner)
+            last = field
+        return fields + b"\0"
+    if isinstance(value, list):
+        head = bytes([0xF0 | thrift_kind(value[0])]) + varint(len(value))
+        return head + b"".join(map(compact, value))
+    return varint(len(value)) + value if isinstance(value, bytes) else varint(value << 1)
+
+
+def thrift_kind(value: Any) -> int:
+    return {dict: 12, list: 9, bytes: 8, int: 5}[type(value)]
+
+
+def varint(number: int) -> bytes:
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+
+def shared_pages(columns: int, groups: int, pages: int, *, shared: bool = True) -> bytes:
+    """A part of this project's shape whose columns all lie in one run of pages that hold nothing."""
+    header = compact({1: 0, 2: 0, 3: 0, 5: {1: 0, 2: 0, 3: 3, 4: 3}})
+    run = len(header) * pages
+    schema: list[Any] = [{4: b"schema", 5: columns}, *({1: 1, 3: 0, 4: b"c%d" % n} for n in range(columns))]
+    places = iter(range(4, 1 << 31, run if not shared else 1 << 31))
+    first = 4
+
+    def chunk(column: int) -> dict[int, Any]:
+        at = first if shared else next(places)
+        return {2: 4, 3: {1: 1, 2: [0], 3: [b"c%d" % column], 4: 0, 5: 1, 6: run, 7: run, 9: at}}
+
+    rows = [{1: [chunk(n) for n in range(columns)], 2: run, 3: 1} for _ in range(groups)]
+    footer = compact({1: 1, 2: schema, 3: groups, 4: rows})
+    body = header * (pages if shared else pages * columns * groups)
+    return b"PAR1" + body + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+def equal_rows(count: int) -> bytes:
+    """A part of a few bytes a column whose rows are all alike."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), ["x" * 100])
+    columns = {f.name: column if pa.types.is_dictionary(f.type) else None for f in events.schema("cwnd_reset")}
+    numbers = {
+        f.name: pa.array([1] * count, pa.int64()).cast(f.type)
+        for f in events.schema("cwnd_reset")
+        if columns[f.name] is None
+    }
+    return packed(pa.table({name: numbers.get(name, column) for name in columns}), compression="zstd")
+
+
+PART: Final = "cwnd_reset/part-000001.parquet"
+SHAPES: Final[dict[str, Callable[[], tuple[str, bytes]]]] = {
+    "shared pages": lambda: (PART, shared_pages(200, 200, 150_000)),
+    "very many pages": lambda: (PART, shared_pages(20, 2, 10_000, shared=False)),
+    "equal rows": lambda: (PART, equal_rows(5_000_000)),
+    "as many equal rows as a part may have": lambda: (PART, equal_rows(1 << 20)),
+    "metadata of nothing": lambda: ("meta.json", b'{"schema": 1, "a": [' + b"{}," * (20 << 20) + b"{}]}"),
+    "as much metadata as may be": lambda: ("meta.json", b'{"schema": 1, "a": [' + b"{}," * 490_000 + b"{}]}"),
+    "deep metadata": lambda: ("meta.json", b'{"schema": 1, "a": ' + b"[" * 900 + b"]" * 900 + b"}"),
+}
+"""The first cases of all: each is whole, and asks for more time or memory than it is worth."""
+
+
+def shape(number: int) -> tuple[str, Files]:
+    """The capture of one of ``SHAPES``, by number."""
+    name, make = list(SHAPES.items())[number]
+    where, raw = make()
+    return name, {**base(True), where: raw}
+
+
+# ---- mutations ------------------------------------------------------------------------------------------------------
 
 
 def mutate_bytes(rng: random.Random, raw: bytes, other: bytes = b"") -> bytes:
@@ -189,14 +270,20 @@ def mutate_table(rng: random.Random, raw: bytes) -> bytes:
 
 def case(number: int) -> tuple[str, Files]:
     """A kind of mutation and the files it left, always the same for a number."""
+    if number < len(SHAPES):
+        return shape(number)
     rng = random.Random(number)
-    kind = rng.choice((*["parquet"] * 2, *["plain parquet"] * 3, "meta bytes", "meta values", "values", "raw"))
+    kind = rng.choice((*["parquet"] * 2, *["plain parquet"] * 3, "meta bytes", "meta values", "values", "raw", "shape"))
 
     files = dict(base(kind != "parquet"))
     tables = [name for name in files if name.endswith(".parquet")]
     if kind == "raw":
         return kind, {"trace.raw": mutate_bytes(rng, RAW.read_bytes()[: rng.choice((400, 4000, 40_000))])}
-    if kind.startswith("meta"):
+    if kind == "shape":
+        files[PART] = mutate_bytes(
+            rng, shared_pages(rng.choice((1, 8)), rng.choice((1, 8)), 40, shared=rng.random() < 0.5)
+        )
+    elif kind.startswith("meta"):
         mutate: Callable[[random.Random, bytes], bytes] = mutate_json if kind == "meta values" else mutate_bytes
         files["meta.json"] = mutate(rng, files["meta.json"])
     else:
@@ -224,6 +311,8 @@ TABLES, FRAMES, ALL, PAGE = range(4)
 
 def effort(number: int, kind: str, draw_every: int) -> int:
     """How much to do with a case."""
+    if number < len(SHAPES):
+        return TABLES if "rows" in kind else ALL
     if draw_every > 0 and number % draw_every == 0:
         return PAGE
     if "values" in kind or number % 20 == 0:
@@ -263,24 +352,30 @@ def use(folder: Path, much: int) -> None:
         page(found)
 
 
+def peak_kb() -> int:
+    """The most memory that this process had since it last asked for that to be forgotten."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
+
+
 def run(first: int, count: int, folder: Path, draw_every: int) -> None:
     """Work through cases and print a line of JSON for each."""
     faulthandler.enable()
-    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def too_long(*_: object) -> None:
         raise TimeoutError(f"longer than {SECONDS} s")
 
-    signal.signal(signal.SIGALRM, too_long)
+    # Of CPU, so that it says the same on a busy machine.
+    signal.signal(signal.SIGPROF, too_long)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for number in range(first, first + count):
         kind, files = case(number)
         lay(files, folder)
         print(json.dumps({"case": number, "kind": kind}), flush=True)
-        begin = time.monotonic()
+        Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is this case's
+        begun, begin = peak_kb(), time.process_time()
         outcome, why = "opened", ""
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             use(folder, effort(number, kind, draw_every))
         except CaptureError as e:
@@ -291,9 +386,11 @@ def run(first: int, count: int, folder: Path, draw_every: int) -> None:
             ours = [f for f in last if "cwndtrace" in f.filename and "site-packages" not in f.filename]
             place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
             outcome, why = "FAILED", f"{type(e).__name__} at {place}: {str(e)[:200]}"
-        signal.alarm(0)
-        took = time.monotonic() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        took = time.process_time() - begin
+        peak = peak_kb() - begun
+        if peak > PEAK >> 10:
+            outcome, why = "FAILED", f"took {peak >> 10:,} MiB"
         print(json.dumps({"outcome": outcome, "why": why, "s": took, "peak_kb": peak}), flush=True)
 
 

@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["cwndtrace"]):
     from tests import fuzz
 
 LONGEST: Final = 64 << 10
-CASE_S: Final = 20
+CASE_S: Final = 10
 MEMORY_MB: Final = 4 << 10
 STREAM: Final = "trace.raw"
 

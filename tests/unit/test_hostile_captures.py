@@ -37,15 +37,20 @@ SOME = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChe
 
 
 def test_mutated_files_in_short(tmp_path: Path) -> None:
-    found = fuzz.batches(0, 40, draw_every=39, keep=tmp_path / "case")
+    found = fuzz.batches(len(fuzz.SHAPES), 40, draw_every=39, keep=tmp_path / "case")
     assert found.failures == []
     assert found.outcomes.total() == 40
     # Of each kind something was refused or read, so that the mutations are neither idle nor deadly.
     assert {name.partition(":")[0] for name in found.outcomes} == {
-        "parquet", "plain parquet", "meta bytes", "meta values", "values", "raw",
+        "parquet", "plain parquet", "meta bytes", "meta values", "values", "raw", "shape",
     }  # fmt: skip
-    assert found.peak_kb < 1 << 20
-    assert found.longest_s < fuzz.SECONDS
+
+
+def test_what_asks_for_more_than_it_is_worth(tmp_path: Path) -> None:
+    found = fuzz.batches(0, len(fuzz.SHAPES), draw_every=0, keep=tmp_path / "case")
+    assert found.failures == []
+    assert found.outcomes.total() == len(fuzz.SHAPES)
+    assert found.outcomes["metadata of nothing: refused"] == 1
 
 
 JSON = st.recursive(
