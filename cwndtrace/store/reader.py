@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,9 @@ _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 MOST_ROWS: Final = 100_000_000
 """Rows of a capture, all its tables together, unless who reads it says otherwise: a day of 1,000 block requests a
 second."""
+
+_MOST_LOOKED_AT: Final = 10_000
+"""Entries of a folder without meta.json that are looked at for captures, to name them."""
 
 
 @dataclass(frozen=True)
@@ -202,12 +206,26 @@ def _refuse_mistakes(where: Path) -> None:
         raise CaptureError(f"{show(where)} is a part of a capture, not the whole.", f"Open {show(owner)}.")
     if not where.is_dir():
         raise CaptureError(f"{show(where)} is a file.", "A capture is a directory; give the one that cwndtrace wrote.")
-    inside = sorted(found.parent for pattern in ("*", "*/*") for found in where.glob(f"{pattern}/{META}"))
+    inside = _captures_in(where)
     if inside:
         names = ", ".join(show(found) for found in inside[:8]) + (", ..." if len(inside) > 8 else "")
         holds = "a capture" if len(inside) == 1 else f"{len(inside)} captures"
         raise CaptureError(f"{show(where)} isn't a capture, it holds {holds}.", f"Open {names}.")
     raise CaptureError(f"{show(where)} isn't a capture: no {META} in it.", "Give the directory that cwndtrace wrote.")
+
+
+def _captures_in(where: Path) -> list[Path]:
+    """Captures in a folder or in its folders, of the first _MOST_LOOKED_AT entries: there may be any number."""
+    left = iter(range(_MOST_LOOKED_AT))
+
+    def folders(place: Path) -> Iterator[Path]:
+        with suppress(OSError), os.scandir(place) as entries:
+            for _, entry in zip(left, entries, strict=False):
+                if entry.is_dir():
+                    yield Path(entry.path)
+
+    near = list(folders(where))
+    return sorted(each for each in (*near, *(far for each in near for far in folders(each))) if (each / META).is_file())
 
 
 def _read_meta(where: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -572,6 +573,20 @@ def test_what_is_not_a_capture_is_refused_with_the_way_to_one(tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     assert "is a file" in refusal(tmp_path / "file").cause
     assert "\x1b" not in str(refusal(tmp_path / "\x1b[2J"))
+
+
+def test_a_folder_of_very_many_entries_is_not_walked_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10):
+        for below in range(10):
+            (tmp_path / f"{number}").mkdir(exist_ok=True)
+            frames.capture(tmp_path / f"{number}" / f"{below}.cwnd")
+    assert "holds 100 captures" in refusal(tmp_path).cause
+    monkeypatch.setattr("cwndtrace.store.reader._MOST_LOOKED_AT", 50)
+    found = re.search(r"holds (\d+) captures", refusal(tmp_path).cause)
+    assert found is not None
+    assert 30 <= int(found[1]) <= 40
 
 
 def test_a_part_given_by_a_relative_name_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
