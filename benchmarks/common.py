@@ -25,6 +25,9 @@ from cwndtrace import isolated
 RESULTS: Final = Path("benchmarks/results", os.environ.get("CWNDTRACE_VM", ""))
 START_LIMIT_S: Final = 180  # bcc compiles for a minute in an emulated machine
 COMMAND: Final = (*isolated.python("-m", "cwndtrace"),)
+# Its folders are root's: under sudo cwndtrace would refuse to write there for the user.
+for _name in ("SUDO_UID", "SUDO_GID"):
+    os.environ.pop(_name, None)
 
 
 def machine() -> dict[str, Any]:
