@@ -47,6 +47,8 @@ def test_install_leaves_a_working_command(root: chroot.Root) -> None:
     _make(root, "install")
     done = root.run("cwndtrace", "--version")
     assert done.returncode == 0, done.stdout
+    first = (root.path / "opt/cwndtrace/bin/cwndtrace").read_text(encoding="utf-8").splitlines()[0]
+    assert first.endswith(" -I")
 
 
 def test_install_changes_nothing_the_second_time(root: chroot.Root) -> None:
