@@ -14,8 +14,12 @@ from cwndtrace.errors import BccError
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a process that hasn't looked for bcc yet, on a machine without it."""
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:  # noqa: ARG001
+    """As in a process that hasn't looked for bcc yet, on a machine without it.
+
+    tmp_path comes first: to name it after the user pytest imports what it can't find without a path, and would fall
+    back to a folder that another user may have made.
+    """
     bcc.module.cache_clear()
     bcc._place.cache_clear()
     monkeypatch.setattr(bcc, "_DISTRIBUTION_PACKAGES", ())

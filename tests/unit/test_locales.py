@@ -49,12 +49,12 @@ def locales(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the locale LATIN."""
     folder = tmp_path_factory.mktemp("locales")
     if shutil.which("localedef") is None:
-        pytest.skip("no localedef (Debian: libc-bin)")
+        pytest.skip("needs localedef: apt install libc-bin")
     made = subprocess.run(
         ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / LATIN)], capture_output=True, check=False
     )
     if not (folder / LATIN).is_dir():
-        pytest.skip(f"localedef can't make {LATIN} (Debian: apt install locales): {made.stderr!r}")
+        pytest.skip(f"needs the sources of {LATIN}: apt install locales ({made.stderr!r})")
     return folder
 
 

@@ -318,7 +318,9 @@ print(json.dumps([failures, full, test_store.sectors(path), store.open_capture(p
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small tmpfs")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small tmpfs: sudo make test"
+)
 def test_a_full_disk_is_named_and_what_is_on_it_stays_and_nothing_is_lost_once_it_has_room(tmp_path: Path) -> None:
     # In a mount namespace of its own, so that no mount is left whatever happens.
     script = f'mount -t tmpfs -o size=256k none "{tmp_path}" && exec "$0" -c "$1" "{tmp_path}"'
@@ -326,7 +328,7 @@ def test_a_full_disk_is_named_and_what_is_on_it_stays_and_nothing_is_lost_once_i
         ["unshare", "--mount", "sh", "-c", script, sys.executable, FULL], cwd=ROOT, text=True, capture_output=True
     )
     if done.returncode and ("mount:" in done.stderr or "unshare:" in done.stderr):
-        pytest.skip(f"a tmpfs can't be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"needs a machine where root may mount a tmpfs: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     failures, (there, temporary, hz), after, status, lost = json.loads(done.stdout)
     (flush_cause, flush_remedy), (meta_cause, _) = failures
@@ -660,7 +662,7 @@ def test_a_capture_whose_metadata_cannot_be_written_leaves_no_folder(
 @pytest.fixture
 def as_nobody() -> Callable[[Callable[[], None]], None]:
     if os.geteuid() != 0:
-        pytest.skip("needs root, to become another user")
+        pytest.skip("needs root, to become another user: sudo make test")
 
     def run(step: Callable[[], None]) -> None:
         os.seteuid(65534)
