@@ -137,10 +137,10 @@ def test_the_running_kernel_against_bpftool() -> None:
     if tool is None:
         pytest.skip("needs another reader of BTF: apt install bpftool")
     if not os.access(VMLINUX, os.R_OK):
-        pytest.skip(f"{VMLINUX} can't be read: use a kernel with CONFIG_DEBUG_INFO_BTF=y")
+        pytest.skip(f"needs {VMLINUX}: use a kernel with CONFIG_DEBUG_INFO_BTF=y")
     dump = subprocess.run([tool, "btf", "dump", "file", str(VMLINUX), "format", "raw"], capture_output=True, text=True)
     if dump.returncode != 0:
-        pytest.skip(f"bpftool can't read BTF here: {dump.stderr.strip()}; try it as root")
+        pytest.skip(f"needs a bpftool that reads BTF here, which says {dump.stderr.strip()}: sudo make test")
     btf, compared = Btf.running(), 0
     for name in ("tcp_sock", "inet_connection_sock", "sock_common", "request", "net_device", "sk_buff"):
         found = re.search(rf"^\[\d+\] STRUCT '{name}' size=(\d+) vlen=\d+\n((?:\t.*\n)+)", dump.stdout, re.MULTILINE)
