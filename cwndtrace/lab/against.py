@@ -140,10 +140,8 @@ class Against:
         sock = self._socks[setting]
         time.sleep(max(0.0, (self._last_ns[setting] - time.monotonic_ns()) / 1e9 + rest_s))
         self._number += 1
-        payload = bytearray(size)
-        wire.STAMP.pack_into(payload, 0, self._number, size)
         try:
-            sent = wire.send_burst(sock, payload)
+            sent = wire.send_burst(sock, wire.STAMP.pack(self._number, size), size)
             if not self.plain:
                 wire.receive(sock, len(wire.DONE))
             elif not sent.acked:

@@ -7,9 +7,11 @@ Both modes are on one port (see cwndtrace.lab.wire); what speaks neither is swal
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +21,11 @@ from typing import Any, Final, Self
 from cwndtrace.errors import CwndtraceError, PermissionNeeded, UsageError
 from cwndtrace.lab import wire
 
-MAX_CONNECTIONS: Final = 64
+MAX_CONNECTIONS: Final = 128
+MAX_OF_ONE_PEER: Final = 16
+"""Connections from one address, or one /64 of IPv6: nobody alone keeps the others out."""
+OPENING_S: Final = 60.0
+"""How long a peer may take to say how it wants to be served."""
 # A connection that says nothing for so long is closed: rests are bounded too.
 QUIET_S: Final = wire.MAX_REST_S + 60
 
@@ -39,7 +45,7 @@ class Settings:
     on_error: Callable[[CwndtraceError], None] | None = None
     """told of what went wrong with one connection"""
     patience_s: float = 60.0
-    """how long a peer may take to take in a burst's next bytes"""
+    """how long a peer may take to take in a burst"""
 
 
 @dataclass
@@ -61,6 +67,9 @@ class Server:
         self.settings = settings or Settings()
         self.totals = Totals()
         self._lock = threading.Lock()
+        self._of_peer: Counter[str] = Counter()
+        # Written to by all, since nobody looks at what was swallowed.
+        self._swallowed = bytearray(1 << 18)
         self._closed = False
         if not 0 <= port < 65536:
             raise UsageError(f"no port {port}", "ports go from 0 (any free one) to 65535")
@@ -84,26 +93,27 @@ class Server:
         """Accept connections until ``close``; a thread each."""
         while not self._closed:
             try:
-                sock, _ = self._listener.accept()
+                sock, address = self._listener.accept()
             except OSError:
                 # Closed; or else out of descriptors, or the peer went away in the queue: those don't end the server.
                 time.sleep(0.05)
                 continue
+            peer = peer_of(address[0])
             with self._lock:
-                full = len(self.totals.open) >= MAX_CONNECTIONS
+                full = len(self.totals.open) >= MAX_CONNECTIONS or self._of_peer[peer] >= MAX_OF_ONE_PEER
                 if not full:
                     self.totals.open.add(sock)
+                    self._of_peer[peer] += 1
                     self.totals.connections += 1
                 else:
                     self.totals.refused += 1
             if full:
                 sock.close()
             else:
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+                threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, peer: str) -> None:
         try:
-            sock.settimeout(QUIET_S)
             self._speak(sock)
         except CwndtraceError as e:
             if self.settings.on_error is not None:
@@ -113,11 +123,14 @@ class Server:
         finally:
             with self._lock:
                 self.totals.open.discard(sock)
+                self._of_peer[peer] -= 1
+                self._of_peer = +self._of_peer
             sock.close()
 
     def _speak(self, sock: socket.socket) -> None:
-        opening = sock.recv(len(wire.HELLO) + 1, socket.MSG_WAITALL)
+        opening = self._opening(sock)
         mode = opening[len(wire.HELLO) :]
+        sock.settimeout(QUIET_S)
         if opening[: len(wire.HELLO)] != wire.HELLO or mode not in (wire.REPLY, wire.SINK):
             self._swallow(sock, None)
             return
@@ -125,6 +138,18 @@ class Server:
         sock.sendall(wire.HELLO)
         while self._reply(sock) if mode == wire.REPLY else self._take(sock):
             sock.settimeout(QUIET_S)
+
+    def _opening(self, sock: socket.socket) -> bytes:
+        """What a peer begins with; less where it ends before. Raises TimeoutError for who takes too long."""
+        said = b""
+        deadline = time.monotonic() + OPENING_S
+        while len(said) <= len(wire.HELLO):
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            more = sock.recv(len(wire.HELLO) + 1 - len(said))
+            if not more:
+                break
+            said += more
+        return said
 
     def _reply(self, sock: socket.socket) -> bool:
         raw = sock.recv(wire.REQUEST.size, socket.MSG_WAITALL)
@@ -140,10 +165,8 @@ class Server:
             read = self.settings.disk(rest_s)
         elif wire.RESTS[how] == "timer":
             time.sleep(rest_s)
-        payload = bytearray(size)
-        wire.STAMP.pack_into(payload, 0, number, time.monotonic_ns())
         sock.settimeout(self.settings.patience_s)
-        sent = wire.send_burst(sock, payload)
+        sent = wire.send_burst(sock, wire.STAMP.pack(number, time.monotonic_ns()), size)
         with self._lock:
             self.totals.bursts_sent += 1
         if self.settings.on_burst is not None:
@@ -166,9 +189,8 @@ class Server:
 
     def _swallow(self, sock: socket.socket, size: int | None) -> None:
         """Read and drop ``size`` bytes, or all there are until the end."""
-        room = bytearray(1 << 18)
         while size is None or size > 0:
-            count = sock.recv_into(room, 0 if size is None else min(size, len(room)))
+            count = sock.recv_into(self._swallowed, 0 if size is None else min(size, len(self._swallowed)))
             if not count:
                 if size is None:
                     return
@@ -193,6 +215,14 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def peer_of(address: str) -> str:
+    """Whom an address counts as: itself, IPv4 also where IPv6 maps it, and of IPv6 the network /64."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 4:
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found), 64), strict=False))
 
 
 def _cannot_listen(host: str, port: int, e: OSError) -> CwndtraceError:

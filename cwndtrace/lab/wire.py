@@ -38,6 +38,8 @@ RESTS: Final = ("client", "timer", "disk")
 MIN_BURST: Final = STAMP.size
 MAX_BURST: Final = 256 << 20
 MAX_REST_S: Final = 3600.0
+_ZEROS: Final = memoryview(bytes(1 << 20))
+"""What bursts hold behind their stamp, over and over: memory for it doesn't grow with who asks."""
 _SO_COOKIE: Final = 57
 _SO_SNDBUFFORCE: Final = 32
 
@@ -112,19 +114,29 @@ def available() -> str:
         return "unknown"
 
 
-def send_burst(sock: socket.socket, payload: bytearray) -> Sent:
-    """Send all of ``payload`` and wait until it is acknowledged, or until the peer says something.
+def send_burst(sock: socket.socket, stamp: bytes, size: int) -> Sent:
+    """Send ``size`` bytes that begin with ``stamp`` and wait until they are acknowledged, or the peer says something.
 
-    The first write doesn't block, so that ``after`` is read before any acknowledgement can be back. Raises OSError.
+    The first write doesn't block, so that ``after`` is read before any acknowledgement can be back. All has to be
+    taken within the socket's time-out. Raises OSError.
     """
-    view = memoryview(payload)
+    patience = sock.gettimeout()
+    parts = _parts(stamp, size, 0)
     start = time.monotonic_ns()
     before = TcpInfo.of(sock)
-    first = sock.send(view, socket.MSG_DONTWAIT)
+    first = done = sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
     first_ns = time.monotonic_ns()
     after = TcpInfo.of(sock)
-    if first < len(view):
-        sock.sendall(view[first:])
+    try:
+        while done < size:
+            if patience is not None:
+                left = patience - (time.monotonic_ns() - first_ns) / 1e9
+                if left <= 0:
+                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+                sock.settimeout(left)
+            done += sock.sendmsg(_parts(stamp, size, done))
+    finally:
+        sock.settimeout(patience)
     end, acked = _until_acked(sock, max(0.001, before.rtt / 20e6))
     return Sent(
         before, after, end, start, first_ns, time.monotonic_ns(), first, acked,
@@ -132,6 +144,13 @@ def send_burst(sock: socket.socket, payload: bytearray) -> Sent:
         cookie=struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0],
         port=sock.getsockname()[1],
     )  # fmt: skip
+
+
+def _parts(stamp: bytes, size: int, done: int) -> list[memoryview]:
+    """Where the bytes of a burst lie, from the one numbered ``done`` on."""
+    parts = [memoryview(stamp)[done:]] if done < len(stamp) else []
+    whole, odd = divmod(size - max(done, len(stamp)), len(_ZEROS))
+    return [*parts, *[_ZEROS] * whole, *([_ZEROS[:odd]] if odd else [])]
 
 
 def _until_acked(sock: socket.socket, interval_s: float) -> tuple[TcpInfo, bool]:

@@ -189,7 +189,7 @@ def test_it_refuses_what_is_out_of_bounds(server: serve.Server, errors: list[Cwn
 
 
 def test_it_takes_only_so_many_connections(server: serve.Server) -> None:
-    socks = [connect(server, wire.HELLO + wire.REPLY) for _ in range(serve.MAX_CONNECTIONS)]
+    socks = [connect(server, wire.HELLO + wire.REPLY) for _ in range(serve.MAX_OF_ONE_PEER)]
     try:
         for sock in socks:
             wire.receive(sock, 4)
@@ -199,6 +199,25 @@ def test_it_takes_only_so_many_connections(server: serve.Server) -> None:
     finally:
         for sock in socks:
             sock.close()
+
+
+def test_whom_an_address_counts_as() -> None:
+    assert serve.peer_of("192.0.2.7") == serve.peer_of("::ffff:192.0.2.7") == "192.0.2.7"
+    assert serve.peer_of("2001:db8::1") == serve.peer_of("2001:db8:0:0:ffff::2") == "2001:db8::/64"
+    assert serve.peer_of("fe80::1%eth0") == "fe80::/64"
+    assert serve.peer_of("::1") == "::/64"
+
+
+def test_who_does_not_say_how_is_let_go(server: serve.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "OPENING_S", 0.2)
+    with connect(server, wire.HELLO[:1]) as sock:
+        assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("done", [0, 1, 15, 16, 17, 1 << 20, (1 << 20) + 15, (3 << 20) + 4])
+def test_a_burst_is_its_stamp_and_zeros(done: int) -> None:
+    stamp, size = wire.STAMP.pack(2**64 - 1, 2**63), (3 << 20) + 5
+    assert b"".join(wire._parts(stamp, size, done)) == (stamp + bytes(size - len(stamp)))[done:]
 
 
 def test_a_taken_port_is_said(server: serve.Server) -> None:
