@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -59,27 +56,6 @@ def connection(row: Mapping[Any, Any]) -> str:
 def process(comm: str, pid: int) -> str:
     """Name and pid, a dash where nobody is known."""
     return f"{clean(comm)}[{pid}]" if pid else "-"
-
-
-class _Ascii(io.TextIOWrapper):
-    """click goes past a stream that says it is ASCII, to the bytes below, and writes UTF-8 there."""
-
-    buffer = None  # type: ignore[assignment]
-
-
-def print_all() -> None:
-    """Have stdout and stderr print ``?`` for what their encoding lacks, whatever the locale: any user names processes.
-
-    To be called once, before anything is printed.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):
-            continue
-        stream.reconfigure(errors="replace")
-        if codecs.lookup(stream.encoding).name == "ascii" and not isinstance(stream, _Ascii):
-            binary = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115  (a descriptor)
-            setattr(sys, name, _Ascii(binary, "ascii", "replace", line_buffering=stream.line_buffering))
 
 
 def plural(number: int, noun: str) -> str:

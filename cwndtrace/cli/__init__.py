@@ -19,8 +19,8 @@ import click
 import cwndtrace
 from cwndtrace.cli import systemd, user
 from cwndtrace.cli.output import hold_standard
+from cwndtrace.encoding import print_all
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, too_many_files
-from cwndtrace.words import print_all
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2

@@ -11,8 +11,8 @@ import signal
 import sys
 
 from cwndtrace.cli import explain, user
+from cwndtrace.encoding import print_all
 from cwndtrace.errors import CwndtraceError
-from cwndtrace.words import print_all
 
 
 def main() -> None:

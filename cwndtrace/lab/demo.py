@@ -22,9 +22,9 @@ from typing import Final
 
 from cwndtrace import isolated, power
 from cwndtrace.capture.target import need_root
+from cwndtrace.encoding import print_all
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.lab.disk import loop
-from cwndtrace.words import print_all
 
 _BURST: Final = 3_000_000
 _RESTS_S: Final = (0.25, 0.6, 1.2, 0.1, 0.4, 0.9, 0.25, 0.6)

@@ -237,10 +237,12 @@ def test_predicted_and_measured_stand_side_by_side(quick: Run) -> None:
     assert int(found[3]) < 50
 
 
-def test_its_capture_can_be_drawn_again(quick: Run, tmp_path: Path) -> None:
-    done = call("plot", quick.folder / "capture.cwnd", "-o", tmp_path / "a.png")
+def test_its_capture_can_be_drawn_again(quick: Run) -> None:
+    picture = quick.folder.with_name("again.png")
+    done = call("plot", quick.folder / "capture.cwnd", "-o", picture, before=FOR_SOMEBODY)
     assert done.returncode == 0, done.stderr
-    assert matplotlib.image.imread(tmp_path / "a.png").size
+    assert matplotlib.image.imread(picture).size
+    assert picture.stat().st_uid == UID
 
 
 def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_against_a_server_the_sysctl_stays(tmp_path: Path) -> None:
     assert missing(taken, assert_opens(tmp_path / "a").resets) == []
     assert code == 0, said
     # Each burst is preceded by what warms the connection.
-    assert re.search(r"^1 connections; took in \d+ bursts \([\d.]+ [kM]?B\), sent 0$", said, re.MULTILINE)
+    assert re.search(r"^1 connection; took in \d+ bursts \([\d.]+ [kM]?B\), sent 0$", said, re.MULTILINE)
 
 
 def test_both_settings_and_a_send_buffer_that_is_too_small(make_space: Callable[[], tcp.Space], tmp_path: Path) -> None:

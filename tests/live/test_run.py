@@ -163,7 +163,7 @@ def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_
     assert re.search(r"^kept 3 resets, \d[\d,]* block I/Os; lost 0 and ", shown, re.MULTILINE)
     assert "\x1b" not in shown + said
     assert "waiting for" not in said
-    assert said.splitlines()[0].startswith("Tracing lo: idle by ")
+    assert said.splitlines()[0].startswith(f"Tracing lo in network namespace {space.name} (inode ")
     assert f"The capture is in {tmp_path / 'a.cwnd'}" in said
     assert f"cwndtrace plot {tmp_path / 'a.cwnd'}" in said
     trace = cwndtrace.load(tmp_path / "a.cwnd")
@@ -384,7 +384,8 @@ def test_warns_that_every_connection_is_exempt(
         # The other end takes its congestion control from the namespace.
         exempt.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
         done = call("run", "-i", "lo", "-n", space.name, "-d", "100ms", "--no-block", "-o", tmp_path / "a.cwnd")
-        assert "warning: every connection on lo uses bbr, which is exempt from idle resets" in done.stderr
+        place = rf"lo in network namespace {space.name} \(inode \d+\)"
+        assert re.search(rf"warning: every connection on {place} uses bbr, which is exempt", done.stderr)
     finally:
         exempt.close()
 

@@ -18,8 +18,9 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"errors", "events", "isolated", "power", "words"}
+LEAVES = {"encoding", "errors", "events", "isolated", "power", "words"}
 BELOW = {
+    "encoding": set[str](),
     "errors": set[str](),
     "events": set[str](),
     "isolated": set[str](),
