@@ -138,7 +138,12 @@ class _Line:
             if not self._end.poll(max(0.0, deadline - time.monotonic())):
                 self._late = True
                 raise Unanswered(f"didn't answer within {self._patience_s} s")
-            number, answer = self._end.recv()
+            try:
+                number, answer = self._end.recv()
+            except (EOFError, OSError):
+                raise
+            except Exception as e:  # an exception may be packed and not be unpacked
+                raise Unanswered(f"had an answer that can't be read: {type(e).__name__}") from e
             if number == self._number:
                 self._late = False
                 return answer
@@ -293,10 +298,6 @@ def _answer(look: Lookout, end: Connection) -> None:
 def _packed(number: int, answer: object) -> bytes:
     """An answer as it is sent; in place of one that can't be, that it can't."""
     try:
-        packed = pickle.dumps((number, answer))
-        # An exception may be packed and not be unpacked.
-        if isinstance(answer, Exception):
-            pickle.loads(packed)  # noqa: S301  (its own)
+        return pickle.dumps((number, answer))
     except Exception as e:
         return pickle.dumps((number, Unanswered(f"had an answer that can't be sent: {type(e).__name__}")))
-    return packed
