@@ -681,7 +681,7 @@ def test_places_without_permission_are_named(tmp_path: Path, as_nobody: Callable
     (tmp_path / "a.cwnd").chmod(0o700)
 
     def step() -> None:
-        assert "sudo" in refusal(tmp_path / "a.cwnd").remedy
+        assert refusal(tmp_path / "a.cwnd").remedy == "Read it as the user who wrote it."
         error = create_refusal(tmp_path / "b.cwnd")
         assert "Permission denied" in error.cause
         assert "may write" in error.remedy

@@ -289,7 +289,7 @@ def test_reproduce() -> None:
 
 def test_a_real_terminal() -> None:
     """The installed command with a terminal of 80 columns, and with a pipe."""
-    command = [sys.executable, "-m", "cwndtrace", "report", str(SAMPLE)]
+    command = [sys.executable, "-I", "-m", "cwndtrace", "report", str(SAMPLE)]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     with terminal(80) as lines:
         subprocess.run(command, stdout=sys.stdout, env=environment, check=True, timeout=120)
