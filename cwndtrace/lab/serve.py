@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 import threading
 import time
@@ -128,7 +129,7 @@ class Server:
             sock.close()
 
     def _speak(self, sock: socket.socket) -> None:
-        opening = self._opening(sock)
+        opening = _receive(sock, len(wire.HELLO) + 1, OPENING_S)
         mode = opening[len(wire.HELLO) :]
         sock.settimeout(QUIET_S)
         if opening[: len(wire.HELLO)] != wire.HELLO or mode not in (wire.REPLY, wire.SINK):
@@ -139,20 +140,8 @@ class Server:
         while self._reply(sock) if mode == wire.REPLY else self._take(sock):
             sock.settimeout(QUIET_S)
 
-    def _opening(self, sock: socket.socket) -> bytes:
-        """What a peer begins with; less where it ends before. Raises TimeoutError for who takes too long."""
-        said = b""
-        deadline = time.monotonic() + OPENING_S
-        while len(said) <= len(wire.HELLO):
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            more = sock.recv(len(wire.HELLO) + 1 - len(said))
-            if not more:
-                break
-            said += more
-        return said
-
     def _reply(self, sock: socket.socket) -> bool:
-        raw = sock.recv(wire.REQUEST.size, socket.MSG_WAITALL)
+        raw = _receive(sock, wire.REQUEST.size, QUIET_S)
         if len(raw) < wire.REQUEST.size:
             return False
         size, number, rest_s, how = wire.REQUEST.unpack(raw)
@@ -174,22 +163,25 @@ class Server:
         return True
 
     def _take(self, sock: socket.socket) -> bool:
-        raw = sock.recv(wire.STAMP.size, socket.MSG_WAITALL)
+        raw = _receive(sock, wire.STAMP.size, QUIET_S)
         if len(raw) < wire.STAMP.size:
             return False
         _, size = wire.STAMP.unpack(raw)
         if not wire.MIN_BURST <= size <= wire.MAX_BURST:
             raise UsageError(f"a peer sent a burst of {size} bytes: out of bounds")
-        sock.settimeout(self.settings.patience_s)
         self._swallow(sock, size - len(raw))
+        sock.settimeout(self.settings.patience_s)
         with self._lock:
             self.totals.bursts_taken += 1
         sock.sendall(wire.DONE)
         return True
 
     def _swallow(self, sock: socket.socket, size: int | None) -> None:
-        """Read and drop ``size`` bytes, or all there are until the end."""
+        """Read and drop ``size`` bytes, within the patience for a burst, or all there are until the end."""
+        deadline = time.monotonic() + self.settings.patience_s
         while size is None or size > 0:
+            if size is not None:
+                sock.settimeout(_left(deadline))
             count = sock.recv_into(self._swallowed, 0 if size is None else min(size, len(self._swallowed)))
             if not count:
                 if size is None:
@@ -215,6 +207,27 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _receive(sock: socket.socket, size: int, patience_s: float) -> bytes:
+    """So many bytes, in however many pieces they come; fewer where the peer ends before. Raises TimeoutError."""
+    data = b""
+    deadline = time.monotonic() + patience_s
+    while len(data) < size:
+        sock.settimeout(_left(deadline))
+        more = sock.recv(size - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then. Raises TimeoutError where there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    return left
 
 
 def peer_of(address: str) -> str:

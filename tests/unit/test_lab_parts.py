@@ -214,6 +214,37 @@ def test_who_does_not_say_how_is_let_go(server: serve.Server, monkeypatch: pytes
         assert sock.recv(1) == b""
 
 
+def test_a_request_may_come_in_pieces(server: serve.Server) -> None:
+    request = wire.REQUEST.pack(100, 3, 0.0, 0)
+    with connect(server, wire.HELLO + wire.REPLY) as sock:
+        wire.receive(sock, len(wire.HELLO))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(request[:7])
+        # Until the server has taken in the first piece, and not for luck.
+        until = time.monotonic() + 10
+        while TcpInfo.of(sock).unacked and time.monotonic() < until:
+            time.sleep(0.001)
+        sock.sendall(request[7:])
+        assert wire.STAMP.unpack(wire.receive(sock, 100)[: wire.STAMP.size])[0] == 3
+
+
+def test_a_burst_has_to_be_in_within_the_patience(server: serve.Server) -> None:
+    server.settings.patience_s = 0.3
+
+    def dribble(sock: socket.socket) -> None:
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            # Each piece comes well within the time.
+            sock.sendall(b"x")
+            time.sleep(0.05)
+
+    with connect(server, wire.HELLO + wire.SINK) as sock:
+        wire.receive(sock, len(wire.HELLO))
+        sock.sendall(wire.STAMP.pack(1, wire.MAX_BURST))
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            dribble(sock)
+
+
 @pytest.mark.parametrize("done", [0, 1, 15, 16, 17, 1 << 20, (1 << 20) + 15, (3 << 20) + 4])
 def test_a_burst_is_its_stamp_and_zeros(done: int) -> None:
     stamp, size = wire.STAMP.pack(2**64 - 1, 2**63), (3 << 20) + 5
