@@ -110,8 +110,12 @@ class Server:
                     self.totals.refused += 1
             if full:
                 sock.close()
-            else:
+                continue
+            try:
                 threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+            except RuntimeError:
+                # No room for a thread now: that is this connection's end, and not the server's.
+                self._release(sock, peer)
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -122,11 +126,14 @@ class Server:
         except OSError:
             pass  # the peer went away, which is its right
         finally:
-            with self._lock:
-                self.totals.open.discard(sock)
-                self._of_peer[peer] -= 1
-                self._of_peer = +self._of_peer
-            sock.close()
+            self._release(sock, peer)
+
+    def _release(self, sock: socket.socket, peer: str) -> None:
+        with self._lock:
+            self.totals.open.discard(sock)
+            self._of_peer[peer] -= 1
+            self._of_peer = +self._of_peer
+        sock.close()
 
     def _speak(self, sock: socket.socket) -> None:
         opening = _receive(sock, len(wire.HELLO) + 1, OPENING_S)

@@ -118,26 +118,27 @@ def send_burst(sock: socket.socket, stamp: bytes, size: int) -> Sent:
     """Send ``size`` bytes that begin with ``stamp`` and wait until they are acknowledged, or the peer says something.
 
     The first write doesn't block, so that ``after`` is read before any acknowledgement can be back. All has to be
-    taken within the socket's time-out. Raises OSError.
+    acknowledged within the socket's time-out, or within a minute of what was sent where it has none. Raises OSError.
     """
     patience = sock.gettimeout()
     parts = _parts(stamp, size, 0)
     start = time.monotonic_ns()
+    deadline = None if patience is None else start / 1e9 + patience
     before = TcpInfo.of(sock)
     first = done = sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
     first_ns = time.monotonic_ns()
     after = TcpInfo.of(sock)
     try:
         while done < size:
-            if patience is not None:
-                left = patience - (time.monotonic_ns() - first_ns) / 1e9
+            if deadline is not None:
+                left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
                 sock.settimeout(left)
             done += sock.sendmsg(_parts(stamp, size, done))
     finally:
         sock.settimeout(patience)
-    end, acked = _until_acked(sock, max(0.001, before.rtt / 20e6))
+    end, acked = _until_acked(sock, max(0.001, before.rtt / 20e6), deadline or time.monotonic() + 60)
     return Sent(
         before, after, end, start, first_ns, time.monotonic_ns(), first, acked,
         sndbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
@@ -153,8 +154,7 @@ def _parts(stamp: bytes, size: int, done: int) -> list[memoryview]:
     return [*parts, *[_ZEROS] * whole, *([_ZEROS[:odd]] if odd else [])]
 
 
-def _until_acked(sock: socket.socket, interval_s: float) -> tuple[TcpInfo, bool]:
-    deadline = time.monotonic() + (sock.gettimeout() or 60)
+def _until_acked(sock: socket.socket, interval_s: float, deadline: float) -> tuple[TcpInfo, bool]:
     while True:
         info = TcpInfo.of(sock)
         if not info.unacked and not info.notsent_bytes:

@@ -228,6 +228,21 @@ def test_a_request_may_come_in_pieces(server: serve.Server) -> None:
         assert wire.STAMP.unpack(wire.receive(sock, 100)[: wire.STAMP.size])[0] == 3
 
 
+def test_no_room_for_a_thread_ends_one_connection_alone(server: serve.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(_: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with connect(server, b"") as sock:
+        assert sock.recv(1) == b""
+    assert not server.totals.open
+    with connect(server, wire.HELLO + wire.REPLY) as sock:
+        assert wire.receive(sock, len(wire.HELLO)) == wire.HELLO
+
+
 def test_a_burst_has_to_be_in_within_the_patience(server: serve.Server) -> None:
     server.settings.patience_s = 0.3
 
