@@ -159,10 +159,10 @@ class Snapshots:
 
     Those in between are taken on a thread of its own, which the first ``drain`` starts: what power was given up until
     then, it hasn't either. None is taken while one waits to be drained, or they would pile up behind who stalls.
-    ``take`` gives None where there is none.
+    ``take`` gives a table and the seconds of CPU time that it took, or None where there is none.
     """
 
-    def __init__(self, take: Callable[[], pa.Table | None], interval_s: float = 2.0) -> None:
+    def __init__(self, take: Callable[[], tuple[pa.Table, float] | None], interval_s: float = 2.0) -> None:
         self._take = take
         self._interval_s = interval_s
         self._tables: list[pa.Table] = []
@@ -174,20 +174,20 @@ class Snapshots:
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
     def _one(self) -> float:
-        begin = time.monotonic()
-        table = self._take()
+        """Take one; its CPU time, since a long wait for it is no reason to let the next one wait."""
+        table, cpu_s = self._take() or (None, 0.0)
         with self._lock:
             self._tables += [] if table is None else [table]
-        return time.monotonic() - begin
+        return cpu_s
 
     def _run(self) -> None:
-        took, last = 0.0, False
+        cpu_s, last = 0.0, False
         while not last:
-            last = self._stop.wait(max(self._interval_s, took / _SHARE))
+            last = self._stop.wait(max(self._interval_s, cpu_s / _SHARE))
             if self._tables and not last:
                 continue
             try:
-                took = self._one()
+                cpu_s = self._one()
             except Exception as e:  # must reach the session, not die with the thread
                 self.error = e
                 return

@@ -54,9 +54,11 @@ class Lookout:
     def __init__(self, filters: Filters) -> None:
         self._filters = filters
 
-    def snapshot(self, utc_offset_ns: int) -> pa.Table | None:
-        """See ``connections.snapshot``."""
-        return connections.snapshot(self._filters, utc_offset_ns)
+    def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
+        """See ``connections.snapshot``, and the seconds of CPU time that it took."""
+        begin = time.thread_time()
+        table = connections.snapshot(self._filters, utc_offset_ns)
+        return table, time.thread_time() - begin
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """See ``netns.settings``."""
@@ -204,9 +206,10 @@ class Apart(Lookout):
             lost.append("cgroups that were made later")
         return f"the trace goes on without {', '.join(lost)}"
 
-    def snapshot(self, utc_offset_ns: int) -> pa.Table | None:
+    def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
         """As in Lookout."""
-        return self._ask(self._slow, "snapshot", utc_offset_ns)
+        found: tuple[pa.Table, float] | None = self._ask(self._slow, "snapshot", utc_offset_ns)
+        return found
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """As in Lookout."""

@@ -11,7 +11,8 @@ from typing import Any, Final, Literal, Self
 
 from cwndtrace.capture import target
 from cwndtrace.capture.bcc import Kernel
-from cwndtrace.capture.connections import Snapshots, snapshot
+from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.lookout import Lookout
 from cwndtrace.capture.session import Session, Tally
 from cwndtrace.kernel import facts, ladder
 from tests.live.tcp import Connection, Send, until
@@ -48,8 +49,9 @@ class Tracer:
         # One reason takes half as long to load.
         reasons = ("idle",) if idle_only else ladder.REASONS
         self._session = Session(Kernel(filters, probe=probe, block=False, reasons=reasons))
+        looked = Lookout(filters)
         if connections:
-            self._session.snapshots = Snapshots(lambda: snapshot(filters, 0))
+            self._session.snapshots = Snapshots(lambda: looked.snapshot(0))
         self.lets: Callable[[Connection, Send], bool] = lambda _connection, _send: True
         self.rungs = self._session.source.rungs
         self.probe = str(self.rungs["idle"])

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 
+import pyarrow as pa
 import pytest
 
 from cwndtrace.capture import lookout
+from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.lookout import Apart, Lookout
 from cwndtrace.capture.source import Filters
+from tests.live.tcp import until
 
 
 class Unsendable(Exception):
@@ -29,7 +34,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Apart]:
         raise error
 
     answers = {
-        "snapshot": lambda _look, number: [number],
+        "snapshot": lambda _look, number: (number, 0.0),
         "settings": lambda _look, _: lambda: "no function can be sent",
         "idle_sysctls": lambda _look, _: fail(Unsendable(1, 2)),
         "watched": lambda _look, _: (True, "eth0"),
@@ -63,7 +68,7 @@ def test_an_error_is_an_answer(apart: Apart) -> None:
 def test_no_signal_that_can_be_ignored_ends_it(apart: Apart) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM, signal.SIGTSTP):
         os.kill(apart.pid, number)
-    assert apart.snapshot(7) == [7]
+    assert apart.snapshot(7) == (7, 0.0)
     assert apart.watched() == (True, "eth0")
 
 
@@ -102,3 +107,31 @@ def test_one_that_is_gone(apart: Apart) -> None:
 
 def test_what_it_is_asked_is_what_a_lookout_answers() -> None:
     assert set(lookout._QUESTIONS) <= set(dir(Lookout))
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_one_long_wait_is_no_reason_for_a_longer_one(answered: bool) -> None:
+    """A snapshot that a stopped process held up costs no CPU, so the next one comes as soon as ever."""
+    asked, goes_on = threading.Event(), threading.Event()
+    table = pa.table({"a": [1]})
+
+    def take() -> tuple[pa.Table, float] | None:
+        if not asked.is_set() and threading.current_thread() is not threading.main_thread():
+            asked.set()
+            assert goes_on.wait(20)
+            return (table, 0.0) if answered else None
+        return table, 0.0
+
+    snapshots = Snapshots(take, interval_s=0.01)
+    found = list(snapshots.drain())
+    assert asked.wait(20)
+    begin = time.monotonic()
+    until(lambda: time.monotonic() - begin > 1, 20, "a second, which would have been twenty")
+    goes_on.set()
+
+    def more() -> bool:
+        found.extend(snapshots.drain())
+        return len(found) >= 4
+
+    until(more, 10, "the snapshots after that")
+    snapshots.finish()

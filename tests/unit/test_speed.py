@@ -232,7 +232,7 @@ listener = socket.create_server(("127.0.0.1", 0))
 client = socket.create_connection(listener.getsockname())
 look = Lookout(Filters(port=listener.getsockname()[1], family=2, pid=os.getpid()))
 writer, figures = CaptureWriter.create(sys.argv[1], {}), BlockFigures()
-writer.add("connections", look.snapshot(0))
+writer.add("connections", look.snapshot(0)[0])
 for name in ("cwnd_reset", "block_io"):
     records = numpy.zeros(300, events.event(name).dtype).tobytes()
     batch = Batch(name, events.Raw(name, records, numpy.zeros(300, numpy.int64)))
