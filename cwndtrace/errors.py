@@ -106,9 +106,6 @@ def making_sense() -> Iterator[None]:
     except _NONSENSE as e:
         ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
         place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-        if isinstance(e, FloatingPointError) or "NaN" in f"{type(e).__name__} {e}":
-            cause = f"The rows of this capture lack values that are needed{place}."
-            raise CaptureError(cause, "A part without a column does that (an older recording): trace again.") from e
         cause = f"The rows of this capture make no sense together: {type(e).__name__}{place}."
         raise CaptureError(cause, "If cwndtrace wrote it and nobody changed it, report this line.") from e
 

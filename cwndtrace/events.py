@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Records = npt.NDArray[np.void]
 """A one-dimensional structured array, one row a record, of the dtype of one event."""
@@ -437,6 +440,27 @@ CONNECTIONS: Final = _snapshot(
 
 MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
 """Columns whose values may be missing; in all others of ``TABLES`` a null is damage."""
+
+_UNJUDGED: Final = MAY_BE_NULL | {
+    *("acks", "ca_state", "cgroup_id", "cpu", "flags", "ifindex", "last_snd_us", "packets_out", "sector"),
+    *("tid", "uid", "unacked"),
+}
+
+
+def needed(table: str) -> list[str]:
+    """The columns of a table without which a row can't be judged: an older recording may lack some."""
+    return [name for name in schema(table).names if name not in _UNJUDGED]
+
+
+def whole(frame: pd.DataFrame, table: str) -> pd.DataFrame:
+    """The rows of a table that lack none of the ``needed`` columns, as far as the frame has these."""
+    kinds = dict(zip(schema(table).names, schema(table).types, strict=True))
+    partly = [name for name in needed(table) if name in frame and frame[name].hasnans]
+    if not partly:
+        return frame
+    numbers = {name: kinds[name].to_pandas_dtype() for name in partly if pa.types.is_integer(kinds[name])}
+    return frame.dropna(subset=partly).reset_index(drop=True).astype(numbers)
+
 
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"

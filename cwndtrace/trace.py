@@ -122,6 +122,12 @@ class Trace:
                     f"{lacking:,} of {kept:,} records of {table} are not in the capture"
                     + _some(table, self._capture.gone(table), "; missing: ")
                 )
+            partly, columns = self._capture.partly(table)
+            if partly:
+                lines.append(
+                    f"{words.plural(partly, 'record')} of {table} lack values that an older recording doesn't have: "
+                    + ", ".join(columns)
+                )
             if strange := self._capture.strange(table):
                 lines.append(f"what lies there isn't what the trace wrote{_some(table, strange, ': ')}")
         return lines
@@ -132,6 +138,9 @@ class Trace:
             lacking, kept = self._capture.missing(table)
             if lacking:
                 return f"{lacking:,} of {words.plural(kept, kind)} are not in the capture"
+            partly, columns = self._capture.partly(table)
+            if partly:
+                return f"{words.plural(partly, kind)} lack values of an older recording ({', '.join(columns)})"
         return ""
 
     @property
@@ -141,7 +150,7 @@ class Trace:
         mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
         if isinstance(mono, int):
             return mono
-        frames = ((self.resets, "ts_ns"), (self.connections, "ts_ns"), (self._requests, "start_ns"))
+        frames = ((self._resets, "ts_ns"), (self._connections, "ts_ns"), (self._requests, "start_ns"))
         return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
     @property
@@ -161,33 +170,38 @@ class Trace:
     @property
     @making_sense()
     def resets(self) -> pd.DataFrame:
-        """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses."""
-        return self._identified[0]
+        """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses.
+
+        Rows of an older recording lack the columns that it doesn't have, ``connection`` too, and are in no analysis.
+        """
+        return self._and_partly("cwnd_reset", self._resets)
 
     @property
     @making_sense()
     def connections(self) -> pd.DataFrame:
         """One row a snapshot of a connection, with the key ``connection``."""
-        return self._identified[1]
+        return self._and_partly("connections", self._connections)
 
     @cached_property
     @making_sense()
     def block_io(self) -> pd.DataFrame:
         """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
-        return block_analysis.with_latency(self._frame("block_io"), _mapping(self.meta.get("devices")))
+        whole = block_analysis.with_latency(self._whole("block_io"), _mapping(self.meta.get("devices")))
+        return self._and_partly("block_io", whole)
 
     def block_columns(self, *columns: str) -> pd.DataFrame:
         """``block_io`` with these columns alone, in the same order; reads no other, and keeps nothing.
 
         Of what ``block_io`` adds to the capture's columns, ``device``, ``latency_us`` and ``queue_us`` may be named.
-        Raises KeyError for others.
+        Requests that lack one of these columns are left out. Raises KeyError for others.
         """
         known = events.schema("block_io").names
         needs = [name for name in known if name in columns or name == "start_ns"]
         needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
         devices = _mapping(self.meta.get("devices"))
         pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
-        frames = (block_analysis.add(piece.to_pandas(), devices, columns) for piece in pieces)
+        whole = (events.whole(piece.to_pandas(), "block_io") for piece in pieces)
+        frames = (block_analysis.add(frame, devices, columns) for frame in whole)
         names = tuple(dict.fromkeys(("start_ns", *columns)))
         frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
         return frame if names == columns else frame[list(columns)]
@@ -202,13 +216,19 @@ class Trace:
     @making_sense()
     def recoveries(self) -> pd.DataFrame:
         """One row a window that was followed after its reset, with ``connection``, ``duration_us``, ``round_trips``."""
-        return recovery.with_duration(_as_text(self._frame("cwnd_recovery")), self.resets)
+        return self._and_partly("cwnd_recovery", self._recoveries)
+
+    @cached_property
+    @making_sense()
+    def _recoveries(self) -> pd.DataFrame:
+        return recovery.with_duration(_as_text(self._whole("cwnd_recovery")), self._resets)
 
     @cached_property
     @making_sense()
     def samples(self) -> pd.DataFrame:
         """The windows on their way back, at most one row a round-trip time, with ``connection``."""
-        return recovery.identify(_as_text(self._frame("cwnd_sample")), self.resets)
+        whole = recovery.identify(_as_text(self._whole("cwnd_sample")), self._resets)
+        return self._and_partly("cwnd_sample", whole)
 
     @making_sense()
     def costs(self) -> pd.DataFrame:
@@ -216,7 +236,7 @@ class Trace:
 
         The added columns are ``analysis.cost.COLUMNS`` and ``analysis.cost.MEASURED``.
         """
-        return cost.predict(self.resets, self.connections, self.recoveries)
+        return cost.predict(self._resets, self._connections, self._recoveries)
 
     @cached_property
     @making_sense()
@@ -231,7 +251,7 @@ class Trace:
     @making_sense()
     def _judged(self) -> pd.DataFrame:
         """Without the causes: what the block requests, of which there may be millions, aren't read for."""
-        return verdict.resets(self.costs(), self.connections)
+        return verdict.resets(self.costs(), self._connections)
 
     @property
     @making_sense()
@@ -248,8 +268,8 @@ class Trace:
     @cached_property
     @making_sense()
     def _summary(self) -> pd.DataFrame:
-        rows = connection_analysis.summary(self.resets, self.connections)
-        return verdict.connections(rows, self._judged, self.connections, self.meta, whole=not self._lacking())
+        rows = connection_analysis.summary(self._resets, self._connections)
+        return verdict.connections(rows, self._judged, self._connections, self.meta, whole=not self._lacking())
 
     @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
@@ -271,8 +291,8 @@ class Trace:
         return compare.compare(self._measures(), after._measures())
 
     def _measures(self) -> dict[str, Any]:
-        span = compare.span(self.meta, self.resets, self.connections)
-        return dict(compare.measures(self._judged, self.connections, self.recoveries, self._requests, span))
+        span = compare.span(self.meta, self._resets, self._connections)
+        return dict(compare.measures(self._judged, self._connections, self._recoveries, self._requests, span))
 
     @making_sense()
     def connection(self, key: str) -> Connection:
@@ -280,7 +300,7 @@ class Trace:
         rows = self._summary[self._summary["connection"] == key]
         if rows.empty:
             raise _no_connection(key)
-        frames = (self.verdicts, self.connections, self.recoveries)
+        frames = (self.verdicts, self._connections, self._recoveries)
         about = {str(name): value for name, value in rows.iloc[0].to_dict().items()}
         return Connection(about, *(frame[frame["connection"] == key] for frame in frames))
 
@@ -292,7 +312,7 @@ class Trace:
     @making_sense()
     def audit(self) -> pd.DataFrame:
         """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
-        return remedy.audit(self._judged, self.connections, self.meta)
+        return remedy.audit(self._judged, self._connections, self.meta)
 
     @making_sense()
     def host(self) -> Host:
@@ -315,18 +335,39 @@ class Trace:
     @cached_property
     @making_sense()
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        resets, connections = (_as_text(self._frame(name)) for name in ("cwnd_reset", "connections"))
+        resets, connections = (_as_text(self._whole(name)) for name in ("cwnd_reset", "connections"))
         # Older recordings have rows of what is left of closed connections, which has no window and no round trip.
         connections = connections[connections["cwnd"] > 0].reset_index(drop=True)
         return connection_analysis.identify(resets, connections)
 
+    @property
+    def _resets(self) -> pd.DataFrame:
+        return self._identified[0]
+
+    @property
+    def _connections(self) -> pd.DataFrame:
+        return self._identified[1]
+
+    def _whole(self, table: str) -> pd.DataFrame:
+        """The rows of a table that the analyses can do with: those with all that they need."""
+        return events.whole(self._frame(table), table)
+
+    def _and_partly(self, table: str, whole: pd.DataFrame) -> pd.DataFrame:
+        """``whole``, and the rows that lack something, at their times; what is computed is missing in these."""
+        if not self._capture.partly(table)[0]:
+            return whole
+        frame = self._frame(table)
+        partly = frame[frame[events.needed(table)].isna().any(axis=1)]
+        both = pd.concat([whole, partly]).sort_values(_clock(frame), kind="stable", ignore_index=True)
+        both.attrs.update(frame.attrs)
+        return both
+
     def _frame(self, table: str) -> pd.DataFrame:
         # Not what a stranger or a later version added: it might take the name of what is computed here.
         rows = events.clean_texts(self._capture.table(table, events.schema(table).names))
-        clock = next(name for name in rows.column_names if name.endswith("_ns"))
         told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         frame: pd.DataFrame = rows.to_pandas()
-        frame = frame.sort_values(clock, kind="stable", ignore_index=True)
+        frame = frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
         frame.attrs["units"] = told
         return frame
 
@@ -399,6 +440,11 @@ class Trace:
         offsets = [_mapping(s).get("utc_offset_ns") for s in segments] if isinstance(segments, list) else []
         known = [offset for offset in offsets if isinstance(offset, int)]
         return [(after - before) / 1e9 for before, after in pairwise(known)]
+
+
+def _clock(frame: pd.DataFrame) -> str:
+    """The column by which the rows of a table are in order."""
+    return next(str(name) for name in frame.columns if str(name).endswith("_ns"))
 
 
 def _some(table: str, parts: list[str], before: str) -> str:

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from cwndtrace import events
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
@@ -51,7 +52,7 @@ def sawtooth(
     its own first rest on, because the settings take turns; rests without a reset are shaded too, and each burst is
     marked along the foot and labelled with what it took. Without it both panels show the whole capture on its clock.
     """
-    resets = {"on": resets_on, "off": resets_off}
+    resets = {"on": events.whole(resets_on, "cwnd_reset"), "off": events.whole(resets_off, "cwnd_reset")}
     observed = {"on": observed_on, "off": observed_off}
     bursts = {setting: _none() for setting in resets}
     rounds = 0

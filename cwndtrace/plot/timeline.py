@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from cwndtrace import events
 from cwndtrace.plot import panels, style
 from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
@@ -48,6 +49,9 @@ def timeline(
     Raises UsageError for a connection that isn't there and for an empty span.
     """
     block_io = block_io if block_io is not None else pd.DataFrame(columns=["start_ns", "done_ns", "op", "error"])
+    resets, connections = events.whole(resets, "cwnd_reset"), events.whole(connections, "connections")
+    block_io = events.whole(block_io, "block_io")
+    samples = None if samples is None else events.whole(samples, "cwnd_sample")
     seen = ["connection", "ts_ns", "cwnd"]
     windows_seen = connections[seen] if samples is None else pd.concat([connections[seen], samples[seen]])
     at = clock(resets, connections, block_io, meta, span)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
@@ -48,11 +48,12 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Told:
-    """What a part says of itself without its pages: rows, size in bytes, and the checksum of its footer."""
+    """What a part says of itself without its pages: rows, size in bytes, the checksum of its footer, its columns."""
 
     rows: int
     size: int
     crc: int
+    columns: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def check(file: BinaryIO, size: int) -> list[str]:
@@ -73,7 +74,8 @@ def told(file: BinaryIO, size: int) -> Told:
     """What the footer says; the pages aren't looked at. Raises Refused as ``check`` does."""
     raw = _footer(file, size)
     with _complete():
-        return Told(_sound(Thrift(raw).struct())[1], size, zlib.crc32(raw))
+        columns, rows = _sound(Thrift(raw).struct())
+        return Told(rows, size, zlib.crc32(raw), frozenset(name for name, _ in columns))
 
 
 @contextmanager

@@ -109,13 +109,19 @@ class Capture:
         """The parts of a table that ``meta.json`` lists and that aren't there or can't be read."""
         return [part for part in self._listed(name) if part not in self._footers(name)]
 
+    def partly(self, name: str) -> tuple[int, list[str]]:
+        """How many rows of a table lack columns that a later version needs, and which columns."""
+        needed = events.needed(name)
+        lacking = [(told.rows, told.columns) for told in self._footers(name).values() if not told.columns >= {*needed}]
+        return sum(rows for rows, _ in lacking), [n for n in needed if any(n not in there for _, there in lacking)]
+
     def _listed(self, name: str) -> dict[str, Told]:
         columns = [_at(self.meta, "parts", name, figure) for figure in PART_FIGURES]
         lists = [column for column in columns if isinstance(column, list)]
         if len(lists) < len(columns) or len({len(column) for column in lists}) > 1:
             return {}
         figures = (tuple(map(_number, each)) for each in zip(*lists, strict=True))
-        return {part_name(number): Told(*each) for number, each in enumerate(figures, start=1)}
+        return {part_name(number): Told(*each) for number, each in enumerate(figures, start=1)}  # type: ignore[arg-type]
 
     def _footers(self, name: str) -> dict[str, Told]:
         """What each part of a table that can be read says of itself. Each is looked at once for as long as it lies."""

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ import cwndtrace
 from cwndtrace import events, store
 from cwndtrace.capture.replay import Replay
 from cwndtrace.errors import CaptureError
+from cwndtrace.plot import staircase, timeline
 from cwndtrace.report import content
 from cwndtrace.store import files, pages
 from tests import fuzz
@@ -339,20 +341,62 @@ def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("table", events.TABLES)
-def test_a_part_without_any_one_column_is_reported_or_refused(tmp_path: Path, table: str) -> None:
-    resets, connections = frames.story(seconds=4)
-    recoveries = frames.table("cwnd_recovery", frames.recovered())
+def test_a_part_without_any_one_column_opens_and_nothing_is_concluded_from_it(tmp_path: Path, table: str) -> None:
+    """As an older recording has it. The column is missing values, and the answer says what it lacks."""
     path = tmp_path / "a.cwnd"
+    part, whole = one_part(path, table)
+    attribute = {"cwnd_reset": "resets", "cwnd_recovery": "recoveries", "cwnd_sample": "samples"}.get(table, table)
+    for name in whole.column_names:
+        pq.write_table(whole.drop_columns([name]), part)
+        trace = cwndtrace.load(path)
+        frame = getattr(trace, attribute)
+        assert (len(frame), frame[name].isna().sum()) == (len(whole), len(whole))
+        why = trace._lacking()
+        assert (f" ({name})" in why) == (name in events.needed(table) and table not in ("block_io", "cwnd_sample"))
+        assert (f": {name}" in "".join(trace.gaps())) == (name in events.needed(table))
+        assert trace.host().verdict == ("unknown" if why else "harmful")
+
+
+@pytest.mark.parametrize("table", events.TABLES)
+def test_what_no_conclusion_needs_may_lack(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "a.cwnd"
+    part, whole = one_part(path, table)
+    before = content.as_json(content.report(cwndtrace.load(path)))
+    kept = {*events.needed(table), *events.MAY_BE_NULL}
+    pq.write_table(whole.select([name for name in whole.column_names if name in kept]), part)
+    after = content.as_json(content.report(cwndtrace.load(path)))
+    assert [{**found, "caveats": []} for found in (before, after)] == [{**before, "caveats": []}] * 2
+
+
+@pytest.mark.parametrize("table", events.TABLES)
+def test_every_command_takes_a_part_of_an_older_recording(tmp_path: Path, table: str) -> None:
+    """Beside one that has all columns: what can be said of that one is."""
+    path = tmp_path / "a.cwnd"
+    part, whole = one_part(path, table)
+    lacks = {"cwnd_reset": "mss", "connections": "bytes_sent", "block_io": "done_ns", "cwnd_recovery": "srtt_us"}
+    half = len(whole) // 2
+    pq.write_table(whole.slice(half), part)
+    pq.write_table(whole.slice(0, half).drop_columns([lacks.get(table, "cwnd")]), part.with_name("part-000002.parquet"))
+    trace = cwndtrace.load(path)
+    report = content.report(trace)
+    assert report.caveats["missing"]
+    json.dumps(content.as_json(report), allow_nan=False)
+    assert len(trace.compare(trace))
+    timeline.timeline(trace.resets, trace.connections, trace.block_io, meta=trace.meta, samples=trace.samples)
+    staircase.staircase(trace.resets)
+
+
+def one_part(path: Path, table: str) -> tuple[Path, pa.Table]:
+    """A capture whose resets are harmful; the only part of a table, and what it holds."""
+    resets, connections = frames.story(seconds=8)
+    recoveries = frames.table("cwnd_recovery", frames.recovered(), frames.recovered(2))
     frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(5), recoveries=recoveries)
-    for part in path.glob(f"{table}/*.parquet"):
-        whole = pq.ParquetFile(part).read()
-        for name in whole.column_names:
-            pq.write_table(whole.drop_columns([name]), part)
-            assert store.open_capture(path).table(table).column(name).null_count == len(whole)
-            with suppress(CaptureError):
-                report = content.report(cwndtrace.load(path))
-                json.dumps(content.as_json(report), allow_nan=False)
-                assert report.host.resets == len(resets)
+    if table == "cwnd_sample":
+        (path / table).mkdir()
+        rows = np.ones(4, events.event(table).dtype)
+        pq.write_table(frames.table(table, rows), path / table / "part-000001.parquet")
+    (part,) = path.glob(f"{table}/*.parquet")
+    return part, pq.ParquetFile(part).read()
 
 
 def test_memory_that_runs_out_is_said_as_such(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
