@@ -37,7 +37,7 @@ PICTURES = ("latency", "sawtooth", "staircase", "cost")
 HEADER = re.compile(r"^ROUND +SETTING", re.MULTILINE)
 ROW = re.compile(r"^ +\d+ +(on|off) ", re.MULTILINE)
 # The shortest that there is, for what only has to start.
-SHORT = ("--rtt", "5ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
+SHORT = ("--rtt", "20ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
 
 
 class Started:
@@ -392,7 +392,7 @@ def test_what_a_kill_leaves_the_next_start_cleans(tmp_path: Path) -> None:
 
 def test_an_rtt_that_cannot_be_held(tmp_path: Path) -> None:
     with (
-        started("reproduce", "--path", "relay", *SHORT, "-o", tmp_path / "a") as run,
+        started("reproduce", "--path", "relay", *SHORT, "--rtt", "5ms", "-o", tmp_path / "a") as run,
         # Awake for a millisecond of 20: no packet goes there and back in 5.
         held_up(run.child(b"cwndtrace.lab.relay"), 0.02, 0.001),
     ):
