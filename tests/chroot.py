@@ -89,6 +89,7 @@ class Root:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",  # the root's locale may be another
             start_new_session=True,
         ) as process:
             try:

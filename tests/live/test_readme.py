@@ -46,7 +46,7 @@ JUPYTER_STEPS = [
 RUN = "sudo cwndtrace run --iface eth0"
 INSTALL = "sudo make install"
 ELSEWHERE = {
-    "make test": "in test_distributions.py",
+    "make test": "in test_distributions_user.py",
     "make bench": "measures for twenty minutes",
     "sudo make vm-shell": "builds a kernel; tests/vm does",
     "cd vagrant && vagrant up && vagrant ssh -c 'sudo cwndtrace reproduce'": "make vagrant-test does",
