@@ -34,6 +34,13 @@ def load(path: str | os.PathLike[str], *, max_rows: int = store.MOST_ROWS) -> Tr
     return Trace(store.open_capture(path, max_rows=max_rows))
 
 
+class _Units(dict[str, str]):
+    """Units by column. pandas copies what is in ``attrs`` with each step of an analysis, which took a fifth of it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Units:
+        return self
+
+
 @dataclass(frozen=True, repr=False)
 class Connection:
     """One connection of a trace; its frames are rows of the trace's. ``about`` is its row of ``Trace.summary()``."""
@@ -365,7 +372,9 @@ class Trace:
     def _frame(self, table: str) -> pd.DataFrame:
         # Not what a stranger or a later version added: it might take the name of what is computed here.
         rows = events.clean_texts(self._capture.table(table, events.schema(table).names))
-        told = {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
+        told = _Units(
+            {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
+        )
         frame: pd.DataFrame = rows.to_pandas()
         frame = frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
         frame.attrs["units"] = told

@@ -43,9 +43,11 @@ def environment(wheel: Path) -> Iterator[Path]:
     # Not one of pytest's folders: it keeps those of the last runs, and this one holds half a gigabyte.
     with tempfile.TemporaryDirectory(prefix="cwndtrace-wheel-") as name:
         folder = Path(name)
-        made = _run(sys.executable, "-m", "venv", folder, cwd=folder)
+        made = _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
         assert made.returncode == 0, made.stdout
-        done = _run(folder / "bin" / "python", "-m", "pip", "install", "--no-input", wheel, cwd=folder)
+        # Little of it is run, so compiling all of it would be most of the time.
+        into = ("--python", folder / "bin" / "python", "install", "--no-input", "--no-compile")
+        done = _run(sys.executable, "-m", "pip", *into, wheel, cwd=folder)
         if done.returncode != 0 and _NO_NETWORK.search(done.stdout):
             pytest.skip("needs a package index that can be reached: pip could not connect to one")
         assert done.returncode == 0, done.stdout

@@ -323,7 +323,7 @@ def test_long_addresses_fit_the_picture(at: Path) -> None:
     assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in texts(made))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_records_of_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     seconds, number = st.floats(0, 60), st.integers(0, 2**32 - 1)

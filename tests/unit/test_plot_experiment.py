@@ -362,7 +362,7 @@ def test_of_many_sizes_the_largest_are_shown_and_that_is_said() -> None:
 
 
 def test_costs_without_room_are_written_small_or_left_to_the_axis() -> None:
-    for number, said in ((3, True), (5, True), (30, False)):
+    for number, said in ((3, True), (5, True), (16, False)):
         rests = tuple(round(0.4 + n / 100, 2) for n in range(number))
         made = both(experiments.experiment(rounds=3, bursts=(1, 2, 3, 4, 5), rests=rests).taken)
         assert bool(made.axes[0].texts) is said

@@ -224,7 +224,7 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
     assert list(trace.summary().columns) == list(full.columns)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4))
 def test_every_reset_has_a_verdict_and_connections_add_up(seed: int, peers: int) -> None:
     r, c = (frames.pandas(t) for t in frames.story(seed, seconds=20, peers=peers))
