@@ -135,7 +135,6 @@ def test_the_watch_sees_what_an_open_python_reads(planted: Planted) -> None:
         ("plot", str(SAMPLE), "-o", "picture.svg"),
         ("compare", str(SAMPLE), str(SAMPLE)),
         ("run", "-d", "1s", "-o", "a.cwnd"),
-        ("reproduce", *REPRODUCE, "-o", "out"),
         ("reproduce", *REPRODUCE, "--path", "relay", "-o", "out"),
     ],
     ids=lambda arguments: " ".join(a for a in arguments if "/" not in a),

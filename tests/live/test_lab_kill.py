@@ -86,7 +86,7 @@ def test_killed_at_random_moments(preset: str) -> None:
     before = sysctls()
     seen = 0
     moments = random.Random(11)
-    for _ in range(5):
+    for _ in range(3):
         run = subprocess.Popen([sys.executable, "-c", RUN, preset], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert run.stdout is not None
         try:
