@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ _COLUMNS: Final = (
     Column("ROUND TRIPS", 3, right=True),
     Column("RESETS", 2, right=True),
 )
+_REFUSED_EVERY_S: Final = 10.0
 
 
 class Amount(click.ParamType[float]):
@@ -351,6 +353,24 @@ def trace_of(trace: Trace, taken: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFr
     return resets[resets["connection"].isin(keys)], observed
 
 
+class _Refusals:
+    """Says that connections were refused, as ``run`` does of losses: every ten seconds at most, and at the end."""
+
+    def __init__(self) -> None:
+        self._told = 0
+        self._told_at = -math.inf
+
+    def tell(self, totals: servers.Totals, *, last: bool = False) -> None:
+        """Say it, if there is something new and it is time. Who reads stderr slowly, or not at all, holds nobody up."""
+        refused, now = totals.refused, time.monotonic()
+        if refused == self._told or not (last or now - self._told_at >= _REFUSED_EVERY_S):
+            return
+        if select.select([], [2], [], 0)[1]:
+            with suppress(OSError):
+                click.echo(f"refused so far: {plural(refused, 'connection')} (no room for so many)", err=True)
+            self._told, self._told_at = refused, now
+
+
 @click.command()
 @click.option(
     "--host",
@@ -372,13 +392,15 @@ def serve(host: str, port: int, cc: str | None) -> None:
     """
     # What systemd or kill sends ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with servers.Server(host, port, servers.Settings(cc=cc)) as server:
+    refusals = _Refusals()
+    with servers.Server(host, port, servers.Settings(cc=cc, on_turn=refusals.tell)) as server:
         click.echo(f"Listening on {clean(host)} port {server.port}; Ctrl-C ends.", err=True)
         try:
             server.run()
         except KeyboardInterrupt:
             click.echo(err=True)
         totals = server.totals
+        refusals.tell(totals, last=True)
         click.echo(
             f"{plural(totals.connections, 'connection')}; took in {plural(totals.bursts_taken, 'burst')} "
             f"({size(totals.bytes_taken)}), "

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server to measure against: it answers requests by bursts, and swallows bursts that it is sent.
 
-Both modes are on one port (see cwndtrace.lab.wire); what speaks neither is swallowed as a plain sink does.
+Both modes are on one port (see cwndtrace.lab.wire); what speaks neither is swallowed as a plain sink does, until it has
+been silent for a minute.
 """
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import os
+import select
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,10 +27,13 @@ from cwndtrace.lab import wire
 MAX_CONNECTIONS: Final = 128
 MAX_OF_ONE_PEER: Final = 16
 """Connections from one address, or one /64 of IPv6: nobody alone keeps the others out."""
-OPENING_S: Final = 60.0
-"""How long a peer may take to say how it wants to be served."""
-# A connection that says nothing for so long is closed: rests are bounded too.
+# Who speaks as ``reproduce`` does may rest between bursts, for as long as a rest may take.
 QUIET_S: Final = wire.MAX_REST_S + 60
+_TURN_S: Final = 1.0
+UNSENT: Final = 512 << 10
+"""Most bytes of a burst that wait in the kernel to be sent. What is on its way is kept there too, to be sent again."""
+# Receive buffer for requests, which are 25 bytes: what more a peer sends meanwhile waits on its side.
+_REQUESTS: Final = 64 << 10
 
 Rest = Callable[[float], dict[str, Any]]
 """Rests for so many seconds by reading a disk; returns what it read."""
@@ -45,8 +50,14 @@ class Settings:
     """told of each burst sent: ``id``, ``size``, ``read`` (from disk), ``sent`` (``wire.Sent``), on some thread"""
     on_error: Callable[[CwndtraceError], None] | None = None
     """told of what went wrong with one connection"""
+    on_turn: Callable[[Totals], None] | None = None
+    """told how it stands at each connection that comes, and at least every second"""
     patience_s: float = 60.0
-    """how long a peer may take to take in a burst"""
+    """how long a burst may take, whichever way it goes"""
+    silence_s: float = 60.0
+    """how long a peer may say nothing, but for its rests between bursts: those make room only for who finds none"""
+    bounded: bool = True
+    """whether the kernel keeps little for who asks for bursts; not where what a send buffer takes is measured"""
 
 
 @dataclass
@@ -58,7 +69,8 @@ class Totals:
     bursts_sent: int = 0
     bursts_taken: int = 0
     bytes_taken: int = 0
-    open: set[socket.socket] = field(default_factory=set)
+    open: dict[socket.socket, str] = field(default_factory=dict)
+    """the connections that are served, and whose each is (``peer_of``)"""
 
 
 class Server:
@@ -68,7 +80,8 @@ class Server:
         self.settings = settings or Settings()
         self.totals = Totals()
         self._lock = threading.Lock()
-        self._of_peer: Counter[str] = Counter()
+        self._resting: dict[socket.socket, float] = {}
+        """since when a peer says nothing and needn't"""
         # Written to by all, since nobody looks at what was swallowed.
         self._swallowed = bytearray(1 << 18)
         self._closed = False
@@ -92,32 +105,55 @@ class Server:
 
     def run(self) -> None:
         """Accept connections until ``close``; a thread each."""
+        if self.settings.on_turn is not None:
+            self._listener.settimeout(_TURN_S)
         while not self._closed:
+            if self.settings.on_turn is not None:
+                self.settings.on_turn(self.totals)
             try:
                 sock, address = self._listener.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 # Closed; or else out of descriptors, or the peer went away in the queue: those don't end the server.
                 time.sleep(0.05)
                 continue
             peer = peer_of(address[0])
             with self._lock:
-                full = len(self.totals.open) >= MAX_CONNECTIONS or self._of_peer[peer] >= MAX_OF_ONE_PEER
-                if not full:
-                    self.totals.open.add(sock)
-                    self._of_peer[peer] += 1
+                room = self._has_room(peer)
+                if room:
+                    self.totals.open[sock] = peer
                     self.totals.connections += 1
                 else:
                     self.totals.refused += 1
-            if full:
+            if not room:
                 sock.close()
                 continue
             try:
-                threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
             except RuntimeError:
                 # No room for a thread now: that is this connection's end, and not the server's.
-                self._release(sock, peer)
+                self._release(sock)
 
-    def _serve(self, sock: socket.socket, peer: str) -> None:
+    def _has_room(self, peer: str) -> bool:
+        """Whether one more of that peer is served. Who has rested longest, and for long, is let go for it.
+
+        Call it with the lock held: else a socket that it ends may be closed already, and its descriptor another one's.
+        """
+        among = [sock for sock, whose in self.totals.open.items() if whose == peer]
+        if len(among) < MAX_OF_ONE_PEER:
+            if len(self.totals.open) < MAX_CONNECTIONS:
+                return True
+            among = list(self.totals.open)
+        since, longest = min(((self._resting.get(sock, math.inf), sock) for sock in among), key=lambda pair: pair[0])
+        if time.monotonic() - since < self.settings.silence_s:
+            return False
+        del self.totals.open[longest]
+        with suppress(OSError):
+            longest.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def _serve(self, sock: socket.socket) -> None:
         try:
             self._speak(sock)
         except CwndtraceError as e:
@@ -126,29 +162,43 @@ class Server:
         except OSError:
             pass  # the peer went away, which is its right
         finally:
-            self._release(sock, peer)
+            self._release(sock)
 
-    def _release(self, sock: socket.socket, peer: str) -> None:
+    def _release(self, sock: socket.socket) -> None:
         with self._lock:
-            self.totals.open.discard(sock)
-            self._of_peer[peer] -= 1
-            self._of_peer = +self._of_peer
+            self.totals.open.pop(sock, None)
         sock.close()
 
     def _speak(self, sock: socket.socket) -> None:
-        opening = _receive(sock, len(wire.HELLO) + 1, OPENING_S)
+        opening = _receive(sock, len(wire.HELLO) + 1, self.settings.silence_s)
         mode = opening[len(wire.HELLO) :]
-        sock.settimeout(QUIET_S)
+        sock.settimeout(self.settings.silence_s)
         if opening[: len(wire.HELLO)] != wire.HELLO or mode not in (wire.REPLY, wire.SINK):
             self._swallow(sock, None)
             return
         wire.set_up(sock, self.settings.cc, self.settings.sndbuf)
+        if mode == wire.REPLY and self.settings.bounded:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _REQUESTS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         sock.sendall(wire.HELLO)
-        while self._reply(sock) if mode == wire.REPLY else self._take(sock):
-            sock.settimeout(QUIET_S)
+        while self._rest(sock, QUIET_S, select.POLLIN):
+            if not (self._reply(sock) if mode == wire.REPLY else self._take(sock)):
+                return
+
+    def _rest(self, sock: socket.socket, seconds: float, events: int) -> bool:
+        """Wait for events of poll(2), or for the connection's end; whether any came in so many seconds."""
+        poll = select.poll()
+        poll.register(sock, events)
+        with self._lock:
+            self._resting[sock] = time.monotonic()
+        try:
+            return bool(poll.poll(1000 * seconds))
+        finally:
+            with self._lock:
+                del self._resting[sock]
 
     def _reply(self, sock: socket.socket) -> bool:
-        raw = _receive(sock, wire.REQUEST.size, QUIET_S)
+        raw = _receive(sock, wire.REQUEST.size, self.settings.silence_s)
         if len(raw) < wire.REQUEST.size:
             return False
         size, number, rest_s, how = wire.REQUEST.unpack(raw)
@@ -159,8 +209,8 @@ class Server:
             if self.settings.disk is None:
                 raise UsageError("a peer asked for a rest on disk, and this server has no slow device")
             read = self.settings.disk(rest_s)
-        elif wire.RESTS[how] == "timer":
-            time.sleep(rest_s)
+        elif wire.RESTS[how] == "timer" and self._rest(sock, rest_s, select.POLLRDHUP):
+            return False  # nobody is there any more to send it to
         sock.settimeout(self.settings.patience_s)
         sent = wire.send_burst(sock, wire.STAMP.pack(number, time.monotonic_ns()), size)
         with self._lock:
@@ -170,7 +220,7 @@ class Server:
         return True
 
     def _take(self, sock: socket.socket) -> bool:
-        raw = _receive(sock, wire.STAMP.size, QUIET_S)
+        raw = _receive(sock, wire.STAMP.size, self.settings.silence_s)
         if len(raw) < wire.STAMP.size:
             return False
         _, size = wire.STAMP.unpack(raw)
@@ -184,7 +234,7 @@ class Server:
         return True
 
     def _swallow(self, sock: socket.socket, size: int | None) -> None:
-        """Read and drop ``size`` bytes, within the patience for a burst, or all there are until the end."""
+        """Read and drop ``size`` bytes, within the patience for a burst, or all until the end or the time-out."""
         deadline = time.monotonic() + self.settings.patience_s
         while size is None or size > 0:
             if size is not None:

@@ -4,10 +4,11 @@
 A connection opens with ``HELLO`` and a mode, which the server answers with ``HELLO``:
 
 - reply: the peer sends requests (``REQUEST``); each is answered by so many bytes, of which the first 16 are ``STAMP``;
+  where the server is to rest before, a peer that ends its side meanwhile has left;
 - sink: the peer sends bursts, each beginning with ``STAMP``; each is answered by one byte, ``DONE``, once all of it is
   in.
 
-A connection that opens with anything else is read to its end and never answered.
+A connection that opens with anything else is read to its end and never answered: a plain TCP client finds a sink here.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def serve(address: str, cc: str, sndbuf: int | None, device: str | None) -> None
 
     end_with_stdin()
     disk = None if device is None else read_for(device)
-    settings = Settings(cc=cc, sndbuf=sndbuf, disk=disk, on_burst=say, on_error=say_error)
+    # How much of a burst the send buffer takes at once is one of the things that are measured.
+    settings = Settings(cc=cc, sndbuf=sndbuf, disk=disk, on_burst=say, on_error=say_error, bounded=False)
     with Listener(address, PORT, settings) as listener:
         say({"ready": listener.port})
         listener.run()

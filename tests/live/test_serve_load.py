@@ -72,12 +72,13 @@ def test_honest_peers_are_served_among_others(server: tuple[Started, int]) -> No
 
 
 def test_nobody_gets_more_than_a_share(server: tuple[Started, int]) -> None:
-    _, port = server
+    started, port = server
     with ExitStack() as stack:
         kept = [connected(stack, port, "127.0.0.4", wire.HELLO + wire.REPLY) for _ in range(serve.MAX_OF_ONE_PEER)]
         for sock in kept:
             wire.receive(sock, len(wire.HELLO))
         assert connected(stack, port, "127.0.0.4", b"").recv(1) == b""
+        started.wait_for(re.compile(r"^refused so far: 1 connection \(no room for so many\)$", re.MULTILINE))
         assert took_s(port, 1000) < SERVED_S
         kept[0].close()
 

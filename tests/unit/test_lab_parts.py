@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
+from cwndtrace.cli import reproduce
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
 from cwndtrace.lab import serve, wire
 from cwndtrace.lab.owner import Owner, started
@@ -208,10 +211,105 @@ def test_whom_an_address_counts_as() -> None:
     assert serve.peer_of("::1") == "::/64"
 
 
-def test_who_does_not_say_how_is_let_go(server: serve.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "OPENING_S", 0.2)
-    with connect(server, wire.HELLO[:1]) as sock:
+@pytest.mark.parametrize(
+    "opening",
+    [b"", wire.HELLO[:1], b"wrong", wire.HELLO + wire.REPLY + bytes(7), wire.HELLO + wire.SINK + bytes(7)],
+    ids=["nothing", "half a word", "as a plain sink", "half a request", "half a stamp"],
+)
+def test_silence_ends_what_is_in_no_rest(server: serve.Server, opening: bytes) -> None:
+    server.settings.silence_s = 0.3
+    with connect(server, opening) as sock:
+        assert sock.recv(5) in (b"", wire.HELLO)
         assert sock.recv(1) == b""
+
+
+def until(found: Callable[[], object]) -> None:
+    """Wait for a condition, within ten seconds."""
+    end = time.monotonic() + 10
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_who_leaves_in_a_rest_keeps_no_place(server: serve.Server) -> None:
+    with connect(server, wire.HELLO + wire.REPLY) as sock:
+        wire.receive(sock, len(wire.HELLO))
+        begin = time.monotonic()
+        sock.sendall(wire.REQUEST.pack(16, 1, 0.3, wire.RESTS.index("timer")))
+        wire.receive(sock, 16)
+        assert time.monotonic() - begin >= 0.3
+        sock.sendall(wire.REQUEST.pack(16, 2, wire.MAX_REST_S, wire.RESTS.index("timer")))
+    until(lambda: not server.totals.open)
+    assert server.totals.bursts_sent == 1
+
+
+@pytest.mark.parametrize("most", ["MAX_OF_ONE_PEER", "MAX_CONNECTIONS"])
+def test_who_rested_longest_makes_room(server: serve.Server, monkeypatch: pytest.MonkeyPatch, most: str) -> None:
+    monkeypatch.setattr(serve, most, 3)
+    with ExitStack() as stack:
+        socks = [stack.enter_context(connect(server, wire.HELLO + wire.REPLY)) for _ in range(3)]
+        for sock in socks:
+            wire.receive(sock, len(wire.HELLO))
+        until(lambda: len(server._resting) == 3)
+        with connect(server, b"") as one_more:
+            assert one_more.recv(1) == b""
+        with server._lock:
+            for sock in server._resting:
+                number = [mine.getsockname() for mine in socks].index(sock.getpeername())
+                server._resting[sock] -= (30, 90, 60)[number]
+        with connect(server, wire.HELLO + wire.REPLY) as one_more:
+            assert wire.receive(one_more, len(wire.HELLO)) == wire.HELLO
+            assert socks[1].recv(1) == b""
+            for sock in (socks[0], socks[2], one_more):
+                sock.sendall(wire.REQUEST.pack(16, 1, 0.0, 0))
+                wire.receive(sock, 16)
+    until(lambda: not server.totals.open)
+
+
+def not_reading(server: serve.Server) -> socket.socket:
+    """A peer that asks for the largest burst and reads nothing of it, with little room of its own."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(10)
+    sock.connect(("127.0.0.1", server.port))
+    sock.sendall(wire.HELLO + wire.REPLY)
+    wire.receive(sock, len(wire.HELLO))
+    sock.sendall(wire.REQUEST.pack(wire.MAX_BURST, 1, 0.0, 0))
+    return sock
+
+
+def test_who_does_not_read_is_let_go(server: serve.Server) -> None:
+    server.settings.patience_s = 0.3
+    with not_reading(server):
+        until(lambda: not server.totals.open)
+    assert server.totals.connections == 1
+    assert server.totals.bursts_sent == 0
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_little_of_a_burst_waits_in_the_kernel(
+    server: serve.Server, monkeypatch: pytest.MonkeyPatch, bounded: bool
+) -> None:
+    # Less than any host's limit, which is what the kernel would let it grow to by itself.
+    server.settings.sndbuf = 400_000
+    monkeypatch.setattr(serve, "UNSENT", 64 << 10)
+    server.settings.bounded = bounded
+    with not_reading(server):
+        (sock,) = server.totals.open
+        until(lambda: TcpInfo.of(sock).notsent_bytes and not select.select([], [sock], [], 0)[1])
+        # The last piece that fits before the bound is a whole one of up to 64 KB.
+        assert (TcpInfo.of(sock).notsent_bytes <= serve.UNSENT + (64 << 10)) == bounded
+
+
+def test_refusals_are_said_now_and_then(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, refusals, totals = [0.0], reproduce._Refusals(), serve.Totals()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said = []
+    for clock[0], totals.refused, last in ((0, 0, 0), (1, 1, 0), (2, 5, 0), (11, 5, 0), (30, 5, 0), (31, 6, 1)):
+        refusals.tell(totals, last=bool(last))
+        said.append(capfd.readouterr().err)
+    line = "refused so far: {} (no room for so many)\n".format
+    assert said == ["", line("1 connection"), "", line("5 connections"), "", line("6 connections")]
 
 
 def test_a_request_may_come_in_pieces(server: serve.Server) -> None:
