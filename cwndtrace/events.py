@@ -159,7 +159,7 @@ def _finish(name: str, fields: list[Field], number: int) -> Event:
         raise LayoutError(f"line {number}: struct {name} is empty")
     size = fields[-1].offset + fields[-1].size
     if size % 8:
-        raise LayoutError(f"line {number}: struct {name} is {size} bytes, not a multiple of 8")
+        raise LayoutError(f"line {number}: struct {name} has size {size}, no multiple of 8")
     return Event(name, tuple(fields), size, np.dtype([_np_field(f) for f in fields]))
 
 

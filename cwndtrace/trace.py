@@ -57,7 +57,7 @@ class Connection:
 
     def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
-        row = self.about
+        row, most = self.about, self.about["cwnd_max_segments"]
         facts = [
             ("process", _shown(words.process(row["comm"], row["pid"]))),
             ("congestion control", _shown(row["ca_name"])),
@@ -67,7 +67,7 @@ class Connection:
                 "resets",
                 f"{row['resets']} ({row['resets_harmful']} harmful), lost {words.span(row['lost_us'])} (estimated)",
             ),
-            ("window", f"{row['cwnd_min_segments']} to {row['cwnd_max_segments']} segments"),
+            ("window", f"{row['cwnd_min_segments']} to {most} {'segment' if most == 1 else 'segments'}"),
             ("round trip, RTO", f"{words.span(row['srtt_us'])}, {words.span(row['rto_us'])}"),
             ("sent", words.size(row["sent_bytes"])),
         ]
@@ -126,7 +126,8 @@ class Trace:
             lacking, kept = self._capture.missing(table)
             if lacking:
                 lines.append(
-                    f"{lacking:,} of {kept:,} records of {table} are not in the capture"
+                    f"{lacking:,} of {words.plural(kept, 'record')} of {table} "
+                    f"{'is' if lacking == 1 else 'are'} not in the capture"
                     + _some(table, self._capture.gone(table), "; missing: ")
                 )
             partly, columns = self._capture.partly(table)

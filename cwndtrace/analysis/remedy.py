@@ -142,7 +142,7 @@ def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
         f"set initcwnd {value} on the route {where} (ip route change ... initcwnd {value})",
         float(saved.sum()),
         "medium" if value <= _BROAD else "high",
-        f"new connections too begin with {value} segments at once"
+        f"new connections too begin with {plural(value, 'segment')} at once"
         + ("" if value <= _BROAD else ", far more than usual"),
         int(harmful["connection"].nunique()),
     )

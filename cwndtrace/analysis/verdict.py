@@ -264,7 +264,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def explain(row: Mapping[Any, Any]) -> str:
     """The evidence for the verdict of one reset, a row of ``resets``, in a sentence."""
-    cwnd = f"{row['cwnd_before']} -> {row['cwnd_after']} segments"
+    cwnd = f"{row['cwnd_before']} -> {row['cwnd_after']} {'segment' if row['cwnd_after'] == 1 else 'segments'}"
     if row["reason"] == "idle":
         cwnd += f" after {span(row['idle_us'])} of rest (RTO {span(row['rto_us'])})"
     burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"

@@ -18,6 +18,7 @@ from cwndtrace.capture.source import Chunk, Counts, Source
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import event, layout
 from cwndtrace.power import User
+from cwndtrace.words import plural
 
 _CHUNK: Final = struct.Struct("<16sI")
 
@@ -56,7 +57,7 @@ class Replay:
         for name, size in sizes.items():
             if size != ours.get(name):
                 here = f"has {ours[name]}" if name in ours else "knows none"
-                cause = f"{path} holds {name} records of {size} bytes, this version {here}"
+                cause = f"{path} holds {name} records of {plural(size, 'byte')}, this version {here}"
                 raise CaptureError(cause, "record it again")
         self.events: tuple[str, ...] = tuple(sizes)
         self._chunks = list(reversed(self._parse(path, body, sizes)))
@@ -67,14 +68,14 @@ class Replay:
         at = 0
         while at < len(body):
             if at + _CHUNK.size > len(body):
-                raise CaptureError(f"{path} is cut off after {len(chunks)} chunks", "record it again")
+                raise CaptureError(f"{path} is cut off after {plural(len(chunks), 'chunk')}", "record it again")
             name, size = _CHUNK.unpack_from(body, at)
             at += _CHUNK.size + size
             if at > len(body):
-                raise CaptureError(f"{path} is cut off after {len(chunks)} chunks", "record it again")
+                raise CaptureError(f"{path} is cut off after {plural(len(chunks), 'chunk')}", "record it again")
             which = name.rstrip(b"\0").decode("ascii", "replace")
             if which not in sizes or size % sizes[which]:
-                raise CaptureError(f"{path} is damaged after {len(chunks)} chunks", "record it again")
+                raise CaptureError(f"{path} is damaged after {plural(len(chunks), 'chunk')}", "record it again")
             chunks.append((which, body[at - size : at]))
         return chunks
 

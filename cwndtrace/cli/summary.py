@@ -60,8 +60,8 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
                 str(row["resets_rto_loss"]),
                 str(row["resets_app_limited"]),
                 fmt.span(row["rest_longest_us"]) if row["resets_idle"] else "-",
-                f"{row['cwnd_min_segments']} segments",
-                f"{row['cwnd_last_segments']} segments",
+                fmt.plural(row["cwnd_min_segments"], "segment"),
+                fmt.plural(row["cwnd_last_segments"], "segment"),
             )
         )
     if rows:

@@ -9,6 +9,7 @@ from typing import Final
 
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel.btf import Btf
+from cwndtrace.words import plural
 
 _MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|SEE|SEE_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
@@ -85,7 +86,7 @@ def defines(btf: Btf, text: str) -> dict[str, int]:
         elif member is None:
             problems.append(f"{struct}.{_path(spelt)} is missing")
         elif ctype and member.size != _WIDTHS[ctype]:
-            problems.append(f"{struct}.{_path(spelt)} has {member.size} bytes, not {_WIDTHS[ctype]}")
+            problems.append(f"{struct}.{_path(spelt)} has {plural(member.size, 'byte')}, not {_WIDTHS[ctype]}")
         elif macro == "GET_BITS" and not 0 < member.shift + member.bits <= 8:
             problems.append(f"{struct}.{_path(spelt)} is no bitfield within a byte")
         else:

@@ -22,6 +22,7 @@ from cwndtrace.lab import cleanup, wire
 from cwndtrace.lab.measurement import Measurement, Setting, limits, measured
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.scenario import Scenario
+from cwndtrace.words import plural
 
 _PATIENCE_S: Final = 60.0
 _WARM_TRIES: Final = 12
@@ -149,7 +150,8 @@ class Against:
         except OSError as e:
             raise CwndtraceError(
                 f"the server at {self._host} port {self._port} went away: {e.strerror or e}",
-                f"what was measured until then is kept: {len(self.taken)} bursts; start it again for the rest",
+                f"what was measured until then is kept: {plural(len(self.taken), 'burst')}; "
+                "start it again for the rest",
             ) from e
         # With a plain sink the end is when the acknowledgement was noticed, a millisecond late at most.
         end_ns = sent.end_ns if self.plain else time.monotonic_ns()

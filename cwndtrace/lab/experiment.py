@@ -25,6 +25,7 @@ from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.path import Kind, Path, open_path, set_in_both
 from cwndtrace.lab.scenario import HOW, Scenario
 from cwndtrace.lab.workload import PORT, Client, Received, Server
+from cwndtrace.words import plural
 
 SETTINGS: Final[tuple[Setting, ...]] = ("on", "off")
 _SYSCTL_VALUE: Final = {"on": "1", "off": "0"}
@@ -154,7 +155,9 @@ class Lab:
         largest = max(self.scenario.bursts)
         if not held and not self._limited and any(row.cwnd_before * row.mss < largest for row in self.taken):
             low = min(row.cwnd_before for row in self.taken)
-            said.append(f"the window didn't always hold the largest burst before a rest: {low} segments at least")
+            said.append(
+                f"the window didn't always hold the largest burst before a rest: {plural(low, 'segment')} at least"
+            )
         return said
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cwndtrace.errors import UsageError
+from cwndtrace.words import plural
 
 MAX_RTT_MS: Final = 10_000.0
 MIN_RATE: Final = 8_000.0
@@ -40,7 +41,9 @@ class Link:
         if not 0 <= self.loss < 1:
             raise UsageError(f"no loss of {self.loss:g}", "give a fraction below 1, 0.01 for one packet in a hundred")
         if self.queue_bytes is not None and self.queue_bytes < 3000:
-            raise UsageError(f"no queue of {self.queue_bytes} bytes", "it has to hold two packets: 3000 or more")
+            raise UsageError(
+                f"no queue of {plural(self.queue_bytes, 'byte')}", "it has to hold two packets: 3000 or more"
+            )
 
     @property
     def one_way_ns(self) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 import pandas as pd
 
 from cwndtrace.lab.wire import Sent
+from cwndtrace.words import plural
 
 Setting = Literal["on", "off"]
 
@@ -119,15 +120,15 @@ def limits(rows: Iterable[Measurement]) -> list[str]:
     """Sentences on what besides the congestion window held bursts back; empty where nothing did."""
     said: dict[tuple[str, int], str] = {}
     for row in rows:
-        size = f"the burst of {row.burst_bytes:,} bytes"
+        size = f"the burst of {plural(row.burst_bytes, 'byte')}"
         if row.taken_at_once < row.burst_bytes:
             said["sndbuf", row.burst_bytes] = (
-                f"{size} is bigger than the send buffer, which took {row.taken_at_once:,} bytes at once and held it"
-                f" back for {row.sndbuf_limited_ms:.0f} ms: raise net.ipv4.tcp_wmem, or the program's SO_SNDBUF"
+                f"{size} is bigger than the send buffer, which took {plural(row.taken_at_once, 'byte')} at once and"
+                f" held it back for {row.sndbuf_limited_ms:.0f} ms: raise net.ipv4.tcp_wmem, or the program's SO_SNDBUF"
             )
         if row.rwnd_limited_ms > max(1.0, 0.05 * row.latency_ms):
             said["rwnd", row.burst_bytes] = (
-                f"{size} was held back by the receiver's window of {row.snd_wnd:,} bytes for"
+                f"{size} was held back by the receiver's window of {plural(row.snd_wnd, 'byte')} for"
                 f" {row.rwnd_limited_ms:.0f} ms: raise net.ipv4.tcp_rmem at the receiver"
             )
     return list(said.values())

@@ -25,6 +25,7 @@ from cwndtrace.lab.link import Link
 from cwndtrace.lab.namespaces import namespace, write_sysctl
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.relay import DEVICE
+from cwndtrace.words import plural
 
 Kind = Literal["netem", "relay"]
 KINDS: Final[tuple[Kind, ...]] = ("netem", "relay")
@@ -86,7 +87,7 @@ class Path:
                 f" ms at worst, on an RTT of {self.link.rtt_ms:g} ms; leave the machine more idle, or ask for less rate"
             )
         if refused:
-            said.append(f"the kernel refused {refused} packets of the relay")
+            said.append(f"the kernel refused {plural(refused, 'packet')} of the relay")
         return said
 
 

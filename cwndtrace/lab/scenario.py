@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from cwndtrace.errors import UsageError
 from cwndtrace.lab import wire
 from cwndtrace.lab.link import Link
+from cwndtrace.words import plural
 
 Mode = Literal["reply", "push", "disk"]
 HOW: Final[dict[Mode, str]] = {"reply": "client", "push": "timer", "disk": "disk"}
@@ -48,19 +49,19 @@ class Scenario:
         for burst in self.bursts:
             if not wire.MIN_BURST <= burst <= wire.MAX_BURST:
                 raise UsageError(
-                    f"no burst of {burst} bytes", f"give {wire.MIN_BURST} bytes to {wire.MAX_BURST >> 20} MiB"
+                    f"no burst of {plural(burst, 'byte')}", f"give {wire.MIN_BURST} bytes to {wire.MAX_BURST >> 20} MiB"
                 )
         for rest in self.rests:
             if not 0 <= rest <= wire.MAX_REST_S:
                 raise UsageError(f"no rest of {rest:g} s", f"give 0 to {wire.MAX_REST_S:g} s")
         if not 1 <= self.rounds <= MAX_ROUNDS:
-            raise UsageError(f"no {self.rounds} rounds", f"give 1 to {MAX_ROUNDS}")
+            raise UsageError(f"no {plural(self.rounds, 'round')}", f"give 1 to {MAX_ROUNDS}")
         if self.family not in (4, 6):
             raise UsageError(f"no address family {self.family}", "give 4 or 6")
         if not self.cc.isidentifier():
             raise UsageError(f"no congestion control {self.cc!r}", f"this kernel has: {wire.available()}")
         if self.sndbuf is not None and not 4608 <= self.sndbuf <= 1 << 30:
-            raise UsageError(f"no send buffer of {self.sndbuf} bytes", "give 4608 bytes to 1 GiB")
+            raise UsageError(f"no send buffer of {plural(self.sndbuf, 'byte')}", "give 4608 bytes to 1 GiB")
 
     @property
     def cells(self) -> list[tuple[int, float]]:

@@ -23,6 +23,7 @@ from typing import Any, Final, Self
 
 from cwndtrace.errors import CwndtraceError, PermissionNeeded, UsageError
 from cwndtrace.lab import wire
+from cwndtrace.words import plural
 
 MAX_CONNECTIONS: Final = 128
 MAX_OF_ONE_PEER: Final = 16
@@ -203,7 +204,7 @@ class Server:
             return False
         size, number, rest_s, how = wire.REQUEST.unpack(raw)
         if not wire.MIN_BURST <= size <= wire.MAX_BURST or not 0 <= rest_s <= wire.MAX_REST_S or how > 2:
-            raise UsageError(f"a peer asked for {size} bytes after {rest_s:g} s: out of bounds")
+            raise UsageError(f"a peer asked for {plural(size, 'byte')} after {rest_s:g} s: out of bounds")
         read: dict[str, Any] = {}
         if wire.RESTS[how] == "disk":
             if self.settings.disk is None:
@@ -225,7 +226,7 @@ class Server:
             return False
         _, size = wire.STAMP.unpack(raw)
         if not wire.MIN_BURST <= size <= wire.MAX_BURST:
-            raise UsageError(f"a peer sent a burst of {size} bytes: out of bounds")
+            raise UsageError(f"a peer sent a burst of {plural(size, 'byte')}: out of bounds")
         self._swallow(sock, size - len(raw))
         sock.settimeout(self.settings.patience_s)
         with self._lock:

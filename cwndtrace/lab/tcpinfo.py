@@ -8,6 +8,8 @@ import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 
+from cwndtrace.words import plural
+
 # include/uapi/linux/tcp.h. It only ever grows at its end: an older kernel gives a prefix.
 _HEAD: Final = struct.Struct("=7BB24I")
 _TAIL: Final = (
@@ -90,7 +92,9 @@ class TcpInfo:
     def parse(cls, raw: bytes) -> Self:
         """From the bytes of ``getsockopt(TCP_INFO)``. Raises ValueError for fewer than any kernel gives."""
         if len(raw) < _HEAD.size:
-            raise ValueError(f"TCP_INFO has {len(raw)} bytes, fewer than the {_HEAD.size} that every kernel gives")
+            raise ValueError(
+                f"TCP_INFO has {plural(len(raw), 'byte')}, fewer than the {_HEAD.size} that every kernel gives"
+            )
         head = _HEAD.unpack_from(raw)
         values = {
             "state": head[0], "ca_state": head[1], "rto": head[8], "snd_mss": head[10], "unacked": head[12],

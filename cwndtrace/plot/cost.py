@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette, plain
+from cwndtrace.words import plural
 
 SIZES: Final = 6
 """So many sizes of bursts have a colour each; of more, those of a decade share one."""
@@ -148,9 +149,10 @@ def _titles(within: npt.NDArray[np.bool_]) -> tuple[str, str]:
     if not number:
         return "No burst has both a predicted and a measured cost", second
     if good == number:
-        whole = "The burst was" if number == 1 else f"All {number:,} bursts were"
+        whole = "The burst was" if number == 1 else f"All {plural(number, 'burst')} were"
         return f"{whole} within one round trip of the prediction", second
-    return f"{good:,} of {number:,} bursts were within one round trip of the prediction", second
+    were = "was" if 1 in (good, number) else "were"
+    return f"{good:,} of {plural(number, 'burst')} {were} within one round trip of the prediction", second
 
 
 def _caption(used: pd.DataFrame) -> str:

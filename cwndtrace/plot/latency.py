@@ -17,6 +17,7 @@ from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
+from cwndtrace.words import plural
 
 MOST_PANELS: Final = 6
 """Sizes of bursts in one picture: the largest."""
@@ -226,5 +227,5 @@ def _caption(used: pd.DataFrame, shown: int, of: int, rtt: float) -> str:
     parts = [f"medians of {number}, lines 5th to 95th percentile, + ms: cost of on, with 95 % interval"]
     parts.append(f"RTT {rtt:.0f} ms, RTO {used['rto_ms'].median():.0f} ms")
     if shown < of:
-        parts.append(f"the largest {shown} of {of} sizes")
+        parts.append(f"the largest {shown} of {plural(of, 'size')}")
     return "  ·  ".join(parts)

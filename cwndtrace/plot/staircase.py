@@ -178,8 +178,11 @@ def _titles(number: int, kept: int) -> tuple[str, str]:
     second = "rests in retransmission timeouts (RTO), windows as a share of the one before, each step a halving"
     if not number:
         return "No window fell after a rest", second
-    share = f"all {plural(number, 'record')} fit" if kept == number else f"{kept:,} of {number:,} records fit"
-    return f"Each RTO of rest halves the window: {share} to the segment", second
+    share = f"{kept:,} of {plural(number, 'record')}"
+    if kept == number:
+        share = "the one record" if number == 1 else f"all {plural(number, 'record')}"
+    fit = "fits" if 1 in (kept, number) else "fit"
+    return f"Each RTO of rest halves the window: {share} {fit} to the segment", second
 
 
 def _caption(used: pd.DataFrame) -> str:

@@ -16,6 +16,7 @@ from cwndtrace.plot import panels, style
 from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
 from cwndtrace.plot.style import Palette, plain
+from cwndtrace.words import plural
 
 MOST_PANELS: Final = 4
 """Connections in one picture."""
@@ -169,7 +170,7 @@ def _caption(meta: Mapping[str, Any], at: Clock, shown: int, of: int, no_disk: b
     where = f"{meta.get('host', 'unknown host')}, Linux {meta.get('kernel', '?')}"
     parts = [f"0 s is {at.started} UTC on {where}" if at.started else f"on {where}"]
     if shown < of:
-        parts.append(f"{shown} of {of} connections")
+        parts.append(f"{shown:,} of {plural(of, 'connection')}")
     if no_disk:
         parts.append("no block I/O recorded")
     return plain("  ·  ".join(parts))

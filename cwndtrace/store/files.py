@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cwndtrace.store import pages
 from cwndtrace.store.pages import Refused, Told
+from cwndtrace.words import plural
 
 MOST_META: Final = 16 << 20
 """Bytes of meta.json; a namespace takes about 200, a part 35."""
@@ -51,7 +52,7 @@ def meta(path: Path) -> bytes:
     """The bytes of meta.json, which ask for no more memory than what they may say is worth."""
     with plain(path) as (file, size):
         if size > MOST_META:
-            raise Refused(f"it has {size:,} bytes, and {MOST_META:,} are the most")
+            raise Refused(f"it has {plural(size, 'byte')}, and {MOST_META:,} are the most")
         raw = file.read(MOST_META)
     # Each value but the first of a list or a mapping has a comma before it. Some are in texts: never mind.
     if sum(raw.count(each) for each in (b",", b"[", b"{")) > MOST_VALUES:

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
 from cwndtrace.store.layout import MOST_PART_ROWS
+from cwndtrace.words import plural
 
 MOST_BYTES: Final = 1 << 29
 """Memory of one part's rows, and of all its pages unpacked: a part that cwndtrace writes takes less than half of it."""
@@ -91,14 +92,14 @@ def _sound(footer: Fields) -> tuple[list[tuple[str, int]], int]:
     """Name and type of each column, and the number of rows."""
     columns, groups = _columns(footer), list(footer[4])
     if len(columns) > _MOST_COLUMNS or len(groups) > _MOST_GROUPS:
-        raise Refused(f"{len(columns)} columns in {len(groups)} groups are too many")
+        raise Refused(f"{plural(len(columns), 'column')} in {plural(len(groups), 'group')} are too many")
     if any(group[3] < 0 or len(group[1]) != len(columns) for group in groups):
         raise Refused("its groups of rows don't agree with its footer")
     found = sum(group[3] for group in groups)
     if found != footer[3]:
         raise Refused("its footer counts other rows than its groups")
     if found > MOST_PART_ROWS:
-        raise Refused(f"it says that it holds {found:,} rows, a part has {MOST_PART_ROWS:,} at most")
+        raise Refused(f"it says that it holds {plural(found, 'row')}, a part has {MOST_PART_ROWS:,} at most")
     return columns, found
 
 

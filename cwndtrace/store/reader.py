@@ -18,6 +18,7 @@ from cwndtrace.errors import CaptureError
 from cwndtrace.store import files
 from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
 from cwndtrace.store.pages import Refused, Told
+from cwndtrace.words import plural
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
@@ -143,9 +144,8 @@ class Capture:
         """Raises CaptureError where there are more rows than may be read."""
         total = sum(self.rows(table) for table in {*events.TABLES, name})
         if total > self.max_rows:
-            cause = (
-                f"{show(self.shown or self.path)} holds {total:,} rows, and {self.max_rows:,} are the most to be read."
-            )
+            holds = f"{show(self.shown or self.path)} holds {plural(total, 'row')}"
+            cause = f"{holds}, and {self.max_rows:,} are the most to be read."
             remedy = "If there is memory for them (a block request takes about 100 bytes, a reset 1,000), raise "
             raise CaptureError(cause, f"{remedy}--max-rows, max_rows in Python.")
 

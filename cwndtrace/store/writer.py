@@ -34,6 +34,7 @@ from cwndtrace.store.layout import (
     show,
 )
 from cwndtrace.store.reader import Capture, open_capture
+from cwndtrace.words import plural
 
 PART_ROWS: Final = 131_072
 """Rows that make a part due, whatever their age: few enough that writing them ends before a ring buffer is full."""
@@ -185,7 +186,10 @@ class CaptureWriter:
         """
         if refused := self._flush(force):
             name, error = refused[0]
-            what = f"Writing {name} to {show(self.path)} failed, {self._buffers[name].waiting:,} rows wait in memory"
+            waiting = plural(number := self._buffers[name].waiting, "row")
+            what = (
+                f"Writing {name} to {show(self.path)} failed, {waiting} {'waits' if number == 1 else 'wait'} in memory"
+            )
             raise _failed(what, error)
 
     def due_s(self) -> float:
@@ -230,7 +234,7 @@ class CaptureWriter:
             for name, _ in refused:
                 self.lost[name] += self._buffers[name].waiting
                 self._buffers[name].clear()
-            given_up = ", ".join(f"{self.lost[name]:,} rows of {name}" for name, _ in refused)
+            given_up = ", ".join(f"{plural(self.lost[name], 'row')} of {name}" for name, _ in refused)
             failure = _failed(f"{given_up} never reached {show(self.path)}", refused[0][1])
         if self.lost:
             meta["unwritten"] = dict(+self.lost)

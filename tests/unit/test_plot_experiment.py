@@ -24,10 +24,12 @@ from matplotlib.transforms import Bbox
 
 from cwndtrace.lab import statistics
 from cwndtrace.plot import style
+from cwndtrace.plot.cost import _titles as titles_of_cost
 from cwndtrace.plot.cost import cost
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.latency import latency
 from cwndtrace.plot.sawtooth import sawtooth
+from cwndtrace.plot.staircase import _titles as titles_of_staircase
 from cwndtrace.plot.staircase import staircase
 from tests.unit import experiments, frames
 from tests.unit.test_plot import EVIL, draw, texts
@@ -392,7 +394,13 @@ def test_paths_of_different_length_are_compared_in_round_trips() -> None:
     (axes,) = made.axes
     assert points(axes, "o") == [(2.0, 2.0 + 0.5), (2.0, 4.5)]
     assert axes.get_xlabel() == "predicted cost (round trips)"
-    assert "1 of 2 bursts were within one round trip of the prediction" in texts(made)
+    assert "1 of 2 bursts was within one round trip of the prediction" in texts(made)
+
+
+def test_one_burst_is_no_bursts() -> None:
+    assert "0 of 1 burst was within one" in titles_of_cost(np.zeros(1, np.bool_))[0]
+    assert "The burst was within one" in titles_of_cost(np.ones(1, np.bool_))[0]
+    assert "All 2 bursts were within one" in titles_of_cost(np.ones(2, np.bool_))[0]
 
 
 def test_colours_are_sizes_and_shapes_congestion_controls() -> None:
@@ -464,6 +472,15 @@ def test_a_record_off_the_staircase_is_marked_and_counted() -> None:
     assert len(points(made.axes[0], "o")) == 2
     assert any("2 of 3 records fit" in text for text in texts(made))
     assert {"off the staircase: 1", "halved: 2"} <= set(texts(made))
+
+
+@pytest.mark.parametrize(
+    ("number", "kept", "share"),
+    [(1, 0, "0 of 1 record fits"), (1, 1, "the one record fits"), (3, 1, "1 of 3 records fits"),
+     (3, 0, "0 of 3 records fit"), (3, 3, "all 3 records fit")],
+)  # fmt: skip
+def test_one_record_is_no_records(number: int, kept: int, share: str) -> None:
+    assert f": {share} to the segment" in titles_of_staircase(number, kept)[0]
 
 
 def test_very_long_rests_stand_at_the_edge_and_are_counted() -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,36 @@ def test_the_rule_sees_what_it_forbids() -> None:
     assert {"vm", "build"} <= {path.name for path in SOURCES}
     text = "run(x, shell=True)\nrun(x, shell=y)\nrun(x, shell=False)\nos.system(x)\neval(x)\nliteral_eval(x)\n"
     assert [line.split(":")[0] for line in offences(text)] == ["line 1", "line 2", "line 4", "line 5"]
+
+
+COUNTED = re.compile(
+    r" (more |of )?(bursts|bytes|chunks|columns|connections|groups|lines|packets|parts|records|requests|resets|restarts"
+    r"|rounds|rows|segments|sizes|snapshots|times|windows)\b"
+)
+
+WORDS = {"name", "reason"}
+"""Values that are no numbers."""
+
+
+def counted_by_hand(text: str) -> Iterator[str]:
+    """Where a value stands right before the plural of what it counts: "1 bursts". A constant is known to be many."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        for value, after in pairwise(node.values):
+            if not isinstance(value, ast.FormattedValue) or isinstance(value.value, ast.Call):
+                continue
+            name = ast.unparse(value.value).rpartition(".")[2]
+            counts = isinstance(after, ast.Constant) and isinstance(after.value, str) and COUNTED.match(after.value)
+            if counts and name not in WORDS and not name.isupper():
+                yield f"line {node.lineno}: {{{name}}}{ast.literal_eval(after)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cwndtrace").rglob("*.py")), ids=lambda path: path.name)
+def test_what_is_counted_goes_through_plural(path: Path) -> None:
+    assert list(counted_by_hand(path.read_text(encoding="utf-8"))) == []
+
+
+def test_the_rule_sees_what_is_counted_by_hand() -> None:
+    text = "f'{n} bursts'\nf'{n:,} of {m.of} records fit'\nf'{_MOST:,} rows'\nf'{plural(n, x)} bursts'\nf'{n} ms'\n"
+    assert list(counted_by_hand(text)) == ["line 1: {n} bursts", "line 2: {of} records fit"]
