@@ -101,13 +101,21 @@ def making_sense() -> Iterator[None]:
             yield
     except CwndtraceError:
         raise
-    except MemoryError as e:
-        raise out_of_memory() from e
-    except _NONSENSE as e:
+    except Exception as e:
+        if for_lack_of_memory(e):
+            raise out_of_memory() from e
+        if not isinstance(e, _NONSENSE):
+            raise
         ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
         place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
         cause = f"The rows of this capture make no sense together: {type(e).__name__}{place}."
         raise CaptureError(cause, "If cwndtrace wrote it and nobody changed it, report this line.") from e
+
+
+def for_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error, whatever its type, says that there was no memory: for a value, a thread or a library."""
+    texts = ("failed to map segment", "cannot allocate memory", "can't start new thread", "to launch worker thread")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def out_of_memory() -> CaptureError:

@@ -208,7 +208,7 @@ class Trace:
         needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
         devices = _mapping(self.meta.get("devices"))
         pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
-        whole = (events.whole(piece.to_pandas(), "block_io") for piece in pieces)
+        whole = (events.whole(piece.to_pandas(use_threads=False), "block_io") for piece in pieces)
         frames = (block_analysis.add(frame, devices, columns) for frame in whole)
         names = tuple(dict.fromkeys(("start_ns", *columns)))
         frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
@@ -376,7 +376,7 @@ class Trace:
         told = _Units(
             {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         )
-        frame: pd.DataFrame = rows.to_pandas()
+        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # as store.files.read
         frame = frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
         frame.attrs["units"] = told
         return frame

@@ -117,7 +117,11 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) ->
 def _ahead(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
     """``frames``, the next one made on another CPU while one is worked on."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(next, frames, None)
+        try:
+            following = pool.submit(next, frames, None)
+        except RuntimeError:  # no room for another thread: nothing was begun
+            yield from frames
+            return
         while (frame := following.result()) is not None:
             following = pool.submit(next, frames, None)
             yield frame

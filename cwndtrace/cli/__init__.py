@@ -20,7 +20,7 @@ import cwndtrace
 from cwndtrace.cli import systemd, user
 from cwndtrace.cli.output import hold_standard
 from cwndtrace.encoding import print_all
-from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, too_many_files
+from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, for_lack_of_memory, too_many_files
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -76,13 +76,15 @@ class Commands(click.Group):
         warnings.simplefilter("ignore", append=True)
         try:
             return super().invoke(ctx)
-        except MemoryError:
-            cure = "Try again where more is free, or raise ulimit -v if one is set."
-            sys.exit(explain(CwndtraceError("Memory ran out.", cure)))
         except CwndtraceError as e:
             sys.exit(explain(e))
-        except OSError as e:
-            if (limit := too_many_files(e)) is None:
+        except Exception as e:
+            if for_lack_of_memory(e):
+                # Not by ``explain``, which imports more.
+                click.echo("cwndtrace: Memory ran out.", err=True)
+                click.echo("  Try again where more is free, or raise ulimit -v if one is set.", err=True)
+                sys.exit(EXIT_FAILED)
+            if not isinstance(e, OSError) or (limit := too_many_files(e)) is None:
                 raise
             sys.exit(explain(limit))
 

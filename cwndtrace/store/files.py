@@ -103,7 +103,8 @@ def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Tab
     width = sum(kind.bit_width // 8 if _fixed(kind) else _POINTER for kind in (schema.field(n).type for n in names))
     if opened.metadata.num_rows * width > pages.MOST_BYTES:
         raise Refused(f"its rows would take more than {pages.MOST_BYTES:,} bytes")
-    table = opened.read(names)
+    # By this thread alone. Where there is no memory for another one of Arrow's, it frees what those before still use.
+    table = opened.read(names, use_threads=False)
     if len(table) * sum(map(_longest_text, table.columns)) > pages.MOST_BYTES:
         raise Refused(f"its texts, written out, would take more than {pages.MOST_BYTES:,} bytes")
     # Indices outside of their dictionary, text that is no UTF-8: not looked at while reading.

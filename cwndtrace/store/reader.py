@@ -14,7 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from cwndtrace import events
-from cwndtrace.errors import CaptureError
+from cwndtrace.errors import CaptureError, for_lack_of_memory
 from cwndtrace.store import files
 from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
 from cwndtrace.store.pages import Refused, Told
@@ -168,9 +168,9 @@ class Capture:
                 with files.parquet(part) as file:
                     data = files.read(file, columns)
                 data = data if known is None else _conform(data, known)
-            except MemoryError:  # pyarrow's is one of its own exceptions too
-                raise
             except _UNREADABLE as error:
+                if for_lack_of_memory(error):  # pyarrow's MemoryError is one of its own exceptions too
+                    raise
                 self._unread.add(part)
                 self._warn(part, error)
             else:

@@ -410,3 +410,29 @@ def test_memory_that_runs_out_is_said_as_such(capture: Path, monkeypatch: pytest
     with pytest.raises(CaptureError, match="Memory ran out") as caught:
         content.report(cwndtrace.load(capture))
     assert "report this line" not in str(caught.value)
+
+
+LIBRARIES = (
+    "import cwndtrace.cli.report, pyarrow.compute, pyarrow.parquet, numpy.random\n"
+    "print(next(line for line in open('/proc/self/status') if line.startswith('VmPeak')).split()[1])"
+)
+
+
+def test_a_report_that_finds_no_memory_says_so(tmp_path: Path) -> None:
+    """In an address space that has room for the libraries, and for too little of the rows."""
+    rows = np.repeat(frames.block(), 600_000)
+    rows["done_ns"] += np.arange(len(rows), dtype=np.uint64)
+    resets, connections = frames.story(seconds=8)
+    path = tmp_path / "a.cwnd"
+    frames.capture(path, resets=resets, connections=connections, block_io=frames.table("block_io", rows))
+    python = [sys.executable, "-I"]
+    libraries = int(subprocess.run([*python, "-c", LIBRARIES], capture_output=True, text=True, check=True).stdout) << 10
+    for more, enough in ((8, False), (24, False), (64, None), (4096, True)):
+        limit = ["prlimit", f"--as={libraries + (more << 20)}"]
+        done = subprocess.run(
+            [*limit, *python, "-m", "cwndtrace", "report", str(path)], capture_output=True, text=True, check=False
+        )
+        said = done.stderr.splitlines()
+        assert done.returncode == bool(said), (more, done)
+        assert not said or (len(said) == 2 and said[0].startswith("cwndtrace: Memory ran out")), (more, done)
+        assert enough in (None, not said), (more, done)

@@ -179,9 +179,9 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path, monkeypatch: pytest
     asked: list[set[str]] = []
     real = pq.ParquetFile.read
 
-    def read(self: pq.ParquetFile, columns: list[str]) -> object:
+    def read(self: pq.ParquetFile, columns: list[str], **options: Any) -> object:
         asked.append(set(columns))
-        return real(self, columns)
+        return real(self, columns, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read", read)
     writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
