@@ -22,8 +22,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -357,27 +357,59 @@ def peak_kb() -> int:
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 
 
-def run(first: int, count: int, folder: Path, draw_every: int) -> None:
-    """Work through cases and print a line of JSON for each."""
-    faulthandler.enable()
+class Greedy(Exception):
+    """A case took more memory than one may."""
+
+
+@dataclass
+class Spent:
+    """What a case took: seconds of CPU, and memory on top of what its process had before."""
+
+    s: float = 0.0
+    peak_kb: int = 0
+
+
+def bound_process() -> None:
+    """Bound the address space of this process, so that no case takes the machine down."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+@contextmanager
+def bounded() -> Iterator[Spent]:
+    """What every case is held to. Raises TimeoutError within one that takes too long, Greedy at its end."""
 
     def too_long(*_: object) -> None:
         raise TimeoutError(f"longer than {SECONDS} s")
 
+    Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is this case's
+    spent, begun, begin = Spent(), peak_kb(), time.process_time()
     # Of CPU, so that it says the same on a busy machine.
     signal.signal(signal.SIGPROF, too_long)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield spent
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        spent.s, spent.peak_kb = time.process_time() - begin, peak_kb() - begun
+        if spent.s > SECONDS:
+            too_long()  # again: what reads takes it for an error of the file, as it is an OSError
+        if spent.peak_kb * 1024 > PEAK:
+            raise Greedy(f"took {spent.peak_kb >> 10:,} MiB")
+
+
+def run(first: int, count: int, folder: Path, draw_every: int) -> None:
+    """Work through cases and print a line of JSON for each."""
+    faulthandler.enable()
+    bound_process()
     for number in range(first, first + count):
         kind, files = case(number)
         lay(files, folder)
         print(json.dumps({"case": number, "kind": kind}), flush=True)
-        Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is this case's
-        begun, begin = peak_kb(), time.process_time()
-        outcome, why = "opened", ""
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        outcome, why, spent = "opened", "", Spent()
         try:
-            use(folder, effort(number, kind, draw_every))
+            with bounded() as spent:
+                use(folder, effort(number, kind, draw_every))
         except CaptureError as e:
             outcome = "makes no sense" if "make no sense" in e.cause else "refused"
             why = e.cause
@@ -386,12 +418,8 @@ def run(first: int, count: int, folder: Path, draw_every: int) -> None:
             ours = [f for f in last if "cwndtrace" in f.filename and "site-packages" not in f.filename]
             place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
             outcome, why = "FAILED", f"{type(e).__name__} at {place}: {str(e)[:200]}"
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        took = time.process_time() - begin
-        peak = peak_kb() - begun
-        if peak > PEAK >> 10:
-            outcome, why = "FAILED", f"took {peak >> 10:,} MiB"
-        print(json.dumps({"outcome": outcome, "why": why, "s": took, "peak_kb": peak}), flush=True)
+        line = {"outcome": outcome, "why": why, "s": spent.s, "peak_kb": spent.peak_kb}
+        print(json.dumps(line), flush=True)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 
 ``python -m tests.fuzz_guided`` runs until something but CaptureError comes out, or for --seconds; what broke it is left
 in --keep, and given as an argument it is run once more. Each input is one file of a small capture: its first byte says
-which, the rest is its content.
+which, the rest is its content, or, for one of ``fuzz.SHAPES``, what is changed in it. An input is held to what a case
+of tests/fuzz.py is held to.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ with atheris.instrument_imports(include=["cwndtrace"]):
     from tests import fuzz
 
 LONGEST: Final = 64 << 10
-CASE_S: Final = 10
-MEMORY_MB: Final = 4 << 10
+STUCK_S: Final = 120
+"""Of the clock, after which the fuzzer ends what never came back from C, where no signal reaches Python."""
 STREAM: Final = "trace.raw"
 
 
@@ -44,12 +45,23 @@ def effort(data: bytes) -> int:
     return fuzz.ALL if chance % 16 == 0 else fuzz.FRAMES if chance % 4 == 0 else fuzz.TABLES
 
 
+def changed(raw: bytes, changes: bytes) -> bytes:
+    """``raw`` with other bytes near its end, three bytes a change: how far from it, and the value."""
+    data = bytearray(raw)
+    for at in range(0, len(changes) - 2, 3):
+        distance = int.from_bytes(changes[at : at + 2], "little") % len(data)
+        data[-1 - distance] = changes[at + 2]
+    return bytes(data)
+
+
 class Target:
     """What the fuzzer calls: it lays a capture with one file of its making, and reads it."""
 
     def __init__(self, folder: Path) -> None:
         self.base = small()
         self.names = (*self.base, STREAM)
+        # They are far longer than an input may be.
+        self.shapes = [(kind, *make()) for kind, make in fuzz.SHAPES.items()]
         self._folder = fuzz.lay(self.base, folder)
         self._stream = Path(tempfile.mkdtemp(dir=folder.parent)) / STREAM
         self._written = "meta.json"
@@ -60,29 +72,45 @@ class Target:
         for number, name in enumerate(self.names):
             raw = fuzz.RAW.read_bytes()[:4000] if name == STREAM else self.base[name]
             (folder / str(number)).write_bytes(bytes([number]) + raw)
+        for number in range(len(self.names), len(self.names) + len(self.shapes)):
+            (folder / str(number)).write_bytes(bytes([number]))
         return folder
+
+    def file(self, data: bytes) -> tuple[str, bytes, int]:
+        """An input's file, what is in it, and how much to do with it."""
+        number = data[0] % (len(self.names) + len(self.shapes))
+        if number < len(self.names):
+            return self.names[number], data[1:], effort(data)
+        number -= len(self.names)
+        kind, name, raw = self.shapes[number]
+        return name, changed(raw, data[1:]), fuzz.effort(number, kind, 0)
 
     def run(self, data: bytes) -> None:
         """One input; lets nothing through but what is an error."""
         if not data:
             return
-        name = self.names[data[0] % len(self.names)]
-        with suppress(CaptureError):
-            if name == STREAM:
-                self._stream.write_bytes(data[1:])
+        name, raw, much = self.file(data)
+        if name == STREAM:
+            self._stream.write_bytes(raw)
+            with suppress(CaptureError), fuzz.bounded():
                 fuzz.use(self._stream.parent, fuzz.TABLES)
-                return
+            return
+        if self._written in self.base:
             (self._folder / self._written).write_bytes(self.base[self._written])
-            (self._folder / name).write_bytes(data[1:])
-            self._written = name
-            fuzz.use(self._folder, effort(data))
+        else:
+            (self._folder / self._written).unlink()
+        (self._folder / name).write_bytes(raw)
+        self._written = name
+        with suppress(CaptureError), fuzz.bounded():
+            fuzz.use(self._folder, much)
 
     def mutate(self, data: bytes, most: int, seed: int) -> bytes:
         """Half of the time the fuzzer's own way; else one that knows how such a file is made."""
         rng = random.Random(seed)
-        if len(data) < 2 or rng.random() < 0.5:
+        number = data[0] % (len(self.names) + len(self.shapes)) if data else 0
+        if len(data) < 2 or number >= len(self.names) or rng.random() < 0.5:
             return bytes(atheris.Mutate(data, most))
-        name, raw = self.names[data[0] % len(self.names)], data[1:]
+        name, raw = self.names[number], data[1:]
         with suppress(Exception):
             if name == "meta.json":
                 raw = fuzz.mutate_json(rng, raw)
@@ -107,12 +135,13 @@ def main() -> None:
             command = [sys.executable, "-m", "tests.fuzz_guided", *sys.argv[1:], "--folder", folder]
             sys.exit(subprocess.run(command, check=False).returncode)
     target = Target(options.folder / "case")
+    fuzz.bound_process()
     for path in options.inputs:
         target.run(path.read_bytes())
     if options.inputs:
         return
-    flags = [f"-max_total_time={options.seconds}", f"-max_len={LONGEST}", f"-timeout={CASE_S}"]
-    flags += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={options.keep}/", "-print_final_stats=1"]
+    flags = [f"-max_total_time={options.seconds}", f"-max_len={LONGEST}", f"-timeout={STUCK_S}"]
+    flags += ["-rss_limit_mb=0", f"-artifact_prefix={options.keep}/", "-print_final_stats=1"]
     corpus = target.seeds(options.folder / "corpus")
     atheris.Setup([sys.argv[0], *flags, str(corpus)], target.run, custom_mutator=target.mutate)
     atheris.Fuzz()
