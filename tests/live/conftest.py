@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the live tests of resets share: the rungs, tracers, network namespaces and connections."""
+"""What the live tests share: the rungs, tracers, network namespaces and connections; other distributions' roots."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from itertools import count
 
@@ -16,6 +17,7 @@ from cwndtrace.kernel import btf, facts, ladder
 
 pytest.register_assert_rewrite("tests.live.tcp", "tests.live.tracing")
 
+from tests import chroot  # noqa: E402
 from tests.live import tcp  # noqa: E402
 from tests.live.tracing import Tracer  # noqa: E402
 
@@ -124,3 +126,35 @@ def counter(tracer: Tracer, counted_space: tcp.Space) -> Iterator[Tracer]:
     """A second tracer on the same rung that sees one namespace only, so that its counters are known too."""
     with Tracer(tracer.probe, netns=counted_space.name) as made:
         yield made
+
+
+# ---- other distributions' roots ----
+
+
+@pytest.fixture(scope="session")
+def root_of() -> Iterator[Callable[[str], chroot.Root]]:
+    """Gives the root of a suite that all modules share, since the set-up in it takes longest; the first call makes it.
+
+    What a test needs in it, a fixture of its own makes, whatever other tests have left there.
+    """
+    with ExitStack() as stack:
+
+        @cache
+        def make(suite: str) -> chroot.Root:
+            chroot.need_tools()
+            return stack.enter_context(chroot.cloned(suite))
+
+        yield make
+
+
+@pytest.fixture(scope="module", params=chroot.SUITES)
+def root(request: pytest.FixtureRequest, root_of: Callable[[str], chroot.Root]) -> chroot.Root:
+    """The root of each suite."""
+    return root_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def installed(root: chroot.Root) -> chroot.Root:
+    """The same, once root has typed ``make install``: where that is done already it changes nothing."""
+    root.make("install")
+    return root

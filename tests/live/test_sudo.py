@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,7 @@ import pytest
 
 from tests import chroot
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-SAMPLE = CHECKOUT / "tests/data/sample.cwnd"
+SAMPLE = chroot.CHECKOUT / "tests/data/sample.cwnd"
 NAME = f"cwt-test-{os.getpid()}"
 RULE = f"etc/sudoers.d/{NAME}"
 LINE = "ALL ALL=(ALL) NOPASSWD: ALL"
@@ -116,20 +115,13 @@ def this_machine() -> Iterator[Machine]:
 
 
 @contextmanager
-def distribution(suite: str) -> Iterator[Machine]:
-    missing = chroot.missing_tools()
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: sudo make test-distributions installs it")
-    with chroot.unpacked(suite) as root, ExitStack() as stack:
-        chroot.clone_checkout(CHECKOUT, root, "/root/cwndtrace")
-        apt = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "--no-install-recommends")
-        for command in (
-            ("make", "install"),
-            (*apt, "install", "sudo", "passwd"),
-            ("useradd", "--create-home", "--home-dir", f"/home/{NAME}", NAME),
-        ):
-            done = root.run(*command, cwd="/root/cwndtrace", timeout=1500)
-            assert done.returncode == 0, done.stdout
+def distribution(root: chroot.Root) -> Iterator[Machine]:
+    root.make("install")
+    if not root.has("sudo"):
+        root.add("sudo", "passwd")
+    with ExitStack() as stack:
+        root.good("useradd", "--create-home", "--home-dir", f"/home/{NAME}", NAME)
+        stack.callback(root.good, "userdel", "--remove", NAME)
         line = next(x for x in (root.path / "etc/passwd").read_text().splitlines() if x.startswith(f"{NAME}:"))
         yield furnish(root.path, root, "/usr/local/bin/cwndtrace", int(line.split(":")[2]), stack)
 
@@ -138,12 +130,11 @@ def distribution(suite: str) -> Iterator[Machine]:
     scope="module",
     params=[
         pytest.param("here", marks=pytest.mark.live),
-        pytest.param("bookworm", marks=pytest.mark.chroot),
-        pytest.param("trixie", marks=pytest.mark.chroot),
+        *(pytest.param(suite, marks=pytest.mark.chroot) for suite in chroot.SUITES),
     ],
 )
-def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    with this_machine() if request.param == "here" else distribution(request.param) as made:
+def machine(request: pytest.FixtureRequest, root_of: Callable[[str], chroot.Root]) -> Iterator[Machine]:
+    with this_machine() if request.param == "here" else distribution(root_of(request.param)) as made:
         yield made
 
 
