@@ -284,6 +284,10 @@ def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
     for name in present & set(known.names) - events.MAY_BE_NULL:
         if data.column(name).null_count:
             raise Refused(f"values of {name} are missing")
+    for column in columns:
+        if pa.types.is_timestamp(column.type):
+            # Raises for times that no kernel's nanoseconds can tell, and that pandas couldn't show.
+            column.cast(pa.timestamp("ns", tz=column.type.tz))
     extra = [f for f in data.schema if f.name not in known.names]
     schema = pa.schema([*known, *extra], metadata=known.metadata)
     return pa.Table.from_arrays([*columns, *(data.column(f.name) for f in extra)], schema=schema)

@@ -389,6 +389,19 @@ def test_every_command_takes_a_part_of_an_older_recording(tmp_path: Path, table:
     staircase.staircase(trace.resets)
 
 
+def test_a_time_beyond_all_calendars_makes_a_part_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "a.cwnd"
+    part, whole = one_part(path, "cwnd_reset")
+    times = whole.column("time").cast(pa.int64()).to_pylist()
+    times[0] = 10**18
+    late = pa.array(times, whole.schema.field("time").type)
+    pq.write_table(whole.set_column(whole.schema.get_field_index("time"), "time", late), part)
+    trace = cwndtrace.load(path)
+    repr(trace.verdicts)
+    assert len(trace.resets) == 0
+    assert any("cut off or corrupt" in line for line in trace.warnings)
+
+
 def one_part(path: Path, table: str) -> tuple[Path, pa.Table]:
     """A capture whose resets are harmful; the only part of a table, and what it holds."""
     resets, connections = frames.story(seconds=8)
