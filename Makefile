@@ -11,7 +11,10 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 # By env, because sudo drops what it isn't told to keep. As variables, so that no character in them is the shell's.
 install uninstall demo: export PREFIX := $(PREFIX)
 install uninstall demo: export BINDIR := $(BINDIR)
-SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON='$(PYTHON)' PACKAGES='$(PACKAGES)' tools/setup
+# Under names of this Makefile's own, because every goal has them, and what it starts may mean something else by PYTHON.
+export SETUP_PYTHON := $(PYTHON)
+export SETUP_PACKAGES := $(PACKAGES)
+SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
 
 .DEFAULT_GOAL := help
 .PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions vm-test vm-soak vm-shell \
@@ -58,8 +61,9 @@ test: develop ## unit tests, and as root the live tests too
 # How long the longest one runs, in seconds.
 SOAK ?= 600
 
+soak: export CWNDTRACE_SOAK_SECONDS := $(SOAK)
 soak: develop ## as root: kills, floods, churn and long runs at full length (SOAK=600 seconds for the longest)
-	@CWNDTRACE_SOAK_SECONDS='$(SOAK)' tools/test soak
+	@tools/test soak
 
 test-distributions: develop ## as root: the project in bare Debian 12 and 13 roots
 	@$(SETUP) packages distributions

@@ -32,7 +32,7 @@ NO_ANSWER = ("unshare", "--net", "sh", "-ec", BLACK_HOLE, "sh")
 
 
 def make(
-    goal: str, prefix: str | Path, bindir: str | Path, before: tuple[str, ...] = NO_ROUTE
+    goal: str, prefix: str | Path, bindir: str | Path, before: tuple[str, ...] = NO_ROUTE, *more: str
 ) -> subprocess.CompletedProcess[str]:
     """Without a network, so that nothing is ever really installed."""
     # Not this machine's own settings of pip, which may name an index on its disk.
@@ -40,7 +40,7 @@ def make(
     env["PIP_CONFIG_FILE"] = os.devnull
     env["LC_ALL"] = "C.UTF-8"
     return subprocess.run(
-        [*before, "make", "--silent", goal, "PACKAGES=no", f"PREFIX={prefix}", f"BINDIR={bindir}"],
+        [*before, "make", "--silent", goal, "PACKAGES=no", f"PREFIX={prefix}", f"BINDIR={bindir}", *more],
         cwd=ROOT,
         env=env,
         text=True,
@@ -116,6 +116,40 @@ def test_without_a_network_it_ends_within_15_s(places: tuple[Path, Path], before
     assert "Check that the network and the package index can be reached" in done.stdout
     assert f"this runs the code in {ROOT} as root" in done.stdout
     assert not any(place.exists() for place in places)
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b', "`touch ran`", "; touch ran", "a b*"])
+def test_no_character_is_the_shells(places: tuple[Path, Path], name: str) -> None:
+    done = make("install", *places, NO_ROUTE, f"PYTHON={name}")
+    assert f"no Python 3.11 or newer with venv is here ({name} is none)." in done.stdout
+    # What isn't "no" asks the package manager, which has no network here.
+    assert "unexpected EOF" not in make("uninstall", *places, NO_ROUTE, f"PACKAGES={name}").stdout
+    assert not (ROOT / "ran").exists()
+    assert not any(place.exists() for place in places)
+
+
+# In folders of its own; the last line says what is left in them.
+INSTALLED = """
+mount -t tmpfs none /opt
+mount -t tmpfs none /var/cache
+mkdir -p /opt/cwndtrace /opt/other /var/cache/cwndtrace/kernels
+touch /opt/cwndtrace/.cwndtrace-setup /opt/other/.cwndtrace-setup /var/cache/cwndtrace/0123abcd.json
+"$@"
+echo left: /opt/* /var/cache/cwndtrace/*
+"""
+
+
+@pytest.mark.parametrize(
+    ("prefix", "left"),
+    [
+        ("/opt/other", "/opt/cwndtrace /var/cache/cwndtrace/0123abcd.json /var/cache/cwndtrace/kernels"),
+        ("/opt/cwndtrace", "/opt/other /var/cache/cwndtrace/kernels"),
+    ],
+)
+def test_uninstall_takes_its_own_alone(tmp_path: Path, prefix: str, left: str) -> None:
+    done = make("uninstall", prefix, tmp_path / "bin", ("unshare", "--mount", "sh", "-ec", INSTALLED, "sh"))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == f"left: {left}"
 
 
 def test_help_says_whose_code_runs() -> None:
