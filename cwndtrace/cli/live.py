@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from cwndtrace import events
 from cwndtrace import words as fmt
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
-from cwndtrace.cli.table import Column, Layout, cut_connection, cut_process, room
+from cwndtrace.cli.table import Column, Layout, cut, cut_connection, cut_process, echo_prose, room
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
@@ -202,7 +201,7 @@ class TextView:
         if lost > self._lost and not self._quiet and (last or now - self._lost_at >= _LOST_EVERY_S):
             self._wipe()
             each = ", ".join(f"{n:,} {event}" for event, n in self._session.tally.lost.items() if n)
-            click.echo(f"lost so far: {each} (counted in the kernel)", err=True)
+            echo_prose(f"lost so far: {each} (counted in the kernel)", err=True)
             self._lost, self._lost_at = lost, now
         if not self._terminal or now - self._status_at < _STATUS_EVERY_S:
             return
@@ -215,7 +214,7 @@ class TextView:
             p50, p95, p99 = (fmt.span(self.block.all.percentile(p)) for p in (50, 95, 99))
             parts.append(f"block I/O {self.block.all.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (to 1 %)")
         parts.append(f"lost {lost:,}")
-        text = " | ".join(parts)[: shutil.get_terminal_size().columns - 1]
+        text = cut(" | ".join(parts), (room(err=True) or 80) - 1)
         click.echo(f"\r\x1b[K{text}", err=True, nl=False)
         self._status_shown = True
 

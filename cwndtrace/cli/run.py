@@ -21,6 +21,7 @@ from cwndtrace.cli import options, systemd, user, waiting
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import Unprinted, nobody_reads, printing, printing_behind
 from cwndtrace.cli.summary import print_summary, summary_object
+from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
 from cwndtrace.store import Behind, CaptureWriter
@@ -137,11 +138,11 @@ def _say_what(session: Session, what: str, *, verbose: bool) -> None:
     seen = ", ".join(f"{reason} by {rung}" for reason, rung in session.source.rungs.items() if rung)
     unseen = ", ".join(reason for reason, rung in session.source.rungs.items() if not rung)
     with suppress(Unprinted), printing():
-        click.echo(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
+        echo_prose(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
         if verbose:
             for reason, tried in session.source.tried.items():
                 for rung, why in tried.items():
-                    click.echo(f"  {reason}: not {rung}: {clean(why)}", err=True)
+                    echo_prose(f"  {reason}: not {rung}: {clean(why)}", err=True)
 
 
 def _drop(session: Session, owner: power.User | None, *, quiet: bool) -> None:
@@ -149,7 +150,7 @@ def _drop(session: Session, owner: power.User | None, *, quiet: bool) -> None:
     needed = session.source.power_needed(owner)
     power.drop(owner, needed)
     if (left := power.still_powerful(needed)) and not quiet:
-        click.echo(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
+        echo_prose(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
 
 
 class Saver:
@@ -184,14 +185,17 @@ class Saver:
             if self._stop:
                 raise
             if not self._failed:
-                click.echo(f"\ncwndtrace: {e.cause}\n  {e.remedy}", err=True)
+                click.echo(err=True)
+                for line in (f"cwndtrace: {e.cause}", f"  {e.remedy}"):
+                    echo_prose(line, err=True)
             self._failed = True
 
     def say_lacking(self) -> None:
         """Say, once, what the trace goes on without."""
         if self._session.lacking and not self._lacking_told:
             self._lacking_told = True
-            click.echo(f"\ncwndtrace: {clean(self._session.lacking)}", err=True)
+            click.echo(err=True)
+            echo_prose(f"cwndtrace: {clean(self._session.lacking)}", err=True)
 
 
 def trace(
@@ -229,12 +233,12 @@ def trace(
                         warned = _warn(batch, session, what, warned, view)
                 if not quiet and (news := watch.news()):
                     view.end()
-                    click.echo(f"warning: {clean(news)}", err=True)
+                    echo_prose(f"warning: {clean(news)}", err=True)
                 for kind, number in session.tally.left_out.items() if not quiet else ():
                     if kind not in told:
                         told.add(kind)
                         view.end()
-                        click.echo(f"warning: {words.left_out(kind, number)}", err=True)
+                        echo_prose(f"warning: {words.left_out(kind, number)}", err=True)
                 saver.save()
                 view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
             if nobody_reads():
@@ -301,5 +305,5 @@ def _warn(connections: Batch, session: Session, what: str, before: list[str], vi
     if new:
         view.end()
     for line in new:
-        click.echo(f"warning: {clean(line)}", err=True)
+        echo_prose(f"warning: {clean(line)}", err=True)
     return found

@@ -7,10 +7,12 @@ what was left out. Widths are cells of a terminal: an ideograph takes two, a com
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,13 +23,22 @@ from cwndtrace.words import unbroken
 _GAP: Final = 2
 _CUT: Final = ".."
 _NARROW: Final = 14
+_USUAL: Final = 80
 IPV4: Final = 45
 """Cells of the longest connection over IPv4, which is to be read whole."""
 
 
-def room() -> int | None:
-    """Cells in a line of stdout's terminal (COLUMNS, if that is set); None where stdout is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def room(*, err: bool = False) -> int | None:
+    """Cells in a line of stdout's terminal, or stderr's (COLUMNS, if that is set); None where it is no terminal."""
+    stream = sys.stderr if err else sys.stdout
+    if not stream.isatty():
+        return None
+    if not err or os.environ.get("COLUMNS"):
+        return shutil.get_terminal_size().columns
+    # shutil asks of stdout, which may be a pipe meanwhile.
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or _USUAL
+    return _USUAL
 
 
 def cells(text: str) -> int:
@@ -201,10 +212,10 @@ def prose(text: str, room: int | None, indent: int = 0) -> list[str]:
     return [line.replace("\u00a0", " ") for line in lines]
 
 
-def echo_prose(text: str) -> None:
-    """Print it as wide as stdout's terminal."""
-    for line in prose(text, room(), indent=2):
-        click.echo(line)
+def echo_prose(text: str, *, err: bool = False) -> None:
+    """Print it as wide as stdout's terminal, or stderr's."""
+    for line in prose(text, room(err=err), indent=2):
+        click.echo(line, err=err)
 
 
 def _as_printed(text: str) -> str:

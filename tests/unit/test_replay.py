@@ -15,11 +15,12 @@ import pytest
 import cwndtrace
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture.replay import Replay, record
-from cwndtrace.capture.session import Session
+from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.cli.live import RESETS_SHOWN, JsonView, TextView
-from cwndtrace.cli.run import Saver, Watch, trace
+from cwndtrace.cli.run import Saver, Watch, _say_what, _warn, trace
 from cwndtrace.cli.summary import print_summary, summary_object
+from cwndtrace.cli.table import cells
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.store import CaptureWriter
@@ -199,6 +200,35 @@ def test_losses_are_shown_now_and_then_and_at_the_end(
         assert lines[0] == "lost so far: 2 block_io (counted in the kernel)"
         assert lines[-1] == "lost so far: 1 cwnd_reset, 1,202 block_io (counted in the kernel)"
         assert len(lines) in (7, 8)
+
+
+def test_what_stderr_says_fits_its_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole words, and two cells for an ideograph; one line each where stderr is no terminal."""
+    session = Session(FakeSource())
+    what = "connections of \u65e5\u672c\u8a9e, " * 5 + "and more"
+    warned = ["no window is reset after a rest, in any namespace, " * 3 + "whatever comes"]
+    monkeypatch.setattr("cwndtrace.cli.waiting.warnings", lambda *_: warned)
+    batch = Batch("connections", frames.snapshots(frames.snapshot()))
+
+    def said(width: str) -> tuple[list[str], str]:
+        monkeypatch.setenv("COLUMNS", width)
+        _say_what(session, what, verbose=False)
+        view = TextView(session, print_block=False, quiet=False)
+        _warn(batch, session, what, [], view)
+        lines = capsys.readouterr().err.splitlines()
+        view.tick(what)
+        return lines, capsys.readouterr().err.removeprefix("\r\x1b[K")
+
+    whole, status = said("60")
+    assert len(whole) == 2
+    assert status == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    lines, status = said("60")
+    assert " ".join(line.strip() for line in lines) == " ".join(line.strip() for line in whole)
+    assert max(map(cells, lines)) <= 60
+    assert 55 < cells(status) <= 59
 
 
 def test_one_of_each_is_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
