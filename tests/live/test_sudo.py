@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can do who may run nothing but cwndtrace by sudo: on this machine, and in the distributions' roots.
+"""What a user can do who may run nothing but cwndtrace by sudo, in the distributions' roots.
 
 By sudo itself and a rule of its own: nothing of root's may be made, changed, replaced, or told.
 """
@@ -7,13 +7,10 @@ By sudo itself and a rule of its own: nothing of root's may be made, changed, re
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import stat
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +21,17 @@ from tests import chroot
 SAMPLE = chroot.CHECKOUT / "tests/data/sample.cwnd"
 NAME = f"cwt-test-{os.getpid()}"
 RULE = f"etc/sudoers.d/{NAME}"
+COMMAND = "/usr/local/bin/cwndtrace"
 LINE = "ALL ALL=(ALL) NOPASSWD: ALL"
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.chroot, pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A user with such a rule, on this machine or in a root; ``path`` is where its files lie as seen from here."""
+    """A user with such a rule in a root."""
 
-    path: Path
-    root: chroot.Root | None
-    command: str
+    root: chroot.Root
     uid: int
     home: Path
     """As seen there; it holds a capture, a.cwnd, and a link to a file of root's, link.html"""
@@ -43,19 +39,14 @@ class Machine:
     """A folder of root's that nobody else may look into: there.cwnd is a capture, victim a file."""
 
     def here(self, path: Path) -> Path:
-        return self.path / path.relative_to("/")
+        """A path of the root's as it is seen from outside."""
+        return self.root.path / path.relative_to("/")
 
     def run(self, *arguments: str | Path, sudo: bool = True) -> tuple[int, str]:
         """Run the command by sudo, or another one as the user; its exit code and all that it said."""
-        prefix = ["sudo", "-n", self.command] if sudo else []
+        prefix = ["sudo", "-n", COMMAND] if sudo else []
         command = ["runuser", "-u", NAME, "--", *prefix, *map(str, arguments)]
-        if self.root is not None:
-            done = self.root.run(*command, cwd=str(self.home), timeout=120)
-        else:
-            done = subprocess.run(
-                command, cwd=self.home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, check=False, timeout=120,
-            )  # fmt: skip
+        done = self.root.run(*command, cwd=str(self.home), timeout=120)
         return done.returncode, done.stdout
 
     def refused(self, *arguments: str | Path, code: int = 1) -> str:
@@ -65,24 +56,13 @@ class Machine:
         return said
 
 
-@contextmanager
-def user_here() -> Iterator[Path]:
-    """The user on this machine; their home."""
-    home = Path("/home", NAME)
-    subprocess.run(["useradd", "--create-home", "--home-dir", home, NAME], check=True, capture_output=True)
-    try:
-        yield home
-    finally:
-        subprocess.run(["userdel", "--remove", NAME], check=True, capture_output=True)
-
-
-def furnish(path: Path, root: chroot.Root | None, command: str, uid: int, stack: ExitStack) -> Machine:
+def furnish(root: chroot.Root, uid: int, stack: ExitStack) -> Machine:
     """Give the user their rule, a capture, and things of root's to aim at."""
-    rule, home, closed = path / RULE, Path("/home", NAME), Path("/root", NAME)
+    rule, home, closed = root.path / RULE, Path("/home", NAME), Path("/root", NAME)
     stack.callback(rule.unlink, missing_ok=True)
     rule.touch(mode=0o440)
-    rule.write_text(f"{NAME} ALL=(root) NOPASSWD: {command}\n")
-    machine = Machine(path, root, command, uid, home, closed)
+    rule.write_text(f"{NAME} ALL=(root) NOPASSWD: {COMMAND}\n")
+    machine = Machine(root, uid, home, closed)
     stack.callback(shutil.rmtree, machine.here(closed), ignore_errors=True)
     machine.here(closed).mkdir(mode=0o700)
     shutil.copytree(SAMPLE, machine.here(closed / "there.cwnd"))
@@ -97,45 +77,15 @@ def furnish(path: Path, root: chroot.Root | None, command: str, uid: int, stack:
     return machine
 
 
-@contextmanager
-def this_machine() -> Iterator[Machine]:
-    missing = [tool for tool in ("sudo", "runuser", "useradd") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: sudo make test installs it")
-    command = str(Path(sys.executable).with_name("cwndtrace"))
+@pytest.fixture(scope="module")
+def machine(installed: chroot.Root) -> Iterator[Machine]:
+    if not installed.has("sudo"):
+        installed.add("sudo", "passwd")
     with ExitStack() as stack:
-        stack.enter_context(user_here())
-        machine = furnish(Path("/"), None, command, pwd.getpwnam(NAME).pw_uid, stack)
-        code, said = machine.run("--version")
-        if code == 0:
-            code, said = machine.run("report", "a.cwnd")
-        if code and "a part of this installation" in said:
-            pytest.skip("other users may not read this checkout: clone it where they may")
-        yield machine
-
-
-@contextmanager
-def distribution(root: chroot.Root) -> Iterator[Machine]:
-    root.make("install")
-    if not root.has("sudo"):
-        root.add("sudo", "passwd")
-    with ExitStack() as stack:
-        root.good("useradd", "--create-home", "--home-dir", f"/home/{NAME}", NAME)
-        stack.callback(root.good, "userdel", "--remove", NAME)
-        line = next(x for x in (root.path / "etc/passwd").read_text().splitlines() if x.startswith(f"{NAME}:"))
-        yield furnish(root.path, root, "/usr/local/bin/cwndtrace", int(line.split(":")[2]), stack)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("here", marks=pytest.mark.live),
-        *(pytest.param(suite, marks=pytest.mark.chroot) for suite in chroot.SUITES),
-    ],
-)
-def machine(request: pytest.FixtureRequest, root_of: Callable[[str], chroot.Root]) -> Iterator[Machine]:
-    with this_machine() if request.param == "here" else distribution(root_of(request.param)) as made:
-        yield made
+        installed.good("useradd", "--create-home", "--home-dir", f"/home/{NAME}", NAME)
+        stack.callback(installed.good, "userdel", "--remove", NAME)
+        line = next(x for x in (installed.path / "etc/passwd").read_text().splitlines() if x.startswith(f"{NAME}:"))
+        yield furnish(installed, int(line.split(":")[2]), stack)
 
 
 def test_the_rule_is_for_cwndtrace_alone(machine: Machine) -> None:
