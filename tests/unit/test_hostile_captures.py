@@ -248,7 +248,7 @@ def test_a_page_that_lies_about_its_size(capture: Path, monkeypatch: pytest.Monk
         (pa.table({"a": [[1, 2]]}), "its columns are nested"),
         (pa.table({"a": [{"b": 1}]}), "its columns are nested"),
         (pa.table({"a": pa.array([b"x" * 100], pa.binary(100))}), "column a is of type FIXED_LEN_BYTE_ARRAY"),
-        (pa.table({f"c{n}": [1] for n in range(300)}), "300 columns in 1 groups are too many"),
+        (pa.table({f"c{n}": [1] for n in range(300)}), "300 columns in 1 group are too many"),
     ],
 )
 def test_shapes_that_no_capture_has(capture: Path, table: pa.Table, why: str) -> None:
