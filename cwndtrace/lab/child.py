@@ -29,6 +29,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 Message = dict[str, Any]
 
 
+START_AGAIN: Final = "start again; if the kernel killed it, dmesg says why"
+
+
 class Child:
     """One process, seen by its parent. A context manager: leaving it ends the process.
 
@@ -103,7 +106,7 @@ class Child:
         self._threads[1].join(1)
         lines = b"".join(self._stderr).decode("utf-8", "replace").strip().splitlines()
         said = f": {lines[-1]}" if lines else ""
-        return CwndtraceError(f"the lab's {self.what} process ended ({self._process.returncode}){said}")
+        return CwndtraceError(f"the lab's {self.what} process ended ({self._process.returncode}){said}", START_AGAIN)
 
     def close(self) -> None:
         """End it: by the end of its stdin, or after two seconds by SIGKILL."""

@@ -18,14 +18,13 @@ from typing import Any, Final
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.kernel.netns import Namespace
 from cwndtrace.lab import wire
-from cwndtrace.lab.child import Child, end_with_stdin, enter, live_with, say, say_error
+from cwndtrace.lab.child import START_AGAIN, Child, end_with_stdin, enter, live_with, say, say_error
 from cwndtrace.lab.disk import read_for
 from cwndtrace.lab.serve import Server as Listener
 from cwndtrace.lab.serve import Settings
 
 PORT: Final = 5001
 _START_S: Final = 30.0
-_KILLED: Final = "start again; if the kernel killed it, dmesg says why"
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def ask() -> None:
         except TimeoutError:
             say({"error": "the server took too long", "remedy": "lossier or slower than it was asked to be?"})
         except OSError as e:
-            say({"error": f"the server went away: {e.strerror or e}", "remedy": _KILLED})
+            say({"error": f"the server went away: {e.strerror or e}", "remedy": START_AGAIN})
 
 
 def main() -> None:

@@ -477,7 +477,8 @@ def test_the_labs_own_server_goes_away(tmp_path: Path) -> None:
         code, said = run.end()
     cause, cure = said.splitlines()[-2:]
     assert code == 1, said
-    assert re.fullmatch(r"cwndtrace: the server went away: .+", cause)
+    # By the client, or by the parent of both, whoever notices first.
+    assert re.fullmatch(r"cwndtrace: (the server went away: .+|the lab's workload process ended \(-9\))", cause)
     assert "dmesg" in cure
     assert "Traceback" not in said
     taken = pd.read_parquet(tmp_path / "a" / "measurements.parquet")
