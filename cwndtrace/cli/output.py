@@ -168,6 +168,9 @@ class _Later(io.TextIOBase):
             self._tells = False
             raise self._paper.failure
 
+    def close(self) -> None:
+        """Without a flush: what Python 3.13 closes as garbage shows a traceback of what that raises."""
+
     def finish(self, hurried: Callable[[], bool]) -> None:
         if self._dropped:
             self._put(f"{self._unprinted(self._dropped)}\n", whatever=True)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 import pytest
@@ -110,6 +110,19 @@ def test_a_reader_that_has_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(Unprinted) as told, printing_behind(TextView.unprinted, no_hurry):
             click.echo(LINE)
         assert not told.value.failed
+
+
+def test_what_ends_for_another_reason_shows_no_error_of_printing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with piped(monkeypatch) as reader:
+        os.close(reader.descriptor)
+        with suppress(KeyError), printing_behind(TextView.unprinted, no_hurry):
+            later = sys.stdout
+            later.write(LINE)
+            raise KeyError
+        # As Python does with garbage; from 3.13 on it shows what that raises.
+        later.close()
+        with pytest.raises(BrokenPipeError):
+            later.flush()
 
 
 def test_an_error_of_stderr_ends_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
