@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -157,7 +158,8 @@ def hostile(path: Path) -> Trace:
 
 
 def test_no_text_of_a_capture_does_harm(tmp_path: Path) -> None:
-    trace = hostile(tmp_path / "<b>\x1b[2J\u202e.cwnd")
+    # As bytes, which a file's name is: the locale may lack what they mean.
+    trace = hostile(tmp_path / os.fsdecode("<b>\x1b[2J\u202e.cwnd".encode()))
     screen = call(trace).stdout
     assert all(line.isprintable() for line in screen.splitlines())
     assert "\u202e" not in json.loads(call(trace, "--json").stdout)["answer"]["text"]
