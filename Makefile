@@ -17,7 +17,7 @@ export SETUP_PACKAGES := $(PACKAGES)
 SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions vm-test vm-soak vm-shell \
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions test-users vm-test vm-soak vm-shell \
 	vagrant-test
 
 help: ## list these targets
@@ -68,6 +68,10 @@ soak: develop ## as root: kills, floods, churn and long runs at full length (SOA
 test-distributions: develop ## as root: the project in bare Debian 12 and 13 roots
 	@$(SETUP) packages distributions
 	@tools/test distributions
+
+test-users: develop ## as root: make test by a user without root in bare Debian 12 and 13 roots, at idle priority
+	@$(SETUP) packages distributions
+	@tools/test users
 
 vm-test: develop ## build kernels with and without the patches, boot each by software emulation, test in them
 	@$(SETUP) packages vm
