@@ -441,10 +441,11 @@ CONNECTIONS: Final = _snapshot(
 MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
 """Columns whose values may be missing; in all others of ``TABLES`` a null is damage."""
 
-_UNJUDGED: Final = MAY_BE_NULL | {
-    *("acks", "ca_state", "cgroup_id", "cpu", "flags", "ifindex", "last_snd_us", "packets_out", "sector"),
-    *("tid", "uid", "unacked"),
-}
+_UNJUDGED: Final = MAY_BE_NULL.union(
+    ("acks", "ca_state", "cgroup_id", "cpu", "flags", "ifindex", "last_snd_us"),
+    ("packets_out", "sector", "tid", "uid", "unacked"),
+)
+"""Columns of ``TABLES`` that no analysis and no picture uses, or that may be missing."""
 
 
 def needed(table: str) -> list[str]:

@@ -125,8 +125,7 @@ def test_one_long_wait_is_no_reason_for_a_longer_one(answered: bool) -> None:
     snapshots = Snapshots(take, interval_s=0.01)
     found = list(snapshots.drain())
     assert asked.wait(20)
-    begin = time.monotonic()
-    until(lambda: time.monotonic() - begin > 1, 20, "a second, which would have been twenty")
+    time.sleep(1)  # how long it is held up is the point: counted as work, it would be twenty
     goes_on.set()
 
     def more() -> bool:
