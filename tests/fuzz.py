@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -140,10 +141,10 @@ def shared_pages(columns: int, groups: int, pages: int, *, shared: bool = True) 
 
 def equal_rows(count: int) -> bytes:
     """A part of a few bytes a column whose rows are all alike."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), ["x" * 100])
+    column = pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), ["x" * 100])
     columns = {f.name: column if pa.types.is_dictionary(f.type) else None for f in events.schema("cwnd_reset")}
     numbers = {
-        f.name: pa.array([1] * count, pa.int64()).cast(f.type)
+        f.name: pa.array(np.ones(count, np.int64)).cast(f.type)
         for f in events.schema("cwnd_reset")
         if columns[f.name] is None
     }
