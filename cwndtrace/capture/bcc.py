@@ -508,12 +508,7 @@ class Kernel:
         # The kernel is asked for each program, which at each turn would be much of what an idle trace takes.
         if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
             self._missed_at = time.monotonic()
-            self._missed = Counter()
-            for program in self._programs():
-                for name, runs in program.missed().items():
-                    # One that only follows windows makes no record of a reset.
-                    table = "cwnd_sample" if name.endswith("_follow") else "cwnd_reset"
-                    self._missed["block_io" if program is self._block else table] += runs
+            self._missed = self.skipped()
         lost = self._missed.copy()
         for program in self._resets:
             resets, unchanged, withdrawn, recoveries, samples = program.totals()
@@ -526,6 +521,16 @@ class Kernel:
         counts.unchanged -= self._before.unchanged
         counts.withdrawn -= self._before.withdrawn
         return counts
+
+    def skipped(self) -> Counter[str]:
+        """Runs that the kernel skipped, by the event of which each may have been a record (see Program.missed)."""
+        skipped: Counter[str] = Counter()
+        for program in self._programs():
+            for name, runs in program.missed().items():
+                # One that only follows windows makes no record of a reset.
+                table = "cwnd_sample" if name.endswith("_follow") else "cwnd_reset"
+                skipped["block_io" if program is self._block else table] += runs
+        return skipped
 
     def run_times(self) -> dict[str, tuple[int, int]]:
         """Runs and nanoseconds by program (see Program.run_times); those of one name are added up."""

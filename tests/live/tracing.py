@@ -48,7 +48,8 @@ class Tracer:
         )
         # One reason takes half as long to load.
         reasons = ("idle",) if idle_only else ladder.REASONS
-        self._session = Session(Kernel(filters, probe=probe, block=False, reasons=reasons))
+        self._kernel = Kernel(filters, probe=probe, block=False, reasons=reasons)
+        self._session = Session(self._kernel)
         looked = Lookout(filters)
         if connections:
             self._session.snapshots = Snapshots(lambda: looked.snapshot(0))
@@ -69,6 +70,14 @@ class Tracer:
     def tally(self) -> Tally:
         """What was counted until the last step."""
         return self._session.tally
+
+    @property
+    def dropped(self) -> int:
+        """Resets for which there was no room: what counts as lost, but for the runs that the kernel skipped.
+
+        Those are a packet here and there on a busy machine; one that was a reset is missing from the records.
+        """
+        return self.tally.lost["cwnd_reset"] - self._kernel.skipped()["cwnd_reset"]
 
     def sees(self, reason: str) -> bool:
         """Whether its rung sees this reason."""
