@@ -79,11 +79,16 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
         with running("-n", space.name, "--no-block", "-o", path) as run:
             rest_once(connection)
             early = len(known())
-            connection.grow()
-            before, begin = connection.quiet(), time.monotonic_ns()
-            # Back after five seconds: who writes this isn't frozen, but waits for it.
-            Path("/sys/power/state").write_text("freeze")
-            assert time.monotonic_ns() - begin > 4_000_000_000
+            # Five seconds, which a guest that gets no CPU meanwhile may miss: its clock said 0.15 s once.
+            for _ in range(3):
+                connection.grow()
+                before, begin = connection.quiet(), time.monotonic_ns()
+                # Back when they are over: who writes this isn't frozen, but waits for it.
+                Path("/sys/power/state").write_text("freeze")
+                frozen = time.monotonic_ns() - begin
+                if frozen > 4_000_000_000:
+                    break
+            assert frozen > 4_000_000_000
             time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + HOUR)
             connection.rest(0)
             rested = connection.send()
