@@ -160,7 +160,7 @@ def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_
     assert re.search(r"^CONNECTION +PROCESS +CC +RESETS", shown, re.MULTILINE)
     row = next(line for line in lines[4:] if line.startswith(ends) and "cubic" in line)
     assert re.search(r"cubic +3 +3 +0 +0 ", row)
-    assert re.search(r"^kept 3 resets, \d[\d,]* block I/Os; lost \d and ", shown, re.MULTILINE)
+    assert re.search(r"^kept 3 resets, \d[\d,]* block I/Os; lost [0-2] and ", shown, re.MULTILINE)
     assert "\x1b" not in shown + said
     assert "waiting for" not in said
     assert said.splitlines()[0].startswith(f"Tracing lo in network namespace {space.name} (inode ")
