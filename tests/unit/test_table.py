@@ -46,6 +46,7 @@ from tests.unit.test_replay import played
 DATA = Path(__file__).parents[1] / "data"
 SAMPLE = DATA / "sample.cwnd"
 WIDE = "日本語のプロセス"
+END = b"\0"
 LEFT_OUT = "A wider terminal or pipe has all."
 
 
@@ -57,11 +58,14 @@ def terminal(columns: int, encoding: str = "utf-8") -> Iterator[Callable[[], lis
     read: list[bytes] = []
 
     def drain() -> None:
-        while True:
-            try:
-                read.append(os.read(master, 65536))
-            except OSError:  # its other end is closed
-                return
+        # Up to a mark, with the other end still open: a read as that closes may fail although text is left
+        # (n_tty_read in drivers/tty/n_tty.c asks for text first, then whether it was closed).
+        while not (read and read[-1].endswith(END)):
+            read.append(os.read(master, 65536))
+
+    def lines() -> list[str]:
+        printed = b"".join(read).removesuffix(END).decode(encoding)
+        return click.unstyle(printed).replace("\r\n", "\n").split("\n")[:-1]
 
     reader = threading.Thread(target=drain)
     reader.start()
@@ -71,11 +75,12 @@ def terminal(columns: int, encoding: str = "utf-8") -> Iterator[Callable[[], lis
         patch.setattr(sys, "__stdout__", stream)
         patch.delenv("COLUMNS", raising=False)
         try:
-            yield lambda: click.unstyle(b"".join(read).decode(encoding)).replace("\r\n", "\n").split("\n")[:-1]
+            yield lines
         finally:
             stream.flush()
-            os.close(slave)
+            os.write(slave, END)
             reader.join()
+            os.close(slave)
             os.close(master)
 
 
