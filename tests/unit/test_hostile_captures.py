@@ -156,7 +156,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 def test_a_part_that_is_no_file(capture: Path, odd: str) -> None:
     part = next((capture / "cwnd_reset").glob("*.parquet"))
     in_place(part, ODD[odd])
-    begin = time.monotonic()
+    begin = time.process_time()
     trace = cwndtrace.load(capture)
     assert trace.resets.empty
     assert len(trace.connections)
@@ -165,7 +165,8 @@ def test_a_part_that_is_no_file(capture: Path, odd: str) -> None:
     assert missing.endswith(f"records of cwnd_reset are not in the capture; missing: cwnd_reset/{part.name}")
     assert line.startswith(f"cwnd_reset/{part.name} is cut off or corrupt")
     assert "root:" not in line
-    assert time.monotonic() - begin < 10
+    # Of CPU, since others may have the CPUs; what waits for ever is ended by the time limit of each test.
+    assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize("odd", ODD)
