@@ -47,8 +47,11 @@ class Segments:
     """
 
     def __init__(self) -> None:
-        self.all = [clock()]
-        self._checked_ns = self.all[0]["mono_ns"]
+        mono_ns = time.monotonic_ns()
+        # How exactly the offset that holds is known: a machine that stalls within each reading knows it badly.
+        self._took, offset = _reading(5)
+        self.all = [{"mono_ns": mono_ns, "utc_offset_ns": offset}]
+        self._checked_ns = mono_ns
 
     @property
     def offset_ns(self) -> int:
@@ -60,10 +63,10 @@ class Segments:
         now = time.monotonic_ns()
         took, offset = _reading(1)
         step = offset - self.offset_ns
-        if abs(step) < STEP_NS + took:
+        if abs(step) < STEP_NS + took + self._took:
             step = 0
         else:
-            offset = utc_offset_ns()
+            self._took, offset = _reading(5)
             step = offset - self.offset_ns
             self.all.append({"mono_ns": self._checked_ns, "utc_offset_ns": offset})
         self._checked_ns = now
