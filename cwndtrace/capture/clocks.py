@@ -19,10 +19,10 @@ STEP_NS: Final = 1_000_000
 
 def utc_offset_ns() -> int:
     """What to add to CLOCK_MONOTONIC to get UTC, in nanoseconds; the tightest of a few readings."""
-    return _reading(5)[1]
+    return _reading()[1]
 
 
-def _reading(times: int) -> tuple[int, int]:
+def _reading(times: int = 5) -> tuple[int, int]:
     """How long the tightest of so many readings took, and the offset that it found; both in nanoseconds."""
     best = (1 << 62, 0)
     for _ in range(times):
@@ -49,7 +49,7 @@ class Segments:
     def __init__(self) -> None:
         mono_ns = time.monotonic_ns()
         # How exactly the offset that holds is known: a machine that stalls within each reading knows it badly.
-        self._took, offset = _reading(5)
+        self._took, offset = _reading()
         self.all = [{"mono_ns": mono_ns, "utc_offset_ns": offset}]
         self._checked_ns = mono_ns
 
@@ -66,7 +66,7 @@ class Segments:
         if abs(step) < STEP_NS + took + self._took:
             step = 0
         else:
-            self._took, offset = _reading(5)
+            self._took, offset = _reading()
             step = offset - self.offset_ns
             self.all.append({"mono_ns": self._checked_ns, "utc_offset_ns": offset})
         self._checked_ns = now
