@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -48,6 +49,20 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
         time.sleep(0.001)
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and return once it stands still: until then it may finish the system calls that it is in."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+
+    def stopped() -> bool:
+        # A thread that ended meanwhile is missing in the next look.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return all((t / "stat").read_text().rpartition(") ")[2].startswith("T") for t in threads.iterdir())
+        return False
+
+    until(stopped, 60, f"process {pid} to stop")
 
 
 def run(*command: str) -> str:

@@ -26,6 +26,7 @@ from cwndtrace.lab import wire
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.path import Path, open_path
 from cwndtrace.lab.tcpinfo import TcpInfo
+from tests.live.tcp import stop
 
 pytestmark = pytest.mark.live
 
@@ -153,7 +154,7 @@ def test_a_forced_kind_is_used_or_refused() -> None:
 def stop_for_a_while(relay: int, client: socket.socket, server: socket.socket) -> None:
     """Send a byte and hold the relay up for 0.3 s, during which it can't arrive."""
     client.sendall(b"?")
-    os.kill(relay, signal.SIGSTOP)
+    stop(relay)
     try:
         server.settimeout(0.3)
         with pytest.raises(TimeoutError):

@@ -16,7 +16,7 @@ import pytest
 import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
-from tests.live.tcp import until
+from tests.live.tcp import stop, until
 from tests.live.test_interrupted import assert_complete
 from tests.live.test_power import FOR_SOMEBODY, children, home, lookout_of  # noqa: F401  (a fixture)
 from tests.live.test_run import COMMAND, ENVIRONMENT, LONG_S, rest_once, running
@@ -125,7 +125,7 @@ def test_it_is_killed_after_all_was_looked_at(space: tcp.Space, tmp_path: Path) 
     """What it was asked for last is said to be lacking too."""
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
         # It is stopped first, so that it finds out nothing of what happens between.
-        run.process.send_signal(signal.SIGSTOP)
+        stop(run.process.pid)
         os.kill(lookout_of(run), signal.SIGKILL)
         run.process.send_signal(signal.SIGINT)
         run.process.send_signal(signal.SIGCONT)
@@ -139,7 +139,7 @@ def test_the_lookout_stands_still(connect: Connect, space: tcp.Space, tmp_path: 
     path = tmp_path / "a.cwnd"
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path) as run:
         lookout = lookout_of(run)
-        os.kill(lookout, signal.SIGSTOP)
+        stop(lookout)
         run.wait_for(re.compile(LACKS.format(r"didn't answer within \d+ s")), 60)
         rest_once(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
@@ -159,7 +159,7 @@ def test_it_answers_again(connect: Connect, space: tcp.Space, tmp_path: Path) ->
     """What was stopped and goes on is asked anew."""
     path = tmp_path / "a.cwnd"
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path) as run:
-        os.kill(lookout_of(run), signal.SIGSTOP)
+        stop(lookout_of(run))
         run.wait_for(re.compile(LACKS.format(r"didn't answer within \d+ s")), 60)
         os.kill(lookout_of(run), signal.SIGCONT)
         connection = connect()

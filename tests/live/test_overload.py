@@ -39,7 +39,7 @@ def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path
     reads = 140_000
     with loop() as disk, reader(disk, reads) as child, running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as run:
         begin, before = time.monotonic(), disk.stat()
-        run.process.send_signal(signal.SIGSTOP)
+        tcp.stop(run.process.pid)
         with disk.counted(reads):
             go(child)
         assert (disk.stat() - before).reads == reads
@@ -75,7 +75,7 @@ def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, spac
             tcp.until(lambda path=path: (path / "meta.json").exists(), 60, "both attached")  # type: ignore[misc]
         first = {c.key: len(c.sends) for c in connections}
         begin = time.monotonic()
-        stopped.process.send_signal(signal.SIGSTOP)
+        tcp.stop(stopped.process.pid)
         resets = 0
         while resets < 2000 or time.monotonic() < begin + STOPPED_S:
             time.sleep(max(0.0, 0.25 - connections[0].info().last_snd_us / 1e6))

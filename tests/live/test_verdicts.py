@@ -70,7 +70,7 @@ class Way:
     @contextmanager
     def outage(self) -> Iterator[None]:
         """Nothing crosses while it is entered."""
-        os.kill(self.relay, signal.SIGSTOP)
+        tcp.stop(self.relay)
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from cwndtrace.capture import lookout
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.lookout import Apart, Lookout
 from cwndtrace.capture.source import Filters
-from tests.live.tcp import until
+from tests.live.tcp import stop, until
 
 
 class Unsendable(Exception):
@@ -73,7 +73,7 @@ def test_no_signal_that_can_be_ignored_ends_it(apart: Apart) -> None:
 
 
 def test_one_that_is_stopped_costs_one_wait(apart: Apart) -> None:
-    os.kill(apart.pid, signal.SIGSTOP)
+    stop(apart.pid)
     assert apart.watched() is None
     assert apart.lacking is not None
     assert "didn't answer within 5 s" in apart.lacking
@@ -90,7 +90,7 @@ def test_one_that_is_stopped_in_the_midst_of_an_answer(apart: Apart) -> None:
     """Its megabytes don't fit into the socket, so that it is still sending when they begin to arrive."""
     apart._quick._end.send_bytes(b"1 cgroup_ids 0")
     assert apart._quick._end.poll(60)
-    os.kill(apart.pid, signal.SIGSTOP)
+    stop(apart.pid)
     assert apart.watched() is None
     assert apart.lacking is not None
     assert "was stopped in the midst of an answer" in apart.lacking
