@@ -71,7 +71,10 @@ def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path:
     flag = tmp_path / "flag"
 
     def step(ns: int) -> None:
-        flag.write_text(str(ns))
+        # Whole at once: a file that is written in place is empty for a moment.
+        whole = tmp_path / "whole"
+        whole.write_text(str(ns))
+        whole.rename(flag)
 
     follow_steps(space, connect(), tmp_path / "a.cwnd", step, python=("-c", STEPPED, str(flag)))
 
