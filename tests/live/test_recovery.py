@@ -107,14 +107,18 @@ def far(rtt_ms: float) -> Iterator[tuple[LabEnd, LabEnd]]:
 
 
 def looks_until_regained(connection: tcp.Connection, target: int) -> tuple[int, int, tcp.Info]:
-    """When the last look that showed less than ``target`` began, when the next one was over, and what that showed."""
-    last_ns, deadline = 0, time.monotonic() + 20
+    """A moment before the ACK that brought the window back to ``target``, one after it, and what was seen then.
+
+    The record is stamped when that ACK comes in, and the window grows once the kernel has worked it in: the last look
+    that shows less may begin between the two, so the look before it is the one that surely came earlier.
+    """
+    before_ns, last_ns, deadline = 0, 0, time.monotonic() + 20
     while True:
         begin_ns, seen = time.monotonic_ns(), connection.info()
         if seen.cwnd >= target:
-            return last_ns, time.monotonic_ns(), seen
+            return before_ns, time.monotonic_ns(), seen
         assert time.monotonic() < deadline, f"the window never came back to {target}: {seen}"
-        last_ns = begin_ns
+        before_ns, last_ns = last_ns, begin_ns
         time.sleep(0.0005)
 
 
