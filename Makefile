@@ -69,7 +69,7 @@ test-distributions: develop ## as root: the project in bare Debian 12 and 13 roo
 	@$(SETUP) packages distributions
 	@tools/test distributions
 
-test-users: develop ## as root: make test by a user without root in bare Debian 12 and 13 roots, at idle priority
+test-users: develop ## as root: make test by a user without root in bare Debian 12 and 13 roots
 	@$(SETUP) packages distributions
 	@tools/test users
 
