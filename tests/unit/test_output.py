@@ -96,12 +96,16 @@ def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> 
 def test_who_is_in_a_hurry_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
         with printing_behind(TextView.unprinted, lambda: True):
+            assert isinstance(sys.stdout, output._Later)
+            paper = sys.stdout._paper
             for _ in range(2000):
                 click.echo(LINE)
         # It would wait for ever otherwise.
         click.echo(LINE * 2000)
         sys.stdout.flush()
         os.close(reader.descriptor)
+        # What its thread still has would go into the next file that is opened under this number.
+        assert paper.printed(60)
 
 
 def test_a_reader_that_has_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
