@@ -36,10 +36,14 @@ SHORT = replace(PRESETS["quick"], bursts=(1_000_000,), rounds=3)
 
 
 def test_a_burst_after_a_rest_is_twice_as_slow_with_the_setting_on() -> None:
-    with Lab(SHORT) as lab:
-        rows = list(lab.rows())
-        notes = lab.notes()
-        port, inode = lab.port, lab.path.server.namespace.inode
+    # A machine that stalls makes the path's packets late, and says so.
+    for _ in range(3):
+        with Lab(SHORT) as lab:
+            rows = list(lab.rows())
+            notes = lab.notes()
+            port, inode = lab.port, lab.path.server.namespace.inode
+        if not any("the path was not held" in note for note in notes):
+            break
     assert [(r.round, r.setting) for r in rows] == [(n, s) for n in (1, 2, 3) for s in ("on", "off")]
     for row in rows:
         assert row.reset == (row.setting == "on")

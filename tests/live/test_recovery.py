@@ -91,12 +91,17 @@ class LabEnd(tcp.Here):
 
         self.enter(write)
         tcp.run("ip", "-n", self.name, "route", "add", to.address, "dev", "lab0", "ssthresh", "lock", str(ssthresh))
-        # The kernel looks for a route's metrics where an earlier connection left its own.
-        connection = tcp.connect(self, drain, to=to, address=to.address, device="lab0")
-        connection.send()
-        connection.quiet()
-        connection.close()
-        tcp.until(lambda: tcp.run("ip", "-n", self.name, "tcp_metrics", "show"), 20, "the metrics of a route")
+
+        def leave_metrics() -> str:
+            connection = tcp.connect(self, drain, to=to, address=to.address, device="lab0")
+            connection.send()
+            connection.quiet()
+            connection.close()
+            return tcp.run("ip", "-n", self.name, "tcp_metrics", "show")
+
+        # The kernel looks for a route's metrics where an earlier connection left its own, which one whose timer has
+        # run off doesn't (tcp_update_metrics() in net/ipv4/tcp_metrics.c).
+        tcp.until(leave_metrics, 60, "the metrics of a route")
 
 
 @contextmanager
