@@ -50,6 +50,8 @@ _SPACES: Final = 3
 _BROAD: Final = 64
 """An initial window in segments beyond which a new connection's first flight is a burst that few paths expect."""
 
+_LEAVE: Final = "leave the settings as they are"
+
 
 @dataclass(frozen=True)
 class _Remedy:
@@ -72,7 +74,7 @@ def remedies(judged: pd.DataFrame, rows: pd.DataFrame, meta: Mapping[str, Any], 
     if not found and lacking:
         found = [_Remedy("nothing", f"trace again, or get the whole capture: {lacking}", 0.0, "low", "none", 0)]
     elif not found:
-        found = [_Remedy("nothing", "leave the settings as they are", 0.0, "low", "none", 0)]
+        found = [_Remedy("nothing", _LEAVE, 0.0, "low", "none", 0)]
     found.sort(key=lambda r: (-r.saves_us if r.saves_us == r.saves_us else 1.0, _RISKS.index(r.risk)))
     return pd.DataFrame([asdict(each) for each in found], columns=list(COLUMNS))
 
@@ -238,7 +240,8 @@ def _note(about: Mapping[str, Any], host: Mapping[str, Any]) -> str:
 def sentence(row: Mapping[Any, Any]) -> str:
     """A row of ``remedies`` as a sentence."""
     if row["remedy"] == "nothing":
-        return "Nothing to do: no reset cost a round trip."
+        action = str(row["action"])
+        return "Nothing to do: no reset cost a round trip." if action == _LEAVE else f"{action[0].upper()}{action[1:]}."
     saves = row["saves_us"]
     gain = f"saves about {span(saves)} (estimated)" if saves == saves else "what it saves can't be told from here"
     cured = plural(int(row["connections"]), "connection")

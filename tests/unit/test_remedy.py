@@ -151,6 +151,13 @@ def test_nothing_is_a_remedy_too(tmp_path: Path) -> None:
     assert list(by_name(capture(tmp_path))) == ["nothing"]
 
 
+def test_what_lacks_is_never_nothing_to_do(tmp_path: Path) -> None:
+    trace = capture(tmp_path, 2000)
+    found = remedy.remedies(trace.verdicts, trace.summary(), trace.meta, lacking="5 of 8 resets are not in the capture")
+    (said,) = map(remedy.sentence, found.to_dict("records"))
+    assert said == "Trace again, or get the whole capture: 5 of 8 resets are not in the capture."
+
+
 def test_other_limits_have_remedies_without_a_figure(tmp_path: Path) -> None:
     trace = capture(tmp_path, 1_000_000, fields={"snd_wnd": 2000})
     (row,) = by_name(trace).values()
