@@ -46,7 +46,11 @@ def missing(rows: pd.DataFrame, disk: Disk, reads: list[Read]) -> NDArray[np.boo
 
 def waited_ns(pid: int) -> int:
     """How long a process's threads have waited for a CPU so far: what this machine owes it."""
-    return sum(int((t / "schedstat").read_text().split()[1]) for t in Path(f"/proc/{pid}/task").iterdir())
+    total = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            total += int((thread / "schedstat").read_text().split()[1])
+    return total
 
 
 @pytest.mark.soak
