@@ -27,7 +27,7 @@ import pytest
 
 SUITES = ("bookworm", "trixie")
 CHECKOUT = Path(__file__).resolve().parents[1]
-CLONE = "/root/cwndtrace"
+CLONE = "/srv/cwndtrace"
 """Where ``cloned`` puts root's clone of the checkout."""
 PACKAGES = "ca-certificates,git,make"
 """What a bare root holds besides the essential: no more than it takes to clone the project and type make."""

@@ -25,6 +25,7 @@ from cwndtrace import events, power
 from cwndtrace.errors import CaptureError
 from cwndtrace.store import CaptureWriter
 from tests.live.test_power import GID, UID
+from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live
 
@@ -83,6 +84,7 @@ print(json.dumps(done), flush=True)
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder with a ``victim`` of root's and a ``home`` of the attacker's."""
+    need_readable_checkout()
     made = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
     made.chmod(0o755)
     (made / "victim").mkdir()

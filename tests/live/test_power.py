@@ -28,6 +28,7 @@ from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.tcp import listening, until
 from tests.live.test_run import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, rest_once, running
+from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live
 
@@ -39,6 +40,7 @@ FOR_NOBODY = ("env", "-u", "SUDO_UID", "-u", "SUDO_GID")
 @contextmanager
 def home_of(uid: int, gid: int) -> Iterator[Path]:
     """A folder of a user's, on a way that they can walk."""
+    need_readable_checkout()
     made = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
     os.chown(made, uid, gid)
     made.chmod(0o755)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cwndtrace import power
+from tests.others import need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +82,8 @@ def test_who_may_not_is_told(groups: bool) -> None:
         "    print('refused')\n"
     )
     nobody = 65534 if os.geteuid() == 0 else None
+    if nobody:
+        need_readable_checkout()
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, user=nobody)
     assert done.stdout == "refused\n"
