@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.others import need_user_namespace
+
 ROOT = Path(__file__).resolve().parents[2]
 VAGRANT = ROOT / "vagrant"
 
@@ -27,14 +29,8 @@ def as_root() -> tuple[str, ...]:
     """What goes in front of a command; root of a user namespace is enough for scripts that only ask who they are."""
     if os.geteuid() == 0:
         return ()
-    unshare = (shutil.which("unshare") or "unshare", "--map-root-user")
-    made = run(*unshare, "true", env={})
-    if made.returncode:
-        # A kernel gives none inside a chroot, and some distributions none to users.
-        pytest.skip(
-            f"needs root, or a user namespace, which isn't to be had here ({made.stdout.strip()}): sudo make test"
-        )
-    return unshare
+    need_user_namespace()
+    return (shutil.which("unshare") or "unshare", "--map-root-user")
 
 
 # ---- the Vagrantfile ----
