@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.lookout import Lookout, outlive_signals, start_deaf
@@ -53,9 +53,9 @@ _REFRESH: Final = "refresh"
 # What using maps and programs that are loaded may take: nothing since 5.19, CAP_BPF before, if that is shut off.
 _POWERS: Final = (
     frozenset[int](),
-    frozenset({power.BPF}),
-    frozenset({power.BPF, power.DAC_READ_SEARCH}),
-    frozenset({power.SYS_ADMIN, power.DAC_READ_SEARCH}),
+    frozenset({privileges.BPF}),
+    frozenset({privileges.BPF, privileges.DAC_READ_SEARCH}),
+    frozenset({privileges.SYS_ADMIN, privileges.DAC_READ_SEARCH}),
 )
 _RECORD_MAPS: Final = (b"followed", b"slots")
 """Maps whose values user space takes apart."""
@@ -466,9 +466,9 @@ class Kernel:
         if lacking > self._left_out.get(kind, 0):
             self._left_out[kind] = lacking
 
-    def power_needed(self, user: power.User | None) -> frozenset[int]:
+    def power_needed(self, user: privileges.User | None) -> frozenset[int]:
         """The least capabilities with which ``user`` can go on tracing, found by trying."""
-        return power.least(self._use_all, user, _POWERS)
+        return privileges.least(self._use_all, user, _POWERS)
 
     def _use_all(self) -> None:
         """Each kind of system call that is still to come; what comes in is kept."""

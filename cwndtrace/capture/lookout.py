@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.capture import connections
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import CwndtraceError, NotFound
@@ -155,13 +155,13 @@ class _Line:
 
 
 class Apart(Lookout):
-    """A lookout in a process of its own, which goes on as ``user`` with ``power.LOOKING`` and nothing else.
+    """A lookout in a process of its own, which goes on as ``user`` with ``privileges.LOOKING`` and nothing else.
 
     To be made while this process has one thread, which lasts as long as it does, and holds nothing that a copy of it
     shouldn't. Should that process die or be stopped, answers are None from then on.
     """
 
-    def __init__(self, filters: Filters, user: power.User | None) -> None:
+    def __init__(self, filters: Filters, user: privileges.User | None) -> None:
         super().__init__(filters)
         context = multiprocessing.get_context("fork")
         # One for the thread of snapshots, which may take long, and one for the rest, which mustn't wait.
@@ -264,7 +264,7 @@ def outlive_signals() -> None:
 
 
 def _look(
-    filters: Filters, user: power.User | None, parent: int, ends: list[Connection], others: list[Connection]
+    filters: Filters, user: privileges.User | None, parent: int, ends: list[Connection], others: list[Connection]
 ) -> None:
     """The process that looks: it ends with the one that asks, whatever its group gets."""
     outlive_signals()
@@ -273,7 +273,7 @@ def _look(
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nowhere, standard)
-    power.drop(user, power.LOOKING)
+    privileges.drop(user, privileges.LOOKING)
     # Behind that, since a change of the ids undoes it. It is for a process that is busy when its lines end.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from cwndtrace.power import User
+from cwndtrace.privileges import User
 
 TICK_SECONDS: Final = 0.15
 """How long what no CPU hands over by itself may wait; less than the shortest RTO, for the BPF program ``refresh``."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, Self
 
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.capture import clocks, target
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots
@@ -98,7 +98,7 @@ def open_session(
     ``apart`` leaves what takes power to a process of its own (see lookout.Apart), so that the caller can drop it.
     """
     clocks.refuse_other_time()
-    lookout = Apart(filters, power.invoking_user()) if apart else Lookout(filters)
+    lookout = Apart(filters, privileges.invoking_user()) if apart else Lookout(filters)
     try:
         session = Session(Kernel(filters, probe=probe, block=block, lookout=lookout), lookout=lookout)
     except BaseException:

@@ -8,9 +8,9 @@ import warnings
 from importlib import import_module
 from typing import Any, Final
 
-from cwndtrace import power
+from cwndtrace import privileges
 
-power.few_threads()  # before anything imports numpy or pyarrow
+privileges.few_threads()  # before anything imports numpy or pyarrow
 
 # isort: split
 

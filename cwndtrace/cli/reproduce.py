@@ -21,7 +21,7 @@ import click
 import pandas as pd
 
 import cwndtrace
-from cwndtrace import isolated, power
+from cwndtrace import isolated, privileges
 from cwndtrace.capture import target
 from cwndtrace.capture.session import Interrupt
 from cwndtrace.capture.source import Filters
@@ -131,7 +131,7 @@ def _new(path: Path) -> Iterator[Folder]:
         with folder:
             yield folder
     finally:
-        with suppress(OSError), power.acting_as(folder.user):
+        with suppress(OSError), privileges.acting_as(folder.user):
             path.rmdir()
 
 

@@ -12,7 +12,7 @@ from typing import Final, Literal, cast
 import click
 
 import cwndtrace
-from cwndtrace import power, words
+from cwndtrace import privileges, words
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Batch, Session
@@ -109,7 +109,7 @@ def run(
                 writer.close("failed")  # does nothing if it is closed already
         if stay_root:
             # Nothing needs it any more, and the capture's owner could lead its reading elsewhere.
-            power.drop(owner)
+            privileges.drop(owner)
         with suppress(Unprinted), printing():
             if not interrupt.hurried:
                 # Here and not above: it takes pandas, which would hold up the start.
@@ -145,11 +145,11 @@ def _say_what(session: Session, what: str, *, verbose: bool) -> None:
                     echo_prose(f"  {reason}: not {rung}: {clean(why)}", err=True)
 
 
-def _drop(session: Session, owner: power.User | None, *, quiet: bool) -> None:
+def _drop(session: Session, owner: privileges.User | None, *, quiet: bool) -> None:
     """Give up what tracing needs no longer, now that all is attached and open."""
     needed = session.source.power_needed(owner)
-    power.drop(owner, needed)
-    if (left := power.still_powerful(needed)) and not quiet:
+    privileges.drop(owner, needed)
+    if (left := privileges.still_powerful(needed)) and not quiet:
         echo_prose(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.errors import PermissionNeeded
 
 _PARTS: Final = ("json", "numpy", "pandas", "pyarrow", "matplotlib", "cwndtrace")
@@ -19,17 +19,17 @@ _OF_ROOT: Final = (
 """Names of folders that may be root's, and for each of which libraries take one below HOME."""
 
 
-def invoking() -> power.User | None:
+def invoking() -> privileges.User | None:
     """Whom sudo works for; None where it wasn't sudo. Raises PermissionNeeded where one can't go on as them."""
     try:
-        user = power.invoking_user()
+        user = privileges.invoking_user()
     except PermissionError as e:
         cure = "Use sudo itself; where this root works for nobody, take both away: env -u SUDO_UID -u SUDO_GID ..."
         raise PermissionNeeded(str(e.strerror), cure) from e
     if user is not None:
         # Python reads modules as it goes: what lies below /root would be out of reach.
         specs = (find_spec(name) for name in _PARTS)
-        closed = power.unreadable(user, [Path(spec.origin) for spec in specs if spec and spec.origin])
+        closed = privileges.unreadable(user, [Path(spec.origin) for spec in specs if spec and spec.origin])
         if closed is not None:
             cause = f"{user.name} may not read {closed}, a part of this installation."
             raise PermissionNeeded(cause, "Install it where everybody may read: make install puts it into /opt.")
@@ -41,12 +41,12 @@ def give_up_power() -> None:
 
     Raises PermissionNeeded where that can't be done; then nothing may go on.
     """
-    if os.geteuid() != 0 and not power.held():
+    if os.geteuid() != 0 and not privileges.held():
         return
     user = invoking()
     try:
-        power.drop(user)
-        if left := power.still_powerful():
+        privileges.drop(user)
+        if left := privileges.still_powerful():
             raise PermissionError(1, f"threads still have it: {', '.join(left)}")
     except OSError as e:
         cause = f"Root's power can't be given up: {e.strerror}."
@@ -55,7 +55,7 @@ def give_up_power() -> None:
         _be_at_home(user)
 
 
-def _be_at_home(user: power.User) -> None:
+def _be_at_home(user: privileges.User) -> None:
     try:
         home = pwd.getpwuid(user.uid).pw_dir
     except KeyError:

@@ -8,11 +8,11 @@ import resource
 from pathlib import Path
 from typing import Final
 
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.errors import MORE_FILES, CwndtraceError, KernelLacks, PermissionNeeded, too_many_files
 from cwndtrace.kernel import facts
 
-_ENOUGH: Final = {power.BPF: "CAP_BPF", power.PERFMON: "CAP_PERFMON"}
+_ENOUGH: Final = {privileges.BPF: "CAP_BPF", privileges.PERFMON: "CAP_PERFMON"}
 _SYSTEM: Final = Path("/proc/self")
 _DESCRIPTORS: Final = 128
 """What maps, programs, what is attached, and the compiler take at most."""
@@ -22,7 +22,7 @@ def check(process: Path = _SYSTEM, lockdown: str | None = None) -> None:
     """Raise PermissionNeeded or KernelLacks, with cause and cure, where loading is bound to be refused."""
     status = (process / "status").read_text(encoding="utf-8", errors="replace")
     held = int(_field(status, "CapEff") or "0", 16)
-    lacking = [] if held >> power.SYS_ADMIN & 1 else [name for bit, name in _ENOUGH.items() if not held >> bit & 1]
+    lacking = [] if held >> privileges.SYS_ADMIN & 1 else [name for bit, name in _ENOUGH.items() if not held >> bit & 1]
     if (process / "uid_map").read_text(encoding="ascii").split() != ["0", "0", "4294967295"]:
         raise PermissionNeeded(
             "root in a user namespace, as in a rootless container, is nobody to the kernel's tracing",

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from cwndtrace import isolated, power
+from cwndtrace import isolated, privileges
 from cwndtrace.capture.target import need_root
 from cwndtrace.encoding import print_all
 from cwndtrace.errors import CwndtraceError
@@ -90,7 +90,7 @@ def demo(folder: Path) -> tuple[Path, Path]:
     need_root("the demo")
     try:
         # All that it leaves is the user's, and lies where they may put it.
-        with power.acting_as(power.invoking_user()):
+        with privileges.acting_as(privileges.invoking_user()):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise CwndtraceError(f"{folder} can't be made: {e.strerror}.", "choose another folder with --out") from e

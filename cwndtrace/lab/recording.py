@@ -11,7 +11,7 @@ from typing import Final, Self
 import numpy as np
 import pandas as pd
 
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.analysis import cost
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream
@@ -43,7 +43,7 @@ class Recording:
         self.session: Session = stream.open_session(self._filters, probe=self._probe)
         try:
             about = sessions.describe(self.session, self._filters, self._version)
-            self._writer = CaptureWriter.create(self._path, about, user=power.invoking_user())
+            self._writer = CaptureWriter.create(self._path, about, user=privileges.invoking_user())
         except BaseException:
             self.session.close()
             raise

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import BinaryIO, Final, Self
 
-from cwndtrace import power
+from cwndtrace import privileges
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -33,17 +33,17 @@ class Folder:
     Its methods raise OSError.
     """
 
-    def __init__(self, descriptor: int, user: power.User | None) -> None:
+    def __init__(self, descriptor: int, user: privileges.User | None) -> None:
         self._fd = descriptor
         self.user = user
 
     @classmethod
-    def make(cls, path: Path, user: power.User | None) -> Self:
+    def make(cls, path: Path, user: privileges.User | None) -> Self:
         """Make the folder ``path`` with ``user``'s rights, for nobody but its owner.
 
         Raises FileExistsError where there is something.
         """
-        with power.acting_as(user):
+        with privileges.acting_as(user):
             parent = _reach(path.parent)
             try:
                 _make_in(parent, path.name)
@@ -72,7 +72,7 @@ class Folder:
 
     def inside(self, name: str) -> Folder:
         """The folder ``name`` in this one, made if there is none."""
-        with power.acting_as(self.user):
+        with privileges.acting_as(self.user):
             try:
                 descriptor = os.open(name, _FOLDER, dir_fd=self._fd)
             except FileNotFoundError:
@@ -84,7 +84,7 @@ class Folder:
     def write(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
         """Have ``name`` hold what ``fill`` writes, all of it or nothing, for nobody but its owner."""
         temporary = f".{name}.tmp"
-        with power.acting_as(self.user):
+        with privileges.acting_as(self.user):
             self.discard(temporary)
             try:
                 with self._new(temporary) as file:
@@ -105,7 +105,7 @@ class Folder:
 
     def discard(self, name: str) -> None:
         """Remove a file if it is there and can be."""
-        with suppress(OSError), power.acting_as(self.user):
+        with suppress(OSError), privileges.acting_as(self.user):
             os.unlink(name, dir_fd=self._fd)
 
     def close(self) -> None:
@@ -124,9 +124,9 @@ class Folder:
         self.close()
 
 
-def refuse(path: Path, user: power.User | None) -> None:
+def refuse(path: Path, user: privileges.User | None) -> None:
     """Raise what ``Folder.make`` would, as far as it can be told without making anything."""
-    with power.acting_as(user):
+    with privileges.acting_as(user):
         parent = _reach(path.parent)
         try:
             with suppress(FileNotFoundError):

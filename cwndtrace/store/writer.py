@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwndtrace import events, power
+from cwndtrace import events, privileges
 from cwndtrace.errors import CaptureError
 from cwndtrace.store.folder import Folder, Stranger, refuse
 from cwndtrace.store.layout import (
@@ -112,7 +112,7 @@ class CaptureWriter:
         meta: dict[str, Any],
         *,
         flush_seconds: float = FLUSH_SECONDS,
-        user: power.User | None = None,
+        user: privileges.User | None = None,
     ) -> CaptureWriter:
         """Make the directory ``path`` and its ``meta.json``, whose status is ``running`` from now on.
 
@@ -136,7 +136,7 @@ class CaptureWriter:
             writer._write_meta(writer._meta)
         except BaseException as error:
             folder.close()
-            with suppress(OSError), power.acting_as(folder.user):
+            with suppress(OSError), privileges.acting_as(folder.user):
                 path.rmdir()
             if isinstance(error, OSError):
                 raise _failed(f"{show(path)} can't be written", error) from error
@@ -283,7 +283,7 @@ class CaptureWriter:
         self._folder.write(META, lambda file: file.write(text.encode("ascii") + b"\n"))
 
 
-def refuse_place(path: Path, user: power.User | None) -> None:
+def refuse_place(path: Path, user: privileges.User | None) -> None:
     """Raise the CaptureError of ``create`` where it is plain beforehand that no capture can be made there."""
     with _explained(path):
         refuse(path, user)

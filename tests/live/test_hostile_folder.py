@@ -21,15 +21,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cwndtrace import events, power
+from cwndtrace import events, privileges
 from cwndtrace.errors import CaptureError
 from cwndtrace.store import CaptureWriter
-from tests.live.test_power import GID, UID
+from tests.live.test_privileges import GID, UID
 from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live
 
-ATTACKER = power.User(UID, GID, (GID,), "attacker")
+ATTACKER = privileges.User(UID, GID, (GID,), "attacker")
 SECONDS = 1.5
 TABLES = ("block_io", "cwnd_reset")
 
@@ -146,7 +146,7 @@ def write(writer: CaptureWriter, path: Path, victim: Path) -> tuple[int, int, in
 
 
 @pytest.mark.parametrize("user", [None, ATTACKER], ids=["root's capture", "the attacker's own capture"])
-def test_links_in_place_of_folders_and_files(user: power.User | None, place: Path) -> None:
+def test_links_in_place_of_folders_and_files(user: privileges.User | None, place: Path) -> None:
     victim, path = place / "victim", place / "home/a.cwnd"
     before = state(victim)
     writer = CaptureWriter.create(path, {}, user=user)
@@ -211,8 +211,8 @@ def test_acting_as_somebody_is_this_threads_alone(place: Path) -> None:
     entered, leave, seen = threading.Event(), threading.Event(), list[int]()
 
     def act() -> None:
-        with power.acting_as(ATTACKER):
-            with power.acting_as(ATTACKER):
+        with privileges.acting_as(ATTACKER):
+            with privileges.acting_as(ATTACKER):
                 pass
             (place / "home/mine").touch()
             entered.set()
@@ -228,10 +228,10 @@ def test_acting_as_somebody_is_this_threads_alone(place: Path) -> None:
     thread.join()
     owners = {name: (place / "home" / name).stat().st_uid for name in ("mine", "others", "roots")}
     assert (owners, seen) == ({"mine": UID, "others": 0, "roots": 0}, [0])
-    with power.acting_as(ATTACKER), pytest.raises(PermissionError):
+    with privileges.acting_as(ATTACKER), pytest.raises(PermissionError):
         (place / "victim/x").touch()
     # By which run finds out whether it can go on as somebody: an installation may be root's alone.
     open_, closed = place / "victim/file", place / "closed"
     closed.touch(mode=0o600)
-    assert power.unreadable(ATTACKER, [open_, place / "home/mine"]) is None
-    assert power.unreadable(ATTACKER, [open_, closed]) == closed
+    assert privileges.unreadable(ATTACKER, [open_, place / "home/mine"]) is None
+    assert privileges.unreadable(ATTACKER, [open_, closed]) == closed

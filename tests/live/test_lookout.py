@@ -18,7 +18,7 @@ from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.tcp import stop, until
 from tests.live.test_interrupted import assert_complete
-from tests.live.test_power import FOR_SOMEBODY, children, home, lookout_of  # noqa: F401  (a fixture)
+from tests.live.test_privileges import FOR_SOMEBODY, children, home, lookout_of  # noqa: F401  (a fixture)
 from tests.live.test_run import COMMAND, ENVIRONMENT, LONG_S, rest_once, running
 
 pytestmark = pytest.mark.live

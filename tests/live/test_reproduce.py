@@ -29,7 +29,7 @@ from cwndtrace.kernel import netns
 from cwndtrace.words import plural
 from tests.live import tcp
 from tests.live.test_lab_kill import eventually, processes_of, sysctls, things_of
-from tests.live.test_power import FOR_SOMEBODY, GID, UID, assert_owned, home_of
+from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, assert_owned, home_of
 from tests.live.test_run import COMMAND, ENVIRONMENT, Done, assert_short, call, within
 from tests.others import need_readable_checkout
 

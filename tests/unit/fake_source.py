@@ -6,7 +6,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from cwndtrace.capture.source import Chunk, Counts
-from cwndtrace.power import User
+from cwndtrace.privileges import User
 
 
 class FakeSource:

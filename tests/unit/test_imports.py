@@ -18,13 +18,13 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"encoding", "errors", "events", "isolated", "power", "words"}
+LEAVES = {"encoding", "errors", "events", "isolated", "privileges", "words"}
 BELOW = {
     "encoding": set[str](),
     "errors": set[str](),
     "events": set[str](),
     "isolated": set[str](),
-    "power": set[str](),
+    "privileges": set[str](),
     "words": {"events"},
     "kernel": LEAVES,
     "store": LEAVES,

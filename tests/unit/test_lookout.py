@@ -42,7 +42,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Apart]:
         "cgroup_ids": lambda _look, _: set(range(1_000_000)),
     }
     monkeypatch.setattr(lookout, "_QUESTIONS", answers)
-    monkeypatch.setattr("cwndtrace.power.drop", lambda *_: None)
+    monkeypatch.setattr("cwndtrace.privileges.drop", lambda *_: None)
     monkeypatch.setattr(lookout, "_QUICK_S", 5)
     made = Apart(Filters(), None)
     yield made

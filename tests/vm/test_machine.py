@@ -22,7 +22,7 @@ from tests.live.conftest import Connect
 from tests.live.disk import loop
 from tests.live.test_interrupted import file_system, rows_of
 from tests.live.test_moving import HOUR, follow_steps
-from tests.live.test_power import FOR_SOMEBODY, GID, UID, home_of
+from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, home_of
 from tests.live.test_run import LONG_S, Done, assert_short, call, rest_once, running
 from tests.vm.conftest import in_guest
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
-from cwndtrace import power
+from cwndtrace import privileges
 from cwndtrace.cli import COMMANDS, NEED_ROOT
 from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import ladder
@@ -107,7 +107,7 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
         assert listening() <= before
         assert_holds(run.process.pid, UID, GID, frozenset())
         lookout = lookout_of(run)
-        assert_holds(lookout, UID, GID, power.LOOKING)
+        assert_holds(lookout, UID, GID, privileges.LOOKING)
         # Of Python's descriptors the lookout has its two ends, and no BPF object.
         kinds = {str(fd.readlink()) for fd in Path(f"/proc/{lookout}/fd").iterdir()}
         assert not [kind for kind in kinds if "bpf" in kind or "anon" in kind]
@@ -165,7 +165,7 @@ def test_each_rung_goes_on_without_power(probe: str, space: tcp.Space, connect: 
 def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with running("-n", space.name, "-o", tmp_path / "a.cwnd", before=FOR_NOBODY) as run:
         assert_holds(run.process.pid, 0, 0, frozenset())
-        assert_holds(lookout_of(run), 0, 0, power.LOOKING)
+        assert_holds(lookout_of(run), 0, 0, privileges.LOOKING)
         connection = connect()
         rest_once(connection)
         code, _, said = run.end()
@@ -269,7 +269,7 @@ def test_what_a_container_may_have_left(
             assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
             assert thread["Uid"].split() == [str(owner)] * 4
         for thread in threads(lookout_of(run)):
-            assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in power.LOOKING) == 0
+            assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in privileges.LOOKING) == 0
         rest_once(connection)
         code, _, said = run.end()
     assert (code, "Traceback" in said) == (0, False), said
@@ -307,11 +307,11 @@ def test_power_goes_before_anything_else(command: str, home: Path) -> None:
     script = (
         "import os, sys\n"
         "from cwndtrace import cli, power\n"
-        "real = power.drop\n"
+        "real = privileges.drop\n"
         "def drop(user):\n"
         "    print(user.uid, [n for n in ('numpy', 'pyarrow', 'pandas', 'matplotlib') if n in sys.modules])\n"
         "    real(user)\n"
-        "power.drop = drop\n"
+        "privileges.drop = drop\n"
         "try: cli.main([sys.argv[1], 'missing.cwnd', '-o', '/root/x.png'])\n"
         "finally: print([n for n in os.environ if '/root' in os.environ[n]], os.environ['HOME'])\n"
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whom sudo works for, and what is tried before power is given up. What needs root is in tests/live/test_power.py."""
+"""Whom sudo works for, and what is tried before privileges are given up.
+
+What needs root is in tests/live/test_privileges.py.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from cwndtrace import power
+from cwndtrace import privileges
 from tests.others import need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def invoked(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None, *, euid: int = 0) -> power.User | None:
+def invoked(
+    monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None, *, euid: int = 0
+) -> privileges.User | None:
     monkeypatch.setattr(os, "geteuid", lambda: euid)
     for name, value in (("SUDO_UID", uid), ("SUDO_GID", gid)):
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
-    return power.invoking_user()
+    return privileges.invoking_user()
 
 
 def test_whom_sudo_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(power, "held", lambda: frozenset({power.SETUID, power.SETGID}))
-    assert invoked(monkeypatch, "54321", "54322") == power.User(54321, 54322, (54322,), "54321")
+    monkeypatch.setattr(privileges, "held", lambda: frozenset({privileges.SETUID, privileges.SETGID}))
+    assert invoked(monkeypatch, "54321", "54322") == privileges.User(54321, 54322, (54322,), "54321")
     known = invoked(monkeypatch, "65534", "65534")
     assert known is not None
     assert known.name == "nobody"
@@ -56,7 +61,7 @@ def test_what_names_nobody_is_no_leave_to_go_on_as_root(
 
 
 def test_whom_this_process_may_not_become_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(power, "held", lambda: frozenset({power.SETGID}))
+    monkeypatch.setattr(privileges, "held", lambda: frozenset({privileges.SETGID}))
     with pytest.raises(PermissionError, match="user 54321, whom this process may not become"):
         invoked(monkeypatch, "54321", "54322")
 
@@ -67,17 +72,17 @@ def test_without_root_sudo_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_acting_as_nobody_in_particular_changes_nothing() -> None:
     before = Path("/proc/thread-self/status").read_text().splitlines()[8:10]
-    with power.acting_as(None):
+    with privileges.acting_as(None):
         assert Path("/proc/thread-self/status").read_text().splitlines()[8:10] == before
 
 
 @pytest.mark.parametrize("groups", [True, False])
 def test_who_may_not_is_told(groups: bool) -> None:
     script = (
-        "from cwndtrace import power\n"
-        f"if not {groups}: power._set_groups = lambda _: None\n"
+        "from cwndtrace import privileges\n"
+        f"if not {groups}: privileges._set_groups = lambda _: None\n"
         "try:\n"
-        "    with power.acting_as(power.User(0, 0, (0,), 'root')): print('acted')\n"
+        "    with privileges.acting_as(privileges.User(0, 0, (0,), 'root')): print('acted')\n"
         "except PermissionError as e:\n"
         "    print('refused')\n"
     )
@@ -94,19 +99,19 @@ def test_the_least_that_is_enough() -> None:
     script = (
         "import os\n"
         "from pathlib import Path\n"
-        "from cwndtrace import power\n"
+        "from cwndtrace import privileges\n"
         "seen = []\n"
         "def work():\n"
         "    text = Path('/proc/thread-self/status').read_text()\n"
         "    seen.append(int(text.split('CapEff:')[1].split()[0], 16))\n"
         "    if len(seen) < 2: raise PermissionError(1, 'not enough')\n"
-        "mine = frozenset({power.DAC_READ_SEARCH}) if os.geteuid() == 0 else frozenset()\n"
-        "found = power.least(work, None, [frozenset(), mine, frozenset({power.SYS_ADMIN})])\n"
+        "mine = frozenset({privileges.DAC_READ_SEARCH}) if os.geteuid() == 0 else frozenset()\n"
+        "found = privileges.least(work, None, [frozenset(), mine, frozenset({privileges.SYS_ADMIN})])\n"
         "assert found == mine, found\n"
         "assert seen == [0, sum(1 << n for n in mine)], seen\n"
         "assert len(list(Path('/proc/self/task').iterdir())) == 1\n"
         "try:\n"
-        "    power.least(lambda: 1 / 0, None, [frozenset(), frozenset()])\n"
+        "    privileges.least(lambda: 1 / 0, None, [frozenset(), frozenset()])\n"
         "except ZeroDivisionError:\n"
         "    print('as it should be')\n"
     )
@@ -138,7 +143,7 @@ def test_threads_that_end_while_they_are_looked_at() -> None:
     churning.start()
     try:
         for _ in range(300):
-            power.still_powerful(power.held())
+            privileges.still_powerful(privileges.held())
     finally:
         stopped.set()
         churning.join()
