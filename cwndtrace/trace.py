@@ -13,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from cwndtrace import events, store, words
+from cwndtrace import events, store
+from cwndtrace import format as fmt
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
@@ -59,30 +60,30 @@ class Connection:
         """What fits on one screen, name and value, fit for a terminal."""
         row, most = self.about, self.about["cwnd_max_segments"]
         facts = [
-            ("process", _shown(words.process(row["comm"], row["pid"]))),
+            ("process", _shown(fmt.process(row["comm"], row["pid"]))),
             ("congestion control", _shown(row["ca_name"])),
-            ("seen", f"{row['seen_s']:,.1f} s in {words.plural(row['snapshots'], 'snapshot')}"),
+            ("seen", f"{row['seen_s']:,.1f} s in {fmt.plural(row['snapshots'], 'snapshot')}"),
             ("state", _shown(row["state"] or "unknown")),
             (
                 "resets",
-                f"{row['resets']} ({row['resets_harmful']} harmful), lost {words.span(row['lost_us'])} (estimated)",
+                f"{row['resets']} ({row['resets_harmful']} harmful), lost {fmt.span(row['lost_us'])} (estimated)",
             ),
             ("window", f"{row['cwnd_min_segments']} to {most} {'segment' if most == 1 else 'segments'}"),
-            ("round trip, RTO", f"{words.span(row['srtt_us'])}, {words.span(row['rto_us'])}"),
-            ("sent", words.size(row["sent_bytes"])),
+            ("round trip, RTO", f"{fmt.span(row['srtt_us'])}, {fmt.span(row['rto_us'])}"),
+            ("sent", fmt.size(row["sent_bytes"])),
         ]
         if row["resets_idle"]:
-            longest = f"{words.span(row['rest_longest_us'])}, {row['rest_per_rto_max']:.1f} RTOs"
+            longest = f"{fmt.span(row['rest_longest_us'])}, {row['rest_per_rto_max']:.1f} RTOs"
             facts.insert(4, ("longest rest", longest))
         dear = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
         facts += [("dear reset", events.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
         return [*facts, ("verdict", str(self.verdict))]
 
     def __repr__(self) -> str:
-        return _text(f"connection {_shown(words.connection(self.about))}", self.facts())
+        return _text(f"connection {_shown(fmt.connection(self.about))}", self.facts())
 
     def _repr_html_(self) -> str:
-        return _table(f"<b>connection</b> <code>{_escaped(words.connection(self.about))}</code>", self.facts())
+        return _table(f"<b>connection</b> <code>{_escaped(fmt.connection(self.about))}</code>", self.facts())
 
 
 class Trace:
@@ -126,14 +127,14 @@ class Trace:
             lacking, kept = self._capture.missing(table)
             if lacking:
                 lines.append(
-                    f"{lacking:,} of {words.plural(kept, 'record')} of {table} "
+                    f"{lacking:,} of {fmt.plural(kept, 'record')} of {table} "
                     f"{'is' if lacking == 1 else 'are'} not in the capture"
                     + _some(table, self._capture.gone(table), "; missing: ")
                 )
             partly, columns = self._capture.partly(table)
             if partly:
                 lines.append(
-                    f"{words.plural(partly, 'record')} of {table} lack values that an older recording doesn't have: "
+                    f"{fmt.plural(partly, 'record')} of {table} lack values that an older recording doesn't have: "
                     + ", ".join(columns)
                 )
             if strange := self._capture.strange(table):
@@ -145,10 +146,10 @@ class Trace:
         for table, kind in _VERDICT_NEEDS.items():
             lacking, kept = self._capture.missing(table)
             if lacking:
-                return f"{lacking:,} of {words.plural(kept, kind)} are not in the capture"
+                return f"{lacking:,} of {fmt.plural(kept, kind)} are not in the capture"
             partly, columns = self._capture.partly(table)
             if partly:
-                return f"{words.plural(partly, kind)} lack values of an older recording ({', '.join(columns)})"
+                return f"{fmt.plural(partly, kind)} lack values of an older recording ({', '.join(columns)})"
         return ""
 
     @property
@@ -422,7 +423,7 @@ class Trace:
         facts.append(("rungs", _shown(", ".join(f"{reason}: {rung or 'none'}" for reason, rung in rungs.items()))))
         if filters := {name: value for name, value in _mapping(meta.get("filters")).items() if value is not None}:
             facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in filters.items()))))
-        facts += [("left out", words.left_out(kind, number)) for kind, number in self.left_out.items()]
+        facts += [("left out", fmt.left_out(kind, number)) for kind, number in self.left_out.items()]
         warnings = self.warnings
         facts += [("warning", _shown(line)) for line in warnings[:5]]
         if len(warnings) > 5:
@@ -459,7 +460,7 @@ def _clock(frame: pd.DataFrame) -> str:
 
 def _some(table: str, parts: list[str], before: str) -> str:
     """The first of some parts of a table, and how many more there are; nothing where there is none."""
-    more = f" and {words.plural(len(parts) - 1, 'other part')}" if len(parts) > 1 else ""
+    more = f" and {fmt.plural(len(parts) - 1, 'other part')}" if len(parts) > 1 else ""
     return f"{before}{table}/{events.clean(parts[0])[:_CELL]}{more}" if parts else ""
 
 

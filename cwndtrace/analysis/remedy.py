@@ -16,7 +16,7 @@ import pandas as pd
 
 from cwndtrace import events
 from cwndtrace.analysis import cost
-from cwndtrace.words import plural, span
+from cwndtrace.format import plural, span
 
 COLUMNS: Final = {
     "remedy": "sysctl, initcwnd, ping, bbr, receiver_window, send_buffer, loss or nothing",

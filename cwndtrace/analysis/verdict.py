@@ -18,7 +18,7 @@ import pandas as pd
 
 from cwndtrace import events
 from cwndtrace.analysis.idle_cause import reopened
-from cwndtrace.words import plural, size, span, threshold
+from cwndtrace.format import plural, size, span, threshold
 
 LABELS: Final = {
     "harmful": "harmful: cost at least one round trip",

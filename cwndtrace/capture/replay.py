@@ -17,8 +17,8 @@ from typing import Final
 from cwndtrace.capture.source import Chunk, Counts, Source
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import event, layout
+from cwndtrace.format import plural
 from cwndtrace.privileges import User
-from cwndtrace.words import plural
 
 _CHUNK: Final = struct.Struct("<16sI")
 

@@ -10,12 +10,12 @@ from typing import Any, Final
 import click
 
 import cwndtrace
-from cwndtrace import words
+from cwndtrace import format as fmt
 from cwndtrace.analysis.compare import MEASURES
 from cwndtrace.cli import options
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.events import TABLES, clean
-from cwndtrace.words import json_line, span
+from cwndtrace.format import json_line, span
 
 _COLUMNS: Final = (
     Column("MEASURE", least=16),
@@ -53,7 +53,7 @@ def compare(before: Path, after: Path, *, as_json: bool, max_rows: int) -> None:
         _print(rows)
     for trace in traces:
         lost = {name: trace.lost(name) for name in TABLES}
-        lines = [words.lost(number, "record", name) for name, number in lost.items() if number]
+        lines = [fmt.lost(number, "record", name) for name, number in lost.items() if number]
         for line in [*trace.warnings, *lines]:
             click.echo(f"warning: {clean(str(trace.path))}: {clean(line)}", err=True)
 

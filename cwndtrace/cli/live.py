@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cwndtrace import events
-from cwndtrace import words as fmt
+from cwndtrace import format as fmt
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.cli.table import Column, Layout, cut, cut_connection, cut_process, echo_prose, room

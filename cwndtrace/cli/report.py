@@ -10,7 +10,7 @@ from typing import Final
 import click
 
 import cwndtrace
-from cwndtrace import words as fmt
+from cwndtrace import format as fmt
 from cwndtrace.analysis import remedy, verdict
 from cwndtrace.cli import files, memory, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table

@@ -29,6 +29,7 @@ from cwndtrace.cli import options, user
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.events import clean
+from cwndtrace.format import plural
 from cwndtrace.kernel import netns
 from cwndtrace.kernel.ladder import RUNGS
 from cwndtrace.lab import cleanup
@@ -42,7 +43,6 @@ from cwndtrace.lab.scenario import PRESETS
 from cwndtrace.lab.statistics import overall, size, summarise
 from cwndtrace.store.folder import Folder
 from cwndtrace.trace import Trace
-from cwndtrace.words import plural
 
 _COLUMNS: Final = (
     Column("BURST", right=True),

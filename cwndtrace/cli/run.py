@@ -12,7 +12,8 @@ from typing import Final, Literal, cast
 import click
 
 import cwndtrace
-from cwndtrace import privileges, words
+from cwndtrace import format as fmt
+from cwndtrace import privileges
 from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Batch, Session
@@ -238,7 +239,7 @@ def trace(
                     if kind not in told:
                         told.add(kind)
                         view.end()
-                        echo_prose(f"warning: {words.left_out(kind, number)}", err=True)
+                        echo_prose(f"warning: {fmt.left_out(kind, number)}", err=True)
                 saver.save()
                 view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
             if nobody_reads():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cwndtrace import words as fmt
+from cwndtrace import format as fmt
 from cwndtrace.capture.session import Session
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.cli.table import IPV4, Column, cut_connection, cut_process, echo_prose, table

@@ -18,7 +18,7 @@ from typing import Final
 
 import click
 
-from cwndtrace.words import unbroken
+from cwndtrace.format import unbroken
 
 _GAP: Final = 2
 _CUT: Final = ".."

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from cwndtrace.errors import KernelLacks
+from cwndtrace.format import plural
 from cwndtrace.kernel.btf import Btf
-from cwndtrace.words import plural
 
 _MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|SEE|SEE_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cwndtrace.errors import UsageError
-from cwndtrace.words import plural
+from cwndtrace.format import plural
 
 MAX_RTT_MS: Final = 10_000.0
 MIN_RATE: Final = 8_000.0

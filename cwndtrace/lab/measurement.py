@@ -9,8 +9,8 @@ from typing import Literal
 
 import pandas as pd
 
+from cwndtrace.format import plural
 from cwndtrace.lab.wire import Sent
-from cwndtrace.words import plural
 
 Setting = Literal["on", "off"]
 

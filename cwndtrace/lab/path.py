@@ -19,13 +19,13 @@ from pyroute2.netlink.rtnl import RTM_NEWQDISC, TC_H_ROOT
 from pyroute2.netlink.rtnl.tcmsg import sched_netem, tcmsg
 
 from cwndtrace.errors import CwndtraceError, KernelLacks
+from cwndtrace.format import plural
 from cwndtrace.kernel import netns, setns
 from cwndtrace.lab.child import Child, Message
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.namespaces import namespace, write_sysctl
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.relay import DEVICE
-from cwndtrace.words import plural
 
 Kind = Literal["netem", "relay"]
 KINDS: Final[tuple[Kind, ...]] = ("netem", "relay")

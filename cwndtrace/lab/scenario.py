@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
 from cwndtrace.errors import UsageError
+from cwndtrace.format import plural
 from cwndtrace.lab import wire
 from cwndtrace.lab.link import Link
-from cwndtrace.words import plural
 
 Mode = Literal["reply", "push", "disk"]
 HOW: Final[dict[Mode, str]] = {"reply": "client", "push": "timer", "disk": "disk"}

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from cwndtrace.errors import CwndtraceError, PermissionNeeded, UsageError
+from cwndtrace.format import plural
 from cwndtrace.lab import wire
-from cwndtrace.words import plural
 
 MAX_CONNECTIONS: Final = 128
 MAX_OF_ONE_PEER: Final = 16

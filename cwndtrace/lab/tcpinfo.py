@@ -8,7 +8,7 @@ import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 
-from cwndtrace.words import plural
+from cwndtrace.format import plural
 
 # include/uapi/linux/tcp.h. It only ever grows at its end: an older kernel gives a prefix.
 _HEAD: Final = struct.Struct("=7BB24I")

@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from cwndtrace.format import plural
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette, plain
-from cwndtrace.words import plural
 
 SIZES: Final = 6
 """So many sizes of bursts have a colour each; of more, those of a decade share one."""

@@ -12,10 +12,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from cwndtrace.format import plural
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, losses
 from cwndtrace.plot.style import plain
-from cwndtrace.words import plural
 
 _LEFT, _BOTTOM, _WIDTH, _HEIGHT = 0.75, 0.85, 5.55, 2.2
 

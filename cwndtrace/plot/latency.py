@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from cwndtrace.format import plural
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
-from cwndtrace.words import plural
 
 MOST_PANELS: Final = 6
 """Sizes of bursts in one picture: the largest."""

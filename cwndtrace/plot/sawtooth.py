@@ -18,11 +18,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from cwndtrace import events
+from cwndtrace.format import plural
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
 from cwndtrace.plot.style import Palette, plain
-from cwndtrace.words import plural
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
 _LOG_FROM: Final = 20.0  # as in the timeline: from this ratio of largest to least on, the axis is logarithmic

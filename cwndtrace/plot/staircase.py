@@ -15,11 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from cwndtrace import events
+from cwndtrace.format import plural
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import fit
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
-from cwndtrace.words import plural
 
 FLOORS: Final = 4
 """Sizes of windows whose floor is drawn; more of them would only be noise."""

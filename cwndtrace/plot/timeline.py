@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from cwndtrace import events
+from cwndtrace.format import plural
 from cwndtrace.plot import panels, style
 from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
 from cwndtrace.plot.style import Palette, plain
-from cwndtrace.words import plural
 
 MOST_PANELS: Final = 4
 """Connections in one picture."""

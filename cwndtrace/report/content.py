@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from cwndtrace import events, words
+from cwndtrace import events
+from cwndtrace import format as fmt
 from cwndtrace.analysis import idle_cause, verdict
 from cwndtrace.errors import making_sense
 from cwndtrace.trace import Trace
@@ -62,15 +63,15 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
     if trace.status != "complete":
         whole.append(f"The capture is {trace.status}: what it had not yet written is missing.")
     for kind, number in trace.left_out.items():
-        line = words.left_out(kind, number)
+        line = fmt.left_out(kind, number)
         whole.append(f"{line[0].upper()}{line[1:]}.")
     lost = {name: trace.lost(name) for name in events.TABLES}
-    resets = [f"{words.lost(lost[name], 'record', name)}: figures may be too low." for name in RESETS if lost[name]]
+    resets = [f"{fmt.lost(lost[name], 'record', name)}: figures may be too low." for name in RESETS if lost[name]]
     rungs = trace.meta.get("rungs")
     unseen = [str(reason) for reason, rung in rungs.items() if not rung] if isinstance(rungs, dict) else []
     if unseen:
         whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
-    block = [f"{words.lost(lost[name], 'block request')}: figures may be too low." for name in BLOCK_IO if lost[name]]
+    block = [f"{fmt.lost(lost[name], 'block request')}: figures may be too low." for name in BLOCK_IO if lost[name]]
     if lost["block_io"]:
         resets.append("Block requests were lost: a rest may have been more the disk's than it seems.")
     if not trace.block_recorded:

@@ -26,7 +26,7 @@ from markupsafe import Markup, escape
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from cwndtrace import words
+from cwndtrace import format as fmt
 from cwndtrace.analysis import verdict
 from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
@@ -53,13 +53,13 @@ def page(report: Report) -> str:
     environment.filters |= {
         "clean": lambda text: clean(str(text)),
         "pair": lambda text: _unbroken(clean(text).replace(" > ", "\u00a0> ")),
-        "prose": lambda text: _unbroken(words.unbroken(clean(str(text)))),
-        "counted": words.plural,
-        "span": lambda us: words.span(us) if us is not None else "unknown",
-        "size": words.size,
+        "prose": lambda text: _unbroken(fmt.unbroken(clean(str(text)))),
+        "counted": fmt.plural,
+        "span": lambda us: fmt.span(us) if us is not None else "unknown",
+        "size": fmt.size,
         "times": lambda ratio: f"{ratio:.1f}" if ratio is not None else "",
-        "ends": words.connection,
-        "process": lambda row: words.process(row["comm"], row["pid"]),
+        "ends": fmt.connection,
+        "process": lambda row: fmt.process(row["comm"], row["pid"]),
         "words": lambda label: verdict.LABELS[label],
         "explained": verdict.explain,
         "because": _because,
@@ -95,10 +95,10 @@ def _unbroken(text: str) -> Markup:
 def _because(row: Mapping[str, Any]) -> str:
     """The cause of a reset's rest, to be put behind its verdict."""
     told = {
-        "peer": f"; it waited {words.span(row['peer_us'])} for its peer",
-        "disk": f"; {clean(row['comm'])} had {words.plural(row['disk_requests'], 'request')} on {row['disk_device']} "
-        f"for {words.span(row['disk_us'])} of the rest",
-        "application": f"; {words.span(row['application_us'])} of the rest were the application's own",
+        "peer": f"; it waited {fmt.span(row['peer_us'])} for its peer",
+        "disk": f"; {clean(row['comm'])} had {fmt.plural(row['disk_requests'], 'request')} on {row['disk_device']} "
+        f"for {fmt.span(row['disk_us'])} of the rest",
+        "application": f"; {fmt.span(row['application_us'])} of the rest were the application's own",
         "unknown": "; whether a disk was why wasn't recorded",
     }
     return told.get(row["cause"], "")

@@ -15,9 +15,9 @@ from typing import BinaryIO, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cwndtrace.format import plural
 from cwndtrace.store import pages
 from cwndtrace.store.pages import Refused, Told
-from cwndtrace.words import plural
 
 MOST_META: Final = 16 << 20
 """Bytes of meta.json; a namespace takes about 200, a part 35."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
+from cwndtrace.format import plural
 from cwndtrace.store.layout import MOST_PART_ROWS
-from cwndtrace.words import plural
 
 MOST_BYTES: Final = 1 << 29
 """Memory of one part's rows, and of all its pages unpacked: a part that cwndtrace writes takes less than half of it."""

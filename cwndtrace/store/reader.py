@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from cwndtrace import events
 from cwndtrace.errors import CaptureError, for_lack_of_memory
+from cwndtrace.format import plural
 from cwndtrace.store import files
 from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
 from cwndtrace.store.pages import Refused, Told
-from cwndtrace.words import plural
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from cwndtrace import events, privileges
 from cwndtrace.errors import CaptureError
+from cwndtrace.format import plural
 from cwndtrace.store.folder import Folder, Stranger, refuse
 from cwndtrace.store.layout import (
     META,
@@ -34,7 +35,6 @@ from cwndtrace.store.layout import (
     show,
 )
 from cwndtrace.store.reader import Capture, open_capture
-from cwndtrace.words import plural
 
 PART_ROWS: Final = 131_072
 """Rows that make a part due, whatever their age: few enough that writing them ends before a ring buffer is full."""

@@ -25,8 +25,8 @@ import pandas as pd
 import pytest
 
 import cwndtrace
+from cwndtrace.format import plural
 from cwndtrace.kernel import netns
-from cwndtrace.words import plural
 from tests.live import tcp
 from tests.live.test_lab_kill import eventually, processes_of, sysctls, things_of
 from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, assert_owned, home_of

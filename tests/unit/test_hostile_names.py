@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from cwndtrace import words
+from cwndtrace import format as fmt
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli import main
 from cwndtrace.report import content
@@ -83,7 +83,7 @@ def test_json(trace: Trace) -> None:
 
 def test_json_says_the_name_to_the_letter() -> None:
     for name in NAMES.values():
-        line = words.json_line({"comm": name})
+        line = fmt.json_line({"comm": name})
         assert_harmless(line)
         assert json.loads(line) == {"comm": name}
 
@@ -112,7 +112,7 @@ def test_live_batches() -> None:
         assert_harmless(batch.to_pandas().to_csv())
         # JSON keeps it, and escapes it.
         assert batch.to_dicts()[1]["comm"] == "a\x01"
-        assert_harmless("".join(words.json_line(row) for row in batch.to_dicts()))
+        assert_harmless("".join(fmt.json_line(row) for row in batch.to_dicts()))
 
 
 def test_two_names_that_look_alike_when_clean_are_one_category() -> None:

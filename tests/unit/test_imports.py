@@ -18,14 +18,14 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"encoding", "errors", "events", "isolated", "privileges", "words"}
+LEAVES = {"encoding", "errors", "events", "isolated", "privileges", "format"}
 BELOW = {
     "encoding": set[str](),
     "errors": set[str](),
     "events": set[str](),
     "isolated": set[str](),
     "privileges": set[str](),
-    "words": {"events"},
+    "format": {"events"},
     "kernel": LEAVES,
     "store": LEAVES,
     "analysis": LEAVES,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cwndtrace import events, words
+from cwndtrace import events
+from cwndtrace import format as fmt
 from cwndtrace.errors import CaptureError, NotFound
 from cwndtrace.trace import Trace, load
 from tests.unit import frames
@@ -236,7 +237,7 @@ def test_what_a_filter_had_no_room_for(tmp_path: Path) -> None:
     told = {"cgroups": 117, "sockets": 0, "<b>": 5}
     trace = frames.capture(tmp_path / "a.cwnd", left_out=told)
     assert trace.left_out == {"cgroups": 117}
-    assert ("left out", words.left_out("cgroups", 117)) in trace.facts()
+    assert ("left out", fmt.left_out("cgroups", 117)) in trace.facts()
     assert "117 cgroups" in repr(trace)
     stranges: tuple[object, ...] = (None, [], {"cgroups": "many"}, {"cgroups": -1})
     for strange in stranges:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from cwndtrace import words as fmt
+from cwndtrace import format as fmt
 
 
 @pytest.mark.parametrize(
