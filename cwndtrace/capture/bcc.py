@@ -26,7 +26,7 @@ import numpy as np
 from cwndtrace import privileges
 from cwndtrace.capture import image
 from cwndtrace.capture.bpf_syscall import try_map
-from cwndtrace.capture.lookout import Lookout, outlive_signals, start_deaf
+from cwndtrace.capture.privsep import Helper, ignore_signals, start_with_signals_blocked
 from cwndtrace.capture.program import Program, map_uses
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
@@ -184,7 +184,7 @@ def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     process = fork.Process(target=_tell, args=(theirs, text, flags, name), name="compiler", daemon=True)
-    start_deaf(process)
+    start_with_signals_blocked(process)
     theirs.close()
     try:
         found = ours.recv()
@@ -200,7 +200,7 @@ def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
 
 
 def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
-    outlive_signals()
+    ignore_signals()
     try:
         to.send(_compile(text, flags, name))
     except CwndtraceError as e:
@@ -325,7 +325,7 @@ class Kernel:
     """The running kernel as a source of records (see source.Source).
 
     Loads and attaches on construction. Raises BccError, KernelLacks or NoRung; nothing is left attached then.
-    ``block`` says whether block I/O is traced as well, ``lookout`` who looks at processes for it.
+    ``block`` says whether block I/O is traced as well, ``helper`` who looks at processes for it.
     """
 
     block_sources: ClassVar[tuple[str, ...]] = ("block_io.bpf.c",)
@@ -339,11 +339,11 @@ class Kernel:
         probe: str | None = None,
         block: bool = True,
         reasons: Iterable[str] = ladder.REASONS,
-        lookout: Lookout | None = None,
+        helper: Helper | None = None,
     ) -> None:
         check_power()
         self._filters = filters
-        self._lookout = lookout or Lookout(filters)
+        self._helper = helper or Helper(filters)
         self._btf = btf.Btf.running()
         if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
             raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
@@ -447,8 +447,8 @@ class Kernel:
 
     def _refresh_sets(self) -> None:
         begin = time.monotonic()
-        cgroups = (set(), 0) if self._filters.cgroup is None else self._lookout.cgroup_ids()
-        inodes = set() if self._filters.pid is None else self._lookout.pid_sockets()
+        cgroups = (set(), 0) if self._filters.cgroup is None else self._helper.cgroup_ids()
+        inodes = set() if self._filters.pid is None else self._helper.pid_sockets()
         if not self._refresh_at and (cgroups is None or inodes is None):
             # Without them it would see nothing, or not all.
             raise CwndtraceError("what is to be traced can't be found: its finder was ended", "start once more")

@@ -21,7 +21,7 @@ import pyarrow as pa
 from cwndtrace import events
 from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
-from cwndtrace.capture.lookout import Lookout
+from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.source import TICK_SECONDS, Filters, Source
 from cwndtrace.kernel import cgroups, facts, interfaces, netns
 
@@ -108,9 +108,9 @@ class Session:
     Use as a context manager; call ``step`` until done, then ``finish`` once. ``tally`` is kept up to date.
     """
 
-    def __init__(self, source: Source, snapshots: Snapshots | None = None, lookout: Lookout | None = None) -> None:
+    def __init__(self, source: Source, snapshots: Snapshots | None = None, helper: Helper | None = None) -> None:
         self.source = source
-        self.lookout = lookout or Lookout(Filters())
+        self.helper = helper or Helper(Filters())
         self.tally = Tally(kept=dict.fromkeys(source.events, 0))
         self.clock = Segments()
         self.start = self.clock.all[0]
@@ -162,9 +162,9 @@ class Session:
     @property
     def lacking(self) -> str | None:
         """What the trace goes on without, and why."""
-        if self.lookout.lacking is None and self.snapshots is not None and self.snapshots.late:
+        if self.helper.lacking is None and self.snapshots is not None and self.snapshots.late:
             return "the last snapshot of connections took too long; the trace ends without it"
-        return self.lookout.lacking
+        return self.helper.lacking
 
     def meta(self) -> dict[str, Any]:
         """What meta.json says of what was kept, lost and not looked at, as it stands now."""
@@ -187,9 +187,9 @@ class Session:
         self._checked_ns = now
 
     def close(self) -> None:
-        """Free what the source and the lookout hold."""
+        """Free what the source and the helper hold."""
         self.source.close()
-        self.lookout.close()
+        self.helper.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,7 +240,7 @@ def ending(session: Session) -> dict[str, Any]:
     """What meta.json says at the end besides the status."""
     end = clock()
     # Those that came later have what they are set to now.
-    sysctls = {**session.lookout.settings(), **session.spaces}
+    sysctls = {**session.helper.settings(), **session.spaces}
     return {
         "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": _clocks(session, end),

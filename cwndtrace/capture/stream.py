@@ -12,7 +12,7 @@ from cwndtrace import privileges
 from cwndtrace.capture import clocks, target
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots
-from cwndtrace.capture.lookout import Apart, Lookout
+from cwndtrace.capture.privsep import Helper, PrivilegedHelper
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import UsageError
@@ -91,22 +91,22 @@ def open_session(
     probe: str | None = None,
     block: bool = True,
     connections: bool = True,
-    apart: bool = False,
+    privsep: bool = False,
 ) -> Session:
     """A session over the running kernel; the caller closes it.
 
-    ``apart`` leaves what takes power to a process of its own (see lookout.Apart), so that the caller can drop it.
+    ``privsep`` leaves what takes power to a process of its own (see privsep.PrivilegedHelper), so that the caller can drop it.
     """
     clocks.refuse_other_time()
-    lookout = Apart(filters, privileges.invoking_user()) if apart else Lookout(filters)
+    helper = PrivilegedHelper(filters, privileges.invoking_user()) if privsep else Helper(filters)
     try:
-        session = Session(Kernel(filters, probe=probe, block=block, lookout=lookout), lookout=lookout)
+        session = Session(Kernel(filters, probe=probe, block=block, helper=helper), helper=helper)
     except BaseException:
-        lookout.close()
+        helper.close()
         raise
     if connections:
         try:
-            session.snapshots = Snapshots(lambda: lookout.snapshot(session.clock.offset_ns))
+            session.snapshots = Snapshots(lambda: helper.snapshot(session.clock.offset_ns))
         except BaseException:
             session.close()
             raise

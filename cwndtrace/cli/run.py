@@ -87,7 +87,7 @@ def run(
     refuse_place(output, owner)
     what = target.named(filters, iface)
     with sessions.Interrupt() as interrupt:
-        with stream.open_session(filters, probe=probe, block=block is not False, apart=not stay_root) as session:
+        with stream.open_session(filters, probe=probe, block=block is not False, privsep=not stay_root) as session:
             about = sessions.describe(session, filters, cwndtrace.__version__)
             writer = Behind(CaptureWriter.create(output, about, user=owner))
             view: TextView | JsonView
@@ -286,7 +286,7 @@ class Watch:
         if self._filters.netns is None or time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + _LOOK_S
-        if (now := self._session.lookout.watched()) is None or now == self._known:
+        if (now := self._session.helper.watched()) is None or now == self._known:
             return None
         (_, before), self._known = self._known, now
         there, name = now
@@ -301,7 +301,7 @@ class Watch:
 
 def _warn(connections: Batch, session: Session, what: str, before: list[str], view: TextView | JsonView) -> list[str]:
     controls = {clean(name) for name in connections.table["ca_name"].unique().to_pylist()}
-    found = waiting.warnings(controls, session.lookout.idle_sysctls(), what)
+    found = waiting.warnings(controls, session.helper.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
         view.end()

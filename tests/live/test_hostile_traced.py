@@ -21,7 +21,7 @@ import pytest
 import cwndtrace
 from cwndtrace.capture import bpf_syscall
 from cwndtrace.capture.bcc import Kernel
-from cwndtrace.capture.lookout import Lookout
+from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups
@@ -191,7 +191,7 @@ def test_more_sockets_than_the_filter_holds(tmp_path: Path) -> None:
     assert (trace.status, trace.left_out) == ("complete", {"sockets": 300})
 
 
-class Crowded(Lookout):
+class Crowded(Helper):
     """As if the process that is traced held the sockets ``inodes``: no limit of open files is in the way."""
 
     inodes = frozenset(range(1, SOCKETS + 301))
@@ -203,7 +203,7 @@ class Crowded(Lookout):
 def test_sockets_come_and_go_in_a_full_filter() -> None:
     filters = Filters(pid=os.getpid())
     look = Crowded(filters)
-    kernel = Kernel(filters, block=False, reasons=("idle",), lookout=look)
+    kernel = Kernel(filters, block=False, reasons=("idle",), helper=look)
     try:
         assert kernel.counts().left_out == {"sockets": 300}
         first, *_ = kernel._resets

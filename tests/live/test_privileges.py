@@ -83,7 +83,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def lookout_of(run: Running) -> int:
+def helper_of(run: Running) -> int:
     (pid,) = children(run.process.pid)
     return pid
 
@@ -103,13 +103,13 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
 ) -> None:
     capture, before = home / "a.cwnd", listening()
     with running("-n", space.name, "-o", capture, before=FOR_SOMEBODY) as run:
-        # The lookout is spoken to by a pair of sockets.
+        # The helper is spoken to by a pair of sockets.
         assert listening() <= before
         assert_holds(run.process.pid, UID, GID, frozenset())
-        lookout = lookout_of(run)
-        assert_holds(lookout, UID, GID, privileges.LOOKING)
-        # Of Python's descriptors the lookout has its two ends, and no BPF object.
-        kinds = {str(fd.readlink()) for fd in Path(f"/proc/{lookout}/fd").iterdir()}
+        helper = helper_of(run)
+        assert_holds(helper, UID, GID, privileges.LOOKING)
+        # Of Python's descriptors the helper has its two ends, and no BPF object.
+        kinds = {str(fd.readlink()) for fd in Path(f"/proc/{helper}/fd").iterdir()}
         assert not [kind for kind in kinds if "bpf" in kind or "anon" in kind]
         later = make_space()
         connection = connect()
@@ -121,7 +121,7 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
     assert code == 0, said
     assert "Traceback" not in said
     assert_owned(capture, UID, GID)
-    assert not Path(f"/proc/{lookout}").exists()
+    assert not Path(f"/proc/{helper}").exists()
     trace = cwndtrace.load(capture)
     assert trace.status == "complete"
     mine = trace.resets[trace.resets["sport"] == connection.sport].to_dict("records")
@@ -136,7 +136,7 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
 
 
 def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> None:
-    """Its sockets are found in /proc, which only the lookout may read; these are opened after the drop."""
+    """Its sockets are found in /proc, which only the helper may read; these are opened after the drop."""
     with running("-p", str(os.getpid()), "-o", home / "a.cwnd", "--json", before=FOR_SOMEBODY) as run:
         assert_holds(run.process.pid, UID, GID, frozenset())
         connection = connect()
@@ -165,7 +165,7 @@ def test_each_rung_goes_on_without_power(probe: str, space: tcp.Space, connect: 
 def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with running("-n", space.name, "-o", tmp_path / "a.cwnd", before=FOR_NOBODY) as run:
         assert_holds(run.process.pid, 0, 0, frozenset())
-        assert_holds(lookout_of(run), 0, 0, privileges.LOOKING)
+        assert_holds(helper_of(run), 0, 0, privileges.LOOKING)
         connection = connect()
         rest_once(connection)
         code, _, said = run.end()
@@ -239,12 +239,12 @@ def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(connect: Connect,
     assert "kept " in shown
 
 
-def test_the_lookout_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
+def test_the_helper_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
     with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
-        lookout = lookout_of(run)
+        helper = helper_of(run)
         run.process.kill()
         run.process.communicate()
-        until(lambda: not Path(f"/proc/{lookout}").exists(), 10, "the lookout to end")
+        until(lambda: not Path(f"/proc/{helper}").exists(), 10, "the helper to end")
     assert cwndtrace.load(home / "a.cwnd").status == "interrupted"
 
 
@@ -268,7 +268,7 @@ def test_what_a_container_may_have_left(
         for thread in threads(run.process.pid):
             assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
             assert thread["Uid"].split() == [str(owner)] * 4
-        for thread in threads(lookout_of(run)):
+        for thread in threads(helper_of(run)):
             assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in privileges.LOOKING) == 0
         rest_once(connection)
         code, _, said = run.end()

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 from cwndtrace.capture import target
 from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots
-from cwndtrace.capture.lookout import Lookout
+from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Session, Tally
 from cwndtrace.kernel import facts, ladder
 from tests.live.tcp import Connection, Send, until
@@ -50,7 +50,7 @@ class Tracer:
         reasons = ("idle",) if idle_only else ladder.REASONS
         self._kernel = Kernel(filters, probe=probe, block=False, reasons=reasons)
         self._session = Session(self._kernel)
-        looked = Lookout(filters)
+        looked = Helper(filters)
         if connections:
             self._session.snapshots = Snapshots(lambda: looked.snapshot(0))
         self.lets: Callable[[Connection, Send], bool] = lambda _connection, _send: True

@@ -222,7 +222,7 @@ def test_starting_imports_nothing_heavy(code: str, heavy: str) -> None:
 A_TRACE: Final = """
 import os, socket, sys, numpy, pyarrow
 from cwndtrace import events
-from cwndtrace.capture.lookout import Lookout
+from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Batch
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.live import BlockFigures
@@ -230,7 +230,7 @@ from cwndtrace.store import CaptureWriter
 
 listener = socket.create_server(("127.0.0.1", 0))
 client = socket.create_connection(listener.getsockname())
-look = Lookout(Filters(port=listener.getsockname()[1], family=2, pid=os.getpid()))
+look = Helper(Filters(port=listener.getsockname()[1], family=2, pid=os.getpid()))
 writer, figures = CaptureWriter.create(sys.argv[1], {}), BlockFigures()
 writer.add("connections", look.snapshot(0)[0])
 for name in ("cwnd_reset", "block_io"):

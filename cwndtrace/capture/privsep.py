@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is looked at while a trace runs and takes power: other users' processes, other network namespaces.
 
-``Apart`` does it in a process of its own, so that the one that traces, writes and prints can give its power up. That
+``PrivilegedHelper`` does it in a process of its own, so that the one that traces, writes and prints can give its power up. That
 process is asked by fixed questions, and reads nothing but what the kernel says.
 """
 
@@ -39,14 +39,14 @@ _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Unanswered(CwndtraceError):
+class NoReply(CwndtraceError):
     """A question got no answer, and the trace can go on without."""
 
 
-class Lookout:
+class Helper:
     """Looks with the power of this process.
 
-    An answer is None where there was none (see ``Apart``); ``lacking`` says then what the trace goes on without.
+    An answer is None where there was none (see ``PrivilegedHelper``); ``lacking`` says then what the trace goes on without.
     """
 
     lacking: str | None = None
@@ -94,17 +94,17 @@ class Lookout:
         """Nothing is held."""
 
 
-_QUESTIONS: Final[dict[str, Callable[[Lookout, int], Any]]] = {
-    "snapshot": lambda look, offset: look.snapshot(offset),
-    "settings": lambda look, _: look.settings(),
-    "idle_sysctls": lambda look, _: look.idle_sysctls(),
-    "watched": lambda look, _: look.watched(),
-    "pid_sockets": lambda look, _: look.pid_sockets(),
-    "cgroup_ids": lambda look, _: look.cgroup_ids(),
+_QUESTIONS: Final[dict[str, Callable[[Helper, int], Any]]] = {
+    "snapshot": lambda helper, offset: helper.snapshot(offset),
+    "settings": lambda helper, _: helper.settings(),
+    "idle_sysctls": lambda helper, _: helper.idle_sysctls(),
+    "watched": lambda helper, _: helper.watched(),
+    "pid_sockets": lambda helper, _: helper.pid_sockets(),
+    "cgroup_ids": lambda helper, _: helper.cgroup_ids(),
 }
 
 
-class _Line:
+class _Channel:
     """One end of a pair of sockets; questions and answers have numbers, since an interrupt may lose an answer.
 
     Nothing waits for longer than ``patience_s``, and nobody again until the answer that is late has come.
@@ -122,7 +122,7 @@ class _Line:
                 same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", patience_s, 0))
 
     def ask(self, question: str, argument: int = 0) -> Any:
-        """The answer, which may be an exception. Raises Unanswered; EOFError or OSError where the line is broken."""
+        """The answer, which may be an exception. Raises NoReply; EOFError or OSError where the line is broken."""
         with self._lock:
             try:
                 if self._late:
@@ -139,13 +139,13 @@ class _Line:
         while True:
             if not self._end.poll(max(0.0, deadline - time.monotonic())):
                 self._late = True
-                raise Unanswered(f"didn't answer within {self._patience_s} s")
+                raise NoReply(f"didn't answer within {self._patience_s} s")
             try:
                 number, answer = self._end.recv()
             except (EOFError, OSError):
                 raise
             except Exception as e:  # an exception may be packed and not be unpacked
-                raise Unanswered(f"had an answer that can't be read: {type(e).__name__}") from e
+                raise NoReply(f"had an answer that can't be read: {type(e).__name__}") from e
             if number == self._number:
                 self._late = False
                 return answer
@@ -154,8 +154,8 @@ class _Line:
         self._end.close()
 
 
-class Apart(Lookout):
-    """A lookout in a process of its own, which goes on as ``user`` with ``privileges.LOOKING`` and nothing else.
+class PrivilegedHelper(Helper):
+    """A helper in a process of its own, which goes on as ``user`` with ``privileges.LOOKING`` and nothing else.
 
     To be made while this process has one thread, which lasts as long as it does, and holds nothing that a copy of it
     shouldn't. Should that process die or be stopped, answers are None from then on.
@@ -168,29 +168,29 @@ class Apart(Lookout):
         pairs = [context.Pipe() for _ in range(2)]
         ours, theirs = ([pair[i] for pair in pairs] for i in range(2))
         self._process = context.Process(
-            target=_look, args=(filters, user, os.getpid(), theirs, ours), name="lookout", daemon=True
+            target=_serve, args=(filters, user, os.getpid(), theirs, ours), name="helper", daemon=True
         )
-        start_deaf(self._process)
+        start_with_signals_blocked(self._process)
         for end in theirs:
             end.close()
-        self._slow, self._quick = (_Line(end, s) for end, s in zip(ours, (_SLOW_S, _QUICK_S), strict=True))
+        self._slow, self._quick = (_Channel(end, s) for end, s in zip(ours, (_SLOW_S, _QUICK_S), strict=True))
 
     @property
     def pid(self) -> int:
         """Of the process that looks."""
         return int(self._process.pid or 0)
 
-    def _ask(self, line: _Line, question: str, argument: int = 0) -> Any:
+    def _ask(self, line: _Channel, question: str, argument: int = 0) -> Any:
         """The answer; None where there was none, after ``lacking`` was set."""
         try:
             answer = line.ask(question, argument)
-        except Unanswered as e:
+        except NoReply as e:
             answer = e
         except BlockingIOError:
-            answer = Unanswered("was stopped in the midst of an answer")
+            answer = NoReply("was stopped in the midst of an answer")
         except (EOFError, OSError):
-            answer = Unanswered("was ended from outside (see dmesg for the reason)")
-        if isinstance(answer, Unanswered):
+            answer = NoReply("was ended from outside (see dmesg for the reason)")
+        if isinstance(answer, NoReply):
             if self.lacking is None:
                 self.lacking = f"the process that looks at connections for this one {answer.cause}; {self._without()}"
             return None
@@ -207,32 +207,32 @@ class Apart(Lookout):
         return f"the trace goes on without {', '.join(lost)}"
 
     def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
-        """As in Lookout."""
+        """As in Helper."""
         found: tuple[pa.Table, float] | None = self._ask(self._slow, "snapshot", utc_offset_ns)
         return found
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """As in Lookout."""
+        """As in Helper."""
         found: dict[str, dict[str, Any]] | None = self._ask(self._quick, "settings")
         return found or {}
 
     def idle_sysctls(self) -> list[tuple[netns.Namespace, int | None]]:
-        """As in Lookout."""
+        """As in Helper."""
         found: list[tuple[netns.Namespace, int | None]] | None = self._ask(self._quick, "idle_sysctls")
         return found or []
 
     def watched(self) -> tuple[bool, str | None] | None:
-        """As in Lookout."""
+        """As in Helper."""
         found: tuple[bool, str | None] | None = self._ask(self._quick, "watched")
         return found
 
     def pid_sockets(self) -> set[int] | None:
-        """As in Lookout."""
+        """As in Helper."""
         found: set[int] | None = self._ask(self._quick, "pid_sockets")
         return found
 
     def cgroup_ids(self) -> tuple[set[int], int] | None:
-        """As in Lookout."""
+        """As in Helper."""
         found: tuple[set[int], int] | None = self._ask(self._quick, "cgroup_ids")
         return found
 
@@ -245,8 +245,8 @@ class Apart(Lookout):
         self._process.join(_PATIENCE_S)
 
 
-def start_deaf(process: BaseProcess) -> None:
-    """Start a process that is to call ``outlive_signals``, so that no signal can come before it has."""
+def start_with_signals_blocked(process: BaseProcess) -> None:
+    """Start a process that is to call ``ignore_signals``, so that no signal can come before it has."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         process.start()
@@ -254,7 +254,7 @@ def start_deaf(process: BaseProcess) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlive_signals() -> None:
+def ignore_signals() -> None:
     """For a process that its parent ends: what a group, a terminal or a service gets isn't for it."""
     # An error of its own still ends it, and it can collect children.
     own = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
@@ -263,11 +263,11 @@ def outlive_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _look(
+def _serve(
     filters: Filters, user: privileges.User | None, parent: int, ends: list[Connection], others: list[Connection]
 ) -> None:
     """The process that looks: it ends with the one that asks, whatever its group gets."""
-    outlive_signals()
+    ignore_signals()
     for end in others:
         end.close()
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -278,21 +278,21 @@ def _look(
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return
-    look = Lookout(filters)
-    threads = [threading.Thread(target=_answer, args=(look, end), daemon=True) for end in ends]
+    helper = Helper(filters)
+    threads = [threading.Thread(target=_answer, args=(helper, end), daemon=True) for end in ends]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def _answer(look: Lookout, end: Connection) -> None:
+def _answer(helper: Helper, end: Connection) -> None:
     with end, suppress(EOFError, OSError, ValueError):
         while True:
             # Never unpickled: who asks has given its power up, and mustn't get this one's.
             number, question, argument = end.recv_bytes(_LONGEST_QUESTION).decode("ascii").split(" ")
             try:
-                answer = _QUESTIONS[question](look, int(argument))
+                answer = _QUESTIONS[question](helper, int(argument))
             except Exception as e:
                 answer = e
             end.send_bytes(_packed(int(number), answer))
@@ -303,4 +303,4 @@ def _packed(number: int, answer: object) -> bytes:
     try:
         return pickle.dumps((number, answer))
     except Exception as e:
-        return pickle.dumps((number, Unanswered(f"had an answer that can't be sent: {type(e).__name__}")))
+        return pickle.dumps((number, NoReply(f"had an answer that can't be sent: {type(e).__name__}")))

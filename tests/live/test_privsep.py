@@ -18,7 +18,7 @@ from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.tcp import stop, until
 from tests.live.test_interrupted import assert_complete
-from tests.live.test_privileges import FOR_SOMEBODY, children, home, lookout_of  # noqa: F401  (a fixture)
+from tests.live.test_privileges import FOR_SOMEBODY, children, helper_of, home  # noqa: F401  (a fixture)
 from tests.live.test_run import COMMAND, ENVIRONMENT, LONG_S, rest_once, running
 
 pytestmark = pytest.mark.live
@@ -68,13 +68,13 @@ def test_the_group_is_told_to_end(
         begun(path)
         rest_once(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "the reset")
-        (lookout,) = children(process.pid)
+        (helper,) = children(process.pid)
         os.killpg(process.pid, number)
     except BaseException:
         process.kill()
         raise
     assert_in_order(process, path, 1)
-    assert not Path(f"/proc/{lookout}").exists()
+    assert not Path(f"/proc/{helper}").exists()
 
 
 def test_timeout_ends_it(space: tcp.Space, tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ LACKS = "the process that looks at connections for this one {}; the trace goes o
 
 
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
-def test_the_lookout_is_killed(connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:  # noqa: F811
+def test_the_helper_is_killed(connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:  # noqa: F811
     """The trace goes on, and says once what it lacks, to who looks on and in the capture."""
     path, why = home / "a.cwnd", LACKS.format("was ended from outside (see dmesg for the reason)")
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path, before=before) as run:
-        os.kill(lookout_of(run), signal.SIGKILL)
+        os.kill(helper_of(run), signal.SIGKILL)
         run.wait_for(re.compile(re.escape(f"cwndtrace: {why}")), 20)
         rest_once(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
@@ -126,7 +126,7 @@ def test_it_is_killed_after_all_was_looked_at(space: tcp.Space, tmp_path: Path) 
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
         # It is stopped first, so that it finds out nothing of what happens between.
         stop(run.process.pid)
-        os.kill(lookout_of(run), signal.SIGKILL)
+        os.kill(helper_of(run), signal.SIGKILL)
         run.process.send_signal(signal.SIGINT)
         run.process.send_signal(signal.SIGCONT)
         code, _, said = run.end(None)
@@ -134,12 +134,12 @@ def test_it_is_killed_after_all_was_looked_at(space: tcp.Space, tmp_path: Path) 
     assert len(json.loads((tmp_path / "a.cwnd" / "meta.json").read_text())["lacking"]) == 1
 
 
-def test_the_lookout_stands_still(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_the_helper_stands_still(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     """A question waits for a while, none after it does, and neither does the end."""
     path = tmp_path / "a.cwnd"
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path) as run:
-        lookout = lookout_of(run)
-        stop(lookout)
+        helper = helper_of(run)
+        stop(helper)
         run.wait_for(re.compile(LACKS.format(r"didn't answer within \d+ s")), 60)
         rest_once(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
@@ -152,16 +152,16 @@ def test_the_lookout_stands_still(connect: Connect, space: tcp.Space, tmp_path: 
     assert (trace.status, len(trace.resets), len(trace.warnings)) == ("complete", 1, 1)
     # A summary takes a few seconds where the machine is busy; the last snapshot at most ten.
     assert took < 30
-    assert not Path(f"/proc/{lookout}").exists()
+    assert not Path(f"/proc/{helper}").exists()
 
 
 def test_it_answers_again(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     """What was stopped and goes on is asked anew."""
     path = tmp_path / "a.cwnd"
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path) as run:
-        stop(lookout_of(run))
+        stop(helper_of(run))
         run.wait_for(re.compile(LACKS.format(r"didn't answer within \d+ s")), 60)
-        os.kill(lookout_of(run), signal.SIGCONT)
+        os.kill(helper_of(run), signal.SIGCONT)
         connection = connect()
         seen = lambda: connection.sport in set(cwndtrace.load(path).connections["sport"])  # noqa: E731
         until(seen, 60, "the new connection in a snapshot")
