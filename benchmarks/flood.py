@@ -25,7 +25,7 @@ from cwndtrace.capture.session import Session, describe, ending
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.kernel import ladder
-from cwndtrace.store import Behind, CaptureWriter
+from cwndtrace.store import CaptureWriter, ThreadedWriter
 
 _WANTED = {
     "highest rate kept without loss": "at least 1,000,000 events/s",
@@ -67,7 +67,7 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
     snapshot(Filters(), 0)  # as run does: it loads what the first records would wait for
     with Session(Flooded(reasons=())) as session:
         kept_by = CaptureWriter.create(place, describe(session, Filters(), cwndtrace.__version__))
-        writer = Behind(kept_by)
+        writer = ThreadedWriter(kept_by)
         figures, done, rates = BlockFigures(), threading.Event(), list[float]()
 
         def flood() -> None:

@@ -243,7 +243,7 @@ def _wait_until_gone(threads: list[int]) -> None:
         time.sleep(0.0005)
 
 
-def few_threads() -> None:
+def limit_library_threads() -> None:
     """Keep libraries from starting threads as they are imported: ``drop`` couldn't reach those.
 
     Neither numpy's linear algebra nor Arrow's jemalloc, which isn't its allocator here, is used.

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from cwndtrace import privileges
 
-privileges.few_threads()  # before anything imports numpy or pyarrow
+privileges.limit_library_threads()  # before anything imports numpy or pyarrow
 
 # isort: split
 
@@ -18,7 +18,7 @@ import click
 
 import cwndtrace
 from cwndtrace.cli import systemd, user
-from cwndtrace.cli.output import hold_standard
+from cwndtrace.cli.output import reopen_std_fds
 from cwndtrace.encoding import print_all
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError, for_lack_of_memory, too_many_files
 
@@ -65,7 +65,7 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run it all; what is wrong with the command line is printed before a command is invoked."""
-        hold_standard()
+        reopen_std_fds()
         print_all()
         systemd.take()
         return super().main(*args, **options)

@@ -22,7 +22,7 @@ _MOST_WAITING: Final = 4 << 20
 _LOOK_S: Final = 0.1
 
 
-class Unprinted(Exception):
+class OutputError(Exception):
     """Something couldn't be printed; ``failed`` unless it was only that nobody reads any more."""
 
     def __init__(self, failed: bool) -> None:
@@ -30,7 +30,7 @@ class Unprinted(Exception):
         self.failed = failed
 
 
-def hold_standard() -> None:
+def reopen_std_fds() -> None:
     """Open what of stdin, stdout and stderr is closed, or the next file opened, a capture's, would be printed into."""
     for descriptor in range(3):
         try:
@@ -42,7 +42,7 @@ def hold_standard() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
-def nobody_reads(*descriptors: int) -> bool:
+def output_closed(*descriptors: int) -> bool:
     """Whether who read stdout (or these descriptors) has gone: a pipe's other end is closed, a terminal hung up."""
     poll = select.poll()
     for descriptor in descriptors or (1,):
@@ -62,7 +62,7 @@ def printing() -> Iterator[None]:
         sys.stderr.flush()
     except OSError as e:
         gone = e.errno in _GONE
-        broken = [d for d in (1, 2) if nobody_reads(d)] if gone else [1]
+        broken = [d for d in (1, 2) if output_closed(d)] if gone else [1]
         nowhere = os.open(os.devnull, os.O_WRONLY)
         # Python flushes both once more when it ends.
         for descriptor in broken:
@@ -70,10 +70,10 @@ def printing() -> Iterator[None]:
         os.close(nowhere)
         if not gone:
             click.echo(f"cwndtrace: what is printed can't be written: {e.strerror}; the trace ends.", err=True)
-        raise Unprinted(not gone) from e
+        raise OutputError(not gone) from e
 
 
-class _Paper:
+class _OutputThread:
     """A file that is printed to from a thread of its own, which the first text starts."""
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class _Paper:
         self._thread = threading.Thread(target=self._run, name="printer", daemon=True)
         self.failure: OSError | None = None
 
-    def put(self, descriptor: int, text: bytes, *, whatever: bool = False) -> bool:
-        """Take a text if not too much is waiting, or ``whatever`` there is; says whether."""
+    def put(self, descriptor: int, text: bytes, *, force: bool = False) -> bool:
+        """Take a text if not too much is waiting, or ``force`` there is; says whether."""
         with self._changed:
-            if self._size + len(text) > _MOST_WAITING and not whatever:
+            if self._size + len(text) > _MOST_WAITING and not force:
                 return False
             self._texts.append((descriptor, text))
             self._size += len(text)
@@ -124,12 +124,12 @@ class _Paper:
                 self.failure = e
 
 
-class _Later(io.TextIOBase):
-    """Stands for a stream and gives its texts to a ``_Paper``; ``unprinted`` is the line that stands for so many."""
+class _QueuedStream(io.TextIOBase):
+    """Stands for a stream and gives its texts to a ``_OutputThread``; ``unprinted`` is the line that stands for so many."""
 
-    def __init__(self, stream: TextIO, paper: _Paper, unprinted: Callable[[int], str], *, tells: bool) -> None:
+    def __init__(self, stream: TextIO, thread: _OutputThread, unprinted: Callable[[int], str], *, tells: bool) -> None:
         self._stream = stream
-        self._paper = paper
+        self._thread_of = thread
         self._unprinted = unprinted
         self._tells = tells
         self._dropped = 0
@@ -159,22 +159,22 @@ class _Later(io.TextIOBase):
             self._dropped += text.count("\n")
         return len(text)
 
-    def _put(self, text: str, *, whatever: bool = False) -> bool:
-        return self._paper.put(self.fileno(), text.encode(self.encoding, "replace"), whatever=whatever)
+    def _put(self, text: str, *, force: bool = False) -> bool:
+        return self._thread_of.put(self.fileno(), text.encode(self.encoding, "replace"), force=force)
 
     def flush(self) -> None:
         """Raise what printing failed with, once."""
-        if self._tells and self._paper.failure is not None:
+        if self._tells and self._thread_of.failure is not None:
             self._tells = False
-            raise self._paper.failure
+            raise self._thread_of.failure
 
     def close(self) -> None:
         """Without a flush: what Python 3.13 closes as garbage shows a traceback of what that raises."""
 
     def finish(self, hurried: Callable[[], bool]) -> None:
         if self._dropped:
-            self._put(f"{self._unprinted(self._dropped)}\n", whatever=True)
-        while not self._paper.printed(_LOOK_S):
+            self._put(f"{self._unprinted(self._dropped)}\n", force=True)
+        while not self._thread_of.printed(_LOOK_S):
             if hurried():
                 with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
                     os.dup2(nowhere.fileno(), self.fileno())
@@ -182,7 +182,7 @@ class _Later(io.TextIOBase):
 
 
 @contextmanager
-def printing_behind(unprinted: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
+def buffered_output(unprinted: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
     """While it is entered, printing never waits: a stopped terminal, or a slow reader, holds up nothing but itself.
 
     A few megabytes of text are held; of more, whole texts are dropped, and a line of ``unprinted`` says of how many
@@ -191,13 +191,13 @@ def printing_behind(unprinted: Callable[[int], str], hurried: Callable[[], bool]
     nobody's business.
     """
     old = sys.stdout, sys.stderr
-    papers: dict[tuple[int, int], _Paper] = {}
+    threads: dict[tuple[int, int], _OutputThread] = {}
     new = []
     for stream in old:
         file = os.fstat(stream.fileno())
         # One for both if they are the same terminal: what is printed keeps its order.
-        paper = papers.setdefault((file.st_dev, file.st_ino), _Paper())
-        new.append(_Later(stream, paper, unprinted, tells=stream is old[0]))
+        thread = threads.setdefault((file.st_dev, file.st_ino), _OutputThread())
+        new.append(_QueuedStream(stream, thread, unprinted, tells=stream is old[0]))
     sys.stdout, sys.stderr = new
     try:
         yield

@@ -20,12 +20,12 @@ from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
 from cwndtrace.cli import options, systemd, user, waiting
 from cwndtrace.cli.live import JsonView, TextView
-from cwndtrace.cli.output import Unprinted, nobody_reads, printing, printing_behind
+from cwndtrace.cli.output import OutputError, output_closed, printing, buffered_output
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError
 from cwndtrace.events import clean
-from cwndtrace.store import Behind, CaptureWriter
+from cwndtrace.store import CaptureWriter, ThreadedWriter
 from cwndtrace.store.writer import FLUSH_SECONDS, refuse_place
 
 
@@ -89,14 +89,14 @@ def run(
     with sessions.Interrupt() as interrupt:
         with stream.open_session(filters, probe=probe, block=block is not False, privsep=not stay_root) as session:
             about = sessions.describe(session, filters, cwndtrace.__version__)
-            writer = Behind(CaptureWriter.create(output, about, user=owner))
+            writer = ThreadedWriter(CaptureWriter.create(output, about, user=owner))
             view: TextView | JsonView
             if as_json:
                 view = JsonView(session, print_block=bool(block))
             else:
                 view = TextView(session, print_block=bool(block), quiet=quiet)
             try:
-                with printing_behind(view.unprinted, lambda: interrupt.hurried):
+                with buffered_output(view.unprinted, lambda: interrupt.hurried):
                     if not stay_root:
                         _drop(session, owner, quiet=quiet)
                     if not quiet:
@@ -104,14 +104,14 @@ def run(
                     watch = Watch(session, filters, iface)
                     saver = Saver(writer, session, stop=unwritable == "stop")
                     failed = trace(session, saver, view, interrupt, watch, duration=duration, what=what, quiet=quiet)
-            except Unprinted as e:
+            except OutputError as e:
                 failed = e.failed
             finally:
                 writer.close("failed")  # does nothing if it is closed already
         if stay_root:
             # Nothing needs it any more, and the capture's owner could lead its reading elsewhere.
             privileges.drop(owner)
-        with suppress(Unprinted), printing():
+        with suppress(OutputError), printing():
             if not interrupt.hurried:
                 # Here and not above: it takes pandas, which would hold up the start.
                 from cwndtrace.trace import Trace
@@ -121,7 +121,7 @@ def run(
                     JsonView.write(summary_object(trace_file, session, view.block))
                 else:
                     print_summary(trace_file, session, view.block)
-        with suppress(Unprinted), printing():
+        with suppress(OutputError), printing():
             if not quiet:
                 _say_what_next(output)
     if failed:
@@ -138,7 +138,7 @@ def _say_what_next(output: Path) -> None:
 def _say_what(session: Session, what: str, *, verbose: bool) -> None:
     seen = ", ".join(f"{reason} by {rung}" for reason, rung in session.source.rungs.items() if rung)
     unseen = ", ".join(reason for reason, rung in session.source.rungs.items() if not rung)
-    with suppress(Unprinted), printing():
+    with suppress(OutputError), printing():
         echo_prose(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
         if verbose:
             for reason, tried in session.source.tried.items():
@@ -157,7 +157,7 @@ def _drop(session: Session, owner: privileges.User | None, *, quiet: bool) -> No
 class Saver:
     """Writes what is due. A disk that refuses is said once, and ends the trace only if ``stop``."""
 
-    def __init__(self, writer: Behind | CaptureWriter, session: Session, *, stop: bool) -> None:
+    def __init__(self, writer: ThreadedWriter | CaptureWriter, session: Session, *, stop: bool) -> None:
         self.writer = writer
         self._session = session
         self._stop = stop
@@ -242,11 +242,11 @@ def trace(
                         echo_prose(f"warning: {fmt.left_out(kind, number)}", err=True)
                 saver.save()
                 view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
-            if nobody_reads():
+            if output_closed():
                 # As at the end of a script that started this one: that ends the trace like Ctrl-C.
                 break
         status = "complete"
-    except Unprinted as e:
+    except OutputError as e:
         status, unprinted = "complete", e.failed
     finally:
         systemd.tell("STOPPING=1")
@@ -254,7 +254,7 @@ def trace(
             last = session.finish()
             for batch in last:
                 saver.writer.add(batch.event, batch.rows)
-            with suppress(Unprinted), printing():
+            with suppress(OutputError), printing():
                 for batch in last:
                     view.batch(batch)
                 view.tick("", last=True)
@@ -264,7 +264,7 @@ def trace(
             raise
         finally:
             saver.writer.close(status, **sessions.ending(session))
-            with suppress(Unprinted), printing():
+            with suppress(OutputError), printing():
                 saver.say_lacking()
     return unprinted
 

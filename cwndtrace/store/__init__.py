@@ -6,9 +6,9 @@ flushed to the device and then renamed. A writer that is killed, or whose disk f
 that it still held in memory and nothing else.
 """
 
-from cwndtrace.store.behind import Behind
 from cwndtrace.store.layout import SCHEMA_VERSION
 from cwndtrace.store.reader import MOST_ROWS, Capture, open_capture
 from cwndtrace.store.writer import CaptureWriter
+from cwndtrace.store.writer_thread import ThreadedWriter
 
-__all__ = ["MOST_ROWS", "SCHEMA_VERSION", "Behind", "Capture", "CaptureWriter", "open_capture"]
+__all__ = ["MOST_ROWS", "SCHEMA_VERSION", "Capture", "CaptureWriter", "ThreadedWriter", "open_capture"]

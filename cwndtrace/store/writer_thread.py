@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a capture behind the back of who traces: a slow disk then costs no records."""
+"""Writes a capture on a thread of its own, so that a slow disk costs no records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
 _SOONEST_S: Final = 0.05
 
 
-class Behind:
+class ThreadedWriter:
     """A ``CaptureWriter`` on a thread of its own, which the first row starts; the calls are those of the writer.
 
     Who adds never waits. Rows that the thread hasn't taken are at most BUFFER_ROWS; beyond that they are dropped and

@@ -13,7 +13,7 @@ import pytest
 
 from cwndtrace import events
 from cwndtrace.errors import CaptureError
-from cwndtrace.store import Behind, CaptureWriter, behind, open_capture
+from cwndtrace.store import CaptureWriter, ThreadedWriter, open_capture, writer_thread
 
 
 def rows(number: int) -> pa.Table:
@@ -21,7 +21,7 @@ def rows(number: int) -> pa.Table:
 
 
 def test_all_that_was_added_is_on_disk_after_close(tmp_path: Path) -> None:
-    writer = Behind(CaptureWriter.create(tmp_path / "a.cwnd", {}))
+    writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     for number in (1, 20, 300):
         writer.add("block_io", rows(number))
     writer.close("complete", ended="now")
@@ -32,7 +32,7 @@ def test_all_that_was_added_is_on_disk_after_close(tmp_path: Path) -> None:
 
 def test_one_that_got_nothing_starts_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
-    writer = Behind(CaptureWriter.create(tmp_path / "a.cwnd", {}))
+    writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     writer.flush()
     assert threading.active_count() == before
     writer.close()
@@ -40,11 +40,11 @@ def test_one_that_got_nothing_starts_no_thread(tmp_path: Path) -> None:
 
 
 def test_who_adds_never_waits_and_what_is_too_much_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(behind, "BUFFER_ROWS", 100)
+    monkeypatch.setattr(writer_thread, "BUFFER_ROWS", 100)
     held, inner = threading.Event(), CaptureWriter.create(tmp_path / "a.cwnd", {})
     real = inner.add
     monkeypatch.setattr(inner, "add", lambda table, data: (held.wait(30), real(table, data)))
-    writer = Behind(inner)
+    writer = ThreadedWriter(inner)
     for _ in range(3):
         writer.add("block_io", rows(40))
     held.set()
@@ -63,7 +63,7 @@ def test_a_disk_that_refuses_is_told_until_it_takes_again(tmp_path: Path, monkey
         raise CaptureError("full", "free some")
 
     monkeypatch.setattr(inner, "flush", refuse)
-    writer = Behind(inner)
+    writer = ThreadedWriter(inner)
     writer.add("block_io", rows(5))
     assert refused.wait(30)
     refused.clear()
@@ -84,7 +84,7 @@ def test_a_disk_that_refuses_is_told_until_it_takes_again(tmp_path: Path, monkey
 
 
 def test_what_is_no_fault_of_the_disk_ends_the_trace(tmp_path: Path) -> None:
-    writer = Behind(CaptureWriter.create(tmp_path / "a.cwnd", {}))
+    writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     writer.add("nothing of ours", rows(1))
     with pytest.raises(ValueError, match="isn't a table"):
         writer.close()
