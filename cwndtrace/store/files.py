@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cwndtrace.format import plural
-from cwndtrace.store import pages
-from cwndtrace.store.pages import Refused, Told
+from cwndtrace.store import parquet_limits
+from cwndtrace.store.parquet_limits import Told, UnsafeFile
 
 MOST_META: Final = 16 << 20
 """Bytes of meta.json; a namespace takes about 200, a part 35."""
@@ -31,20 +31,20 @@ MOST_PARTS: Final = 100_000
 
 @contextmanager
 def plain(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, opened by its own name, and its size in bytes. Raises OSError, and Refused for anything else."""
+    """A regular file, opened by its own name, and its size in bytes. Raises OSError, and UnsafeFile for anything else."""
     try:
         # Not to wait for a writer, where it is a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Refused("it is a symbolic link") from error
+            raise UnsafeFile("it is a symbolic link") from error
         if error.errno == errno.ENXIO:
-            raise Refused("it is no regular file") from error
+            raise UnsafeFile("it is no regular file") from error
         raise
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise Refused("it is no regular file")
+            raise UnsafeFile("it is no regular file")
         yield file, status.st_size
 
 
@@ -52,30 +52,30 @@ def meta(path: Path) -> bytes:
     """The bytes of meta.json, which ask for no more memory than what they may say is worth."""
     with plain(path) as (file, size):
         if size > MOST_META:
-            raise Refused(f"it has {plural(size, 'byte')}, and {MOST_META:,} are the most")
+            raise UnsafeFile(f"it has {plural(size, 'byte')}, and {MOST_META:,} are the most")
         raw = file.read(MOST_META)
     # Each value but the first of a list or a mapping has a comma before it. Some are in texts: never mind.
     if sum(raw.count(each) for each in (b",", b"[", b"{")) > MOST_VALUES:
-        raise Refused(f"it holds more than {MOST_VALUES:,} values")
+        raise UnsafeFile(f"it holds more than {MOST_VALUES:,} values")
     return raw
 
 
 def parts(folder: Path) -> list[Path]:
-    """The parts in the folder of a table; none where that is a link. Raises Refused where there are too many."""
+    """The parts in the folder of a table; none where that is a link. Raises UnsafeFile where there are too many."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
         names = [entry.name for entry in islice(entries, MOST_PARTS + 1)]
     if len(names) > MOST_PARTS:
-        raise Refused(f"more than {MOST_PARTS:,} parts are too many")
+        raise UnsafeFile(f"more than {MOST_PARTS:,} parts are too many")
     return [folder / name for name in sorted(names) if name.endswith(".parquet") and not name.startswith((".", "_"))]
 
 
 @contextmanager
 def parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """A part, opened; its memory is bounded. Raises what pyarrow raises, OSError and Refused."""
+    """A part, opened; its memory is bounded. Raises what pyarrow raises, OSError and UnsafeFile."""
     with plain(path) as (file, size):
-        texts = pages.check(file, size)
+        texts = parquet_limits.check(file, size)
         with (
             _native(file) as source,
             pq.ParquetFile(source, read_dictionary=texts, page_checksum_verification=True) as opened,
@@ -84,9 +84,9 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def told(path: Path) -> Told:
-    """What a part says of itself in its footer. Raises OSError and Refused."""
+    """What a part says of itself in its footer. Raises OSError and UnsafeFile."""
     with plain(path) as (file, size):
-        return pages.told(file, size)
+        return parquet_limits.told(file, size)
 
 
 def _native(file: BinaryIO) -> pa.NativeFile:
@@ -101,12 +101,12 @@ def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Tab
     names = [name for name in schema.names if columns is None or name in columns]
     # As Arrow will hold them: by the schema that a part may bring along, values are wider than their pages tell.
     width = sum(kind.bit_width // 8 if _fixed(kind) else _POINTER for kind in (schema.field(n).type for n in names))
-    if opened.metadata.num_rows * width > pages.MOST_BYTES:
-        raise Refused(f"its rows would take more than {pages.MOST_BYTES:,} bytes")
+    if opened.metadata.num_rows * width > parquet_limits.MOST_BYTES:
+        raise UnsafeFile(f"its rows would take more than {parquet_limits.MOST_BYTES:,} bytes")
     # By this thread alone. Where there is no memory for another one of Arrow's, it frees what those before still use.
     table = opened.read(names, use_threads=False)
-    if len(table) * sum(map(_longest_text, table.columns)) > pages.MOST_BYTES:
-        raise Refused(f"its texts, written out, would take more than {pages.MOST_BYTES:,} bytes")
+    if len(table) * sum(map(_longest_text, table.columns)) > parquet_limits.MOST_BYTES:
+        raise UnsafeFile(f"its texts, written out, would take more than {parquet_limits.MOST_BYTES:,} bytes")
     # Indices outside of their dictionary, text that is no UTF-8: not looked at while reading.
     table.validate(full=True)
     return table

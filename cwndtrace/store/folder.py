@@ -23,7 +23,7 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 _LINKS: Final = 40  # as many as the kernel follows
 
 
-class Stranger(OSError):
+class UnsafePath(OSError):
     """A symbolic link on the way, or the folder itself, is somebody else's."""
 
 
@@ -51,7 +51,7 @@ class Folder:
                 try:
                     owner = user.uid if user else os.geteuid()
                     if os.fstat(descriptor).st_uid != owner or os.listdir(descriptor):  # noqa: PTH208  (by descriptor)
-                        raise Stranger(errno.EPERM, "somebody put another folder in its place")
+                        raise UnsafePath(errno.EPERM, "somebody put another folder in its place")
                     os.fchmod(descriptor, 0o700)
                     _sync(parent)
                 except BaseException:
@@ -150,7 +150,7 @@ def _make_in(parent: int, name: str) -> None:
 
 
 def _reach(path: Path) -> int:
-    """A descriptor of the folder ``path``; symbolic links on the way are root's or ours, others raise Stranger."""
+    """A descriptor of the folder ``path``; symbolic links on the way are root's or ours, others raise UnsafePath."""
     trusted = {0, _file_system_uid()}
     left = list(reversed(path.parts))
     at = os.open(".", _STEP)
@@ -168,7 +168,7 @@ def _reach(path: Path) -> int:
                 if links > _LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
                 if status.st_uid not in trusted:
-                    raise Stranger(errno.EPERM, f"a symbolic link on the way is user {status.st_uid}'s")
+                    raise UnsafePath(errno.EPERM, f"a symbolic link on the way is user {status.st_uid}'s")
                 left += reversed(PurePath(os.readlink("", dir_fd=step)).parts)
             finally:
                 os.close(step)

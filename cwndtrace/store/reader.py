@@ -18,7 +18,7 @@ from cwndtrace.errors import CaptureError, for_lack_of_memory
 from cwndtrace.format import plural
 from cwndtrace.store import files
 from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
-from cwndtrace.store.pages import Refused, Told
+from cwndtrace.store.parquet_limits import Told, UnsafeFile
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
@@ -152,10 +152,10 @@ class Capture:
     def _parts(self, name: str) -> list[Path]:
         folder = self.path / name
         if folder.is_symlink():
-            self._warn(folder, Refused("it is a symbolic link"))
+            self._warn(folder, UnsafeFile("it is a symbolic link"))
         try:
             return files.parts(folder)
-        except Refused as error:
+        except UnsafeFile as error:
             raise CaptureError(f"{show(folder)} can't be read: {error}.", "Give another capture.") from error
 
     def _each(
@@ -283,7 +283,7 @@ def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
     columns = [data.column(f.name).cast(f.type) if f.name in present else pa.nulls(len(data), f.type) for f in known]
     for name in present & set(known.names) - events.MAY_BE_NULL:
         if data.column(name).null_count:
-            raise Refused(f"values of {name} are missing")
+            raise UnsafeFile(f"values of {name} are missing")
     for column in columns:
         if pa.types.is_timestamp(column.type):
             # Raises for times that no kernel's nanoseconds can tell, and that pandas couldn't show.

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from cwndtrace import events, privileges
 from cwndtrace.errors import CaptureError
 from cwndtrace.format import plural
-from cwndtrace.store.folder import Folder, Stranger, refuse
+from cwndtrace.store.folder import Folder, UnsafePath, refuse
 from cwndtrace.store.layout import (
     META,
     MOST_PART_ROWS,
@@ -299,7 +299,7 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         cause = f"The folder {show(path.parent)} doesn't exist."
         raise CaptureError(cause, "Make it, or choose another place with -o.") from None
-    except Stranger as error:
+    except UnsafePath as error:
         cause = f"{show(path)} can't be made safely: {error.strerror}."
         raise CaptureError(cause, "Give its real place, where nobody else can rename things, with -o.") from error
     except OSError as error:

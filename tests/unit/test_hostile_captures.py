@@ -31,7 +31,7 @@ from cwndtrace.capture.replay import Replay
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot import staircase, timeline
 from cwndtrace.report import content
-from cwndtrace.store import files, pages
+from cwndtrace.store import files, parquet_limits
 from tests import fuzz
 from tests.unit import frames
 
@@ -223,7 +223,7 @@ def test_rows_that_take_no_place_in_the_file(capture: Path) -> None:
 
 
 def test_a_page_that_unpacks_to_far_more(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MOST_BYTES", 100 << 20)
+    monkeypatch.setattr(parquet_limits, "MOST_BYTES", 100 << 20)
     part = write(capture, pa.table({"comm": [b"\0" * (40 << 20)] * 3}), use_dictionary=False, compression="zstd")
     assert part.stat().st_size < 100_000
     assert "its pages would unpack to more than" in refused(capture)[0]
@@ -231,7 +231,7 @@ def test_a_page_that_unpacks_to_far_more(capture: Path, monkeypatch: pytest.Monk
 
 def test_a_page_that_lies_about_its_size(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = write(capture, pa.table({"tgid": list(range(100_000))}), use_dictionary=False, compression="none")
-    monkeypatch.setattr(pages, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(parquet_limits, "MOST_BYTES", 1_000_000)
     with files.parquet(part):
         pass
     raw = bytearray(part.read_bytes())
@@ -239,7 +239,7 @@ def test_a_page_that_lies_about_its_size(capture: Path, monkeypatch: pytest.Monk
     assert (raw[4], raw[6], raw[7] & raw[8] & 0x80) == (0x15, 0x15, 0x80)
     raw[7:10] = b"\xfe\xff\x7f"
     part.write_bytes(raw)
-    with pytest.raises(pages.Refused, match="its pages would unpack to more than"), files.parquet(part):
+    with pytest.raises(parquet_limits.UnsafeFile, match="its pages would unpack to more than"), files.parquet(part):
         pass
 
 
@@ -274,8 +274,8 @@ def test_metadata_without_end(capture: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("seed", range(200))
 def test_any_thrift(seed: int) -> None:
     rng = random.Random(seed)
-    thrift = pages.Thrift(rng.randbytes(rng.randrange(200)))
-    with suppress(pages.Refused):
+    thrift = parquet_limits.Thrift(rng.randbytes(rng.randrange(200)))
+    with suppress(parquet_limits.UnsafeFile):
         assert isinstance(thrift.struct(), dict)
         assert thrift.at <= 200
 
@@ -286,15 +286,15 @@ def test_the_headers_that_pyarrow_writes_are_read_to_their_end(capture: Path) ->
         part = write(capture, table, data_page_size=1000, **options)
         meta = pq.read_metadata(part)
         with files.plain(part) as (file, size):
-            footer = pages.Thrift(pages._footer(file, size)).struct()
+            footer = parquet_limits.Thrift(parquet_limits._footer(file, size)).struct()
             for index, chunk in enumerate(footer[4][0][1]):
                 known = meta.row_group(0).column(index)
                 assert (chunk[3][9], chunk[3][7]) == (known.data_page_offset, known.total_compressed_size)
                 # The footer counts the headers too, so it is a little more.
-                work = pages._Work()
-                pages._unpacked(file, *pages._place(size, chunk[3]), work)
+                work = parquet_limits._Work()
+                parquet_limits._unpacked(file, *parquet_limits._place(size, chunk[3]), work)
                 assert 0 <= known.total_uncompressed_size - work.unpacked < known.total_uncompressed_size * 0.5 + 200
-            names = [name for name, _ in pages._columns(footer)]
+            names = [name for name, _ in parquet_limits._columns(footer)]
             assert (names, footer[3]) == (meta.schema.names, meta.num_rows)
 
 

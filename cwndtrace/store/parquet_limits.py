@@ -43,7 +43,7 @@ Fields = dict[int, Any]
 """A Thrift struct: its fields by number."""
 
 
-class Refused(ValueError):
+class UnsafeFile(ValueError):
     """A part that may not be read, and why."""
 
 
@@ -58,13 +58,13 @@ class Told:
 
 
 def check(file: BinaryIO, size: int) -> list[str]:
-    """Columns of text, to be read as dictionaries. Raises Refused for what isn't Parquet or asks for too much."""
+    """Columns of text, to be read as dictionaries. Raises UnsafeFile for what isn't Parquet or asks for too much."""
     footer = Thrift(_footer(file, size)).struct()
     with _complete():
         columns, _ = _sound(footer)
         chunks = sorted(_place(size, chunk[3]) for group in footer[4] for chunk in group[1])
         if any(end > begin for (_, end), (begin, _) in pairwise(chunks)):
-            raise Refused("its columns lie in each other")
+            raise UnsafeFile("its columns lie in each other")
         work = _Work()
         for begin, end in chunks:
             _unpacked(file, begin, end, work)
@@ -72,7 +72,7 @@ def check(file: BinaryIO, size: int) -> list[str]:
 
 
 def told(file: BinaryIO, size: int) -> Told:
-    """What the footer says; the pages aren't looked at. Raises Refused as ``check`` does."""
+    """What the footer says; the pages aren't looked at. Raises UnsafeFile as ``check`` does."""
     raw = _footer(file, size)
     with _complete():
         columns, rows = _sound(Thrift(raw).struct())
@@ -81,25 +81,25 @@ def told(file: BinaryIO, size: int) -> Told:
 
 @contextmanager
 def _complete() -> Iterator[None]:
-    """Raises Refused where what is read in it isn't there, or is something else."""
+    """Raises UnsafeFile where what is read in it isn't there, or is something else."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
-        raise Refused("its footer lacks what a footer has") from None
+        raise UnsafeFile("its footer lacks what a footer has") from None
 
 
 def _sound(footer: Fields) -> tuple[list[tuple[str, int]], int]:
     """Name and type of each column, and the number of rows."""
     columns, groups = _columns(footer), list(footer[4])
     if len(columns) > _MOST_COLUMNS or len(groups) > _MOST_GROUPS:
-        raise Refused(f"{plural(len(columns), 'column')} in {plural(len(groups), 'group')} are too many")
+        raise UnsafeFile(f"{plural(len(columns), 'column')} in {plural(len(groups), 'group')} are too many")
     if any(group[3] < 0 or len(group[1]) != len(columns) for group in groups):
-        raise Refused("its groups of rows don't agree with its footer")
+        raise UnsafeFile("its groups of rows don't agree with its footer")
     found = sum(group[3] for group in groups)
     if found != footer[3]:
-        raise Refused("its footer counts other rows than its groups")
+        raise UnsafeFile("its footer counts other rows than its groups")
     if found > MOST_PART_ROWS:
-        raise Refused(f"it says that it holds {plural(found, 'row')}, a part has {MOST_PART_ROWS:,} at most")
+        raise UnsafeFile(f"it says that it holds {plural(found, 'row')}, a part has {MOST_PART_ROWS:,} at most")
     return columns, found
 
 
@@ -108,7 +108,7 @@ def _footer(file: BinaryIO, size: int) -> bytes:
     file.seek(max(0, size - 8))
     length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
     if size < 12 or magic != b"PAR1" or length > min(size - 12, _MOST_FOOTER):
-        raise Refused("it has no footer of Parquet")
+        raise UnsafeFile("it has no footer of Parquet")
     file.seek(size - 8 - length)
     return file.read(length)
 
@@ -117,14 +117,14 @@ def _columns(footer: Fields) -> list[tuple[str, int]]:
     """Name and type of each column; all lie side by side."""
     root, *elements = footer[2]
     if root.get(5) != len(elements):
-        raise Refused("its columns are nested")
+        raise UnsafeFile("its columns are nested")
     found = []
     for element in elements:
         name, kind = element[4].decode("utf-8"), element.get(1)
         if element.get(5) or element.get(3) == _REPEATED or kind is None:
-            raise Refused(f"column {name} is nested")
+            raise UnsafeFile(f"column {name} is nested")
         if not 0 <= kind <= _TEXT:
-            raise Refused(f"column {name} is of type {_TYPES[kind] if 0 <= kind < len(_TYPES) else kind}")
+            raise UnsafeFile(f"column {name} is of type {_TYPES[kind] if 0 <= kind < len(_TYPES) else kind}")
         found.append((name, kind))
     return found
 
@@ -136,7 +136,7 @@ def _place(size: int, chunk: Fields) -> tuple[int, int]:
         at = min(at, dictionary)
     end = at + chunk[7]
     if not 0 <= at <= end <= size:
-        raise Refused("a column lies outside of the file")
+        raise UnsafeFile("a column lies outside of the file")
     return at, end
 
 
@@ -151,28 +151,28 @@ class _Work:
     def add(self, header: int, unpacked: int) -> None:
         self.pages, self.headers, self.unpacked = self.pages + 1, self.headers + header, self.unpacked + unpacked
         if self.pages > MOST_PAGES or self.headers > _MOST_HEADERS:
-            raise Refused(
+            raise UnsafeFile(
                 f"it has more than {MOST_PAGES:,} pages, or more of their headers than {_MOST_HEADERS:,} bytes"
             )
         if unpacked > _MOST_PAGE or self.unpacked > MOST_BYTES:
-            raise Refused(f"its pages would unpack to more than {MOST_BYTES:,} bytes, or one to {_MOST_PAGE:,}")
+            raise UnsafeFile(f"its pages would unpack to more than {MOST_BYTES:,} bytes, or one to {_MOST_PAGE:,}")
 
 
 def _unpacked(file: BinaryIO, at: int, end: int, work: _Work) -> None:
-    """Add the pages between two places to ``work``. Raises Refused where that is too much."""
+    """Add the pages between two places to ``work``. Raises UnsafeFile where that is too much."""
     while at < end:
         file.seek(at)
         header = Thrift(file.read(min(_LONGEST_HEADER, end - at)))
         fields = header.struct()
         unpacked, packed = fields[2], fields[3]
         if unpacked < 0 or packed < 0:
-            raise Refused("a page has a negative size")
+            raise UnsafeFile("a page has a negative size")
         work.add(header.at, unpacked)
         at += header.at + packed
 
 
 class Thrift:
-    """Reads the compact protocol; ``at`` is where it stands. Raises Refused for what isn't it."""
+    """Reads the compact protocol; ``at`` is where it stands. Raises UnsafeFile for what isn't it."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
@@ -183,7 +183,7 @@ class Thrift:
         try:
             return self._struct(0)
         except IndexError:
-            raise Refused("what it says of itself is cut off") from None
+            raise UnsafeFile("what it says of itself is cut off") from None
 
     def _byte(self) -> int:
         self.at += 1
@@ -203,7 +203,7 @@ class Thrift:
             if byte < 0x80:
                 return value
             if shift > 63:
-                raise Refused("it holds a number without end")
+                raise UnsafeFile("it holds a number without end")
 
     def _signed(self) -> int:
         value = self._number()
@@ -217,7 +217,7 @@ class Thrift:
 
     def _struct(self, depth: int) -> Fields:
         if depth > _DEEPEST:
-            raise Refused("it is nested too deep")
+            raise UnsafeFile("it is nested too deep")
         found: Fields = {}
         field = 0
         while byte := self._byte():
@@ -246,4 +246,4 @@ class Thrift:
             return self._byte()
         if kind == 7:
             return self._bytes(8)
-        raise Refused(f"it holds a value of kind {kind}")
+        raise UnsafeFile(f"it holds a value of kind {kind}")
