@@ -27,7 +27,7 @@ from benchmarks.common import (
     paired,
     status,
 )
-from cwndtrace.capture import image
+from cwndtrace.capture import program_cache
 from tests.live.test_overload import children
 
 _WANTED = {
@@ -58,7 +58,7 @@ def attached_s(*command: str, ready: str) -> float:
 def cwndtrace_s(fresh: bool = False) -> float:
     """The same of ``cwndtrace run``; ``fresh`` as on its very first start."""
     if fresh:
-        shutil.rmtree(image.FOLDER, ignore_errors=True)
+        shutil.rmtree(program_cache.FOLDER, ignore_errors=True)
     with folder() as place:
         return attached_s(*COMMAND, "run", "-o", str(place / "a.cwnd"), ready="Tracing ")
 

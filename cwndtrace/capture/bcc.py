@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from cwndtrace import privileges
-from cwndtrace.capture import image
+from cwndtrace.capture import program_cache
 from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.privsep import Helper, ignore_signals, start_with_signals_blocked
 from cwndtrace.capture.program import Program, map_uses
@@ -147,11 +147,11 @@ def _program(sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[s
     flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}"]
     # clang asks the kernel which instructions it knows, so that the kernel's name is a part of the key too.
     told = (text, *flags, str(os.uname()))
-    key = image.key(*(part.encode() for part in told), _headers(), _compiler())
-    made = image.load(key)
+    key = program_cache.key(*(part.encode() for part in told), _headers(), _compiler())
+    made = program_cache.load(key)
     if made is None:
         made = _compile_apart(text, [*flags, f"-I{folder}"], sources[-1])
-        image.keep(key, made)
+        program_cache.keep(key, made)
     return Program(made)
 
 
@@ -179,7 +179,7 @@ def _library() -> Any:
     return module().libbcc.lib
 
 
-def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
+def _compile_apart(text: str, flags: list[str], name: str) -> program_cache.Image:
     """``_compile`` in a process of its own, or a trace would keep the compiler's 100 MB for as long as it lasts."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
@@ -193,7 +193,7 @@ def _compile_apart(text: str, flags: list[str], name: str) -> image.Image:
     finally:
         ours.close()
         process.join()
-    if isinstance(found, image.Image):
+    if isinstance(found, program_cache.Image):
         return found
     kind, cause, remedy = found
     raise kind(cause, remedy)
@@ -225,7 +225,7 @@ def _quiet() -> Iterator[list[str]]:
             said.append(file.read().decode("utf-8", "replace").strip())
 
 
-def _compile(text: str, flags: list[str], name: str) -> image.Image:
+def _compile(text: str, flags: list[str], name: str) -> program_cache.Image:
     """The programs and maps of ``text``; raises BccError where it doesn't compile."""
     # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
     os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir() / "compat")
@@ -254,12 +254,12 @@ def _fdinfo(fd: int, name: str) -> int:
     return int(match[1], 0) if match else 0
 
 
-def _taken(made: Any) -> image.Image:
+def _taken(made: Any) -> program_cache.Image:
     """What bcc made, with the descriptors of its own maps replaced by their places."""
     lib = _library()
     lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_size_t]
     lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
-    maps: list[image.Map] = []
+    maps: list[program_cache.Map] = []
     places: dict[int, int] = {}
     for number in range(lib.bpf_num_tables(made.module)):
         raw = lib.bpf_table_name(made.module, number)
@@ -269,14 +269,14 @@ def _taken(made: Any) -> image.Image:
         leaf = np.dtype(made[raw].Leaf) if raw in _RECORD_MAPS else None
         fields = tuple((name, leaf[name].str) for name in leaf.names or ()) if leaf is not None else ()
         places[fd] = len(maps)
-        maps.append(image.Map(raw.decode(), kind, key_size, value_size, entries, flags, fields))
+        maps.append(program_cache.Map(raw.decode(), kind, key_size, value_size, entries, flags, fields))
     programs = {}
     for number in range(lib.bpf_num_functions(made.module)):
         name = lib.bpf_function_name(made.module, number)
         code, uses = map_uses(made.dump_func(name))
         code["imm"][uses] = [places[fd] for fd in code["imm"][uses].tolist()]
         programs[name.decode()] = code.tobytes()
-    return image.Image(programs, tuple(maps))
+    return program_cache.Image(programs, tuple(maps))
 
 
 def _filter_defines(filters: Filters) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from cwndtrace.capture import bpf_syscall as bpf
-from cwndtrace.capture.image import Image, Map
+from cwndtrace.capture.program_cache import Image, Map
 from cwndtrace.capture.ring import Ring
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel import btf, ladder

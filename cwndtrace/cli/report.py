@@ -12,7 +12,7 @@ import click
 import cwndtrace
 from cwndtrace import format as fmt
 from cwndtrace.analysis import remedy, verdict
-from cwndtrace.cli import files, memory, options
+from cwndtrace.cli import files, malloc, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.events import clean
@@ -72,7 +72,7 @@ def report(capture: Path, *, as_json: bool, file: Path | None, max_rows: int) ->
       cwndtrace report nginx.cwnd --html nginx.html
       cwndtrace report nginx.cwnd --json | jq '.remedies[0].action'
     """
-    memory.keep_freed()
+    malloc.keep_freed()
     found = content.report(cwndtrace.load(capture, max_rows=max_rows))
     if file is not None:
         # Only here, because matplotlib takes longer to load than all the rest.

@@ -34,11 +34,11 @@ from cwndtrace.kernel import netns
 from cwndtrace.kernel.ladder import RUNGS
 from cwndtrace.lab import cleanup
 from cwndtrace.lab import serve as servers
-from cwndtrace.lab.against import Against
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import Measurement, frame
 from cwndtrace.lab.path import KINDS
 from cwndtrace.lab.recording import Recording, costs, matched
+from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS
 from cwndtrace.lab.statistics import overall, size, summarise
 from cwndtrace.store.folder import Folder
@@ -191,7 +191,7 @@ def reproduce(
         click.echo(f"cleaned up what an earlier run left: {clean(line)}", err=True)
     with _new(folder) as opened:
         if server is not None:
-            with Against(*server, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
+            with Remote(*server, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
                 click.echo(f"Sending to {clean(str(against))}; only this side is traced.", err=True)
                 filters = Filters(netns=netns.own().inode, port=server[1])
                 _measure(remote, filters, folder, opened, probe=probe, dark=dark)
@@ -205,9 +205,7 @@ def reproduce(
                 _measure(lab, filters, folder, opened, probe=probe, dark=dark)
 
 
-def _measure(
-    lab: Lab | Against, filters: Filters, path: Path, folder: Folder, *, probe: str | None, dark: bool
-) -> None:
+def _measure(lab: Lab | Remote, filters: Filters, path: Path, folder: Folder, *, probe: str | None, dark: bool) -> None:
     """Trace while the lab measures; write and show everything, also of a run that broke off.
 
     ``path`` names ``folder`` for people.

@@ -18,7 +18,7 @@ from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream, target
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
-from cwndtrace.cli import options, systemd, user, waiting
+from cwndtrace.cli import options, preflight, systemd, user
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import OutputError, output_closed, printing, buffered_output
 from cwndtrace.cli.summary import print_summary, summary_object
@@ -301,7 +301,7 @@ class Watch:
 
 def _warn(connections: Batch, session: Session, what: str, before: list[str], view: TextView | JsonView) -> list[str]:
     controls = {clean(name) for name in connections.table["ca_name"].unique().to_pylist()}
-    found = waiting.warnings(controls, session.helper.idle_sysctls(), what)
+    found = preflight.warnings(controls, session.helper.idle_sysctls(), what)
     new = [line for line in found if line not in before]
     if new:
         view.end()

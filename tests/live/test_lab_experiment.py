@@ -21,11 +21,11 @@ import pytest
 from cwndtrace.errors import CwndtraceError, KernelLacks, NotFound
 from cwndtrace.kernel import netns
 from cwndtrace.lab import cleanup, experiment, serve, statistics
-from cwndtrace.lab.against import Against
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.measurement import Setting, frame
 from cwndtrace.lab.owner import Owner
+from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS, Scenario
 from cwndtrace.lab.workload import Client
 from tests.live import tcp
@@ -156,9 +156,9 @@ AGAINST = Scenario(bursts=(100_000,), rests=(0.0, 0.4), rounds=2)
 @pytest.mark.parametrize("plain", [False, True])
 def test_against_a_server(plain: bool) -> None:
     current = netns.read_sysctl(netns.IDLE_SYSCTL)
-    with served() as server, Against("127.0.0.1", server.port, AGAINST, plain=plain) as against:
-        rows = list(against.rows())
-        assert {row.sport for row in rows} == set(against.ports)
+    with served() as server, Remote("127.0.0.1", server.port, AGAINST, plain=plain) as remote:
+        rows = list(remote.rows())
+        assert {row.sport for row in rows} == set(remote.ports)
     assert len(rows) == 4
     assert {row.setting for row in rows} == {"on" if current else "off"}
     assert all(0 < row.latency_ms < 1000 for row in rows)
@@ -171,8 +171,8 @@ def test_against_both_settings_in_a_namespace_of_its_own() -> None:
     def work() -> tuple[list[Setting], int, int]:
         with open_loopback(), served() as server:
             before = netns.read_sysctl(netns.IDLE_SYSCTL)
-            with Against("127.0.0.1", server.port, AGAINST, allow_sysctl=True) as against:
-                settings = [row.setting for row in against.rows()]
+            with Remote("127.0.0.1", server.port, AGAINST, allow_sysctl=True) as remote:
+                settings = [row.setting for row in remote.rows()]
             return settings, before, netns.read_sysctl(netns.IDLE_SYSCTL)
 
     with namespace(Owner.new().name("test")) as where:
@@ -191,19 +191,19 @@ def open_loopback() -> Iterator[None]:
 
 
 def test_a_server_that_goes_away_is_an_error_and_what_was_measured_stays() -> None:
-    with served() as server, Against("127.0.0.1", server.port, replace(AGAINST, rounds=1000)) as against:
-        rows = against.rows()
+    with served() as server, Remote("127.0.0.1", server.port, replace(AGAINST, rounds=1000)) as remote:
+        rows = remote.rows()
         next(rows)
         server.close()
         with pytest.raises(CwndtraceError, match="went away") as caught:
             list(rows)
-        assert "1 burst;" in caught.value.remedy or len(against.taken) > 1
+        assert "1 burst;" in caught.value.remedy or len(remote.taken) > 1
 
 
 def test_no_server_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(NotFound, match=r"no server at 127\.0\.0\.1") as caught, Against("127.0.0.1", port, AGAINST):
+    with pytest.raises(NotFound, match=r"no server at 127\.0\.0\.1") as caught, Remote("127.0.0.1", port, AGAINST):
         pass
     assert "cwndtrace serve" in caught.value.remedy
 
@@ -218,7 +218,7 @@ def test_a_plain_sink_taken_for_ours_is_said() -> None:
         thread.start()
         with (
             pytest.raises(CwndtraceError, match="doesn't answer as cwndtrace serve"),
-            Against("127.0.0.1", listener.getsockname()[1], AGAINST),
+            Remote("127.0.0.1", listener.getsockname()[1], AGAINST),
         ):
             pass
         thread.join()

@@ -209,7 +209,7 @@ def test_what_stderr_says_fits_its_terminal(
     session = Session(FakeSource())
     what = "connections of \u65e5\u672c\u8a9e, " * 5 + "and more"
     warned = ["no window is reset after a rest, in any namespace, " * 3 + "whatever comes"]
-    monkeypatch.setattr("cwndtrace.cli.waiting.warnings", lambda *_: warned)
+    monkeypatch.setattr("cwndtrace.cli.preflight.warnings", lambda *_: warned)
     batch = Batch("connections", frames.snapshots(frames.snapshot()))
 
     def said(width: str) -> tuple[list[str], str]:

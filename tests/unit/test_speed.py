@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner
 
 from cwndtrace import cli, events
-from cwndtrace.capture import image
-from cwndtrace.capture.image import Image, Map
+from cwndtrace.capture import program_cache
+from cwndtrace.capture.program_cache import Image, Map
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.kernel import ladder, sockets
@@ -322,17 +322,17 @@ IMAGE = Image({"on_x": bytes(range(64))}, (Map("m", 1, 4, 8, 16, 0), Map("n", 1,
 
 def test_an_image_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    assert image.load("a", folder) is None
-    image.keep("a", IMAGE, folder)
-    assert image.load("a", folder) == IMAGE
-    assert image.load("b", folder) is None
+    assert program_cache.load("a", folder) is None
+    program_cache.keep("a", IMAGE, folder)
+    assert program_cache.load("a", folder) == IMAGE
+    assert program_cache.load("b", folder) is None
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "folder for all", "file for all", "link", "nonsense"])
 def test_an_image_that_others_may_have_touched_is_not_taken(tmp_path: Path, harm: str) -> None:
     folder = tmp_path / "kept"
-    image.keep("a", IMAGE, folder)
+    program_cache.keep("a", IMAGE, folder)
     file = folder / "a.json"
     if harm == "cut":
         os.truncate(file, 100)
@@ -347,21 +347,26 @@ def test_an_image_that_others_may_have_touched_is_not_taken(tmp_path: Path, harm
         file.symlink_to(tmp_path / "elsewhere")
     else:
         file.write_bytes(b"\xff\0")
-    assert image.load("a", folder) is None
+    assert program_cache.load("a", folder) is None
 
 
 def test_what_goes_into_an_image_settles_its_name() -> None:
-    names = {image.key(b"a", b"bc"), image.key(b"ab", b"c"), image.key(b"abc"), image.key(b"a", b"bd")}
+    names = {
+        program_cache.key(b"a", b"bc"),
+        program_cache.key(b"ab", b"c"),
+        program_cache.key(b"abc"),
+        program_cache.key(b"a", b"bd"),
+    }
     assert len(names) == 4
 
 
 def test_where_nothing_can_be_kept_nothing_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    image.keep("a", IMAGE, tmp_path / "file")
-    assert image.load("a", tmp_path / "file") is None
+    program_cache.keep("a", IMAGE, tmp_path / "file")
+    assert program_cache.load("a", tmp_path / "file") is None
 
 
 def test_a_folder_is_kept_small(tmp_path: Path) -> None:
-    for number in range(image._KEPT + 5):
-        image.keep(str(number), IMAGE, tmp_path / "kept")
-    assert len(list((tmp_path / "kept").iterdir())) == image._KEPT
+    for number in range(program_cache._KEPT + 5):
+        program_cache.keep(str(number), IMAGE, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == program_cache._KEPT

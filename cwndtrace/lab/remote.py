@@ -28,7 +28,7 @@ _PATIENCE_S: Final = 60.0
 _WARM_TRIES: Final = 12
 
 
-class Against:
+class Remote:
     """Connections to HOST:PORT, one for each setting. A context manager; ``taken`` keeps what was measured.
 
     ``plain`` says that the server is a sink that never answers. With ``allow_sysctl`` the setting of this process's

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cwndtrace.cli import waiting
+from cwndtrace.cli import preflight
 from cwndtrace.cli.doctor import BAD, LACK, Fact, Findings, _print
 from cwndtrace.kernel.netns import Namespace
 
@@ -18,7 +18,7 @@ CUBIC = {"cubic", "bbr"}
 
 
 def warnings(sysctls: dict[int, int | None], controls: set[str], *namespaces: Namespace) -> list[str]:
-    return waiting.warnings(controls, [(namespace, sysctls[namespace.inode]) for namespace in namespaces], "eth0")
+    return preflight.warnings(controls, [(namespace, sysctls[namespace.inode]) for namespace in namespaces], "eth0")
 
 
 def test_nothing_to_warn_of() -> None:
