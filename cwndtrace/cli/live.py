@@ -229,7 +229,7 @@ class TextView:
         self._wipe()
 
     @staticmethod
-    def unprinted(lines: int) -> str:
+    def output_dropped(lines: int) -> str:
         """What stands for lines that a slow reader didn't take."""
         verb = "wasn't" if lines == 1 else "weren't"
         return (
@@ -291,6 +291,6 @@ class JsonView:
         """Nothing to put right."""
 
     @staticmethod
-    def unprinted(lines: int) -> str:
+    def output_dropped(lines: int) -> str:
         """As TextView's."""
-        return fmt.json_line({"event": "unprinted", "lines": lines})
+        return fmt.json_line({"event": "output_dropped", "lines": lines})

@@ -84,7 +84,7 @@ class _OutputThread:
         self.failure: OSError | None = None
 
     def put(self, descriptor: int, text: bytes, *, force: bool = False) -> bool:
-        """Take a text if not too much is waiting, or ``force`` there is; says whether."""
+        """Queue a text unless too much is waiting already; ``force`` queues it all the same. Returns whether it did."""
         with self._changed:
             if self._size + len(text) > _MOST_WAITING and not force:
                 return False
@@ -125,12 +125,14 @@ class _OutputThread:
 
 
 class _QueuedStream(io.TextIOBase):
-    """Stands for a stream and gives its texts to a ``_OutputThread``; ``unprinted`` is the line that stands for so many."""
+    """Stands for a stream and gives its texts to an ``_OutputThread``; ``output_dropped`` is the line that stands for so many."""
 
-    def __init__(self, stream: TextIO, thread: _OutputThread, unprinted: Callable[[int], str], *, tells: bool) -> None:
+    def __init__(
+        self, stream: TextIO, thread: _OutputThread, output_dropped: Callable[[int], str], *, tells: bool
+    ) -> None:
         self._stream = stream
         self._thread_of = thread
-        self._unprinted = unprinted
+        self._note = output_dropped
         self._tells = tells
         self._dropped = 0
 
@@ -152,7 +154,7 @@ class _QueuedStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        note = f"{self._unprinted(self._dropped)}\n" if self._dropped else ""
+        note = f"{self._note(self._dropped)}\n" if self._dropped else ""
         if self._put(note + text):
             self._dropped = 0
         else:
@@ -173,7 +175,7 @@ class _QueuedStream(io.TextIOBase):
 
     def finish(self, hurried: Callable[[], bool]) -> None:
         if self._dropped:
-            self._put(f"{self._unprinted(self._dropped)}\n", force=True)
+            self._put(f"{self._note(self._dropped)}\n", force=True)
         while not self._thread_of.printed(_LOOK_S):
             if hurried():
                 with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
@@ -182,10 +184,10 @@ class _QueuedStream(io.TextIOBase):
 
 
 @contextmanager
-def buffered_output(unprinted: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
+def buffered_output(output_dropped: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
     """While it is entered, printing never waits: a stopped terminal, or a slow reader, holds up nothing but itself.
 
-    A few megabytes of text are held; of more, whole texts are dropped, and a line of ``unprinted`` says of how many
+    A few megabytes of text are held; of more, whole texts are dropped, and a line of ``output_dropped`` says of how many
     lines. At the end it waits until all is printed, or until ``hurried``: then the rest, and what follows, goes
     nowhere. An error of stdout comes from the next flush, or at the end as ``printing`` has it; one of stderr is
     nobody's business.
@@ -197,7 +199,7 @@ def buffered_output(unprinted: Callable[[int], str], hurried: Callable[[], bool]
         file = os.fstat(stream.fileno())
         # One for both if they are the same terminal: what is printed keeps its order.
         thread = threads.setdefault((file.st_dev, file.st_ino), _OutputThread())
-        new.append(_QueuedStream(stream, thread, unprinted, tells=stream is old[0]))
+        new.append(_QueuedStream(stream, thread, output_dropped, tells=stream is old[0]))
     sys.stdout, sys.stderr = new
     try:
         yield

@@ -20,7 +20,7 @@ from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import TICK_SECONDS, Filters
 from cwndtrace.cli import options, preflight, systemd, user
 from cwndtrace.cli.live import JsonView, TextView
-from cwndtrace.cli.output import OutputError, output_closed, printing, buffered_output
+from cwndtrace.cli.output import OutputError, buffered_output, output_closed, printing
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError
@@ -96,7 +96,7 @@ def run(
             else:
                 view = TextView(session, print_block=bool(block), quiet=quiet)
             try:
-                with buffered_output(view.unprinted, lambda: interrupt.hurried):
+                with buffered_output(view.output_dropped, lambda: interrupt.hurried):
                     if not stay_root:
                         _drop(session, owner, quiet=quiet)
                     if not quiet:
@@ -217,7 +217,7 @@ def trace(
     end = None if duration is None else time.monotonic() + duration
     warned: list[str] = []
     told: set[str] = set()
-    status, unprinted = "failed", False
+    status, output_failed = "failed", False
     try:
         with printing():
             view.begin(what, saver.writer.path)
@@ -247,7 +247,7 @@ def trace(
                 break
         status = "complete"
     except OutputError as e:
-        status, unprinted = "complete", e.failed
+        status, output_failed = "complete", e.failed
     finally:
         systemd.tell("STOPPING=1")
         try:
@@ -266,7 +266,7 @@ def trace(
             saver.writer.close(status, **sessions.ending(session))
             with suppress(OutputError), printing():
                 saver.say_lacking()
-    return unprinted
+    return output_failed
 
 
 _LOOK_S: Final = 2.0

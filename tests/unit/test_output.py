@@ -16,7 +16,7 @@ import pytest
 
 from cwndtrace.cli import output
 from cwndtrace.cli.live import JsonView, TextView
-from cwndtrace.cli.output import OutputError, printing, buffered_output
+from cwndtrace.cli.output import OutputError, buffered_output, printing
 
 LINE = "x" * 99
 
@@ -52,7 +52,7 @@ def no_hurry() -> bool:
 def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
     with piped(monkeypatch) as reader:
         os.set_blocking(sys.stdout.fileno(), blocking)
-        with buffered_output(TextView.unprinted, no_hurry):
+        with buffered_output(TextView.output_dropped, no_hurry):
             for number in range(2000):
                 with printing():
                     click.echo(f"{number} {LINE}", err=bool(number % 3))
@@ -63,7 +63,7 @@ def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.Monk
 
 def test_what_is_too_much_is_counted_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_MOST_WAITING", 200_000)
-    with piped(monkeypatch) as reader, buffered_output(JsonView.unprinted, no_hurry):
+    with piped(monkeypatch) as reader, buffered_output(JsonView.output_dropped, no_hurry):
         for number in range(10_000):
             click.echo(json.dumps({"number": number, "text": LINE}))
         reader.start()
@@ -71,12 +71,12 @@ def test_what_is_too_much_is_counted_in_its_place(monkeypatch: pytest.MonkeyPatc
     *kept, note = [json.loads(line) for line in reader.lines]
     assert [row["number"] for row in kept] == list(range(len(kept)))
     assert 100 < len(kept) < 10_000
-    assert note == {"event": "unprinted", "lines": 10_000 - len(kept)}
+    assert note == {"event": "output_dropped", "lines": 10_000 - len(kept)}
 
 
 def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_MOST_WAITING", 200_000)
-    with piped(monkeypatch) as reader, buffered_output(TextView.unprinted, no_hurry):
+    with piped(monkeypatch) as reader, buffered_output(TextView.output_dropped, no_hurry):
         for _ in range(10_000):
             click.echo(LINE)
         reader.start()
@@ -95,9 +95,9 @@ def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_who_is_in_a_hurry_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
-        with buffered_output(TextView.unprinted, lambda: True):
-            assert isinstance(sys.stdout, output._Later)
-            paper = sys.stdout._paper
+        with buffered_output(TextView.output_dropped, lambda: True):
+            assert isinstance(sys.stdout, output._QueuedStream)
+            thread = sys.stdout._thread_of
             for _ in range(2000):
                 click.echo(LINE)
         # It would wait for ever otherwise.
@@ -105,13 +105,13 @@ def test_who_is_in_a_hurry_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> 
         sys.stdout.flush()
         os.close(reader.descriptor)
         # What its thread still has would go into the next file that is opened under this number.
-        assert paper.printed(60)
+        assert thread.printed(60)
 
 
 def test_a_reader_that_has_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
         os.close(reader.descriptor)
-        with pytest.raises(OutputError) as told, buffered_output(TextView.unprinted, no_hurry):
+        with pytest.raises(OutputError) as told, buffered_output(TextView.output_dropped, no_hurry):
             click.echo(LINE)
         assert not told.value.failed
 
@@ -119,7 +119,7 @@ def test_a_reader_that_has_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_ends_for_another_reason_shows_no_error_of_printing(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
         os.close(reader.descriptor)
-        with suppress(KeyError), buffered_output(TextView.unprinted, no_hurry):
+        with suppress(KeyError), buffered_output(TextView.output_dropped, no_hurry):
             later = sys.stdout
             later.write(LINE)
             raise KeyError
@@ -134,7 +134,7 @@ def test_an_error_of_stderr_ends_nothing(monkeypatch: pytest.MonkeyPatch, capfd:
     os.close(reader)
     with os.fdopen(writer, "w") as gone:
         monkeypatch.setattr(sys, "stderr", gone)
-        with buffered_output(TextView.unprinted, no_hurry):
+        with buffered_output(TextView.output_dropped, no_hurry):
             for _ in range(10):
                 with printing():
                     click.echo("said", err=True)

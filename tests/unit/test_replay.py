@@ -237,7 +237,7 @@ def test_one_of_each_is_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFi
     played(source, tmp_path, as_json=False)
     shown = capsys.readouterr().out
     assert "kept 1 reset, 1 block I/O; lost 0 and 0; 1 restart left the window as it was" in shown
-    assert TextView.unprinted(1).startswith("1 line wasn't printed")
+    assert TextView.output_dropped(1).startswith("1 line wasn't printed")
 
 
 def test_hostile_names_never_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
