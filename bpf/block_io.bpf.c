@@ -56,7 +56,7 @@ struct slab {
 BPF_PERCPU_ARRAY(slabs, struct slab, 1);
 
 /* A slab of one record. */
-struct lone {
+struct single_slab {
 	u32 count;
 	u32 unused;
 	struct block_io rec;
@@ -139,7 +139,7 @@ static __always_inline void give_up(const struct flight *f, u64 rq)
 }
 
 /* For a claimed slot, or one of the hash. */
-static __always_inline void take_off(struct flight *f, u64 request)
+static __always_inline void start_request(struct flight *f, u64 request)
 {
 	u64 task = (u64)bpf_get_current_task_btf();
 	u64 *comm = (u64 *)f->comm;
@@ -149,16 +149,16 @@ static __always_inline void take_off(struct flight *f, u64 request)
 	f->bytes = 0;
 	f->error = 0;
 	/* A flush sequence clears REQ_PREFLUSH and REQ_FUA later on. */
-	f->cmd_flags = SEE(u32, request, request, cmd_flags);
-	f->sector = SEE(u64, request, request, __sector);
-	f->tgid = SEE(u32, task, task_struct, tgid);
-	f->tid = SEE(u32, task, task_struct, pid);
+	f->cmd_flags = LOAD(u32, request, request, cmd_flags);
+	f->sector = LOAD(u64, request, request, __sector);
+	f->tgid = LOAD(u32, task, task_struct, tgid);
+	f->tid = LOAD(u32, task, task_struct, pid);
 	f->cgroup_id = bpf_get_current_cgroup_id();
 	comm[0] = *(volatile u64 *)AT(task, task_struct, comm);
 	comm[1] = *(volatile u64 *)(AT(task, task_struct, comm) + 8);
 	/* io_uring's workers (iou-wrk-N, iou-sqp-N) belong to the application: call them by its name. */
 	if (f->comm[0] == 'i' && f->comm[1] == 'o' && f->comm[2] == 'u' && f->comm[3] == '-') {
-		u64 leader = SEE(u64, task, task_struct, group_leader);
+		u64 leader = LOAD(u64, task, task_struct, group_leader);
 
 		bpf_probe_read_kernel(f->comm, sizeof(f->comm), AT(leader, task_struct, comm));
 	}
@@ -189,14 +189,14 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 
 		if (old)
 			give_up(old, rq);
-		take_off(&other, request);
+		start_request(&other, request);
 		if (overflow.update(&rq, &other))
 			count_lost(1);
 		else if (used)
 			*used = 1;
 		return 0;
 	}
-	take_off(f, request);
+	start_request(f, request);
 	return 0;
 }
 
@@ -209,8 +209,8 @@ int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 
 	if (f && f->rq == rq) {
 		f->issue_ns = bpf_ktime_get_ns();
-		f->bytes = SEE(u32, request, request, __data_len);
-		f->sector = SEE(u64, request, request, __sector);
+		f->bytes = LOAD(u32, request, request, __data_len);
+		f->sector = LOAD(u64, request, request, __sector);
 	}
 	return 0;
 }
@@ -280,7 +280,7 @@ static __always_inline void keep(const struct flight *f, u32 dev)
 		return;
 	if (s->busy) {
 		/* This CPU was interrupted while it wrote here: this one goes by itself. */
-		struct lone one = {.count = 1};
+		struct single_slab one = {.count = 1};
 
 		fill_record(&one.rec, f, dev);
 		if (block_slabs.ringbuf_output(&one, sizeof(one), NO_WAKEUP))
@@ -309,13 +309,13 @@ int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
 	int slot;
 
 	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
-	if (SEE(u32, request, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
+	if (LOAD(u32, request, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
 		return 0;
 	f = find(rq);
 	if (!f || f->rq != rq)
 		return 0;
-	disk = SEE(u64, SEE(u64, request, request, q), request_queue, disk);
-	keep(f, SEE(s32, disk, gendisk, major) << 20 | SEE(s32, disk, gendisk, first_minor));
+	disk = LOAD(u64, LOAD(u64, request, request, q), request_queue, disk);
+	keep(f, LOAD(s32, disk, gendisk, major) << 20 | LOAD(s32, disk, gendisk, first_minor));
 	slot = slot_of(rq);
 	if (f == slots.lookup(&slot))
 		f->rq = 0;

@@ -67,15 +67,15 @@ static __always_inline void end_following(u64 sk, const struct followed *f, u8 o
 	struct cwnd_recovery r = {
 		.reset_ts_ns = f->reset_ts_ns,
 		.end_ts_ns = end_ns,
-		.sock_cookie = GET(u64, sk, sock_common, skc_cookie),
+		.sock_cookie = READ(u64, sk, sock_common, skc_cookie),
 		.skaddr = sk,
-		.bytes_acked = GET(u64, sk, tcp_sock, bytes_acked) - f->bytes_acked,
+		.bytes_acked = READ(u64, sk, tcp_sock, bytes_acked) - f->bytes_acked,
 		.acks = f->acks,
 		.target = f->target,
 		.cwnd_start = f->cwnd_start,
 		.cwnd_end = cwnd,
-		.ssthresh_end = GET(u32, sk, tcp_sock, snd_ssthresh),
-		.srtt_us = GET(u32, sk, tcp_sock, srtt_us) >> 3,
+		.ssthresh_end = READ(u32, sk, tcp_sock, snd_ssthresh),
+		.srtt_us = READ(u32, sk, tcp_sock, srtt_us) >> 3,
 		.netns_ino = f->netns_ino,
 		.cpu = bpf_get_smp_processor_id(),
 		.reason = REASON,
@@ -104,7 +104,7 @@ static __always_inline void start_following(const struct cwnd_reset *r)
 		.sock_cookie = r->sock_cookie,
 		.netns_ino = r->netns_ino,
 		.reason = REASON,
-		.bucket = FOLLOW_BUCKET(GET(u32, sk, sock_common, skc_hash)),
+		.bucket = FOLLOW_BUCKET(READ(u32, sk, sock_common, skc_hash)),
 	};
 
 	if (followed.update(&sk, &f)) {
@@ -136,7 +136,7 @@ static __always_inline void follow(const struct cwnd_reset *r)
 /* For a program of type tp_btf: this runs on every ACK. */
 static __always_inline void on_ack(const void *sock)
 {
-	u64 sk = (u64)sock, now, *n = follow_bucket(FOLLOW_BUCKET(SEE(u32, sock, sock_common, skc_hash)));
+	u64 sk = (u64)sock, now, *n = follow_bucket(FOLLOW_BUCKET(LOAD(u32, sock, sock_common, skc_hash)));
 	struct followed *f;
 	u32 cwnd, srtt_us;
 
@@ -146,9 +146,9 @@ static __always_inline void on_ack(const void *sock)
 	if (!f)
 		return;
 	now = bpf_ktime_get_ns();
-	cwnd = GET(u32, sock, tcp_sock, snd_cwnd);
+	cwnd = READ(u32, sock, tcp_sock, snd_cwnd);
 	f->cwnd = cwnd;
-	if (GET_BITS(sock, inet_connection_sock, icsk_ca_state) >= CA_STATE_CWR) {
+	if (READ_BITS(sock, inet_connection_sock, icsk_ca_state) >= CA_STATE_CWR) {
 		end_following(sk, f, OUTCOME_LOSS, now, cwnd);
 		return;
 	}
@@ -158,16 +158,16 @@ static __always_inline void on_ack(const void *sock)
 	}
 	f->acks++;
 	f->acked_ns = now;
-	srtt_us = GET(u32, sock, tcp_sock, srtt_us) >> 3;
+	srtt_us = READ(u32, sock, tcp_sock, srtt_us) >> 3;
 	if (now - f->sampled_ns >= srtt_us * 1000ULL) {
 		struct cwnd_sample s = {
 			.ts_ns = now,
 			.reset_ts_ns = f->reset_ts_ns,
 			.skaddr = sk,
-			.sock_cookie = GET(u64, sk, sock_common, skc_cookie),
+			.sock_cookie = READ(u64, sk, sock_common, skc_cookie),
 			.cwnd = cwnd,
-			.ssthresh = GET(u32, sock, tcp_sock, snd_ssthresh),
-			.packets_out = GET(u32, sock, tcp_sock, packets_out),
+			.ssthresh = READ(u32, sock, tcp_sock, snd_ssthresh),
+			.packets_out = READ(u32, sock, tcp_sock, packets_out),
 			.srtt_us = srtt_us,
 		};
 
@@ -183,7 +183,7 @@ static __always_inline void forget(const void *sock)
 	struct followed *f = followed.lookup(&sk);
 
 	if (f)
-		end_following(sk, f, OUTCOME_CLOSED, bpf_ktime_get_ns(), GET(u32, sock, tcp_sock, snd_cwnd));
+		end_following(sk, f, OUTCOME_CLOSED, bpf_ktime_get_ns(), READ(u32, sock, tcp_sock, snd_cwnd));
 }
 
 /* For the rungs that need these tracepoints for nothing else. */

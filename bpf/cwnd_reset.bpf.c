@@ -87,7 +87,7 @@ static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_befor
 	if (REASON == REASON_RTO_LOSS) {
 		r.ca_state = TCP_CA_LOSS;
 		/* While a SYN is all that was sent, lsndtime isn't set. */
-		if (!GET(u32, sk, tcp_sock, data_segs_out))
+		if (!READ(u32, sk, tcp_sock, data_segs_out))
 			r.idle_us = 0;
 	}
 	emit(&r);
@@ -118,8 +118,8 @@ static __always_inline struct before note_before(const void *sk)
 {
 	struct before b = {
 		.sk = (u64)sk,
-		.cwnd = GET(u32, sk, tcp_sock, snd_cwnd),
-		.ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh),
+		.cwnd = READ(u32, sk, tcp_sock, snd_cwnd),
+		.ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh),
 		.idle = sk_idle(sk),
 	};
 
@@ -229,14 +229,14 @@ int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 
 	if ((u8)ctx->args[1] != TCP_CA_LOSS)
 		return 0;
-	state = GET_BITS(sk, inet_connection_sock, icsk_ca_state);
+	state = READ_BITS(sk, inet_connection_sock, icsk_ca_state);
 	if (state > CA_STATE_DISORDER &&
-	    (s32)(GET(u32, sk, tcp_sock, snd_una) - GET(u32, sk, tcp_sock, high_seq)) < 0 &&
-	    !(state == TCP_CA_LOSS && !GET(u8, sk, inet_connection_sock, icsk_retransmits)))
+	    (s32)(READ(u32, sk, tcp_sock, snd_una) - READ(u32, sk, tcp_sock, high_seq)) < 0 &&
+	    !(state == TCP_CA_LOSS && !READ(u8, sk, inet_connection_sock, icsk_retransmits)))
 		return 0;
-	prior_ssthresh = GET(u32, sk, tcp_sock, prior_ssthresh);
+	prior_ssthresh = READ(u32, sk, tcp_sock, prior_ssthresh);
 	if (prior_ssthresh)
-		emit_fallen(sk, RUNG_CONG_STATE, GET(u32, sk, tcp_sock, prior_cwnd),
+		emit_fallen(sk, RUNG_CONG_STATE, READ(u32, sk, tcp_sock, prior_cwnd),
 			    prior_ssthresh, sk_idle(sk));
 	return 0;
 }
@@ -246,14 +246,14 @@ int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 /* Whether a rest can cost this socket its window: not where the sysctl is off or the congestion control is exempt. */
 static __always_inline bool restarts(const void *sk)
 {
-	u64 ca_ops = GET(u64, sk, inet_connection_sock, icsk_ca_ops);
-	u64 net = GET(u64, sk, sock_common, skc_net__net);
+	u64 ca_ops = READ(u64, sk, inet_connection_sock, icsk_ca_ops);
+	u64 net = READ(u64, sk, sock_common, skc_net__net);
 
-	if (GET(u64, ca_ops, tcp_congestion_ops, cong_control))
+	if (READ(u64, ca_ops, tcp_congestion_ops, cong_control))
 		return false;
 	/* An int in older kernels, a byte in newer ones. */
-	return GET_OPT(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) ||
-	       GET_OPT(u32, net, net, ipv4__sysctl_tcp_slow_start_after_idle);
+	return READ_OPT(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) ||
+	       READ_OPT(u32, net, net, ipv4__sysctl_tcp_slow_start_after_idle);
 }
 #endif
 
@@ -271,10 +271,10 @@ static __always_inline bool restarts(const void *sk)
  */
 static __always_inline bool rested(const void *tp)
 {
-	if (SEE(u32, tp, tcp_sock, packets_out))
+	if (LOAD(u32, tp, tcp_sock, packets_out))
 		return false;
-	return (s32)(jiffies32() - SEE(u32, tp, tcp_sock, lsndtime) + LATE_JIFFIES) >
-	       (s32)SEE(u32, tp, inet_connection_sock, icsk_rto);
+	return (s32)(jiffies32() - LOAD(u32, tp, tcp_sock, lsndtime) + LATE_JIFFIES) >
+	       (s32)LOAD(u32, tp, inet_connection_sock, icsk_rto);
 }
 
 /* tcp_cwnd_restart() of net/ipv4/tcp_output.c: the window after it. */
@@ -318,8 +318,8 @@ static __always_inline void settle(const void *sk)
 	r = pending.lookup(&key);
 	if (!r)
 		return;
-	r->cwnd_after = GET(u32, sk, tcp_sock, snd_cwnd);
-	r->ssthresh_after = GET(u32, sk, tcp_sock, snd_ssthresh);
+	r->cwnd_after = READ(u32, sk, tcp_sock, snd_cwnd);
+	r->ssthresh_after = READ(u32, sk, tcp_sock, snd_ssthresh);
 	if (r->cwnd_after < r->cwnd_before) {
 		/* The kernel saw the first tick behind the RTO, at least. */
 		if (r->idle_us <= r->rto_us)
@@ -337,7 +337,7 @@ static __always_inline void expect_restart(const void *sk)
 {
 	struct cwnd_reset r = {};
 	u64 key = (u64)sk;
-	u32 rto = GET(u32, sk, inet_connection_sock, icsk_rto), idle = sk_idle(sk);
+	u32 rto = READ(u32, sk, inet_connection_sock, icsk_rto), idle = sk_idle(sk);
 
 	if (!restarts(sk) || !wanted(sk))
 		return;
@@ -368,8 +368,8 @@ int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	skb = argument(ctx, 2);
 	/* Only a new buffer is checked by the kernel (tcp_skb_entail); this one still takes more. */
-	if (skb && (s32)GET(u32, skb, sk_buff, len) < (s32)ctx->args[3] &&
-	    !GET_BITS(AT(skb, sk_buff, cb), tcp_skb_cb, eor))
+	if (skb && (s32)READ(u32, skb, sk_buff, len) < (s32)ctx->args[3] &&
+	    !READ_BITS(AT(skb, sk_buff, cb), tcp_skb_cb, eor))
 		return 0;
 	expect_restart(sk);
 	return 0;
@@ -382,8 +382,8 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	settle(sk);
 	on_ack(sk);
 	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
-	if (tp && !SEE(u32, tp, tcp_sock, packets_out) &&
-	    SEE(u32, tp, tcp_sock, write_seq) != SEE(u32, tp, tcp_sock, snd_nxt) && rested(tp))
+	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
+	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && rested(tp))
 		expect_restart(sk);
 	return 0;
 }
@@ -394,7 +394,7 @@ int on_net_dev_queue(struct bpf_raw_tracepoint_args *ctx)
 	u64 *n = pending_count.lookup(&zero);
 
 	if (n && *n)
-		settle((const void *)GET(u64, ctx->args[0], sk_buff, sk));
+		settle((const void *)READ(u64, ctx->args[0], sk_buff, sk));
 	return 0;
 }
 
@@ -443,8 +443,8 @@ static __always_inline void note_window(u64 key)
 
 	if (!w)
 		return;
-	w->cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
-	w->ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh);
+	w->cwnd = READ(u32, sk, tcp_sock, snd_cwnd);
+	w->ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh);
 }
 
 /*
@@ -455,16 +455,16 @@ static __always_inline bool ends_flight(const void *tp, u64 skb)
 {
 	const void *cb = AT(skb, sk_buff, cb);
 
-	return SEE(u32, cb, tcp_skb_cb, ack_seq) == SEE(u32, tp, tcp_sock, snd_nxt) ||
-	       SEE_BYTE(cb, tcp_skb_cb, tcp_flags) & TCPHDR_FIN;
+	return LOAD(u32, cb, tcp_skb_cb, ack_seq) == LOAD(u32, tp, tcp_sock, snd_nxt) ||
+	       LOAD_BYTE(cb, tcp_skb_cb, tcp_flags) & TCPHDR_FIN;
 }
 
 /* Whether what was noted still holds, with nothing under way: only an undo can change the window then. */
 static __always_inline bool holds(const struct window *w, const void *tp)
 {
-	return w->ports == SEE(u32, tp, sock_common, skc_portpair) &&
-	       w->bytes_acked <= SEE(u64, tp, tcp_sock, bytes_acked) &&
-	       w->cwnd == SEE(u32, tp, tcp_sock, snd_cwnd) && !SEE(u32, tp, tcp_sock, undo_marker);
+	return w->ports == LOAD(u32, tp, sock_common, skc_portpair) &&
+	       w->bytes_acked <= LOAD(u64, tp, tcp_sock, bytes_acked) &&
+	       w->cwnd == LOAD(u32, tp, tcp_sock, snd_cwnd) && !LOAD(u32, tp, tcp_sock, undo_marker);
 }
 
 int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
@@ -479,7 +479,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	on_ack(sk);
 	if (!tp)
 		return 0;
-	under_way = SEE(u32, tp, tcp_sock, packets_out) != 0;
+	under_way = LOAD(u32, tp, tcp_sock, packets_out) != 0;
 	if (under_way && !ends_flight(tp, ctx->args[1]))
 		return 0;
 	w = windows.lookup(&key);
@@ -489,7 +489,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	if (!p)
 		return 0;
 	/* Not by key, whose address calls were given: some verifiers take it for a pointer no more. */
-	last = SEE(s32, sk, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
+	last = LOAD(s32, sk, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
 	if (*last && *last != key)
 		note_window(*last);
 	*last = 0;
@@ -499,7 +499,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	if (!w) {
 		if (windows.update(&key, &first)) {
 			/* A window that there is no room to note: a rest may follow that makes it fall unseen. */
-			if (restarts(sk) && SEE(u32, tp, tcp_sock, snd_cwnd) > sk_init_cwnd(sk))
+			if (restarts(sk) && LOAD(u32, tp, tcp_sock, snd_cwnd) > sk_init_cwnd(sk))
 				count(COUNT_LOST);
 			return 0;
 		}
@@ -507,11 +507,11 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 		if (!w)
 			return 0;
 	}
-	w->bytes_acked = SEE(u64, tp, tcp_sock, bytes_acked);
-	w->ports = SEE(u32, tp, sock_common, skc_portpair);
-	w->cwnd = SEE(u32, tp, tcp_sock, snd_cwnd);
-	w->ssthresh = SEE(u32, tp, tcp_sock, snd_ssthresh);
-	w->lsndtime = SEE(u32, tp, tcp_sock, lsndtime);
+	w->bytes_acked = LOAD(u64, tp, tcp_sock, bytes_acked);
+	w->ports = LOAD(u32, tp, sock_common, skc_portpair);
+	w->cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
+	w->ssthresh = LOAD(u32, tp, tcp_sock, snd_ssthresh);
+	w->lsndtime = LOAD(u32, tp, tcp_sock, lsndtime);
 	return 0;
 }
 
@@ -575,22 +575,22 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 	struct window *w;
 	u8 state;
 
-	if (SEE(u32, skb, sk_buff, truesize) == PURE_ACK_TRUESIZE)
+	if (LOAD(u32, skb, sk_buff, truesize) == PURE_ACK_TRUESIZE)
 		return 0;
-	sk = SEE(u64, skb, sk_buff, sk);
+	sk = LOAD(u64, skb, sk_buff, sk);
 	if (!sk)
 		return 0;
 	/* In these two it is no whole socket: sk_fullsock() of include/net/sock.h. */
-	state = SEE(u8, sk, sock_common, skc_state);
+	state = LOAD(u8, sk, sock_common, skc_state);
 	if (state == TCP_NEW_SYN_RECV || state == TCP_TIME_WAIT)
 		return 0;
 	/* What is under way waits in this queue for its ACK. From a packet the verifier lets nobody see tcp_sock. */
-	if (SEE(u64, sk, sock, tcp_rtx_queue__rb_node))
+	if (LOAD(u64, sk, sock, tcp_rtx_queue__rb_node))
 		return 0;
 	/* A copy, for the same reason as in on_tcp_probe_ack(). */
 	key = sk;
 	w = windows.lookup(&key);
-	if (!w || w->ports != SEE(u32, sk, sock_common, skc_portpair))
+	if (!w || w->ports != LOAD(u32, sk, sock_common, skc_portpair))
 		return 0;
 	/* No RTO is as short, and lsndtime has just been set. In other states no ACK tells of the window. */
 	lsndtime = jiffies32();
@@ -598,16 +598,16 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 		w->lsndtime = lsndtime;
 		return 0;
 	}
-	if (w->bytes_acked > GET(u64, sk, tcp_sock, bytes_acked))
+	if (w->bytes_acked > READ(u64, sk, tcp_sock, bytes_acked))
 		return 0;
 	cwnd = w->cwnd;
 	ssthresh = w->ssthresh;
 	lsndtime = w->lsndtime;
-	w->cwnd = GET(u32, sk, tcp_sock, snd_cwnd);
-	w->ssthresh = GET(u32, sk, tcp_sock, snd_ssthresh);
-	w->lsndtime = GET(u32, sk, tcp_sock, lsndtime);
-	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)GET(u32, sk, inet_connection_sock, icsk_rto) &&
-	    GET_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts((const void *)sk))
+	w->cwnd = READ(u32, sk, tcp_sock, snd_cwnd);
+	w->ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh);
+	w->lsndtime = READ(u32, sk, tcp_sock, lsndtime);
+	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)READ(u32, sk, inet_connection_sock, icsk_rto) &&
+	    READ_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts((const void *)sk))
 		emit_fallen((const void *)sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime);
 	return 0;
 }

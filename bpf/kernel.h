@@ -2,17 +2,17 @@
 /*
  * Reading kernel structures at offsets that come from the running kernel's BTF.
  *
- * A member is named once, where it is read: GET(type, base, struct, member). cwndtrace/kernel/btf.py finds
+ * A member is named once, where it is read: READ(type, base, struct, member). cwndtrace/kernel/btf.py finds
  * these calls, looks each member up, and passes OFF_<struct>__<member> and SIZE_<struct>__<member> as
  * -D integers. "a__b" walks into the member a of struct. A member that the kernel lacks is an error that
- * names it, except in GET_OPT, which then gives 0.
+ * names it, except in READ_OPT, which then gives 0.
  */
 #ifndef CWNDTRACE_KERNEL_H
 #define CWNDTRACE_KERNEL_H
 
 #include <linux/types.h>
 
-#define GET(T, base, type, member) ({							\
+#define READ(T, base, type, member) ({							\
 	T value_ = 0;									\
 	_Static_assert(sizeof(T) == SIZE_##type##__##member,				\
 		       #type "." #member " has another size in this kernel");		\
@@ -21,7 +21,7 @@
 	value_;										\
 })
 
-#define GET_OPT(T, base, type, member) ({						\
+#define READ_OPT(T, base, type, member) ({						\
 	T value_ = 0;									\
 	if (SIZE_##type##__##member == sizeof(T))					\
 		bpf_probe_read_kernel(&value_, sizeof(value_),				\
@@ -33,14 +33,14 @@
  * The same where the verifier knows base's type, as it does for what a tp_btf program is given and for what that leads
  * to: a load, not a call. A fault reads 0.
  */
-#define SEE(T, base, type, member) ({							\
+#define LOAD(T, base, type, member) ({							\
 	_Static_assert(sizeof(T) == SIZE_##type##__##member,				\
 		       #type "." #member " has another size in this kernel");		\
 	*(volatile T *)((const char *)(base) + OFF_##type##__##member);			\
 })
 
 /* The lowest byte of a member that isn't as wide in every kernel. */
-#define SEE_BYTE(base, type, member) (*(volatile u8 *)AT(base, type, member))
+#define LOAD_BYTE(base, type, member) (*(volatile u8 *)AT(base, type, member))
 
 /*
  * What a program is given, as a number: a tp_btf program's arguments are pointers, which the verifier lets nobody
@@ -55,7 +55,7 @@ static __always_inline u64 argument(const struct bpf_raw_tracepoint_args *ctx, i
 }
 
 /* A bitfield that lies within one byte, as the kernel's small TCP flags do. */
-#define GET_BITS(base, type, member) ({							\
+#define READ_BITS(base, type, member) ({							\
 	u8 byte_ = 0;									\
 	bpf_probe_read_kernel(&byte_, 1, (const char *)(base) + OFF_##type##__##member);	\
 	(byte_ >> SHIFT_##type##__##member) & ((1 << BITS_##type##__##member) - 1);	\

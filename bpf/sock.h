@@ -16,49 +16,49 @@
 
 static __always_inline u32 sk_netns(const void *sk)
 {
-	return GET(u32, GET(u64, sk, sock_common, skc_net__net), net, ns__inum);
+	return READ(u32, READ(u64, sk, sock_common, skc_net__net), net, ns__inum);
 }
 
 static __always_inline u32 sk_ifindex(const void *sk)
 {
-	u64 dst = GET(u64, sk, sock, sk_dst_cache);
-	u64 dev = dst ? GET(u64, dst, dst_entry, dev) : 0;
+	u64 dst = READ(u64, sk, sock, sk_dst_cache);
+	u64 dev = dst ? READ(u64, dst, dst_entry, dev) : 0;
 
-	return dev ? GET(u32, dev, net_device, ifindex) : 0;
+	return dev ? READ(u32, dev, net_device, ifindex) : 0;
 }
 
 static __always_inline u64 sk_cgroup(const void *sk)
 {
-	u64 cgroup = GET_OPT(u64, sk, sock, sk_cgrp_data__cgroup);
-	u64 node = cgroup ? GET_OPT(u64, cgroup, cgroup, kn) : 0;
+	u64 cgroup = READ_OPT(u64, sk, sock, sk_cgrp_data__cgroup);
+	u64 node = cgroup ? READ_OPT(u64, cgroup, cgroup, kn) : 0;
 
-	return node ? GET_OPT(u64, node, kernfs_node, id) : 0;
+	return node ? READ_OPT(u64, node, kernfs_node, id) : 0;
 }
 
 /* The inode number of the socket's file, as in /proc/PID/fd and ss. */
 static __always_inline u64 sk_inode(const void *sk)
 {
-	u64 socket = GET(u64, sk, sock, sk_socket);
+	u64 socket = READ(u64, sk, sock, sk_socket);
 
 	if (!socket)
 		return 0;
-	return GET(u64, AT(socket - OFF_socket_alloc__socket, socket_alloc, vfs_inode), inode, i_ino);
+	return READ(u64, AT(socket - OFF_socket_alloc__socket, socket_alloc, vfs_inode), inode, i_ino);
 }
 
 static __always_inline u16 sk_sport(const void *sk)
 {
-	return GET(u16, sk, sock_common, skc_num);
+	return READ(u16, sk, sock_common, skc_num);
 }
 
 static __always_inline u16 sk_dport(const void *sk)
 {
-	return __builtin_bswap16(GET(u16, sk, sock_common, skc_dport));
+	return __builtin_bswap16(READ(u16, sk, sock_common, skc_dport));
 }
 
 /* Whether a process holds the socket lock: if so, current is that process. */
 static __always_inline bool sk_owned(const void *sk)
 {
-	return GET(s32, sk, sock, sk_lock__owned) != 0;
+	return READ(s32, sk, sock, sk_lock__owned) != 0;
 }
 
 /* AF_INET for IPv4-mapped addresses as well: that is what goes over the wire. */
@@ -66,7 +66,7 @@ static __always_inline u8 sk_family(const void *sk)
 {
 	u32 daddr[4] = {};
 
-	if (GET(u16, sk, sock_common, skc_family) != AF_INET6)
+	if (READ(u16, sk, sock_common, skc_family) != AF_INET6)
 		return AF_INET;
 	bpf_probe_read_kernel(daddr, sizeof(daddr), AT(sk, sock_common, skc_v6_daddr));
 	if (!daddr[0] && !daddr[1] && daddr[2] == __builtin_bswap32(0xffff))
@@ -77,15 +77,15 @@ static __always_inline u8 sk_family(const void *sk)
 /* Since data was last sent; tp->lsndtime is set when a segment with data is handed to IP. */
 static __always_inline u32 sk_idle(const void *sk)
 {
-	return jiffies32() - GET(u32, sk, tcp_sock, lsndtime);
+	return jiffies32() - READ(u32, sk, tcp_sock, lsndtime);
 }
 
 /* tcp_init_cwnd() of net/ipv4/tcp_input.c: the route's initcwnd, else 10, at most the clamp. */
 static __always_inline u32 sk_init_cwnd(const void *sk)
 {
-	u64 dst = GET(u64, sk, sock, sk_dst_cache);
-	u64 metrics = dst ? GET(u64, dst, dst_entry, _metrics) & ~DST_METRICS_FLAGS : 0;
-	u32 clamp = GET(u32, sk, tcp_sock, snd_cwnd_clamp);
+	u64 dst = READ(u64, sk, sock, sk_dst_cache);
+	u64 metrics = dst ? READ(u64, dst, dst_entry, _metrics) & ~DST_METRICS_FLAGS : 0;
+	u32 clamp = READ(u32, sk, tcp_sock, snd_cwnd_clamp);
 	u32 cwnd = 0;
 
 	if (metrics)
@@ -98,34 +98,34 @@ static __always_inline u32 sk_init_cwnd(const void *sk)
 /* Everything but the windows before, the reason and the probe. */
 static __always_inline void fill_from_sock(struct cwnd_reset *r, const void *sk)
 {
-	u64 ca_ops = GET(u64, sk, inet_connection_sock, icsk_ca_ops);
-	u32 received = GET(u32, sk, inet_connection_sock, icsk_ack__lrcvtime);
+	u64 ca_ops = READ(u64, sk, inet_connection_sock, icsk_ca_ops);
+	u32 received = READ(u32, sk, inet_connection_sock, icsk_ack__lrcvtime);
 
 	r->ts_ns = bpf_ktime_get_ns();
-	r->sock_cookie = GET(u64, sk, sock_common, skc_cookie);
+	r->sock_cookie = READ(u64, sk, sock_common, skc_cookie);
 	r->skaddr = (u64)sk;
 	r->cgroup_id = sk_cgroup(sk);
-	r->bytes_acked = GET(u64, sk, tcp_sock, bytes_acked);
-	r->bytes_sent = GET(u64, sk, tcp_sock, bytes_sent);
+	r->bytes_acked = READ(u64, sk, tcp_sock, bytes_acked);
+	r->bytes_sent = READ(u64, sk, tcp_sock, bytes_sent);
 	r->idle_us = jiffies_to_us(sk_idle(sk));
 	r->last_rcv_us = jiffies_to_us(jiffies32() - received);
-	r->rto_us = jiffies_to_us(GET(u32, sk, inet_connection_sock, icsk_rto));
-	r->srtt_us = GET(u32, sk, tcp_sock, srtt_us) >> 3;
-	r->min_rtt_us = GET(u32, sk, tcp_sock, rtt_min__s__v);
-	r->mss = GET(u32, sk, tcp_sock, mss_cache);
-	r->cwnd_after = GET(u32, sk, tcp_sock, snd_cwnd);
-	r->ssthresh_after = GET(u32, sk, tcp_sock, snd_ssthresh);
-	r->snd_wnd = GET(u32, sk, tcp_sock, snd_wnd);
+	r->rto_us = jiffies_to_us(READ(u32, sk, inet_connection_sock, icsk_rto));
+	r->srtt_us = READ(u32, sk, tcp_sock, srtt_us) >> 3;
+	r->min_rtt_us = READ(u32, sk, tcp_sock, rtt_min__s__v);
+	r->mss = READ(u32, sk, tcp_sock, mss_cache);
+	r->cwnd_after = READ(u32, sk, tcp_sock, snd_cwnd);
+	r->ssthresh_after = READ(u32, sk, tcp_sock, snd_ssthresh);
+	r->snd_wnd = READ(u32, sk, tcp_sock, snd_wnd);
 	r->init_cwnd = sk_init_cwnd(sk);
-	r->unsent_bytes = GET(u32, sk, tcp_sock, write_seq) - GET(u32, sk, tcp_sock, snd_nxt);
-	r->total_retrans = GET(u32, sk, tcp_sock, total_retrans);
+	r->unsent_bytes = READ(u32, sk, tcp_sock, write_seq) - READ(u32, sk, tcp_sock, snd_nxt);
+	r->total_retrans = READ(u32, sk, tcp_sock, total_retrans);
 	r->netns_ino = sk_netns(sk);
 	r->ifindex = sk_ifindex(sk);
 	r->sport = sk_sport(sk);
 	r->dport = sk_dport(sk);
 	r->family = sk_family(sk);
-	r->ca_state = GET_BITS(sk, inet_connection_sock, icsk_ca_state);
-	if (GET(u16, sk, sock_common, skc_family) == AF_INET6) {
+	r->ca_state = READ_BITS(sk, inet_connection_sock, icsk_ca_state);
+	if (READ(u16, sk, sock_common, skc_family) == AF_INET6) {
 		bpf_probe_read_kernel(r->saddr, 16, AT(sk, sock_common, skc_v6_rcv_saddr));
 		bpf_probe_read_kernel(r->daddr, 16, AT(sk, sock_common, skc_v6_daddr));
 	} else {

@@ -461,7 +461,7 @@ class Kernel:
         self._refresh_at = end + max(REFRESH_SECONDS, (end - begin) / _REFRESH_SHARE)
 
     def _hold(self, programs: list[Program], table: str, keys: set[int], unseen: int) -> None:
-        lacking = unseen + max((program.hold(table, keys) for program in programs), default=0)
+        lacking = unseen + max((program.sync_keys(table, keys) for program in programs), default=0)
         kind = _SETS[table]
         if lacking > self._left_out.get(kind, 0):
             self._left_out[kind] = lacking

@@ -149,7 +149,7 @@ class Program:
         skipped = {name: bpf.program_stats(fd)[2] for name, fd in self._loaded.items()}
         return skipped | {"kprobe": self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))}
 
-    def hold(self, table: str, keys: set[int]) -> int:
+    def sync_keys(self, table: str, keys: set[int]) -> int:
         """Make a hash of u64 keys hold ``keys`` and no other ones; how many it had no room for.
 
         What it holds already stays, the rest comes in order.

@@ -11,7 +11,7 @@ from cwndtrace.errors import KernelLacks
 from cwndtrace.format import plural
 from cwndtrace.kernel.btf import Btf
 
-_MEMBER: Final = re.compile(r"\b(GET|GET_OPT|GET_BITS|SEE|SEE_BYTE|AT)\(")
+_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_BITS|LOAD|LOAD_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
 _WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
@@ -56,7 +56,7 @@ def members(text: str) -> Iterator[tuple[str, str, str, str]]:
     """(macro, C type or "", struct, member as spelt) for each member that the active ``text`` reads."""
     for match in _MEMBER.finditer(text):
         macro, arguments = match[1], _arguments(text, match.end())
-        ctype = arguments[0] if macro in ("GET", "GET_OPT", "SEE") else ""
+        ctype = arguments[0] if macro in ("READ", "READ_OPT", "LOAD") else ""
         if re.fullmatch(r"\w+", arguments[-1]) and re.fullmatch(r"\w+", arguments[-2]):
             yield macro, ctype, arguments[-2], arguments[-1]
     for match in _OFFSET.finditer(text):
@@ -80,18 +80,18 @@ def defines(btf: Btf, text: str) -> dict[str, int]:
     for macro, ctype, struct, spelt in members(text):
         name = f"{struct}__{spelt}"
         member = btf.member(struct, spelt) or btf.member(struct, _path(spelt))
-        if macro == "GET_OPT":
+        if macro == "READ_OPT":
             found[f"OFF_{name}"] = member.offset if member else 0
             found[f"SIZE_{name}"] = member.size if member else 0
         elif member is None:
             problems.append(f"{struct}.{_path(spelt)} is missing")
         elif ctype and member.size != _WIDTHS[ctype]:
             problems.append(f"{struct}.{_path(spelt)} has {plural(member.size, 'byte')}, not {_WIDTHS[ctype]}")
-        elif macro == "GET_BITS" and not 0 < member.shift + member.bits <= 8:
+        elif macro == "READ_BITS" and not 0 < member.shift + member.bits <= 8:
             problems.append(f"{struct}.{_path(spelt)} is no bitfield within a byte")
         else:
             found |= {f"OFF_{name}": member.offset, f"SIZE_{name}": member.size}
-            found |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": member.bits} if macro == "GET_BITS" else {}
+            found |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": member.bits} if macro == "READ_BITS" else {}
     for match in _ENUMERATOR.finditer(text):
         enum, _, enumerator = match[1].partition("__")
         value = btf.enumerator(enum, enumerator)

@@ -41,12 +41,12 @@ def test_switched_off_parts_are_left_out() -> None:
 
 
 def test_guards_count_as_on_and_definitions_are_no_reads() -> None:
-    text = "#ifndef GUARD_H\n#define GUARD_H\n#define GET(T, base, type, member) x\nkept\n#endif"
+    text = "#ifndef GUARD_H\n#define GUARD_H\n#define READ(T, base, type, member) x\nkept\n#endif"
     assert offsets.active(text, ()).split() == ["kept"]
 
 
 def test_comments_name_nothing() -> None:
-    text = "a /* GET(u32, sk, sock, gone) */ b\n// GET(u32, sk, sock, gone)\nc /* over\nlines GET(u32, x, y, z) */ d"
+    text = "a /* READ(u32, sk, sock, gone) */ b\n// READ(u32, sk, sock, gone)\nc /* over\nlines READ(u32, x, y, z) */ d"
     assert offsets.active(text, ()).split() == ["a", "b", "c", "d"]
 
 
@@ -55,20 +55,20 @@ def test_comments_name_nothing() -> None:
 
 def test_members_are_found_where_they_are_read() -> None:
     text = """
-        GET(u32, sk, sock, a); GET_OPT(u64, GET(u64, sk, sock, p), cgroup, kn);
-        GET_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
-        SEE(u32, tp, tcp_sock, c); SEE_BYTE(AT(skb, sk_buff, cb), tcp_skb_cb, f);
+        READ(u32, sk, sock, a); READ_OPT(u64, READ(u64, sk, sock, p), cgroup, kn);
+        READ_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
+        LOAD(u32, tp, tcp_sock, c); LOAD_BYTE(AT(skb, sk_buff, cb), tcp_skb_cb, f);
     """
     assert sorted(offsets.members(text)) == sorted(
         [
-            ("GET", "u32", "sock", "a"),
-            ("GET_OPT", "u64", "cgroup", "kn"),
-            ("GET", "u64", "sock", "p"),
-            ("GET_BITS", "", "flags", "x"),
+            ("READ", "u32", "sock", "a"),
+            ("READ_OPT", "u64", "cgroup", "kn"),
+            ("READ", "u64", "sock", "p"),
+            ("READ_BITS", "", "flags", "x"),
             ("AT", "", "sock", "m"),
             ("AT", "", "socket_alloc", "socket"),
-            ("SEE", "u32", "tcp_sock", "c"),
-            ("SEE_BYTE", "", "tcp_skb_cb", "f"),
+            ("LOAD", "u32", "tcp_sock", "c"),
+            ("LOAD_BYTE", "", "tcp_skb_cb", "f"),
             ("AT", "", "sk_buff", "cb"),
         ]
     )
@@ -84,7 +84,7 @@ def test_every_program_of_the_project_reads_members() -> None:
 
 
 def test_offsets_sizes_and_bits(kernel: Btf) -> None:
-    text = "GET(u32, sk, sock, a) GET(u16, sk, sock, b) GET(u64, sk, sock, p) GET_BITS(f, flags, x) AT(sk, sock, m)"
+    text = "READ(u32, sk, sock, a) READ(u16, sk, sock, b) READ(u64, sk, sock, p) READ_BITS(f, flags, x) AT(sk, sock, m)"
     assert offsets.defines(kernel, text) == {
         "OFF_sock__a": 0, "SIZE_sock__a": 4,
         "OFF_sock__b": 4, "SIZE_sock__b": 2,
@@ -95,7 +95,7 @@ def test_offsets_sizes_and_bits(kernel: Btf) -> None:
 
 
 def test_two_underscores_walk_into_a_member_unless_they_are_its_name(kernel: Btf) -> None:
-    found = offsets.defines(kernel, "GET(u32, sk, sock, m__v) GET(u64, d, odd, __pad) GET(u64, d, odd, _metrics)")
+    found = offsets.defines(kernel, "READ(u32, sk, sock, m__v) READ(u64, d, odd, __pad) READ(u64, d, odd, _metrics)")
     assert found["OFF_sock__m__v"] == 20
     assert found["OFF_odd____pad"] == 0
     assert found["OFF_odd___metrics"] == 8
@@ -103,22 +103,22 @@ def test_two_underscores_walk_into_a_member_unless_they_are_its_name(kernel: Btf
 
 def test_a_missing_member_is_named(kernel: Btf) -> None:
     with pytest.raises(KernelLacks, match=r"differ from what is read: sock\.gone is missing, sock\.m\.w is missing"):
-        offsets.defines(kernel, "GET(u32, sk, sock, gone) GET(u32, sk, sock, m__w) GET(u32, sk, sock, a)")
+        offsets.defines(kernel, "READ(u32, sk, sock, gone) READ(u32, sk, sock, m__w) READ(u32, sk, sock, a)")
 
 
 def test_a_wrong_width_is_named(kernel: Btf) -> None:
     with pytest.raises(KernelLacks, match=r"sock\.a has 4 bytes, not 8"):
-        offsets.defines(kernel, "GET(u64, sk, sock, a)")
+        offsets.defines(kernel, "READ(u64, sk, sock, a)")
 
 
 def test_what_is_no_small_bitfield_is_named(kernel: Btf) -> None:
     for member in ("flags, wide", "sock, a"):
         with pytest.raises(KernelLacks, match="is no bitfield within a byte"):
-            offsets.defines(kernel, f"GET_BITS(sk, {member})")
+            offsets.defines(kernel, f"READ_BITS(sk, {member})")
 
 
 def test_an_optional_member_is_nothing_where_it_is_missing(kernel: Btf) -> None:
-    found = offsets.defines(kernel, "GET_OPT(u64, sk, sock, gone) GET_OPT(u32, sk, sock, a)")
+    found = offsets.defines(kernel, "READ_OPT(u64, sk, sock, gone) READ_OPT(u32, sk, sock, a)")
     assert found == {"OFF_sock__gone": 0, "SIZE_sock__gone": 0, "OFF_sock__a": 0, "SIZE_sock__a": 4}
 
 
@@ -132,10 +132,10 @@ def test_every_type_has_a_width(ctype: str) -> None:
     blob = Blob()
     size = int(ctype[1:]) // 8
     blob.struct("s", 8, [("m", blob.integer(ctype, size), 0)])
-    assert offsets.defines(blob.btf(), f"GET({ctype}, x, s, m)")["SIZE_s__m"] == size
+    assert offsets.defines(blob.btf(), f"READ({ctype}, x, s, m)")["SIZE_s__m"] == size
 
 
 def test_nested_calls_keep_their_arguments_apart() -> None:
-    depths = ["x", "GET(u64, x, a, b)", "AT(f(x, y) - 3, a, b)"]
-    for inner, outer in itertools.product(depths, ("GET(u64, {}, c, d)", "GET_OPT(u64, {}, c, d)")):
+    depths = ["x", "READ(u64, x, a, b)", "AT(f(x, y) - 3, a, b)"]
+    for inner, outer in itertools.product(depths, ("READ(u64, {}, c, d)", "READ_OPT(u64, {}, c, d)")):
         assert outer.split("(")[0] in {m[0] for m in offsets.members(outer.format(inner)) if m[2:] == ("c", "d")}

@@ -272,8 +272,8 @@ def body(function: str) -> str:
 
 def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
     for function in ("rested", "ends_flight", "holds"):
-        assert "SEE(" in body(function)
-        assert "GET(" not in body(function)
+        assert "LOAD(" in body(function)
+        assert "READ(" not in body(function)
     for function, until in (
         ("on_ack", "followed.lookup"),
         ("on_tcp_sendmsg_locked", "rested(tp)"),
@@ -283,7 +283,7 @@ def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
     ):
         before, found, _ = body(function).partition(until)
         assert found
-        assert "GET(" not in before
+        assert "READ(" not in before
         assert "argument(" not in before
     kinds = {a.program: a.kind for rung in ladder.RUNGS for each in rung.attachments.values() for a in each}
     loading = ["sendmsg_locked", "probe", "probe_ack", "probe_follow"]
