@@ -30,7 +30,7 @@ uninstall: ## take that away again; the distribution's packages stay
 	@$(SETUP) uninstall
 
 # -I: the installed package, not the one in this folder.
-demo: ## install, trace a connection with rests while a disk is read, then measure what the resets cost
+demo: ## install, trace a connection with idle times while a disk is read, then measure what the resets cost
 	@$(SUDO) $(SETUP) install demo
 	@$(SUDO) "$$PREFIX/bin/python" -I -m cwndtrace.lab.demo
 	@$(SUDO) "$$PREFIX/bin/cwndtrace" reproduce --preset quick

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the cost model predicts: the lab over a grid of paths, bursts and rests, predicted beside measured.
+"""How well the cost model predicts: the lab over a grid of paths, bursts and idle times, predicted beside measured.
 
     sudo .venv/bin/python benchmarks/cost_grid.py --out grid            (about 15 minutes)
     .venv/bin/python benchmarks/cost_grid.py --read grid                (the figures of a run again)
 
 Each configuration (RTT, congestion control, rate) runs in a process of its own with its own namespaces; a few at a
-time, because most of the time is rest.
+time, because most of the time is idle.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CCS = ("cubic", "reno")
 PATHS: dict[str, tuple[float | None, ...]] = {"all": (None, 100e6), "open": (None,), "limited": (100e6,)}
 """Rates of the bottleneck in bit/s."""
 BURSTS = (15_000, 60_000, 300_000, 1_000_000, 4_000_000)
-RESTS_RTO = (0.5, 1.5, 3.0, 5.0, 8.0)
+IDLE_RTO = (0.5, 1.5, 3.0, 5.0, 8.0)
 # What the kernel adds to the round-trip time at the least (TCP_RTO_MIN), in seconds.
 RTO_MIN_S = 0.2
 AT_ONCE = 6
@@ -45,7 +45,7 @@ def one(rtt_ms: int, cc: str, rate: float | None, rounds: int, out: Path) -> Non
     rto_s = rtt_ms / 1e3 + RTO_MIN_S
     link = Link(rtt_ms=rtt_ms, rate=rate)
     scenario = replace(
-        Scenario(), link=link, bursts=BURSTS, rests=tuple(r * rto_s for r in RESTS_RTO), rounds=rounds, cc=cc
+        Scenario(), link=link, bursts=BURSTS, idle_times=tuple(r * rto_s for r in IDLE_RTO), rounds=rounds, cc=cc
     )
     with Lab(scenario) as lab:
         filters = Filters(netns=lab.path.server.namespace.inode)

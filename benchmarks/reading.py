@@ -59,7 +59,7 @@ def requests(number: int, since: float, until: float, rng: np.random.Generator) 
 
 
 def resets(number: int, rng: np.random.Generator) -> events.Records:
-    """Each connection rests every two seconds."""
+    """Each connection is idle every two seconds."""
     records = np.zeros(number, dtype=events.event("cwnd_reset").dtype)
     records["ts_ns"] = np.sort(rng.integers(0, SECONDS * 10**9, number))
     records["sock_cookie"] = rng.integers(1, 200, number)

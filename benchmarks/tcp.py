@@ -151,7 +151,7 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
 
 
 def many(report: Report, number: int) -> None:
-    """So many connections that rest: what a snapshot takes, and whether each reset is recorded when they wake."""
+    """So many connections that are idle: what a snapshot takes, and whether each reset is recorded when they wake."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * number + 200)), hard))
     number = min(number, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 2)
@@ -181,11 +181,11 @@ def many(report: Report, number: int) -> None:
                 senders.append(sender)
                 if len(senders) == number // 2:  # a connection has both of its ends here
                     snapshots(report)
-            # Windows must be above the initial one for a rest to lower them: a burst makes them grow.
+            # Windows must be above the initial one for idle time to lower them: a burst makes them grow.
             burst = bytes(100_000)
             for sender in senders:
                 sender.sendall(burst)
-            time.sleep(2.0)  # longer than any RTO here: the rest itself
+            time.sleep(2.0)  # longer than any RTO here: the idle time itself
             port = listener.getsockname()[1]
             with Session(Kernel(Filters(port=port), block=False, reasons=("idle",))) as session:
                 random.Random(1).shuffle(senders)
@@ -229,7 +229,7 @@ def _window(sock: socket.socket) -> int:
 
 def main() -> None:
     """Measure and report."""
-    asked = options(__doc__, connections=(10_000, "connections that rest"))
+    asked = options(__doc__, connections=(10_000, "connections that are idle"))
     report = Report("tcp", _WANTED)
     many(report, asked.connections)
     throughput(report, asked.rounds, asked.seconds)

@@ -123,7 +123,7 @@ static __always_inline void follow(const struct cwnd_reset *r)
 	struct followed *old = followed.lookup(&sk);
 
 	if (old) {
-		/* The last ACK before this rest may have done it: nothing came after to show that. */
+		/* The last ACK before this idle time may have done it: nothing came after to show that. */
 		bool regained = r->cwnd_before >= old->target;
 		u64 end_ns = regained ? old->acked_ns : r->ts_ns;
 

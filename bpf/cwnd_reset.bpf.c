@@ -243,7 +243,7 @@ int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 #endif
 
 #if defined(RUNG_SENDMSG) || defined(RUNG_TCP_PROBE)
-/* Whether a rest can cost this socket its window: not where the sysctl is off or the congestion control is exempt. */
+/* Whether idle time can cost this socket its window: not where the sysctl is off or the congestion control is exempt. */
 static __always_inline bool restarts(const void *sk)
 {
 	u64 ca_ops = READ(u64, sk, inet_connection_sock, icsk_ca_ops);
@@ -261,15 +261,15 @@ static __always_inline bool restarts(const void *sk)
 #ifdef RUNG_SENDMSG
 /*
  * The sender goes on from here to the kernel's own look at the clock: a tick, or the time that another task has
- * the CPU, may fall between. A rest that is short of the RTO by no more than this (20 ms) may still become one.
+ * the CPU, may fall between. Idle time that is short of the RTO by no more than this (20 ms) may still become one.
  */
 #define LATE_JIFFIES (CWT_HZ / 50)
 
 /*
- * The first half of tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the socket has rested so long
+ * The first half of tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the socket has been idle so long
  * that the kernel may restart its window now. This runs on every send and every ACK.
  */
-static __always_inline bool rested(const void *tp)
+static __always_inline bool idle_for_rto(const void *tp)
 {
 	if (LOAD(u32, tp, tcp_sock, packets_out))
 		return false;
@@ -332,7 +332,7 @@ static __always_inline void settle(const void *sk)
 	add_pending(-1);
 }
 
-/* For a socket that has rested. */
+/* For a socket that has been idle. */
 static __always_inline void expect_restart(const void *sk)
 {
 	struct cwnd_reset r = {};
@@ -364,7 +364,7 @@ int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 	u64 skb;
 
 	settle(sk);
-	if (!tp || !rested(tp))
+	if (!tp || !idle_for_rto(tp))
 		return 0;
 	skb = argument(ctx, 2);
 	/* Only a new buffer is checked by the kernel (tcp_skb_entail); this one still takes more. */
@@ -383,7 +383,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	on_ack(sk);
 	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
 	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
-	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && rested(tp))
+	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && idle_for_rto(tp))
 		expect_restart(sk);
 	return 0;
 }
@@ -448,7 +448,7 @@ static __always_inline void note_window(u64 key)
 }
 
 /*
- * Whether this ACK leaves nothing under way, so that a rest may follow. The ACKs of what it leaves come here too,
+ * Whether this ACK leaves nothing under way, so that idle time may follow. The ACKs of what it leaves come here too,
  * but for those behind a FIN.
  */
 static __always_inline bool ends_flight(const void *tp, u64 skb)
@@ -498,7 +498,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	*last = key;
 	if (!w) {
 		if (windows.update(&key, &first)) {
-			/* A window that there is no room to note: a rest may follow that makes it fall unseen. */
+			/* A window that there is no room to note: idle time may follow that makes it fall unseen. */
 			if (restarts(sk) && LOAD(u32, tp, tcp_sock, snd_cwnd) > sk_init_cwnd(sk))
 				count(COUNT_LOST);
 			return 0;

@@ -15,7 +15,7 @@
 
 /* Values equal to enum tcp_cwnd_reset_reason of kernel-patches/. */
 enum reason {
-	REASON_IDLE = 0,	/* tcp_cwnd_restart: data after a rest longer than the RTO */
+	REASON_IDLE = 0,	/* tcp_cwnd_restart: data after idle time longer than the RTO */
 	REASON_RTO_LOSS = 1,	/* tcp_enter_loss: a retransmission timeout */
 	REASON_APP_LIMITED = 2,	/* tcp_cwnd_application_limited: an RTO without using the window */
 };
@@ -74,7 +74,7 @@ struct cwnd_reset {
 	__u64 cgroup_id;	/* [id] cgroup v2 of the socket */
 	__u64 bytes_acked;	/* [bytes] acknowledged over the connection's life */
 	__u64 bytes_sent;	/* [bytes] sent over its life, retransmissions included */
-	__u64 idle_us;		/* [us] rest: since data was last sent, to one jiffy */
+	__u64 idle_us;		/* [us] idle time: since data was last sent, to one jiffy */
 	__u64 last_rcv_us;	/* [us] since data last came in from the peer, to one jiffy */
 	__u32 rto_us;		/* [us] retransmission timeout in force */
 	__u32 srtt_us;		/* [us] smoothed round-trip time; 0 before the first sample */

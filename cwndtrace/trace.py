@@ -73,8 +73,8 @@ class Connection:
             ("sent", fmt.size(row["sent_bytes"])),
         ]
         if row["resets_idle"]:
-            longest = f"{fmt.span(row['rest_longest_us'])}, {row['rest_per_rto_max']:.1f} RTOs"
-            facts.insert(4, ("longest rest", longest))
+            longest = f"{fmt.span(row['idle_longest_us'])}, {row['idle_per_rto_max']:.1f} RTOs"
+            facts.insert(4, ("longest idle time", longest))
         dear = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
         facts += [("dear reset", events.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
         return [*facts, ("verdict", str(self.verdict))]
@@ -250,7 +250,7 @@ class Trace:
     @cached_property
     @making_sense()
     def verdicts(self) -> pd.DataFrame:
-        """``costs()`` with what each reset meant and why its connection had rested.
+        """``costs()`` with what each reset meant and why its connection had been idle.
 
         The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
         """
@@ -265,7 +265,7 @@ class Trace:
     @property
     @making_sense()
     def block_recorded(self) -> bool:
-        """Whether block I/O was traced, so that none in a rest means that there was none."""
+        """Whether block I/O was traced, so that none in idle time means that there was none."""
         counts = self.meta.get("counts")
         return not isinstance(counts, dict) or "block_io" in counts or bool(self._capture.rows("block_io"))
 

@@ -117,8 +117,8 @@ def thrift_kind(value: Any) -> int:
 
 
 def varint(number: int) -> bytes:
-    low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+    low, idle = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + varint(idle) if idle else bytes([low])
 
 
 def shared_pages(columns: int, groups: int, pages: int, *, shared: bool = True) -> bytes:

@@ -20,14 +20,14 @@ from tests.live import disk, tcp
 
 FILE: Final = Path(__file__).parent / "data" / "trace.raw"
 CONNECTIONS: Final = 4
-RESTS: Final = 6
+BURSTS: Final = 6
 BLOCKS: Final = 150
 
 
 def work(space: tcp.Space, drain: tcp.Drain, device: disk.Disk) -> None:
     """What is recorded."""
     connections = [tcp.connect(space, drain) for _ in range(CONNECTIONS)]
-    for _ in range(RESTS):
+    for _ in range(BURSTS):
         for connection in connections:
             connection.grow()
         time.sleep(0.5)

@@ -36,11 +36,11 @@ COLUMNS: Final = {
     "seen_s": "seconds between the two; the connection itself may be older",
     "snapshots": "snapshots that show it",
     "resets": "records of its window falling at once",
-    "resets_idle": "of these, after a rest longer than the RTO",
+    "resets_idle": "of these, after idle time longer than the RTO",
     "resets_rto_loss": "of these, at a retransmission timeout",
     "resets_app_limited": "of these, for not using the window",
-    "rest_total_us": "us of rest that ended in an idle reset, summed",
-    "rest_longest_us": "us, the longest such rest; 0 where there was none",
+    "idle_total_us": "us of idle time that ended in an idle reset, summed",
+    "idle_longest_us": "us, the longest such idle time; 0 where there was none",
     "cwnd_min_segments": "least congestion window seen, after resets included",
     "cwnd_max_segments": "largest congestion window seen, before resets included",
     "cwnd_last_segments": "congestion window in its last record",
@@ -69,7 +69,7 @@ def identify(resets: pd.DataFrame, connections: pd.DataFrame) -> tuple[pd.DataFr
 
 
 def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
-    """One row a connection, those with most resets and longest rests first; the columns are ``COLUMNS``.
+    """One row a connection, those with most resets and longest idle times first; the columns are ``COLUMNS``.
 
     Takes the tables ``cwnd_reset`` and ``connections`` as DataFrames, with or without what ``identify``
     adds. A connection that never reset is there as soon as one snapshot caught it.
@@ -81,14 +81,16 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
     sightings = sightings.sort_values("ts_ns", kind="stable", ignore_index=True)
     groups = sightings.groupby("connection", sort=False)
     latest = groups.last()  # of each column the last value that isn't missing
-    out = latest.drop(columns=["time", "ts_ns", "cwnd_low", "cwnd_high", "rest_us", "reset", "snapshot", "reason"])
+    out = latest.drop(
+        columns=["time", "ts_ns", "cwnd_low", "cwnd_high", "reset_idle_us", "reset", "snapshot", "reason"]
+    )
     out["first_seen"], out["last_seen"] = groups["time"].first(), groups["time"].last()
     # Not by the wall clock: it may have been stepped.
     out["seen_s"] = (groups["ts_ns"].last() - groups["ts_ns"].first()) / 1e9
     out["snapshots"], out["resets"] = groups["snapshot"].sum(), groups["reset"].sum()
     for label in events.layout().enums["reason"].values():
         out[f"resets_{label}"] = (sightings["reason"] == label).groupby(sightings["connection"]).sum()
-    out["rest_total_us"], out["rest_longest_us"] = groups["rest_us"].sum(), groups["rest_us"].max()
+    out["idle_total_us"], out["idle_longest_us"] = groups["reset_idle_us"].sum(), groups["reset_idle_us"].max()
     out["cwnd_min_segments"], out["cwnd_max_segments"] = groups["cwnd_low"].min(), groups["cwnd_high"].max()
     out = out.rename(columns={"cwnd": "cwnd_last_segments", "total_retrans": "total_retrans_segments"}).reset_index()
     for name in COLUMNS:
@@ -97,7 +99,7 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
             out[name] = out[name].fillna("").astype(str)
         elif kind != "datetime64[us, UTC]":
             out[name] = out[name].fillna(0).astype(kind)
-    order = ["resets", "rest_total_us", "first_seen", "connection"]
+    order = ["resets", "idle_total_us", "first_seen", "connection"]
     return out[list(COLUMNS)].sort_values(order, ascending=[False, False, True, True], ignore_index=True)
 
 
@@ -177,7 +179,7 @@ def _from_resets(resets: pd.DataFrame) -> pd.DataFrame:
     rows = _plain(resets)
     out = rows[_SHARED].assign(pid=rows["tgid"], cwnd=rows["cwnd_after"], state=None, reason=rows["reason"])
     out["cwnd_low"], out["cwnd_high"] = rows["cwnd_after"], rows["cwnd_before"]
-    out["rest_us"] = rows["idle_us"].astype("int64").where(rows["reason"] == "idle", 0)
+    out["reset_idle_us"] = rows["idle_us"].astype("int64").where(rows["reason"] == "idle", 0)
     out["reset"], out["snapshot"] = 1, 0
     return _missing(out)
 
@@ -185,7 +187,7 @@ def _from_resets(resets: pd.DataFrame) -> pd.DataFrame:
 def _from_snapshots(connections: pd.DataFrame) -> pd.DataFrame:
     rows = _plain(connections)
     out = rows[_SHARED].assign(pid=rows["pid"], cwnd=rows["cwnd"], state=rows["state"], reason=None)
-    out["cwnd_low"], out["cwnd_high"], out["rest_us"] = rows["cwnd"], rows["cwnd"], 0
+    out["cwnd_low"], out["cwnd_high"], out["reset_idle_us"] = rows["cwnd"], rows["cwnd"], 0
     out["reset"], out["snapshot"] = 0, 1
     return _missing(out)
 

@@ -4,7 +4,7 @@
 The growth rules are the kernel's. Slow start adds what was acknowledged, up to ssthresh, however the receiver
 delays its ACKs (tcp_slow_start() in net/ipv4/tcp_cong.c), so the window doubles each round trip that used it up.
 Then reno adds one segment a round trip (tcp_cong_avoid_ai()); cubic at most half of the window
-(bictcp_update() in net/ipv4/tcp_cubic.c), which it does as long as its curve is above the window: after a rest
+(bictcp_update() in net/ipv4/tcp_cubic.c), which it does as long as its curve is above the window: after idle time
 the curve goes on where it was, at the window before.
 """
 
@@ -29,8 +29,8 @@ COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
     "limit_bytes": "bytes that could be under way at most: the receiver's window, or the send buffer where a snapshot "
     "tells of a smaller one",
-    "round_us": "us: the round trip that is counted with: the least that the kernel knew, since after a rest no queue "
-    "of the connection's own is on the path; the smoothed one where it knew none",
+    "round_us": "us: the round trip that is counted with: the least that the kernel knew, since after idle time no "
+    "queue of the connection's own is on the path; the smoothed one where it knew none",
     "rounds_after": "round trips that the burst needs from the window after the reset",
     "rounds_before": "round trips that it would have needed from the window before",
     "rounds_lost": "round trips, estimated: the difference, or where fewer the doublings that the window went through",
@@ -103,7 +103,7 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
     """Bytes that each idle reset's burst sent, indexed as ``resets``; missing where nothing later tells.
 
     Takes frames of a Trace (with ``connection``). ``bytes_sent`` of the connection's next reset, or of its
-    next snapshot after which it rested or ended, less that of the reset itself.
+    next snapshot after which it was idle or ended, less that of the reset itself.
     """
     last = connections.groupby("connection")["bytes_sent"].max()
     ordered = resets.sort_values("ts_ns")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a connection rested: the peer was silent, the sending process waited for a disk, or neither.
+"""Why a connection was idle: the peer was silent, the sending process waited for a disk, or neither.
 
-A rest has two parts. Until data last came in, the connection waited for its peer; what came after is the sender's
+Idle time has two parts. Until data last came in, the connection waited for its peer; what came after is the sender's
 own. Of that part the time counts as the disk's during which the sending process, in whichever of its threads, had
 block I/O of its own under way.
 """
@@ -19,12 +19,12 @@ import pandas as pd
 from cwndtrace.analysis.cost import Bools, Ints
 
 COLUMNS: Final = {
-    "cause": "what most of the rest was: peer, disk or application; unknown where block I/O wasn't recorded; empty for "
-    "resets that no rest caused",
-    "peer_us": "us of the rest until data last came in, or all of it where the peer had closed its window",
-    "disk_us": "us of the rest after that during which the sending process had block I/O under way",
-    "application_us": "us of the rest that are neither",
-    "disk_requests": "requests of that process that began in that part of the rest",
+    "cause": "what most of the idle time was: peer, disk or application; unknown where block I/O wasn't recorded; "
+    "empty for resets that no idle time caused",
+    "peer_us": "us of the idle time until data last came in, or all of it where the peer had closed its window",
+    "disk_us": "us of the idle time after that during which the sending process had block I/O under way",
+    "application_us": "us of the idle time that are neither",
+    "disk_requests": "requests of that process that began in that part of the idle time",
     "disk_device": "the device that had requests under way for longest; empty where none had",
 }
 """What ``with_cause`` adds to resets."""
@@ -64,18 +64,18 @@ def covered(begin: Ints, end: Ints, since: Ints, until: Ints) -> Ints:
 def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool = True) -> pd.DataFrame:
     """``resets`` with ``COLUMNS``. Takes frames of a Trace; ``recorded`` says whether block I/O was traced at all.
 
-    Where nobody used the socket (an ACK reopened the peer's window, which has a process for none), all of the rest
+    Where nobody used the socket (an ACK reopened the peer's window, which has a process for none), all of the idle time
     was the peer's. Write-back by the kernel on a process's behalf counts as the application's own time.
     """
     idle = (resets["reason"].astype(str) == "idle").to_numpy()
     until = resets["ts_ns"].to_numpy(np.int64)
-    rest = np.where(idle, resets["idle_us"].to_numpy(np.int64), 0)
-    own = np.where(reopened(resets), 0, np.minimum(resets["last_rcv_us"].to_numpy(np.int64), rest))
+    idle_us = np.where(idle, resets["idle_us"].to_numpy(np.int64), 0)
+    own = np.where(reopened(resets), 0, np.minimum(resets["last_rcv_us"].to_numpy(np.int64), idle_us))
     disk_ns, requests, device = _own_io(block_io, resets["tgid"].to_numpy(np.int64), until - own * 1000, until)
     disk = disk_ns / 1000
-    # A request may have begun a fraction of a jiffy before the rest, which is known to a jiffy only.
+    # A request may have begun a fraction of a jiffy before the idle time, which is known to a jiffy only.
     disk = np.minimum(disk, own)
-    parts = np.stack([rest - own, disk, own - disk])
+    parts = np.stack([idle_us - own, disk, own - disk])
     cause = np.array(["peer", "disk", "application" if recorded else "unknown"], dtype=object)[parts.argmax(axis=0)]
     return resets.assign(
         cause=pd.Series(np.where(idle, cause, ""), index=resets.index, dtype="str"),
@@ -89,12 +89,12 @@ def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool =
 
 SUMMARY_COLUMNS: Final = {
     "cause": "as in COLUMNS",
-    "resets": "idle resets whose rest was mostly that",
+    "resets": "idle resets whose idle time was mostly that",
     "harmful": "of these, those that cost their burst a round trip",
     "lost_us": "us that these cost, estimated, summed",
-    "rest_us": "us of rest, summed",
+    "idle_us": "us of idle time, summed",
     "disk_us": "us of it under block I/O of the sending process",
-    "disk_device": "the device that most of these rests name; empty where none does",
+    "disk_device": "the device that most of these idle times name; empty where none does",
 }
 """The columns of ``summary``."""
 
@@ -102,10 +102,10 @@ SUMMARY_COLUMNS: Final = {
 def summary(judged: pd.DataFrame) -> pd.DataFrame:
     """One row a cause, the dearest first; ``judged`` are the ``verdicts`` of a Trace. The columns are above."""
     idle = judged[judged["cause"] != ""]
-    rest = idle[["peer_us", "disk_us", "application_us"]].sum(axis=1)
-    rows = idle.assign(rest_us=rest, harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1)
+    idle_us = idle[["peer_us", "disk_us", "application_us"]].sum(axis=1)
+    rows = idle.assign(idle_us=idle_us, harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1)
     groups = rows.groupby("cause", sort=False)
-    out = groups[["resets", "harmful", "lost_us", "rest_us", "disk_us"]].sum().reset_index()
+    out = groups[["resets", "harmful", "lost_us", "idle_us", "disk_us"]].sum().reset_index()
     named = rows[rows["disk_device"] != ""].groupby("cause")["disk_device"].agg(lambda names: names.mode().iloc[0])
     out["disk_device"] = pd.Series([str(named.get(cause, "")) for cause in out["cause"]], dtype="str")
     return out.sort_values(["lost_us", "resets"], ascending=False, ignore_index=True)[list(SUMMARY_COLUMNS)]

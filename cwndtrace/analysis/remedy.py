@@ -91,8 +91,8 @@ def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
         "; ".join([*commands[:_SPACES], *more]),
         lost,
         "low",
-        "each connection in the namespace may send its old window at once after a rest, into a path that may be busier "
-        "by then",
+        "each connection in the namespace may send its old window at once after idle time, into a path that may be "
+        "busier by then",
         touched,
     )
     yield _initcwnd(harmful)
@@ -101,8 +101,8 @@ def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
         period = idle["rto_us"].min() * _PING_MARGIN // 10_000 * 10_000
         yield _Remedy(
             "ping",
-            f"have the application send a small message at least every {span(max(period, 10_000))} while it rests (the "
-            f"least RTO was {span(idle['rto_us'].min())}; TCP keepalive carries no data and doesn't count)",
+            f"have the application send a small message at least every {span(max(period, 10_000))} while it is idle "
+            f"(the least RTO was {span(idle['rto_us'].min())}; TCP keepalive carries no data and doesn't count)",
             float(idle["lost_us"].sum()),
             "medium",
             "traffic and wake-ups on every connection, and both ends have to agree on what a ping is",

@@ -27,7 +27,7 @@ LABELS: Final = {
     "never_full": "harmless: the window was never used up afterwards",
     "receiver_window": "not the window: the receiver's window was the limit",
     "send_buffer": "not the window: the send buffer was the limit",
-    "loss": "loss, not rest",
+    "loss": "loss, not idle time",
     "nothing_sent": "harmless: nothing was sent",
     "unknown": "not enough data to say",
     "exempt": "its congestion control is exempt from idle resets",
@@ -49,8 +49,8 @@ CONNECTION_COLUMNS: Final = {
     "bursts": "bursts that can be told apart: idle resets, and spans between snapshots that sent data without one; "
     "there may have been more",
     "after_reset_share": "share of these bursts that began with a reset",
-    "rest_per_rto_p50": "rests that ended in an idle reset, in RTOs, median; missing where there was none",
-    "rest_per_rto_max": "the longest of them in RTOs",
+    "idle_per_rto_p50": "idle times that ended in an idle reset, in RTOs, median; missing where there was none",
+    "idle_per_rto_max": "the longest of them in RTOs",
     "sent_bytes": "bytes sent while it was watched; at least, where no snapshot but only its resets' bursts tell",
     "busy_us": "us with data under way while it was watched; missing where no two snapshots tell",
     "rwnd_limited_share": "share of busy_us that the peer's window held it back",
@@ -219,14 +219,14 @@ def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
 def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
     """What the resets of each connection come to; ``common`` is the verdict that most of them have."""
     keys = judged["connection"]
-    rest = (judged["idle_us"] / judged["rto_us"].where(judged["rto_us"] > 0)).where(judged["reason"] == "idle")
-    groups = rest.groupby(keys)
+    per_rto = (judged["idle_us"] / judged["rto_us"].where(judged["rto_us"] > 0)).where(judged["reason"] == "idle")
+    groups = per_rto.groupby(keys)
     counts = judged.groupby(["connection", "verdict"]).size().rename("n").reset_index()
     common = counts.sort_values("n", kind="stable").drop_duplicates("connection", keep="last")
     return pd.DataFrame(
         {
-            "rest_per_rto_p50": groups.median(),
-            "rest_per_rto_max": groups.max(),
+            "idle_per_rto_p50": groups.median(),
+            "idle_per_rto_max": groups.max(),
             "resets_harmful": (judged["verdict"] == "harmful").groupby(keys).sum(),
             "lost_us": judged["lost_us"].groupby(keys).sum(),
             "burst_bytes": judged["burst_bytes"].groupby(keys).sum(),
@@ -266,7 +266,7 @@ def explain(row: Mapping[Any, Any]) -> str:
     """The evidence for the verdict of one reset, a row of ``resets``, in a sentence."""
     cwnd = f"{row['cwnd_before']} -> {row['cwnd_after']} {'segment' if row['cwnd_after'] == 1 else 'segments'}"
     if row["reason"] == "idle":
-        cwnd += f" after {span(row['idle_us'])} of rest (RTO {span(row['rto_us'])})"
+        cwnd += f" after {span(row['idle_us'])} of idle time (RTO {span(row['rto_us'])})"
     burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
     fits = size(row["cwnd_after"] * row["mss"])
     told: dict[str, str] = {
@@ -278,7 +278,8 @@ def explain(row: Mapping[Any, Any]) -> str:
         "receiver_window": _narrow(row, burst),
         "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is less than the window was, and the burst is "
         f"{burst}; at most {_share_of_rounds(row)}",
-        "loss": f"a retransmission timeout with ssthresh {threshold(row['ssthresh_after'])} segments after it, no rest",
+        "loss": f"a retransmission timeout with ssthresh {threshold(row['ssthresh_after'])} segments after it, no "
+        "idle time",
         "nothing_sent": "no data was sent between it and the connection's next record",
         "unknown": "no later record says how much was sent, or no round-trip time was ever measured",
     }
@@ -317,7 +318,7 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
     if row["resets"]:
         return LABELS[label] + (f", as for {row['common_count']:.0f} of {number}" if row["resets"] > 1 else "")
     reasons = {
-        "exempt": f"{row['ca_name']} never resets its window after a rest",
+        "exempt": f"{row['ca_name']} never resets its window after idle time",
         "sysctl_off": f"{events.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
         "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s it was watched",
         "send_buffer": f"no reset; the send buffer held it back for {_percent(row['sndbuf_limited_share'])} of "
@@ -368,6 +369,6 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame, lacking: str = "") -> Host:
     else:
         verdict, text = "unknown", "No TCP connection was seen."
     if lacking:
-        rest = f" Of what is there: {text}" if len(harmful) else ""
-        verdict, text = "unknown", f"Can't tell whether it is the window, because {lacking}.{rest}"
+        per_rto = f" Of what is there: {text}" if len(harmful) else ""
+        verdict, text = "unknown", f"Can't tell whether it is the window, because {lacking}.{per_rto}"
     return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is looked at while a trace runs and takes power: other users' processes, other network namespaces.
 
-``PrivilegedHelper`` does it in a process of its own, so that the one that traces, writes and prints can give its power up. That
-process is asked by fixed questions, and reads nothing but what the kernel says.
+``PrivilegedHelper`` does it in a process of its own, so that the one that traces, writes and prints can give its power
+up. That process is asked by fixed questions, and reads nothing but what the kernel says.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class NoReply(CwndtraceError):
 class Helper:
     """Looks with the power of this process.
 
-    An answer is None where there was none (see ``PrivilegedHelper``); ``lacking`` says then what the trace goes on without.
+    An answer is None where there was none (see ``PrivilegedHelper``); ``lacking`` says then what the trace goes on
+    without.
     """
 
     lacking: str | None = None

@@ -21,7 +21,7 @@ class Filters:
     """What to trace; everything that is None lets all through. All of it is decided in the kernel.
 
     ``ifindex`` counts in the namespace ``netns`` (an inode), so it never comes without; ``netns_name`` is for people.
-    ``cgroup`` is a folder of cgroup v2; its descendants belong to it. ``min_idle_us`` applies to idle resets' rest.
+    ``cgroup`` is a folder of cgroup v2; its descendants belong to it. ``min_idle_us`` applies to idle resets alone.
     """
 
     ifindex: int | None = None

@@ -95,7 +95,8 @@ def open_session(
 ) -> Session:
     """A session over the running kernel; the caller closes it.
 
-    ``privsep`` leaves what takes power to a process of its own (see privsep.PrivilegedHelper), so that the caller can drop it.
+    ``privsep`` leaves what takes power to a process of its own (see privsep.PrivilegedHelper), so that the caller can
+    drop it.
     """
     clocks.refuse_other_time()
     helper = PrivilegedHelper(filters, privileges.invoking_user()) if privsep else Helper(filters)

@@ -37,7 +37,7 @@ def resolve(
     if port is not None and not 0 < port < 65536:
         raise UsageError(f"no port {port}", "ports go from 1 to 65535")
     if min_idle_s is not None and min_idle_s < 0:
-        raise UsageError("a rest can't be negative", "give it as 500ms or 2s")
+        raise UsageError("idle time can't be negative", "give it as 500ms or 2s")
     if pid is not None and not Path(f"/proc/{pid}").exists():
         raise NotFound(f"no process {pid}", "see ps; to follow what isn't running yet, filter by port or cgroup")
     where = netns.find(namespace) if namespace is not None else None

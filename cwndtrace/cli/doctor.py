@@ -179,9 +179,9 @@ def _sysctls() -> list[Fact]:
         if value is None:
             lines.append(Fact(name, "can't be read", LACK))
         elif value:
-            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = {value}: windows are reset after a rest"))
+            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = {value}: windows are reset after idle time"))
         else:
-            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = 0: no window is reset after a rest"))
+            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = 0: no window is reset after idle time"))
     return lines
 
 

@@ -31,7 +31,7 @@ RESETS_SHOWN: Final = (
     Column("REASON", least=8),
     Column("PROCESS", 2, least=10, shorten=cut_process),
     Column("CONNECTION", least=41, shorten=cut_connection),
-    Column("REST", 1, right=True),
+    Column("IDLE", 1, right=True),
     Column("RTO", 3, right=True),
     Column("CWND (segments)", right=True),
     Column("SSTHRESH", 4, right=True),

@@ -73,7 +73,9 @@ def filters(command: F) -> F:
             ),
             click.option("-c", "--cgroup", metavar="FOLDER", help="This cgroup (v2) and those below it."),
             family("IPv4 only, mapped addresses included.", "IPv6 only."),
-            click.option("--min-idle", type=Span(), metavar="TIME", help="Rests at least this long, as 500ms or 2s."),
+            click.option(
+                "--min-idle", type=Span(), metavar="TIME", help="Idle for at least this long, as 500ms or 2s."
+            ),
             click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Force this rung of the ladder."),
         )
     ):

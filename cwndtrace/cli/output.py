@@ -125,7 +125,10 @@ class _OutputThread:
 
 
 class _QueuedStream(io.TextIOBase):
-    """Stands for a stream and gives its texts to an ``_OutputThread``; ``output_dropped`` is the line that stands for so many."""
+    """Stands for a stream and queues its texts for an ``_OutputThread``.
+
+    ``output_dropped`` makes the line that says how many lines were dropped.
+    """
 
     def __init__(
         self, stream: TextIO, thread: _OutputThread, output_dropped: Callable[[int], str], *, tells: bool
@@ -187,8 +190,8 @@ class _QueuedStream(io.TextIOBase):
 def buffered_output(output_dropped: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
     """While it is entered, printing never waits: a stopped terminal, or a slow reader, holds up nothing but itself.
 
-    A few megabytes of text are held; of more, whole texts are dropped, and a line of ``output_dropped`` says of how many
-    lines. At the end it waits until all is printed, or until ``hurried``: then the rest, and what follows, goes
+    A few megabytes of text are held; of more, whole texts are dropped, and a line of ``output_dropped`` says of how
+    many lines. At the end it waits until all is printed, or until ``hurried``: then the rest, and what follows, goes
     nowhere. An error of stdout comes from the next flush, or at the end as ``printing`` has it; one of stderr is
     nobody's business.
     """

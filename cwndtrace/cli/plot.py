@@ -42,7 +42,7 @@ def plot(
     dark: bool,
     max_rows: int,
 ) -> None:
-    """Draw the timeline of CAPTURE: windows, rests, resets, and block I/O on the same axis.
+    """Draw the timeline of CAPTURE: windows, idle times, resets, and block I/O on the same axis.
 
     \b
     Examples:

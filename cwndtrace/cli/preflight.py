@@ -22,7 +22,7 @@ def warnings(controls: AbstractSet[str], settings: list[tuple[netns.Namespace, i
         where = "this network namespace" if off[0].name == "this" else f"network namespace {off[0].name}"
         if off[0].path.parent.name == "netns":
             command = f"ip netns exec {off[0].name} {command}"
-        found.append(f"{netns.IDLE_SYSCTL} is 0 in {where}: no window is reset after a rest ({command} turns it on)")
+        found.append(f"{netns.IDLE_SYSCTL} is 0 in {where}: no window is reset after idle time ({command} turns it on)")
     if not controls:
         found.append(f"{what} carries no TCP connection now")
     elif controls <= EXEMPT:

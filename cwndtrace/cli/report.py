@@ -35,7 +35,7 @@ _OF_CONNECTIONS: Final = (
     Column("RESETS", 2, right=True),
     Column("HARMFUL", 3, right=True),
     Column("LOST (est.)", right=True),
-    Column("LONGEST REST", 4, right=True),
+    Column("LONGEST IDLE", 4, right=True),
     Column("RTT", 5, right=True),
 )
 _OF_DEVICES: Final = (
@@ -64,7 +64,7 @@ _OF_DEVICES: Final = (
 )
 @options.max_rows
 def report(capture: Path, *, as_json: bool, file: Path | None, max_rows: int) -> None:
-    """Say what CAPTURE means: did resets matter, which connections suffered, why they rested, what to do.
+    """Say what CAPTURE means: did resets matter, which connections suffered, why they were idle, what to do.
 
     \b
     Examples:
@@ -115,7 +115,7 @@ def _lines(found: content.Report) -> Iterator[str]:
                     str(row["resets"]),
                     str(row["resets_harmful"]),
                     fmt.span(row["lost_us"]),
-                    fmt.span(row["rest_longest_us"]) if row["resets_idle"] else "-",
+                    fmt.span(row["idle_longest_us"]) if row["resets_idle"] else "-",
                     fmt.span(row["srtt_us"]),
                     verdict.LABELS[row["verdict"]],
                 )
@@ -129,10 +129,10 @@ def _lines(found: content.Report) -> Iterator[str]:
         yield ""
     for row in found.causes.to_dict("records"):
         on = f", {fmt.span(row['disk_us'])} of it under block I/O on {clean(row['disk_device'])}" * bool(row["disk_us"])
-        cause = f"Rested for its {row['cause']}" if row["cause"] == "peer" else f"Rested, cause {row['cause']}"
+        cause = f"Idle for its {row['cause']}" if row["cause"] == "peer" else f"Idle, cause {row['cause']}"
         times = fmt.plural(row["resets"], "time")
         yield from prose(
-            f"{cause}: {times}, {fmt.span(row['rest_us'])}{on}; {row['harmful']} harmful", room(), indent=2
+            f"{cause}: {times}, {fmt.span(row['idle_us'])}{on}; {row['harmful']} harmful", room(), indent=2
         )
     if len(found.devices):
         rows = []

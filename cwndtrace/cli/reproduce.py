@@ -46,7 +46,7 @@ from cwndtrace.trace import Trace
 
 _COLUMNS: Final = (
     Column("BURST", right=True),
-    Column("REST", right=True),
+    Column("IDLE", right=True),
     Column("ON median", right=True),
     Column("ON p95", 4, right=True),
     Column("OFF median", right=True),
@@ -143,7 +143,9 @@ def _new(path: Path) -> Iterator[Folder]:
 @click.option("--rate", type=Amount(), metavar="BIT/S", help="Bottleneck each way, as 100M; none if left out.")
 @click.option("--loss", type=float, metavar="FRACTION", help="Packets lost each way, as 0.001.")
 @click.option("--burst", "bursts", type=List(Size()), metavar="BYTES,...", help="Sizes of bursts, as 100k,1M.")
-@click.option("--rest", "rests", type=List(options.Span()), metavar="TIME,...", help="Rests before them, as 500ms,2s.")
+@click.option(
+    "--idle", "idle_times", type=List(options.Span()), metavar="TIME,...", help="Idle times before them, as 500ms,2s."
+)
 @click.option("--rounds", type=int, help="How often each is measured with each setting.")
 @click.option("--cc", metavar="NAME", help="Congestion control of the sender.")
 @options.family("Over IPv4.", "Over IPv6.")
@@ -168,15 +170,15 @@ def reproduce(
 ) -> None:
     """Measure what tcp_slow_start_after_idle costs on a long path, trace it, and draw it.
 
-    A long-lived connection sends bursts after rests, with the sysctl on and off in turns, in network namespaces
+    A long-lived connection sends bursts after idle times, with the sysctl on and off in turns, in network namespaces
     of its own: the host's interfaces and sysctls stay as they are.
 
     \b
     Examples:
       sudo cwndtrace reproduce
       sudo cwndtrace reproduce --preset blog
-      sudo cwndtrace reproduce --rtt 150ms --burst 60k,1M --rest 300ms,2s --rounds 10 --cc reno
-      sudo cwndtrace reproduce --against server.example.org:5001 --rest 1s,3s
+      sudo cwndtrace reproduce --rtt 150ms --burst 60k,1M --idle 300ms,2s --rounds 10 --cc reno
+      sudo cwndtrace reproduce --against server.example.org:5001 --idle 1s,3s
     """
     target.need_root("reproducing")
     of_the_path = {f"--{name}": changes[name] for name in ("rate", "loss")}
@@ -215,7 +217,7 @@ def _measure(lab: Lab | Remote, filters: Filters, path: Path, folder: Folder, *,
     with Interrupt() as interrupt, Recording(capture, filters, cwndtrace.__version__, probe=probe) as recording:
         seen = ", ".join(f"{reason} by {rung}" for reason, rung in recording.session.source.rungs.items() if rung)
         click.echo(f"Tracing: {seen}.", err=True)
-        click.echo(click.style("ROUND  SETTING   REST     BURST      LATENCY   CWND (segments)", bold=True))
+        click.echo(click.style("ROUND  SETTING   IDLE     BURST      LATENCY   CWND (segments)", bold=True))
         try:
             for row in lab.rows():
                 click.echo(_line(row))
@@ -261,7 +263,7 @@ def measured(descriptor: int, path: Path, *, dark: bool) -> None:
 
 def _line(row: Measurement) -> str:
     fell = f"{row.cwnd_before} -> {row.cwnd_after}" if row.reset else f"{row.cwnd_before}"
-    text = f"{row.round:>5}  {row.setting:<7}  {row.rest_s:>4.2f} s  {size(row.burst_bytes):>8}"
+    text = f"{row.round:>5}  {row.setting:<7}  {row.idle_s:>4.2f} s  {size(row.burst_bytes):>8}"
     return f"{text}  {row.latency_ms:>8.1f} ms   {fell}"
 
 
@@ -302,7 +304,7 @@ def costs_of(summary: pd.DataFrame) -> Iterator[str]:
         rows.append(
             (
                 size(int(cell["burst_bytes"])),
-                f"{cell['rest_s']:g} s",
+                f"{cell['idle_s']:g} s",
                 *(_known("{:.0f} ms", cell[c]) for c in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
                 _known("{:+.0f} ms", cell["cost_ms"]),
                 _known("{:+.0f} to {:+.0f} ms", cell["cost_low_ms"], cell["cost_high_ms"]),

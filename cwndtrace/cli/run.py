@@ -241,7 +241,7 @@ def trace(
                         view.end()
                         echo_prose(f"warning: {fmt.left_out(kind, number)}", err=True)
                 saver.save()
-                view.tick(f"waiting for a rest longer than the RTO on {clean(what)}")
+                view.tick(f"waiting for idle time longer than the RTO on {clean(what)}")
             if output_closed():
                 # As at the end of a script that started this one: that ends the trace like Ctrl-C.
                 break

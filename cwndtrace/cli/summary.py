@@ -25,7 +25,7 @@ _CONNECTIONS: Final = (
     Column("IDLE", 5, right=True),
     Column("LOSS", 6, right=True),
     Column("APP", 7, right=True),
-    Column("LONGEST REST", 3, right=True),
+    Column("LONGEST IDLE", 3, right=True),
     Column("LEAST CWND", 4, right=True),
     Column("LAST CWND", 9, right=True),
 )
@@ -59,7 +59,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
                 str(row["resets_idle"]),
                 str(row["resets_rto_loss"]),
                 str(row["resets_app_limited"]),
-                fmt.span(row["rest_longest_us"]) if row["resets_idle"] else "-",
+                fmt.span(row["idle_longest_us"]) if row["resets_idle"] else "-",
                 fmt.plural(row["cwnd_min_segments"], "segment"),
                 fmt.plural(row["cwnd_last_segments"], "segment"),
             )
@@ -109,7 +109,7 @@ def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[
     block.count()
     tally = session.tally
     names = ["connection", "saddr", "sport", "daddr", "dport", "pid", "comm", "ca_name", "resets", "resets_idle"]
-    names += ["resets_rto_loss", "resets_app_limited", "rest_longest_us", "cwnd_min_segments", "cwnd_last_segments"]
+    names += ["resets_rto_loss", "resets_app_limited", "idle_longest_us", "cwnd_min_segments", "cwnd_last_segments"]
     devices = [
         {
             "dev": dev,

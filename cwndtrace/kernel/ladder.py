@@ -104,7 +104,7 @@ RUNGS: Final = (
     ),
     Rung(
         "tcp_probe",
-        "windows compared between ACKs and transmits, seen with the first packet after the rest",
+        "windows compared between ACKs and transmits, seen with the first packet after the idle time",
         {
             "idle": (
                 _btf("net_dev_queue", "on_net_dev_queue_first"),

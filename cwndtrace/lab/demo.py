@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on this machine: trace a connection that rests while a loop device is read.
+"""The main job on this machine: trace a connection that is idle while a loop device is read.
 
 ``python -I -m cwndtrace.lab.demo [--out FOLDER]`` needs root. It uses loopback only, and puts back all it made.
 """
@@ -27,7 +27,7 @@ from cwndtrace.errors import CwndtraceError
 from cwndtrace.lab.disk import loop
 
 _BURST: Final = 3_000_000
-_RESTS_S: Final = (0.25, 0.6, 1.2, 0.1, 0.4, 0.9, 0.25, 0.6)
+_IDLE_S: Final = (0.25, 0.6, 1.2, 0.1, 0.4, 0.9, 0.25, 0.6)
 _DISK_BYTES: Final = 64 << 20
 _BLOCK: Final = 4096
 
@@ -105,10 +105,10 @@ def demo(folder: Path) -> tuple[Path, Path]:
         tracer = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
         try:
             _wait_until_attached(tracer)
-            for rest in _RESTS_S:
+            for idle in _IDLE_S:
                 sender.sendall(bytes(_BURST))
-                time.sleep(rest)
-            sender.sendall(b"the last burst ends the last rest")
+                time.sleep(idle)
+            sender.sendall(b"the last burst ends the last idle time")
         finally:
             tracer.terminate()
             rest_of_stderr = tracer.communicate()[1]

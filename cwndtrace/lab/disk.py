@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A really slow block device, so that a server that rests by reading from it rests on block I/O.
+"""A really slow block device, so that a server that is idle by reading from it is idle for block I/O.
 
 Two ways, tried in this order:
 
@@ -69,10 +69,10 @@ def slow_device(owner: Owner) -> Iterator[SlowDevice]:
 
 
 def read_for(device: str) -> Callable[[float], dict[str, Any]]:
-    """What rests for so many seconds by reading single blocks of ``device``, past the page cache."""
+    """Idle for so many seconds by reading single blocks of ``device``, past the page cache."""
 
-    def rest(rest_s: float) -> dict[str, Any]:
-        end = time.monotonic() + rest_s
+    def idle(idle_s: float) -> dict[str, Any]:
+        end = time.monotonic() + idle_s
         fd = os.open(device, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         # O_DIRECT wants a page-aligned buffer, which an anonymous map is.
         buffer = mmap.mmap(-1, BLOCK)
@@ -87,7 +87,7 @@ def read_for(device: str) -> Callable[[float], dict[str, Any]]:
             os.close(fd)
         return {"reads": reads, "bytes": reads * BLOCK, "longest_ms": longest * 1e3}
 
-    return rest
+    return idle
 
 
 # ---- null_blk --------------------------------------------------------------------------------------

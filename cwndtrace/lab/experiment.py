@@ -5,7 +5,7 @@ Each setting has one long-lived connection of its own, and the sysctl is switche
 One connection for both would be unfair: what the setting does to the window and to ssthresh in one turn would still
 be there in the next one, to the credit or the debit of the other setting. Before each measured burst the window is
 brought back to where it holds the largest burst, so that each cell starts from the same state, whatever came before;
-what remains between the two is the rest and the setting.
+what remains between the two is the idle time and the setting.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Lab:
     def expected_s(self) -> float:
         """About how long ``rows`` takes, seconds."""
         rtt = self.scenario.link.rtt_ms / 1e3
-        each = [rest + 10 * rtt for _, rest in self.scenario.cells]
+        each = [idle + 10 * rtt for _, idle in self.scenario.cells]
         return len(SETTINGS) * self.scenario.rounds * sum(each)
 
     def rows(self) -> Iterator[Measurement]:
@@ -143,8 +143,8 @@ class Lab:
         for number in range(1, self.scenario.rounds + 1):
             for setting in SETTINGS:
                 self._switch(setting)
-                for burst, rest in self.scenario.cells:
-                    row = self._measure(number, setting, burst, rest)
+                for burst, idle in self.scenario.cells:
+                    row = self._measure(number, setting, burst, idle)
                     self.taken.append(row)
                     yield row
 
@@ -156,7 +156,7 @@ class Lab:
         if not held and not self._limited and any(row.cwnd_before * row.mss < largest for row in self.taken):
             low = min(row.cwnd_before for row in self.taken)
             said.append(
-                f"the window didn't always hold the largest burst before a rest: {plural(low, 'segment')} at least"
+                f"the window didn't always hold the largest burst before idle time: {plural(low, 'segment')} at least"
             )
         return said
 
@@ -168,11 +168,11 @@ class Lab:
         set_in_both(self.path, IDLE_SYSCTL, _SYSCTL_VALUE[setting])
 
     def _exchange(
-        self, name: Setting, size: int, rest_s: float, how: str
+        self, name: Setting, size: int, idle_s: float, how: str
     ) -> tuple[Received, wire.Sent, dict[str, float]]:
         self._number += 1
         patience = self.scenario.patience_s(size)
-        received = self.client.burst(name, self._number, size, rest_s, how, patience)
+        received = self.client.burst(name, self._number, size, idle_s, how, patience)
         sent, read = self.server.sent(self._number, patience)
         return received, sent, read
 
@@ -196,14 +196,14 @@ class Lab:
             # Something, such as a late packet, ended slow start early, and from there it would take minutes.
             self._connect(setting)
 
-    def _measure(self, number: int, setting: Setting, burst: int, rest: float) -> Measurement:
+    def _measure(self, number: int, setting: Setting, burst: int, idle: float) -> Measurement:
         self._warm(setting)
-        received, sent, read = self._exchange(setting, burst, rest, HOW[self.scenario.mode])
+        received, sent, read = self._exchange(setting, burst, idle, HOW[self.scenario.mode])
         begin = received.request_ns if self.scenario.mode == "reply" else received.stamp_ns
         return measured(
             round=number,
             setting=setting,
-            rest_s=rest,
+            idle_s=idle,
             burst_bytes=burst,
             latency_ms=(received.last_ns - begin) / 1e6,
             end_ns=received.last_ns,

@@ -17,15 +17,15 @@ Setting = Literal["on", "off"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One burst after one rest. Windows in segments, times in the unit of their name, on CLOCK_MONOTONIC."""
+    """One burst after one idle time. Windows in segments, times in the unit of their name, on CLOCK_MONOTONIC."""
 
     round: int
     setting: Setting
     """net.ipv4.tcp_slow_start_after_idle"""
-    rest_s: float
+    idle_s: float
     burst_bytes: int
     latency_ms: float
-    """from the request (or, where the sender rests by itself, from its first byte) to the last byte, at the receiver"""
+    """from the request (or, where the sender decides when, from its first byte) to the last byte, at the receiver"""
     start_ns: int
     """when the sender began"""
     end_ns: int
@@ -54,7 +54,7 @@ class Measurement:
     retrans: int
     """segments"""
     read_ms: float
-    """the longest single read from the slow device during the rest; 0 without one"""
+    """the longest single read from the slow device during the idle time; 0 without one"""
     sock_cookie: int
     netns_ino: int
     sport: int
@@ -70,7 +70,7 @@ def measured(
     *,
     round: int,
     setting: Setting,
-    rest_s: float,
+    idle_s: float,
     burst_bytes: int,
     latency_ms: float,
     end_ns: int,
@@ -83,7 +83,7 @@ def measured(
     return Measurement(
         round=round,
         setting=setting,
-        rest_s=rest_s,
+        idle_s=idle_s,
         burst_bytes=burst_bytes,
         latency_ms=latency_ms,
         start_ns=sent.start_ns,

@@ -105,7 +105,7 @@ def beside_baseline(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.Data
 
     That is the median latency of the bursts of its size that began, with the setting off, with a window like the one
     before the reset: a bottleneck's losses cut the windows of both connections, each at its own times. Missing where
-    there is none; how long the rest was doesn't matter to a window that isn't reset.
+    there is none; how long the idle time was doesn't matter to a window that isn't reset.
     """
     on = matched(measurements[measurements["setting"] == "on"], resets)
     off = measurements[measurements["setting"] == "off"]
@@ -123,14 +123,14 @@ def _usable(bursts: pd.DataFrame) -> pd.Series:
 def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
     """Predicted beside measured cost, a row a burst with the setting on that a reset began.
 
-    Columns: ``burst_bytes``, ``rest_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
+    Columns: ``burst_bytes``, ``idle_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
     ``measured_ms``: the burst's latency less that of its like with the setting off.
     """
     rows = cost.price(beside_baseline(measurements, resets))
     return pd.DataFrame(
         {
             "burst_bytes": rows["burst_bytes"],
-            "rest_s": rows["rest_s"],
+            "idle_s": rows["idle_s"],
             "ca_name": rows["ca_name"].astype(str),
             "rtt_ms": rows["round_us"] / 1000,
             "predicted_ms": rows["predicted_us"] / 1000,

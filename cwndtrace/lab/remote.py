@@ -33,7 +33,7 @@ class Remote:
 
     ``plain`` says that the server is a sink that never answers. With ``allow_sysctl`` the setting of this process's
     own network namespace is switched between on and off and put back; without it, the one that stands is measured.
-    Of the scenario, the bursts, rests, rounds, congestion control and send buffer count.
+    Of the scenario, the bursts, idle times, rounds, congestion control and send buffer count.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Remote:
             for setting in self.settings:
                 if self._allow:
                     self._write("1" if setting == "on" else "0")
-                for burst, rest in self.scenario.cells:
+                for burst, idle in self.scenario.cells:
                     self._warm(setting)
-                    latency_ms, end_ns, sent = self._burst(setting, burst, rest)
+                    latency_ms, end_ns, sent = self._burst(setting, burst, idle)
                     row = measured(
                         round=number,
                         setting=setting,
-                        rest_s=rest,
+                        idle_s=idle,
                         burst_bytes=burst,
                         latency_ms=latency_ms,
                         end_ns=end_ns,
@@ -136,10 +136,10 @@ class Remote:
             if still == 2 or sent.end.snd_cwnd * sent.end.snd_mss >= 1.9 * largest:
                 return
 
-    def _burst(self, setting: Setting, size: int, rest_s: float) -> tuple[float, int, wire.Sent]:
-        """Rest, send, wait: latency in ms, the end in ns, the kernel's account."""
+    def _burst(self, setting: Setting, size: int, idle_s: float) -> tuple[float, int, wire.Sent]:
+        """Be idle, send, wait: latency in ms, the end in ns, the kernel's account."""
         sock = self._socks[setting]
-        time.sleep(max(0.0, (self._last_ns[setting] - time.monotonic_ns()) / 1e9 + rest_s))
+        time.sleep(max(0.0, (self._last_ns[setting] - time.monotonic_ns()) / 1e9 + idle_s))
         self._number += 1
         try:
             sent = wire.send_burst(sock, wire.STAMP.pack(self._number, size), size)

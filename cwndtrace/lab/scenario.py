@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment does: the path, the bursts, the rests, how often. Checked here, carried out elsewhere."""
+"""What an experiment does: the path, the bursts, the idle times, how often. Checked here, carried out elsewhere."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from cwndtrace.lab.link import Link
 
 Mode = Literal["reply", "push", "disk"]
 HOW: Final[dict[Mode, str]] = {"reply": "client", "push": "timer", "disk": "disk"}
-"""How each mode spends a rest, as in ``wire.RESTS``."""
+"""How each mode spends idle time, as in ``wire.IDLE_MODES``."""
 MAX_ROUNDS: Final = 1000
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """An A/B experiment: in each round each setting, in each setting each burst (bytes) after each rest (seconds).
+    """An A/B experiment: in each round each setting, in each setting each burst (bytes) after each idle time (seconds).
 
-    ``mode``: ``reply`` (the client rests, then asks), ``push`` (the server rests by itself, then sends), ``disk`` (the
-    server is asked, reads from a slow device for the rest, then answers). ``sndbuf`` in bytes; None for one that no
-    burst fills.
+    ``mode``: ``reply`` (the client is idle, then asks), ``push`` (the server is idle by itself, then sends), ``disk``
+    (the server is asked, reads from a slow device for the idle time, then answers). ``sndbuf`` in bytes; None for one
+    that no burst fills.
     """
 
     link: Link = field(default_factory=lambda: Link(rtt_ms=100))
     bursts: tuple[int, ...] = (100_000, 1_000_000)
-    rests: tuple[float, ...] = (1.0,)
+    idle_times: tuple[float, ...] = (1.0,)
     rounds: int = 5
     cc: str = "cubic"
     family: Literal[4, 6] = 4
@@ -44,16 +44,16 @@ class Scenario:
     def check(self) -> None:
         """Raise UsageError for what can't be done."""
         self.link.check()
-        if not self.bursts or not self.rests:
-            raise UsageError("nothing to measure", "give at least one --burst and one --rest")
+        if not self.bursts or not self.idle_times:
+            raise UsageError("nothing to measure", "give at least one --burst and one --idle")
         for burst in self.bursts:
             if not wire.MIN_BURST <= burst <= wire.MAX_BURST:
                 raise UsageError(
                     f"no burst of {plural(burst, 'byte')}", f"give {wire.MIN_BURST} bytes to {wire.MAX_BURST >> 20} MiB"
                 )
-        for rest in self.rests:
-            if not 0 <= rest <= wire.MAX_REST_S:
-                raise UsageError(f"no rest of {rest:g} s", f"give 0 to {wire.MAX_REST_S:g} s")
+        for idle in self.idle_times:
+            if not 0 <= idle <= wire.MAX_IDLE_S:
+                raise UsageError(f"no idle time of {idle:g} s", f"give 0 to {wire.MAX_IDLE_S:g} s")
         if not 1 <= self.rounds <= MAX_ROUNDS:
             raise UsageError(f"no {plural(self.rounds, 'round')}", f"give 1 to {MAX_ROUNDS}")
         if self.family not in (4, 6):
@@ -65,8 +65,8 @@ class Scenario:
 
     @property
     def cells(self) -> list[tuple[int, float]]:
-        """(burst, rest) in the order in which a round goes through them."""
-        return [(burst, rest) for rest in self.rests for burst in self.bursts]
+        """(burst, idle time) in the order in which a round goes through them."""
+        return [(burst, idle) for idle in self.idle_times for burst in self.bursts]
 
     def patience_s(self, burst: int) -> float:
         """How long a burst may take before the path counts as dead."""
@@ -75,10 +75,13 @@ class Scenario:
 
 
 PRESETS: Final[dict[str, Scenario]] = {
-    "quick": Scenario(link=Link(rtt_ms=50), bursts=(100_000, 1_000_000), rests=(0.8,), rounds=4),
+    "quick": Scenario(link=Link(rtt_ms=50), bursts=(100_000, 1_000_000), idle_times=(0.8,), rounds=4),
     "blog": Scenario(
-        link=Link(rtt_ms=200), bursts=(100_000, 300_000, 1_000_000, 2_000_000), rests=(0.5, 1.0, 2.0, 5.0), rounds=3
+        link=Link(rtt_ms=200),
+        bursts=(100_000, 300_000, 1_000_000, 2_000_000),
+        idle_times=(0.5, 1.0, 2.0, 5.0),
+        rounds=3,
     ),
-    "disk": Scenario(link=Link(rtt_ms=50), bursts=(1_000_000,), rests=(1.1,), rounds=4, mode="disk"),
+    "disk": Scenario(link=Link(rtt_ms=50), bursts=(1_000_000,), idle_times=(1.1,), rounds=4, mode="disk"),
 }
-"""quick: under half a minute. blog: a service over a long path, several minutes. disk: the disk is why it rests."""
+"""quick: under half a minute. blog: a service over a long path, several minutes. disk: the disk is why it is idle."""

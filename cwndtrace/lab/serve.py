@@ -28,25 +28,25 @@ from cwndtrace.lab import wire
 MAX_CONNECTIONS: Final = 128
 MAX_OF_ONE_PEER: Final = 16
 """Connections from one address, or one /64 of IPv6: nobody alone keeps the others out."""
-# Who speaks as ``reproduce`` does may rest between bursts, for as long as a rest may take.
-QUIET_S: Final = wire.MAX_REST_S + 60
+# Who speaks as ``reproduce`` does may be idle between bursts, for as long as idle time may take.
+QUIET_S: Final = wire.MAX_IDLE_S + 60
 _TURN_S: Final = 1.0
 UNSENT: Final = 512 << 10
 """Most bytes of a burst that wait in the kernel to be sent. What is on its way is kept there too, to be sent again."""
 # Receive buffer for requests, which are 25 bytes: what more a peer sends meanwhile waits on its side.
 _REQUESTS: Final = 64 << 10
 
-Rest = Callable[[float], dict[str, Any]]
-"""Rests for so many seconds by reading a disk; returns what it read."""
+DiskRead = Callable[[float], dict[str, Any]]
+"""Spends so many seconds reading a disk; returns what it read."""
 
 
 @dataclass
 class Settings:
-    """What a server's connections get; ``disk`` spends a rest reading, and without it such requests are refused."""
+    """What a server's connections get; ``disk`` spends idle time reading, and without it such requests are refused."""
 
     cc: str | None = None
     sndbuf: int | None = None
-    disk: Rest | None = None
+    disk: DiskRead | None = None
     on_burst: Callable[[dict[str, Any]], None] | None = None
     """told of each burst sent: ``id``, ``size``, ``read`` (from disk), ``sent`` (``wire.Sent``), on some thread"""
     on_error: Callable[[CwndtraceError], None] | None = None
@@ -56,7 +56,7 @@ class Settings:
     patience_s: float = 60.0
     """how long a burst may take, whichever way it goes"""
     silence_s: float = 60.0
-    """how long a peer may say nothing, but for its rests between bursts: those make room only for who finds none"""
+    """how long a peer may say nothing, except between bursts, where it makes room only for who finds none"""
     bounded: bool = True
     """whether the kernel keeps little for who asks for bursts; not where what a send buffer takes is measured"""
 
@@ -81,7 +81,7 @@ class Server:
         self.settings = settings or Settings()
         self.totals = Totals()
         self._lock = threading.Lock()
-        self._resting: dict[socket.socket, float] = {}
+        self._idle_since: dict[socket.socket, float] = {}
         """since when a peer says nothing and needn't"""
         # Written to by all, since nobody looks at what was swallowed.
         self._swallowed = bytearray(1 << 18)
@@ -137,7 +137,7 @@ class Server:
                 self._release(sock)
 
     def _has_room(self, peer: str) -> bool:
-        """Whether one more of that peer is served. Who has rested longest, and for long, is let go for it.
+        """Whether one more of that peer is served. Who has been idle longest, and for long, is let go for it.
 
         Call it with the lock held: else a socket that it ends may be closed already, and its descriptor another one's.
         """
@@ -146,7 +146,7 @@ class Server:
             if len(self.totals.open) < MAX_CONNECTIONS:
                 return True
             among = list(self.totals.open)
-        since, longest = min(((self._resting.get(sock, math.inf), sock) for sock in among), key=lambda pair: pair[0])
+        since, longest = min(((self._idle_since.get(sock, math.inf), sock) for sock in among), key=lambda pair: pair[0])
         if time.monotonic() - since < self.settings.silence_s:
             return False
         del self.totals.open[longest]
@@ -182,35 +182,35 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _REQUESTS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         sock.sendall(wire.HELLO)
-        while self._rest(sock, QUIET_S, select.POLLIN):
+        while self._stay_idle(sock, QUIET_S, select.POLLIN):
             if not (self._reply(sock) if mode == wire.REPLY else self._take(sock)):
                 return
 
-    def _rest(self, sock: socket.socket, seconds: float, events: int) -> bool:
+    def _stay_idle(self, sock: socket.socket, seconds: float, events: int) -> bool:
         """Wait for events of poll(2), or for the connection's end; whether any came in so many seconds."""
         poll = select.poll()
         poll.register(sock, events)
         with self._lock:
-            self._resting[sock] = time.monotonic()
+            self._idle_since[sock] = time.monotonic()
         try:
             return bool(poll.poll(1000 * seconds))
         finally:
             with self._lock:
-                del self._resting[sock]
+                del self._idle_since[sock]
 
     def _reply(self, sock: socket.socket) -> bool:
         raw = _receive(sock, wire.REQUEST.size, self.settings.silence_s)
         if len(raw) < wire.REQUEST.size:
             return False
-        size, number, rest_s, how = wire.REQUEST.unpack(raw)
-        if not wire.MIN_BURST <= size <= wire.MAX_BURST or not 0 <= rest_s <= wire.MAX_REST_S or how > 2:
-            raise UsageError(f"a peer asked for {plural(size, 'byte')} after {rest_s:g} s: out of bounds")
+        size, number, idle_s, how = wire.REQUEST.unpack(raw)
+        if not wire.MIN_BURST <= size <= wire.MAX_BURST or not 0 <= idle_s <= wire.MAX_IDLE_S or how > 2:
+            raise UsageError(f"a peer asked for {plural(size, 'byte')} after {idle_s:g} s: out of bounds")
         read: dict[str, Any] = {}
-        if wire.RESTS[how] == "disk":
+        if wire.IDLE_MODES[how] == "disk":
             if self.settings.disk is None:
-                raise UsageError("a peer asked for a rest on disk, and this server has no slow device")
-            read = self.settings.disk(rest_s)
-        elif wire.RESTS[how] == "timer" and self._rest(sock, rest_s, select.POLLRDHUP):
+                raise UsageError("a peer asked for idle time on disk, and this server has no slow device")
+            read = self.settings.disk(idle_s)
+        elif wire.IDLE_MODES[how] == "timer" and self._stay_idle(sock, idle_s, select.POLLRDHUP):
             return False  # nobody is there any more to send it to
         sock.settimeout(self.settings.patience_s)
         sent = wire.send_burst(sock, wire.STAMP.pack(number, time.monotonic_ns()), size)

@@ -12,22 +12,22 @@ from cwndtrace.analysis.bootstrap import Values, interval
 
 
 def summarise(frame: pd.DataFrame, seed: int = 1) -> pd.DataFrame:
-    """One row per burst and rest from a frame of measurements (see ``measurement.frame``).
+    """One row per burst and idle time from a frame of measurements (see ``measurement.frame``).
 
-    Columns: ``burst_bytes``, ``rest_s``, ``n_on``, ``n_off``, ``median_on_ms``, ``median_off_ms``, ``p95_on_ms``,
+    Columns: ``burst_bytes``, ``idle_s``, ``n_on``, ``n_off``, ``median_on_ms``, ``median_off_ms``, ``p95_on_ms``,
     ``p95_off_ms``, ``cost_ms`` (on less off, of the medians) with ``cost_low_ms`` and ``cost_high_ms``, ``cost_rtts``
     (in round trips of the path's least RTT), ``resets_on`` (share of bursts that began with a fall of the window) and
     ``verdict``, a sentence. What only one setting has leaves the other's columns NaN.
     """
     rows: list[dict[str, Any]] = []
-    for (burst, rest), cell in frame.groupby(["burst_bytes", "rest_s"], sort=True):
+    for (burst, idle), cell in frame.groupby(["burst_bytes", "idle_s"], sort=True):
         on, off = (cell[cell["setting"] == s]["latency_ms"].to_numpy(np.float64) for s in ("on", "off"))
         low, high = interval(on, off, seed)
         cost = _median(on) - _median(off)
         fell = cell[cell["setting"] == "on"]
         row = {
             "burst_bytes": burst,
-            "rest_s": rest,
+            "idle_s": idle,
             "n_on": len(on),
             "n_off": len(off),
             "median_on_ms": _median(on),
@@ -53,8 +53,8 @@ def _p95(values: Values) -> float:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What the setting cost this burst after this rest, in a sentence."""
-    what = f"{size(row['burst_bytes'])} after {row['rest_s']:g} s:"
+    """What the setting cost this burst after this idle time, in a sentence."""
+    what = f"{size(row['burst_bytes'])} after {row['idle_s']:g} s:"
     cost, low, high = row["cost_ms"], row["cost_low_ms"], row["cost_high_ms"]
     if np.isnan(cost):
         return f"{what} measured with one setting only"
@@ -77,13 +77,13 @@ def size(count: int) -> str:
 
 
 def overall(summary: pd.DataFrame) -> str:
-    """One sentence for the whole experiment: the dearest burst and rest that is sure, or that nothing was."""
+    """One sentence for the whole experiment: the dearest burst and idle time that is sure, or that nothing was."""
     sure = summary[summary["cost_low_ms"] > 0]
     if not sure.empty:
         worst = sure.sort_values("cost_ms").iloc[-1]
         return (
             f"tcp_slow_start_after_idle cost up to {worst['cost_ms']:.0f} ms ({worst['cost_rtts']:.1f} round trips):"
-            f" {size(int(worst['burst_bytes']))} after {worst['rest_s']:g} s took {worst['median_on_ms']:.0f} ms"
+            f" {size(int(worst['burst_bytes']))} after {worst['idle_s']:g} s took {worst['median_on_ms']:.0f} ms"
             f" with it and {worst['median_off_ms']:.0f} ms without"
         )
     if summary["cost_ms"].isna().all():

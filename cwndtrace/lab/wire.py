@@ -4,7 +4,7 @@
 A connection opens with ``HELLO`` and a mode, which the server answers with ``HELLO``:
 
 - reply: the peer sends requests (``REQUEST``); each is answered by so many bytes, of which the first 16 are ``STAMP``;
-  where the server is to rest before, a peer that ends its side meanwhile has left;
+  where the server is to be idle before, a peer that ends its side meanwhile has left;
 - sink: the peer sends bursts, each beginning with ``STAMP``; each is answered by one byte, ``DONE``, once all of it is
   in.
 
@@ -31,14 +31,14 @@ REPLY: Final = b"R"
 SINK: Final = b"S"
 DONE: Final = b"."
 REQUEST: Final = struct.Struct("<QQdB")
-"""size in bytes, number, rest in seconds, how the rest is spent (an index of ``RESTS``)"""
+"""size in bytes, number, idle time in seconds, how it is spent (an index of ``IDLE_MODES``)"""
 STAMP: Final = struct.Struct("<QQ")
 """number, and in a reply the CLOCK_MONOTONIC ns at which sending began, in a sink's burst its size"""
-RESTS: Final = ("client", "timer", "disk")
-"""Who rests: the client before it asks, the server on a timer, or the server by reading from its slow device."""
+IDLE_MODES: Final = ("client", "timer", "disk")
+"""Who is idle: the client before it asks, the server on a timer, or the server by reading from its slow device."""
 MIN_BURST: Final = STAMP.size
 MAX_BURST: Final = 256 << 20
-MAX_REST_S: Final = 3600.0
+MAX_IDLE_S: Final = 3600.0
 _ZEROS: Final = memoryview(bytes(1 << 20))
 """What bursts hold behind their stamp, over and over: memory for it doesn't grow with who asks."""
 _SO_COOKIE: Final = 57

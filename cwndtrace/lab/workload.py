@@ -74,10 +74,10 @@ class Client:
         """Open connection ``name``, in place of one of that name."""
         self.child.ask({"do": "connect", "name": name, "address": address, "timeout_s": timeout_s}, timeout_s + 5)
 
-    def burst(self, name: str, number: int, size: int, rest_s: float, how: str, timeout_s: float) -> Received:
-        """Rest, ask for ``size`` bytes and read them. Raises CwndtraceError if the server or the time runs out."""
-        command = {"do": "burst", "name": name, "id": number, "size": size, "rest_s": rest_s, "how": how}
-        answer = self.child.ask({**command, "timeout_s": timeout_s}, rest_s + timeout_s + 5)
+    def burst(self, name: str, number: int, size: int, idle_s: float, how: str, timeout_s: float) -> Received:
+        """Be idle, ask for ``size`` bytes and read them. Raises CwndtraceError if the server or the time runs out."""
+        command = {"do": "burst", "name": name, "id": number, "size": size, "idle_s": idle_s, "how": how}
+        answer = self.child.ask({**command, "timeout_s": timeout_s}, idle_s + timeout_s + 5)
         return Received(**answer["received"])
 
 
@@ -116,15 +116,15 @@ class Connections:
         self._last_ns[name] = time.monotonic_ns()
         return {"connected": name}
 
-    def burst(self, name: str, id: int, size: int, rest_s: float, how: str, timeout_s: float) -> dict[str, Any]:
-        """Rest (counted from the last byte that came in), ask, read."""
+    def burst(self, name: str, id: int, size: int, idle_s: float, how: str, timeout_s: float) -> dict[str, Any]:
+        """Be idle (counted from the last byte that came in), ask, read."""
         sock = self._socks[name]
-        sock.settimeout(timeout_s + (rest_s if how != "client" else 0))
+        sock.settimeout(timeout_s + (idle_s if how != "client" else 0))
         if how == "client":
-            time.sleep(max(0.0, (self._last_ns[name] - time.monotonic_ns()) / 1e9 + rest_s))
-            rest_s = 0.0
+            time.sleep(max(0.0, (self._last_ns[name] - time.monotonic_ns()) / 1e9 + idle_s))
+            idle_s = 0.0
         request_ns = time.monotonic_ns()
-        sock.sendall(wire.REQUEST.pack(size, id, rest_s, wire.RESTS.index(how)))
+        sock.sendall(wire.REQUEST.pack(size, id, idle_s, wire.IDLE_MODES.index(how)))
         head = wire.receive(sock, wire.STAMP.size)
         first_ns = time.monotonic_ns()
         left = size - len(head)

@@ -75,11 +75,11 @@ def cost(pairs: pd.DataFrame) -> Figure:
 
 def _agreement(axes: Axes, low: float, high: float, band: float, colours: Palette) -> Legend:
     ends = np.array([low, high])
-    axes.fill_between(ends, ends - band, ends + band, color=colours.rest, linewidth=0, zorder=0.5)
+    axes.fill_between(ends, ends - band, ends + band, color=colours.idle_shade, linewidth=0, zorder=0.5)
     axes.plot(ends, ends, color=colours.faint, linewidth=1.2, zorder=2)
     return {
         "predicted = measured": Line2D([], [], color=colours.faint, linewidth=1.2),
-        "within one round trip": Patch(facecolor=colours.rest),
+        "within one round trip": Patch(facecolor=colours.idle_shade),
     }
 
 

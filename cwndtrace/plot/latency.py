@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Burst latency by rest length, with the setting on and off: a panel for each size of burst."""
+"""Burst latency by idle time, with the setting on and off: a panel for each size of burst."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _MARKERS: Final = {"on": "o", "off": "s"}
 
 
 def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """A figure of burst latency (ms on the left, round trips on the right) by rest, on beside off.
+    """A figure of burst latency (ms on the left, round trips on the right) by idle time, on beside off.
 
-    ``measurements`` has a row a burst: ``setting`` (on, off), ``rest_s``, ``burst_bytes``, ``latency_ms``,
-    ``min_rtt_ms``, ``rto_ms``; each is a faint dot. ``summary`` has a row a burst and rest: ``burst_bytes``,
-    ``rest_s``, ``median_on_ms``, ``median_off_ms``, ``cost_ms``, ``cost_low_ms``, ``cost_high_ms``, ``cost_rtts``, NaN
+    ``measurements`` has a row a burst: ``setting`` (on, off), ``idle_s``, ``burst_bytes``, ``latency_ms``,
+    ``min_rtt_ms``, ``rto_ms``; each is a faint dot. ``summary`` has a row a burst and idle time: ``burst_bytes``,
+    ``idle_s``, ``median_on_ms``, ``median_off_ms``, ``cost_ms``, ``cost_low_ms``, ``cost_high_ms``, ``cost_rtts``, NaN
     for what wasn't measured. Markers and bars are the medians, lines run from the 5th to the 95th percentile of the
     measurements. Above each pair stands what the setting cost, and the 95 % interval of that, where there is room.
     """
@@ -71,7 +71,7 @@ def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
                     continue
                 each.tick_params(labelleft=column == 0)
                 if n == rows - 1 or grid[n + 1][column] is None:
-                    each.set_xlabel("rest before the burst (s)" if across < 3 else "rest (s)", fontsize=10)
+                    each.set_xlabel("idle before the burst (s)" if across < 3 else "idle (s)", fontsize=10)
         layout.finish(figure, *_titles(summary), legend, _caption(used, len(shown), len(bursts), rtt), colours)
     return figure
 
@@ -96,25 +96,25 @@ def _grid(number: int) -> tuple[Figure, list[list[Axes | None]]]:
 
 
 def _panel(axes: Axes, measured: pd.DataFrame, cells: pd.DataFrame, colours: Palette) -> Legend:
-    rests = sorted(measured["rest_s"].unique().tolist())
-    edge = 0.5 if len(rests) > 1 else 0.8
-    axes.set_xlim(-edge, len(rests) - 1 + edge)
-    axes.xaxis.set_major_locator(FixedLocator(list(range(len(rests)))))
-    axes.set_xticklabels([f"{rest:g}" for rest in rests])
+    idle_times = sorted(measured["idle_s"].unique().tolist())
+    edge = 0.5 if len(idle_times) > 1 else 0.8
+    axes.set_xlim(-edge, len(idle_times) - 1 + edge)
+    axes.xaxis.set_major_locator(FixedLocator(list(range(len(idle_times)))))
+    axes.set_xticklabels([f"{idle:g}" for idle in idle_times])
     legend = Legend()
-    tops = [0.0] * len(rests)
+    tops = [0.0] * len(idle_times)
     for setting, colour in (("on", colours.idle), ("off", colours.window)):
         mine = measured[measured["setting"].astype(str) == setting]
         if mine.empty:
             continue
-        medians = cells.set_index("rest_s")[f"median_{setting}_ms"].reindex(rests).to_numpy(np.float64)
-        aside = np.arange(len(rests)) + _ASIDE[setting]
+        medians = cells.set_index("idle_s")[f"median_{setting}_ms"].reindex(idle_times).to_numpy(np.float64)
+        aside = np.arange(len(idle_times)) + _ASIDE[setting]
         axes.bar(aside, medians, _WIDE, color=colour, alpha=0.27, linewidth=0, zorder=1.5)
         axes.plot(
             aside, medians, _MARKERS[setting], color=colour, markersize=6.5, markeredgecolor=colours.paper, zorder=5
         )
-        for n, rest in enumerate(rests):
-            values = np.sort(mine.loc[mine["rest_s"] == rest, "latency_ms"].to_numpy(np.float64))
+        for n, idle in enumerate(idle_times):
+            values = np.sort(mine.loc[mine["idle_s"] == idle, "latency_ms"].to_numpy(np.float64))
             if not len(values):
                 continue
             spread = np.linspace(-_SPREAD, _SPREAD, len(values)) if len(values) > 1 else np.zeros(1)
@@ -127,32 +127,32 @@ def _panel(axes: Axes, measured: pd.DataFrame, cells: pd.DataFrame, colours: Pal
         legend[f"{layout.SYSCTL} {setting}"] = Line2D(
             [], [], color=colour, marker=_MARKERS[setting], markersize=6.5, markeredgewidth=0, linestyle=""
         )
-    if _mark_rto(axes, rests, float(measured["rto_ms"].median()), colours):
-        legend["rest = RTO"] = Line2D([], [], color=colours.faint, linestyle=(0, (2, 2)), linewidth=1)
-    _say_costs(axes, rests, tops, cells, colours)
+    if _mark_rto(axes, idle_times, float(measured["rto_ms"].median()), colours):
+        legend["idle = RTO"] = Line2D([], [], color=colours.faint, linestyle=(0, (2, 2)), linewidth=1)
+    _say_costs(axes, idle_times, tops, cells, colours)
     return legend
 
 
-def _mark_rto(axes: Axes, rests: list[float], rto_ms: float, colours: Palette) -> bool:
-    """A line between the rests that are shorter than the RTO and those that are longer; whether there is one."""
-    shorter = sum(rest * 1000 <= rto_ms for rest in rests)
-    if not 0 < shorter < len(rests):
+def _mark_rto(axes: Axes, idle_times: list[float], rto_ms: float, colours: Palette) -> bool:
+    """A line between the idle times that are shorter than the RTO and those that are longer; whether there is one."""
+    shorter = sum(idle * 1000 <= rto_ms for idle in idle_times)
+    if not 0 < shorter < len(idle_times):
         return False
     axes.axvline(shorter - 0.5, color=colours.faint, linestyle=(0, (2, 2)), linewidth=1, zorder=1)
     return True
 
 
-def _say_costs(axes: Axes, rests: list[float], tops: list[float], cells: pd.DataFrame, colours: Palette) -> None:
+def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd.DataFrame, colours: Palette) -> None:
     """What the setting cost above each pair, its interval below that: as large as there is room for."""
     costs: list[tuple[int, str, str]] = []
     for cell in cells.to_dict("records"):
         cost, low, high = (float(cell[name]) for name in ("cost_ms", "cost_low_ms", "cost_high_ms"))
-        if cell["rest_s"] in rests and np.isfinite(cost):
+        if cell["idle_s"] in idle_times and np.isfinite(cost):
             interval = _signed(low, "") + " to " + _signed(high, "") if np.isfinite(low) else ""
-            costs.append((rests.index(cell["rest_s"]), f"{_signed(cost)} ms", interval))
+            costs.append((idle_times.index(cell["idle_s"]), f"{_signed(cost)} ms", interval))
     bold: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": colours.ink}
     faint: dict[str, Any] = {"fontsize": 8, "color": colours.faint}
-    slot = axes.bbox.width / max(len(rests), 1) - 3 * axes.figure.dpi / 72
+    slot = axes.bbox.width / max(len(idle_times), 1) - 3 * axes.figure.dpi / 72
 
     def fits(texts: list[str], shape: dict[str, Any]) -> bool:
         return all(_width(axes, text, shape) <= slot for text in texts)
@@ -200,7 +200,7 @@ def _round_trips(axes: Axes, rtt: float, colours: Palette) -> None:
 
 
 def _titles(summary: pd.DataFrame) -> tuple[str, str]:
-    """The dearest burst and rest of which the experiment is sure, or that there is none."""
+    """The dearest burst and idle time of which the experiment is sure, or that there is none."""
     second = f"net.ipv4.{layout.SYSCTL}"
     if summary.empty:
         return "Nothing was measured", f"{second} on and off"
@@ -208,7 +208,7 @@ def _titles(summary: pd.DataFrame) -> tuple[str, str]:
     if len(sure):
         worst = sure.sort_values("cost_ms").iloc[-1]
         took = f"{worst['median_on_ms']:.0f} ms instead of {worst['median_off_ms']:.0f} ms"
-        first = f"After {worst['rest_s']:g} s of rest, {layout.size(worst['burst_bytes'])} took {took}"
+        first = f"After {worst['idle_s']:g} s of idle time, {layout.size(worst['burst_bytes'])} took {took}"
         return first, f"{second} = 1 cost up to {worst['cost_ms']:.0f} ms, or {worst['cost_rtts']:.1f} round trips"
     if summary["cost_ms"].isna().all():
         only = "on" if summary["median_on_ms"].notna().any() else "off"
@@ -221,7 +221,7 @@ def _titles(summary: pd.DataFrame) -> tuple[str, str]:
 def _caption(used: pd.DataFrame, shown: int, of: int, rtt: float) -> str:
     if used.empty:
         return "no burst was measured"
-    counts = used.groupby(["burst_bytes", "rest_s", "setting"], observed=True).size()
+    counts = used.groupby(["burst_bytes", "idle_s", "setting"], observed=True).size()
     least, most = int(counts.min()), int(counts.max())
     number = f"{most}" if least == most else f"{least} to {most}"
     parts = [f"medians of {number}, lines 5th to 95th percentile, + ms: cost of on, with 95 % interval"]

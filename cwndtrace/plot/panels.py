@@ -26,7 +26,7 @@ _LOG_FROM = 20.0  # the ratio of largest to least from which a logarithmic axis 
 _BINS = 160
 _JIFFY_S = 0.01  # at most: HZ=100
 _REASONS: Final = {
-    "idle": "reset after rest",
+    "idle": "reset after idle",
     "rto_loss": "reset by RTO loss",
     "app_limited": "reset, application-limited",
 }
@@ -43,7 +43,7 @@ def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, 
     idle = reasons == "idle"
     began = when - resets["idle_us"].to_numpy(np.float64) / 1e6
     # The last data's acknowledgements may still open the window; after that, it holds until the reset. They may be
-    # as late as srtt and the rest's own inexactness of a jiffy.
+    # as late as srtt and the idle time's own inexactness of a jiffy.
     held = np.minimum(began + resets["srtt_us"].to_numpy(np.float64) / 1e6 + _JIFFY_S, when)
     levels = before.to_numpy(np.float64)
 
@@ -68,8 +68,8 @@ def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, 
         axes.plot(seen, sizes, "o", color=colours.window, markersize=3.2, zorder=4)
         legend["observed"] = Line2D([], [], color=colours.window, marker="o", markersize=3.2, linestyle="")
     if idle.any():
-        shade_rests(axes, resets, at, colours)
-        legend["rest"] = Patch(facecolor=colours.rest)
+        shade_idle(axes, resets, at, colours)
+        legend["idle"] = Patch(facecolor=colours.idle_shade)
     for reason in sorted(set(reasons)):
         # Markers aren't clipped at the axis, so those outside the span are left out here.
         mine = (reasons == reason) & (when >= at.begin) & (when <= at.end)
@@ -83,13 +83,13 @@ def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, 
     return legend
 
 
-def shade_rests(axes: Axes, resets: pd.DataFrame, at: Clock, colours: Palette) -> None:
-    """Shade the rests that ended in a reset over the whole height of ``axes``."""
-    rests = resets[resets["reason"].astype(str) == "idle"]
-    ends, lengths = at.seconds(rests["ts_ns"]), rests["idle_us"].to_numpy(np.float64) / 1e6
+def shade_idle(axes: Axes, resets: pd.DataFrame, at: Clock, colours: Palette) -> None:
+    """Shade the idle times that ended in a reset over the whole height of ``axes``."""
+    idle_resets = resets[resets["reason"].astype(str) == "idle"]
+    ends, lengths = at.seconds(idle_resets["ts_ns"]), idle_resets["idle_us"].to_numpy(np.float64) / 1e6
     bars = list(zip(ends - lengths, lengths, strict=True))
     axes.broken_barh(
-        bars, (0, 1), transform=axes.get_xaxis_transform(), facecolor=colours.rest, edgecolor="none", zorder=0.5
+        bars, (0, 1), transform=axes.get_xaxis_transform(), facecolor=colours.idle_shade, edgecolor="none", zorder=0.5
     )
 
 
@@ -98,14 +98,14 @@ def label_resets(axes: Axes, resets: pd.DataFrame, at: Clock, colours: Palette) 
     labels = []
     columns = (resets[name].tolist() for name in ("cwnd_before", "cwnd_after", "idle_us", "reason"))
     for x, before, after, idle_us, reason in zip(at.seconds(resets["ts_ns"]).tolist(), *columns, strict=True):
-        text = f"{before} → {after}" + (f" after {_rest(idle_us)}" if reason == "idle" else "")
+        text = f"{before} → {after}" + (f" after {_idle(idle_us)}" if reason == "idle" else "")
         if at.begin <= x <= at.end:
             labels.append(Label(x, before, text, before - after, colours.reason(reason)))
     # Far more than fit are never looked at: measuring text is slow.
     return place(axes, sorted(labels, key=lambda label: -label.rank)[:80])
 
 
-def _rest(us: int) -> str:
+def _idle(us: int) -> str:
     if us < 1_000_000:
         return f"{us / 1000:.0f} ms"
     return f"{us / 1e6:.1f} s" if us < 100_000_000 else f"{us / 1e6:.0f} s"

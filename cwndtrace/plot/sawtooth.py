@@ -27,7 +27,7 @@ from cwndtrace.plot.style import Palette, plain
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
 _LOG_FROM: Final = 20.0  # as in the timeline: from this ratio of largest to least on, the axis is logarithmic
 _JIFFY_NS: Final = 10_000_000  # at HZ=100, the longest
-_COLUMNS: Final = ["setting", "round", "start_ns", "end_ns", "idle_ms", "srtt_ms", "rest_s", "burst_bytes",
+_COLUMNS: Final = ["setting", "round", "start_ns", "end_ns", "idle_ms", "srtt_ms", "idle_s", "burst_bytes",
                    "latency_ms", "cwnd_before", "cwnd_after", "cwnd_end"]  # fmt: skip
 
 
@@ -47,10 +47,11 @@ def sawtooth(
     ``cwnd``) whatever else is known of its window: snapshots, samples. ``meta`` is the capture's metadata.
 
     ``measurements`` has a row a burst, of both settings, with the columns ``setting``, ``round``, ``start_ns``,
-    ``end_ns``, ``idle_ms``, ``srtt_ms``, ``rest_s``, ``burst_bytes``, ``latency_ms``, ``cwnd_before``, ``cwnd_after``
+    ``end_ns``, ``idle_ms``, ``srtt_ms``, ``idle_s``, ``burst_bytes``, ``latency_ms``, ``cwnd_before``, ``cwnd_after``
     and ``cwnd_end``. With it one ``round`` is shown (None: the first that both settings finished), each panel from
-    its own first rest on, because the settings take turns; rests without a reset are shaded too, and each burst is
-    marked along the foot and labelled with what it took. Without it both panels show the whole capture on its clock.
+    its own first idle time on, because the settings take turns; idle times without a reset are shaded too, and each
+    burst is marked along the foot and labelled with what it took. Without it both panels show the whole capture on its
+    clock.
     """
     resets = {"on": events.whole(resets_on, "cwnd_reset"), "off": events.whole(resets_off, "cwnd_reset")}
     observed = {"on": observed_on, "off": observed_off}
@@ -75,7 +76,7 @@ def sawtooth(
             known = _known(observed[setting], bursts[setting], at)
             shown = at.shown(resets[setting], "ts_ns", "ts_ns")
             legend |= panels.window(each, shown, known, at, colours)
-            legend |= _rests(each, bursts[setting], shown, at, colours)
+            legend |= _shade_and_mark(each, bursts[setting], shown, at, colours)
             each.set_title(f"{layout.SYSCTL} {setting}", loc="left", fontsize=10, fontweight="bold", pad=5)
             each.set_ylabel("window (segments)", fontsize=10)
             each.grid(axis="y")
@@ -89,7 +90,7 @@ def sawtooth(
                 _label_bursts(each, bursts[setting], at, colours.idle if setting == "on" else colours.window)
             else:
                 panels.label_resets(each, at.shown(resets[setting], "ts_ns", "ts_ns"), at, colours)
-        since = "the first rest began" if rounds else "the start"
+        since = "the first idle time began" if rounds else "the start"
         axes["off"].set_xlabel(f"seconds since {since}", fontsize=10)
         shown_round = int(next(iter(f["round"].iloc[0] for f in bursts.values() if len(f)), 0))
         caption = _caption(meta, clocks["on"], shown_round, rounds)
@@ -112,7 +113,7 @@ def _clocks(
     resets: dict[str, pd.DataFrame], observed: dict[str, pd.DataFrame], bursts: dict[str, pd.DataFrame],
     meta: Mapping[str, Any],
 ) -> dict[str, Clock]:  # fmt: skip
-    """A clock for each panel: both as long, and where bursts are known each from its first rest on."""
+    """A clock for each panel: both as long, and where bursts are known each from its first idle time on."""
     both = pd.concat([frame[["ts_ns"]] for frame in [*resets.values(), *observed.values()]])
     whole = clock(both, both.iloc[:0], both.iloc[:0], meta, None)
     zeros = {s: int((b["start_ns"] - (b["idle_ms"] * 1e6).astype("int64")).min()) for s, b in bursts.items() if len(b)}
@@ -128,7 +129,8 @@ def _known(observed: pd.DataFrame, bursts: pd.DataFrame, at: Clock) -> pd.DataFr
     seen = at.shown(observed, "ts_ns", "ts_ns")[["ts_ns", "cwnd"]]
     when = seen["ts_ns"].to_numpy(np.int64)
     for start, idle, srtt in zip(bursts["start_ns"], bursts["idle_ms"], bursts["srtt_ms"], strict=True):
-        # The rest is known to a jiffy: what was seen just as it set in may still belong to the last acknowledgements.
+        # The idle time is known to a jiffy: what was seen just as it set in may still belong to the last
+        # acknowledgements.
         settled = int(start) - int((idle - srtt) * 1e6)
         seen = seen[(when < settled) | (when > settled + _JIFFY_NS)]
         when = seen["ts_ns"].to_numpy(np.int64)
@@ -139,19 +141,21 @@ def _known(observed: pd.DataFrame, bursts: pd.DataFrame, at: Clock) -> pd.DataFr
     return known.sort_values("ts_ns", kind="stable", ignore_index=True)
 
 
-def _rests(axes: Axes, bursts: pd.DataFrame, resets: pd.DataFrame, at: Clock, colours: Palette) -> panels.Legend:
-    """What the resets alone don't tell: rests that ended in none, with the window that held, and the bursts."""
+def _shade_and_mark(
+    axes: Axes, bursts: pd.DataFrame, resets: pd.DataFrame, at: Clock, colours: Palette
+) -> panels.Legend:
+    """What the resets alone don't tell: idle times that ended in none, with the window that held, and the bursts."""
     if bursts.empty:
         return {}
     starts, ends = at.seconds(bursts["start_ns"]), at.seconds(bursts["end_ns"])
     fell = at.seconds(resets["ts_ns"])
-    # A reset comes during the burst that ends the rest.
+    # A reset comes during the burst that ends the idle time.
     held = [not ((fell >= begin) & (fell <= end)).any() for begin, end in zip(starts, ends, strict=True)]
     quiet, upto = bursts[held], starts[held]
     begins = upto - quiet["idle_ms"].to_numpy(np.float64) / 1e3
     across = axes.get_xaxis_transform()
     axes.broken_barh(
-        list(zip(begins, upto - begins, strict=True)), (0, 1), transform=across, facecolor=colours.rest,
+        list(zip(begins, upto - begins, strict=True)), (0, 1), transform=across, facecolor=colours.idle_shade,
         edgecolor="none", zorder=0.5,
     )  # fmt: skip
     settled = np.minimum(begins + quiet["srtt_ms"].to_numpy(np.float64) / 1e3, upto)
@@ -163,7 +167,7 @@ def _rests(axes: Axes, bursts: pd.DataFrame, resets: pd.DataFrame, at: Clock, co
     )  # fmt: skip
     return {
         "window": Line2D([], [], color=colours.window, linewidth=2),
-        "rest": Patch(facecolor=colours.rest),
+        "idle": Patch(facecolor=colours.idle_shade),
         "measured burst": Patch(facecolor=colours.read),
     }
 
@@ -199,12 +203,12 @@ def _same_scale(
 
 
 def _label_bursts(axes: Axes, bursts: pd.DataFrame, at: Clock, colour: str) -> None:
-    """What each burst took; where not all fit, the same ones in both panels: the largest after the longest rests."""
+    """What each burst took; where not all fit, in both panels those that were the largest after the longest idle."""
     labels = []
-    columns = (bursts[n].tolist() for n in ("cwnd_before", "cwnd_after", "burst_bytes", "latency_ms", "rest_s"))
-    for x, before, after, size, ms, rest in zip(at.seconds(bursts["start_ns"]).tolist(), *columns, strict=True):
+    columns = (bursts[n].tolist() for n in ("cwnd_before", "cwnd_after", "burst_bytes", "latency_ms", "idle_s"))
+    for x, before, after, size, ms, idle in zip(at.seconds(bursts["start_ns"]).tolist(), *columns, strict=True):
         window = f"{before:,.0f} → {after:,.0f}" if after < before else f"{before:,.0f} kept"
-        labels.append(Label(x, before, f"{window}: {layout.size(size)} in {ms:.0f} ms", size * rest, colour))
+        labels.append(Label(x, before, f"{window}: {layout.size(size)} in {ms:.0f} ms", size * idle, colour))
     place(axes, sorted(labels, key=lambda label: -label.rank)[:80], 8.5)
 
 
@@ -213,20 +217,20 @@ def _titles(
 ) -> tuple[str, str]:
     second = f"net.ipv4.{layout.SYSCTL} on (above) and off (below)"
     if any(len(frame) for frame in bursts.values()):
-        second += ", the same rests and bursts"
+        second += ", the same idle times and bursts"
         said: list[str] = []
         for setting, frame in bursts.items():
             fell, number = int((frame["cwnd_after"] < frame["cwnd_before"]).sum()), len(frame)
             if number:
                 share = f"{fell:,} of {number:,}" if fell or not said else "none"
-                said.append(f"{setting}, {share}{'' if said else ' rests shrank the window'}")
+                said.append(f"{setting}, {share}{'' if said else ' idle times shrank the window'}")
         text = "; ".join(said)
         return f"{text[0].upper()}{text[1:]}", second
     counts = []
     for setting, frame in resets.items():
         idle = frame[frame["reason"].astype(str) == "idle"]
         number = len(clocks[setting].shown(idle, "ts_ns", "ts_ns"))
-        counts.append(f"{setting}, {plural(number, 'reset') if number else 'no reset'} after a rest")
+        counts.append(f"{setting}, {plural(number, 'reset') if number else 'no reset'} after idle time")
     text = "; ".join(counts)
     return f"{text[0].upper()}{text[1:]}", second
 

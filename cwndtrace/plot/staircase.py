@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The staircase: what a rest leaves of the window, against its length in retransmission timeouts (RTO)."""
+"""The staircase: what idle time leaves of the window, against its length in retransmission timeouts (RTO)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cwndtrace.plot.style import Palette
 FLOORS: Final = 4
 """Sizes of windows whose floor is drawn; more of them would only be noise."""
 
-_JIFFY_US: Final = 10_000.0  # at HZ=100, the longest: rests and timeouts are recorded to one
+_JIFFY_US: Final = 10_000.0  # at HZ=100, the longest: idle times and timeouts are recorded to one
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 3.3, 0.78, 1.12, 0.82
 _STAIRS: Final = 14.0
 _LABEL_GAP: Final = 0.19  # inches between the floors' labels
@@ -33,14 +33,14 @@ Values = npt.NDArray[np.float64]
 
 
 def staircase(resets: pd.DataFrame) -> Figure:
-    """A figure of the window after each reset as a share of the window before it, against the rest in RTOs.
+    """A figure of the window after each reset as a share of the window before it, against the idle time in RTOs.
 
     ``resets`` is that frame of a Trace; used are ``reason`` (only ``idle`` is drawn), ``idle_us``, ``rto_us``,
     ``cwnd_before``, ``cwnd_after`` and ``init_cwnd``. The line is the rule of tcp_cwnd_restart() in
-    net/ipv4/tcp_input.c: one halving for each whole RTO of rest, down to the initial window. As a share that floor
+    net/ipv4/tcp_input.c: one halving for each whole RTO of idle time, down to the initial window. As a share that floor
     is higher the smaller the window was, so it is drawn for the four most frequent sizes of windows. A point is on the
-    staircase if the rule, for a rest within a jiffy (10 ms at most) of the recorded one, gives it to the segment.
-    Rests longer than what the axis has room for stand at its right edge.
+    staircase if the rule, for an idle time within a jiffy (10 ms at most) of the recorded one, gives it to the segment.
+    Idle times longer than what the axis has room for stand at its right edge.
     """
     resets = events.whole(resets, "cwnd_reset")
     usable = (resets["reason"].astype(str) == "idle") & (resets["rto_us"] > 0) & (resets["cwnd_before"] > 0)
@@ -55,7 +55,7 @@ def staircase(resets: pd.DataFrame) -> Figure:
     with style.drawing() as colours:
         figure = layout.sheet(_BOTTOM + _HEIGHT)
         axes = layout.add(figure, _LEFT, _BOTTOM, layout.WIDTH - _LEFT - _RIGHT, _HEIGHT)
-        axes.set_xlabel("rest before the reset (RTOs)", fontsize=10)
+        axes.set_xlabel("idle before the reset (RTOs)", fontsize=10)
         axes.set_ylabel("window after (share of the window before)", fontsize=10)
         limit, depth = _scales(axes, idle / rto, floor / before, after / before)
         legend = Legend()
@@ -63,7 +63,7 @@ def staircase(resets: pd.DataFrame) -> Figure:
             legend = _theory(axes, before, floor, limit, depth, colours)
             legend |= _points(axes, idle / rto, after / before, after == floor, kept, limit, colours)
         else:
-            layout.say(axes, "no reset after a rest in this capture", colours)
+            layout.say(axes, "no reset after idle time in this capture", colours)
         layout.finish(figure, *_titles(len(used), int(kept.sum())), legend, _caption(used), colours)
     return figure
 
@@ -160,7 +160,7 @@ def _points(
         ("halved", inside & kept & ~at_floor, "o", colours.idle),
         ("at the floor", inside & kept & at_floor, "s", colours.idle),
         ("off the staircase", inside & ~kept, "X", colours.error),
-        (f"rest over {limit:.0f} RTOs", ~inside, ">", colours.idle),
+        (f"idle over {limit:.0f} RTOs", ~inside, ">", colours.idle),
     ]
     for name, mine, marker, colour in kinds:
         if not mine.any():
@@ -175,19 +175,19 @@ def _points(
 
 
 def _titles(number: int, kept: int) -> tuple[str, str]:
-    second = "rests in retransmission timeouts (RTO), windows as a share of the one before, each step a halving"
+    second = "idle times in retransmission timeouts (RTO), windows as a share of the one before, each step a halving"
     if not number:
-        return "No window fell after a rest", second
+        return "No window fell after idle time", second
     share = f"{kept:,} of {plural(number, 'record')}"
     if kept == number:
         share = "the one record" if number == 1 else f"all {plural(number, 'record')}"
     fit = "fits" if 1 in (kept, number) else "fit"
-    return f"Each RTO of rest halves the window: {share} {fit} to the segment", second
+    return f"Each RTO of idle time halves the window: {share} {fit} to the segment", second
 
 
 def _caption(used: pd.DataFrame) -> str:
     if used.empty:
-        return "only resets after a rest are drawn here"
+        return "only resets after idle time are drawn here"
     rto = used["rto_us"].to_numpy(np.float64) / 1000
     span = f"{rto.min():.0f} ms" if rto.max() - rto.min() < 1 else f"{rto.min():.0f} to {rto.max():.0f} ms"
     return f"RTO {span}  ·  rule: tcp_cwnd_restart() in net/ipv4/tcp_output.c"

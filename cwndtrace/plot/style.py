@@ -33,7 +33,7 @@ class Palette:
     faint: str
     grid: str
     window: str
-    rest: str
+    idle_shade: str
     idle: str
     rto_loss: str
     app_limited: str
@@ -63,7 +63,7 @@ LIGHT: Final = Palette(
     faint="#62666d",
     grid="#e4e6ea",
     window="#0072b2",
-    rest="#eceef2",
+    idle_shade="#eceef2",
     idle="#d55e00",
     rto_loss="#a0307a",
     app_limited="#a67c00",
@@ -80,7 +80,7 @@ DARK: Final = Palette(
     faint="#a4a9b2",
     grid="#2b2f37",
     window="#56b4e9",
-    rest="#252932",
+    idle_shade="#252932",
     idle="#ff8a3d",
     rto_loss="#e08cc0",
     app_limited="#f0e442",

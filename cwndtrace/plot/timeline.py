@@ -44,7 +44,7 @@ def timeline(
     four connections with most resets. ``span`` is (begin, end) in seconds since the capture started.
 
     The x axis is in seconds since the start, windows are in segments, latencies in milliseconds. The window
-    is exact at each reset, during the rest before it, and where a snapshot or a sample was taken; the thin line
+    is exact at each reset, during the idle time before it, and where a snapshot or a sample was taken; the thin line
     between these only joins them. Spans in which records were lost are hatched. Colours come from ``style.use``.
 
     Raises UsageError for a connection that isn't there and for an empty span.
@@ -69,7 +69,7 @@ def timeline(
             legend |= panels.latency(disk, block_io, at, colours)
             disk.set_ylabel("block I/O (ms)")
             if len(keys) == 1:
-                panels.shade_rests(disk, resets[resets["connection"] == keys[0]], at, colours)
+                panels.shade_idle(disk, resets[resets["connection"] == keys[0]], at, colours)
         legend |= _draw_losses(windows, disk, lost, at, colours)
         for each in axes:
             each.grid(axis="y")

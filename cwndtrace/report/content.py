@@ -73,9 +73,9 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
         whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
     block = [f"{fmt.lost(lost[name], 'block request')}: figures may be too low." for name in BLOCK_IO if lost[name]]
     if lost["block_io"]:
-        resets.append("Block requests were lost: a rest may have been more the disk's than it seems.")
+        resets.append("Block requests were lost: idle time may have been more the disk's than it seems.")
     if not trace.block_recorded:
-        block.append("Block I/O wasn't recorded: a disk can't be told from the application as the cause of a rest.")
+        block.append("Block I/O wasn't recorded: a disk can't be told from the application as the cause of idle time.")
     return {"missing": [f"{line}." for line in gaps], "all": whole, "resets": resets, "block_io": block}
 
 

@@ -93,12 +93,12 @@ def _unbroken(text: str) -> Markup:
 
 
 def _because(row: Mapping[str, Any]) -> str:
-    """The cause of a reset's rest, to be put behind its verdict."""
+    """The cause of the idle time before a reset, to be put behind its verdict."""
     told = {
         "peer": f"; it waited {fmt.span(row['peer_us'])} for its peer",
         "disk": f"; {clean(row['comm'])} had {fmt.plural(row['disk_requests'], 'request')} on {row['disk_device']} "
-        f"for {fmt.span(row['disk_us'])} of the rest",
-        "application": f"; {fmt.span(row['application_us'])} of the rest were the application's own",
+        f"for {fmt.span(row['disk_us'])} of the idle time",
+        "application": f"; {fmt.span(row['application_us'])} of the idle time were the application's own",
         "unknown": "; whether a disk was why wasn't recorded",
     }
     return told.get(row["cause"], "")
@@ -128,7 +128,7 @@ def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str
 
 
 def _seen(report: Report, key: str) -> tuple[float, float]:
-    """From when to when a connection was watched, with the rest before its first reset, in seconds of the capture."""
+    """From when to when a connection was watched, with the idle time before its first reset, in s of the capture."""
     trace, mine = report.trace, report.resets[report.resets["connection"] == key]
     stamps = pd.concat([mine["ts_ns"], trace.connections.loc[trace.connections["connection"] == key, "ts_ns"]])
     begin = min(int(stamps.min()), int((mine["ts_ns"].astype("int64") - mine["idle_us"].astype("int64") * 1000).min()))

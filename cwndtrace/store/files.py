@@ -31,7 +31,7 @@ MOST_PARTS: Final = 100_000
 
 @contextmanager
 def plain(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, opened by its own name, and its size in bytes. Raises OSError, and UnsafeFile for anything else."""
+    """A regular file, opened by its own name, and its size in bytes. Raises OSError, or UnsafeFile for any other."""
     try:
         # Not to wait for a writer, where it is a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -31,7 +31,7 @@ class Read:
 
 
 class Load:
-    """Block reads at a steady rate, and connections that rest and are reset, on threads, while it is entered.
+    """Block reads at a steady rate, and connections that are idle and are reset, on threads, while it is entered.
 
     ``reads`` and the connections' ``sends`` are the truth that a capture is held against.
     """
@@ -43,7 +43,9 @@ class Load:
         self._disk = disk
         self._pause = 1 / reads_per_s
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._guard, args=(work,)) for work in (self._read, self._rest)]
+        self._threads = [
+            threading.Thread(target=self._guard, args=(work,)) for work in (self._read, self._idle_connections)
+        ]
 
     def _guard(self, work: object) -> None:
         try:
@@ -61,7 +63,7 @@ class Load:
                 block = (block + 1) % blocks
                 time.sleep(self._pause)
 
-    def _rest(self) -> None:
+    def _idle_connections(self) -> None:
         while not self._stop.is_set():
             for connection in self.connections:
                 connection.grow()
@@ -71,7 +73,7 @@ class Load:
                 connection.send()
 
     def resets(self) -> list[tcp.Send]:
-        """The sends so far that reset a window after a rest."""
+        """The sends so far that reset a window after idle time."""
         return [s for c in self.connections for s in list(c.sends) if s.reason == "idle"]
 
     def __enter__(self) -> Self:

@@ -118,7 +118,7 @@ _U64: Final = {"bytes_acked": 120, "bytes_received": 128, "bytes_sent": 200}
 
 
 def info(sock: socket.socket) -> Info:
-    """TCP_INFO of ``sock`` now; times in microseconds (the kernel gives the rests in milliseconds)."""
+    """TCP_INFO of ``sock`` now; times in microseconds (the kernel gives the idle times in milliseconds)."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE).ljust(_SIZE, b"\0")
     values = {name: struct.unpack_from("=I", raw, at)[0] for name, at in _U32.items()}
     values |= {name: struct.unpack_from("=Q", raw, at)[0] for name, at in _U64.items()}
@@ -325,7 +325,7 @@ class Connection:
     def fill(self) -> Info:
         """Send, with the other end not reading, until its window is closed and a little is left; TCP_INFO then.
 
-        The sends are noted: on a slow machine there may be a rest between them.
+        The sends are noted: on a slow machine there may be idle time between them.
         """
         self.drain.pause(self.peer)
         for _ in range(10_000):
@@ -359,9 +359,9 @@ class Connection:
         """TCP_INFO once all is sent and acknowledged."""
         return self.until(lambda i: not i.unacked and not i.unsent, "all data acknowledged")
 
-    def rest(self, seconds: float) -> Info:
+    def idle(self, seconds: float) -> Info:
         """TCP_INFO once no data was sent for so long, and for longer than the RTO, which is long on a slow machine."""
-        return self.until(lambda i: i.last_snd_us > max(seconds * 1e6, i.rto_us + 2e4), "a rest longer than the RTO")
+        return self.until(lambda i: i.last_snd_us > max(seconds * 1e6, i.rto_us + 2e4), "idle time longer than the RTO")
 
     def send(self, how: Callable[[], Any] | None = None, by: tuple[int, int, str] | None = None) -> Send:
         """A small send, noted; ``how`` does it in another way, ``by`` says which other task does."""
@@ -379,7 +379,7 @@ class Connection:
     def grow(self, least: int = 24, burst: int = _BURST) -> Info:
         """Send bursts of so many bytes until the window holds at least ``least`` segments; TCP_INFO after the last.
 
-        Starts with a small send that is noted: no burst begins after a rest, where a reset would go unseen.
+        Starts with a small send that is noted: no burst begins after idle time, where a reset would go unseen.
         """
         for _ in range(200):
             small = self.send()

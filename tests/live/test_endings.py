@@ -54,7 +54,7 @@ def test_a_closed_window_that_opens(tracer: Tracer, connect: Connect) -> None:
     connection = connect(read_buffer=200_000)
     connection.grow()
     closed = connection.fill()
-    connection.rest(LONG)
+    connection.idle(LONG)
     send = reopen(connection)
     assert (send.reason, send.before.snd_wnd, closed.unsent > 0) == ("idle", 0, True)
     check(tracer, connection)
@@ -65,7 +65,7 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
     connection.grow()
     connection.fill()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    # Where it is long until here, the first of these ends a rest.
+    # Where it is long until here, the first of these ends idle time.
     with contextlib.suppress(BlockingIOError):
         # In small pieces: the last one may be as large as it likes.
         while True:
@@ -77,7 +77,7 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
         with pytest.raises(BlockingIOError):
             connection.sock.send(b"x" * 100_000, socket.MSG_DONTWAIT)
 
-    connection.rest(LONG)
+    connection.idle(LONG)
     send = connection.send(blocked)
     assert send.reason is None
     assert send.before.last_snd_us > send.before.rto_us
@@ -93,7 +93,7 @@ def test_data_queued_behind_a_closed_window(tracer: Tracer, connect: Connect) ->
     connection = connect(read_buffer=200_000)
     connection.grow(80)
     connection.fill()
-    connection.rest(0.25)
+    connection.idle(0.25)
     # One after the other, because each ends its buffer.
     for _ in range(3):
         connection.send(lambda: connection.sock.send(b"x", socket.MSG_EOR))
@@ -115,7 +115,7 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
     counter.settle()
     before = counter.tally.unchanged
     for connection in connections:
-        connection.rest(LONG)
+        connection.idle(LONG)
     for connection in connections:
         connection.send()
         assert connection.sends[-1].before.cwnd == connection.sends[-1].after.cwnd == tcp.INIT_CWND
@@ -129,7 +129,7 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
 def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
     connection = connect(counted_space)
     connection.grow()
-    connection.rest(LONG)
+    connection.idle(LONG)
     before = counter.tally.withdrawn
     with tcp.corked(connection.sock):
         connection.send()
@@ -148,7 +148,7 @@ def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: 
 def test_a_connection_that_is_aborted_with_data_corked(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
-    connection.rest(LONG)
+    connection.idle(LONG)
     connection.sock.setsockopt(socket.IPPROTO_TCP, tcp.CORK, 1)
     send = connection.send()
     assert (send.reason, send.after.unsent) == ("idle", 100)
@@ -222,7 +222,7 @@ def test_retransmission_timeouts(tracer: Tracer, link: Link, connect: Connect) -
     with link.cut():
         timeouts = link.timeouts()
         for connection, (_, segments) in zip(connections, kinds, strict=True):
-            # Where cutting the link took long, this ends a rest: what it leaves is what the timeout takes.
+            # Where cutting the link took long, this ends idle time: what it leaves is what the timeout takes.
             connection.send(lambda c=connection, n=segments: c.sock.send(bytes(1448 * n)))  # type: ignore[misc]
         # Not TCP_INFO: a look at a connection would hold its lock, and the timeout would be the looker's.
         until(lambda: link.timeouts() >= timeouts + len(kinds), 20, "the retransmission timeouts")

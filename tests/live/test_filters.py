@@ -29,7 +29,7 @@ pytestmark = pytest.mark.live
 
 SHORT, LONG = 0.45, 0.9
 MIN_IDLE: Final = 0.7
-"""Between the two rests, in seconds."""
+"""Between the two idle times, in seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain, cgroup: Path) -> Iterator[World]:
-    # New for each rung: a rest that began before a tracer did is not for it to see.
+    # New for each rung: idle time that began before a tracer did is not for it to see.
     tracer.settle()
     a, b = make_space(), make_space()
     tcp.join(a, b, "cwt1", ["10.1.0.1/24"], ["10.1.0.2/24"])
@@ -145,19 +145,19 @@ CASES: Final = {
 
 @pytest.fixture(scope="module")
 def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
-    """The tracer of each case, after every connection has rested short and long."""
+    """The tracer of each case, after every connection has been idle short and long."""
     with contextlib.ExitStack() as stack:
         tracers = {}
         for name, case in CASES.items():
             made = stack.enter_context(Tracer(tracer.probe, connections=True, idle_only=True, **case.ask(world)))
             made.lets = _lets(world, case)
             tracers[name] = made
-        for rest in (SHORT, LONG):
+        for idle in (SHORT, LONG):
             for connection in world.all:
                 connection.grow()
             _close_grown(world.named["closed"])
             for connection in world.all:
-                connection.rest(rest)
+                connection.idle(idle)
             for name, connection in world.named.items():
                 # On a slow machine its turn may come about when the filter starts to let it pass: not within that.
                 connection.until(lambda i: not MIN_IDLE - 0.2 < i.last_snd_us / 1e6 < MIN_IDLE + 0.05, "a clear case")
@@ -173,12 +173,12 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
 
 
 def _close_grown(connection: Connection) -> None:
-    """Close the other end's window with the own one still so large that a rest cuts it."""
+    """Close the other end's window with the own one still so large that idle time cuts it."""
     for _ in range(20):
         connection.grow()
         if connection.fill().cwnd > tcp.INIT_CWND:
             return
-        # On a slow machine it had rested between two sends, and was cut already.
+        # On a slow machine it had been idle between two sends, and was cut already.
         reopen(connection)
     raise AssertionError(f"the window is always cut before the other one is closed: {connection.info()}")
 
@@ -192,7 +192,7 @@ def _lets(world: World, case: Case) -> Callable[[Connection, Send], bool]:
 def test_resets(watched: dict[str, Tracer], world: World, name: str) -> None:
     resets = check(watched[name], *world.all)
     case = CASES[name]
-    # On a slow machine a rest is longer than it was meant to be, and there may be another one.
+    # On a slow machine idle time is longer than it was meant to be, and there may be another one.
     assert resets >= len(case.names.split()) * (1 if case.min_idle else 2)
     assert watched[name].dropped <= 0
 
@@ -254,10 +254,10 @@ def test_a_process_that_takes_a_socket_over_later(tracer: Tracer, connect: Conne
         late = connect(world.a, by=world.holder)
         for _ in range(6):
             late.grow()
-            late.rest(SHORT)
+            late.idle(SHORT)
             late.send()
             if watching.of(late):
                 break
-        # On a slow machine the send that begins to grow it may have ended a rest too.
+        # On a slow machine the send that begins to grow it may have ended idle time too.
         record = watching.of(late)[-1]
         assert not differences(watching, late, late.sends[-1], record)

@@ -28,7 +28,7 @@ from cwndtrace.kernel import cgroups
 from cwndtrace.report.content import report
 from tests.live import tcp
 from tests.live.conftest import Connect
-from tests.live.test_run import LONG_S, call, rest_once, running, within
+from tests.live.test_run import LONG_S, call, running, send_after_idle, within
 
 pytestmark = pytest.mark.live
 
@@ -145,7 +145,7 @@ def test_more_cgroups_than_the_filter_holds(cgroup: Path, space: tcp.Space, conn
             for number in range(ROOM + 116):
                 (cgroup / str(number)).mkdir()
             run.wait_for(re.compile(r"^warning: at least [\d,]+ cgroups of what was asked for aren't traced"), LONG_S)
-            rest_once(connection)
+            send_after_idle(connection)
             code, _, said = run.end()
     finally:
         holder.close()
@@ -228,7 +228,7 @@ def test_a_cgroup_under_ip_netns_exec(
         connection = tcp.connect(space, drain, by=holder)
         name = str(cgroup.relative_to(cgroups.mount_point()))
         with running("-c", name, "--no-block", "-o", tmp_path / "a.cwnd", before=within(space)) as run:
-            rest_once(connection)
+            send_after_idle(connection)
             code, _, said = run.end()
         connection.close()
     finally:

@@ -26,7 +26,7 @@ from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import Disk, Traced, go, loop, reader
 from tests.live.soak import Load, Read, amount
-from tests.live.test_run import COMMAND, ENVIRONMENT, call, read_until, rest_once, running
+from tests.live.test_run import COMMAND, ENVIRONMENT, call, read_until, running, send_after_idle
 
 pytestmark = pytest.mark.live
 
@@ -144,7 +144,7 @@ def test_signals_end_it_cleanly(connect: Connect, space: tcp.Space, tmp_path: Pa
             name: stack.enter_context(running("-n", space.name, "--no-block", "-o", tmp_path / f"{name}.cwnd"))
             for name in ENDS
         }
-        rest_once(connect())
+        send_after_idle(connect())
         for name, numbers in ENDS.items():
             for number in numbers:
                 runs[name].process.send_signal(number)
@@ -172,7 +172,7 @@ def test_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Pat
     os.close(slave)
     try:
         read_until(master, rb"^Tracing .+: idle by \w+")
-        rest_once(connect())
+        send_after_idle(connect())
         tcp.until(lambda: (tmp_path / "a.cwnd" / "cwnd_reset").exists(), 20, "the reset")
     finally:
         os.close(master)
@@ -192,10 +192,10 @@ def test_the_terminal_is_stopped(connect: Connect, space: tcp.Space, tmp_path: P
     shown = b""
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
         try:
-            read_until(master, rb"waiting for a rest")
+            read_until(master, rb"waiting for idle time")
             termios.tcflow(slave, termios.TCOOFF)
             for resets in (1, 2, 3):
-                rest_once(connect())
+                send_after_idle(connect())
                 tcp.until(lambda n=resets: len(cwndtrace.load(path).resets) == n, 20, "another reset")  # type: ignore[misc]
             process.send_signal(signal.SIGINT)
             tcp.until(lambda: cwndtrace.load(path).status == "complete", 20, "the end")
@@ -232,7 +232,7 @@ def test_the_parent_is_killed(connect: Connect, space: tcp.Space, tmp_path: Path
     ) as parent:
         try:
             tcp.until(lambda: (path / "meta.json").exists(), 60, "a trace under way")
-            rest_once(connect())
+            send_after_idle(connect())
             tcp.until(lambda: (path / "cwnd_reset").exists(), 20, "the reset")
         finally:
             parent.kill()

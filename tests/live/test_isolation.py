@@ -23,7 +23,7 @@ pytestmark = pytest.mark.live
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.cwnd"
 COMMAND = isolated.python("-m", "cwndtrace")
-REPRODUCE = ("--rtt", "60ms", "--burst", "20k", "--rest", "300ms", "--rounds", "1")
+REPRODUCE = ("--rtt", "60ms", "--burst", "20k", "--idle", "300ms", "--rounds", "1")
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 MODULES = ("json.py", "typing.py", "sitecustomize.py", "usercustomize.py", "cwndtrace/__init__.py", "bcc/__init__.py")
 COMMANDS = ("losetup", "fc-list", "modprobe", "ip", "tc", "mount", "gcc", "ldconfig")

@@ -68,7 +68,7 @@ def test_fast_open(tracer: Tracer, make_space: Callable[[], tcp.Space], connect:
     # The first one fetches a cookie, the second one uses it.
     for connection in [connect(space, by=Maker(space, fast)) for _ in range(2)]:
         connection.grow()
-        connection.rest(LONG)
+        connection.idle(LONG)
         connection.send()
         expect_one(tracer, connection)
     assert fast_opens(space) >= 1
@@ -109,7 +109,7 @@ def test_a_syn_that_is_sent_again(tracer: Tracer, link: Link, connect: Connect) 
     if tracer.probe in EXACT and tracer.sees("rto_loss"):
         assert first
     connection.grow()
-    connection.rest(LONG)
+    connection.idle(LONG)
     connection.send()
     assert [r["reason"] for r in tracer.of(connection)][len(first) :] == ["idle"]
 
@@ -151,7 +151,7 @@ def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> N
         for end in ("saddr", "daddr"):
             setattr(connection, end, getattr(connection, end).split("%")[0])
         connection.grow()
-        connection.rest(LONG)
+        connection.idle(LONG)
         connection.send()
         expect_one(tracer, connection)
         assert tracer.of(connection)[0]["daddr"] == address
@@ -170,7 +170,7 @@ def test_tls_in_the_kernel(tracer: Tracer, connect: Connect) -> None:
     keys = struct.pack("=HH8s16s4s8s", TLS_1_2, AES_GCM_128, *(os.urandom(n) for n in (8, 16, 4)), bytes(8))
     connection.sock.setsockopt(SOL_TLS, TLS_TX, keys)
     connection.grow()
-    connection.rest(LONG)
+    connection.idle(LONG)
     connection.send()
     expect_one(tracer, connection)
 
@@ -213,7 +213,7 @@ def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, co
         connection.cookie = lambda: 0  # type: ignore[method-assign]
         connection.grow(least)
         for _ in range(2):
-            connection.rest(LONG)
+            connection.idle(LONG)
             connection.send()
             connection.grow(least)
         assert check_since(tracer, connection) >= 2
@@ -239,7 +239,7 @@ def check_since(tracer: Tracer, connection: tcp.Connection) -> int:
 
 @pytest.mark.long
 def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
-    """More than 4 GiB on one connection, with rests all along: each is right, before the wrap and behind it."""
+    """More than 4 GiB on one connection, with idle times all along: each is right, before the wrap and behind it."""
     connection = connect()
     chunk = bytes(1 << 20)
     for _ in range(18):
@@ -247,7 +247,7 @@ def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
             connection.sock.sendall(chunk)
         connection.quiet()
         connection.grow()
-        connection.rest(LONG)
+        connection.idle(LONG)
         assert connection.send().reason == "idle"
     assert connection.info().bytes_acked > 1 << 32
     # A burst that takes longer than an RTO may hide another cut: what was noted is what counts.

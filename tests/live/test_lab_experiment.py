@@ -60,7 +60,7 @@ def test_a_burst_after_a_rest_is_twice_as_slow_with_the_setting_on() -> None:
 
 
 def test_a_rest_shorter_than_the_rto_costs_nothing() -> None:
-    with Lab(replace(SHORT, rests=(0.05,), rounds=1)) as lab:
+    with Lab(replace(SHORT, idle_times=(0.05,), rounds=1)) as lab:
         rows = list(lab.rows())
     assert not any(row.reset for row in rows)
 
@@ -99,7 +99,7 @@ def test_a_rest_on_a_slow_disk() -> None:
 
 
 def test_a_burst_bigger_than_the_send_buffer_is_said() -> None:
-    scenario = replace(SHORT, link=Link(rtt_ms=50), sndbuf=200_000, rests=(0.3,), rounds=1)
+    scenario = replace(SHORT, link=Link(rtt_ms=50), sndbuf=200_000, idle_times=(0.3,), rounds=1)
     with Lab(scenario) as lab:
         rows = list(lab.rows())
         notes = lab.notes()
@@ -108,7 +108,7 @@ def test_a_burst_bigger_than_the_send_buffer_is_said() -> None:
 
 
 def test_a_server_that_dies_is_an_error_and_what_was_measured_stays() -> None:
-    with Lab(replace(SHORT, link=Link(rtt_ms=50), rests=(0.0,), rounds=50)) as lab:
+    with Lab(replace(SHORT, link=Link(rtt_ms=50), idle_times=(0.0,), rounds=50)) as lab:
         rows = lab.rows()
         next(rows)
         os.kill(lab.server.child.pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ def served(host: str = "127.0.0.1") -> Iterator[serve.Server]:
             thread.join()
 
 
-AGAINST = Scenario(bursts=(100_000,), rests=(0.0, 0.4), rounds=2)
+AGAINST = Scenario(bursts=(100_000,), idle_times=(0.0, 0.4), rounds=2)
 
 
 @pytest.mark.parametrize("plain", [False, True])

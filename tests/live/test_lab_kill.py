@@ -27,7 +27,7 @@ from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.scenario import PRESETS
 print("begin", flush=True)
-scenario = replace(PRESETS[sys.argv[1]], link=Link(rtt_ms=20), rests=(0.3,), bursts=(300_000,), rounds=100)
+scenario = replace(PRESETS[sys.argv[1]], link=Link(rtt_ms=20), idle_times=(0.3,), bursts=(300_000,), rounds=100)
 with Lab(scenario) as lab:
     for row in lab.rows():
         pass

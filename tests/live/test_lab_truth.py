@@ -23,7 +23,7 @@ pytestmark = pytest.mark.live
 
 
 def test_the_capture_has_what_tcp_info_tells() -> None:
-    scenario = replace(PRESETS["quick"], bursts=(100_000, 1_000_000), rests=(0.1, 0.6), rounds=2)
+    scenario = replace(PRESETS["quick"], bursts=(100_000, 1_000_000), idle_times=(0.1, 0.6), rounds=2)
     batches: list[Batch] = []
     with Lab(scenario) as lab:
         try:
@@ -38,7 +38,7 @@ def test_the_capture_has_what_tcp_info_tells() -> None:
             assert session.tally.lost["cwnd_reset"] <= session.source.skipped()["cwnd_reset"]
         rows = lab.taken
     records = pd.concat([b.to_pandas() for b in batches if b.event == "cwnd_reset"])
-    assert [row.reset for row in rows] == [row.setting == "on" and row.rest_s > 0.3 for row in rows]
+    assert [row.reset for row in rows] == [row.setting == "on" and row.idle_s > 0.3 for row in rows]
     for row in rows:
         mine = records[(records["ts_ns"] >= row.start_ns) & (records["ts_ns"] <= row.end_ns)]
         assert len(mine) == row.reset, row
@@ -68,7 +68,7 @@ def test_a_rest_on_a_slow_disk_is_covered_by_the_servers_own_block_io() -> None:
     reads = pd.concat([b.to_pandas() for b in batches if b.event == "block_io"])
     mine = reads[(reads["tgid"] == server) & (reads["op"] == "read")]
     for row in rows:
-        rest = mine[(mine["done_ns"] <= row.start_ns) & (mine["start_ns"] >= row.start_ns - (row.rest_s + 0.3) * 1e9)]
-        covered = (rest["done_ns"] - rest["start_ns"]).sum() / 1e9
-        assert covered > 0.8 * row.rest_s
-        assert (rest["bytes"] == 4096).all()
+        idle = mine[(mine["done_ns"] <= row.start_ns) & (mine["start_ns"] >= row.start_ns - (row.idle_s + 0.3) * 1e9)]
+        covered = (idle["done_ns"] - idle["start_ns"]).sum() / 1e9
+        assert covered > 0.8 * row.idle_s
+        assert (idle["bytes"] == 4096).all()

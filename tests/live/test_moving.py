@@ -13,7 +13,7 @@ import pytest
 import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
-from tests.live.test_run import LONG_S, call, rest_once, running
+from tests.live.test_run import LONG_S, call, running, send_after_idle
 
 pytestmark = pytest.mark.live
 
@@ -30,13 +30,13 @@ def test_interfaces_and_namespaces_that_go(
         running("-i", "cwt1", "-n", a.name, "--no-block", "-o", tmp_path / "1.cwnd") as moved,
     ):
         connection = connect(a, to=b, address="10.9.1.2", device="cwt0")
-        rest_once(connection)
+        send_after_idle(connection)
         a.ip("link", "set", "cwt0", "down")
         a.ip("link", "set", "cwt0", "name", "wan0", "up")
         a.ip("link", "set", "cwt1", "netns", other.name)
         renamed.wait_for(re.compile("warning: interface cwt0 is called wan0 now; the trace goes on"), 20)
         moved.wait_for(re.compile("warning: interface cwt1 is gone, removed or moved to another network namespace"), 20)
-        rest_once(connection)
+        send_after_idle(connection)
         a.ip("link", "del", "wan0")
         renamed.wait_for(re.compile("warning: interface wan0 is gone"), 20)
         connection.close()
@@ -96,7 +96,7 @@ def follow_steps(
             step(ns)
             if ns:
                 tcp.until(lambda n=before: len(cwndtrace.load(path).meta["clock"]["segments"]) > n, LONG_S, "a segment")  # type: ignore[misc]
-            rest_once(connection)
+            send_after_idle(connection)
             sent = [s.start_ns for s in connection.sends if s.reason == "idle"][len(known) :]
             known += [(right + at + ns) / 1e9 for at in sent]
             # A record that is read after the next step would have the UTC of that.

@@ -15,7 +15,7 @@ import cwndtrace
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import go, loop, reader
-from tests.live.test_run import rest_once, running
+from tests.live.test_run import running, send_after_idle
 
 pytestmark = pytest.mark.live
 
@@ -49,7 +49,7 @@ def test_bpftrace_perf_and_two_of_us(connect: Connect, space: tcp.Space, tmp_pat
             assert perf.stdout
             while "ready" not in (line := bpftrace.stdout.readline()):
                 assert line, "bpftrace never began"
-            send = rest_once(connect())
+            send = send_after_idle(connect())
             with disk.counted(READS):
                 go(child)
             for run in (one, two, three):

@@ -235,7 +235,7 @@ def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None
                 sock.sendall(bytes(60_000))
             for sock in socks:
                 tcp.until(lambda s=sock: not tcp.info(s).unacked, 20, "an ACK of all")  # type: ignore[misc]
-            tcp.until(lambda: tcp.info(socks[-1]).last_snd_us > 400_000, 20, "the last one to have rested")
+            tcp.until(lambda: tcp.info(socks[-1]).last_snd_us > 400_000, 20, "the last one to have been idle")
             with Churn(counted_space) as churn:
                 begin = time.monotonic()
                 resets = 0
@@ -292,7 +292,7 @@ def test_more_windows_than_there_is_room_for(
                     connection.grow()
                 resets = 0
                 for connection in connections:
-                    connection.rest(0.4)
+                    connection.idle(0.4)
                     resets += connection.send().reason == "idle"
                 assert resets == len(connections)
                 tracer.settle()

@@ -27,7 +27,7 @@ from cwndtrace.kernel import ladder
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.tcp import listening, until
-from tests.live.test_run import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, rest_once, running
+from tests.live.test_run import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, running, send_after_idle
 from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live
@@ -113,7 +113,7 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
         assert not [kind for kind in kinds if "bpf" in kind or "anon" in kind]
         later = make_space()
         connection = connect()
-        send = rest_once(connection)
+        send = send_after_idle(connection)
         # Once more with all threads that writing and reading may start.
         until(lambda: (capture / "cwnd_reset").exists(), 20, "the first part")
         assert_holds(run.process.pid, UID, GID, frozenset())
@@ -140,7 +140,7 @@ def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> No
     with running("-p", str(os.getpid()), "-o", home / "a.cwnd", "--json", before=FOR_SOMEBODY) as run:
         assert_holds(run.process.pid, UID, GID, frozenset())
         connection = connect()
-        rest_once(connection)
+        send_after_idle(connection)
         code, shown, said = run.end()
     assert code == 0, said
     rows = [json.loads(line) for line in shown.splitlines()]
@@ -156,7 +156,7 @@ def test_each_rung_goes_on_without_power(probe: str, space: tcp.Space, connect: 
         pytest.skip(f"this kernel has no rung {probe} ({left_out()[probe]}): make vm-test has one")
     with running("-n", space.name, "--probe", probe, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
         assert_holds(run.process.pid, UID, GID, frozenset())
-        rest_once(connect())
+        send_after_idle(connect())
         code, _, said = run.end()
     assert (code, "Traceback" in said) == (0, False), said
     assert len(cwndtrace.load(home / "a.cwnd").resets) >= 1
@@ -167,7 +167,7 @@ def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Sp
         assert_holds(run.process.pid, 0, 0, frozenset())
         assert_holds(helper_of(run), 0, 0, privileges.LOOKING)
         connection = connect()
-        rest_once(connection)
+        send_after_idle(connection)
         code, _, said = run.end()
     assert (code, "warning: root" in said) == (0, False), said
     assert_owned(tmp_path / "a.cwnd", 0, 0)
@@ -270,7 +270,7 @@ def test_what_a_container_may_have_left(
             assert thread["Uid"].split() == [str(owner)] * 4
         for thread in threads(helper_of(run)):
             assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in privileges.LOOKING) == 0
-        rest_once(connection)
+        send_after_idle(connection)
         code, _, said = run.end()
     assert (code, "Traceback" in said) == (0, False), said
     trace = cwndtrace.load(capture)
@@ -325,7 +325,7 @@ def test_power_goes_before_anything_else(command: str, home: Path) -> None:
 
 def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
     """What reads the user's capture and draws is a process of its own."""
-    short = ("--rtt", "20ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
+    short = ("--rtt", "20ms", "--burst", "20k", "--idle", "0s", "--rounds", "1")
     command = [*FOR_SOMEBODY, *COMMAND, "reproduce", *short, "-o", str(home / "a")]
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -19,7 +19,7 @@ from tests.live.conftest import Connect
 from tests.live.tcp import stop, until
 from tests.live.test_interrupted import assert_complete
 from tests.live.test_privileges import FOR_SOMEBODY, children, helper_of, home  # noqa: F401  (a fixture)
-from tests.live.test_run import COMMAND, ENVIRONMENT, LONG_S, rest_once, running
+from tests.live.test_run import COMMAND, ENVIRONMENT, LONG_S, running, send_after_idle
 
 pytestmark = pytest.mark.live
 
@@ -66,7 +66,7 @@ def test_the_group_is_told_to_end(
     process = group_of("-n", space.name, "--no-block", "-o", path, before=before)
     try:
         begun(path)
-        rest_once(connect())
+        send_after_idle(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "the reset")
         (helper,) = children(process.pid)
         os.killpg(process.pid, number)
@@ -109,7 +109,7 @@ def test_the_helper_is_killed(connect: Connect, space: tcp.Space, home: Path, be
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path, before=before) as run:
         os.kill(helper_of(run), signal.SIGKILL)
         run.wait_for(re.compile(re.escape(f"cwndtrace: {why}")), 20)
-        rest_once(connect())
+        send_after_idle(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
         code, shown, said = run.end()
     assert code == 0, said
@@ -141,7 +141,7 @@ def test_the_helper_stands_still(connect: Connect, space: tcp.Space, tmp_path: P
         helper = helper_of(run)
         stop(helper)
         run.wait_for(re.compile(LACKS.format(r"didn't answer within \d+ s")), 60)
-        rest_once(connect())
+        send_after_idle(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
         begin = time.monotonic()
         code, shown, said = run.end()

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.live
 LONG = 0.45
 
 
-def rest(connection: tcp.Connection, seconds: float = LONG) -> tcp.Send:
-    """A rest that ends in a reset; the send."""
-    connection.rest(seconds)
+def idle(connection: tcp.Connection, seconds: float = LONG) -> tcp.Send:
+    """Idle time that ends in a reset; the send."""
+    connection.idle(seconds)
     send = connection.send()
     assert send.reason == "idle", send
     return send
@@ -134,7 +134,7 @@ def regain_once(tracer: Tracer, connection: tcp.Connection) -> float | None:
     """
     # No further than it has to be: reno wins back the last quarter one by one.
     connection.grow(40, burst=100_000)
-    send = rest(connection, 1.0)
+    send = idle(connection, 1.0)
     connection.sock.sendall(bytes(1_500_000))
     below_ns, back_ns, back = looks_until_regained(connection, send.before.cwnd)
     end = connection.quiet()
@@ -195,8 +195,8 @@ def test_regained(tracer: Tracer, drain: tcp.Drain, ca: str, ssthresh: int, leas
 def test_reset_again(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow(80)
-    first = rest(connection)
-    second = rest(connection)
+    first = idle(connection)
+    second = idle(connection)
     # A small send makes no window grow: the second fall begins where the first one ended.
     assert second.before.cwnd == first.after.cwnd > second.after.cwnd
     reset, record = check(tracer, connection, first)
@@ -219,7 +219,7 @@ def link(make_space: Callable[[], tcp.Space]) -> Link:
 def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
     connection = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
     connection.grow(80)
-    connection.rest(LONG)
+    connection.idle(LONG)
     with link.cut():
         send = connection.send(lambda: connection.sock.send(bytes(3 * 1448)))
         assert send.reason == "idle"
@@ -247,7 +247,7 @@ def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
 def test_closed(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow(80)
-    send = rest(connection)
+    send = idle(connection)
     before = connection.quiet()
     cookie, begin_ns = connection.cookie(), time.monotonic_ns()
     connection.close()
@@ -265,7 +265,7 @@ def test_the_capture_ends(tracer: Tracer, make_space: Callable[[], tcp.Space], d
     try:
         with Tracer(tracer.probe, netns=space.name, idle_only=True) as short:
             connection.grow(80)
-            send = rest(connection)
+            send = idle(connection)
             connection.quiet()
             (reset,) = short.of(connection)
             assert short.recoveries == []

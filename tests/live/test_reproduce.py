@@ -39,7 +39,7 @@ PICTURES = ("latency", "sawtooth", "staircase", "cost")
 HEADER = re.compile(r"^ROUND +SETTING", re.MULTILINE)
 ROW = re.compile(r"^ +\d+ +(on|off) ", re.MULTILINE)
 # The shortest that there is, for what only has to start.
-SHORT = ("--rtt", "20ms", "--burst", "20k", "--rest", "0s", "--rounds", "1")
+SHORT = ("--rtt", "20ms", "--burst", "20k", "--idle", "0s", "--rounds", "1")
 
 
 class Started:
@@ -65,8 +65,8 @@ class Started:
         """Send a signal, if any; the exit code and all that it said."""
         if number is not None:
             self.process.send_signal(number)
-        rest, _ = self.process.communicate(timeout=90)
-        self.said += rest.decode()
+        idle, _ = self.process.communicate(timeout=90)
+        self.said += idle.decode()
         return self.process.returncode, self.said
 
     def child(self, role: bytes) -> int:
@@ -249,7 +249,7 @@ def test_its_capture_can_be_drawn_again(quick: Run) -> None:
 
 
 def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
-    scenario = ("--rtt", "10ms", "--burst", "20k", "--rest", "10ms", "--rounds", "1000")
+    scenario = ("--rtt", "10ms", "--burst", "20k", "--idle", "10ms", "--rounds", "1000")
     with started("reproduce", *scenario, "-o", tmp_path / "a") as run:
         run.wait_for(ROW)
         code, said = run.end(signal.SIGINT)
@@ -270,7 +270,7 @@ def test_against_a_server_the_sysctl_stays(tmp_path: Path) -> None:
     with serving() as (server, where):
         # Less than loopback's window takes at once: what it does then is known.
         done = call(
-            "reproduce", "--against", where, "--burst", "20k", "--rest", "0s,300ms", "--rounds", "3",
+            "reproduce", "--against", where, "--burst", "20k", "--idle", "0s,300ms", "--rounds", "3",
             "-o", tmp_path / "a",
         )  # fmt: skip
         # Not SIGINT: what a shell started in the background may have been told to ignore that.
@@ -293,7 +293,7 @@ def test_both_settings_and_a_send_buffer_that_is_too_small(make_space: Callable[
     space.sysctl("net.ipv4.tcp_wmem", "4096 16384 200000")
     with serving(within(space)) as (_, where):
         done = call(
-            "reproduce", "--against", where, "--allow-sysctl", "--burst", "1M", "--rest", "300ms", "--rounds", "1",
+            "reproduce", "--against", where, "--allow-sysctl", "--burst", "1M", "--idle", "300ms", "--rounds", "1",
             "-o", tmp_path / "a", before=within(space),
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -317,7 +317,7 @@ def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space],
         return int(space.enter(lambda: netns.read_sysctl(netns.IDLE_SYSCTL)))
 
     with serving(within(space)) as (_, where):
-        scenario = ("--against", where, "--allow-sysctl", "--burst", "20k", "--rest", "10ms", "--rounds", "1000")
+        scenario = ("--against", where, "--allow-sysctl", "--burst", "20k", "--idle", "10ms", "--rounds", "1000")
         with started("reproduce", *scenario, "-o", tmp_path / "a", before=within(space)) as run:
             tcp.until(lambda: value() == 0, 60, "the setting to be off")
             run.end(signal.SIGKILL)
@@ -339,7 +339,7 @@ def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space],
 
 def test_a_server_that_goes_away(tmp_path: Path) -> None:
     with serving() as (server, where):
-        scenario = ("--against", where, "--burst", "20k", "--rest", "10ms", "--rounds", "1000")
+        scenario = ("--against", where, "--burst", "20k", "--idle", "10ms", "--rounds", "1000")
         with started("reproduce", *scenario, "-o", tmp_path / "a") as run:
             run.wait_for(ROW)
             server.end(signal.SIGKILL)
@@ -358,7 +358,7 @@ def test_a_server_that_goes_away(tmp_path: Path) -> None:
 
 def test_what_a_kill_leaves_the_next_start_cleans(tmp_path: Path) -> None:
     before, moments, seen = of_the_host(), random.Random(5), 0
-    scenario = ("--rtt", "20ms", "--burst", "300k", "--rest", "300ms", "--rounds", "100")
+    scenario = ("--rtt", "20ms", "--burst", "300k", "--idle", "300ms", "--rounds", "100")
     for number, measuring in enumerate((False, True, True)):
         with started("reproduce", *scenario, "-o", tmp_path / f"killed-{number}") as run:
             if measuring:
@@ -413,7 +413,7 @@ def test_an_rtt_that_cannot_be_held(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_cannot_be_held(tmp_path: Path) -> None:
-    scenario = ("--path", "relay", "--rtt", "20ms", "--rate", "50M", "--burst", "300k", "--rest", "300ms")
+    scenario = ("--path", "relay", "--rtt", "20ms", "--rate", "50M", "--burst", "300k", "--idle", "300ms")
     with started("reproduce", *scenario, "--rounds", "1", "-o", tmp_path / "a") as run:
         run.wait_for(HEADER)
         with held_up(run.child(b"cwndtrace.lab.relay"), 0.05, 0.05):
@@ -472,7 +472,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_labs_own_server_goes_away(tmp_path: Path) -> None:
-    scenario = ("--rtt", "10ms", "--burst", "20k", "--rest", "10ms", "--rounds", "1000")
+    scenario = ("--rtt", "10ms", "--burst", "20k", "--idle", "10ms", "--rounds", "1000")
     with started("reproduce", *scenario, "-o", tmp_path / "a") as run:
         run.wait_for(ROW)
         os.kill(run.child(b"server"), signal.SIGKILL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resets after a rest, against TCP_INFO: every one is found, none is invented, every field is right.
+"""Resets after idle time, against TCP_INFO: every one is found, none is invented, every field is right.
 
 Each way in which a program can send, each kind of address, congestion control and route that matters to the
 kernel's rule is here, on each rung of the ladder that this kernel has.
@@ -32,7 +32,7 @@ from tests.live.tracing import Tracer, check, expected
 pytestmark = pytest.mark.live
 
 LONG = 0.45
-"""A rest of two retransmission timeouts of a short path (200 ms), in seconds."""
+"""Idle time of two retransmission timeouts of a short path (200 ms), in seconds."""
 
 KINDS: tuple[dict[str, object], ...] = (
     {"ca": "cubic"},
@@ -45,7 +45,7 @@ KINDS: tuple[dict[str, object], ...] = (
 )
 """A prime number of connections, so that no two of them stay in step."""
 
-RESTS = (0.3, 0.6, 0.96, 0.98, 1.0, 1.02, 1.04, 1.1, 1.5, 2.1, 3.2)
+IDLE_RTO = (0.3, 0.6, 0.96, 0.98, 1.0, 1.02, 1.04, 1.1, 1.5, 2.1, 3.2)
 """In retransmission timeouts, most of them around one."""
 
 
@@ -56,16 +56,16 @@ def test_the_rung_is_there(rung: str) -> None:
         pytest.skip(f"rung {rung}: {why}; the kernels of tests/vm have it")
 
 
-def rest_and_send(connections: list[tcp.Connection]) -> None:
-    """Each connection sends a burst and rests, over and over, in an order of its own."""
+def idle_and_send(connections: list[tcp.Connection]) -> None:
+    """Each connection sends a burst and is idle, over and over, in an order of its own."""
     order = random.Random(7)
-    rests = {i: order.sample(RESTS, len(RESTS)) for i in range(len(connections))}
+    idle_times = {i: order.sample(IDLE_RTO, len(IDLE_RTO)) for i in range(len(connections))}
     due: list[tuple[float, int]] = []
 
     def burst(i: int) -> None:
         rto = connections[i].grow().rto_us / 1e6
-        if rests[i]:
-            heapq.heappush(due, (time.monotonic() + rests[i].pop() * rto, i))
+        if idle_times[i]:
+            heapq.heappush(due, (time.monotonic() + idle_times[i].pop() * rto, i))
 
     for i in range(len(connections)):
         burst(i)
@@ -78,12 +78,12 @@ def rest_and_send(connections: list[tcp.Connection]) -> None:
 
 def test_every_reset_is_found_and_none_invented(tracer: Tracer, connect: Connect) -> None:
     connections = [connect(**kind) for kind in KINDS]
-    rest_and_send(connections)
+    idle_and_send(connections)
     resets = check(tracer, *connections)
     sends = sum(len(c.sends) for c in connections)
     idle = [r["idle_us"] - s.before.last_snd_us for c in connections for s, r in idle_pairs(tracer, c)]
     print(f"{tracer.probe}: {resets} resets in {sends} sends; rest less TCP_INFO's, in us: {sorted(set(idle))}")
-    # Four in eleven rests are longer than any delay makes the short ones.
+    # Four in eleven idle times are longer than any delay makes the short ones.
     assert resets >= 4 * len(connections)
     assert sends - resets >= 2 * len(connections)
 
@@ -93,11 +93,11 @@ def idle_pairs(tracer: Tracer, connection: tcp.Connection) -> list[tuple[tcp.Sen
     return [(s, r) for s, r in pairs if s.reason == "idle"]
 
 
-def rested(connect: Connect, **options: object) -> tcp.Connection:
-    """A connection that has grown its window and then rested for long."""
+def was_idle(connect: Connect, **options: object) -> tcp.Connection:
+    """A connection that has grown its window and then been idle for long."""
     connection = connect(**options)
     connection.grow()
-    connection.rest(LONG)
+    connection.idle(LONG)
     return connection
 
 
@@ -108,7 +108,7 @@ def expect_one(tracer: Tracer, connection: tcp.Connection) -> None:
 
 
 def test_sendfile(tracer: Tracer, connect: Connect) -> None:
-    connection = rested(connect)
+    connection = was_idle(connect)
     with tempfile.TemporaryFile() as file:
         file.write(b"x" * 100)
         file.flush()
@@ -117,20 +117,20 @@ def test_sendfile(tracer: Tracer, connect: Connect) -> None:
 
 
 def test_zerocopy(tracer: Tracer, connect: Connect) -> None:
-    connection = rested(connect)
+    connection = was_idle(connect)
     tcp.allow_zerocopy(connection.sock)
     connection.send(lambda: connection.sock.send(b"x" * 1000, tcp.MSG_ZEROCOPY))
     expect_one(tracer, connection)
 
 
 def test_gathered_write(tracer: Tracer, connect: Connect) -> None:
-    connection = rested(connect)
+    connection = was_idle(connect)
     connection.send(lambda: connection.sock.sendmsg([b"x" * 50] * 20))
     expect_one(tracer, connection)
 
 
 def test_cork_resets_once_when_the_first_piece_is_queued(tracer: Tracer, connect: Connect) -> None:
-    connection = rested(connect)
+    connection = was_idle(connect)
 
     def in_pieces() -> None:
         with tcp.corked(connection.sock):
@@ -145,7 +145,7 @@ def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
     with tcp.Child(connection.sock) as child:
-        connection.rest(LONG)
+        connection.idle(LONG)
         send = connection.send(child.send, child.who)
     assert send.comm == "sh"
     assert send.tgid != os.getpid()
@@ -153,7 +153,7 @@ def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
 
 
 def test_a_thread_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
-    connection = rested(connect)
+    connection = was_idle(connect)
     ready, go, sent = threading.Event(), threading.Event(), threading.Event()
     who: list[tuple[int, int, str]] = []
 
@@ -182,7 +182,7 @@ def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Conne
     connection = connect()
     cookie = connection.cookie()
     connection.grow()
-    connection.rest(LONG)
+    connection.idle(LONG)
     connection.send()
     expect_one(tracer, connection)
     assert tracer.of(connection)[0]["sock_cookie"] == cookie != 0
@@ -193,7 +193,7 @@ def test_when_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
     connection.grow()
     time.sleep(LONG / 2)
     connection.peer.send(b"a request")
-    connection.rest(LONG)
+    connection.idle(LONG)
     connection.send()
     expect_one(tracer, connection)
     record = tracer.of(connection)[0]
@@ -219,10 +219,10 @@ def test_namespaces_with_the_same_addresses_and_ports(
     assert pair[0].key[1:] == pair[1].key[1:]
     for connection in pair:
         connection.grow()
-    pair[0].rest(LONG)
+    pair[0].idle(LONG)
     pair[0].send()
     pair[1].grow()
-    pair[1].rest(LONG)
+    pair[1].idle(LONG)
     pair[1].send()
     assert check(tracer, *pair) == 3
     assert [len(tracer.of(c)) for c in pair] == [1, 2]
@@ -245,12 +245,12 @@ def test_nothing_for_a_congestion_control_that_is_exempt(
 
 
 def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
-    """A connection that rests is never reset, nor taken for one that would be."""
+    """A connection that is idle is never reset, nor taken for one that would be."""
     counter.settle()
     before = counter.tally.unchanged, counter.tally.withdrawn
     for _ in range(2):
         connection.grow(11)
-        connection.rest(LONG)
+        connection.idle(LONG)
         send = connection.send()
         assert send.before.last_snd_us > send.before.rto_us
         assert send.reason is None
@@ -259,7 +259,7 @@ def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
 
 
 def test_a_large_write_is_one_reset(tracer: Tracer, connect: Connect) -> None:
-    connection = rested(connect)
+    connection = was_idle(connect)
     before, resets = connection.info(), check(tracer, connection)
     assert resets == 0
     connection.sock.sendall(bytes(500_000))
@@ -271,7 +271,7 @@ def test_a_large_write_is_one_reset(tracer: Tracer, connect: Connect) -> None:
 
 
 def restarted(cwnd: int, idle_us: int, rto_us: int) -> int:
-    """tcp_cwnd_restart() in words: half for each whole timeout of rest, down to ten."""
+    """tcp_cwnd_restart() in words: half for each whole timeout of idle time, down to ten."""
     halvings = -(-idle_us // rto_us) - 1
     return max(cwnd >> halvings, min(cwnd, tcp.INIT_CWND))
 
@@ -281,7 +281,7 @@ def test_two_hundred_connections_at_once(tracer: Tracer, connect: Connect) -> No
     for connection in connections:
         connection.grow(burst=60_000)
     for connection in connections:
-        connection.rest(LONG)
+        connection.idle(LONG)
     for connection in connections:
         connection.send()
     assert all(c.sends[-1].reason == "idle" for c in connections)
@@ -292,7 +292,7 @@ def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     with cwndtrace.stream(port=connection.sport, block=False, probe=tracer.probe) as batches:
         connection.grow()
-        connection.rest(LONG)
+        connection.idle(LONG)
         connection.send()
         batches.stop()
         frames = [b.to_pandas() for b in batches if b.event == "cwnd_reset"]
@@ -311,13 +311,13 @@ def test_tracing_begins_at_one_moment_for_all(tracer: Tracer, connect: Connect, 
         kernel = Kernel(filters, probe=tracer.probe)
         try:
             connection.grow()
-            connection.rest(LONG)
+            connection.idle(LONG)
             early = connection.send()
             connection.grow()
             disk.read(1)
             session = Session(kernel)
             begin = session.start["mono_ns"]
-            connection.rest(LONG)
+            connection.idle(LONG)
             late = connection.send()
             disk.read(2)
             batches = session.step()

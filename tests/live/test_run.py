@@ -86,8 +86,8 @@ class Running:
         """Send a signal; its exit code, what it printed and what it said."""
         if number is not None:
             self.process.send_signal(number)
-        shown, rest = self.process.communicate(timeout=LONG_S)
-        return self.process.returncode, shown or "", self.said + rest
+        shown, idle = self.process.communicate(timeout=LONG_S)
+        return self.process.returncode, shown or "", self.said + idle
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def read_until(fd: int, pattern: bytes, shown: bytes = b"") -> bytes:
     return shown
 
 
-def rest_once(connection: tcp.Connection) -> tcp.Send:
+def send_after_idle(connection: tcp.Connection) -> tcp.Send:
     """A reset that is known."""
     connection.grow()
     time.sleep(connection.info().rto_us / 1e6 + 0.15)
@@ -146,7 +146,7 @@ def assert_short(done: Done, code: int, *patterns: str) -> None:
 def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with running("-i", "lo", "-n", space.name, "-d", "4s", "-o", tmp_path / "a.cwnd") as run:
         connection = connect()
-        sends = [rest_once(connection) for _ in range(3)]
+        sends = [send_after_idle(connection) for _ in range(3)]
         code, shown, said = run.end(None)
     assert code == 0
     header, *lines = shown.splitlines()
@@ -197,7 +197,7 @@ def test_a_third_signal_insists(space: tcp.Space, tmp_path: Path) -> None:
 
 def test_a_killed_trace_opens_as_interrupted(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
-        rest_once(connect())
+        send_after_idle(connect())
         folder = tmp_path / "a.cwnd" / "cwnd_reset"
         tcp.until(lambda: list(folder.glob("part-*.parquet")), 20, "the first part on disk")
         assert cwndtrace.load(tmp_path / "a.cwnd").status == "running"
@@ -210,7 +210,7 @@ def test_a_killed_trace_opens_as_interrupted(connect: Connect, space: tcp.Space,
 
 def test_json_is_all_there_is_on_stdout(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with loop() as disk, running("-n", space.name, "--json", "--block", "-o", tmp_path / "a.cwnd") as run:
-        send = rest_once(connect())
+        send = send_after_idle(connect())
         disk.read(*range(10))
         code, shown, _ = run.end()
     assert code == 0
@@ -271,7 +271,7 @@ def test_whoever_reads_may_leave(connect: Connect, space: tcp.Space, tmp_path: P
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=writer) as run:
         os.close(writer)
         assert os.read(reader, 4).startswith(b"TIME")
-        rest_once(connect())
+        send_after_idle(connect())
         folder = tmp_path / "a.cwnd" / "cwnd_reset"
         tcp.until(folder.exists, 20, "the reset")
         os.close(reader)
@@ -302,8 +302,8 @@ def test_colours_and_a_status_line_on_a_terminal(connect: Connect, space: tcp.Sp
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
         try:
             os.close(slave)
-            shown = read_until(master, rb"waiting for a rest longer than the RTO")
-            rest_once(connect())
+            shown = read_until(master, rb"waiting for idle time longer than the RTO")
+            send_after_idle(connect())
             shown = read_until(master, rb"\x1b\[33m *\d+ -> \d+\x1b\[0m", shown)
             shown = read_until(master, rb"\r\x1b\[K1 reset ", shown)
             process.send_signal(signal.SIGINT)
@@ -324,7 +324,7 @@ def test_two_at_once(connect: Connect, space: tcp.Space, tmp_path: Path) -> None
         return ["-n", space.name, "--no-block", "-o", tmp_path / name]
 
     with running(*arguments("a.cwnd")) as one, running(*arguments("b.cwnd")) as two:
-        send = rest_once(connect())
+        send = send_after_idle(connect())
         assert one.end()[0] == two.end()[0] == 0
     for name in ("a.cwnd", "b.cwnd"):
         assert list(cwndtrace.load(tmp_path / name).resets["cwnd_before"]) == [send.before.cwnd]

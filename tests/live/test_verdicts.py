@@ -40,7 +40,7 @@ from tests.live import tcp
 pytestmark = pytest.mark.live
 
 RTT_MS: Final = 40
-REST_S: Final = 1.0
+IDLE_S: Final = 1.0
 """Several retransmission timeouts of such a path (240 ms)."""
 LARGE: Final = 1_000_000
 SMALL: Final = 2_000
@@ -134,9 +134,9 @@ def burst(c: tcp.Connection, size: int, piece: int = LARGE) -> None:
     c.quiet()
 
 
-def rest(c: tcp.Connection, seconds: float = REST_S) -> None:
+def idle(c: tcp.Connection, seconds: float = IDLE_S) -> None:
     """Wait until data was last sent so long ago."""
-    c.until(lambda i: i.last_snd_us >= seconds * 1e6, "a rest")
+    c.until(lambda i: i.last_snd_us >= seconds * 1e6, "idle time")
 
 
 # ---- the scenarios ----------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def rest(c: tcp.Connection, seconds: float = REST_S) -> None:
 def harmful(lab: Lab) -> None:
     """A large answer after a long rest."""
     c = lab.connect()
-    rest(c)
+    idle(c)
     ask(c)
     burst(c, LARGE)
     lab.expect("harmful idle reset", c, "harmful", causes=("peer",))
@@ -154,7 +154,7 @@ def harmful(lab: Lab) -> None:
 def small_payload(lab: Lab) -> None:
     """Two kilobytes fit ten segments."""
     c = lab.connect()
-    rest(c)
+    idle(c)
     ask(c)
     burst(c, SMALL)
     lab.expect("payload of 2 kB", c, "burst_fits", causes=("peer",))
@@ -165,7 +165,7 @@ def small_receive_window(lab: Lab) -> None:
     c = lab.connect(grown=0, read_buffer=40_000)
     for _ in range(2):
         burst(c, 400_000)
-    rest(c)
+    idle(c)
     ask(c)
     burst(c, 400_000)
     lab.expect("receiver window small", c, "receiver_window")
@@ -178,27 +178,27 @@ def small_send_buffer(lab: Lab) -> None:
     # In pieces, because a single large write may all be taken at once.
     for _ in range(2):
         burst(c, 600_000, 16_000)
-    rest(c)
+    idle(c)
     ask(c)
     burst(c, 600_000, 16_000)
     lab.expect("send buffer small", c, "send_buffer")
 
 
 def random_loss(lab: Lab) -> None:
-    """One packet in fifty is lost, and there is no rest."""
+    """One packet in fifty is lost, and there is no idle time."""
     c = lab.connect(lab.lossy, grown=0)
     end = time.monotonic() + 3
     while time.monotonic() < end:
         burst(c, 60_000)
     assert c.info().total_retrans
-    lab.expect("random loss, no rest", c, "loss")
+    lab.expect("random loss, no idle time", c, "loss")
 
 
-def timeout_after_rest(lab: Lab) -> None:
+def timeout_after_idle(lab: Lab) -> None:
     """The path fails just when the connection speaks again; its window was never more than the initial one."""
     c = lab.connect(lab.frail, grown=0)
     burst(c, SMALL)
-    rest(c)
+    idle(c)
     with lab.frail.outage():
         c.sock.send(bytes(SMALL))
         c.until(lambda i: bool(i.retransmits), "a retransmission timeout")
@@ -212,7 +212,7 @@ def bbr(lab: Lab) -> None:
         lab.skipped["BBR"] = "this kernel has no BBR; a kernel with CONFIG_TCP_CONG_BBR does (modprobe tcp_bbr)"
         return
     c = lab.connect(ca="bbr", grown=20)
-    rest(c)
+    idle(c)
     ask(c)
     burst(c, LARGE)
     lab.expect("BBR", c, "exempt")
@@ -221,7 +221,7 @@ def bbr(lab: Lab) -> None:
 def sysctl_off(lab: Lab) -> None:
     """The sender is in a namespace where the setting is off."""
     c = lab.connect(back=True)
-    rest(c)
+    idle(c)
     ask(c)
     burst(c, LARGE)
     lab.expect("sysctl off", c, "sysctl_off")
@@ -246,7 +246,7 @@ def disk(lab: Lab) -> None:
             return
         c = lab.connect()
         ask(c)
-        read_for(str(device.path))(REST_S)
+        read_for(str(device.path))(IDLE_S)
         burst(c, LARGE)
     lab.expect("rest for a disk", c, "harmful", causes=("disk",))
 
@@ -254,7 +254,7 @@ def disk(lab: Lab) -> None:
 def silence(lab: Lab) -> None:
     """The peer asks late, and is answered at once."""
     c = lab.connect()
-    rest(c, 2 * REST_S)
+    idle(c, 2 * IDLE_S)
     ask(c)
     burst(c, LARGE)
     lab.expect("rest for a silent peer", c, "harmful", causes=("peer",))
@@ -263,7 +263,7 @@ def silence(lab: Lab) -> None:
 def timer(lab: Lab) -> None:
     """The application sends by itself once in a while."""
     c = lab.connect()
-    rest(c)
+    idle(c)
     burst(c, LARGE)
     lab.expect("rest by a timer", c, "harmful", causes=("application",))
 
@@ -272,7 +272,7 @@ def reopened(lab: Lab) -> None:
     """The peer's window was closed for long; its opening lets the rest out."""
     c = lab.connect(read_buffer=300_000, grown=40)
     c.fill()
-    rest(c)
+    idle(c)
     lab._drain.add(c.peer)
     c.quiet()
     lab.expect("zero-window reopen", c, "receiver_window", causes=("peer",))
@@ -290,7 +290,7 @@ def web_server(lab: Lab) -> None:
         far.enter(lambda: made.append(_http(near.address)))
         (client,) = made
         ends = (near.inode, 8080, client.sock.getsockname()[1])
-        for pause in (0, 0, 0, REST_S, REST_S):
+        for pause in (0, 0, 0, IDLE_S, IDLE_S):
             time.sleep(pause)
             client.request("GET", "/large")
             assert len(client.getresponse().read()) == LARGE
@@ -362,7 +362,7 @@ class Nginx:
 def pings(lab: Lab) -> None:
     """The application pings more often than the RTO: its window is there when it is needed."""
     c = lab.connect()
-    end = time.monotonic() + 1.5 * REST_S
+    end = time.monotonic() + 1.5 * IDLE_S
     while time.monotonic() < end:
         c.sock.send(b"ping")
         time.sleep(0.1)
@@ -371,7 +371,7 @@ def pings(lab: Lab) -> None:
 
 
 SCENARIOS: Final = (
-    harmful, small_payload, small_receive_window, small_send_buffer, random_loss, timeout_after_rest, bbr, sysctl_off,
+    harmful, small_payload, small_receive_window, small_send_buffer, random_loss, timeout_after_idle, bbr, sysctl_off,
     trickle, disk, silence, timer, reopened, web_server, pings,
 )  # fmt: skip
 
@@ -380,7 +380,7 @@ SCENARIOS: Final = (
 
 
 def answers(trace: Trace, case: Case) -> tuple[str, str, str]:
-    """The verdict on a connection, the cause of most of its rests, and the verdict's evidence."""
+    """The verdict on a connection, the cause of most of its idle times, and the verdict's evidence."""
     summary = trace.summary()
     inode, sport, dport = case.ends
     mine = summary[(summary["netns_ino"] == inode) & (summary["sport"] == sport) & (summary["dport"] == dport)]

@@ -223,21 +223,21 @@ def differences(tracer: Tracer, connection: Connection, send: Send, record: Reco
     if not send.start_ns <= record["ts_ns"] <= send.end_ns:
         found["ts_ns"] = (record["ts_ns"], (send.start_ns, send.end_ns))
     for name, since in (("idle_us", before.last_snd_us), ("last_rcv_us", before.last_rcv_us)):
-        if send.reason == "idle" and not since <= record[name] <= latest_rest_us(since, send):
-            found[name] = (record[name], (since, latest_rest_us(since, send)))
+        if send.reason == "idle" and not since <= record[name] <= latest_idle_us(since, send):
+            found[name] = (record[name], (since, latest_idle_us(since, send)))
     return found
 
 
 def jiffy_us() -> int:
-    """One tick of the kernel's clock of rests."""
+    """One tick of the kernel's clock of idle times."""
     return 1_000_000 // facts.hz()
 
 
-def latest_rest_us(rest_us: int, send: Send) -> int:
-    """The longest that a rest which had lasted ``rest_us`` before a send can have lasted by the time it happened.
+def latest_idle_us(idle_us: int, send: Send) -> int:
+    """The longest that idle time which had lasted ``idle_us`` before a send can have lasted by the time it happened.
 
     Both are whole ticks of one clock, so a record may be later by the ticks that fell into the send: those that
     fit into its time, and one. An emulated machine misses ticks and makes up for them later.
     """
     ticks = (send.end_ns - send.start_ns) // 1000 // jiffy_us() + 1
-    return rest_us + ticks * jiffy_us() + (MISSED_US if EMULATED else 0)
+    return idle_us + ticks * jiffy_us() + (MISSED_US if EMULATED else 0)

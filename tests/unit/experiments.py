@@ -21,7 +21,7 @@ ON_MS = {
 }
 """Latency with the setting on, by burst and rest."""
 OFF_MS = {100_000: 102.0, 300_000: 104.0, 1_000_000: 108.0, 2_000_000: 112.0}
-RESTS = (0.15, 1.0, 2.0)
+IDLE_S = (0.15, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Experiment:
         return pd.DataFrame(
             {
                 "burst_bytes": on["burst_bytes"],
-                "rest_s": on["rest_s"],
+                "idle_s": on["idle_s"],
                 "ca_name": "cubic",
                 "rtt_ms": on["srtt_ms"],
                 "predicted_ms": trips * on["srtt_ms"],
@@ -56,9 +56,9 @@ class Experiment:
         ).reset_index(drop=True)
 
 
-def halved(before: int, rest_ms: float, initial: int = 10) -> int:
+def halved(before: int, idle_ms: float, initial: int = 10) -> int:
     """The kernel's loop, as it is written there."""
-    delta, cwnd, restart = rest_ms - RTO_MS, before, min(initial, before)
+    delta, cwnd, restart = idle_ms - RTO_MS, before, min(initial, before)
     while delta > 0 and cwnd > restart:
         cwnd >>= 1
         delta -= RTO_MS
@@ -66,9 +66,9 @@ def halved(before: int, rest_ms: float, initial: int = 10) -> int:
 
 
 def experiment(
-    *, rounds: int = 5, bursts: tuple[int, ...] = tuple(ON_MS), rests: tuple[float, ...] = RESTS, seed: int = 3
+    *, rounds: int = 5, bursts: tuple[int, ...] = tuple(ON_MS), idle_times: tuple[float, ...] = IDLE_S, seed: int = 3
 ) -> Experiment:
-    """Rounds of turns with the setting on and off, each of all bursts after all rests."""
+    """Rounds of turns with the setting on and off, each of all bursts after all idle_times."""
     rng = np.random.default_rng(seed)
     rows: list[Measurement] = []
     records: list[pd.DataFrame] = []
@@ -76,14 +76,14 @@ def experiment(
     now = frames.MONO + frames.SECOND
     for number in range(1, rounds + 1):
         for setting in ("on", "off"):
-            for rest in rests:
+            for idle in idle_times:
                 for burst in bursts:
-                    start = now + int(rest * 1e9)
-                    idle = rest * 1e3 + float(rng.uniform(0, 12))
+                    start = now + int(idle * 1e9)
+                    idle = idle * 1e3 + float(rng.uniform(0, 12))
                     before = FULL + int(rng.integers(-60, 60)) if setting == "on" else FULL
                     after = halved(before, idle) if setting == "on" else before
                     known = ON_MS[min(ON_MS, key=lambda size: abs(size - burst))]
-                    on_ms = known[min(known, key=lambda length: abs(length - rest))]
+                    on_ms = known[min(known, key=lambda length: abs(length - idle))]
                     base = on_ms if setting == "on" else OFF_MS.get(burst, 112.0)
                     latency = base + float(rng.gamma(1.5, 1.6))
                     end = start + int(latency * 1e6)
@@ -98,7 +98,7 @@ def experiment(
                         windows["on"] += [(start + int(n * 0.98e8), min(before, after << n)) for n in range(1, trips)]
                         last = min(before, after << trips)
                     rows.append(Measurement(
-                        round=number, setting="on" if setting == "on" else "off", rest_s=rest, burst_bytes=burst,
+                        round=number, setting="on" if setting == "on" else "off", idle_s=idle, burst_bytes=burst,
                         latency_ms=latency, start_ns=start, end_ns=end, idle_ms=idle, cwnd_before=before,
                         cwnd_after=after, cwnd_end=last, ssthresh_before=2**31 - 1, ssthresh_after=2**31 - 1,
                         srtt_ms=100.4, min_rtt_ms=RTT_MS, rto_ms=RTO_MS, mss=MSS, snd_wnd=8_000_000, sndbuf=16_000_000,

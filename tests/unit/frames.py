@@ -154,9 +154,10 @@ def story(
     ends: tuple[str, str] = ("10.1.0.1", "10.2.0.9"),
     comm: str = "replica",
 ) -> tuple[pa.Table, pa.Table]:
-    """Resets and snapshots of ``peers`` connections that send bursts with rests of 0.5 to 5 s between.
+    """Resets and snapshots of ``peers`` connections that send bursts with idle times of 0.5 to 5 s between.
 
-    The window halves once an RTO of rest, from about 2800 segments down to 10, as the kernel does it. Bursts are 1 MB.
+    The window halves once an RTO of idle time, from about 2800 segments down to 10, as the kernel does it. Bursts are 1
+    MB.
     """
     rng = np.random.default_rng(seed)
     resets: list[events.Records] = []
@@ -168,28 +169,28 @@ def story(
             "dport": 20000 + peer, "skaddr": 0xFFFF888000000000 + 4096 * peer,
         }  # fmt: skip
         known = {k: v for k, v in shared.items() if k != "skaddr"} | {"comm": comm}
-        rests: list[tuple[float, float]] = []
+        idle_times: list[tuple[float, float]] = []
         while at < seconds:
-            rest = float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))
-            at += rest
+            idle = float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))
+            at += idle
             before, after = full - int(rng.integers(0, 90)), 0
-            after = max(10, before >> int(rest / 0.308))
+            after = max(10, before >> int(idle / 0.308))
             if at > seconds:
                 break
-            rests.append((at - rest, at))
-            idle = int(rest * 1e6)
+            idle_times.append((at - idle, at))
+            idle = int(idle * 1e6)
             last_rcv = max(0, idle - 90_000)
             resets.append(
                 reset(
                     at, cwnd_before=before, cwnd_after=after, idle_us=idle, last_rcv_us=last_rcv,
-                    comm=comm.encode()[:16], bytes_sent=40_100_000 + 1_000_000 * (len(rests) - 1), **shared,
+                    comm=comm.encode()[:16], bytes_sent=40_100_000 + 1_000_000 * (len(idle_times) - 1), **shared,
                 )
             )  # fmt: skip
             at += float(rng.uniform(0.25, 0.9))
         for tick in np.arange(0.0, seconds, 5.0):
-            resting = any(begin <= tick < end for begin, end in rests)
-            cwnd = full if resting else int(rng.integers(300, full))
-            sent = 40_100_000 + 1_000_000 * sum(end < tick for _, end in rests)
+            is_idle = any(begin <= tick < end for begin, end in idle_times)
+            cwnd = full if is_idle else int(rng.integers(300, full))
+            sent = 40_100_000 + 1_000_000 * sum(end < tick for _, end in idle_times)
             rows.append(snapshot(float(tick), cwnd=cwnd, bytes_sent=sent, family=10 if ":" in ends[0] else 2, **known))
     return table("cwnd_reset", *resets), snapshots(*rows)
 

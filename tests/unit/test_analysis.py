@@ -116,7 +116,7 @@ def test_one_connection_summed_by_hand() -> None:
         "connection": "4026531840:5f", "netns_ino": frames.NETNS, "sock_cookie": 0x5F, "family": 2,
         "saddr": "10.1.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51324, "pid": 4242, "comm": "replica",
         "ca_name": "cubic", "state": "ESTAB", "seen_s": 30.0, "snapshots": 2, "resets": 4, "resets_idle": 2,
-        "resets_rto_loss": 1, "resets_app_limited": 1, "rest_total_us": 3_000_000, "rest_longest_us": 2_100_000,
+        "resets_rto_loss": 1, "resets_app_limited": 1, "idle_total_us": 3_000_000, "idle_longest_us": 2_100_000,
         "cwnd_min_segments": 3, "cwnd_max_segments": 2827, "cwnd_last_segments": 90, "srtt_us": 107_000,
         "rto_us": 308_000, "bytes_sent": 7, "bytes_acked": 30_000_000, "total_retrans_segments": 0,
     }  # fmt: skip
@@ -128,7 +128,7 @@ def test_one_connection_summed_by_hand() -> None:
 
 def test_a_connection_that_never_reset_is_there() -> None:
     (row,) = connections.summary(NO_RESET, snapshots(frames.snapshot(0))).to_dict("records")
-    assert (row["resets"], row["rest_total_us"], row["rest_longest_us"], row["cwnd_last_segments"]) == (0, 0, 0, 2827)
+    assert (row["resets"], row["idle_total_us"], row["idle_longest_us"], row["cwnd_last_segments"]) == (0, 0, 0, 2827)
 
 
 def test_a_reset_alone_makes_a_connection_without_snapshots() -> None:

@@ -163,14 +163,14 @@ def test_reproduce_hands_on_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
     # By the module's name: in the package, that of the command hides it.
     monkeypatch.setattr(import_module("cwndtrace.cli.reproduce"), "Lab", lab)
-    changes = ["--rtt", "150ms", "--rate", "20M", "--burst", "60k,1.5M", "--rest", "300ms,2s", "--cc", "reno", "-6"]
+    changes = ["--rtt", "150ms", "--rate", "20M", "--burst", "60k,1.5M", "--idle", "300ms,2s", "--cc", "reno", "-6"]
     result = call("reproduce", *changes, "--path", "relay", "-o", "new")
     assert result.exit_code == 77
     assert asked == [
         Scenario(
             link=Link(rtt_ms=150, rate=20e6),
             bursts=(60_000, 1_500_000),
-            rests=(0.3, 2.0),
+            idle_times=(0.3, 2.0),
             rounds=4,
             cc="reno",
             family=6,

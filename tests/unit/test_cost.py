@@ -179,7 +179,7 @@ def test_a_limit_keeps_a_window_from_coming_back() -> None:
 
 @pytest.mark.parametrize(("least", "counted"), [(100_000, 100_000), (2**32 - 1, 150_000)])
 def test_the_least_round_trip_counts_where_it_is_known(least: int, counted: int) -> None:
-    """The smoothed one may hold the queue of the burst before the rest."""
+    """The smoothed one may hold the queue of the burst before the idle time."""
     (row,) = priced(frames.reset(1, srtt_us=150_000, min_rtt_us=least))
     assert (row["round_us"], row["rounds_lost"], row["predicted_us"]) == (counted, 4, 4 * counted)
     assert row["regain_us"] == 7 * 150_000

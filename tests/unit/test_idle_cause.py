@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a connection rested: against counting nanosecond by nanosecond, and on rests whose cause is known."""
+"""Why a connection was idle: against counting nanosecond by nanosecond, and on idle times whose cause is known."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def causes(resets: list[Any], blocks: list[Any], **options: Any) -> list[dict[An
     return out.to_dict("records")
 
 
-def rest(at_s: float = 10.0, seconds: float = 2.0, since_data_s: float = 9.0, **fields: Any) -> Any:
-    """A reset after ``seconds`` of rest; data last came in ``since_data_s`` before it."""
+def idle(at_s: float = 10.0, seconds: float = 2.0, since_data_s: float = 9.0, **fields: Any) -> Any:
+    """A reset after ``seconds`` of idle time; data last came in ``since_data_s`` before it."""
     return frames.reset(at_s, idle_us=int(seconds * 1e6), last_rcv_us=int(since_data_s * 1e6), **fields)
 
 
@@ -54,7 +54,7 @@ def read(at_s: float, seconds: float, **fields: Any) -> Any:
 
 
 def test_own_reads_in_any_thread_are_the_disk() -> None:
-    (row,) = causes([rest()], [read(8.1, 0.9, tid=1), read(8.5, 1.2, tid=2), read(9.2, 0.1, tid=3)])
+    (row,) = causes([idle()], [read(8.1, 0.9, tid=1), read(8.5, 1.2, tid=2), read(9.2, 0.1, tid=3)])
     assert (row["cause"], row["disk_device"], row["disk_requests"]) == ("disk", "loop0", 3)
     assert row["disk_us"] == 1_600_000
     assert (row["peer_us"], row["application_us"]) == (0, 400_000)
@@ -63,51 +63,51 @@ def test_own_reads_in_any_thread_are_the_disk() -> None:
 @pytest.mark.parametrize("strange", [{"tgid": 777}, {"start": 4.0}, {"start": 10.5}])
 def test_reads_of_others_and_at_other_times_are_not(strange: dict[str, Any]) -> None:
     start = strange.pop("start", 8.1)
-    (row,) = causes([rest()], [read(start, 1.8, **strange)])
+    (row,) = causes([idle()], [read(start, 1.8, **strange)])
     assert (row["cause"], row["disk_us"], row["disk_device"], row["disk_requests"]) == ("application", 0, "", 0)
 
 
 def test_a_connection_that_waited_for_a_request_waited_for_its_peer() -> None:
-    (row,) = causes([rest(since_data_s=0.004)], [read(8.1, 1.8)])
+    (row,) = causes([idle(since_data_s=0.004)], [read(8.1, 1.8)])
     assert (row["cause"], row["peer_us"], row["disk_us"]) == ("peer", 1_996_000, 0)
 
 
 def test_reads_before_the_request_do_not_count() -> None:
     # The request came 1.5 s before the reset; a read of another connection's went on until 9 s.
-    (row,) = causes([rest(since_data_s=1.5)], [read(8.0, 1.0)])
+    (row,) = causes([idle(since_data_s=1.5)], [read(8.0, 1.0)])
     assert (row["peer_us"], row["disk_us"], row["application_us"]) == (500_000, 500_000, 1_000_000)
     assert row["cause"] == "application"
 
 
 def test_a_process_that_shares_a_connection_answers_for_its_own_reads_only() -> None:
-    mine, other = causes([rest(10, tgid=1), rest(20, tgid=2)], [read(8, 2, tgid=1), read(18, 1.9, tgid=1)])
+    mine, other = causes([idle(10, tgid=1), idle(20, tgid=2)], [read(8, 2, tgid=1), read(18, 1.9, tgid=1)])
     assert (mine["cause"], other["cause"]) == ("disk", "application")
 
 
 def test_the_device_that_was_busy_longest_is_named() -> None:
     blocks = [read(9.9, 0.05, dev=8 << 20), read(7.9, 0.5, dev=8 << 20), read(8.0, 1.2), read(8.2, 1.0)]
-    (row,) = causes([rest()], blocks)
+    (row,) = causes([idle()], blocks)
     assert (row["disk_device"], row["disk_requests"], row["disk_us"]) == ("loop0", 3, 1_250_000)
 
 
 def test_a_window_that_the_peer_had_closed_is_the_peers() -> None:
-    reopened = rest(tgid=0, tid=0, comm=b"", unsent_bytes=5000)
+    reopened = idle(tgid=0, tid=0, comm=b"", unsent_bytes=5000)
     (row,) = causes([reopened], [read(8.0, 2.0, tgid=0)])
     assert (row["cause"], row["peer_us"]) == ("peer", 2_000_000)
 
 
 def test_resets_without_rest_have_no_cause() -> None:
-    rows = causes([rest(reason="rto_loss"), rest(reason="app_limited")], [read(8, 2)])
+    rows = causes([idle(reason="rto_loss"), idle(reason="app_limited")], [read(8, 2)])
     assert [(row["cause"], row["peer_us"], row["disk_us"]) for row in rows] == [("", 0, 0)] * 2
 
 
 def test_without_block_io_an_application_is_not_blamed() -> None:
-    rows = causes([rest(), rest(20, since_data_s=0.1)], [], recorded=False)
+    rows = causes([idle(), idle(20, since_data_s=0.1)], [], recorded=False)
     assert [row["cause"] for row in rows] == ["unknown", "peer"]
 
 
 def test_process_numbers_that_no_kernel_gives_harm_nothing() -> None:
-    rows = causes([rest(tgid=2**32 - 1), rest(20)], [read(8, 2, tgid=2**32 - 1), read(18, 2)])
+    rows = causes([idle(tgid=2**32 - 1), idle(20)], [read(8, 2, tgid=2**32 - 1), read(18, 2)])
     assert [row["cause"] for row in rows] == ["application", "disk"]
 
 
@@ -118,7 +118,7 @@ def test_nothing_has_no_cause() -> None:
 
 def test_many_at_once_are_what_each_is_alone() -> None:
     rng = np.random.default_rng(1)
-    resets = pd.concat([frames.pandas(frames.table("cwnd_reset", rest()))] * 10_000, ignore_index=True)
+    resets = pd.concat([frames.pandas(frames.table("cwnd_reset", idle()))] * 10_000, ignore_index=True)
     resets["ts_ns"] = np.sort(rng.integers(0, 10**12, len(resets))).astype(np.uint64) + np.uint64(frames.MONO)
     resets["tgid"] = rng.integers(1, 50, len(resets)).astype(np.uint32)
     start = np.sort(rng.integers(0, 10**12, 1_000_000)) + frames.MONO

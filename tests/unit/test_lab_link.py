@@ -26,7 +26,7 @@ def test_a_rate_sends_one_packet_after_the_other() -> None:
     # 12 Mbit/s: 1,500 bytes take a millisecond.
     lane = Lane(Link(rtt_ms=20, rate=12e6), seed=1)
     assert [lane.offer(0, 1500) for _ in range(3)] == [11 * MS, 12 * MS, 13 * MS]
-    # After a rest the line is free at once, and the rest isn't credited.
+    # After idle time the line is free at once, and the rest isn't credited.
     assert lane.offer(100 * MS, 1500) == 111 * MS
 
 

@@ -109,8 +109,9 @@ def test_presets_are_possible(name: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"bursts": ()}, {"rests": ()}, {"bursts": (1,)}, {"bursts": (10**12,)}, {"rests": (-1.0,)}, {"rests": (1e9,)},
-        {"rounds": 0}, {"rounds": 10**6}, {"family": 5}, {"cc": ""}, {"cc": "cu bic"}, {"sndbuf": 1},
+        {"bursts": ()}, {"idle_times": ()}, {"bursts": (1,)}, {"bursts": (10**12,)}, {"idle_times": (-1.0,)},
+        {"idle_times": (1e9,)}, {"rounds": 0}, {"rounds": 10**6}, {"family": 5}, {"cc": ""}, {"cc": "cu bic"},
+        {"sndbuf": 1},
     ],
 )  # fmt: skip
 def test_impossible_scenarios_are_refused_with_a_remedy(change: dict[str, object]) -> None:
@@ -235,10 +236,10 @@ def test_who_leaves_in_a_rest_keeps_no_place(server: serve.Server) -> None:
     with connect(server, wire.HELLO + wire.REPLY) as sock:
         wire.receive(sock, len(wire.HELLO))
         begin = time.monotonic()
-        sock.sendall(wire.REQUEST.pack(16, 1, 0.3, wire.RESTS.index("timer")))
+        sock.sendall(wire.REQUEST.pack(16, 1, 0.3, wire.IDLE_MODES.index("timer")))
         wire.receive(sock, 16)
         assert time.monotonic() - begin >= 0.3
-        sock.sendall(wire.REQUEST.pack(16, 2, wire.MAX_REST_S, wire.RESTS.index("timer")))
+        sock.sendall(wire.REQUEST.pack(16, 2, wire.MAX_IDLE_S, wire.IDLE_MODES.index("timer")))
     until(lambda: not server.totals.open)
     assert server.totals.bursts_sent == 1
 
@@ -250,13 +251,13 @@ def test_who_rested_longest_makes_room(server: serve.Server, monkeypatch: pytest
         socks = [stack.enter_context(connect(server, wire.HELLO + wire.REPLY)) for _ in range(3)]
         for sock in socks:
             wire.receive(sock, len(wire.HELLO))
-        until(lambda: len(server._resting) == 3)
+        until(lambda: len(server._idle_since) == 3)
         with connect(server, b"") as one_more:
             assert one_more.recv(1) == b""
         with server._lock:
-            for sock in server._resting:
+            for sock in server._idle_since:
                 number = [mine.getsockname() for mine in socks].index(sock.getpeername())
-                server._resting[sock] -= (30, 90, 60)[number]
+                server._idle_since[sock] -= (30, 90, 60)[number]
         with connect(server, wire.HELLO + wire.REPLY) as one_more:
             assert wire.receive(one_more, len(wire.HELLO)) == wire.HELLO
             assert socks[1].recv(1) == b""

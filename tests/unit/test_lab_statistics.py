@@ -16,7 +16,7 @@ from cwndtrace.lab.tcpinfo import TcpInfo
 from cwndtrace.lab.wire import Sent
 
 
-def row(setting: Setting, latency_ms: float, burst: int = 1_000_000, rest: float = 1.0, **over: Any) -> Measurement:
+def row(setting: Setting, latency_ms: float, burst: int = 1_000_000, idle: float = 1.0, **over: Any) -> Measurement:
     """A burst of 50 ms of RTT; the window falls when the setting is on."""
     before = TcpInfo(snd_cwnd=1392, rtt=51_000, min_rtt=50_000, rto=252_000, snd_mss=1448, snd_wnd=2_000_000)
     after = TcpInfo(snd_cwnd=174 if setting == "on" else 1392)
@@ -25,7 +25,7 @@ def row(setting: Setting, latency_ms: float, burst: int = 1_000_000, rest: float
     return measured(
         round=1,
         setting=setting,
-        rest_s=rest,
+        idle_s=idle,
         burst_bytes=burst,
         latency_ms=latency_ms,
         end_ns=3,
@@ -84,9 +84,9 @@ def test_one_setting_only() -> None:
 
 
 def test_cells_are_kept_apart_and_sorted() -> None:
-    both = pd.concat([table([9, 9, 9], [9, 9, 9], burst=b, rest=r) for r in (2.0, 0.5) for b in (300_000, 100_000)])
+    both = pd.concat([table([9, 9, 9], [9, 9, 9], burst=b, idle=r) for r in (2.0, 0.5) for b in (300_000, 100_000)])
     summary = statistics.summarise(both)
-    cells = list(zip(summary["burst_bytes"], summary["rest_s"], strict=True))
+    cells = list(zip(summary["burst_bytes"], summary["idle_s"], strict=True))
     assert cells == [(100_000, 0.5), (100_000, 2.0), (300_000, 0.5), (300_000, 2.0)]
 
 

@@ -53,13 +53,13 @@ def resets(*rows: dict[str, Any]) -> pd.DataFrame:
 
 
 def ladder(*sizes: int, number: int = 10, top_s: float = 5.0) -> pd.DataFrame:
-    """Resets by the kernel's rule from windows of these sizes, after rests of up to ``top_s``."""
-    rests = np.linspace(0.32, top_s, number)
+    """Resets by the kernel's rule from windows of these sizes, after idle times of up to ``top_s``."""
+    idle_times = np.linspace(0.32, top_s, number)
     return resets(
         *(
-            {"idle_us": int(rest * 1e6), "cwnd_before": size, "cwnd_after": experiments.halved(size, rest * 1e3)}
+            {"idle_us": int(idle * 1e6), "cwnd_before": size, "cwnd_after": experiments.halved(size, idle * 1e3)}
             for size in sizes
-            for rest in rests
+            for idle in idle_times
         )
     )
 
@@ -87,17 +87,17 @@ def points(axes: Axes, *markers: str) -> list[tuple[float, float]]:
 
 CASES: dict[str, Callable[[], Figure]] = {
     "sawtooth": saw,
-    "sawtooth, quick": lambda: saw(experiments.experiment(rounds=1, bursts=(100_000, 1_000_000), rests=(0.8,))),
-    "sawtooth, many": lambda: saw(experiments.experiment(rounds=1, rests=(0.15, 0.5, 1.0, 2.0, 5.0))),
+    "sawtooth, quick": lambda: saw(experiments.experiment(rounds=1, bursts=(100_000, 1_000_000), idle_times=(0.8,))),
+    "sawtooth, many": lambda: saw(experiments.experiment(rounds=1, idle_times=(0.15, 0.5, 1.0, 2.0, 5.0))),
     "sawtooth, records alone": lambda: saw(measurements=None),
     "sawtooth, on alone": lambda: saw(measurements=STORY.taken[STORY.taken["setting"] == "on"]),
     "sawtooth, nothing": lambda: saw(NOTHING),
     "sawtooth, long names": lambda: saw(meta=frames.meta(host="h" * 300, kernel="k" * 300)),
     "latency": lambda: latency(STORY.taken, SUMMARY),
-    "latency, one cell": lambda: both(experiments.experiment(rounds=3, bursts=(1_000_000,), rests=(0.8,)).taken),
+    "latency, one cell": lambda: both(experiments.experiment(rounds=3, bursts=(1_000_000,), idle_times=(0.8,)).taken),
     "latency, many": lambda: both(
         experiments.experiment(
-            rounds=3, bursts=tuple(n * 100_000 for n in range(1, 9)), rests=(0.1, 0.5, 1.0, 2.0, 5.0)
+            rounds=3, bursts=tuple(n * 100_000 for n in range(1, 9)), idle_times=(0.1, 0.5, 1.0, 2.0, 5.0)
         ).taken
     ),
     "latency, on alone": lambda: both(STORY.taken[STORY.taken["setting"] == "on"]),
@@ -201,7 +201,7 @@ def test_hostile_names_are_drawn_to_the_letter(evil: str) -> None:
         ("sawtooth, nothing", "nothing was recorded with the setting off"),
         ("latency, nothing", "nothing was measured"),
         ("cost, nothing", "no burst with both costs"),
-        ("staircase, nothing", "no reset after a rest in this capture"),
+        ("staircase, nothing", "no reset after idle time in this capture"),
     ],
 )
 def test_where_there_is_nothing_it_says_so(name: str, said: str) -> None:
@@ -231,7 +231,7 @@ def test_a_round_is_shown_on_one_scale_each_setting_from_its_first_rest() -> Non
     assert [x for x, _ in arrows] == pytest.approx(expected, abs=1e-6)
     assert points(off, "v") == []
     assert "round 2 of 5" in " ".join(texts(made))
-    assert "On, 8 of 12 rests shrank the window; off, none" in texts(made)
+    assert "On, 8 of 12 idle times shrank the window; off, none" in texts(made)
 
 
 def test_each_rest_is_shaded_and_each_burst_marked() -> None:
@@ -242,8 +242,8 @@ def test_each_rest_is_shaded_and_each_burst_marked() -> None:
         zero = (mine["start_ns"] - mine["idle_ms"] * 1e6).min()
         bars = {z: [p.get_extents() for c in axes.collections if c.get_zorder() == z for p in c.get_paths()]
                 for z in (0.5, 3)}  # fmt: skip
-        rests = sorted(box.width for box in bars[0.5])
-        assert rests == pytest.approx(sorted(mine["idle_ms"] / 1e3), abs=1e-3)
+        idle_times = sorted(box.width for box in bars[0.5])
+        assert idle_times == pytest.approx(sorted(mine["idle_ms"] / 1e3), abs=1e-3)
         marked = sorted((box.x0, box.x1) for box in bars[3] if box.height < 1)
         begins, ends = (((mine[name] - zero) / 1e9).tolist() for name in ("start_ns", "end_ns"))
         assert [x for pair in marked for x in pair] == pytest.approx(
@@ -254,7 +254,7 @@ def test_each_rest_is_shaded_and_each_burst_marked() -> None:
 def test_the_same_bursts_are_labelled_with_what_they_took() -> None:
     made = saw(round=1)
     taken = STORY.taken[
-        (STORY.taken["round"] == 1) & (STORY.taken["rest_s"] == 2) & (STORY.taken["burst_bytes"] == 2e6)
+        (STORY.taken["round"] == 1) & (STORY.taken["idle_s"] == 2) & (STORY.taken["burst_bytes"] == 2e6)
     ]
     on, off = (taken[taken["setting"] == setting].iloc[0] for setting in ("on", "off"))
     first, second = ([text.get_text() for text in axes.texts] for axes in made.axes)
@@ -269,7 +269,7 @@ def test_without_measurements_both_are_on_the_clock_of_the_capture() -> None:
     at = (STORY.resets["on"]["ts_ns"].astype("int64") - frames.MONO) / 1e9
     inside = at[at <= on.get_xlim()[1]]
     assert [x for x, _ in points(on, "v")] == pytest.approx(inside.tolist())
-    assert f"On, {len(inside)} resets after a rest; off, no reset after a rest" in texts(made)
+    assert f"On, {len(inside)} resets after idle time; off, no reset after idle time" in texts(made)
 
 
 def test_the_first_round_that_both_settings_finished_is_shown() -> None:
@@ -299,14 +299,14 @@ def test_medians_dots_and_spreads_are_those_of_the_measurements() -> None:
     for axes, burst in zip(made.axes, bursts, strict=True):
         mine = STORY.taken[STORY.taken["burst_bytes"] == burst]
         for setting, marker in (("on", "o"), ("off", "s")):
-            values = mine[mine["setting"] == setting].groupby("rest_s")["latency_ms"]
+            values = mine[mine["setting"] == setting].groupby("idle_s")["latency_ms"]
             drawn = points(axes, marker)
             assert [y for _, y in drawn] == pytest.approx(values.median().tolist())
             assert [round(x) for x, _ in drawn] == [0, 1, 2]
         assert sorted(y for _, y in points(axes, ".")) == pytest.approx(sorted(mine["latency_ms"]))
         paths = [np.asarray(path.vertices, float) for each in axes.collections for path in each.get_paths()]
         spans = sorted(tuple(path[:, 1]) for path in paths if len(path) == 2)
-        groups = mine.groupby(["setting", "rest_s"])["latency_ms"]
+        groups = mine.groupby(["setting", "idle_s"])["latency_ms"]
         expected = sorted(zip(groups.quantile(0.05), groups.quantile(0.95), strict=True))
         assert np.asarray(spans) == pytest.approx(np.asarray(expected))
         heights = sorted(patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle))
@@ -317,12 +317,12 @@ def test_medians_dots_and_spreads_are_those_of_the_measurements() -> None:
 
 def test_the_cost_and_its_interval_stand_above_each_pair_and_the_dearest_in_the_title() -> None:
     made = latency(STORY.taken, SUMMARY)
-    cell = SUMMARY[(SUMMARY["burst_bytes"] == 2e6) & (SUMMARY["rest_s"] == 2)].iloc[0]
+    cell = SUMMARY[(SUMMARY["burst_bytes"] == 2e6) & (SUMMARY["idle_s"] == 2)].iloc[0]
     said = [text.get_text() for text in made.axes[3].texts]
     assert f"+{cell['cost_ms']:.0f} ms" in said
     assert f"{cell['cost_low_ms']:.0f} to {cell['cost_high_ms']:.0f}" in said
     took = f"{cell['median_on_ms']:.0f} ms instead of {cell['median_off_ms']:.0f} ms"
-    assert f"After 2 s of rest, 2 MB took {took}" in texts(made)
+    assert f"After 2 s of idle time, 2 MB took {took}" in texts(made)
     assert any(f"{cell['cost_rtts']:.1f} round trips" in text for text in texts(made))
 
 
@@ -338,14 +338,14 @@ def test_a_line_parts_rests_below_the_rto_from_those_above() -> None:
     made = latency(STORY.taken, SUMMARY)
     (line,) = [item for item in made.axes[0].lines if item.get_linestyle() == "--" and item.get_color() != "none"]
     assert list(np.asarray(line.get_xdata())) == [0.5, 0.5]
-    above = both(STORY.taken[STORY.taken["rest_s"] > 1])
+    above = both(STORY.taken[STORY.taken["idle_s"] > 1])
     assert not [item for item in above.axes[0].lines if item.get_linestyle() == "--"]
 
 
 @pytest.mark.parametrize(
     ("taken", "title"),
     [
-        (STORY.taken[STORY.taken["rest_s"] < 1], "The setting cost nothing here"),
+        (STORY.taken[STORY.taken["idle_s"] < 1], "The setting cost nothing here"),
         (STORY.taken[STORY.taken["round"] < 3], "Too few rounds to be sure of a difference"),
         (STORY.taken[STORY.taken["setting"] == "on"], "Latency with the setting on; nothing to compare with"),
         (STORY.taken[STORY.taken["setting"] == "off"], "Latency with the setting off; nothing to compare with"),
@@ -365,8 +365,8 @@ def test_of_many_sizes_the_largest_are_shown_and_that_is_said() -> None:
 
 def test_costs_without_room_are_written_small_or_left_to_the_axis() -> None:
     for number, said in ((3, True), (5, True), (16, False)):
-        rests = tuple(round(0.4 + n / 100, 2) for n in range(number))
-        made = both(experiments.experiment(rounds=3, bursts=(1, 2, 3, 4, 5), rests=rests).taken)
+        idle_times = tuple(round(0.4 + n / 100, 2) for n in range(number))
+        made = both(experiments.experiment(rounds=3, bursts=(1, 2, 3, 4, 5), idle_times=idle_times).taken)
         assert bool(made.axes[0].texts) is said
 
 
@@ -441,7 +441,7 @@ def test_records_stand_at_their_share_and_the_line_is_the_rule_of_the_kernel() -
         if abs(rtos - round(rtos)) > 0.01:
             drawn = y[np.searchsorted(x, rtos)]
             assert drawn * 2800 == pytest.approx(experiments.halved(2800, rtos * experiments.RTO_MS))
-    assert "Each RTO of rest halves the window: all 30 records fit to the segment" in texts(made)
+    assert "Each RTO of idle time halves the window: all 30 records fit to the segment" in texts(made)
     assert axes.get_yscale() == "log"
 
 
@@ -489,10 +489,10 @@ def test_very_long_rests_stand_at_the_edge_and_are_counted() -> None:
     edge = axes.get_xlim()[1]
     assert edge < 12
     assert points(axes, ">") == [(edge, 0.1)] * 4
-    assert any(text.startswith("rest over") and text.endswith(": 4") for text in texts(made))
+    assert any(text.startswith("idle over") and text.endswith(": 4") for text in texts(made))
 
 
 def test_records_without_a_timeout_are_passed_over() -> None:
     made = staircase(resets({"rto_us": 0}, {"cwnd_before": 0, "cwnd_after": 0}))
-    assert "no reset after a rest in this capture" in texts(made)
+    assert "no reset after idle time in this capture" in texts(made)
     assert not list(made.axes[0].lines)

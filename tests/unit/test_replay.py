@@ -24,11 +24,11 @@ from cwndtrace.cli.table import cells
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.store import CaptureWriter
-from tests.record import BLOCKS, CONNECTIONS, FILE, RESTS
+from tests.record import BLOCKS, BURSTS, CONNECTIONS, FILE
 from tests.unit import frames
 from tests.unit.fake_source import FakeSource
 
-RESETS = CONNECTIONS * RESTS
+RESETS = CONNECTIONS * BURSTS
 
 
 def start_of(session: Session) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def test_the_capture_holds_what_was_recorded(tmp_path: Path, capsys: pytest.Capt
     assert list(blocks.groupby("op", observed=True).size()) == [BLOCKS, BLOCKS]
     assert (blocks["latency_us"] > 0).all()
     summary = capture.summary()
-    assert sorted(summary["resets"]) == [RESTS] * CONNECTIONS
+    assert sorted(summary["resets"]) == [BURSTS] * CONNECTIONS
 
 
 def test_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +208,7 @@ def test_what_stderr_says_fits_its_terminal(
     """Whole words, and two cells for an ideograph; one line each where stderr is no terminal."""
     session = Session(FakeSource())
     what = "connections of \u65e5\u672c\u8a9e, " * 5 + "and more"
-    warned = ["no window is reset after a rest, in any namespace, " * 3 + "whatever comes"]
+    warned = ["no window is reset after idle time, in any namespace, " * 3 + "whatever comes"]
     monkeypatch.setattr("cwndtrace.cli.preflight.warnings", lambda *_: warned)
     batch = Batch("connections", frames.snapshots(frames.snapshot()))
 

@@ -27,7 +27,7 @@ LOSSY = {"event": "block_io", "start_ns": frames.MONO, "end_ns": frames.MONO + 1
 
 
 def story(path: Path, **values: Any) -> Trace:
-    """Two connections whose application rests, and block I/O."""
+    """Two connections whose application is idle, and block I/O."""
     resets, connections = frames.story(peers=2, seconds=30)
     return frames.capture(
         path, **({"resets": resets, "connections": connections, "block_io": frames.disk(400, seconds=30)} | values)
@@ -56,7 +56,7 @@ def test_the_screen_leads_with_the_answer_and_ends_with_what_to_do(at: Path) -> 
     assert len(lines) <= 40
     table = lines.index(next(line for line in lines if line.startswith("CONNECTION")))
     assert [line.split()[0] for line in lines[table + 1 : table + 3]] == ["10.1.0.1:443"] * 2
-    assert any(line.startswith("Rested, cause application: ") for line in lines)
+    assert any(line.startswith("Idle, cause application: ") for line in lines)
     assert any(line.startswith("loop0 ") for line in lines)
     last = lines.index("What to do")
     assert lines[last + 1].startswith("1. sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about ")

@@ -271,13 +271,13 @@ def body(function: str) -> str:
 
 
 def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
-    for function in ("rested", "ends_flight", "holds"):
+    for function in ("idle_for_rto", "ends_flight", "holds"):
         assert "LOAD(" in body(function)
         assert "READ(" not in body(function)
     for function, until in (
         ("on_ack", "followed.lookup"),
-        ("on_tcp_sendmsg_locked", "rested(tp)"),
-        ("on_tcp_probe", "rested(tp)"),
+        ("on_tcp_sendmsg_locked", "idle_for_rto(tp)"),
+        ("on_tcp_probe", "idle_for_rto(tp)"),
         ("on_tcp_probe_ack", "ends_flight("),
         ("on_net_dev_queue_first", "windows.lookup"),
     ):

@@ -244,8 +244,8 @@ def test_a_writer_killed_at_any_moment_leaves_whole_rows(tmp_path: Path, seed: i
         while time.perf_counter() < until:
             pass
         child.send_signal(signal.SIGKILL)
-        rest = child.stdout.read().split()
-        told = max([told, *map(int, rest)])
+        idle = child.stdout.read().split()
+        told = max([told, *map(int, idle)])
     capture = store.open_capture(path)
     assert capture.status == "interrupted"
     found = capture.table("block_io").column("sector").to_pylist()

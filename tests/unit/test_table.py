@@ -246,7 +246,7 @@ def test_run_and_its_summary(tmp_path: Path) -> None:
 
     header, *lines = shown(80, print_it)
     assert header.split() == ["TIME", "REASON", "CONNECTION", "CWND", "(segments)"]
-    assert " ".join(lines[:2]).startswith("Left out: PROCESS, REST, RTO, SSTHRESH, SRTT. A wider")
+    assert " ".join(lines[:2]).startswith("Left out: PROCESS, IDLE, RTO, SSTHRESH, SRTT. A wider")
     resets = [line for line in lines if " idle " in line]
     assert resets
     for line in resets:
@@ -287,7 +287,7 @@ def test_doctor() -> None:
 def test_reproduce() -> None:
     summary = summarise(pd.read_parquet(DATA / "sample-measurements.parquet"))
     lines = shown(80, lambda: echo(reproduce.costs_of(summary)))
-    assert lines[0].split()[:2] == ["BURST", "REST"]
+    assert lines[0].split()[:2] == ["BURST", "IDLE"]
     assert "COST" in lines[0]
     assert LEFT_OUT in " ".join(lines)
 
@@ -305,4 +305,4 @@ def test_a_real_terminal() -> None:
     assert max(map(cells, lines())) <= 60
     piped = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, timeout=120, text=True).stdout
     assert LEFT_OUT not in piped
-    assert "LONGEST REST" in piped
+    assert "LONGEST IDLE" in piped

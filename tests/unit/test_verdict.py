@@ -186,7 +186,7 @@ def test_a_connection_by_hand(tmp_path: Path) -> None:
     (row,) = capture(tmp_path, resets, seen).summary().to_dict("records")
     # Three idle resets, and the spans up to 5 s and 19 s; up to 40 s nothing was sent.
     assert (row["bursts"], row["after_reset_share"]) == (5, 0.6)
-    assert (row["rest_per_rto_p50"], row["rest_per_rto_max"]) == (4.0, pytest.approx(2_100_000 / 308_000))
+    assert (row["idle_per_rto_p50"], row["idle_per_rto_max"]) == (4.0, pytest.approx(2_100_000 / 308_000))
     assert (row["sent_bytes"], row["busy_us"], row["retrans_segments"]) == (1_000_919, 2_000_000, 1)
     assert (row["resets_harmful"], row["lost_us"], row["verdict"]) == (1, 426_000, "harmful")
     assert row["why"] == "1 of 3 resets cost their bursts 426 ms in all (estimated), 21 % of its busy time"

@@ -3,8 +3,8 @@
 
     python -m tests.vm.known_resets [RESETS]
 
-A connection in a network namespace of its own rests so often, and goes on without a rest as often. Exit code 1 where
-the records and the resets differ.
+A connection in a network namespace of its own is idle so often, and goes on without idle time as often. Exit code 1
+where the records and the resets differ.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 from tests.live import tcp
 
-REST_S = 0.8
+IDLE_S = 0.8
 
 
 def trace(space: tcp.Space, connection: tcp.Connection, resets: int) -> list[dict[str, Any]]:
-    """The reset records of a trace while the connection rests ``resets`` times."""
+    """The reset records of a trace while the connection is idle ``resets`` times."""
     command = ["cwndtrace", "run", "--json", "--no-block", "--netns", space.name, "--port", str(connection.sport)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/tmp") as tracer:
         assert tracer.stderr is not None
@@ -37,7 +37,7 @@ def trace(space: tcp.Space, connection: tcp.Connection, resets: int) -> list[dic
                 sys.exit(f"cwndtrace run ended early: {said}")
             for _ in range(resets):
                 connection.grow()
-                time.sleep(REST_S)
+                time.sleep(IDLE_S)
                 connection.send()
                 connection.send()
         finally:
@@ -61,7 +61,7 @@ def main(resets: int) -> int:
     finally:
         drain.close()
         space.close()
-    # A stalled machine rests where nobody looked.
+    # A stalled machine is idle where nobody looked.
     seen = [r for r in records if not any(start <= r["ts_ns"] <= end for start, end in connection.blind)]
     traced = [(r["reason"], r["cwnd_before"], r["cwnd_after"]) for r in seen]
     rungs = {r["probe"] for r in records}

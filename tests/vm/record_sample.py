@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record the sample capture that unit tests, docs and notebooks use: tools/vm sample.
 
-A service over a path of 200 ms answers with small and large bursts after rests, with the sysctl on and off in turns.
-Then another one, at 50 ms, rests because it reads from a slow disk before it answers. Runs in the patched kernel, so
-that every reset comes from the tracepoint.
+A service over a path of 200 ms answers with small and large bursts after idle times, with the sysctl on and off in
+turns. Then another one, at 50 ms, is idle because it reads from a slow disk before it answers. Runs in the patched
+kernel, so that every reset comes from the tracepoint.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from cwndtrace.lab.recording import Recording
 from cwndtrace.lab.scenario import Scenario
 
 SCENARIOS = (
-    Scenario(link=Link(rtt_ms=200), bursts=(8_000, 100_000, 1_000_000), rests=(0.3, 1.0, 2.5), rounds=2),
-    Scenario(link=Link(rtt_ms=50), bursts=(1_000_000,), rests=(1.1,), rounds=4, mode="disk"),
+    Scenario(link=Link(rtt_ms=200), bursts=(8_000, 100_000, 1_000_000), idle_times=(0.3, 1.0, 2.5), rounds=2),
+    Scenario(link=Link(rtt_ms=50), bursts=(1_000_000,), idle_times=(1.1,), rounds=4, mode="disk"),
 )
 
 

@@ -82,7 +82,7 @@ class Worker(threading.Thread):
                         self.reads += 1
                     now = self._connection.quiet()
                     self.ended.wait(max(0, now.rto_us - now.last_snd_us) / 1e6 + 0.02)
-                    self._connection.rest(0)
+                    self._connection.idle(0)
                     self._connection.send()
                     self.rounds[here] += 1
         except BaseException as e:

@@ -23,7 +23,7 @@ from tests.live.disk import loop
 from tests.live.test_interrupted import file_system, rows_of
 from tests.live.test_moving import HOUR, follow_steps
 from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, home_of
-from tests.live.test_run import LONG_S, Done, assert_short, call, rest_once, running
+from tests.live.test_run import LONG_S, Done, assert_short, call, running, send_after_idle
 from tests.vm.conftest import in_guest
 
 pytestmark = pytest.mark.vm
@@ -77,7 +77,7 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
             return sends
 
         with running("-n", space.name, "--no-block", "-o", path) as run:
-            rest_once(connection)
+            send_after_idle(connection)
             early = len(known())
             # Five seconds, which a guest that gets no CPU meanwhile may miss: its clock said 0.15 s once.
             for _ in range(3):
@@ -90,12 +90,12 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
                     break
             assert frozen > 4_000_000_000
             time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + HOUR)
-            connection.rest(0)
-            rested = connection.send()
-            assert rested.reason == "idle"
-            assert rested.before.last_snd_us > before.last_snd_us + 4_000_000
+            connection.idle(0)
+            was_idle = connection.send()
+            assert was_idle.reason == "idle"
+            assert was_idle.before.last_snd_us > before.last_snd_us + 4_000_000
             known()
-            rest_once(connection)
+            send_after_idle(connection)
             sends = known()
             code, _, said = run.end()
     finally:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rungs side by side on the same connections: what one sees the others see, field by field.
 
-The traffic forces each reason: rests for idle, a link that drops everything for rto_loss, and for app_limited one that
-holds ACKs back.
+The traffic forces each reason: idle time for idle, a link that drops everything for rto_loss, and for app_limited one
+that holds ACKs back.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     for connection in made["idle"]:
         connection.grow()
     for connection in made["idle"]:
-        connection.rest(LONG)
+        connection.idle(LONG)
     for connection in made["idle"]:
         connection.send()
     for connection in made["app_limited"]:
@@ -109,14 +109,14 @@ def netem(space: tcp.Space, *how: str) -> Iterator[Callable[[], None]]:
 def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
     """Have tcp_cwnd_application_limited() take back half of what went unused of the window.
 
-    It asks for an RTO since the last ACK, with no rest of an RTO before the send: so there must be data under way
+    It asks for an RTO since the last ACK, with no idle time of an RTO before the send: so there must be data under way
     whose ACK is late, but not so late that it is sent again.
     """
     for _ in range(20):
         with netem(space, "delay", "80ms") as begin:
             connection.grow(40)
             begin()
-            connection.until(lambda i: i.last_snd_us >= 0.8 * i.rto_us, "a rest")
+            connection.until(lambda i: i.last_snd_us >= 0.8 * i.rto_us, "idle time")
             connection.send()
             connection.until(lambda i: i.last_ack_us > i.rto_us, "an RTO since the last ACK")
             send = connection.send()

@@ -24,7 +24,7 @@ from tests.vm.test_rungs import KERNEL, PATCHED, leave_unused
 pytestmark = pytest.mark.vm
 
 # Of the preset's five minutes: the two sizes and the rest that tell, twice each.
-SHORT = PRESETS["blog"].changed(bursts=(300_000, 1_000_000), rests=(2.0,), rounds=2)
+SHORT = PRESETS["blog"].changed(bursts=(300_000, 1_000_000), idle_times=(2.0,), rounds=2)
 
 
 @pytest.mark.skipif(not KERNEL, reason="needs one of the project's kernels: make vm-test")
@@ -37,7 +37,7 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
             taken = frame(list(lab.rows()))
         trace = recording.trace()
     assert len(taken) == 2 * 2 * 2
-    # Each rest is longer than the RTO, which is 400 ms here.
+    # Each idle time is longer than the RTO, which is 400 ms here.
     assert list(taken["cwnd_after"] < taken["cwnd_before"]) == list(taken["setting"] == "on")
     medians = taken[taken["burst_bytes"] == 1_000_000].groupby("setting")["latency_ms"].median()
     assert medians["on"] >= 2 * medians["off"]

@@ -59,7 +59,7 @@ def test_text_and_record_agree(text: Path, connect: Connect, kind: dict[str, Any
     (said,) = [parse(line) for line in lines if "reason=idle" in line]
     for name in ("cwnd_before", "cwnd_after", "ssthresh_before", "ssthresh_after", "rto_us", "srtt_us", "mss", "dport"):
         assert int(said[name]) == record[name], name
-    # The event counts rests in whole milliseconds.
+    # The event counts idle times in whole milliseconds.
     assert int(said["idle_us"]) == record["idle_us"] // 1000 * 1000
     native = "address" in kind
     assert said["family"] == ("AF_INET6" if kind else "AF_INET")
