@@ -37,7 +37,7 @@ from benchmarks.common import (
     options,
     size,
 )
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import TICK_SECONDS
 from cwndtrace.kernel import ladder

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import cwndtrace
 from benchmarks.common import Report, folder, options, size, status
-from cwndtrace.capture import bcc
+from cwndtrace.capture import live
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.session import Session, describe, ending
 from cwndtrace.capture.source import Filters
@@ -59,7 +59,7 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
-    class Flooded(bcc.Kernel):
+    class Flooded(live.Kernel):
         block_sources = ("block_io.bpf.c", str(Path(__file__).with_name("flood.bpf.c").resolve()))
         block_attachments = (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),)
         block_defines: ClassVar[dict[str, int]] = {"FLOOD_TGID": generator.pid}

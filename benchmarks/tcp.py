@@ -23,7 +23,7 @@ from contextlib import closing
 
 from benchmarks.common import COMMAND, Report, Running, Values, folder, options
 from cwndtrace.capture import connections
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import CwndtraceError

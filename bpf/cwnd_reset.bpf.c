@@ -6,7 +6,7 @@
  */
 #include "sock.h"
 
-/* Room for a reset of each of 10,000 connections at once: how many pages is said in cwndtrace/capture/bcc.py. */
+/* Room for a reset of each of 10,000 connections at once: how many pages is said in cwndtrace/capture/live.py. */
 BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
 
 #ifdef FILTER_PID
@@ -416,7 +416,7 @@ struct window {
 	u32 ssthresh;
 	u32 lsndtime;
 };
-/* Not one that evicts, or a window could be forgotten and fall with nobody to tell. How many: capture/bcc.py. */
+/* Not one that evicts, or a window could be forgotten and fall with nobody to tell. How many: capture/live.py. */
 BPF_HASH(windows, u64, struct window, WINDOWS);
 /*
  * tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. Two of them,

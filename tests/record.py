@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.replay import record
 from cwndtrace.capture.source import Chunk, Filters
 from tests.live import disk, tcp

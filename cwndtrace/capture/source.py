@@ -50,7 +50,7 @@ class Counts:
 
 
 class Source(Protocol):
-    """Something that yields raw records: the running kernel (capture.bcc) or a recording (capture.replay)."""
+    """Something that yields raw records: the running kernel (capture.live) or a recording (capture.replay)."""
 
     rungs: dict[str, str | None]
     tried: dict[str, dict[str, str]]

@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from cwndtrace import privileges
 from cwndtrace.capture import clocks, target
-from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.privsep import Helper, PrivilegedHelper
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters

@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from cwndtrace.capture import bcc, target
+from cwndtrace.capture import bcc, live, target
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.table import cells, prose, room
@@ -91,7 +91,7 @@ def _tracefs() -> Fact:
 
 def _power(found: list[Fact]) -> bool:
     try:
-        bcc.check_power()
+        live.check_power()
     except CwndtraceError as e:
         found.append(Fact("permission", e.cause, BAD, e.remedy))
         return False
@@ -137,7 +137,7 @@ def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
                 Fact(f"rung {rung.name}", str(results["idle"]), LACK, _remedy(rung.name, str(results["idle"])))
             )
     try:
-        bcc.Kernel(reasons=()).close()
+        live.Kernel(reasons=()).close()
         found.append(Fact("block I/O", "block_io_start and block_io_done load"))
     except CwndtraceError as e:
         found.append(Fact("block I/O", e.cause, LACK, e.remedy))
@@ -151,7 +151,7 @@ def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
 
 def _try(rung: str, reason: str) -> str | None:
     try:
-        bcc.Kernel(probe=rung, block=False, reasons=(reason,)).close()
+        live.Kernel(probe=rung, block=False, reasons=(reason,)).close()
     except NoRung as e:
         return e.tried[rung]
     except CwndtraceError as e:

@@ -11,7 +11,7 @@ from itertools import count
 
 import pytest
 
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.errors import NoRung
 from cwndtrace.kernel import btf, facts, ladder
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, Self
 
 import pandas as pd
 
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.program import Program
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters

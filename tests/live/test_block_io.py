@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cwndtrace.capture import bcc, bpf_syscall
+from cwndtrace.capture import bpf_syscall, live
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import cgroups
@@ -307,8 +307,8 @@ def test_a_flood_is_kept_or_counted(disk: Disk) -> None:
 @again_if_hidden
 def test_a_crowded_table_chains(disk: Disk, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     """With two or sixteen slots nearly every request finds its slot taken."""
-    real = bcc._filter_defines
-    monkeypatch.setattr(bcc, "_filter_defines", lambda filters: {**real(filters), "SLOT_BITS": bits})
+    real = live._filter_defines
+    monkeypatch.setattr(live, "_filter_defines", lambda filters: {**real(filters), "SLOT_BITS": bits})
     before = disk.stat()
     with Traced() as traced:
         fio(disk, "--ioengine=libaio", "--iodepth=16", "--number_ios=20000", "--numjobs=2", "--rw=randrw")
@@ -322,7 +322,7 @@ def test_a_crowded_table_chains(disk: Disk, monkeypatch: pytest.MonkeyPatch, bit
 
 @again_if_hidden
 def test_a_full_buffer_is_counted(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bcc, "_RING_PAGES", 2)
+    monkeypatch.setattr(live, "_RING_PAGES", 2)
     before = disk.stat()
     with Traced(poll=False) as traced:
         disk.read(*range(1500))
@@ -432,7 +432,7 @@ def test_a_cgroup_made_later_is_followed(disk: Disk) -> None:
         with reader(disk, 17) as process, Traced(Filters(cgroup=folder), poll=False) as traced:
             below.mkdir()
             (below / "cgroup.procs").write_text(str(process.pid))
-            known = time.monotonic() + bcc.REFRESH_SECONDS + 0.2
+            known = time.monotonic() + live.REFRESH_SECONDS + 0.2
             while time.monotonic() < known:
                 traced.seen += traced.session.step()
             process.communicate("go\n")
@@ -458,7 +458,7 @@ def test_two_traces_see_the_same(disk: Disk) -> None:
 @again_if_hidden
 def test_stopping_frees_the_probes(disk: Disk) -> None:
     """After close the kernel runs none of the programs any more."""
-    kernel = bcc.Kernel(reasons=())
+    kernel = live.Kernel(reasons=())
     session = Session(kernel)
     disk.read(1)
     session.finish()

@@ -20,7 +20,7 @@ import pytest
 
 import cwndtrace
 from cwndtrace.capture import bpf_syscall
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound

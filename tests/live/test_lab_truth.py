@@ -11,7 +11,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Batch
 from cwndtrace.capture.source import Filters
 from cwndtrace.capture.stream import open_session

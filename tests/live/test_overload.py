@@ -20,7 +20,7 @@ from typing import Final, Self
 import pytest
 
 import cwndtrace
-from cwndtrace.capture import bcc, bpf_syscall
+from cwndtrace.capture import bpf_syscall, live
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.disk import go, loop, reader
@@ -58,7 +58,7 @@ def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path
     assert "; lost 0 and " in shown
 
 
-SMALL = ("-c", "from cwndtrace.capture import bcc; bcc._RESET_PAGES = 64; from cwndtrace.cli import main; main()")
+SMALL = ("-c", "from cwndtrace.capture import live; live._RESET_PAGES = 64; from cwndtrace.cli import main; main()")
 """The command with room for 700 resets between kernel and reader, in place of 11,000."""
 
 
@@ -280,7 +280,7 @@ def test_more_windows_than_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch, make_space: Callable[[], tcp.Space], drain: tcp.Drain
 ) -> None:
     """Each reset by rung tcp_probe is kept or counted as lost, and what closes makes room."""
-    monkeypatch.setattr(bcc, "_WINDOWS", 8)
+    monkeypatch.setattr(live, "_WINDOWS", 8)
     space = make_space()
     with Tracer("tcp_probe", netns=space.name, idle_only=True) as tracer:
         for _ in range(2):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import ladder

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, Self
 
 from cwndtrace.capture import target
-from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Session, Tally
 from cwndtrace.kernel import facts, ladder

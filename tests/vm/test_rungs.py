@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from cwndtrace.capture.bcc import Kernel
 from cwndtrace.capture.bpf_syscall import attach_kprobe, kprobe_missed
+from cwndtrace.capture.live import Kernel
 from cwndtrace.cli.doctor import Findings, examine
 from cwndtrace.errors import NoRung
 from cwndtrace.kernel import btf, facts, ladder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cwndtrace.capture.bcc import Kernel
+from cwndtrace.capture.live import Kernel
 from tests.live.conftest import Connect
 from tests.live.tracing import Tracer
 from tests.vm.test_rungs import PATCHED
