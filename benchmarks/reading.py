@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import COMMAND, Report, Values, folder, options, size
-from cwndtrace import events
+from cwndtrace.records import arrow, layout
 from cwndtrace.store import CaptureWriter
 from cwndtrace.store.writer import PART_ROWS
 
@@ -44,9 +44,9 @@ print(json.dumps(took))
 """
 
 
-def requests(number: int, since: float, until: float, rng: np.random.Generator) -> events.Records:
+def requests(number: int, since: float, until: float, rng: np.random.Generator) -> layout.Records:
     """Finished requests in order of their end, between two moments in s."""
-    records = np.zeros(number, dtype=events.event("block_io").dtype)
+    records = np.zeros(number, dtype=layout.event("block_io").dtype)
     start = np.sort(rng.integers(int(since * 1e9), int(until * 1e9), number)).astype(np.uint64)
     queue, service = ((rng.exponential(us, number) * 1000).astype(np.uint64) for us in (20, 300))
     records["start_ns"], records["issue_ns"], records["done_ns"] = start, start + queue, start + queue + service
@@ -58,9 +58,9 @@ def requests(number: int, since: float, until: float, rng: np.random.Generator) 
     return records[np.argsort(records["done_ns"], kind="stable")]
 
 
-def resets(number: int, rng: np.random.Generator) -> events.Records:
+def resets(number: int, rng: np.random.Generator) -> layout.Records:
     """Each connection is idle every two seconds."""
-    records = np.zeros(number, dtype=events.event("cwnd_reset").dtype)
+    records = np.zeros(number, dtype=layout.event("cwnd_reset").dtype)
     records["ts_ns"] = np.sort(rng.integers(0, SECONDS * 10**9, number))
     records["sock_cookie"] = rng.integers(1, 200, number)
     records["bytes_sent"] = records["ts_ns"] // 5000
@@ -81,11 +81,11 @@ def make(path: Path, number: int) -> None:
     clocks = {"start": {"mono_ns": 0, "utc_offset_ns": 10**18}, "end": None}
     meta = {"clock": clocks, "devices": {"8:0": "sda", "8:16": "sdb", "259:0": "nvme0n1"}}
     writer = CaptureWriter.create(path, {**meta, "counts": {"block_io": {"kept": number, "lost": 0}}})
-    writer.add("cwnd_reset", events.to_arrow("cwnd_reset", resets(_RESETS, rng), 10**18))
+    writer.add("cwnd_reset", arrow.to_arrow("cwnd_reset", resets(_RESETS, rng), 10**18))
     for done in range(0, number, PART_ROWS):
         rows = min(PART_ROWS, number - done)
         since, until = (SECONDS * n / number for n in (done, done + rows))
-        writer.add("block_io", events.to_arrow("block_io", requests(rows, since, until, rng), 10**18))
+        writer.add("block_io", arrow.to_arrow("block_io", requests(rows, since, until, rng), 10**18))
         writer.flush()
     writer.close()
 

@@ -2,7 +2,7 @@
 /*
  * The record layouts: the only place where they are written down.
  *
- * C includes this file; cwndtrace/events.py parses it. The parser takes fixed-size integers, byte and
+ * C includes this file; cwndtrace/records/layout.py parses it. The parser takes fixed-size integers, byte and
  * char arrays and enums, each field on a line of its own with a comment that opens with its unit in
  * brackets. The bracket also names how the field is shown: [addr] text address, [text] a string,
  * [dev] major:minor, [enum NAME] the label after the prefix of that enum. Padding must be explicit:

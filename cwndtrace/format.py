@@ -8,10 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from cwndtrace.events import clean
-
 _INFINITE: Final = 0x7FFFFFFF
 _NUMBER_AND_UNIT: Final = re.compile(r"(?<![\w.:/-])(\d[\d,]*(?:\.\d+)?) (?=[A-Za-z%])")
+
+
+def clean(text: str) -> str:
+    """``text`` from outside without what could steer a terminal: each control character becomes ``?``."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def span(us: float) -> str:

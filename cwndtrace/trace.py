@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 
-from cwndtrace import events, store
 from cwndtrace import format as fmt
+from cwndtrace import store
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.analysis.verdict import Host, Verdict
 from cwndtrace.errors import NotFound, making_sense
+from cwndtrace.records import arrow
 
 _CELL = 100  # characters of a line that came from outside
 _VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
@@ -76,7 +77,7 @@ class Connection:
             longest = f"{fmt.span(row['idle_longest_us'])}, {row['idle_per_rto_max']:.1f} RTOs"
             facts.insert(4, ("longest idle time", longest))
         dear = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
-        facts += [("dear reset", events.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
+        facts += [("dear reset", fmt.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
         return [*facts, ("verdict", str(self.verdict))]
 
     def __repr__(self) -> str:
@@ -123,7 +124,7 @@ class Trace:
     def gaps(self) -> list[str]:
         """Which records that the trace kept aren't in the capture, by its own account of them; a line each."""
         lines = []
-        for table in events.TABLES:
+        for table in arrow.TABLES:
             lacking, kept = self._capture.missing(table)
             if lacking:
                 lines.append(
@@ -204,12 +205,12 @@ class Trace:
         Of what ``block_io`` adds to the capture's columns, ``device``, ``latency_us`` and ``queue_us`` may be named.
         Requests that lack one of these columns are left out. Raises KeyError for others.
         """
-        known = events.schema("block_io").names
+        known = arrow.schema("block_io").names
         needs = [name for name in known if name in columns or name == "start_ns"]
         needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
         devices = _mapping(self.meta.get("devices"))
         pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
-        whole = (events.whole(piece.to_pandas(use_threads=False), "block_io") for piece in pieces)
+        whole = (arrow.whole(piece.to_pandas(use_threads=False), "block_io") for piece in pieces)
         frames = (block_analysis.add(frame, devices, columns) for frame in whole)
         names = tuple(dict.fromkeys(("start_ns", *columns)))
         frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
@@ -359,21 +360,21 @@ class Trace:
 
     def _whole(self, table: str) -> pd.DataFrame:
         """The rows of a table that the analyses can do with: those with all that they need."""
-        return events.whole(self._frame(table), table)
+        return arrow.whole(self._frame(table), table)
 
     def _and_partly(self, table: str, whole: pd.DataFrame) -> pd.DataFrame:
         """``whole``, and the rows that lack something, at their times; what is computed is missing in these."""
         if not self._capture.partly(table)[0]:
             return whole
         frame = self._frame(table)
-        partly = frame[frame[events.needed(table)].isna().any(axis=1)]
+        partly = frame[frame[arrow.needed(table)].isna().any(axis=1)]
         both = pd.concat([whole, partly]).sort_values(_clock(frame), kind="stable", ignore_index=True)
         both.attrs.update(frame.attrs)
         return both
 
     def _frame(self, table: str) -> pd.DataFrame:
         # Not what a stranger or a later version added: it might take the name of what is computed here.
-        rows = events.clean_texts(self._capture.table(table, events.schema(table).names))
+        rows = arrow.clean_texts(self._capture.table(table, arrow.schema(table).names))
         told = _Units(
             {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         )
@@ -395,14 +396,14 @@ class Trace:
     def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
         meta = self.meta
-        on_disk = {table: self._capture.rows(table) for table in events.TABLES}
+        on_disk = {table: self._capture.rows(table) for table in arrow.TABLES}
         names = {
             "cwnd_reset": ("reset", "resets"),
             "cwnd_recovery": ("recovery", "recoveries"),
             "block_io": ("block I/O", "block I/Os"),
             "connections": ("snapshot of connections", "snapshots of connections"),
         }
-        lost = {table: self.lost(table) for table in events.TABLES}
+        lost = {table: self.lost(table) for table in arrow.TABLES}
         facts = [
             ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),
             ("span", self._span()),
@@ -461,7 +462,7 @@ def _clock(frame: pd.DataFrame) -> str:
 def _some(table: str, parts: list[str], before: str) -> str:
     """The first of some parts of a table, and how many more there are; nothing where there is none."""
     more = f" and {fmt.plural(len(parts) - 1, 'other part')}" if len(parts) > 1 else ""
-    return f"{before}{table}/{events.clean(parts[0])[:_CELL]}{more}" if parts else ""
+    return f"{before}{table}/{fmt.clean(parts[0])[:_CELL]}{more}" if parts else ""
 
 
 def _no_connection(key: str) -> NotFound:
@@ -502,12 +503,12 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {events.clean(name): _cleaned(inner) for name, inner in value.items()}
+        return {fmt.clean(name): _cleaned(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_cleaned(inner) for inner in value]
-    return events.clean(value) if isinstance(value, str) else value
+    return fmt.clean(value) if isinstance(value, str) else value
 
 
 def _shown(value: object) -> str:
-    text = events.clean(str(value))
+    text = fmt.clean(str(value))
     return text if len(text) <= _CELL else f"{text[: _CELL - 1]}…"

@@ -34,10 +34,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cwndtrace
-from cwndtrace import events, store
+from cwndtrace import store
 from cwndtrace.capture.replay import Replay
 from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
+from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from cwndtrace.report.page import page
 
@@ -82,7 +83,7 @@ ODD: Final[tuple[Any, ...]] = (
 def base(plain: bool) -> Files:
     """The files of a small capture; ``plain`` without compression and checksums, so that a mutation gets further."""
     files = {"meta.json": (SAMPLE / "meta.json").read_bytes()}
-    for table in events.TABLES:
+    for table in arrow.TABLES:
         for part in sorted((SAMPLE / table).glob("*.parquet"))[1:3]:
             name = str(part.relative_to(SAMPLE))
             files[name] = packed(pq.ParquetFile(part).read()) if plain else part.read_bytes()
@@ -142,10 +143,10 @@ def shared_pages(columns: int, groups: int, pages: int, *, shared: bool = True) 
 def equal_rows(count: int) -> bytes:
     """A part of a few bytes a column whose rows are all alike."""
     column = pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), ["x" * 100])
-    columns = {f.name: column if pa.types.is_dictionary(f.type) else None for f in events.schema("cwnd_reset")}
+    columns = {f.name: column if pa.types.is_dictionary(f.type) else None for f in arrow.schema("cwnd_reset")}
     numbers = {
         f.name: pa.array(np.ones(count, np.int64)).cast(f.type)
-        for f in events.schema("cwnd_reset")
+        for f in arrow.schema("cwnd_reset")
         if columns[f.name] is None
     }
     return packed(pa.table({name: numbers.get(name, column) for name in columns}), compression="zstd")
@@ -326,11 +327,11 @@ def use(folder: Path, much: int) -> None:
     if (folder / "trace.raw").exists():
         source = Replay(folder / "trace.raw")
         for name, raw in source.stop():
-            table = events.to_arrow(name, events.decode(name, raw), 0)
-            json.dumps(events.table_to_dicts(name, table))
+            table = arrow.to_arrow(name, layout.decode(name, raw), 0)
+            json.dumps(arrow.table_to_dicts(name, table))
         return
     capture = store.open_capture(folder)
-    for table in events.TABLES:
+    for table in arrow.TABLES:
         assert capture.table(table).num_rows <= capture.rows(table)
     if much == TABLES:
         return

@@ -22,8 +22,8 @@ from typing import Final
 import atheris
 
 with atheris.instrument_imports(include=["cwndtrace"]):
-    from cwndtrace import events
     from cwndtrace.errors import CaptureError
+    from cwndtrace.records import arrow
     from tests import fuzz
 
 LONGEST: Final = 64 << 10
@@ -35,7 +35,7 @@ STREAM: Final = "trace.raw"
 def small() -> fuzz.Files:
     """meta.json and one part of each table, uncompressed."""
     whole = fuzz.base(plain=True)
-    parts = {table: next(name for name in whole if name.startswith(f"{table}/")) for table in events.TABLES}
+    parts = {table: next(name for name in whole if name.startswith(f"{table}/")) for table in arrow.TABLES}
     return {name: whole[name] for name in ("meta.json", *parts.values())}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from cwndtrace import events
+from cwndtrace.records import layout
 
 _ENDS: Final = ["netns_ino", "saddr", "sport", "daddr", "dport"]
 _TEXT: Final = ("saddr", "daddr", "comm", "ca_name", "reason", "state")
@@ -88,7 +88,7 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
     # Not by the wall clock: it may have been stepped.
     out["seen_s"] = (groups["ts_ns"].last() - groups["ts_ns"].first()) / 1e9
     out["snapshots"], out["resets"] = groups["snapshot"].sum(), groups["reset"].sum()
-    for label in events.layout().enums["reason"].values():
+    for label in layout.header().enums["reason"].values():
         out[f"resets_{label}"] = (sightings["reason"] == label).groupby(sightings["connection"]).sum()
     out["idle_total_us"], out["idle_longest_us"] = groups["reset_idle_us"].sum(), groups["reset_idle_us"].max()
     out["cwnd_min_segments"], out["cwnd_max_segments"] = groups["cwnd_low"].min(), groups["cwnd_high"].max()

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from cwndtrace import events
+from cwndtrace import tcp
 from cwndtrace.analysis import cost
 from cwndtrace.format import plural, span
 
@@ -84,7 +84,7 @@ def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
         return
     touched, lost = int(harmful["connection"].nunique()), float(harmful["lost_us"].sum())
     spaces = [str(inode) for inode in harmful.groupby("netns_ino")["lost_us"].sum().sort_values().index[::-1]]
-    commands = [f"{_inside(inode, meta)}sysctl -w {events.IDLE_SYSCTL}=0{_elsewhere(inode, meta)}" for inode in spaces]
+    commands = [f"{_inside(inode, meta)}sysctl -w {tcp.IDLE_SYSCTL}=0{_elsewhere(inode, meta)}" for inode in spaces]
     more = [f"and in {plural(len(spaces) - _SPACES, 'more namespace')}"] if len(spaces) > _SPACES else []
     yield _Remedy(
         "sysctl",
@@ -110,7 +110,7 @@ def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
         )
     yield _Remedy(
         "bbr",
-        f"use BBR for these connections: {events.CONTROL_SYSCTL}=bbr in their namespace, or TCP_CONGESTION on each",
+        f"use BBR for these connections: {tcp.CONTROL_SYSCTL}=bbr in their namespace, or TCP_CONGESTION on each",
         lost,
         "high",
         "another congestion control altogether: it reacts otherwise to loss and to other traffic, and only new "
@@ -183,7 +183,7 @@ def _elsewhere(inode: str, meta: Mapping[str, Any]) -> str:
     host = next((about for about in spaces.values() if about.get("host")), None)
     if host is None or spaces.get(inode, host).get("host"):
         return ""
-    setting = host.get(events.IDLE_SYSCTL)
+    setting = host.get(tcp.IDLE_SYSCTL)
     return f" (the host's own is {setting}, which doesn't reach into this namespace)"
 
 
@@ -202,14 +202,14 @@ def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]
     host = next((about for about in spaces.values() if about.get("host")), {})
     last = snapshots[snapshots["ts_ns"] == snapshots.groupby("netns_ino")["ts_ns"].transform("max")]
     live = last.groupby("netns_ino").size()
-    free = last[last["ca_name"].astype(str).isin(events.EXEMPT)].groupby("netns_ino").size()
+    free = last[last["ca_name"].astype(str).isin(tcp.EXEMPT)].groupby("netns_ino").size()
     idle = judged[judged["reason"].astype(str) == "idle"].groupby("netns_ino").size()
     lost = judged.groupby("netns_ino")["lost_us"].sum()
     seen = {str(inode) for inode in (*live.index, *lost.index)}
     rows = []
     for inode in [*spaces, *sorted(seen - spaces.keys())]:
         about, number = spaces.get(inode, {}), int(inode) if inode.isdigit() else 0
-        setting, control = about.get(events.IDLE_SYSCTL), about.get(events.CONTROL_SYSCTL)
+        setting, control = about.get(tcp.IDLE_SYSCTL), about.get(tcp.CONTROL_SYSCTL)
         rows.append(
             {
                 "netns_ino": number,
@@ -231,7 +231,7 @@ def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]
 def _note(about: Mapping[str, Any], host: Mapping[str, Any]) -> str:
     differing = [
         f"{name} is {about.get(name)}, on the host {host.get(name)}"
-        for name in (events.IDLE_SYSCTL, events.CONTROL_SYSCTL)
+        for name in (tcp.IDLE_SYSCTL, tcp.CONTROL_SYSCTL)
         if host and about and None not in (about.get(name), host.get(name)) and about.get(name) != host.get(name)
     ]
     return "; ".join(differing)

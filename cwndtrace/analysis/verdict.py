@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from cwndtrace import events
+from cwndtrace import format as fmt
+from cwndtrace import tcp
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.format import plural, size, span, threshold
 
@@ -77,13 +78,13 @@ class Verdict:
     text: str
 
     def __str__(self) -> str:
-        return events.clean(f"{LABELS[self.verdict]}. {self.text}")
+        return fmt.clean(f"{LABELS[self.verdict]}. {self.text}")
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         colour = "#c04a00" if self.verdict == "harmful" else "#00805a"
-        label, text = (html.escape(events.clean(part)) for part in (LABELS[self.verdict], self.text))
+        label, text = (html.escape(fmt.clean(part)) for part in (LABELS[self.verdict], self.text))
         return f"<div><b style='color:{colour}'>{label}</b><br><bdi>{text}</bdi></div>"
 
 
@@ -99,7 +100,7 @@ class Host(Verdict):
     busy_us: float
 
     def __str__(self) -> str:
-        return events.clean(self.text)
+        return fmt.clean(self.text)
 
     __repr__ = __str__
 
@@ -239,12 +240,12 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
 
 def _judge(rows: pd.DataFrame, meta: Mapping[str, Any], *, whole: bool) -> pd.Series:
     sysctls, rungs = _mapping(meta.get("sysctls")), _mapping(meta.get("rungs"))
-    setting = {ino: _mapping(each).get(events.IDLE_SYSCTL) for ino, each in sysctls.items()}
+    setting = {ino: _mapping(each).get(tcp.IDLE_SYSCTL) for ino, each in sysctls.items()}
     off = rows["netns_ino"].astype(str).map(lambda inode: setting.get(inode) == 0).astype(bool)
     rules = {
         "harmful": rows["resets_harmful"] > 0,
         "common": rows["common"].notna(),
-        "exempt": rows["ca_name"].isin(events.EXEMPT),
+        "exempt": rows["ca_name"].isin(tcp.EXEMPT),
         "sysctl_off": off,
         " unknown": pd.Series(not whole, index=rows.index),
         "nothing_sent": (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1),
@@ -319,7 +320,7 @@ def explain_connection(row: Mapping[Any, Any]) -> str:
         return LABELS[label] + (f", as for {row['common_count']:.0f} of {number}" if row["resets"] > 1 else "")
     reasons = {
         "exempt": f"{row['ca_name']} never resets its window after idle time",
-        "sysctl_off": f"{events.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
+        "sysctl_off": f"{tcp.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
         "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s it was watched",
         "send_buffer": f"no reset; the send buffer held it back for {_percent(row['sndbuf_limited_share'])} of "
         f"{span(row['busy_us'])} with data under way",

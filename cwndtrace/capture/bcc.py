@@ -24,8 +24,8 @@ from cwndtrace.capture import program_cache
 from cwndtrace.capture.privsep import ignore_signals, start_with_signals_blocked
 from cwndtrace.capture.program import Program, map_uses
 from cwndtrace.errors import BccError, CwndtraceError, KernelLacks
-from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import btf, offsets
+from cwndtrace.records.layout import bpf_dir
 
 _DISTRIBUTION_PACKAGES: Final = (
     "/usr/lib/python3/dist-packages",

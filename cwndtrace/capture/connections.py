@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
-from cwndtrace.events import CONNECTIONS, address, numbers, texts, values
 from cwndtrace.kernel import cgroups, inet_diag, interfaces, netns, sockets
+from cwndtrace.records.arrow import CONNECTIONS, address, numbers, texts, values
 
 # Bits of include/net/tcp_states.h; TIME_WAIT, CLOSE, LISTEN, SYN_RECV have no window of interest.
 _STATES: Final = {

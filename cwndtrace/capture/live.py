@@ -21,8 +21,8 @@ from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.program import Program
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import CwndtraceError, KernelLacks
-from cwndtrace.events import code, event
 from cwndtrace.kernel import btf, facts, ladder, permission
+from cwndtrace.records.layout import code, event
 
 _BLOCK: Final = (
     ladder.Attachment("tp_btf", "block_io_done", "on_block_io_done"),

@@ -16,9 +16,9 @@ from typing import Final
 
 from cwndtrace.capture.source import Chunk, Counts, Source
 from cwndtrace.errors import CaptureError
-from cwndtrace.events import event, layout
 from cwndtrace.format import plural
 from cwndtrace.privileges import User
+from cwndtrace.records.layout import event, header
 
 _CHUNK: Final = struct.Struct("<16sI")
 
@@ -53,7 +53,7 @@ class Replay:
             self._counts = Counts(**head["counts"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e
-        ours = {name: each.size for name, each in layout().events.items()}
+        ours = {name: each.size for name, each in header().events.items()}
         for name, size in sizes.items():
             if size != ours.get(name):
                 here = f"has {ours[name]}" if name in ours else "knows none"

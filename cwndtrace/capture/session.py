@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import pyarrow as pa
 
-from cwndtrace import events
 from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.source import TICK_SECONDS, Filters, Source
 from cwndtrace.kernel import cgroups, facts, interfaces, netns
+from cwndtrace.records import arrow, layout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ class Batch:
     """Records of one event that came in together, in the order in which the kernel handed them over."""
 
     event: str
-    rows: pa.Table | events.Raw
+    rows: pa.Table | arrow.Raw
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,16 +42,16 @@ class Batch:
     @cached_property
     def table(self) -> pa.Table:
         """The records in Arrow, made when it is asked for."""
-        return self.rows.to_arrow() if isinstance(self.rows, events.Raw) else self.rows
+        return self.rows.to_arrow() if isinstance(self.rows, arrow.Raw) else self.rows
 
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame, one row a record; columns as in ``events.schema(event)``, ``time`` in UTC, texts ``clean``."""
-        frame: pd.DataFrame = events.clean_texts(self.table).to_pandas()
+        """A DataFrame, one row a record; columns as in ``arrow.schema(event)``, ``time`` in UTC, texts ``clean``."""
+        frame: pd.DataFrame = arrow.clean_texts(self.table).to_pandas()
         return frame
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """A dict a record, as ``--json`` prints them."""
-        return events.table_to_dicts(self.event, self.table)
+        return arrow.table_to_dicts(self.event, self.table)
 
 
 MOST_SPANS: Final = 1000
@@ -146,10 +146,10 @@ class Session:
         batches = []
         for name, parts in raw.items():
             data = b"".join(parts)
-            records = events.decode(name, data)
+            records = layout.decode(name, data)
             if len(records):
-                offsets = self.clock.offsets(records[events.event(name).fields[0].name])
-                batches.append(Batch(name, events.Raw(name, data, offsets)))
+                offsets = self.clock.offsets(records[layout.event(name).fields[0].name])
+                batches.append(Batch(name, arrow.Raw(name, data, offsets)))
                 self.tally.kept[name] = self.tally.kept.get(name, 0) + len(records)
         return batches
 
@@ -210,7 +210,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "hz": facts.hz(),
         "command": sys.argv,
         "filters": {k: cgroups.shown(v) if k == "cgroup" else v for k, v in asdict(filters).items() if v is not None},
-        "started": events.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
+        "started": arrow.iso_time(session.start["mono_ns"] + session.start["utc_offset_ns"]),
         "ended": None,
         "clock": _clocks(session),
         "sysctls": session.spaces,
@@ -242,7 +242,7 @@ def ending(session: Session) -> dict[str, Any]:
     # Those that came later have what they are set to now.
     sysctls = {**session.helper.settings(), **session.spaces}
     return {
-        "ended": events.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
+        "ended": arrow.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": _clocks(session, end),
         "sysctls": sysctls,
         **session.meta(),

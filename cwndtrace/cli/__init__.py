@@ -91,7 +91,7 @@ class Commands(click.Group):
 
 def explain(error: CwndtraceError) -> int:
     """Say the cause and the cure; the exit code."""
-    from cwndtrace.events import clean
+    from cwndtrace.format import clean
 
     click.echo(f"cwndtrace: {clean(error.cause)}", err=True)
     if error.remedy:

@@ -14,8 +14,8 @@ from cwndtrace import format as fmt
 from cwndtrace.analysis.compare import MEASURES
 from cwndtrace.cli import options
 from cwndtrace.cli.table import Column, echo_prose, table
-from cwndtrace.events import TABLES, clean
-from cwndtrace.format import json_line, span
+from cwndtrace.format import clean, json_line, span
+from cwndtrace.records.arrow import TABLES
 
 _COLUMNS: Final = (
     Column("MEASURE", least=16),

@@ -18,8 +18,9 @@ from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoRung
-from cwndtrace.events import clean
+from cwndtrace.format import clean
 from cwndtrace.kernel import btf, facts, ladder, netns
+from cwndtrace.tcp import IDLE_SYSCTL
 
 OK, LACK, BAD = "ok", "lack", "bad"
 _NAME: Final = 24
@@ -179,9 +180,9 @@ def _sysctls() -> list[Fact]:
         if value is None:
             lines.append(Fact(name, "can't be read", LACK))
         elif value:
-            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = {value}: windows are reset after idle time"))
+            lines.append(Fact(name, f"{IDLE_SYSCTL} = {value}: windows are reset after idle time"))
         else:
-            lines.append(Fact(name, f"{netns.IDLE_SYSCTL} = 0: no window is reset after idle time"))
+            lines.append(Fact(name, f"{IDLE_SYSCTL} = 0: no window is reset after idle time"))
     return lines
 
 

@@ -13,11 +13,11 @@ import click
 import numpy as np
 import pyarrow as pa
 
-from cwndtrace import events
 from cwndtrace import format as fmt
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.cli.table import Column, Layout, cut, cut_connection, cut_process, echo_prose, room
+from cwndtrace.records import arrow, layout
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
@@ -55,7 +55,7 @@ class BlockFigures:
         self.bytes: dict[tuple[str, str], int] = {}
         self.errors: dict[tuple[str, str], int] = {}
         self.all = LatencyHistogram()
-        self._waiting: list[events.Raw] = []
+        self._waiting: list[arrow.Raw] = []
         self._rows = 0
 
     def add(self, batch: Batch) -> None:
@@ -69,15 +69,15 @@ class BlockFigures:
         """Count what came in: many at once, for which little more is to do than for a few."""
         if not self._waiting:
             return
-        records = events.Raw.joined(self._waiting).records
+        records = arrow.Raw.joined(self._waiting).records
         self._waiting, self._rows = [], 0
         us = (records["done_ns"].astype(np.int64) - records["start_ns"].astype(np.int64)) / 1000
         self.all.add(us)
-        size, failed = records["bytes"], records["error"] != events.code("blk_sts", "ok")
-        pairs = events.numbers(pa.uint64(), records["dev"].astype(np.uint64) << 8 | records["op"]).dictionary_encode()
-        numbers = events.values(pairs.indices)
+        size, failed = records["bytes"], records["error"] != layout.code("blk_sts", "ok")
+        pairs = arrow.numbers(pa.uint64(), records["dev"].astype(np.uint64) << 8 | records["op"]).dictionary_encode()
+        numbers = arrow.values(pairs.indices)
         for number, raw in enumerate(pairs.dictionary.to_pylist()):
-            pair = events.label("block_io", "dev", raw >> 8), events.label("block_io", "op", raw & 0xFF)
+            pair = arrow.label("block_io", "dev", raw >> 8), arrow.label("block_io", "op", raw & 0xFF)
             rows = slice(None) if len(pairs.dictionary) == 1 else np.flatnonzero(numbers == number)
             self.latency.setdefault(pair, LatencyHistogram()).add(us[rows])
             self.bytes[pair] = self.bytes.get(pair, 0) + int(size[rows].sum())
@@ -251,7 +251,7 @@ class JsonView:
     def begin(self, what: str, capture: Path) -> None:
         """Say that tracing has begun, of what, where to and by which probes."""
         start = self._session.start
-        when = events.iso_time(start["mono_ns"] + start["utc_offset_ns"])
+        when = arrow.iso_time(start["mono_ns"] + start["utc_offset_ns"])
         probes = self._session.source.rungs
         self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, "probes": probes})
 
@@ -279,7 +279,7 @@ class JsonView:
             # A loss that goes on is one span in the capture; here each line has what came to it.
             start, end = max(losses[0].start_ns, told), losses[-1].end_ns
             self._told_ns[event] = end
-            when = events.iso_time(end + self._session.clock.offset_ns)
+            when = arrow.iso_time(end + self._session.clock.offset_ns)
             self.write({"event": "lost", "time": when, "of": event, "start_ns": start, "end_ns": end, "lost": more})
 
     @staticmethod

@@ -12,7 +12,7 @@ import click
 import cwndtrace
 from cwndtrace.cli import files, options
 from cwndtrace.errors import UsageError, making_sense
-from cwndtrace.events import clean
+from cwndtrace.format import clean
 
 ENDINGS: Final = ("png", "svg", "pdf")
 """Only these: in PostScript a picture is a program, and its title could be somebody else's text."""

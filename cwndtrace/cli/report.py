@@ -15,7 +15,7 @@ from cwndtrace.analysis import remedy, verdict
 from cwndtrace.cli import files, malloc, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
-from cwndtrace.events import clean
+from cwndtrace.format import clean
 from cwndtrace.report import content
 
 _CONNECTIONS: Final = 8

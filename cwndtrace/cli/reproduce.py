@@ -28,8 +28,7 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.cli import options, user
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
-from cwndtrace.events import clean
-from cwndtrace.format import plural
+from cwndtrace.format import clean, plural
 from cwndtrace.kernel import netns
 from cwndtrace.kernel.ladder import RUNGS
 from cwndtrace.lab import cleanup

@@ -24,7 +24,7 @@ from cwndtrace.cli.output import OutputError, buffered_output, output_closed, pr
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError
-from cwndtrace.events import clean
+from cwndtrace.format import clean
 from cwndtrace.store import CaptureWriter, ThreadedWriter
 from cwndtrace.store.writer import FLUSH_SECONDS, refuse_place
 

@@ -11,7 +11,7 @@ from cwndtrace import format as fmt
 from cwndtrace.capture.session import Session
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.cli.table import IPV4, Column, cut_connection, cut_process, echo_prose, table
-from cwndtrace.events import clean
+from cwndtrace.format import clean
 
 if TYPE_CHECKING:
     from cwndtrace.trace import Trace

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from cwndtrace.errors import NotFound
-from cwndtrace.events import CONTROL_SYSCTL
-from cwndtrace.events import IDLE_SYSCTL as IDLE_SYSCTL
 from cwndtrace.kernel import setns
 from cwndtrace.kernel.sockets import comm, pids
+from cwndtrace.tcp import CONTROL_SYSCTL, IDLE_SYSCTL
 
 # EINVAL is of a file that was a namespace and is a plain one again.
 _GONE: Final = (errno.ENOENT, errno.ESRCH, errno.ESTALE, errno.EINVAL)

@@ -17,9 +17,9 @@ from typing import Final
 
 from cwndtrace.errors import CwndtraceError, KernelLacks, PermissionNeeded
 from cwndtrace.kernel import sockets
-from cwndtrace.kernel.netns import IDLE_SYSCTL
 from cwndtrace.lab import disk, namespaces
 from cwndtrace.lab.owner import Owner
+from cwndtrace.tcp import IDLE_SYSCTL
 
 NOTES: Final = Path("/run/cwndtrace")
 _LONGEST_NOTE: Final = 1000

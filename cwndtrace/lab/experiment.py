@@ -18,7 +18,6 @@ from typing import Final, Self
 from cwndtrace.capture.target import need_root
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.format import plural
-from cwndtrace.kernel.netns import IDLE_SYSCTL
 from cwndtrace.lab import cleanup, wire
 from cwndtrace.lab.disk import SlowDevice, slow_device
 from cwndtrace.lab.measurement import Measurement, Setting, limits, measured
@@ -26,6 +25,7 @@ from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.path import Kind, Path, open_path, set_in_both
 from cwndtrace.lab.scenario import HOW, Scenario
 from cwndtrace.lab.workload import PORT, Client, Received, Server
+from cwndtrace.tcp import IDLE_SYSCTL
 
 SETTINGS: Final[tuple[Setting, ...]] = ("on", "off")
 _SYSCTL_VALUE: Final = {"on": "1", "off": "0"}

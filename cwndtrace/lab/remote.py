@@ -18,11 +18,12 @@ from typing import Final, Self
 
 from cwndtrace.errors import CwndtraceError, NotFound
 from cwndtrace.format import plural
-from cwndtrace.kernel.netns import IDLE_SYSCTL, read_sysctl
+from cwndtrace.kernel.netns import read_sysctl
 from cwndtrace.lab import cleanup, wire
 from cwndtrace.lab.measurement import Measurement, Setting, limits, measured
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.scenario import Scenario
+from cwndtrace.tcp import IDLE_SYSCTL
 
 _PATIENCE_S: Final = 60.0
 _WARM_TRIES: Final = 12

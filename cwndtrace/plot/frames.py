@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from cwndtrace import events
+from cwndtrace import format as fmt
 from cwndtrace.errors import UsageError
+from cwndtrace.records import arrow
 
 Seconds = npt.NDArray[np.float64]
 
@@ -66,7 +67,7 @@ def clock(
         raise UsageError(f"The span from {span[0]:g} s to {span[1]:g} s is empty.", "Give the earlier second first.")
     edges = span or (0.0, max((last - zero) / 1e9, 0.001))
     offset = start.get("utc_offset_ns")
-    started = events.iso_time(zero + offset) if isinstance(offset, int) else ""
+    started = arrow.iso_time(zero + offset) if isinstance(offset, int) else ""
     return Clock(zero, float(edges[0]), float(edges[1]), started[:23].replace("T", " "))
 
 
@@ -97,7 +98,7 @@ def choose(resets: pd.DataFrame, connections: pd.DataFrame, wanted: str | None, 
     keys = sorted(most_sent.index, key=lambda key: (-int(counts.get(key, 0)), -int(most_sent[key]), str(key)))
     if wanted is not None:
         if wanted not in most_sent.index:
-            cause = f"There is no connection {events.clean(wanted)} in this capture."
+            cause = f"There is no connection {fmt.clean(wanted)} in this capture."
             raise UsageError(cause, f"Those with most resets: {', '.join(keys[:5]) or 'none'}.")
         return [wanted], len(keys)
     with_resets = [key for key in keys if counts.get(key, 0)]

@@ -17,12 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from cwndtrace import events
 from cwndtrace.format import plural
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
 from cwndtrace.plot.style import Palette, plain
+from cwndtrace.records import arrow
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
 _LOG_FROM: Final = 20.0  # as in the timeline: from this ratio of largest to least on, the axis is logarithmic
@@ -53,7 +53,7 @@ def sawtooth(
     burst is marked along the foot and labelled with what it took. Without it both panels show the whole capture on its
     clock.
     """
-    resets = {"on": events.whole(resets_on, "cwnd_reset"), "off": events.whole(resets_off, "cwnd_reset")}
+    resets = {"on": arrow.whole(resets_on, "cwnd_reset"), "off": arrow.whole(resets_off, "cwnd_reset")}
     observed = {"on": observed_on, "off": observed_off}
     bursts = {setting: _none() for setting in resets}
     rounds = 0

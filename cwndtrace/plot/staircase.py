@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from cwndtrace import events
 from cwndtrace.format import plural
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import fit
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
+from cwndtrace.records import arrow
 
 FLOORS: Final = 4
 """Sizes of windows whose floor is drawn; more of them would only be noise."""
@@ -42,7 +42,7 @@ def staircase(resets: pd.DataFrame) -> Figure:
     staircase if the rule, for an idle time within a jiffy (10 ms at most) of the recorded one, gives it to the segment.
     Idle times longer than what the axis has room for stand at its right edge.
     """
-    resets = events.whole(resets, "cwnd_reset")
+    resets = arrow.whole(resets, "cwnd_reset")
     usable = (resets["reason"].astype(str) == "idle") & (resets["rto_us"] > 0) & (resets["cwnd_before"] > 0)
     used = resets[usable]
     idle, rto, before, after, initial = (

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.font_manager import findfont, get_font
 
-from cwndtrace import events
+from cwndtrace import format as fmt
 
 _FONT: Final = "DejaVu Sans"  # ships with matplotlib, has the arrows
 
@@ -157,6 +157,6 @@ def plain(text: object, limit: int = 200) -> str:
 
     A character that the font can't draw becomes ``?``.
     """
-    line = "".join(c if ord(c) in _drawable() else "?" for c in events.clean(str(text)))
+    line = "".join(c if ord(c) in _drawable() else "?" for c in fmt.clean(str(text)))
     line = line if len(line) <= limit else f"{line[: limit - 1]}…"
     return line.replace("$", r"\$")

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from cwndtrace import events
 from cwndtrace.format import plural
 from cwndtrace.plot import panels, style
 from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
 from cwndtrace.plot.style import Palette, plain
+from cwndtrace.records import arrow
 
 MOST_PANELS: Final = 4
 """Connections in one picture."""
@@ -50,9 +50,9 @@ def timeline(
     Raises UsageError for a connection that isn't there and for an empty span.
     """
     block_io = block_io if block_io is not None else pd.DataFrame(columns=["start_ns", "done_ns", "op", "error"])
-    resets, connections = events.whole(resets, "cwnd_reset"), events.whole(connections, "connections")
-    block_io = events.whole(block_io, "block_io")
-    samples = None if samples is None else events.whole(samples, "cwnd_sample")
+    resets, connections = arrow.whole(resets, "cwnd_reset"), arrow.whole(connections, "connections")
+    block_io = arrow.whole(block_io, "block_io")
+    samples = None if samples is None else arrow.whole(samples, "cwnd_sample")
     seen = ["connection", "ts_ns", "cwnd"]
     windows_seen = connections[seen] if samples is None else pd.concat([connections[seen], samples[seen]])
     at = clock(resets, connections, block_io, meta, span)

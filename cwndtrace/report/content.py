@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import pandas as pd
 
-from cwndtrace import events
 from cwndtrace import format as fmt
 from cwndtrace.analysis import idle_cause, verdict
 from cwndtrace.errors import making_sense
+from cwndtrace.records import arrow
 from cwndtrace.trace import Trace
 
 RESETS: Final = ("cwnd_reset", "cwnd_recovery", "connections")
@@ -65,7 +65,7 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
     for kind, number in trace.left_out.items():
         line = fmt.left_out(kind, number)
         whole.append(f"{line[0].upper()}{line[1:]}.")
-    lost = {name: trace.lost(name) for name in events.TABLES}
+    lost = {name: trace.lost(name) for name in arrow.TABLES}
     resets = [f"{fmt.lost(lost[name], 'record', name)}: figures may be too low." for name in RESETS if lost[name]]
     rungs = trace.meta.get("rungs")
     unseen = [str(reason) for reason, rung in rungs.items() if not rung] if isinstance(rungs, dict) else []

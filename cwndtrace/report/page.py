@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from cwndtrace import format as fmt
 from cwndtrace.analysis import verdict
 from cwndtrace.errors import making_sense
-from cwndtrace.events import clean
+from cwndtrace.format import clean
 from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
 from cwndtrace.plot.timeline import timeline

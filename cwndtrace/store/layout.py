@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from cwndtrace import events
+from cwndtrace import format as fmt
 
 SCHEMA_VERSION: Final = 1
 """Raised when a reader of the version before would misread a capture; new columns and tables don't count."""
@@ -31,7 +31,7 @@ def part_name(number: int) -> str:
 
 def show(path: Path) -> str:
     """A path for a message, without what could steer a terminal."""
-    return events.clean(str(path))
+    return fmt.clean(str(path))
 
 
 def boot_id() -> str:

@@ -13,9 +13,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from cwndtrace import events
+from cwndtrace import format as fmt
 from cwndtrace.errors import CaptureError, for_lack_of_memory
 from cwndtrace.format import plural
+from cwndtrace.records import arrow
 from cwndtrace.store import files
 from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
 from cwndtrace.store.parquet_limits import Told, UnsafeFile
@@ -59,10 +60,10 @@ class Capture:
         in ``time``, exact in the ``*_ns`` columns. Raises KeyError for a table that neither this version
         nor the capture knows.
         """
-        strange = name not in events.TABLES
+        strange = name not in arrow.TABLES
         if strange and (not name or Path(name).name != name or name.startswith(".") or not (self.path / name).is_dir()):
             raise KeyError(name)
-        known = None if strange else events.schema(name)
+        known = None if strange else arrow.schema(name)
         if known is not None and columns is not None:
             known = pa.schema([known.field(column) for column in columns], metadata=known.metadata)
         tables = [table for _, table in self._each(name, known, columns)]
@@ -72,7 +73,7 @@ class Capture:
 
     def pieces(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
         """What ``table`` gives, part by part, so that not all of it is in memory twice; the first is always empty."""
-        schema = events.schema(name)
+        schema = arrow.schema(name)
         known = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
         yield known.empty_table()
         yield from (table for _, table in self._each(name, known, columns))
@@ -112,7 +113,7 @@ class Capture:
 
     def partly(self, name: str) -> tuple[int, list[str]]:
         """How many rows of a table lack columns that a later version needs, and which columns."""
-        needed = events.needed(name)
+        needed = arrow.needed(name)
         lacking = [(told.rows, told.columns) for told in self._footers(name).values() if not told.columns >= {*needed}]
         return sum(rows for rows, _ in lacking), [n for n in needed if any(n not in there for _, there in lacking)]
 
@@ -142,7 +143,7 @@ class Capture:
 
     def _bound(self, name: str) -> None:
         """Raises CaptureError where there are more rows than may be read."""
-        total = sum(self.rows(table) for table in {*events.TABLES, name})
+        total = sum(self.rows(table) for table in {*arrow.TABLES, name})
         if total > self.max_rows:
             holds = f"{show(self.shown or self.path)} holds {plural(total, 'row')}"
             cause = f"{holds}, and {self.max_rows:,} are the most to be read."
@@ -177,7 +178,7 @@ class Capture:
                 yield part, data
 
     def _warn(self, part: Path, error: Exception) -> None:
-        reason = events.clean(str(error).split("\n", 1)[0])[:160]
+        reason = fmt.clean(str(error).split("\n", 1)[0])[:160]
         line = f"{part.relative_to(self.path)} is cut off or corrupt, its rows are left out ({reason})"
         if line.split(" (")[0] not in {w.split(" (")[0] for w in self.warnings}:
             self.warnings.append(line)
@@ -242,13 +243,13 @@ def _read_meta(where: Path) -> dict[str, Any]:
     except PermissionError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise CaptureError(f"{show(file)} can't be read: {events.clean(str(error))}.", events.clean(tables)) from error
+        raise CaptureError(f"{show(file)} can't be read: {fmt.clean(str(error))}.", fmt.clean(tables)) from error
     version = meta.get("schema") if isinstance(meta, dict) else None
     if type(version) is not int or version < 1:
         raise CaptureError(f"{show(file)} isn't that of a capture: no schema number.", "Give another directory.")
     if version > SCHEMA_VERSION:
         cause = f"{show(where)} has schema {version}; this cwndtrace reads up to {SCHEMA_VERSION}."
-        writer = events.clean(str(meta.get("version", "a newer one")))[:40]
+        writer = fmt.clean(str(meta.get("version", "a newer one")))[:40]
         raise CaptureError(cause, f"Upgrade cwndtrace: the capture was written by {writer}.")
     return dict(meta)
 
@@ -264,7 +265,7 @@ def _status(meta: dict[str, Any]) -> str:
 
 def _lacking(meta: dict[str, Any]) -> list[str]:
     lines = meta.get("lacking")
-    return [events.clean(line)[:400] for line in lines[:5] if isinstance(line, str)] if isinstance(lines, list) else []
+    return [fmt.clean(line)[:400] for line in lines[:5] if isinstance(line, str)] if isinstance(lines, list) else []
 
 
 def _at(values: Any, *keys: str) -> Any:
@@ -281,7 +282,7 @@ def _number(value: Any) -> int:
 def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
     present = set(data.column_names)
     columns = [data.column(f.name).cast(f.type) if f.name in present else pa.nulls(len(data), f.type) for f in known]
-    for name in present & set(known.names) - events.MAY_BE_NULL:
+    for name in present & set(known.names) - arrow.MAY_BE_NULL:
         if data.column(name).null_count:
             raise UnsafeFile(f"values of {name} are missing")
     for column in columns:

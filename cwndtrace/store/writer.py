@@ -20,9 +20,11 @@ from typing import Any, BinaryIO, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwndtrace import events, privileges
+from cwndtrace import format as fmt
+from cwndtrace import privileges
 from cwndtrace.errors import CaptureError
 from cwndtrace.format import plural
+from cwndtrace.records import arrow
 from cwndtrace.store.folder import Folder, UnsafePath, refuse
 from cwndtrace.store.layout import (
     META,
@@ -73,7 +75,7 @@ class _Buffer:
     ``due`` is when those are to be written, ``begun`` when the part's first row came.
     """
 
-    tables: list[pa.Table | events.Raw] = field(default_factory=list)
+    tables: list[pa.Table | arrow.Raw] = field(default_factory=list)
     rows: int = 0
     written: int = 0
     due: float = math.inf
@@ -101,8 +103,8 @@ class CaptureWriter:
         self.lost: Counter[str] = Counter()
         self._meta = meta
         self._flush_seconds = flush_seconds
-        self._buffers = {name: _Buffer() for name in events.TABLES}
-        self._parts: dict[str, dict[int, tuple[int, ...]]] = {name: {} for name in events.TABLES}
+        self._buffers = {name: _Buffer() for name in arrow.TABLES}
+        self._parts: dict[str, dict[int, tuple[int, ...]]] = {name: {} for name in arrow.TABLES}
         self._closed = False
 
     @classmethod
@@ -150,17 +152,17 @@ class CaptureWriter:
         """
         return replace(open_capture(self._folder.path), shown=self.path)
 
-    def add(self, table: str, data: pa.Table | events.Raw) -> None:
+    def add(self, table: str, data: pa.Table | arrow.Raw) -> None:
         """Take the rows of ``data``, to be written by a later ``flush``.
 
-        Raises ValueError for a table that isn't one of ``events.TABLES`` and for a schema other than its own.
+        Raises ValueError for a table that isn't one of ``arrow.TABLES`` and for a schema other than its own.
         """
-        if table not in events.TABLES:
+        if table not in arrow.TABLES:
             raise ValueError(f"{table!r} isn't a table of a capture")
-        if isinstance(data, events.Raw):
+        if isinstance(data, arrow.Raw):
             if data.event != table:
                 raise ValueError(f"records of {data.event} are none of {table}")
-        elif not data.schema.equals(events.schema(table)):
+        elif not data.schema.equals(arrow.schema(table)):
             raise ValueError(f"the schema differs from that of {table}:\n{data.schema}")
         buffer = self._buffers[table]
         if buffer.rows + len(data) > BUFFER_ROWS:
@@ -249,7 +251,7 @@ class CaptureWriter:
 
     def _write_part(self, name: str, buffer: _Buffer, *, seal: bool) -> None:
         part = part_name(buffer.part)
-        rows = events.joined(buffer.tables)
+        rows = arrow.joined(buffer.tables)
         buffer.tables = [rows]
 
         sealed = seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS
@@ -306,9 +308,9 @@ def _explained(path: Path) -> Iterator[None]:
         raise _failed(f"{show(path)} can't be made", error) from error
 
 
-def _own(rows: pa.Table | events.Raw) -> bool:
+def _own(rows: pa.Table | arrow.Raw) -> bool:
     """Whether these are block requests of this process alone."""
-    if not isinstance(rows, events.Raw) or rows.event != "block_io":
+    if not isinstance(rows, arrow.Raw) or rows.event != "block_io":
         return False
     return bool((rows.records["tgid"] == os.getpid()).all())
 
@@ -319,7 +321,7 @@ def _encoding(table: str) -> dict[str, Any]:
 
     Beside one rule for all columns that takes a quarter of the time and half of the space.
     """
-    schema = events.schema(table)
+    schema = arrow.schema(table)
     clocks = [f.name for f in schema if pa.types.is_timestamp(f.type) or f.name.endswith("_ns")]
     plain = [f.name for f in schema if f.metadata[b"unit"].startswith(b"sectors")]
     return {
@@ -330,5 +332,5 @@ def _encoding(table: str) -> dict[str, Any]:
 
 
 def _failed(what: str, error: OSError) -> CaptureError:
-    reason = error.strerror or events.clean(str(error))
+    reason = error.strerror or fmt.clean(str(error))
     return CaptureError(f"{what}: {reason}.", _REMEDIES.get(error.errno or 0, "See the reason, or choose another -o."))

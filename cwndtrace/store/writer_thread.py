@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from cwndtrace.errors import CaptureError
-from cwndtrace.events import Raw
+from cwndtrace.records.arrow import Raw
 from cwndtrace.store.reader import Capture
 from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
 

@@ -24,7 +24,7 @@ from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.program import Program
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
-from cwndtrace.events import bpf_dir
+from cwndtrace.records.layout import bpf_dir
 from tests.live.tcp import until
 
 SECTOR: Final = 512

@@ -21,8 +21,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cwndtrace import events, privileges
+from cwndtrace import privileges
 from cwndtrace.errors import CaptureError
+from cwndtrace.records import arrow
 from cwndtrace.store import CaptureWriter
 from tests.live.test_privileges import GID, UID
 from tests.others import need_readable_checkout
@@ -124,7 +125,7 @@ def attacked(place: Path, capture: Path) -> Iterator[dict[str, int]]:
 
 
 def rows(number: int) -> pa.Table:
-    schema = events.schema(TABLES[number % len(TABLES)])
+    schema = arrow.schema(TABLES[number % len(TABLES)])
     return pa.Table.from_pylist([dict.fromkeys(schema.names)], schema=schema)
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from cwndtrace.analysis.connections import identify
-from cwndtrace.events import CONNECTIONS
+from cwndtrace.records.arrow import CONNECTIONS
 from tests.live import tcp
 from tests.live.conftest import Connect
 from tests.live.test_endings import Link

@@ -28,6 +28,7 @@ from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS, Scenario
 from cwndtrace.lab.workload import Client
+from cwndtrace.tcp import IDLE_SYSCTL
 from tests.live import tcp
 
 pytestmark = pytest.mark.live
@@ -155,7 +156,7 @@ AGAINST = Scenario(bursts=(100_000,), idle_times=(0.0, 0.4), rounds=2)
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_against_a_server(plain: bool) -> None:
-    current = netns.read_sysctl(netns.IDLE_SYSCTL)
+    current = netns.read_sysctl(IDLE_SYSCTL)
     with served() as server, Remote("127.0.0.1", server.port, AGAINST, plain=plain) as remote:
         rows = list(remote.rows())
         assert {row.sport for row in rows} == set(remote.ports)
@@ -170,10 +171,10 @@ def test_against_both_settings_in_a_namespace_of_its_own() -> None:
 
     def work() -> tuple[list[Setting], int, int]:
         with open_loopback(), served() as server:
-            before = netns.read_sysctl(netns.IDLE_SYSCTL)
+            before = netns.read_sysctl(IDLE_SYSCTL)
             with Remote("127.0.0.1", server.port, AGAINST, allow_sysctl=True) as remote:
                 settings = [row.setting for row in remote.rows()]
-            return settings, before, netns.read_sysctl(netns.IDLE_SYSCTL)
+            return settings, before, netns.read_sysctl(IDLE_SYSCTL)
 
     with namespace(Owner.new().name("test")) as where:
         settings, before, after = netns.inside(where, work)
@@ -322,14 +323,14 @@ def test_the_hosts_sysctl_is_put_back_by_the_next_start() -> None:
 
     def work() -> tuple[int, list[str], int]:
         # As a killed run leaves it: changed, and noted under the name of an owner that is gone.
-        old = netns.read_sysctl(netns.IDLE_SYSCTL)
+        old = netns.read_sysctl(IDLE_SYSCTL)
         dead = replace(Owner.new(), pid=2**22 + 7)
         with cleanup.host_sysctl(dead, str(1 - old)):
-            assert netns.read_sysctl(netns.IDLE_SYSCTL) == 1 - old
+            assert netns.read_sysctl(IDLE_SYSCTL) == 1 - old
             note = (cleanup.NOTES / dead.name("sysctl")).read_bytes()
         Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").write_text(str(1 - old))
         (cleanup.NOTES / dead.name("sysctl")).write_bytes(note)
-        return old, cleanup.sweep(), netns.read_sysctl(netns.IDLE_SYSCTL)
+        return old, cleanup.sweep(), netns.read_sysctl(IDLE_SYSCTL)
 
     with namespace(Owner.new().name("test")) as where:
         old, swept, now = netns.inside(where, work)

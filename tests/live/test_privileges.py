@@ -22,8 +22,8 @@ import pytest
 import cwndtrace
 from cwndtrace import privileges
 from cwndtrace.cli import COMMANDS, NEED_ROOT
-from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import ladder
+from cwndtrace.records.layout import bpf_dir
 from tests.live import tcp
 from tests.live.conftest import Connect, left_out
 from tests.live.tcp import listening, until

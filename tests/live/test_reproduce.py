@@ -27,6 +27,7 @@ import pytest
 import cwndtrace
 from cwndtrace.format import plural
 from cwndtrace.kernel import netns
+from cwndtrace.tcp import IDLE_SYSCTL
 from tests.live import tcp
 from tests.live.test_lab_kill import eventually, processes_of, sysctls, things_of
 from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, assert_owned, home_of
@@ -266,7 +267,7 @@ def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
 
 
 def test_against_a_server_the_sysctl_stays(tmp_path: Path) -> None:
-    before, current = of_the_host(), "on" if netns.read_sysctl(netns.IDLE_SYSCTL) else "off"
+    before, current = of_the_host(), "on" if netns.read_sysctl(IDLE_SYSCTL) else "off"
     with serving() as (server, where):
         # Less than loopback's window takes at once: what it does then is known.
         done = call(
@@ -298,7 +299,7 @@ def test_both_settings_and_a_send_buffer_that_is_too_small(make_space: Callable[
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert of_the_host() == before
-    assert space.enter(lambda: netns.read_sysctl(netns.IDLE_SYSCTL)) == 1
+    assert space.enter(lambda: netns.read_sysctl(IDLE_SYSCTL)) == 1
     taken = pd.read_parquet(tmp_path / "a" / "measurements.parquet")
     assert list(taken["setting"]) == ["on", "off"]
     assert (taken["taken_at_once"] < 1_000_000).all()
@@ -311,10 +312,10 @@ def test_both_settings_and_a_send_buffer_that_is_too_small(make_space: Callable[
 
 
 def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space], tmp_path: Path) -> None:
-    space, host = make_space(), netns.read_sysctl(netns.IDLE_SYSCTL)
+    space, host = make_space(), netns.read_sysctl(IDLE_SYSCTL)
 
     def value() -> int:
-        return int(space.enter(lambda: netns.read_sysctl(netns.IDLE_SYSCTL)))
+        return int(space.enter(lambda: netns.read_sysctl(IDLE_SYSCTL)))
 
     with serving(within(space)) as (_, where):
         scenario = ("--against", where, "--allow-sysctl", "--burst", "20k", "--idle", "10ms", "--rounds", "1000")
@@ -334,7 +335,7 @@ def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space],
     assert left in (0, 1)
     assert value() == 1
     assert not things_of(run.process.pid)
-    assert netns.read_sysctl(netns.IDLE_SYSCTL) == host
+    assert netns.read_sysctl(IDLE_SYSCTL) == host
 
 
 def test_a_server_that_goes_away(tmp_path: Path) -> None:

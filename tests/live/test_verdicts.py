@@ -34,6 +34,7 @@ from cwndtrace.lab.link import Link
 from cwndtrace.lab.namespaces import write_sysctl
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.recording import Recording
+from cwndtrace.tcp import IDLE_SYSCTL
 from cwndtrace.trace import Trace
 from tests.live import tcp
 
@@ -101,7 +102,7 @@ class Lab:
         assert made.relay is not None
         for end in (made.server, made.client):
             write_sysctl(end.namespace, "net.ipv4.tcp_no_metrics_save", "1")
-        write_sysctl(made.client.namespace, netns.IDLE_SYSCTL, "0")
+        write_sysctl(made.client.namespace, IDLE_SYSCTL, "0")
         return Way(End(made.server), End(made.client), made.relay.pid)
 
     def connect(

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from cwndtrace import events, store
+from cwndtrace import store
+from cwndtrace.records import arrow, layout
 from cwndtrace.trace import Trace, load
 
 MONO = 5_000_000_000_000
@@ -28,9 +29,9 @@ def packed(address: str) -> bytes:
     return ipaddress.IPv6Address(f"::ffff:{ip}").packed if ip.version == 4 else ip.packed
 
 
-def reset(at_s: float = 1.0, **fields: Any) -> events.Records:
+def reset(at_s: float = 1.0, **fields: Any) -> layout.Records:
     """One cwnd_reset record ``at_s`` seconds after the start; any field by name, addresses and enums as text."""
-    record = np.zeros(1, dtype=events.event("cwnd_reset").dtype)
+    record = np.zeros(1, dtype=layout.event("cwnd_reset").dtype)
     values: dict[str, Any] = {
         "ts_ns": MONO + int(at_s * SECOND), "sock_cookie": 0x5F, "skaddr": 0xFFFF888012345600, "cgroup_id": 1,
         "bytes_acked": 40_000_000, "bytes_sent": 40_100_000, "idle_us": 2_100_000, "last_rcv_us": 2_000_000,
@@ -45,9 +46,9 @@ def reset(at_s: float = 1.0, **fields: Any) -> events.Records:
     return _filled("cwnd_reset", record, values)
 
 
-def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> events.Records:
+def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> layout.Records:
     """One block_io record that starts ``at_s`` seconds after the start and takes ``latency_us``."""
-    record = np.zeros(1, dtype=events.event("block_io").dtype)
+    record = np.zeros(1, dtype=layout.event("block_io").dtype)
     start = MONO + int(at_s * SECOND)
     values: dict[str, Any] = {
         "start_ns": start, "issue_ns": start + 4_000, "done_ns": start + int(latency_us * 1000), "sector": 2048,
@@ -56,9 +57,9 @@ def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> events
     return _filled("block_io", record, values | fields)
 
 
-def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> events.Records:
+def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> layout.Records:
     """One cwnd_recovery record of ``reset(at_s)``, followed for ``took_s`` seconds until its window was back."""
-    record = np.zeros(1, dtype=events.event("cwnd_recovery").dtype)
+    record = np.zeros(1, dtype=layout.event("cwnd_recovery").dtype)
     began = MONO + int(at_s * SECOND)
     values: dict[str, Any] = {
         "reset_ts_ns": began, "end_ts_ns": began + int(took_s * SECOND), "sock_cookie": 0x5F,
@@ -69,29 +70,29 @@ def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> events.R
     return _filled("cwnd_recovery", record, values | fields)
 
 
-def _filled(name: str, record: events.Records, values: dict[str, Any]) -> events.Records:
-    for member in events.event(name).fields:
+def _filled(name: str, record: layout.Records, values: dict[str, Any]) -> layout.Records:
+    for member in layout.event(name).fields:
         if member.name not in values:
             continue
         value = values[member.name]
         if isinstance(value, str) and member.unit == "addr":
             value = packed(value)
         elif isinstance(value, str) and member.unit.startswith("enum "):
-            value = events.code(member.unit[5:], value)
+            value = layout.code(member.unit[5:], value)
         record[member.name] = value
     return record
 
 
-def table(name: str, *records: events.Records) -> pa.Table:
+def table(name: str, *records: layout.Records) -> pa.Table:
     """An Arrow table of one event from records."""
-    empty = np.zeros(0, dtype=events.event(name).dtype)
-    return events.to_arrow(name, np.concatenate([empty, *records]), OFFSET)
+    empty = np.zeros(0, dtype=layout.event(name).dtype)
+    return arrow.to_arrow(name, np.concatenate([empty, *records]), OFFSET)
 
 
 def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
     """One row of the table ``connections``, ``at_s`` seconds after the start."""
     ts_ns = MONO + int(at_s * SECOND)
-    row: dict[str, Any] = dict.fromkeys(events.CONNECTIONS.names, 0)
+    row: dict[str, Any] = dict.fromkeys(arrow.CONNECTIONS.names, 0)
     row |= {
         "time": (ts_ns + OFFSET) // 1000, "ts_ns": ts_ns, "sock_cookie": 0x5F, "netns_ino": NETNS, "family": 2,
         "state": "ESTAB",
@@ -104,7 +105,7 @@ def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
 
 def snapshots(*rows: dict[str, Any]) -> pa.Table:
     """The table ``connections`` from rows."""
-    return pa.Table.from_pylist(list(rows), schema=events.CONNECTIONS)
+    return pa.Table.from_pylist(list(rows), schema=arrow.CONNECTIONS)
 
 
 def meta(**values: Any) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def meta(**values: Any) -> dict[str, Any]:
         "sysctls": {str(NETNS): {"name": "this", "net.ipv4.tcp_slow_start_after_idle": 1}},
         "rungs": {"idle": "sendmsg", "rto_loss": "sendmsg", "app_limited": None},
         "devices": {"7:0": "loop0"}, "interfaces": {"3": "eth0"},
-        "counts": {t: {"kept": 0, "lost": 0} for t in events.TABLES}, "unchanged": 0, "lossy": [],
+        "counts": {t: {"kept": 0, "lost": 0} for t in arrow.TABLES}, "unchanged": 0, "lossy": [],
     } | values  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def story(
     MB.
     """
     rng = np.random.default_rng(seed)
-    resets: list[events.Records] = []
+    resets: list[layout.Records] = []
     rows: list[dict[str, Any]] = []
     for peer in range(peers):
         full, at = int(rng.integers(2650, 2900)), 0.4

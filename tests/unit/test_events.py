@@ -20,28 +20,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwndtrace import events
+from cwndtrace import format as fmt
+from cwndtrace.records import arrow, layout
 from tests.unit import frames
 
-HEADER = (events.bpf_dir() / "events.h").read_text(encoding="utf-8")
+HEADER = (layout.bpf_dir() / "events.h").read_text(encoding="utf-8")
 SIGNED = {"__s8", "__s16", "__s32", "__s64"}
 
 
 def _ask_compiler(folder: Path) -> dict[str, str]:
     """Each expression and what a compiled program prints for it."""
-    layout = events.layout()
-    asked = {f"sizeof(struct {e.name})": "" for e in layout.events.values()}
-    for event in layout.events.values():
+    parsed = layout.header()
+    asked = {f"sizeof(struct {e.name})": "" for e in parsed.events.values()}
+    for event in parsed.events.values():
         for member in event.fields:
             where = f"struct {event.name}, {member.name}"
             asked[f"offsetof({where})"] = ""
             asked[f"sizeof(((struct {event.name} *)0)->{member.name})"] = ""
-    for enum, labels in layout.enums.items():
+    for enum, labels in parsed.enums.items():
         asked |= {f"{enum.upper()}_{label.upper()}": "" for label in labels.values()}
     prints = "\n".join(f'printf("%lu\\n", (unsigned long)({expression}));' for expression in asked)
     source = folder / "layout.c"
     source.write_text(
-        f'#include <stddef.h>\n#include <stdio.h>\n#include "{events.bpf_dir()}/events.h"\n'
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{layout.bpf_dir()}/events.h"\n'
         f"int main(void)\n{{\n{prints}\nreturn 0;\n}}\n",
         encoding="utf-8",
     )
@@ -53,7 +54,7 @@ def _ask_compiler(folder: Path) -> dict[str, str]:
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler: apt-get install gcc libc6-dev")
 def test_layout_is_what_the_compiler_makes_of_the_header(tmp_path: Path) -> None:
     said = {expression: int(answer) for expression, answer in _ask_compiler(tmp_path).items()}
-    for event in events.layout().events.values():
+    for event in layout.header().events.values():
         assert event.dtype.itemsize == event.size == said[f"sizeof(struct {event.name})"]
         for member in event.fields:
             dtype, offset = event.dtype.fields[member.name][:2]  # type: ignore[index]
@@ -61,7 +62,7 @@ def test_layout_is_what_the_compiler_makes_of_the_header(tmp_path: Path) -> None
             assert dtype.itemsize == said[f"sizeof(((struct {event.name} *)0)->{member.name})"]
             if member.count == 1:
                 assert dtype.kind == ("i" if member.ctype in SIGNED else "u")
-    for enum, labels in events.layout().enums.items():
+    for enum, labels in layout.header().enums.items():
         for value, label in labels.items():
             assert value == said[f"{enum.upper()}_{label.upper()}"]
 
@@ -70,8 +71,8 @@ def test_every_line_of_the_header_became_a_field_or_a_label() -> None:
     # A member that the parser overlooked would not change offsets if it stood last in tail room.
     members = sum("/* [" in line for line in HEADER.splitlines())
     labels = sum(" = " in line for line in HEADER.splitlines())
-    assert sum(len(e.fields) for e in events.layout().events.values()) == members
-    assert sum(len(labels) for labels in events.layout().enums.values()) == labels
+    assert sum(len(e.fields) for e in layout.header().events.values()) == members
+    assert sum(len(labels) for labels in layout.header().enums.values()) == labels
 
 
 GOOD = """enum kind {
@@ -90,9 +91,9 @@ struct one {
 
 
 def test_a_small_header_parses() -> None:
-    layout = events.parse_layout(GOOD)
-    assert layout.enums == {"kind": {0: "a", 7: "b"}}
-    assert [(f.name, f.offset, f.size, f.unit) for f in layout.events["one"].fields] == [
+    parsed = layout.parse_layout(GOOD)
+    assert parsed.enums == {"kind": {0: "a", 7: "b"}}
+    assert [(f.name, f.offset, f.size, f.unit) for f in parsed.events["one"].fields] == [
         ("ts_ns", 0, 8, "ns"),
         ("n", 8, 4, "bytes"),
         ("kind", 12, 1, "enum kind"),
@@ -127,13 +128,13 @@ def test_a_small_header_parses() -> None:
 )
 def test_what_is_outside_the_subset_is_refused_with_its_line(old: str, new: str, line: int) -> None:
     assert GOOD.count(old) == 1
-    with pytest.raises(events.LayoutError, match=rf"^line {line}: "):
-        events.parse_layout(GOOD.replace(old, new))
+    with pytest.raises(layout.LayoutError, match=rf"^line {line}: "):
+        layout.parse_layout(GOOD.replace(old, new))
 
 
 def test_an_empty_struct_is_refused() -> None:
-    with pytest.raises(events.LayoutError, match="empty"):
-        events.parse_layout("struct none {\n};\n")
+    with pytest.raises(layout.LayoutError, match="empty"):
+        layout.parse_layout("struct none {\n};\n")
 
 
 @given(st.data())
@@ -143,11 +144,11 @@ def test_a_field_with_damaged_punctuation_never_parses_to_something_else(data: s
     at = data.draw(st.sampled_from([i for i, c in enumerate(lines[number]) if c in ";[]/*"]))
     lines[number] = lines[number][:at] + data.draw(st.sampled_from("?@!%")) + lines[number][at + 1 :]
     try:
-        layout = events.parse_layout("\n".join(lines))
-    except events.LayoutError:
+        parsed = layout.parse_layout("\n".join(lines))
+    except layout.LayoutError:
         return
     # Only the description may have been hit.
-    assert [(f.name, f.ctype, f.count) for f in layout.events["one"].fields] == [
+    assert [(f.name, f.ctype, f.count) for f in parsed.events["one"].fields] == [
         ("ts_ns", "__u64", 1),
         ("n", "__u32", 1),
         ("kind", "__u8", 1),
@@ -158,30 +159,30 @@ def test_a_field_with_damaged_punctuation_never_parses_to_something_else(data: s
 @given(st.ip_addresses())
 def test_addresses_read_as_the_standard_library_writes_them(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    assert events.address(frames.packed(str(ip))) == str(mapped or ip)
+    assert arrow.address(frames.packed(str(ip))) == str(mapped or ip)
 
 
 def test_a_mapped_address_is_shown_as_ipv4() -> None:
-    assert events.address(bytes(10) + b"\xff\xff\x0a\x01\x00\x07") == "10.1.0.7"
+    assert arrow.address(bytes(10) + b"\xff\xff\x0a\x01\x00\x07") == "10.1.0.7"
 
 
 @given(st.text())
 def test_clean_text_cannot_steer_a_terminal(text: str) -> None:
-    cleaned = events.clean(text)
+    cleaned = fmt.clean(text)
     assert cleaned.isprintable()
     assert len(cleaned) == len(text)
     assert all(a in (b, "?") for a, b in zip(cleaned, text, strict=True))
 
 
 def _raw(name: str) -> st.SearchStrategy[bytes]:
-    size = events.event(name).size
+    size = layout.event(name).size
     return st.integers(0, 6).flatmap(lambda n: st.binary(min_size=n * size, max_size=n * size))
 
 
 def test_texts_that_differ_behind_their_end_are_one() -> None:
-    records = np.zeros(3, dtype=events.event("cwnd_reset").dtype)
+    records = np.zeros(3, dtype=layout.event("cwnd_reset").dtype)
     records["comm"] = [b"a\0x", b"a", b"b"]
-    column = events.to_arrow("cwnd_reset", records, 0).column("comm").chunk(0)
+    column = arrow.to_arrow("cwnd_reset", records, 0).column("comm").chunk(0)
     assert (column.to_pylist(), column.dictionary.to_pylist()) == (["a", "a", "b"], ["a", "b"])
 
 
@@ -190,25 +191,25 @@ def test_texts_that_differ_behind_their_end_are_one() -> None:
 @given(data=st.data())
 def test_any_bytes_come_back_from_parquet_as_they_went_in(name: str, data: st.DataObject) -> None:
     raw = data.draw(_raw(name))
-    records = events.decode(name, raw)
+    records = layout.decode(name, raw)
     assert records.tobytes() == raw
-    table = events.to_arrow(name, records, frames.OFFSET)
-    assert table.schema.equals(events.arrow_schema(name), check_metadata=True)
+    table = arrow.to_arrow(name, records, frames.OFFSET)
+    assert table.schema.equals(arrow.arrow_schema(name), check_metadata=True)
     file = io.BytesIO()
     pq.write_table(table, file)
     back = pq.read_table(io.BytesIO(file.getvalue()))
     assert back.schema.equals(table.schema, check_metadata=True)
     assert back.equals(table)
-    for member in events.event(name).fields:
+    for member in layout.event(name).fields:
         column, mine = back.column(member.name).to_pylist(), records[member.name].tolist()
         if member.unit == "addr":
-            assert column == [events.address(value) for value in mine]
+            assert column == [arrow.address(value) for value in mine]
         elif member.unit == "text":
             assert column == [bytes(value).split(b"\0")[0].decode("utf-8", "replace") for value in mine]
         elif member.unit == "dev":
             assert column == [f"{value >> 20}:{value & 0xFFFFF}" for value in mine]
         elif member.unit.startswith("enum "):
-            labels = events.layout().enums[member.unit[5:]]
+            labels = layout.header().enums[member.unit[5:]]
             assert column == [labels.get(value, str(value)) for value in mine]
         else:
             assert column == mine
@@ -216,13 +217,13 @@ def test_any_bytes_come_back_from_parquet_as_they_went_in(name: str, data: st.Da
 
 @pytest.mark.parametrize("lines", [2, 9])
 def test_a_header_that_ends_too_early_is_refused(lines: int) -> None:
-    with pytest.raises(events.LayoutError, match="ends inside"):
-        events.parse_layout("\n".join(GOOD.splitlines()[:lines]))
+    with pytest.raises(layout.LayoutError, match="ends inside"):
+        layout.parse_layout("\n".join(GOOD.splitlines()[:lines]))
 
 
 def test_half_a_record_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple"):
-        events.decode("cwnd_reset", bytes(events.event("cwnd_reset").size + 1))
+        layout.decode("cwnd_reset", bytes(layout.event("cwnd_reset").size + 1))
 
 
 def test_time_is_the_first_field_on_the_wall_clock_to_the_microsecond() -> None:
@@ -233,14 +234,14 @@ def test_time_is_the_first_field_on_the_wall_clock_to_the_microsecond() -> None:
 
 
 def test_every_column_says_its_unit() -> None:
-    for table in events.TABLES:
-        for column in events.schema(table):
+    for table in arrow.TABLES:
+        for column in arrow.schema(table):
             assert column.metadata[b"unit"]
             assert column.metadata[b"description"]
 
 
 def test_dicts_carry_the_event_the_time_and_the_fields_as_text() -> None:
-    (row,) = events.table_to_dicts("cwnd_reset", frames.table("cwnd_reset", frames.reset(2.5)))
+    (row,) = arrow.table_to_dicts("cwnd_reset", frames.table("cwnd_reset", frames.reset(2.5)))
     assert list(row)[:3] == ["event", "time", "ts_ns"]
     assert row["event"] == "cwnd_reset"
     assert row["time"] == "2026-11-18T12:30:02.500000Z"
@@ -249,7 +250,7 @@ def test_dicts_carry_the_event_the_time_and_the_fields_as_text() -> None:
 
 @given(st.integers(0, 2**62))
 def test_iso_time_is_exact_to_the_microsecond(ns: int) -> None:
-    text = events.iso_time(ns)
+    text = arrow.iso_time(ns)
     whole, _, fraction = text.removesuffix("Z").partition(".")
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     assert datetime.fromisoformat(f"{whole}+00:00") == epoch + timedelta(seconds=ns // 10**9)
@@ -258,7 +259,7 @@ def test_iso_time_is_exact_to_the_microsecond(ns: int) -> None:
 
 
 def test_codes_and_labels_are_each_others_inverse() -> None:
-    for enum, labels in events.layout().enums.items():
-        assert {events.code(enum, label): label for label in labels.values()} == labels
+    for enum, labels in layout.header().enums.items():
+        assert {layout.code(enum, label): label for label in labels.values()} == labels
     with pytest.raises(KeyError):
-        events.code("reason", "boredom")
+        layout.code("reason", "boredom")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import cwndtrace
-from cwndtrace import events
+from cwndtrace.records import arrow
 from cwndtrace.store import open_capture
 from cwndtrace.trace import Trace
 
@@ -27,7 +27,7 @@ def trace() -> Trace:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[Row]]:
     capture = open_capture(SAMPLE)
-    return {name: events.table_to_dicts(name, capture.table(name)) for name in events.TABLES}
+    return {name: arrow.table_to_dicts(name, capture.table(name)) for name in arrow.TABLES}
 
 
 def of_socket(rows: list[Row]) -> dict[tuple[int, int, int], list[Row]]:

@@ -26,10 +26,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cwndtrace
-from cwndtrace import events, store
+from cwndtrace import store
 from cwndtrace.capture.replay import Replay
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot import staircase, timeline
+from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from cwndtrace.store import files, parquet_limits
 from tests import fuzz
@@ -126,7 +127,7 @@ def test_any_stream_of_raw_records(tmp_path: Path, raw: bytes, at: int) -> None:
         pass
     else:
         for name, data in chunks:
-            events.table_to_dicts(name, events.to_arrow(name, events.decode(name, data), 0))
+            arrow.table_to_dicts(name, arrow.to_arrow(name, layout.decode(name, data), 0))
 
 
 # ---- links, devices, names --------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
     assert 0 < read < flipped
 
 
-@pytest.mark.parametrize("table", events.TABLES)
+@pytest.mark.parametrize("table", arrow.TABLES)
 def test_a_part_without_any_one_column_opens_and_nothing_is_concluded_from_it(tmp_path: Path, table: str) -> None:
     """As an older recording has it. The column is missing values, and the answer says what it lacks."""
     path = tmp_path / "a.cwnd"
@@ -354,25 +355,25 @@ def test_a_part_without_any_one_column_opens_and_nothing_is_concluded_from_it(tm
             frame = getattr(trace, attribute)
             assert (len(frame), frame[name].isna().sum()) == (len(whole), len(whole))
         why = trace._lacking()
-        assert (f" ({name})" in why) == (name in events.needed(table) and table not in ("block_io", "cwnd_sample"))
-        assert (f": {name}" in "".join(trace.gaps())) == (name in events.needed(table))
+        assert (f" ({name})" in why) == (name in arrow.needed(table) and table not in ("block_io", "cwnd_sample"))
+        assert (f": {name}" in "".join(trace.gaps())) == (name in arrow.needed(table))
     if table in ("cwnd_reset", "connections", "cwnd_recovery"):
         pq.write_table(whole.drop_columns(["srtt_us"]), part)
         assert cwndtrace.load(path).host().verdict == "unknown"
 
 
-@pytest.mark.parametrize("table", events.TABLES)
+@pytest.mark.parametrize("table", arrow.TABLES)
 def test_what_no_conclusion_needs_may_lack(tmp_path: Path, table: str) -> None:
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, table)
     before = content.as_json(content.report(cwndtrace.load(path)))
-    kept = {*events.needed(table), *events.MAY_BE_NULL}
+    kept = {*arrow.needed(table), *arrow.MAY_BE_NULL}
     pq.write_table(whole.select([name for name in whole.column_names if name in kept]), part)
     after = content.as_json(content.report(cwndtrace.load(path)))
     assert [{**found, "caveats": []} for found in (before, after)] == [{**before, "caveats": []}] * 2
 
 
-@pytest.mark.parametrize("table", events.TABLES)
+@pytest.mark.parametrize("table", arrow.TABLES)
 def test_every_command_takes_a_part_of_an_older_recording(tmp_path: Path, table: str) -> None:
     """Beside one that has all columns: what can be said of that one is."""
     path = tmp_path / "a.cwnd"
@@ -410,7 +411,7 @@ def one_part(path: Path, table: str) -> tuple[Path, pa.Table]:
     frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(5), recoveries=recoveries)
     if table == "cwnd_sample":
         (path / table).mkdir()
-        rows = np.ones(4, events.event(table).dtype)
+        rows = np.ones(4, layout.event(table).dtype)
         pq.write_table(frames.table(table, rows), path / table / "part-000001.parquet")
     (part,) = path.glob(f"{table}/*.parquet")
     return part, pq.ParquetFile(part).read()

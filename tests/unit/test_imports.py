@@ -18,14 +18,15 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"encoding", "errors", "events", "isolated", "privileges", "format"}
+LEAVES = {"encoding", "errors", "format", "isolated", "privileges", "records", "tcp"}
 BELOW = {
     "encoding": set[str](),
     "errors": set[str](),
-    "events": set[str](),
+    "format": set[str](),
     "isolated": set[str](),
     "privileges": set[str](),
-    "format": {"events"},
+    "records": {"format"},
+    "tcp": set[str](),
     "kernel": LEAVES,
     "store": LEAVES,
     "analysis": LEAVES,

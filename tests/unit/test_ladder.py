@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 
 from cwndtrace.errors import KernelLacks, NoRung
-from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import ladder
 from cwndtrace.kernel.ladder import FUNCTIONS, REASONS, Facts
+from cwndtrace.records.layout import bpf_dir
 
 POLICY = "refused by this system's policy"
 OLD = frozenset({"net_dev_queue", "napi_poll", "tcp_probe", "tcp_destroy_sock"})

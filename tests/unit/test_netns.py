@@ -14,6 +14,7 @@ from cwndtrace.capture import target
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import KernelLacks, NotFound, UsageError
 from cwndtrace.kernel import cgroups, facts, netns, setns, sockets
+from cwndtrace.tcp import IDLE_SYSCTL
 
 
 def test_this_namespace_is_found_by_each_of_its_names() -> None:
@@ -58,7 +59,7 @@ def test_a_process_is_named_with_its_namespace() -> None:
 
 
 def test_a_sysctl() -> None:
-    assert netns.read_sysctl(netns.IDLE_SYSCTL) in (0, 1)
+    assert netns.read_sysctl(IDLE_SYSCTL) in (0, 1)
 
 
 def test_sockets_of_a_process_and_their_holders() -> None:

@@ -8,9 +8,9 @@ import itertools
 import pytest
 
 from cwndtrace.errors import KernelLacks
-from cwndtrace.events import bpf_dir
 from cwndtrace.kernel import offsets
 from cwndtrace.kernel.btf import Btf
+from cwndtrace.records.layout import bpf_dir
 from tests.unit.btf_blob import Blob
 
 

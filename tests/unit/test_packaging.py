@@ -87,7 +87,7 @@ def test_command_works_where_only_the_wheel_is(environment: Path, arguments: lis
 
 
 def test_installed_package_finds_its_own_bpf(environment: Path) -> None:
-    program = "from cwndtrace import events; print(events.bpf_dir()); events.layout()"
+    program = "from cwndtrace.records import layout; print(layout.bpf_dir()); layout.header()"
     done = _run(environment / "bin" / "python", "-c", program, cwd=environment)
     assert done.returncode == 0, done.stdout
     assert Path(done.stdout.strip()).is_relative_to(environment)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cwndtrace import events
+from cwndtrace import tcp
 from cwndtrace.analysis import cost, remedy
 from cwndtrace.errors import NotFound
 from cwndtrace.trace import Trace
@@ -22,7 +22,7 @@ POD = 4026532999
 
 
 def space(name: str, setting: int | None = 1, *, host: bool = False, control: str = "cubic") -> dict[str, Any]:
-    return {"name": name, "host": host, events.IDLE_SYSCTL: setting, events.CONTROL_SYSCTL: control}
+    return {"name": name, "host": host, tcp.IDLE_SYSCTL: setting, tcp.CONTROL_SYSCTL: control}
 
 
 def capture(path: Path, *bursts: int, netns: int = frames.NETNS, **options: Any) -> Trace:

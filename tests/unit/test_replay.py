@@ -38,7 +38,7 @@ def start_of(session: Session) -> dict[str, Any]:
         "version": cwndtrace.__version__,
         "host": "test",
         "kernel": "0",
-        "started": cwndtrace.events.iso_time(started),
+        "started": cwndtrace.records.arrow.iso_time(started),
         "clock": {"start": session.start, "end": None},
         "rungs": session.source.rungs,
         "devices": {},

@@ -11,10 +11,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cwndtrace import events
+from cwndtrace import tcp
 from cwndtrace.capture.clocks import Segments, utc_offset_ns
 from cwndtrace.capture.session import Interrupt, Session, describe, ending
 from cwndtrace.capture.source import Filters
+from cwndtrace.records import layout
 from tests.unit import frames
 from tests.unit.fake_source import FakeSource
 
@@ -99,7 +100,7 @@ def test_what_changed_nothing_is_counted() -> None:
 
 
 def test_times_are_on_the_wall_clock() -> None:
-    now = np.zeros(1, dtype=events.event("block_io").dtype)
+    now = np.zeros(1, dtype=layout.event("block_io").dtype)
     now["start_ns"] = time.monotonic_ns()
     session = Session(FakeSource([("block_io", now.tobytes())]))
     seen = session.step()[0].to_pandas()["time"].iloc[0]
@@ -113,7 +114,7 @@ def test_the_wall_clock_is_stepped_either_way(monkeypatch: pytest.MonkeyPatch) -
     steps = {0: 0, 1: 5 * hour, 2: -2 * hour}
 
     def record() -> list[tuple[str, bytes]]:
-        now = np.zeros(1, dtype=events.event("block_io").dtype)
+        now = np.zeros(1, dtype=layout.event("block_io").dtype)
         now["start_ns"] = time.monotonic_ns()
         return [("block_io", now.tobytes())]
 
@@ -201,9 +202,9 @@ def test_a_hang_up_that_nohup_shut_off_stays_so() -> None:
 
 
 def test_settings_at_the_start_stay_and_later_namespaces_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"1": {"name": "this", events.IDLE_SYSCTL: 1}}
+    found = {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}}
     monkeypatch.setattr("cwndtrace.kernel.netns.settings", lambda: dict(found))
     session = Session(FakeSource([]))
     assert describe(session, Filters(), "0")["sysctls"] == found
-    found |= {"1": {"name": "this", events.IDLE_SYSCTL: 0}, "2": {"name": "pod", events.IDLE_SYSCTL: 1}}
-    assert ending(session)["sysctls"] == {"1": {"name": "this", events.IDLE_SYSCTL: 1}, "2": found["2"]}
+    found |= {"1": {"name": "this", tcp.IDLE_SYSCTL: 0}, "2": {"name": "pod", tcp.IDLE_SYSCTL: 1}}
+    assert ending(session)["sysctls"] == {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}, "2": found["2"]}

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from cwndtrace import cli, events
+from cwndtrace import cli
 from cwndtrace.capture import program_cache
 from cwndtrace.capture.program_cache import Image, Map
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.kernel import ladder, sockets
+from cwndtrace.records import arrow, layout
 from cwndtrace.store import CaptureWriter, open_capture, writer
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def calls(work: Callable[[], object]) -> int:
 
 
 def requests(number: int) -> bytes:
-    records = np.zeros(number, dtype=events.event("block_io").dtype)
+    records = np.zeros(number, dtype=layout.event("block_io").dtype)
     records["start_ns"] = np.arange(number) * 1000
     records["done_ns"] = records["start_ns"] + 500
     records["sector"], records["tgid"], records["comm"] = np.arange(number) * 7919 % 65521, 7, b"fio"
@@ -66,7 +67,7 @@ def test_no_python_is_run_per_event(tmp_path: Path) -> None:
         made = CaptureWriter.create(next(places), {})
 
         def work() -> None:
-            rows = events.Raw("block_io", raw, np.zeros(number, np.int64))
+            rows = arrow.Raw("block_io", raw, np.zeros(number, np.int64))
             figures.add(Batch("block_io", rows))
             figures.count()
             made.add("block_io", rows)
@@ -87,9 +88,9 @@ def test_what_writing_itself_makes_is_in_no_hurry(tmp_path: Path, monkeypatch: p
     made = CaptureWriter.create(tmp_path / "a.cwnd", {})
 
     def add(tgid: int) -> int:
-        records = np.zeros(3, dtype=events.event("block_io").dtype)
+        records = np.zeros(3, dtype=layout.event("block_io").dtype)
         records["tgid"] = tgid
-        made.add("block_io", events.Raw("block_io", records.tobytes(), np.zeros(3, np.int64)))
+        made.add("block_io", arrow.Raw("block_io", records.tobytes(), np.zeros(3, np.int64)))
         return on_disk()
 
     def on_disk() -> int:
@@ -111,18 +112,18 @@ def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    real = events.to_arrow
+    real = arrow.to_arrow
 
-    def to_arrow(name: str, records: events.Records, utc_offset_ns: np.ndarray) -> object:
+    def to_arrow(name: str, records: layout.Records, utc_offset_ns: np.ndarray) -> object:
         made.append(len(records))
         return real(name, records, utc_offset_ns)
 
-    monkeypatch.setattr(events, "to_arrow", to_arrow)
+    monkeypatch.setattr(arrow, "to_arrow", to_arrow)
     writer = CaptureWriter.create(tmp_path / "a.cwnd", {}, flush_seconds=0)
-    before = events.decode("block_io", requests(3))
+    before = layout.decode("block_io", requests(3))
     writer.add("block_io", real("block_io", before, 5_000))
     for number in (4, 1, 20):
-        batch = Batch("block_io", events.Raw("block_io", requests(number), np.full(number, number * 1000)))
+        batch = Batch("block_io", arrow.Raw("block_io", requests(number), np.full(number, number * 1000)))
         writer.add(batch.event, batch.rows)
     writer.flush()
     assert made == [25]
@@ -141,12 +142,12 @@ def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
 
 
 def test_block_figures_are_those_of_each_request() -> None:
-    records = events.decode("block_io", requests(300)).copy()
+    records = layout.decode("block_io", requests(300)).copy()
     records["dev"], records["op"] = np.arange(300) % 2 + (7 << 20), np.arange(300) // 2 % 2
     records["error"], records["bytes"] = np.arange(300) == 3, 512
     figures = BlockFigures()
     for some in np.split(records, [1, 50]):
-        figures.add(Batch("block_io", events.Raw("block_io", some.tobytes(), np.zeros(len(some), np.int64))))
+        figures.add(Batch("block_io", arrow.Raw("block_io", some.tobytes(), np.zeros(len(some), np.int64))))
     figures.count()
     pairs = {(f"7:{minor}", op) for minor in (0, 1) for op in ("read", "write")}
     assert figures.bytes == dict.fromkeys(pairs, 75 * 512)
@@ -163,7 +164,7 @@ def test_reading_a_part_takes_no_python_per_row(tmp_path: Path) -> None:
     def read(number: int) -> int:
         path = next(places)
         writer = CaptureWriter.create(path, {})
-        writer.add("block_io", events.to_arrow("block_io", events.decode("block_io", requests(number)), 0))
+        writer.add("block_io", arrow.to_arrow("block_io", layout.decode("block_io", requests(number)), 0))
         writer.close()
         trace = cwndtrace.load(path)
         return calls(lambda: trace.block_columns("latency_us", "device"))
@@ -185,7 +186,7 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(pq.ParquetFile, "read", read)
     writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
-    writer.add("block_io", events.to_arrow("block_io", events.decode("block_io", requests(100)), 0))
+    writer.add("block_io", arrow.to_arrow("block_io", layout.decode("block_io", requests(100)), 0))
     writer.close()
     frame = cwndtrace.load(tmp_path / "a.cwnd").block_columns("device", "latency_us")
     assert list(frame) == ["device", "latency_us"]
@@ -195,7 +196,7 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path, monkeypatch: pytest
 
 def test_clocks_are_stored_as_differences(tmp_path: Path) -> None:
     writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
-    writer.add("block_io", events.to_arrow("block_io", events.decode("block_io", requests(10_000)), 0))
+    writer.add("block_io", arrow.to_arrow("block_io", layout.decode("block_io", requests(10_000)), 0))
     writer.close()
     (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
     group = pq.read_metadata(part).row_group(0)
@@ -221,7 +222,7 @@ def test_starting_imports_nothing_heavy(code: str, heavy: str) -> None:
 
 A_TRACE: Final = """
 import os, socket, sys, numpy, pyarrow
-from cwndtrace import events
+from cwndtrace.records import arrow, layout
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Batch
 from cwndtrace.capture.source import Filters
@@ -234,8 +235,8 @@ look = Helper(Filters(port=listener.getsockname()[1], family=2, pid=os.getpid())
 writer, figures = CaptureWriter.create(sys.argv[1], {}), BlockFigures()
 writer.add("connections", look.snapshot(0)[0])
 for name in ("cwnd_reset", "block_io"):
-    records = numpy.zeros(300, events.event(name).dtype).tobytes()
-    batch = Batch(name, events.Raw(name, records, numpy.zeros(300, numpy.int64)))
+    records = numpy.zeros(300, layout.event(name).dtype).tobytes()
+    batch = Batch(name, arrow.Raw(name, records, numpy.zeros(300, numpy.int64)))
     writer.add(name, batch.rows)
     if name == "cwnd_reset":
         batch.to_dicts()
@@ -266,7 +267,7 @@ def test_the_list_of_commands_is_that_of_their_modules() -> None:
 
 def body(function: str) -> str:
     files = ("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c")
-    source = "".join((events.bpf_dir() / name).read_text(encoding="utf-8") for name in files)
+    source = "".join((layout.bpf_dir() / name).read_text(encoding="utf-8") for name in files)
     return re.split(rf"\w+ {function}\(.*\)\n", source)[1].partition("\n}\n")[0]
 
 
@@ -291,7 +292,7 @@ def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
 
 
 def test_slabs_are_handed_over_whole() -> None:
-    source = (events.bpf_dir() / "block_io.bpf.c").read_text(encoding="utf-8")
+    source = (layout.bpf_dir() / "block_io.bpf.c").read_text(encoding="utf-8")
     assert source.count("ringbuf_output(") == 2
     assert "ringbuf_output(s, size, flags)" in source
     # The other one is for a request that ends while its CPU hands a slab over.

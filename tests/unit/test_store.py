@@ -31,9 +31,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cwndtrace import events, store
+from cwndtrace import store
 from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
+from cwndtrace.records import arrow
 from cwndtrace.report import content
 from cwndtrace.store import writer as writer_module
 from cwndtrace.trace import load
@@ -76,7 +77,7 @@ def test_every_table_comes_back_with_its_schema_and_units(tmp_path: Path) -> Non
     assert capture.meta["schema"] == store.SCHEMA_VERSION
     for name, written in (("cwnd_reset", resets), ("connections", connections), ("block_io", some(0))):
         table = capture.table(name)
-        assert table.schema.equals(events.schema(name), check_metadata=True)
+        assert table.schema.equals(arrow.schema(name), check_metadata=True)
         assert table.equals(written)
         assert capture.rows(name) == len(written)
     assert hidden(tmp_path) == []
@@ -87,7 +88,7 @@ def test_other_readers_open_a_table_as_it_is(tmp_path: Path) -> None:
     frame = pd.read_parquet(tmp_path / "host=web1.cwnd" / "block_io")
     assert frame["sector"].tolist() == [0, 1, 2, 3, 4]
     assert str(frame["time"].dtype) == "datetime64[us, UTC]"
-    assert list(frame.columns) == events.schema("block_io").names
+    assert list(frame.columns) == arrow.schema("block_io").names
     (part,) = (tmp_path / "host=web1.cwnd" / "block_io").iterdir()
     assert pq.read_schema(part).field("bytes").metadata[b"unit"] == b"bytes"
 
@@ -95,8 +96,8 @@ def test_other_readers_open_a_table_as_it_is(tmp_path: Path) -> None:
 def test_a_table_without_parts_is_empty_with_its_schema(tmp_path: Path) -> None:
     make(tmp_path / "a.cwnd").close()
     capture = store.open_capture(tmp_path / "a.cwnd")
-    for name in events.TABLES:
-        assert capture.table(name).schema.equals(events.schema(name), check_metadata=True)
+    for name in arrow.TABLES:
+        assert capture.table(name).schema.equals(arrow.schema(name), check_metadata=True)
         assert (len(capture.table(name)), capture.rows(name)) == (0, 0)
     with pytest.raises(KeyError):
         capture.table("boredom")
@@ -541,7 +542,7 @@ def test_columns_and_tables_of_a_later_version_are_kept_and_of_an_earlier_one_mi
     (path / "block_io" / ".part-000009.parquet.tmp").write_bytes(b"half")
     capture = store.open_capture(path)
     found = capture.table("block_io")
-    assert found.column_names == [*events.schema("block_io").names, "mood"]
+    assert found.column_names == [*arrow.schema("block_io").names, "mood"]
     assert found.column("mood").to_pylist() == ["good"] * 3 + [None] * 6
     assert found.column("comm").to_pylist() == ["fio"] * 3 + [None] * 3 + ["fio"] * 3
     assert capture.table("gossip").to_pydict() == {"word": ["x"]}
@@ -765,7 +766,7 @@ def test_nothing_is_said_to_be_missing_while_the_trace_runs_or_of_what_it_gave_u
 
 
 def test_more_rows_than_are_to_be_read_are_refused(resets_in_parts: Path) -> None:
-    rows = sum(store.open_capture(resets_in_parts).rows(name) for name in events.TABLES)
+    rows = sum(store.open_capture(resets_in_parts).rows(name) for name in arrow.TABLES)
     assert len(load(resets_in_parts, max_rows=rows).resets)
     with pytest.raises(CaptureError, match=f"holds {rows} rows, and {rows - 1} are the most") as caught:
         load(resets_in_parts, max_rows=rows - 1).resets  # noqa: B018

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cwndtrace import events
 from cwndtrace import format as fmt
 from cwndtrace.errors import CaptureError, NotFound
+from cwndtrace.records import arrow
 from cwndtrace.trace import Trace, load
 from tests.unit import frames
 
@@ -33,7 +33,7 @@ def test_frames_begin_with_utc_time_in_order(trace: Trace) -> None:
         assert frame.columns[0] == "time"
         assert str(frame["time"].dt.tz) == "UTC"
         assert frame["time"].is_monotonic_increasing
-        assert set(events.schema(name).names) <= set(frame.columns)
+        assert set(arrow.schema(name).names) <= set(frame.columns)
         assert frame.index.tolist() == list(range(len(frame)))
     first = trace.resets.iloc[0]
     clock = trace.meta["clock"]["start"]
@@ -173,7 +173,7 @@ def test_frames_know_their_units(trace: Trace) -> None:
     assert trace.connections.attrs["units"]["busy_us"] == "us"
     assert trace.block_io.attrs["units"]["bytes"] == "bytes"
     for name, frame in (("cwnd_reset", trace.resets), ("connections", trace.connections), ("block_io", trace.block_io)):
-        assert set(events.schema(name).names) == set(frame.attrs["units"])
+        assert set(arrow.schema(name).names) == set(frame.attrs["units"])
 
 
 def test_a_connection_shows_itself(trace: Trace) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwndtrace import events
+from cwndtrace import tcp
 from cwndtrace.analysis import connections, verdict
 from cwndtrace.trace import Trace
 from tests.unit import frames
@@ -138,13 +138,13 @@ def test_a_connection_that_came_later_was_watched_all_its_life(tmp_path: Path) -
     ("label", "fields", "meta"),
     [
         ("exempt", {"ca_name": "bbr"}, {}),
-        ("sysctl_off", {}, {"sysctls": {str(frames.NETNS): {"name": "pod", events.IDLE_SYSCTL: 0}}}),
+        ("sysctl_off", {}, {"sysctls": {str(frames.NETNS): {"name": "pod", tcp.IDLE_SYSCTL: 0}}}),
         ("nothing_sent", {"bytes_sent": SENT}, {}),
         ("send_buffer", {"busy_us": 10, "sndbuf_limited_us": 6}, {}),
         ("receiver_window", {"busy_us": 10, "rwnd_limited_us": 6}, {}),
         ("loss", {"total_retrans": 3}, {}),
         ("unknown", {}, {"rungs": {"idle": None}}),
-        ("no_reset", {}, {"sysctls": {str(frames.NETNS): {"name": "pod", events.IDLE_SYSCTL: None}, "7": 3}}),
+        ("no_reset", {}, {"sysctls": {str(frames.NETNS): {"name": "pod", tcp.IDLE_SYSCTL: None}, "7": 3}}),
     ],
 )
 def test_no_reset(tmp_path: Path, label: str, fields: dict[str, Any], meta: dict[str, Any]) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cwndtrace import events
 from cwndtrace.errors import CaptureError
+from cwndtrace.records import arrow, layout
 from cwndtrace.store import CaptureWriter, ThreadedWriter, open_capture, writer_thread
 
 
 def rows(number: int) -> pa.Table:
-    return events.to_arrow("block_io", np.zeros(number, dtype=events.event("block_io").dtype), 0)
+    return arrow.to_arrow("block_io", np.zeros(number, dtype=layout.event("block_io").dtype), 0)
 
 
 def test_all_that_was_added_is_on_disk_after_close(tmp_path: Path) -> None:

@@ -1,209 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records: ``bpf/events.h`` parsed into numpy dtypes and Arrow schemas.
-
-The header is the only place where a record is laid out. What this module can't parse to the letter it
-refuses, naming the line, so that a layout never differs silently between the kernel side and this one.
-"""
+"""Records as Arrow tables, and the schemas of a capture's tables."""
 
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cwndtrace.format import clean
+from cwndtrace.records.layout import Field, Records, decode, event, header, numpy_field
+
 if TYPE_CHECKING:
     import pandas as pd
-
-Records = npt.NDArray[np.void]
-"""A one-dimensional structured array, one row a record, of the dtype of one event."""
-
-_SIZES: Final = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "__s8": 1, "__s16": 2, "__s32": 4, "__s64": 8}
-_ENUM_OPEN = re.compile(r"enum (\w+) \{$")
-_ENUM_ITEM = re.compile(r"([A-Z]\w*)\s*=\s*(\d+),\s*/\*\s*(.+?)\s*\*/$")
-_STRUCT_OPEN = re.compile(r"struct (\w+) \{$")
-_FIELD = re.compile(r"(__[us]\d+|char)\s+(\w+)(?:\[(\d+)\])?;\s*/\*\s*\[([^\]]+)\]\s*(.+?)\s*\*/$")
-
-
-class LayoutError(ValueError):
-    """The header holds something outside the subset; the message names the line."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One member of a record: its C type, offset in bytes, unit and description."""
-
-    name: str
-    ctype: str
-    count: int
-    offset: int
-    unit: str
-    description: str
-
-    @property
-    def size(self) -> int:
-        """Bytes, arrays counted whole."""
-        return _width(self.ctype) * self.count
-
-
-@dataclass(frozen=True)
-class Event:
-    """One struct of the header; ``dtype`` matches its memory byte for byte."""
-
-    name: str
-    fields: tuple[Field, ...]
-    size: int
-    dtype: np.dtype[np.void]
-
-
-@dataclass
-class Layout:
-    """What a header declares: events by name, and enums as label by value."""
-
-    events: dict[str, Event] = field(default_factory=dict)
-    enums: dict[str, dict[int, str]] = field(default_factory=dict)
-
-
-def bpf_dir() -> Path:
-    """The folder with the BPF sources: inside the installed package, or at the top of a checkout.
-
-    Raises FileNotFoundError where the installation is broken.
-    """
-    here = Path(__file__).resolve().parent
-    for candidate in (here / "bpf", here.parent / "bpf"):
-        if (candidate / "events.h").is_file():
-            return candidate
-    raise FileNotFoundError(f"bpf/events.h is neither in {here} nor beside it: reinstall cwndtrace")
-
-
-def parse_layout(text: str) -> Layout:
-    """Parse the text of a record header.
-
-    Raises LayoutError, with the line, for anything outside the subset: unknown types, pointers,
-    bitfields, missing units, implicit padding, sizes that aren't a multiple of eight.
-    """
-    layout = Layout()
-    enum: dict[int, str] | None = None
-    prefix = ""
-    struct: list[Field] | None = None
-    struct_name = ""
-    in_comment = False
-    for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.strip()
-        if in_comment:
-            in_comment = "*/" not in line
-        elif struct is not None:
-            if line == "};":
-                layout.events[struct_name] = _finish(struct_name, struct, number)
-                struct = None
-            elif line:
-                struct.append(_parse_field(line, number, struct, layout))
-        elif enum is not None:
-            if line == "};":
-                enum = None
-            elif match := _ENUM_ITEM.match(line):
-                if int(match[2]) in enum:
-                    raise LayoutError(f"line {number}: {match[2]} has a name already: {line}")
-                enum[int(match[2])] = match[1].removeprefix(prefix).lower()
-            elif line:
-                raise LayoutError(f"line {number}: not an enum item with a value and a comment: {line}")
-        elif match := _STRUCT_OPEN.match(line):
-            struct_name, struct = match[1], []
-        elif match := _ENUM_OPEN.match(line):
-            enum = layout.enums.setdefault(match[1], {})
-            prefix = f"{match[1].upper()}_"
-        elif line.startswith("/*"):
-            in_comment = "*/" not in line
-        elif line and not line.startswith("#"):
-            raise LayoutError(f"line {number}: outside the subset of record headers: {line}")
-    if struct is not None or enum is not None or in_comment:
-        raise LayoutError("the header ends inside a struct, an enum or a comment")
-    return layout
-
-
-def _width(ctype: str) -> int:
-    return 1 if ctype == "char" else _SIZES[ctype]
-
-
-def _parse_field(line: str, number: int, before: list[Field], layout: Layout) -> Field:
-    match = _FIELD.match(line)
-    if match is None:
-        raise LayoutError(f"line {number}: not a fixed-size field with a [unit] comment: {line}")
-    ctype, name, count, unit, description = match.groups()
-    if ctype != "char" and ctype not in _SIZES:
-        raise LayoutError(f"line {number}: type {ctype} isn't in the subset")
-    if (ctype == "char") != (unit == "text") or (count and ctype not in ("char", "__u8")):
-        raise LayoutError(f"line {number}: only char arrays are [text], only bytes and chars form arrays")
-    if unit.startswith("enum ") and unit[5:] not in layout.enums:
-        raise LayoutError(f"line {number}: enum {unit[5:]} isn't declared above")
-    if any(f.name == name for f in before):
-        raise LayoutError(f"line {number}: there is a field {name} already")
-    if count == "0":
-        raise LayoutError(f"line {number}: an array of nothing: {line}")
-    offset = before[-1].offset + before[-1].size if before else 0
-    if offset % _width(ctype):
-        raise LayoutError(f"line {number}: {name} would be padded; order the fields by size")
-    return Field(name, ctype, int(count or 1), offset, unit, description)
-
-
-def _finish(name: str, fields: list[Field], number: int) -> Event:
-    if not fields:
-        raise LayoutError(f"line {number}: struct {name} is empty")
-    size = fields[-1].offset + fields[-1].size
-    if size % 8:
-        raise LayoutError(f"line {number}: struct {name} has size {size}, no multiple of 8")
-    return Event(name, tuple(fields), size, np.dtype([_np_field(f) for f in fields]))
-
-
-def _np_field(f: Field) -> tuple[str, str]:
-    if f.ctype == "char":
-        return f.name, f"S{f.count}"
-    if f.count > 1:
-        return f.name, f"V{f.count}"
-    return f.name, f"<{'i' if f.ctype[2] == 's' else 'u'}{f.size}"
-
-
-@cache
-def layout() -> Layout:
-    """The layout of the header that ships with this package; parsed once."""
-    return parse_layout((bpf_dir() / "events.h").read_text(encoding="utf-8"))
-
-
-def event(name: str) -> Event:
-    """The event ``name``; raises KeyError for one that the header doesn't declare."""
-    return layout().events[name]
-
-
-def code(enum: str, label: str) -> int:
-    """The number behind a label, ``code("reason", "idle")``; raises KeyError where there is none."""
-    return {text: value for value, text in layout().enums[enum].items()}[label]
-
-
-def decode(name: str, raw: bytes) -> Records:
-    """The records of one event in ``raw``, which holds whole records only; copies nothing.
-
-    Raises ValueError if ``raw`` isn't a whole number of records.
-    """
-    return np.frombuffer(raw, dtype=event(name).dtype)
 
 
 def address(raw: bytes) -> str:
     """Text of a 16-byte address; an IPv4-mapped one as IPv4."""
     ip = ipaddress.IPv6Address(raw)
     return str(ip.ipv4_mapped or ip)
-
-
-def clean(text: str) -> str:
-    """``text`` from outside without what could steer a terminal: each control character becomes ``?``."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _text(raw: bytes) -> str:
@@ -250,7 +71,7 @@ def _columns(name: str) -> tuple[tuple[Field, pa.DataType], ...]:
 def _arrow_type(f: Field) -> pa.DataType:
     if f.unit in ("text", "addr", "dev") or f.unit.startswith("enum "):
         return _DICTIONARY
-    return pa.from_numpy_dtype(np.dtype(_np_field(f)[1]))
+    return pa.from_numpy_dtype(np.dtype(numpy_field(f)[1]))
 
 
 def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.int64]) -> pa.Table:
@@ -359,7 +180,7 @@ def _label(f: Field, raw: bytes) -> str:
     if f.unit == "dev":
         return _device(raw)
     value = int.from_bytes(raw, "little")
-    return layout().enums[f.unit.removeprefix("enum ")].get(value, str(value))
+    return header().enums[f.unit.removeprefix("enum ")].get(value, str(value))
 
 
 def clean_texts(table: pa.Table) -> pa.Table:
@@ -462,14 +283,6 @@ def whole(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     numbers = {name: kinds[name].to_pandas_dtype() for name in partly if pa.types.is_integer(kinds[name])}
     return frame.dropna(subset=partly).reset_index(drop=True).astype(numbers)
 
-
-IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
-CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"
-"""What ``sysctls`` of meta.json holds for each network namespace, beside its name and whether it is the host's."""
-
-EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
-"""Congestion controls with a cong_control of their own, which tcp_slow_start_after_idle_check() leaves alone
-(include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
 
 TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "connections")
 """The tables of a capture, in the order in which they are written."""
