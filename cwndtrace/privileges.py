@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import pwd
 import threading
 import time
@@ -19,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from cwndtrace import _libc
 
 # include/uapi/linux/capability.h
 DAC_READ_SEARCH: Final = 2
@@ -39,11 +40,9 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
-_SYS_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159, "riscv64": 159}
 _NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1, which calls take for "leave it"
 
-_libc = ctypes.CDLL(None, use_errno=True)
-for _function in (_libc.setfsuid, _libc.setfsgid):
+for _function in (_libc.lib.setfsuid, _libc.lib.setfsgid):
     _function.restype, _function.argtypes = ctypes.c_uint32, [ctypes.c_uint32]
 
 
@@ -89,7 +88,7 @@ def acting_as(user: User | None) -> Iterator[None]:
     Raises OSError where this process may not.
     """
     # Asking with a number that is nobody's changes nothing. Who acts already is left to act on by the outer call.
-    if user is None or _libc.setfsuid(_NOBODY) == user.uid:
+    if user is None or _libc.lib.setfsuid(_NOBODY) == user.uid:
         yield
         return
     groups = os.getgroups()
@@ -97,8 +96,8 @@ def acting_as(user: User | None) -> Iterator[None]:
         _become(user)
         yield
     finally:
-        _libc.setfsuid(os.geteuid())
-        _libc.setfsgid(os.getegid())
+        _libc.lib.setfsuid(os.geteuid())
+        _libc.lib.setfsgid(os.getegid())
         _set_groups(groups)
 
 
@@ -116,20 +115,17 @@ def unreadable(user: User, files: Iterable[Path]) -> Path | None:
 
 def _become(user: User) -> None:
     _set_groups(user.groups)
-    _libc.setfsgid(user.gid)
-    _libc.setfsuid(user.uid)
+    _libc.lib.setfsgid(user.gid)
+    _libc.lib.setfsuid(user.uid)
     # They say nothing of success, only what was set before.
-    if (_libc.setfsuid(_NOBODY), _libc.setfsgid(_NOBODY)) != (user.uid, user.gid):
+    if (_libc.lib.setfsuid(_NOBODY), _libc.lib.setfsgid(_NOBODY)) != (user.uid, user.gid):
         raise PermissionError(1, f"may not act as {user.name}")
 
 
 def _set_groups(groups: Iterable[int]) -> None:
     # By number, because the C library's function is for all threads.
-    number = _SYS_SETGROUPS.get(platform.machine())
-    if number is None:
-        raise OSError(38, f"setgroups(2) has no known number on {platform.machine()}")
     wanted = tuple(groups)
-    _check(_libc.syscall(number, len(wanted), (ctypes.c_uint32 * len(wanted))(*wanted)))
+    _libc.syscall("setgroups", len(wanted), (ctypes.c_uint32 * len(wanted))(*wanted))
 
 
 class _Header(ctypes.Structure):
@@ -143,7 +139,7 @@ class _Data(ctypes.Structure):
 def held() -> frozenset[int]:
     """The capabilities that this thread may use."""
     data = (_Data * 2)()
-    _check(_libc.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
+    _libc.check(_libc.lib.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
     mask = data[0].permitted | data[1].permitted << 32
     return frozenset(number for number in range(64) if mask >> number & 1)
 
@@ -153,20 +149,7 @@ def _hold(capabilities: frozenset[int]) -> None:
     mask = sum(1 << number for number in capabilities)
     halves = [mask & 0xFFFFFFFF, mask >> 32]
     data = (_Data * 2)(*(_Data(half, half, 0) for half in halves))
-    _check(_libc.capset(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
-
-
-def _prctl(option: int, *arguments: int) -> int:
-    # All five are said, because some options refuse anything but zeros behind theirs.
-    padded = [ctypes.c_ulong(a) for a in (*arguments, 0, 0, 0, 0)[:4]]
-    return _check(_libc.prctl(option, *padded))
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+    _libc.check(_libc.lib.capset(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
 
 
 def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
@@ -179,18 +162,18 @@ def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
     keep &= held()
     with suppress(OSError):
         for number in range(64):  # the first that this kernel doesn't know ends it
-            _prctl(_PR_CAPBSET_READ, number)
+            _libc.prctl(_PR_CAPBSET_READ, number)
             if number not in keep:
-                _prctl(_PR_CAPBSET_DROP, number)
-    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+                _libc.prctl(_PR_CAPBSET_DROP, number)
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     if user is not None:
-        _prctl(_PR_SET_KEEPCAPS, 1)
+        _libc.prctl(_PR_SET_KEEPCAPS, 1)
         os.setgroups(user.groups)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
-        _prctl(_PR_SET_KEEPCAPS, 0)
+        _libc.prctl(_PR_SET_KEEPCAPS, 0)
     _hold(keep)
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def still_powerful(keep: frozenset[int] = frozenset()) -> list[str]:

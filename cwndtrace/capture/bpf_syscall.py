@@ -10,7 +10,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import platform
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,12 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from cwndtrace import _libc
 from cwndtrace.kernel import facts
 
-_SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = range(5)
 _PROG_LOAD, _PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 15, 17, 28
-_SYS_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241, "riscv64": 241}
 _PERF_FLAG_FD_CLOEXEC: Final = 8
 _PERF_EVENT_IOC_SET_BPF: Final = 0x40042408
 _PERF_EVENT: Final = 41
@@ -78,18 +76,9 @@ _TestRun: Final = _attr(
     ("ctx_in", _U64), ("ctx_out", _U64), ("flags", _U32), ("cpu", _U32), ("batch_size", _U32), ("padding", _U32),
 )  # fmt: skip
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def _bpf(command: int, attr: ctypes.Structure) -> int:
-    number = _SYS_BPF.get(platform.machine())
-    if number is None:
-        raise OSError(errno.ENOSYS, f"bpf(2) has no known number on {platform.machine()}")
-    result: int = _libc.syscall(number, command, ctypes.byref(attr), ctypes.sizeof(attr))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+    return _libc.syscall("bpf", command, ctypes.byref(attr), ctypes.sizeof(attr))
 
 
 def run_raw_tracepoint(prog_fd: int, cpu: int) -> None:
@@ -156,17 +145,16 @@ def attach(prog_fd: int, tracepoint: str | None = None) -> int:
 
 def attach_kprobe(prog_fd: int, function: str, back: bool) -> int:
     """Attach to the entry of a kernel function, or (``back``) to its return; closing the result detaches."""
-    number = _SYS_PERF_EVENT_OPEN.get(platform.machine())
-    if number is None:
-        raise OSError(errno.ENOSYS, f"perf_event_open(2) has no known number on {platform.machine()}")
     name = ctypes.create_string_buffer(function.encode())
     kind = int(facts.KPROBES.read_text(encoding="ascii"))
     attr = _PerfEvent(kind, ctypes.sizeof(_PerfEvent), int(back), config1=ctypes.addressof(name))
     # A CPU has to be named, and the program runs on each of them.
-    event = _libc.syscall(number, ctypes.byref(attr), -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
-    if event < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"not traceable ({os.strerror(code)})" if code != errno.EPERM else os.strerror(code))
+    try:
+        event = _libc.syscall("perf_event_open", ctypes.byref(attr), -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
+    except OSError as e:
+        if e.errno in (errno.EPERM, errno.ENOSYS):
+            raise
+        raise OSError(e.errno, f"not traceable ({e.strerror})") from e
     try:
         link = _bpf(_LINK_CREATE, _LinkCreate(prog_fd, event, _PERF_EVENT))
     except OSError as e:

@@ -7,7 +7,6 @@ up. That process is asked by fixed questions, and reads nothing but what the ker
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -24,7 +23,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from cwndtrace import privileges
+from cwndtrace import _libc, privileges
 from cwndtrace.capture import connections
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import CwndtraceError, NotFound
@@ -35,8 +34,6 @@ _QUICK_S: Final = 5
 _SLOW_S: Final = 30
 """How long an answer may take: of what the loop that empties the buffers asks, and of a snapshot."""
 _LONGEST_QUESTION: Final = 100
-_PR_SET_PDEATHSIG: Final = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NoReply(CwndtraceError):
@@ -276,8 +273,7 @@ def _serve(
         os.dup2(nowhere, standard)
     privileges.drop(user, privileges.LOOKING)
     # Behind that, since a change of the ids undoes it. It is for a process that is busy when its lines end.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if not _libc.end_with_parent(parent):
         return
     helper = Helper(filters)
     threads = [threading.Thread(target=_answer, args=(helper, end), daemon=True) for end in ends]

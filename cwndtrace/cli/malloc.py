@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Final
+
+from cwndtrace import _libc
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of malloc.h
 _LARGE: Final = 1 << 30
@@ -16,6 +17,6 @@ def keep_freed() -> None:
     It would give such memory back at once otherwise, and the kernel clears each page that it gives out: with columns of
     80 MB that is as much work as what is calculated with them. Only for commands that end when they are done.
     """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if (mallopt := getattr(_libc.lib, "mallopt", None)) is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
         mallopt(_TRIM_THRESHOLD, _LARGE)

@@ -12,15 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from cwndtrace import _libc
 from cwndtrace.errors import NotFound
 
 _CGROUP2_SUPER_MAGIC: Final = 0x63677270
 # The same number on every architecture.
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 1, 6
 _MOST_FOLDERS: Final = 65_536
 """So many are looked at, since whoever is traced may make as many as he likes."""
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def mount_point(mounts: Path = Path("/proc/self/mounts")) -> Path:
@@ -51,20 +50,12 @@ def root() -> Path:
 @cache
 def _mount_apart() -> int:
     """A descriptor of cgroup v2's top folder, mounted in no place (fsmount(2), since Linux 5.2)."""
-    context = _call(_SYS_FSOPEN, b"cgroup2", _FSOPEN_CLOEXEC)
+    context = _libc.syscall("fsopen", b"cgroup2", _FSOPEN_CLOEXEC)
     try:
-        _call(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _call(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
+        _libc.syscall("fsconfig", context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _libc.syscall("fsmount", context, _FSMOUNT_CLOEXEC, 0)
     finally:
         os.close(context)
-
-
-def _call(number: int, *arguments: object) -> int:
-    result: int = _libc.syscall(number, *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 def shown(folder: Path) -> str:
@@ -91,7 +82,7 @@ def _open(folder: Path) -> int:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     # struct statfs begins with the file system's type, a long.
     about = ctypes.create_string_buffer(512)
-    if _libc.fstatfs(fd, about) == 0 and ctypes.c_long.from_buffer(about).value == _CGROUP2_SUPER_MAGIC:
+    if _libc.lib.fstatfs(fd, about) == 0 and ctypes.c_long.from_buffer(about).value == _CGROUP2_SUPER_MAGIC:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "not a cgroup", str(folder))

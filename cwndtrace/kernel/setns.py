@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 from pathlib import Path
 from typing import Final
 
-_CLONE_NEWNET: Final = 0x40000000
+from cwndtrace import _libc
+
 _NS_GET_NSTYPE: Final = 0xB703
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def opened(path: str | Path, inode: int | None = None) -> int:
@@ -29,7 +28,7 @@ def opened(path: str | Path, inode: int | None = None) -> int:
     finally:
         os.close(place)
     try:
-        if fcntl.ioctl(fd, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+        if fcntl.ioctl(fd, _NS_GET_NSTYPE) != _libc.CLONE_NEWNET:
             raise OSError(errno.EINVAL, "not a network namespace", str(path))
         if inode is not None and os.fstat(fd).st_ino != inode:
             raise OSError(errno.ESTALE, "another network namespace is there now", str(path))
@@ -43,8 +42,6 @@ def enter(path: str | Path, inode: int) -> None:
     """Move the calling thread into the network namespace ``inode`` at ``path``, and into no other. Raises OSError."""
     fd = opened(path, inode)
     try:
-        if _libc.setns(fd, _CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(path))
+        _libc.setns(fd)
     finally:
         os.close(fd)

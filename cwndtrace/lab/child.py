@@ -6,7 +6,6 @@ A child runs a module of this folder as its program; it reads commands on stdin 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import queue
@@ -18,13 +17,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
-from cwndtrace import errors, isolated
+from cwndtrace import _libc, errors, isolated
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.kernel import setns
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_TIMERSLACK: Final = 29
-_libc = ctypes.CDLL(None, use_errno=True)
 
 Message = dict[str, Any]
 
@@ -138,13 +135,14 @@ class Child:
 def live_with(parent: int) -> None:
     """Have the kernel end this process when its parent ends; end at once if that has happened already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or os.getppid() != parent:
+    if not _libc.end_with_parent(parent):
         raise SystemExit(1)
 
 
 def be_punctual() -> None:
     """Wake this process as exactly as the kernel allows, ahead of others; where that is refused, go on without."""
-    _libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    with suppress(OSError):
+        _libc.prctl(_PR_SET_TIMERSLACK, 1)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except OSError:

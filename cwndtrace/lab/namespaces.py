@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,27 +10,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from cwndtrace import _libc
 from cwndtrace.errors import KernelLacks, PermissionNeeded
 from cwndtrace.kernel.netns import Namespace, inside
 
 RUN: Final = Path("/run/netns")
-_CLONE_NEWNET: Final = 0x40000000
 _MS_BIND: Final = 0x1000
 _MNT_DETACH: Final = 2
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def _create(path: Path) -> int:
     """Make one and keep it at ``path``; its inode."""
-    _check(_libc.unshare(_CLONE_NEWNET))
+    _libc.check(_libc.lib.unshare(_libc.CLONE_NEWNET))
     # Of the thread, not of the process: only this thread is in the new namespace.
-    _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), b"none", _MS_BIND, None))
+    source = b"/proc/thread-self/ns/net"
+    _libc.check(_libc.lib.mount(source, os.fsencode(path), b"none", _MS_BIND, None))
     return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
@@ -61,7 +54,7 @@ def namespace(name: str) -> Iterator[Namespace]:
 
 def remove(path: Path) -> None:
     """Unmount and remove a namespace's file; fine if it is gone already."""
-    _libc.umount2(os.fsencode(path), _MNT_DETACH)
+    _libc.lib.umount2(os.fsencode(path), _MNT_DETACH)
     with suppress(FileNotFoundError):
         path.unlink()
 

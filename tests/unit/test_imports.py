@@ -18,13 +18,14 @@ import cwndtrace
 from cwndtrace import errors
 
 PACKAGE = Path(cwndtrace.__file__).parent
-LEAVES = {"encoding", "errors", "format", "isolated", "privileges", "records", "tcp"}
+LEAVES = {"_libc", "encoding", "errors", "format", "isolated", "privileges", "records", "tcp"}
 BELOW = {
+    "_libc": set[str](),
     "encoding": set[str](),
     "errors": set[str](),
     "format": set[str](),
     "isolated": set[str](),
-    "privileges": set[str](),
+    "privileges": {"_libc"},
     "records": {"format"},
     "tcp": set[str](),
     "kernel": LEAVES,

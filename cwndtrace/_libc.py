@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C library, for what Python itself has no function for.
+
+What fails raises OSError with the number that the kernel gave.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import signal
+from typing import Final
+
+CLONE_NEWNET: Final = 0x40000000
+"""The type of a network namespace, for ``setns`` and ``unshare`` (include/uapi/linux/sched.h)."""
+
+_PR_SET_PDEATHSIG: Final = 1
+# Numbers of system calls: arch/x86/entry/syscalls/syscall_64.tbl, and include/uapi/asm-generic/unistd.h for the others.
+_GENERIC: Final = {"setgroups": 159, "perf_event_open": 241, "bpf": 280, "fsopen": 430, "fsconfig": 431, "fsmount": 432}
+_NUMBERS: Final = {
+    "x86_64": _GENERIC | {"setgroups": 116, "perf_event_open": 298, "bpf": 321},
+    "aarch64": _GENERIC,
+    "riscv64": _GENERIC,
+}
+
+lib: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int) -> int:
+    """Return what a call gave, or raise the error that it left where that is negative."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def syscall(name: str, *arguments: object) -> int:
+    """Make a system call by its name; ENOSYS on a machine whose number for it isn't known here."""
+    number = _NUMBERS.get(platform.machine(), {}).get(name)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"{name}(2) has no known number on {platform.machine()}")
+    return check(lib.syscall(number, *arguments))
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """Call prctl(2)."""
+    # Some options refuse anything but zeros in the arguments that they don't use.
+    padded = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    return check(lib.prctl(option, *padded))
+
+
+def end_with_parent(parent: int) -> bool:
+    """Have the kernel kill this process when ``parent`` ends; returns False where it has ended already.
+
+    The kernel forgets this when the process changes its user or group ids (commit_creds() in kernel/cred.c).
+    """
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
+
+
+def setns(fd: int) -> None:
+    """Move the calling thread into the network namespace ``fd``."""
+    check(lib.setns(fd, CLONE_NEWNET))
