@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -129,6 +129,12 @@ class Session:
         self._count()
         return batches
 
+    def turns(self, stop: Callable[[], bool], duration_s: float | None = None) -> Iterator[list[Batch]]:
+        """Step until ``stop`` returns true, the time is over or the source has ended; the batches of each step."""
+        end = math.inf if duration_s is None else time.monotonic() + duration_s
+        while not stop() and (left := end - time.monotonic()) > 0 and not self.source.exhausted():
+            yield self.step(min(TICK_SECONDS, left))
+
     def finish(self) -> list[Batch]:
         """Stop the source; the last batches."""
         chunks = self.source.stop()
@@ -231,7 +237,7 @@ def _clocks(session: Session, end: dict[str, int] | None = None) -> dict[str, An
     return {"start": session.start, "end": end, "segments": session.clock.all}
 
 
-def so_far(session: Session) -> dict[str, Any]:
+def checkpoint(session: Session) -> dict[str, Any]:
     """What a killed trace couldn't say any more: its losses, and how the wall clock went."""
     return {"clock": _clocks(session), **session.meta()}
 
@@ -247,47 +253,3 @@ def ending(session: Session) -> dict[str, Any]:
         "sysctls": sysctls,
         **session.meta(),
     }
-
-
-class Interrupt:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP set ``requested`` in place of what they did.
-
-    A second one sets ``hurried``, a third raises KeyboardInterrupt; an end that is under way isn't spoilt by an
-    impatient key. The same one once more within ``together_s`` seconds is no second one: a timeout(1) sends it to the
-    process and to its group, a sudo and a terminal both pass it on. A SIGHUP that nohup has shut off stays shut off.
-    """
-
-    def __init__(self, together_s: float = 1.0) -> None:
-        self._together_s = together_s
-        self._count = 0
-        self._last: dict[int, float] = {}
-        self._old: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether there was one."""
-        return self._count > 0
-
-    @property
-    def hurried(self) -> bool:
-        """Whether there were two."""
-        return self._count > 1
-
-    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
-        now = time.monotonic()
-        again, self._last[number] = now - self._last.get(number, float("-inf")) < self._together_s, now
-        if again:
-            return
-        self._count += 1
-        if self._count > 2:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)

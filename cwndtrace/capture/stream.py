@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal, Self
@@ -45,9 +44,8 @@ class Stream:
         self._stopped = True
 
     def __iter__(self) -> Iterator[Batch]:
-        end = None if self._duration is None else time.monotonic() + self._duration
-        while not self._stopped and (end is None or time.monotonic() < end):
-            yield from self._session.step()
+        for batches in self._session.turns(lambda: self._stopped, self._duration):
+            yield from batches
         yield from self._session.finish()
 
     def __enter__(self) -> Self:

@@ -23,9 +23,9 @@ import pandas as pd
 import cwndtrace
 from cwndtrace import isolated, privileges
 from cwndtrace.capture import target
-from cwndtrace.capture.session import Interrupt
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli import options, user
+from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.format import clean, plural

@@ -13,14 +13,13 @@ import pandas as pd
 
 from cwndtrace import privileges
 from cwndtrace.analysis import cost
-from cwndtrace.capture import session as sessions
 from cwndtrace.capture import stream
-from cwndtrace.capture.session import Session
+from cwndtrace.capture.session import Session, describe
 from cwndtrace.capture.source import Filters
+from cwndtrace.recorder import Observer, Recorder
 from cwndtrace.store import CaptureWriter
 from cwndtrace.trace import Trace
 
-_STEP_S: Final = 0.1
 # Windows that differ by less than this factor are alike.
 _LIKE: Final = 1.1
 
@@ -42,7 +41,7 @@ class Recording:
     def __enter__(self) -> Self:
         self.session: Session = stream.open_session(self._filters, probe=self._probe)
         try:
-            about = sessions.describe(self.session, self._filters, self._version)
+            about = describe(self.session, self._filters, self._version)
             self._writer = CaptureWriter.create(self._path, about, user=privileges.invoking_user())
         except BaseException:
             self.session.close()
@@ -52,24 +51,10 @@ class Recording:
         return self
 
     def _run(self) -> None:
-        status = "failed"
         try:
-            while not self._stop.is_set():
-                self._keep(self.session.step(_STEP_S))
-            self._keep(self.session.finish())
-            status = "complete"
+            Recorder(self.session, self._writer, Observer()).run(self._stop.is_set)
         except Exception as e:
             self._error = e
-        finally:
-            try:
-                self._writer.close(status, **sessions.ending(self.session))
-            except Exception as e:
-                self._error = self._error or e
-
-    def _keep(self, batches: list[sessions.Batch]) -> None:
-        for batch in batches:
-            self._writer.add(batch.event, batch.rows)
-        self._writer.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()

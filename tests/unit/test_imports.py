@@ -34,11 +34,12 @@ BELOW = {
     "plot": LEAVES,
     "capture": LEAVES | {"kernel", "store"},
     "trace": LEAVES | {"store", "analysis"},
-    "lab": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", ""},
+    "recorder": LEAVES | {"capture", "store"},
+    "lab": LEAVES | {"recorder"} | {"kernel", "store", "analysis", "plot", "capture", "trace", ""},
     "report": LEAVES | {"store", "analysis", "plot", "trace", ""},
     # The package itself only shows the public names; the commands wire everything.
     "": LEAVES | {"capture", "trace"},
-    "cli": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", "lab", "report", ""},
+    "cli": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", "lab", "report", "recorder", ""},
     "__main__": {"cli", "isolated"},
 }
 """What each part of the package may import besides itself; the empty name is ``cwndtrace/__init__.py``."""

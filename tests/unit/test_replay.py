@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 
 import cwndtrace
-from cwndtrace.capture import session as sessions
 from cwndtrace.capture.replay import Replay, record
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import Filters, Source
+from cwndtrace.cli.console import Console, InterfaceWatch
 from cwndtrace.cli.live import RESETS_SHOWN, JsonView, TextView
-from cwndtrace.cli.run import Saver, Watch, _say_what, _warn, trace
+from cwndtrace.cli.run import _say_what
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import cells
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot.timeline import timeline
+from cwndtrace.recorder import Recorder
 from cwndtrace.store import CaptureWriter
 from tests.record import BLOCKS, BURSTS, CONNECTIONS, FILE
 from tests.unit import frames
@@ -58,9 +59,10 @@ def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = F
             view = JsonView(session, print_block=print_block)
         else:
             view = TextView(session, print_block=print_block, quiet=True)
-        interrupt = sessions.Interrupt()
-        saver, watch = Saver(writer, session, stop=False), Watch(session, Filters(), None)
-        trace(session, saver, view, interrupt, watch, duration=None, what="a recording", quiet=True)
+        watch = InterfaceWatch(session, Filters(), None)
+        console = Console(view, session, watch, what="a recording", quiet=True, stop_when_refused=False)
+        console.begin(writer.path)
+        Recorder(session, writer, console).run(lambda: False)
     capture = cwndtrace.load(folder / "x.cwnd")
     if as_json:
         JsonView.write(summary_object(capture, session, view.block))
@@ -216,7 +218,9 @@ def test_what_stderr_says_fits_its_terminal(
         monkeypatch.setenv("COLUMNS", width)
         _say_what(session, what, verbose=False)
         view = TextView(session, print_block=False, quiet=False)
-        _warn(batch, session, what, [], view)
+        watch = InterfaceWatch(session, Filters(), None)
+        console = Console(view, session, watch, what=what, quiet=False, stop_when_refused=False)
+        console._warn_of_settings(batch)
         lines = capsys.readouterr().err.splitlines()
         view.tick(what)
         return lines, capsys.readouterr().err.removeprefix("\r\x1b[K")

@@ -13,8 +13,9 @@ import pytest
 
 from cwndtrace import tcp
 from cwndtrace.capture.clocks import Segments, utc_offset_ns
-from cwndtrace.capture.session import Interrupt, Session, describe, ending
+from cwndtrace.capture.session import Session, describe, ending
 from cwndtrace.capture.source import Filters
+from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.records import layout
 from tests.unit import frames
 from tests.unit.fake_source import FakeSource
