@@ -21,6 +21,7 @@ from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.analysis.verdict import Host, Verdict
 from cwndtrace.errors import NotFound, making_sense
 from cwndtrace.records import arrow
+from cwndtrace.store.meta import Meta
 
 _CELL = 100  # characters of a line that came from outside
 _VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
@@ -108,7 +109,13 @@ class Trace:
     @making_sense()
     def meta(self) -> dict[str, Any]:
         """The content of ``meta.json``, its texts clean of what could steer a terminal."""
-        return _mapping(_cleaned(self._capture.meta))
+        cleaned: dict[str, Any] = _cleaned(self._capture.meta)
+        return cleaned
+
+    @property
+    def about(self) -> Meta:
+        """``meta`` checked and typed: what the analyses use."""
+        return self._capture.about
 
     @property
     def status(self) -> str:
@@ -157,9 +164,8 @@ class Trace:
     @making_sense()
     def started_ns(self) -> int:
         """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
-        mono = _mapping(_mapping(self.meta.get("clock")).get("start")).get("mono_ns")
-        if isinstance(mono, int):
-            return mono
+        if self.about.begin is not None:
+            return self.about.begin.mono_ns
         frames = ((self._resets, "ts_ns"), (self._connections, "ts_ns"), (self._requests, "start_ns"))
         return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
@@ -167,15 +173,13 @@ class Trace:
     @making_sense()
     def left_out(self) -> dict[str, int]:
         """How many ``cgroups`` and ``sockets`` of what was asked for the filter had no room for, where it was so."""
-        told = _mapping(self.meta.get("left_out"))
-        known = {kind: told.get(kind) for kind in ("cgroups", "sockets")}
-        return {kind: number for kind, number in known.items() if isinstance(number, int) and number > 0}
+        return {kind: number for kind, number in self.about.left_out.items() if kind in ("cgroups", "sockets")}
 
     @making_sense()
     def lost(self, table: str) -> int:
         """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
-        counts = _mapping(_mapping(self.meta.get("counts")).get(table)).get("lost")
-        return sum(n for n in (counts, _mapping(self.meta.get("unwritten")).get(table)) if isinstance(n, int))
+        counts = self.about.counts or {}
+        return (counts[table].lost if table in counts else 0) + self.about.unwritten.get(table, 0)
 
     @property
     @making_sense()
@@ -196,7 +200,7 @@ class Trace:
     @making_sense()
     def block_io(self) -> pd.DataFrame:
         """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
-        whole = block_analysis.with_latency(self._whole("block_io"), _mapping(self.meta.get("devices")))
+        whole = block_analysis.with_latency(self._whole("block_io"), self.about.devices)
         return self._and_partly("block_io", whole)
 
     def block_columns(self, *columns: str) -> pd.DataFrame:
@@ -208,7 +212,7 @@ class Trace:
         known = arrow.schema("block_io").names
         needs = [name for name in known if name in columns or name == "start_ns"]
         needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
-        devices = _mapping(self.meta.get("devices"))
+        devices = self.about.devices
         pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
         whole = (arrow.whole(piece.to_pandas(use_threads=False), "block_io") for piece in pieces)
         frames = (block_analysis.add(frame, devices, columns) for frame in whole)
@@ -267,8 +271,8 @@ class Trace:
     @making_sense()
     def block_recorded(self) -> bool:
         """Whether block I/O was traced, so that none in idle time means that there was none."""
-        counts = self.meta.get("counts")
-        return not isinstance(counts, dict) or "block_io" in counts or bool(self._capture.rows("block_io"))
+        counts = self.about.counts
+        return counts is None or "block_io" in counts or bool(self._capture.rows("block_io"))
 
     @making_sense()
     def summary(self) -> pd.DataFrame:
@@ -279,7 +283,7 @@ class Trace:
     @making_sense()
     def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self._resets, self._connections)
-        return verdict.connections(rows, self._judged, self._connections, self.meta, whole=not self._lacking())
+        return verdict.connections(rows, self._judged, self._connections, self.about, whole=not self._lacking())
 
     @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
@@ -293,7 +297,7 @@ class Trace:
             if rows.empty:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
-        return remedy.remedies(judged, rows, self.meta, lacking=self._lacking())
+        return remedy.remedies(judged, rows, self.about, lacking=self._lacking())
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
@@ -301,7 +305,7 @@ class Trace:
         return compare.compare(self._measures(), after._measures())
 
     def _measures(self) -> dict[str, Any]:
-        span = compare.span(self.meta, self._resets, self._connections)
+        span = compare.span(self.about, self._resets, self._connections)
         return dict(compare.measures(self._judged, self._connections, self._recoveries, self._requests, span))
 
     @making_sense()
@@ -322,7 +326,7 @@ class Trace:
     @making_sense()
     def audit(self) -> pd.DataFrame:
         """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
-        return remedy.audit(self._judged, self._connections, self.meta)
+        return remedy.audit(self._judged, self._connections, self.about)
 
     @making_sense()
     def host(self) -> Host:
@@ -395,7 +399,7 @@ class Trace:
     @making_sense()
     def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
-        meta = self.meta
+        about = self.about
         on_disk = {table: self._capture.rows(table) for table in arrow.TABLES}
         names = {
             "cwnd_reset": ("reset", "resets"),
@@ -405,7 +409,7 @@ class Trace:
         }
         lost = {table: self.lost(table) for table in arrow.TABLES}
         facts = [
-            ("host", f"{_shown(meta.get('host', '?'))}, Linux {_shown(meta.get('kernel', '?'))}"),
+            ("host", f"{_shown(about.host or '?')}, Linux {_shown(about.kernel or '?')}"),
             ("span", self._span()),
             ("kept", ", ".join(f"{on_disk[table]:,} {name[on_disk[table] != 1]}" for table, name in names.items())),
             (
@@ -416,14 +420,12 @@ class Trace:
         ]
         if steps := self._steps():
             facts.append(("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}; suspends count"))
-        if unchanged := meta.get("unchanged"):
-            facts.append(
-                ("unchanged", f"{_shown(unchanged)} idle restart{'s' * (unchanged != 1)} left the window as it was")
-            )
-        rungs = _mapping(meta.get("rungs"))
-        facts.append(("rungs", _shown(", ".join(f"{reason}: {rung or 'none'}" for reason, rung in rungs.items()))))
-        if filters := {name: value for name, value in _mapping(meta.get("filters")).items() if value is not None}:
-            facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in filters.items()))))
+        if about.unchanged:
+            facts.append(("unchanged", f"{fmt.plural(about.unchanged, 'idle restart')} left the window as it was"))
+        probes = ", ".join(f"{reason}: {probe or 'none'}" for reason, probe in about.probes.items())
+        facts.append(("probes", _shown(probes)))
+        if about.filters:
+            facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in about.filters.items()))))
         facts += [("left out", fmt.left_out(kind, number)) for kind, number in self.left_out.items()]
         warnings = self.warnings
         facts += [("warning", _shown(line)) for line in warnings[:5]]
@@ -432,26 +434,21 @@ class Trace:
         return facts
 
     def _span(self) -> str:
-        started, ended = (_moment(self.meta.get(name)) for name in ("started", "ended"))
+        started, ended = _moment(self.about.started), _moment(self.about.ended)
         if started is None:
             return "unknown"
         begin = f"from {started:%Y-%m-%d %H:%M:%S} UTC"
         if ended is None:
             return begin
-        clock = _mapping(self.meta.get("clock"))
-        first, last = (_mapping(clock.get(side)).get("mono_ns") for side in ("start", "end"))
         lasted = (ended - started).total_seconds()
-        if isinstance(first, int) and isinstance(last, int):
+        if self.about.begin and self.about.end:
             # The wall clock may have been stepped.
-            lasted = (last - first) / 1e9
+            lasted = (self.about.end.mono_ns - self.about.begin.mono_ns) / 1e9
         return f"{begin} to {ended:%H:%M:%S}, {lasted:,.1f} s"
 
     def _steps(self) -> list[float]:
         """By how many seconds the wall clock was stepped, each time."""
-        segments = _mapping(self.meta.get("clock")).get("segments")
-        offsets = [_mapping(s).get("utc_offset_ns") for s in segments] if isinstance(segments, list) else []
-        known = [offset for offset in offsets if isinstance(offset, int)]
-        return [(after - before) / 1e9 for before, after in pairwise(known)]
+        return [(after - before) / 1e9 for before, after in pairwise(self.about.utc_offsets_ns)]
 
 
 def _clock(frame: pd.DataFrame) -> str:
@@ -495,10 +492,6 @@ def _moment(value: object) -> pd.Timestamp | None:
         return None
     moment = pd.to_datetime(value, utc=True, errors="coerce")
     return moment if isinstance(moment, pd.Timestamp) else None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _cleaned(value: Any) -> Any:

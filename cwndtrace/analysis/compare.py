@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
 
 from cwndtrace.analysis.bootstrap import Values, cliffs_delta, interval
+from cwndtrace.store.meta import Meta
 
 COLUMNS: Final = {
     "measure": "what was measured, one of MEASURES or latency of a block operation",
@@ -112,14 +113,10 @@ def _effect(strength: float, low: float, high: float) -> str:
     return next(word for most, word in _WORDS if abs(strength) < most)
 
 
-def span(meta: Mapping[str, Any], *frames: pd.DataFrame) -> tuple[float, float]:
+def span(about: Meta, *frames: pd.DataFrame) -> tuple[float, float]:
     """Begin and end of a capture in seconds of CLOCK_MONOTONIC: from its metadata, else from its records."""
-    clock: Any = meta.get("clock")
     stamps = [float(frame["ts_ns"].min()) for frame in frames if len(frame)]
     stamps += [float(frame["ts_ns"].max()) for frame in frames if len(frame)]
-    for side in ("start", "end"):
-        told = clock.get(side) if isinstance(clock, Mapping) else None
-        mono = told.get("mono_ns") if isinstance(told, Mapping) else None
-        stamps += [float(mono)] if isinstance(mono, int) else []
+    stamps += [float(moment.mono_ns) for moment in (about.begin, about.end) if moment]
     begin, end = min(stamps, default=0.0) / 1e9, max(stamps, default=0.0) / 1e9
     return begin, max(end, begin + 0.001)

@@ -17,6 +17,7 @@ import pandas as pd
 from cwndtrace import tcp
 from cwndtrace.analysis import cost
 from cwndtrace.format import plural, span
+from cwndtrace.store.meta import Meta, Namespace
 
 COLUMNS: Final = {
     "remedy": "sysctl, initcwnd, ping, bbr, receiver_window, send_buffer, loss or nothing",
@@ -63,14 +64,14 @@ class _Remedy:
     connections: int
 
 
-def remedies(judged: pd.DataFrame, rows: pd.DataFrame, meta: Mapping[str, Any], *, lacking: str = "") -> pd.DataFrame:
+def remedies(judged: pd.DataFrame, rows: pd.DataFrame, about: Meta, *, lacking: str = "") -> pd.DataFrame:
     """What to do, best first: what saves most, and of what saves the same the least risky. Never empty.
 
     ``judged`` are resets of a Trace's ``verdicts``, ``rows`` connections of its ``summary``: all of them for the host,
     or those of one connection. The columns are ``COLUMNS``. ``lacking`` is as for ``verdict.host``.
     """
     harmful = judged[judged["verdict"] == "harmful"]
-    found = [*_cures(harmful, meta), *_limits(rows)]
+    found = [*_cures(harmful, about), *_limits(rows)]
     if not found and lacking:
         found = [_Remedy("nothing", f"trace again, or get the whole capture: {lacking}", 0.0, "low", "none", 0)]
     elif not found:
@@ -79,12 +80,12 @@ def remedies(judged: pd.DataFrame, rows: pd.DataFrame, meta: Mapping[str, Any], 
     return pd.DataFrame([asdict(each) for each in found], columns=list(COLUMNS))
 
 
-def _cures(harmful: pd.DataFrame, meta: Mapping[str, Any]) -> Iterator[_Remedy]:
+def _cures(harmful: pd.DataFrame, about: Meta) -> Iterator[_Remedy]:
     if harmful.empty:
         return
     touched, lost = int(harmful["connection"].nunique()), float(harmful["lost_us"].sum())
     spaces = [str(inode) for inode in harmful.groupby("netns_ino")["lost_us"].sum().sort_values().index[::-1]]
-    commands = [f"{_inside(inode, meta)}sysctl -w {tcp.IDLE_SYSCTL}=0{_elsewhere(inode, meta)}" for inode in spaces]
+    commands = [f"{_inside(inode, about)}sysctl -w {tcp.IDLE_SYSCTL}=0{_elsewhere(inode, about)}" for inode in spaces]
     more = [f"and in {plural(len(spaces) - _SPACES, 'more namespace')}"] if len(spaces) > _SPACES else []
     yield _Remedy(
         "sysctl",
@@ -164,11 +165,11 @@ def _limits(rows: pd.DataFrame) -> Iterator[_Remedy]:
             yield _Remedy(label, action, float("nan"), risk, risky, number)
 
 
-def _inside(inode: str, meta: Mapping[str, Any]) -> str:
+def _inside(inode: str, about: Meta) -> str:
     """The prefix of a command that has to run in a network namespace."""
-    about = _namespaces(meta).get(inode, {})
-    name = str(about.get("name", ""))
-    if about.get("host") or name == "this":
+    namespace = about.namespaces.get(inode)
+    name = namespace.name if namespace else ""
+    if (namespace and namespace.host) or name == "this":
         return ""
     if not name:
         return f"in network namespace {inode}: "
@@ -177,29 +178,27 @@ def _inside(inode: str, meta: Mapping[str, Any]) -> str:
     return f"ip netns exec {shlex.quote(name)} "
 
 
-def _elsewhere(inode: str, meta: Mapping[str, Any]) -> str:
+def _elsewhere(inode: str, about: Meta) -> str:
     """What to say of a namespace that isn't the host's."""
-    spaces = _namespaces(meta)
-    host = next((about for about in spaces.values() if about.get("host")), None)
-    if host is None or spaces.get(inode, host).get("host"):
+    host = _host(about)
+    if host is None or about.namespaces.get(inode, host).host:
         return ""
-    setting = host.get(tcp.IDLE_SYSCTL)
-    return f" (the host's own is {setting}, which doesn't reach into this namespace)"
+    return f" (the host's own is {host.idle}, which doesn't reach into this namespace)"
 
 
-def _namespaces(meta: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    sysctls = meta.get("sysctls")
-    entries = sysctls.items() if isinstance(sysctls, Mapping) else ()
-    return {str(inode): about for inode, about in entries if isinstance(about, Mapping)}
+def _host(about: Meta) -> Namespace | None:
+    return next((namespace for namespace in about.namespaces.values() if namespace.host), None)
 
 
-def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]) -> pd.DataFrame:
+_UNKNOWN: Final = Namespace("", False, None, None)
+
+
+def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, about: Meta) -> pd.DataFrame:
     """What each network namespace is set to and whom that touches, a row each; the columns are ``AUDIT_COLUMNS``.
 
     As recorded when the capture began; a namespace that came later is there once a snapshot or a reset was in it.
     """
-    spaces = _namespaces(meta)
-    host = next((about for about in spaces.values() if about.get("host")), {})
+    spaces, host = about.namespaces, _host(about)
     last = snapshots[snapshots["ts_ns"] == snapshots.groupby("netns_ino")["ts_ns"].transform("max")]
     live = last.groupby("netns_ino").size()
     free = last[last["ca_name"].astype(str).isin(tcp.EXEMPT)].groupby("netns_ino").size()
@@ -208,33 +207,38 @@ def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, meta: Mapping[str, Any]
     seen = {str(inode) for inode in (*live.index, *lost.index)}
     rows = []
     for inode in [*spaces, *sorted(seen - spaces.keys())]:
-        about, number = spaces.get(inode, {}), int(inode) if inode.isdigit() else 0
-        setting, control = about.get(tcp.IDLE_SYSCTL), about.get(tcp.CONTROL_SYSCTL)
+        number = int(inode) if inode.isdigit() else 0
+        space = spaces.get(inode, _UNKNOWN)
         rows.append(
             {
                 "netns_ino": number,
-                "name": str(about.get("name", "")),
-                "host": about.get("host") is True,
-                "slow_start_after_idle": setting if setting in (0, 1) else None,
-                "congestion_control": control if isinstance(control, str) else "",
+                "name": space.name,
+                "host": space.host,
+                "slow_start_after_idle": space.idle if space.idle in (0, 1) else None,
+                "congestion_control": space.congestion_control or "",
                 "live": int(live.get(number, 0)),
                 "touched": int(live.get(number, 0)) - int(free.get(number, 0)),
                 "resets": int(idle.get(number, 0)),
                 "lost_us": float(lost.get(number, 0.0)),
-                "note": _note(about, host),
+                "note": _note(space, host),
             }
         )
     kinds = {"slow_start_after_idle": "Int64", "host": "bool"}
     return pd.DataFrame(rows, columns=list(AUDIT_COLUMNS)).astype(kinds)
 
 
-def _note(about: Mapping[str, Any], host: Mapping[str, Any]) -> str:
-    differing = [
-        f"{name} is {about.get(name)}, on the host {host.get(name)}"
-        for name in (tcp.IDLE_SYSCTL, tcp.CONTROL_SYSCTL)
-        if host and about and None not in (about.get(name), host.get(name)) and about.get(name) != host.get(name)
-    ]
-    return "; ".join(differing)
+def _note(space: Namespace, host: Namespace | None) -> str:
+    if host is None:
+        return ""
+    settings = {
+        tcp.IDLE_SYSCTL: (space.idle, host.idle),
+        tcp.CONTROL_SYSCTL: (space.congestion_control, host.congestion_control),
+    }
+    return "; ".join(
+        f"{name} is {here}, on the host {there}"
+        for name, (here, there) in settings.items()
+        if here is not None and there is not None and here != there
+    )
 
 
 def sentence(row: Mapping[Any, Any]) -> str:

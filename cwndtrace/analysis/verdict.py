@@ -20,6 +20,7 @@ from cwndtrace import format as fmt
 from cwndtrace import tcp
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.format import plural, size, span, threshold
+from cwndtrace.store.meta import Meta
 
 LABELS: Final = {
     "harmful": "harmful: cost at least one round trip",
@@ -158,13 +159,13 @@ def connections(
     summary: pd.DataFrame,
     judged: pd.DataFrame,
     snapshots: pd.DataFrame,
-    meta: Mapping[str, Any],
+    about: Meta,
     *,
     whole: bool = True,
 ) -> pd.DataFrame:
     """``summary`` (of analysis.connections) with ``CONNECTION_COLUMNS``, those that lost most first.
 
-    ``judged`` holds the resets with ``COLUMNS``, ``snapshots`` is ``connections`` of a Trace, ``meta`` its metadata.
+    ``judged`` holds the resets with ``COLUMNS``, ``snapshots`` is ``connections`` of a Trace, ``about`` its metadata.
     ``whole`` says that none of these rows are missing: else a connection without a reset may have had one.
     """
     out = summary.set_index("connection", drop=False).rename_axis(None)
@@ -174,7 +175,7 @@ def connections(
     out["sent_bytes"] = out[["sent_bytes", "burst_bytes"]].max(axis=1).astype("int64")
     out["bursts"] = (out["bursts"] + out["resets_idle"]).astype("int64")
     out["after_reset_share"] = out["resets_idle"] / out["bursts"].where(out["bursts"] > 0)
-    out["verdict"] = _judge(out, meta, whole=whole)
+    out["verdict"] = _judge(out, about, whole=whole)
     out["why"] = pd.Series([explain_connection(row) for row in out.to_dict("records")], index=out.index, dtype="str")
     out = out.sort_values("lost_us", ascending=False, kind="stable")
     return out.reset_index(drop=True)[[*summary.columns, *CONNECTION_COLUMNS]]
@@ -238,29 +239,25 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _judge(rows: pd.DataFrame, meta: Mapping[str, Any], *, whole: bool) -> pd.Series:
-    sysctls, rungs = _mapping(meta.get("sysctls")), _mapping(meta.get("rungs"))
-    setting = {ino: _mapping(each).get(tcp.IDLE_SYSCTL) for ino, each in sysctls.items()}
-    off = rows["netns_ino"].astype(str).map(lambda inode: setting.get(inode) == 0).astype(bool)
-    rules = {
-        "harmful": rows["resets_harmful"] > 0,
-        "common": rows["common"].notna(),
-        "exempt": rows["ca_name"].isin(tcp.EXEMPT),
-        "sysctl_off": off,
-        " unknown": pd.Series(not whole, index=rows.index),
-        "nothing_sent": (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1),
-        "send_buffer": rows["sndbuf_limited_share"] > _MOST,
-        "receiver_window": rows["rwnd_limited_share"] > _MOST,
-        "loss": rows["retrans_segments"] > 0,
-        "unknown": pd.Series(bool(rungs) and not rungs.get("idle"), index=rows.index)
-        | ((rows["snapshots"] < 2) & (rows["sent_bytes"] == 0)),
-    }
-    label = np.select([rule.to_numpy(dtype=bool) for rule in rules.values()], [n.strip() for n in rules], "no_reset")
+def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
+    off = [inode for inode, namespace in about.namespaces.items() if namespace.idle == 0]
+    hidden = bool(about.probes) and not about.probes.get("idle")
+    # The first that holds is the verdict.
+    rules: list[tuple[str, Any]] = [
+        ("harmful", rows["resets_harmful"] > 0),
+        ("common", rows["common"].notna()),
+        ("exempt", rows["ca_name"].isin(tcp.EXEMPT)),
+        ("sysctl_off", rows["netns_ino"].astype(str).isin(off)),
+        ("unknown", pd.Series(not whole, index=rows.index)),
+        ("nothing_sent", (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1)),
+        ("send_buffer", rows["sndbuf_limited_share"] > _MOST),
+        ("receiver_window", rows["rwnd_limited_share"] > _MOST),
+        ("loss", rows["retrans_segments"] > 0),
+        ("unknown", pd.Series(hidden, index=rows.index) | ((rows["snapshots"] < 2) & (rows["sent_bytes"] == 0))),
+    ]
+    conditions = [condition.to_numpy(dtype=bool) for _, condition in rules]
+    label = np.select(conditions, [name for name, _ in rules], "no_reset")
     return pd.Series(np.where(label == "common", rows["common"], label), index=rows.index, dtype="str")
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def explain(row: Mapping[Any, Any]) -> str:

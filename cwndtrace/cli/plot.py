@@ -66,7 +66,7 @@ def plot(
             trace.resets,
             trace.connections,
             trace.block_io,
-            meta=trace.meta,
+            about=trace.about,
             samples=trace.samples,
             connection=connection,
             span=span,

@@ -329,7 +329,7 @@ def _draw(
     on, off = (trace_of(trace, taken[taken["setting"] == setting]) for setting in ("on", "off"))
     drawings: dict[str, Callable[[], Any]] = {
         "latency": lambda: latency.latency(taken, summary),
-        "sawtooth": lambda: sawtooth.sawtooth(*on, *off, meta=trace.meta, measurements=taken),
+        "sawtooth": lambda: sawtooth.sawtooth(*on, *off, about=trace.about, measurements=taken),
         "staircase": lambda: staircase.staircase(trace.resets),
         "cost": lambda: cost.cost(priced),
     }

@@ -83,7 +83,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
 
 
 def _print_block(trace: Trace, block: BlockFigures) -> None:
-    names = trace.meta.get("devices", {})
+    names = trace.about.devices
     rows: list[tuple[str, ...]] = []
     for (dev, op), latency in sorted(block.latency.items(), key=lambda item: -item[1].count):
         percentiles = (fmt.span(latency.percentile(p)) for p in (50, 95, 99))
@@ -124,7 +124,7 @@ def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[
     ]
     return {
         "event": "summary",
-        "time": trace.meta["ended"],
+        "time": trace.about.ended,
         "capture": str(trace.path),
         "kept": tally.kept,
         "lost": tally.lost,

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +12,7 @@ import pandas as pd
 from cwndtrace import format as fmt
 from cwndtrace.errors import UsageError
 from cwndtrace.records import arrow
+from cwndtrace.store.meta import Meta
 
 Seconds = npt.NDArray[np.float64]
 
@@ -51,7 +50,7 @@ def clock(
     resets: pd.DataFrame,
     connections: pd.DataFrame,
     block_io: pd.DataFrame,
-    meta: Mapping[str, Any],
+    about: Meta,
     span: tuple[float, float] | None,
 ) -> Clock:
     """The picture's clock: from the capture's metadata, or from its records where that is silent.
@@ -59,29 +58,23 @@ def clock(
     Raises UsageError for a span that ends before it begins.
     """
     stamps = [int(frame[name].min()) for frame, name in _timed(resets, connections, block_io)]
-    start, end = (_mapping(_mapping(meta.get("clock")).get(side)) for side in ("start", "end"))
-    zero = _integer(start.get("mono_ns"), min(stamps, default=0))
+    zero = about.begin.mono_ns if about.begin else min(stamps, default=0)
     stamps = [int(frame[name].max()) for frame, name in _timed(resets, connections, block_io)]
-    last = max([_integer(end.get("mono_ns"), zero), *stamps])
+    last = max([about.end.mono_ns if about.end else zero, *stamps])
     if span and not span[0] < span[1]:
         raise UsageError(f"The span from {span[0]:g} s to {span[1]:g} s is empty.", "Give the earlier second first.")
     edges = span or (0.0, max((last - zero) / 1e9, 0.001))
-    offset = start.get("utc_offset_ns")
-    started = arrow.iso_time(zero + offset) if isinstance(offset, int) else ""
+    offset = about.begin.utc_offset_ns if about.begin else None
+    started = arrow.iso_time(zero + offset) if offset is not None else ""
     return Clock(zero, float(edges[0]), float(edges[1]), started[:23].replace("T", " "))
 
 
-def losses(meta: Mapping[str, Any], at: Clock) -> list[Loss]:
-    """The spans of ``meta["lossy"]`` that reach into the picture; entries that make no sense are passed over."""
+def losses(about: Meta, at: Clock) -> list[Loss]:
+    """The spans with losses that reach into the picture."""
     found = []
-    entries = meta.get("lossy")
-    for entry in entries if isinstance(entries, list) else []:
-        span = _mapping(entry)
-        begin, end, lost = (span.get(name) for name in ("start_ns", "end_ns", "lost"))
-        if not (isinstance(begin, int) and isinstance(end, int) and isinstance(lost, int)):
-            continue
-        loss = Loss(str(span.get("event")), (begin - at.zero_ns) / 1e9, (end - at.zero_ns) / 1e9, lost)
-        if lost > 0 and loss.end >= at.begin and loss.begin <= at.end:
+    for span in about.lossy:
+        loss = Loss(span.event, (span.start_ns - at.zero_ns) / 1e9, (span.end_ns - at.zero_ns) / 1e9, span.lost)
+        if loss.lost > 0 and loss.end >= at.begin and loss.begin <= at.end:
             found.append(loss)
     return found
 
@@ -107,11 +100,3 @@ def choose(resets: pd.DataFrame, connections: pd.DataFrame, wanted: str | None, 
 
 def _timed(*frames: pd.DataFrame) -> list[tuple[pd.DataFrame, str]]:
     return [(f, "ts_ns" if "ts_ns" in f else "start_ns") for f in frames if len(f)]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _integer(value: Any, default: int) -> int:
-    return value if isinstance(value, int) else default

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
@@ -16,14 +13,15 @@ from cwndtrace.format import plural
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, losses
 from cwndtrace.plot.style import plain
+from cwndtrace.store.meta import Meta
 
 _LEFT, _BOTTOM, _WIDTH, _HEIGHT = 0.75, 0.85, 5.55, 2.2
 
 
-def heat(cells: pd.DataFrame, *, zero_ns: int, meta: Mapping[str, Any]) -> Figure:
+def heat(cells: pd.DataFrame, *, zero_ns: int, about: Meta) -> Figure:
     """A figure of ``analysis.block_io.heat_map``: seconds since ``zero_ns`` (CLOCK_MONOTONIC) across, latency in ms up.
 
-    Spans in which requests were lost are hatched, by the capture's metadata ``meta``. Colours come from ``style.use``.
+    Spans in which requests were lost are hatched, by the capture's metadata ``about``. Colours come from ``style.use``.
     """
     starts = cells.columns.to_numpy(np.float64)
     width = starts[1] - starts[0] if len(starts) > 1 else 1e9
@@ -52,9 +50,9 @@ def heat(cells: pd.DataFrame, *, zero_ns: int, meta: Mapping[str, Any]) -> Figur
             bar.yaxis.set_minor_formatter(NullFormatter())
         else:
             layout.say(axes, "no block I/O recorded", colours)
-        lost = [loss for loss in losses(meta, at) if loss.event == "block_io"]
+        lost = [loss for loss in losses(about, at) if loss.event == "block_io"]
         panels.hatch(axes, lost, at, colours)
-        caption = f"on {meta.get('host', 'unknown host')}"
+        caption = f"on {about.host or 'unknown host'}"
         if lost:
             caption += f"  ·  hatched: {plural(sum(loss.lost for loss in lost), 'request')} lost"
         layout.finish(figure, "Latency of block I/O over time", plural(total, "request"), {}, plain(caption), colours)

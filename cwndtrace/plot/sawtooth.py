@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
 from cwndtrace.plot.style import Palette, plain
 from cwndtrace.records import arrow
+from cwndtrace.store.meta import Meta
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
 _LOG_FROM: Final = 20.0  # as in the timeline: from this ratio of largest to least on, the axis is logarithmic
@@ -37,14 +37,14 @@ def sawtooth(
     resets_off: pd.DataFrame,
     observed_off: pd.DataFrame,
     *,
-    meta: Mapping[str, Any],
+    about: Meta,
     measurements: pd.DataFrame | None = None,
     round: int | None = None,
 ) -> Figure:
     """A figure of the window (segments) of one connection with the sysctl on, above one with it off.
 
     ``resets_*`` are the rows of a Trace's ``resets`` that belong to the connection, ``observed_*`` (``ts_ns``,
-    ``cwnd``) whatever else is known of its window: snapshots, samples. ``meta`` is the capture's metadata.
+    ``cwnd``) whatever else is known of its window: snapshots, samples. ``about`` is the capture's metadata.
 
     ``measurements`` has a row a burst, of both settings, with the columns ``setting``, ``round``, ``start_ns``,
     ``end_ns``, ``idle_ms``, ``srtt_ms``, ``idle_s``, ``burst_bytes``, ``latency_ms``, ``cwnd_before``, ``cwnd_after``
@@ -61,7 +61,7 @@ def sawtooth(
         rounds = int(measurements["round"].nunique())
         chosen = measurements[measurements["round"] == (_whole(measurements) if round is None else round)]
         bursts = {setting: chosen[chosen["setting"].astype(str) == setting] for setting in resets}
-    clocks = _clocks(resets, observed, bursts, meta)
+    clocks = _clocks(resets, observed, bursts, about)
     with style.drawing() as colours:
         figure = layout.sheet(_BOTTOM + 2 * _HEIGHT + _GAP + 0.25)
         wide = layout.WIDTH - _LEFT - _RIGHT
@@ -93,7 +93,7 @@ def sawtooth(
         since = "the first idle time began" if rounds else "the start"
         axes["off"].set_xlabel(f"seconds since {since}", fontsize=10)
         shown_round = int(next(iter(f["round"].iloc[0] for f in bursts.values() if len(f)), 0))
-        caption = _caption(meta, clocks["on"], shown_round, rounds)
+        caption = _caption(about, clocks["on"], shown_round, rounds)
         layout.finish(figure, *_titles(resets, bursts, clocks), legend, caption, colours)
     return figure
 
@@ -111,11 +111,11 @@ def _whole(measurements: pd.DataFrame) -> int:
 
 def _clocks(
     resets: dict[str, pd.DataFrame], observed: dict[str, pd.DataFrame], bursts: dict[str, pd.DataFrame],
-    meta: Mapping[str, Any],
+    about: Meta,
 ) -> dict[str, Clock]:  # fmt: skip
     """A clock for each panel: both as long, and where bursts are known each from its first idle time on."""
     both = pd.concat([frame[["ts_ns"]] for frame in [*resets.values(), *observed.values()]])
-    whole = clock(both, both.iloc[:0], both.iloc[:0], meta, None)
+    whole = clock(both, both.iloc[:0], both.iloc[:0], about, None)
     zeros = {s: int((b["start_ns"] - (b["idle_ms"] * 1e6).astype("int64")).min()) for s, b in bursts.items() if len(b)}
     if not zeros:
         return dict.fromkeys(resets, whole)
@@ -235,8 +235,8 @@ def _titles(
     return f"{text[0].upper()}{text[1:]}", second
 
 
-def _caption(meta: Mapping[str, Any], at: Clock, shown: int, rounds: int) -> str:
-    parts = [f"on {meta.get('host', 'unknown host')}, Linux {meta.get('kernel', '?')}"]
+def _caption(about: Meta, at: Clock, shown: int, rounds: int) -> str:
+    parts = [f"on {about.host or 'unknown host'}, Linux {about.kernel or '?'}"]
     if rounds:
         parts.insert(0, f"round {shown} of {rounds}")
     elif at.started:

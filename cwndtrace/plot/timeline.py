@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 import pandas as pd
@@ -17,6 +16,7 @@ from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
 from cwndtrace.plot.style import Palette, plain
 from cwndtrace.records import arrow
+from cwndtrace.store.meta import Meta
 
 MOST_PANELS: Final = 4
 """Connections in one picture."""
@@ -32,7 +32,7 @@ def timeline(
     connections: pd.DataFrame,
     block_io: pd.DataFrame | None,
     *,
-    meta: Mapping[str, Any],
+    about: Meta,
     samples: pd.DataFrame | None = None,
     connection: str | None = None,
     span: tuple[float, float] | None = None,
@@ -40,7 +40,7 @@ def timeline(
     """A figure with one panel a connection and, where there is any, block I/O latency below.
 
     ``resets``, ``connections``, ``block_io`` and ``samples`` are the frames of a Trace (all but ``block_io`` with
-    the column ``connection``); ``meta`` is the capture's metadata. ``connection`` is one key, or None for the at most
+    the column ``connection``); ``about`` is the capture's metadata. ``connection`` is one key, or None for the at most
     four connections with most resets. ``span`` is (begin, end) in seconds since the capture started.
 
     The x axis is in seconds since the start, windows are in segments, latencies in milliseconds. The window
@@ -55,16 +55,16 @@ def timeline(
     samples = None if samples is None else arrow.whole(samples, "cwnd_sample")
     seen = ["connection", "ts_ns", "cwnd"]
     windows_seen = connections[seen] if samples is None else pd.concat([connections[seen], samples[seen]])
-    at = clock(resets, connections, block_io, meta, span)
+    at = clock(resets, connections, block_io, about, span)
     keys, of = choose(resets, connections, connection, MOST_PANELS)
     block_io = at.shown(block_io, "start_ns", "done_ns")
-    lost = losses(meta, at)
+    lost = losses(about, at)
     with style.drawing() as colours:
         windows, disk = _axes(max(len(keys), 1), bool(len(block_io)))
         axes = [*windows, disk] if disk is not None else windows
         for each in axes:
             each.set_xlim(at.begin, at.end)
-        legend = _draw_windows(windows, keys, resets, connections, windows_seen, meta, at, colours)
+        legend = _draw_windows(windows, keys, resets, connections, windows_seen, about, at, colours)
         if disk is not None:
             legend |= panels.latency(disk, block_io, at, colours)
             disk.set_ylabel("block I/O (ms)")
@@ -78,7 +78,7 @@ def timeline(
         figure = axes[0].figure
         assert isinstance(figure, Figure)
         figure.align_ylabels(axes)
-        _foot(figure, legend, _caption(meta, at, len(keys), of, disk is None), colours)
+        _foot(figure, legend, _caption(about, at, len(keys), of, disk is None), colours)
     return figure
 
 
@@ -102,7 +102,7 @@ def _draw_windows(
     resets: pd.DataFrame,
     connections: pd.DataFrame,
     windows_seen: pd.DataFrame,
-    meta: Mapping[str, Any],
+    about: Meta,
     at: Clock,
     colours: Palette,
 ) -> panels.Legend:
@@ -111,7 +111,7 @@ def _draw_windows(
         mine, snapshots = resets[resets["connection"] == key], connections[connections["connection"] == key]
         legend |= panels.window(axes, mine, windows_seen[windows_seen["connection"] == key], at, colours)
         labelled = panels.label_resets(axes, mine, at, colours)
-        panels.heading(axes, *_titles(mine, snapshots, labelled, meta, at), colours)
+        panels.heading(axes, *_titles(mine, snapshots, labelled, about, at), colours)
         axes.set_ylabel("window (segments)")
         if mine.empty:
             _say(axes, "no reset in this capture", 0.93, colours)
@@ -122,9 +122,7 @@ def _draw_windows(
     return legend
 
 
-def _titles(
-    resets: pd.DataFrame, snapshots: pd.DataFrame, labelled: int, meta: Mapping[str, Any], at: Clock
-) -> tuple[str, str]:
+def _titles(resets: pd.DataFrame, snapshots: pd.DataFrame, labelled: int, about: Meta, at: Clock) -> tuple[str, str]:
     last = (resets if len(resets) else snapshots).iloc[-1]
     ends = [f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}" for host, port in (
         (last["saddr"], last["sport"]), (last["daddr"], last["dport"])
@@ -142,9 +140,8 @@ def _titles(
         )
         parts.append("seen by " + ", ".join(sorted(set(shown["probe"].astype(str)))))
     else:
-        rungs = meta.get("rungs")
-        rung = rungs.get("idle") if isinstance(rungs, Mapping) else None
-        parts.append(f"watched by {rung}" if rung else "no probe saw idle resets here")
+        probe = about.probes.get("idle")
+        parts.append(f"watched by {probe}" if probe else "no probe saw idle resets here")
     return plain("  →  ".join(ends)), plain("  ·  ".join(part for part in parts if part))
 
 
@@ -166,8 +163,8 @@ def _draw_losses(
     return {text: Patch(facecolor="none", edgecolor=colours.lost, hatch="/////", linewidth=0.6)}
 
 
-def _caption(meta: Mapping[str, Any], at: Clock, shown: int, of: int, no_disk: bool) -> str:
-    where = f"{meta.get('host', 'unknown host')}, Linux {meta.get('kernel', '?')}"
+def _caption(about: Meta, at: Clock, shown: int, of: int, no_disk: bool) -> str:
+    where = f"{about.host or 'unknown host'}, Linux {about.kernel or '?'}"
     parts = [f"0 s is {at.started} UTC on {where}" if at.started else f"on {where}"]
     if shown < of:
         parts.append(f"{shown:,} of {plural(of, 'connection')}")

@@ -67,8 +67,7 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
         whole.append(f"{line[0].upper()}{line[1:]}.")
     lost = {name: trace.lost(name) for name in arrow.TABLES}
     resets = [f"{fmt.lost(lost[name], 'record', name)}: figures may be too low." for name in RESETS if lost[name]]
-    rungs = trace.meta.get("rungs")
-    unseen = [str(reason) for reason, rung in rungs.items() if not rung] if isinstance(rungs, dict) else []
+    unseen = [reason for reason, probe in trace.about.probes.items() if not probe]
     if unseen:
         whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
     block = [f"{fmt.lost(lost[name], 'block request')}: figures may be too low." for name in BLOCK_IO if lost[name]]
@@ -82,7 +81,7 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
 @making_sense()
 def as_json(found: Report) -> dict[str, Any]:
     """The report as one object that JSON can hold: missing figures are null, times ISO 8601 in UTC."""
-    meta = found.trace.meta
+    about = found.trace.about
     frames = {
         "connections": found.connections.assign(
             **{name: found.connections[name].map(pd.Timestamp.isoformat) for name in ("first_seen", "last_seen")}
@@ -95,7 +94,7 @@ def as_json(found: Report) -> dict[str, Any]:
     }
     return {
         "event": "report",
-        "time": next((t for t in (meta.get("ended"), meta.get("started")) if isinstance(t, str)), None),
+        "time": about.ended or about.started,
         "capture": str(found.trace.path),
         "status": found.trace.status,
         "answer": {name: _plain(value) for name, value in asdict(found.host).items()},

@@ -116,7 +116,7 @@ def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str
                 trace.resets,
                 trace.connections,
                 trace.block_io,
-                meta=trace.meta,
+                about=trace.about,
                 samples=trace.samples,
                 connection=key,
                 span=_seen(report, key),
@@ -140,7 +140,7 @@ def _seen(report: Report, key: str) -> tuple[float, float]:
 def _heat(report: Report) -> dict[str, str]:
     trace = report.trace
     cells, start = trace.block_heat_map(), trace.started_ns
-    return _pair(lambda: heat(cells, zero_ns=start, meta=trace.meta))
+    return _pair(lambda: heat(cells, zero_ns=start, about=trace.about))
 
 
 def _pair(draw: Callable[[], Figure]) -> dict[str, str]:

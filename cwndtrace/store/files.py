@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cwndtrace.format import plural
 from cwndtrace.store import parquet_limits
-from cwndtrace.store.parquet_limits import Told, UnsafeFile
+from cwndtrace.store.parquet_limits import Footer, UnsafeFile
 
 MOST_META: Final = 16 << 20
 """Bytes of meta.json; a namespace takes about 200, a part 35."""
@@ -83,10 +83,10 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield opened
 
 
-def told(path: Path) -> Told:
+def footer(path: Path) -> Footer:
     """What a part says of itself in its footer. Raises OSError and UnsafeFile."""
     with plain(path) as (file, size):
-        return parquet_limits.told(file, size)
+        return parquet_limits.footer(file, size)
 
 
 def _native(file: BinaryIO) -> pa.NativeFile:

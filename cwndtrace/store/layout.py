@@ -16,13 +16,6 @@ META: Final = "meta.json"
 MOST_PART_ROWS: Final = 1 << 20
 """Rows of one part: the writer gives up on more, and the reader on parts that say that they have more."""
 
-PART_FIGURES: Final = ("rows", "bytes", "footer_crc32")
-"""What ``parts`` of meta.json lists of each part of a table, a list each, in the order of the parts' numbers.
-
-A part's footer holds where each column's pages lie and what is in them, and each page has a checksum of its own: the
-footer's says whether this is the part that was written, and costs neither writing nor reading the pages once more.
-"""
-
 
 def part_name(number: int) -> str:
     """The file of a table's part; numbers begin with 1."""

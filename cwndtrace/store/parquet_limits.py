@@ -48,7 +48,7 @@ class UnsafeFile(ValueError):
 
 
 @dataclass(frozen=True)
-class Told:
+class Footer:
     """What a part says of itself without its pages: rows, size in bytes, the checksum of its footer, its columns."""
 
     rows: int
@@ -71,12 +71,12 @@ def check(file: BinaryIO, size: int) -> list[str]:
     return [name for name, kind in columns if kind == _TEXT]
 
 
-def told(file: BinaryIO, size: int) -> Told:
+def footer(file: BinaryIO, size: int) -> Footer:
     """What the footer says; the pages aren't looked at. Raises UnsafeFile as ``check`` does."""
     raw = _footer(file, size)
     with _complete():
         columns, rows = _sound(Thrift(raw).struct())
-        return Told(rows, size, zlib.crc32(raw), frozenset(name for name, _ in columns))
+        return Footer(rows, size, zlib.crc32(raw), frozenset(name for name, _ in columns))
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from cwndtrace.errors import CaptureError, for_lack_of_memory
 from cwndtrace.format import plural
 from cwndtrace.records import arrow
 from cwndtrace.store import files
-from cwndtrace.store.layout import META, PART_FIGURES, SCHEMA_VERSION, boot_id, part_name, process_start, show
-from cwndtrace.store.parquet_limits import Told, UnsafeFile
+from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, part_name, process_start, show
+from cwndtrace.store.meta import Meta
+from cwndtrace.store.parquet_limits import Footer, UnsafeFile
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
@@ -36,6 +37,7 @@ _MOST_LOOKED_AT: Final = 10_000
 class Capture:
     """A capture as it lies on disk.
 
+    ``meta`` is its meta.json as it stands there, ``about`` the same checked and typed.
     ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
     never closed it) or ``failed``. ``warnings`` begins with what the trace had to go on without, and grows as
     ``table`` meets parts that can't be read; ``missing`` and ``strange`` tell what lacks besides. ``shown`` is the path
@@ -44,11 +46,12 @@ class Capture:
 
     path: Path
     meta: dict[str, Any]
+    about: Meta
     status: str
     warnings: list[str] = field(default_factory=list)
     shown: Path | None = None
     max_rows: int = MOST_ROWS
-    _told: dict[tuple[Path, int, int, int], Told] = field(default_factory=dict, repr=False)
+    _footer_cache: dict[tuple[Path, int, int, int], Footer] = field(default_factory=dict, repr=False)
     _unread: set[Path] = field(default_factory=set, repr=False)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -80,7 +83,7 @@ class Capture:
 
     def rows(self, name: str) -> int:
         """How many rows of a table are on disk; reads only the parts' footers, so it is cheap."""
-        return sum(told.rows for told in self._footers(name).values())
+        return sum(footer.rows for footer in self._footers(name).values())
 
     def missing(self, name: str) -> tuple[int, int]:
         """How many rows of a table aren't there or can't be read, and how many the trace kept, by ``meta.json``.
@@ -90,10 +93,11 @@ class Capture:
         if self.status == "running":
             return 0, 0
         there, listed = self._footers(name), self._listed(name)
-        kept = _number(_at(self.meta, "counts", name, "kept")) - _number(_at(self.meta, "unwritten", name))
-        written = sum(told.rows for told in listed.values())
+        counts = self.about.counts or {}
+        kept = (counts[name].kept if name in counts else 0) - self.about.unwritten.get(name, 0)
+        written = sum(footer.rows for footer in listed.values())
         rows = {part: there[part].rows if part in there else 0 for part in listed}
-        lacking = sum(max(told.rows - rows[part], 0) for part, told in listed.items())
+        lacking = sum(max(footer.rows - rows[part], 0) for part, footer in listed.items())
         if not listed:
             lacking = max(kept - self.rows(name), 0)
         elif kept > written:
@@ -103,9 +107,9 @@ class Capture:
     def strange(self, name: str) -> list[str]:
         """The parts of a table that aren't those that the trace wrote, as far as ``meta.json`` lists them."""
         listed = self._listed(name)
-        if not listed and not isinstance(self.meta.get("parts"), dict):
+        if self.about.parts is None:
             return []
-        return [part for part, told in self._footers(name).items() if told != listed.get(part)]
+        return [part for part, footer in self._footers(name).items() if footer != listed.get(part)]
 
     def gone(self, name: str) -> list[str]:
         """The parts of a table that ``meta.json`` lists and that aren't there or can't be read."""
@@ -114,31 +118,29 @@ class Capture:
     def partly(self, name: str) -> tuple[int, list[str]]:
         """How many rows of a table lack columns that a later version needs, and which columns."""
         needed = arrow.needed(name)
-        lacking = [(told.rows, told.columns) for told in self._footers(name).values() if not told.columns >= {*needed}]
+        lacking = [
+            (footer.rows, footer.columns) for footer in self._footers(name).values() if not footer.columns >= {*needed}
+        ]
         return sum(rows for rows, _ in lacking), [n for n in needed if any(n not in there for _, there in lacking)]
 
-    def _listed(self, name: str) -> dict[str, Told]:
-        columns = [_at(self.meta, "parts", name, figure) for figure in PART_FIGURES]
-        lists = [column for column in columns if isinstance(column, list)]
-        if len(lists) < len(columns) or len({len(column) for column in lists}) > 1:
-            return {}
-        figures = (tuple(map(_number, each)) for each in zip(*lists, strict=True))
-        return {part_name(number): Told(*each) for number, each in enumerate(figures, start=1)}  # type: ignore[arg-type]
+    def _listed(self, name: str) -> dict[str, Footer]:
+        parts = (self.about.parts or {}).get(name, ())
+        return {part_name(n): Footer(part.rows, part.bytes, part.footer_crc32) for n, part in enumerate(parts, start=1)}
 
-    def _footers(self, name: str) -> dict[str, Told]:
+    def _footers(self, name: str) -> dict[str, Footer]:
         """What each part of a table that can be read says of itself. Each is looked at once for as long as it lies."""
         found = {}
         for part in self._parts(name):
             try:
                 status = part.lstat()
                 key = part, status.st_ino, status.st_mtime_ns, status.st_size
-                told = self._told.get(key) or files.told(part)
+                footer = self._footer_cache.get(key) or files.footer(part)
             except _UNREADABLE as error:
                 self._warn(part, error)
             else:
-                self._told[key] = told
+                self._footer_cache[key] = footer
                 if part not in self._unread:
-                    found[part.name] = told
+                    found[part.name] = footer
         return found
 
     def _bound(self, name: str) -> None:
@@ -198,7 +200,8 @@ def open_capture(path: str | os.PathLike[str], *, max_rows: int = MOST_ROWS) -> 
     except PermissionError as error:
         cause = f"{show(where)} can't be read: {error.strerror}."
         raise CaptureError(cause, "Read it as the user who wrote it.") from error
-    return Capture(where, meta, _status(meta), _lacking(meta), max_rows=max_rows)
+    about = Meta.parse(meta)
+    return Capture(where, meta, about, _status(meta), list(about.lacking), max_rows=max_rows)
 
 
 def _refuse_mistakes(where: Path) -> None:
@@ -261,22 +264,6 @@ def _status(meta: dict[str, Any]) -> str:
     pid = meta.get("pid")
     started = process_start(pid) if isinstance(pid, int) and meta.get("boot_id") == boot_id() else None
     return "running" if started is not None and started == meta.get("pid_start") else "interrupted"
-
-
-def _lacking(meta: dict[str, Any]) -> list[str]:
-    lines = meta.get("lacking")
-    return [fmt.clean(line)[:400] for line in lines[:5] if isinstance(line, str)] if isinstance(lines, list) else []
-
-
-def _at(values: Any, *keys: str) -> Any:
-    """What lies in mappings in mappings; None where there are none."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
-
-
-def _number(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
 
 
 def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:

@@ -29,13 +29,13 @@ from cwndtrace.store.folder import Folder, UnsafePath, refuse
 from cwndtrace.store.layout import (
     META,
     MOST_PART_ROWS,
-    PART_FIGURES,
     SCHEMA_VERSION,
     boot_id,
     part_name,
     process_start,
     show,
 )
+from cwndtrace.store.meta import Part, listed
 from cwndtrace.store.reader import Capture, open_capture
 
 PART_ROWS: Final = 131_072
@@ -104,7 +104,7 @@ class CaptureWriter:
         self._meta = meta
         self._flush_seconds = flush_seconds
         self._buffers = {name: _Buffer() for name in arrow.TABLES}
-        self._parts: dict[str, dict[int, tuple[int, ...]]] = {name: {} for name in arrow.TABLES}
+        self._parts: dict[str, dict[int, Part]] = {name: {} for name in arrow.TABLES}
         self._closed = False
 
     @classmethod
@@ -240,8 +240,7 @@ class CaptureWriter:
             failure = _failed(f"{given_up} never reached {show(self.path)}", refused[0][1])
         if self.lost:
             meta["unwritten"] = dict(+self.lost)
-        figures = {name: zip(*parts.values(), strict=True) for name, parts in self._parts.items() if parts}
-        meta["parts"] = {name: dict(zip(PART_FIGURES, map(list, each), strict=True)) for name, each in figures.items()}
+        meta["parts"] = {name: listed(parts.values()) for name, parts in self._parts.items() if parts}
         try:
             self.update_meta(status=status, **meta)
         except CaptureError as error:
@@ -275,7 +274,7 @@ class CaptureWriter:
                     folder.discard(part)
                 raise
         buffer.written = buffer.rows
-        self._parts[name][buffer.part] = len(rows), len(whole), zlib.crc32(footer)
+        self._parts[name][buffer.part] = Part(len(rows), len(whole), zlib.crc32(footer))
         if sealed:
             buffer.part += 1
             buffer.clear()

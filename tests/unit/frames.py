@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from cwndtrace import store
 from cwndtrace.records import arrow, layout
+from cwndtrace.store.meta import Meta
 from cwndtrace.trace import Trace, load
 
 MONO = 5_000_000_000_000
@@ -123,6 +124,11 @@ def meta(**values: Any) -> dict[str, Any]:
         "devices": {"7:0": "loop0"}, "interfaces": {"3": "eth0"},
         "counts": {t: {"kept": 0, "lost": 0} for t in arrow.TABLES}, "unchanged": 0, "lossy": [],
     } | values  # fmt: skip
+
+
+def about(**values: Any) -> Meta:
+    """The same, checked and typed."""
+    return Meta.parse(meta(**values))
 
 
 def capture(

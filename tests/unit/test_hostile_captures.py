@@ -387,7 +387,7 @@ def test_every_command_takes_a_part_of_an_older_recording(tmp_path: Path, table:
     assert report.caveats["missing"]
     json.dumps(content.as_json(report), allow_nan=False)
     assert len(trace.compare(trace))
-    timeline.timeline(trace.resets, trace.connections, trace.block_io, meta=trace.meta, samples=trace.samples)
+    timeline.timeline(trace.resets, trace.connections, trace.block_io, about=trace.about, samples=trace.samples)
     staircase.staircase(trace.resets)
 
 

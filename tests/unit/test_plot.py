@@ -39,7 +39,7 @@ LOSSY = [
 
 
 def figure(trace: Trace, **options: Any) -> Figure:
-    return timeline(trace.resets, trace.connections, trace.block_io, meta=trace.meta, **options)
+    return timeline(trace.resets, trace.connections, trace.block_io, about=trace.about, **options)
 
 
 def draw(made: Figure) -> np.ndarray:
@@ -195,7 +195,7 @@ def test_lossy_spans_that_make_no_sense_are_passed_over(at: Path, lossy: object)
 def test_without_block_io_there_is_no_panel_for_it(at: Path) -> None:
     trace = story(at, block_io=None)
     for block_io in (trace.block_io, None):
-        made = timeline(trace.resets, trace.connections, block_io, meta=trace.meta)
+        made = timeline(trace.resets, trace.connections, block_io, about=trace.about)
         assert len(made.axes) == 1
         assert any("no block I/O recorded" in text for text in texts(made))
 
@@ -358,7 +358,7 @@ def test_tables_of_other_frames_can_be_drawn_too(at: Path) -> None:
     key = pa.array(["k"] * len(resets))
     a = frames.pandas(resets.append_column("connection", key))
     b = frames.pandas(connections.append_column("connection", pa.array(["k"] * len(connections))))
-    draw(timeline(a, b, frames.pandas(frames.disk(50)), meta=frames.meta()))
+    draw(timeline(a, b, frames.pandas(frames.disk(50)), about=frames.about()))
     assert not at.exists()
 
 
@@ -368,7 +368,7 @@ def test_tables_of_other_frames_can_be_drawn_too(at: Path) -> None:
 def test_the_heat_map_draws_every_request_and_hatches_losses(at: Path) -> None:
     trace = story(at, lossy=LOSSY)
     cells = heat_map(trace.block_io)
-    made = heat(cells, zero_ns=frames.MONO, meta=trace.meta)
+    made = heat(cells, zero_ns=frames.MONO, about=trace.about)
     draw(made)
     (mesh,) = made.axes[0].collections
     assert np.ma.sum(np.ma.asarray(mesh.get_array())) == len(trace.block_io) == 3000
@@ -379,7 +379,7 @@ def test_the_heat_map_draws_every_request_and_hatches_losses(at: Path) -> None:
 
 def test_no_request_makes_an_empty_heat_map_that_says_so(at: Path) -> None:
     trace = frames.capture(at, host="<b>\x1b[1m$x^2$")
-    made = heat(heat_map(trace.block_io), zero_ns=0, meta=trace.meta)
+    made = heat(heat_map(trace.block_io), zero_ns=0, about=trace.about)
     draw(made)
     assert "no block I/O recorded" in texts(made)
     assert any(r"on <b>?[1m\$x^2\$" in text for text in texts(made))

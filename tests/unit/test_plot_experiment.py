@@ -31,6 +31,7 @@ from cwndtrace.plot.latency import latency
 from cwndtrace.plot.sawtooth import sawtooth
 from cwndtrace.plot.staircase import _titles as titles_of_staircase
 from cwndtrace.plot.staircase import staircase
+from cwndtrace.store.meta import Meta
 from tests.unit import experiments, frames
 from tests.unit.test_plot import EVIL, draw, texts
 
@@ -40,7 +41,7 @@ NOTHING = experiments.experiment(rounds=0)
 
 
 def saw(story: experiments.Experiment = STORY, **options: Any) -> Figure:
-    given: dict[str, Any] = {"meta": frames.meta(), "measurements": story.taken} | options
+    given: dict[str, Any] = {"about": frames.about(), "measurements": story.taken} | options
     return sawtooth(story.resets["on"], story.observed["on"], story.resets["off"], story.observed["off"], **given)
 
 
@@ -92,7 +93,7 @@ CASES: dict[str, Callable[[], Figure]] = {
     "sawtooth, records alone": lambda: saw(measurements=None),
     "sawtooth, on alone": lambda: saw(measurements=STORY.taken[STORY.taken["setting"] == "on"]),
     "sawtooth, nothing": lambda: saw(NOTHING),
-    "sawtooth, long names": lambda: saw(meta=frames.meta(host="h" * 300, kernel="k" * 300)),
+    "sawtooth, long names": lambda: saw(about=frames.about(host="h" * 300, kernel="k" * 300)),
     "latency": lambda: latency(STORY.taken, SUMMARY),
     "latency, one cell": lambda: both(experiments.experiment(rounds=3, bursts=(1_000_000,), idle_times=(0.8,)).taken),
     "latency, many": lambda: both(
@@ -181,7 +182,7 @@ def test_light_and_dark(name: str, dark: bool) -> None:
 @pytest.mark.parametrize("evil", EVIL)
 def test_hostile_names_are_drawn_to_the_letter(evil: str) -> None:
     drawn = [
-        (saw(meta=frames.meta(host=evil, kernel=evil * 40)), style.plain(f"on {evil}, Linux")[:-1]),
+        (saw(about=frames.about(host=evil, kernel=evil * 40)), style.plain(f"on {evil}, Linux")[:-1]),
         (cost(pairs(ca_name=[evil, "reno"])), style.plain(evil, 16)),
     ]
     for made, expected in drawn:
@@ -284,7 +285,7 @@ def test_what_was_seen_as_a_rest_set_in_draws_no_tooth() -> None:
     for late, drawn in ((2_000_000, False), (50_000_000, True)):
         odd = pd.DataFrame({"ts_ns": [settled + late], "cwnd": [777]})
         made = sawtooth(
-            STORY.resets["on"], STORY.observed["on"], STORY.resets["off"], odd, meta={}, measurements=STORY.taken
+            STORY.resets["on"], STORY.observed["on"], STORY.resets["off"], odd, about=Meta(), measurements=STORY.taken
         )
         assert (777 in [y for _, y in points(made.axes[1], "o")]) is drawn
 

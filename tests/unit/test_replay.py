@@ -152,7 +152,7 @@ def test_the_capture_holds_what_was_recorded(tmp_path: Path, capsys: pytest.Capt
 def test_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture, _ = played(Replay(FILE), tmp_path, as_json=False)
     capsys.readouterr()
-    figure = timeline(capture.resets, capture.connections, capture.block_io, meta=capture.meta)
+    figure = timeline(capture.resets, capture.connections, capture.block_io, about=capture.about)
     figure.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 20_000
 

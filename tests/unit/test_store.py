@@ -237,22 +237,22 @@ def test_a_writer_killed_at_any_moment_leaves_whole_rows(tmp_path: Path, seed: i
     chance = random.Random(seed)
     with start(path, 1_000_000) as child:
         assert child.stdout
-        told = 0
+        footer = 0
         for _ in range(chance.randrange(1, 12)):
             line = child.stdout.readline()
-            told = int(line) if line != "ready\n" else 0
+            footer = int(line) if line != "ready\n" else 0
         until = time.perf_counter() + chance.random() * 0.02
         while time.perf_counter() < until:
             pass
         child.send_signal(signal.SIGKILL)
         idle = child.stdout.read().split()
-        told = max([told, *map(int, idle)])
+        footer = max([footer, *map(int, idle)])
     capture = store.open_capture(path)
     assert capture.status == "interrupted"
     found = capture.table("block_io").column("sector").to_pylist()
     assert found == list(range(len(found)))
     assert len(found) % 7 == 0
-    assert told <= len(found) <= told + 7
+    assert footer <= len(found) <= footer + 7
     assert capture.warnings == []
     kept = capture.meta["counts"]["block_io"]["kept"]
     assert len(found) - 7 <= kept <= len(found)

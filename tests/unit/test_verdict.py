@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cwndtrace import tcp
 from cwndtrace.analysis import connections, verdict
+from cwndtrace.store.meta import Meta
 from cwndtrace.trace import Trace
 from tests.unit import frames
 
@@ -111,7 +112,7 @@ def test_a_capture_of_an_older_version_has_no_shares(tmp_path: Path) -> None:
     old = trace.connections.assign(**dict.fromkeys(clocks, None))
     out = verdict.resets(trace.costs(), old)
     assert (out["verdict"].tolist(), math.isnan(out["rwnd_limited_share"].item())) == (["harmful"], True)
-    rows = verdict.connections(connections.summary(trace.resets, old), out, old, trace.meta)
+    rows = verdict.connections(connections.summary(trace.resets, old), out, old, trace.about)
     assert math.isnan(rows["busy_us"].item())
     assert "busy time" not in rows["why"].item()
 
@@ -232,7 +233,7 @@ def test_every_reset_has_a_verdict_and_connections_add_up(seed: int, peers: int)
     from cwndtrace.analysis import cost
 
     judged = verdict.resets(cost.predict(r, c), c)
-    rows = verdict.connections(connections.summary(r, c), judged, c, {})
+    rows = verdict.connections(connections.summary(r, c), judged, c, Meta())
     assert set(judged["verdict"]) <= set(verdict.LABELS)
     assert ((judged["lost_us"] > 0) == (judged["verdict"] == "harmful")).all()
     assert rows["lost_us"].sum() == pytest.approx(judged["lost_us"].sum())

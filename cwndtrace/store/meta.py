@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``meta.json`` as typed values, checked once where it is read.
+
+A capture may come from a stranger. A value of another type than its own counts as absent, and no text keeps what
+could steer a terminal; so whoever uses ``Meta`` needs no checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cwndtrace import tcp
+from cwndtrace.format import clean
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment on two clocks: ``mono_ns`` of CLOCK_MONOTONIC, and what to add to it for UTC; both in ns."""
+
+    mono_ns: int
+    utc_offset_ns: int | None
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A network namespace: its name for people, whether it is the host's, and its settings; None where unknown."""
+
+    name: str
+    host: bool
+    idle: int | None
+    congestion_control: str | None
+
+
+@dataclass(frozen=True)
+class Count:
+    """Records of one event that the trace kept, and that the kernel lost."""
+
+    kept: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class LossySpan:
+    """A span of CLOCK_MONOTONIC, in ns, in which records of ``event`` were lost."""
+
+    event: str
+    start_ns: int
+    end_ns: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a table, as it was written.
+
+    A part's footer holds where each column's pages lie and what is in them, and each page has a checksum of its own:
+    the footer's says whether this is the part that was written, and costs neither writing nor reading the pages once
+    more.
+    """
+
+    rows: int
+    bytes: int
+    footer_crc32: int
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a capture says of itself. Mappings are empty, texts empty and numbers 0 or None where it doesn't say.
+
+    ``counts`` is None where the capture doesn't count at all, and ``parts`` where it doesn't list its parts.
+    ``utc_offsets_ns`` has one value for each time that the wall clock was stepped, and one before.
+    """
+
+    status: str = ""
+    version: str = ""
+    host: str = ""
+    kernel: str = ""
+    started: str | None = None
+    ended: str | None = None
+    begin: Moment | None = None
+    end: Moment | None = None
+    utc_offsets_ns: tuple[int, ...] = ()
+    filters: Mapping[str, Any] = field(default_factory=dict)
+    namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+    probes: Mapping[str, str | None] = field(default_factory=dict)
+    devices: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, Count] | None = None
+    unwritten: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, tuple[Part, ...]] | None = None
+    unchanged: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    lossy: tuple[LossySpan, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Meta:
+        """The values of a ``meta.json`` of any content."""
+        clock = _mapping(raw.get("clock"))
+        counts, parts = raw.get("counts"), raw.get("parts")
+        return cls(
+            status=_text(raw.get("status")),
+            version=_text(raw.get("version")),
+            host=_text(raw.get("host")),
+            kernel=_text(raw.get("kernel")),
+            started=_text(raw.get("started")) or None,
+            ended=_text(raw.get("ended")) or None,
+            begin=_moment(clock.get("start")),
+            end=_moment(clock.get("end")),
+            utc_offsets_ns=tuple(
+                _integers(_mapping(each).get("utc_offset_ns") for each in _list(clock.get("segments")))
+            ),
+            filters={name: _plain(value) for name, value in _named(raw.get("filters")) if value is not None},
+            namespaces={
+                inode: _namespace(_mapping(each))
+                for inode, each in _named(raw.get("sysctls"))
+                if isinstance(each, dict)
+            },
+            probes={reason: _text(probe) or None for reason, probe in _named(raw.get("rungs"))},
+            devices={number: _text(name) for number, name in _named(raw.get("devices")) if _text(name)},
+            counts={event: _count(_mapping(each)) for event, each in _named(counts)}
+            if isinstance(counts, dict)
+            else None,
+            unwritten={table: _positive(rows) for table, rows in _named(raw.get("unwritten"))},
+            parts={table: _parts(_mapping(each)) for table, each in _named(parts)} if isinstance(parts, dict) else None,
+            unchanged=_positive(raw.get("unchanged")),
+            left_out={kind: number for kind, each in _named(raw.get("left_out")) if (number := _positive(each))},
+            lossy=tuple(span for each in _list(raw.get("lossy")) for span in _lossy(_mapping(each))),
+            lacking=tuple(line[:400] for each in _list(raw.get("lacking"))[:5] if (line := _text(each))),
+        )
+
+
+def listed(parts: Iterable[Part]) -> dict[str, list[int]]:
+    """How ``meta.json`` lists the parts of a table: a list for each of their figures, in the order of their numbers."""
+    all_of_them = list(parts)
+    return {each.name: [getattr(part, each.name) for part in all_of_them] for each in fields(Part)}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _named(value: object) -> Iterator[tuple[str, Any]]:
+    return ((clean(name), each) for name, each in _mapping(value).items())
+
+
+def _text(value: object) -> str:
+    return clean(value) if isinstance(value, str) else ""
+
+
+def _integer(value: object) -> int | None:
+    return value if type(value) is int else None
+
+
+def _integers(values: Iterator[object]) -> Iterator[int]:
+    return (value for value in values if type(value) is int)
+
+
+def _positive(value: object) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+def _plain(value: object) -> Any:
+    """A value of any type for people: texts clean, other things as Python shows them."""
+    return value if type(value) in (int, bool) else clean(str(value))
+
+
+def _moment(value: object) -> Moment | None:
+    mono_ns = _integer(_mapping(value).get("mono_ns"))
+    return None if mono_ns is None else Moment(mono_ns, _integer(_mapping(value).get("utc_offset_ns")))
+
+
+def _namespace(value: dict[str, Any]) -> Namespace:
+    control = _text(value.get(tcp.CONTROL_SYSCTL)) or None
+    return Namespace(_text(value.get("name")), value.get("host") is True, _integer(value.get(tcp.IDLE_SYSCTL)), control)
+
+
+def _count(value: dict[str, Any]) -> Count:
+    return Count(_positive(value.get("kept")), _positive(value.get("lost")))
+
+
+def _lossy(value: dict[str, Any]) -> Iterator[LossySpan]:
+    start, end, lost = (value.get(name) for name in ("start_ns", "end_ns", "lost"))
+    if type(start) is int and type(end) is int and type(lost) is int:
+        yield LossySpan(_text(value.get("event")), start, end, lost)
+
+
+def _parts(value: dict[str, Any]) -> tuple[Part, ...]:
+    """The parts of one table; none where the lists of their figures differ in length."""
+    columns = [value.get(each.name) for each in fields(Part)]
+    lists = [column for column in columns if isinstance(column, list)]
+    if len(lists) < len(columns) or len({len(column) for column in lists}) > 1:
+        return ()
+    return tuple(Part(*map(_positive, each)) for each in zip(*lists, strict=True))
