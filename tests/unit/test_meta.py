@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""meta.json of any content becomes values of the types that Meta declares, and a real one keeps what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cwndtrace import tcp
+from cwndtrace.store.meta import Count, LossySpan, Meta, Moment, Namespace, Part, listed
+from tests.unit import frames
+
+LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+JSON = st.recursive(
+    LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+KEYS = [*frames.meta(), "unwritten", "parts", "lacking", "left_out", "lossy"]
+
+
+def shapes(value: Any) -> Any:
+    """A value with each of its leaves replaced by any JSON."""
+    if isinstance(value, dict):
+        return st.fixed_dictionaries({name: JSON | shapes(inner) for name, inner in value.items()})
+    return JSON
+
+
+def test_a_capture_of_now() -> None:
+    raw = frames.meta(
+        clock={
+            "start": {"mono_ns": 5, "utc_offset_ns": 7},
+            "end": {"mono_ns": 9, "utc_offset_ns": 8},
+            "segments": [{"utc_offset_ns": 7}, {"utc_offset_ns": 8}],
+        },
+        sysctls={"1": {"name": "this", "host": True, tcp.IDLE_SYSCTL: 1, tcp.CONTROL_SYSCTL: "cubic"}},
+        counts={"cwnd_reset": {"kept": 3, "lost": 1}},
+        lossy=[{"event": "cwnd_reset", "start_ns": 1, "end_ns": 2, "lost": 1}],
+        left_out={"sockets": 2, "cgroups": 0},
+        lacking=["something"],
+        parts={"cwnd_reset": {"rows": [2, 1], "bytes": [20, 10], "footer_crc32": [8, 9]}},
+    )
+    about = Meta.parse(json.loads(json.dumps(raw)))
+    assert (about.host, about.kernel) == (raw["host"], raw["kernel"])
+    assert (about.begin, about.end, about.utc_offsets_ns) == (Moment(5, 7), Moment(9, 8), (7, 8))
+    assert about.namespaces == {"1": Namespace("this", True, 1, "cubic")}
+    assert about.counts == {"cwnd_reset": Count(3, 1)}
+    assert about.lossy == (LossySpan("cwnd_reset", 1, 2, 1),)
+    assert about.left_out == {"sockets": 2}
+    assert about.lacking == ("something",)
+    assert about.parts == {"cwnd_reset": (Part(2, 20, 8), Part(1, 10, 9))}
+    assert about.probes == raw["rungs"]
+
+
+def test_parts_are_listed_as_they_are_read() -> None:
+    parts = (Part(2, 20, 8), Part(1, 10, 9))
+    assert Meta.parse({"parts": {"block_io": listed(parts)}}).parts == {"block_io": parts}
+
+
+def test_nothing_said_is_nothing_known() -> None:
+    assert Meta.parse({}) == Meta()
+
+
+@given(JSON | shapes(frames.meta()) | st.dictionaries(st.sampled_from(KEYS), JSON))
+def test_any_content_is_checked(raw: Any) -> None:
+    about = Meta.parse(raw if isinstance(raw, dict) else {})
+    assert about.host.isprintable()
+    assert all(isinstance(number, int) and number > 0 for number in about.left_out.values())
+    assert all(type(span.start_ns) is int for span in about.lossy)
+    assert all(namespace.idle is None or type(namespace.idle) is int for namespace in about.namespaces.values())
+    assert all(count.lost >= 0 for count in (about.counts or {}).values())
+    assert all(part.rows >= 0 for parts in (about.parts or {}).values() for part in parts)
