@@ -94,7 +94,7 @@ def exchanges(seconds: float) -> dict[str, float]:
     return {"requests/s": len(took) / (now - begin), "p99": statistics.quantiles(took, n=100)[98] * 1e6}
 
 
-def rungs() -> list[str]:
+def probes() -> list[str]:
     """Those that load here."""
     found = []
     for rung in ladder.RUNGS:
@@ -127,7 +127,7 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
     def note(name: str, value: float, unit: str = "") -> None:
         figures.setdefault(name, Values(unit)).all.append(value)
 
-    there = rungs()
+    there = probes()
     for _ in range(rounds):
         for rung in there:
             plain = both()

@@ -96,7 +96,7 @@ struct cwnd_reset {
 	__u16 dport;		/* [port] remote */
 	__u8 family;		/* [family] 2 IPv4 (mapped addresses too), 10 IPv6 */
 	__u8 reason;		/* [enum reason] what made it fall */
-	__u8 probe;		/* [enum probe] which rung of the ladder saw it */
+	__u8 probe;		/* [enum probe] which probe saw it */
 	__u8 ca_state;		/* [enum ca_state] congestion state right after */
 	__u8 saddr[16];		/* [addr] local */
 	__u8 daddr[16];		/* [addr] remote */

@@ -8,7 +8,7 @@ CwndtraceError              a cause and a remedy, both for a person
 ├── CaptureError            a capture can't be read or written
 ├── BccError                the bcc package is missing, wrong or failed
 └── KernelLacks             this kernel can't do what is needed
-    └── NoRung              no probe of the ladder works; carries what was tried
+    └── NoRung              no probe works; carries what was tried
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class KernelLacks(CwndtraceError):
     """This kernel can't do what is needed."""
 
 
-class NoRung(KernelLacks):
-    """No probe of the ladder works here; ``tried`` maps each rung to why it failed."""
+class NoProbe(KernelLacks):
+    """No probe works here; ``tried`` maps each probe to why it failed."""
 
     def __init__(self, cause: str, remedy: str, tried: dict[str, str]) -> None:
         super().__init__(cause, remedy)

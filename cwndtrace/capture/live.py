@@ -46,7 +46,7 @@ _SLAB_HEADER: Final = 8
 _RING_PAGES: Final = 2048
 # 4 MiB: a reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
-# Of connections, noted by the rung tcp_probe.
+# Of connections, noted by the probe tcp_probe.
 _WINDOWS: Final = 65536
 _CPUS: Final = "SC_NPROCESSORS_CONF"
 # What is new below a cgroup, and which sockets a process holds, is looked up again this often, and less often where
@@ -141,7 +141,7 @@ class Kernel:
         self._stopped = False
         try:
             chosen = ladder.choose(facts.ladder_facts(self._btf), self._try, probe, reasons)
-            self.rungs, self.tried = chosen.rungs, chosen.tried
+            self.probes, self.tried = chosen.probes, chosen.tried
             if block:
                 self._block = self._load_block()
             self._refresh_sets()
@@ -152,16 +152,16 @@ class Kernel:
             del self._btf  # some 15 MB
         self.events: tuple[str, ...] = (*_RINGS, *(("block_io",) if block else ()))
 
-    def _try(self, rung: str, reason: str) -> str | None:
-        if rung in self._refused:
-            return self._refused[rung]
+    def _try(self, probe: str, reason: str) -> str | None:
+        if probe in self._refused:
+            return self._refused[probe]
         sizes = {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
         defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)} | sizes
-        attachments = ladder.BY_NAME[rung].attachments[reason]
+        attachments = ladder.BY_NAME[probe].attachments[reason]
         if any(a.target == "tcp_cong_state_set" for a in attachments):
-            defines["RUNG_CONG_STATE"] = code("probe", rung)
+            defines["RUNG_CONG_STATE"] = code("probe", probe)
         else:
-            defines[f"RUNG_{rung.upper()}"] = 1
+            defines[f"RUNG_{probe.upper()}"] = 1
         program = None
         try:
             program = bcc.build(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
@@ -172,10 +172,10 @@ class Kernel:
             if program is not None:
                 program.close()
             if "policy" in e.cause:
-                self._refused[rung] = e.cause
+                self._refused[probe] = e.cause
             return e.cause
         self._resets.append(program)
-        if (rung, reason) == ("tcp_probe", "idle"):
+        if (probe, reason) == ("tcp_probe", "idle"):
             program.load(_REFRESH)
             self._refreshed_here.append(program)
         return None

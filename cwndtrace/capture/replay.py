@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw records in a file: everything behind the probes can be driven without a kernel or root.
 
-The file begins with one line of JSON (layout, rungs, events, counts at the end); then chunks follow, each an
+The file begins with one line of JSON (layout, probes, events, counts at the end); then chunks follow, each an
 event's name and its length, and the bytes as the kernel wrote them.
 """
 
@@ -27,7 +27,7 @@ def record(path: Path, source: Source, chunks: Iterable[Chunk]) -> None:
     """Write ``chunks`` that came from ``source`` to ``path``."""
     head = {
         "layout": {name: event(name).size for name in source.events},
-        "rungs": source.rungs,
+        "probes": source.probes,
         "tried": source.tried,
         "counts": asdict(source.counts()),
     }
@@ -48,7 +48,7 @@ class Replay:
             first, _, body = path.read_bytes().partition(b"\n")
             head = json.loads(first)
             sizes = dict(head["layout"])
-            self.rungs: dict[str, str | None] = dict(head["rungs"])
+            self.probes: dict[str, str | None] = dict(head.get("probes", head.get("rungs")))
             self.tried: dict[str, dict[str, str]] = dict(head["tried"])
             self._counts = Counts(**head["counts"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:

@@ -220,7 +220,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "ended": None,
         "clock": _clocks(session),
         "sysctls": session.spaces,
-        "rungs": session.source.rungs,
+        "probes": session.source.probes,
         "devices": devices(),
         "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
         **session.meta(),

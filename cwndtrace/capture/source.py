@@ -52,7 +52,7 @@ class Counts:
 class Source(Protocol):
     """Something that yields raw records: the running kernel (capture.live) or a recording (capture.replay)."""
 
-    rungs: dict[str, str | None]
+    probes: dict[str, str | None]
     tried: dict[str, dict[str, str]]
     events: tuple[str, ...]
 

@@ -21,7 +21,7 @@ from cwndtrace.kernel import ladder
 class Stream:
     """Batches of records as they come in: enter it, then iterate. Ends after ``duration`` or ``stop()``.
 
-    ``rungs`` says which rung of the ladder sees which reason, ``tally`` what was kept and lost so far.
+    ``probes`` says which probe sees which reason, ``tally`` what was kept and lost so far.
     """
 
     def __init__(self, session: Session, duration: float | None) -> None:
@@ -30,9 +30,9 @@ class Stream:
         self._stopped = False
 
     @property
-    def rungs(self) -> dict[str, str | None]:
-        """Reason to rung, None where nothing sees that reason on this kernel."""
-        return self._session.source.rungs
+    def probes(self) -> dict[str, str | None]:
+        """Reason to probe, None where nothing sees that reason on this kernel."""
+        return self._session.source.probes
 
     @property
     def tally(self) -> Tally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace doctor``: what this kernel offers, which rung is used, and what mends what is missing."""
+"""``cwndtrace doctor``: what this kernel offers, which probe is used, and what mends what is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cwndtrace.capture import bcc, live, target
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.table import cells, prose, room
-from cwndtrace.errors import CwndtraceError, KernelLacks, NoRung
+from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
 from cwndtrace.format import clean
 from cwndtrace.kernel import btf, facts, ladder, netns
 from cwndtrace.tcp import IDLE_SYSCTL
@@ -40,10 +40,10 @@ class Fact:
 
 @dataclass
 class Findings:
-    """All that doctor found; ``rungs`` is None where nothing can trace idle resets here."""
+    """All that doctor found; ``probes`` is None where nothing can trace idle resets here."""
 
     facts: list[Fact]
-    rungs: dict[str, str | None] | None
+    probes: dict[str, str | None] | None
 
 
 @click.command()
@@ -56,15 +56,15 @@ def doctor(*, as_json: bool) -> None:
     \b
     Examples:
       sudo cwndtrace doctor
-      sudo cwndtrace doctor --json | jq .rungs
+      sudo cwndtrace doctor --json | jq .probes
     """
     target.need_root("loading probes")
     findings = examine()
     if as_json:
-        click.echo(json.dumps({"facts": [asdict(f) for f in findings.facts], "rungs": findings.rungs}))
+        click.echo(json.dumps({"facts": [asdict(f) for f in findings.facts], "probes": findings.probes}))
     else:
         _print(findings)
-    if findings.rungs is None or any(f.state == BAD for f in findings.facts):
+    if findings.probes is None or any(f.state == BAD for f in findings.facts):
         sys.exit(77)
 
 
@@ -78,10 +78,10 @@ def examine() -> Findings:
     allowed = _power(found)
     kernel = _btf(found)
     bcc_works = _bcc(found)
-    rungs = _ladder(found, kernel) if kernel is not None and bcc_works and allowed else None
+    probes = _ladder(found, kernel) if kernel is not None and bcc_works and allowed else None
     found += _sysctls()
     found += _congestion_controls()
-    return Findings(found, rungs)
+    return Findings(found, probes)
 
 
 def _tracefs() -> Fact:
@@ -120,22 +120,22 @@ def _bcc(found: list[Fact]) -> bool:
 
 
 def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
-    """A line for each rung and reason, tried one by one."""
+    """A line for each probe and reason, tried one by one."""
     here = facts.ladder_facts(kernel)
     worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
-    for rung in ladder.RUNGS:
-        results = {r: ladder.lacks(here, rung, r) or _try(rung.name, r) for r in ladder.REASONS}
+    for probe in ladder.RUNGS:
+        results = {r: ladder.lacks(here, probe, r) or _try(probe.name, r) for r in ladder.REASONS}
         for reason, why in results.items():
             if why is None and worked[reason] is None:
-                worked[reason] = rung.name
+                worked[reason] = probe.name
         seen = [reason for reason, why in results.items() if why is None]
         if seen:
             missing = "; ".join(f"{reason}: {why}" for reason, why in results.items() if why is not None)
-            text = f"sees {', '.join(seen)} ({rung.exactness})" + (f"; {missing}" if missing else "")
-            found.append(Fact(f"rung {rung.name}", text))
+            text = f"sees {', '.join(seen)} ({probe.exactness})" + (f"; {missing}" if missing else "")
+            found.append(Fact(f"probe {probe.name}", text))
         else:
             found.append(
-                Fact(f"rung {rung.name}", str(results["idle"]), LACK, _remedy(rung.name, str(results["idle"])))
+                Fact(f"probe {probe.name}", str(results["idle"]), LACK, _remedy(probe.name, str(results["idle"])))
             )
     try:
         live.Kernel(reasons=()).close()
@@ -146,28 +146,28 @@ def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
         if used:
             found.append(Fact(f"reason {reason}", f"traced by {used}"))
         else:
-            found.append(Fact(f"reason {reason}", "no rung sees it here", LACK, _remedy("tracepoint", "")))
+            found.append(Fact(f"reason {reason}", "no probe sees it here", LACK, _remedy("tracepoint", "")))
     return worked if worked["idle"] else None
 
 
-def _try(rung: str, reason: str) -> str | None:
+def _try(probe: str, reason: str) -> str | None:
     try:
-        live.Kernel(probe=rung, block=False, reasons=(reason,)).close()
-    except NoRung as e:
-        return e.tried[rung]
+        live.Kernel(probe=probe, block=False, reasons=(reason,)).close()
+    except NoProbe as e:
+        return e.tried[probe]
     except CwndtraceError as e:
         return e.cause
     return None
 
 
-def _remedy(rung: str, why: str) -> str:
-    if rung == "tracepoint":
+def _remedy(probe: str, why: str) -> str:
+    if probe == "tracepoint":
         return "boot a kernel built by kernel-patches/build"
     if "policy" in why:
         return "ask whoever set the policy that refuses this program type (lockdown, an LSM, a hypervisor)"
-    if rung == "kprobe":
+    if probe == "kprobe":
         return "boot a kernel with CONFIG_KPROBE_EVENTS=y, as the distributions' are"
-    if rung == "sendmsg":
+    if probe == "sendmsg":
         return "boot Linux 6.16 or newer"
     return ""
 
@@ -218,7 +218,7 @@ def _print(findings: Findings) -> None:
         if fact.remedy:
             for part in prose(f"{'':<8}mend: {clean(fact.remedy)}", most, indent=14):
                 click.echo(part)
-    if findings.rungs is None:
+    if findings.probes is None:
         click.echo("\nNothing here can trace idle resets.")
     else:
         click.echo("\nsudo cwndtrace run --iface NAME will work here.")

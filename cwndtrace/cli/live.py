@@ -252,7 +252,7 @@ class JsonView:
         """Say that tracing has begun, of what, where to and by which probes."""
         start = self._session.start
         when = arrow.iso_time(start["mono_ns"] + start["utc_offset_ns"])
-        probes = self._session.source.rungs
+        probes = self._session.source.probes
         self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, "probes": probes})
 
     def batch(self, batch: Batch) -> None:

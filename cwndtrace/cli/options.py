@@ -76,7 +76,7 @@ def filters(command: F) -> F:
             click.option(
                 "--min-idle", type=Span(), metavar="TIME", help="Idle for at least this long, as 500ms or 2s."
             ),
-            click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Force this rung of the ladder."),
+            click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Use this probe alone."),
         )
     ):
         command = option(command)

@@ -152,7 +152,7 @@ def _new(path: Path) -> Iterator[Folder]:
 @click.option("--against", metavar="HOST:PORT", help="Over a real path, to cwndtrace serve there.")
 @click.option("--plain", is_flag=True, help="With --against: the server is a sink that never answers.")
 @click.option("--allow-sysctl", is_flag=True, help="With --against: switch this machine's sysctl, and put it back.")
-@click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Force this rung of the ladder.")
+@click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Use this probe alone.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where all of it goes.")
 @click.option("--dark", is_flag=True, help="Pictures for a dark background.")
 def reproduce(
@@ -214,7 +214,7 @@ def _measure(lab: Lab | Remote, filters: Filters, path: Path, folder: Folder, *,
     capture = path / "capture.cwnd"
     broken: CwndtraceError | None = None
     with Interrupt() as interrupt, Recording(capture, filters, cwndtrace.__version__, probe=probe) as recording:
-        seen = ", ".join(f"{reason} by {rung}" for reason, rung in recording.session.source.rungs.items() if rung)
+        seen = ", ".join(f"{reason} by {probe}" for reason, probe in recording.session.source.probes.items() if probe)
         click.echo(f"Tracing: {seen}.", err=True)
         click.echo(click.style("ROUND  SETTING   IDLE     BURST      LATENCY   CWND (segments)", bold=True))
         try:

@@ -157,14 +157,14 @@ def _say_what_next(output: Path) -> None:
 
 
 def _say_what(session: Session, what: str, *, verbose: bool) -> None:
-    seen = ", ".join(f"{reason} by {rung}" for reason, rung in session.source.rungs.items() if rung)
-    unseen = ", ".join(reason for reason, rung in session.source.rungs.items() if not rung)
+    seen = ", ".join(f"{reason} by {probe}" for reason, probe in session.source.probes.items() if probe)
+    unseen = ", ".join(reason for reason, probe in session.source.probes.items() if not probe)
     with suppress(OutputError), printing():
         echo_prose(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
         if verbose:
             for reason, tried in session.source.tried.items():
-                for rung, why in tried.items():
-                    echo_prose(f"  {reason}: not {rung}: {clean(why)}", err=True)
+                for probe, why in tried.items():
+                    echo_prose(f"  {reason}: not {probe}: {clean(why)}", err=True)
 
 
 def _drop(session: Session, owner: privileges.User | None, *, quiet: bool) -> None:

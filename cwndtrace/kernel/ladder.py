@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from cwndtrace.errors import NoRung
+from cwndtrace.errors import NoProbe
 
 REASONS: Final = ("idle", "rto_loss", "app_limited")
 
@@ -147,7 +147,7 @@ def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
 class Choice:
     """What was chosen: the rung per reason (None where nothing sees it), and why each better one was not."""
 
-    rungs: dict[str, str | None] = field(default_factory=dict)
+    probes: dict[str, str | None] = field(default_factory=dict)
     tried: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
@@ -165,17 +165,17 @@ def choose(
     """
     choice = Choice()
     for reason in reasons:
-        choice.rungs[reason] = None
+        choice.probes[reason] = None
         tried = choice.tried.setdefault(reason, {})
         for rung in RUNGS if forced is None else (BY_NAME[forced],):
             why = lacks(facts, rung, reason) or trial(rung.name, reason)
             if why is None:
-                choice.rungs[reason] = rung.name
+                choice.probes[reason] = rung.name
                 break
             tried[rung.name] = why
-    needed = {"idle"} & choice.rungs.keys() or choice.rungs.keys()
-    if needed and not any(choice.rungs[reason] for reason in needed):
-        reason, tried = next((r, choice.tried[r]) for r in choice.rungs if r in needed)
+    needed = {"idle"} & choice.probes.keys() or choice.probes.keys()
+    if needed and not any(choice.probes[reason] for reason in needed):
+        reason, tried = next((r, choice.tried[r]) for r in choice.probes if r in needed)
         cause = f"no probe can see {reason} resets on this kernel: " + "; ".join(f"{r}: {w}" for r, w in tried.items())
-        raise NoRung(cause, "cwndtrace doctor lists each lack and the command that mends it", tried)
+        raise NoProbe(cause, "cwndtrace doctor lists each lack and the command that mends it", tried)
     return choice

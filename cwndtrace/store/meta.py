@@ -96,7 +96,7 @@ class Meta:
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Meta:
-        """The values of a ``meta.json`` of any content."""
+        """The values of a ``meta.json`` of any content; older captures call the probes ``rungs``."""
         clock = _mapping(raw.get("clock"))
         counts, parts = raw.get("counts"), raw.get("parts")
         return cls(
@@ -117,7 +117,7 @@ class Meta:
                 for inode, each in _named(raw.get("sysctls"))
                 if isinstance(each, dict)
             },
-            probes={reason: _text(probe) or None for reason, probe in _named(raw.get("rungs"))},
+            probes={reason: _text(probe) or None for reason, probe in _named(raw.get("probes", raw.get("rungs")))},
             devices={number: _text(name) for number, name in _named(raw.get("devices")) if _text(name)},
             counts={event: _count(_mapping(each)) for event, each in _named(counts)}
             if isinstance(counts, dict)

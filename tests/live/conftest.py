@@ -12,7 +12,7 @@ from itertools import count
 import pytest
 
 from cwndtrace.capture.live import Kernel
-from cwndtrace.errors import NoRung
+from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
 
 pytest.register_assert_rewrite("tests.live.tcp", "tests.live.tracing")
@@ -38,7 +38,7 @@ def _refused(rung: ladder.Rung) -> str | None:
         return None
     try:
         Kernel(probe=rung.name, block=False, reasons=("idle",)).close()
-    except NoRung as e:
+    except NoProbe as e:
         return e.tried[rung.name] if "policy" in str(e) else None
     return None
 

@@ -64,7 +64,7 @@ def test_install_changes_nothing_the_second_time(installed: chroot.Root) -> None
 def test_bpf_sources_load_and_attach(installed: chroot.Root) -> None:
     program = (
         "from cwndtrace.capture import bcc, live; kernel = live.Kernel(block=True); "
-        "print(bcc.version(), kernel.rungs['idle'], *kernel.events); kernel.close()"
+        "print(bcc.version(), kernel.probes['idle'], *kernel.events); kernel.close()"
     )
     version, rung, *events = installed.good("/opt/cwndtrace/bin/python", "-P", "-c", program).split()
     assert version.startswith(BCC[installed.suite])

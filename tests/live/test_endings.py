@@ -251,7 +251,7 @@ def check_timeout(tracer: Tracer, connection: tcp.Connection, before: tcp.Info, 
         before_ssthresh = max(before.ssthresh, (before.cwnd >> 1) + (before.cwnd >> 2))
     truth = {
         "reason": "rto_loss",
-        "probe": tracer.rungs["rto_loss"],
+        "probe": tracer.probes["rto_loss"],
         "ca_name": connection.ca,
         "ca_state": "loss",
         "cwnd_before": before.cwnd,

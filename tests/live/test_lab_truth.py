@@ -15,7 +15,7 @@ from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Batch
 from cwndtrace.capture.source import Filters
 from cwndtrace.capture.stream import open_session
-from cwndtrace.errors import BccError, KernelLacks, NoRung
+from cwndtrace.errors import BccError, KernelLacks, NoProbe
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.scenario import PRESETS
 
@@ -28,7 +28,7 @@ def test_the_capture_has_what_tcp_info_tells() -> None:
     with Lab(scenario) as lab:
         try:
             session = open_session(Filters(netns=lab.path.server.namespace.inode), block=False, connections=False)
-        except (BccError, NoRung) as e:
+        except (BccError, NoProbe) as e:
             pytest.skip(e.cause)
         with session:
             for _ in lab.rows():

@@ -53,7 +53,7 @@ IDLE_RTO = (0.3, 0.6, 0.96, 0.98, 1.0, 1.02, 1.04, 1.1, 1.5, 2.1, 3.2)
 def test_the_rung_is_there(rung: str) -> None:
     why = left_out().get(rung)
     if why:
-        pytest.skip(f"rung {rung}: {why}; the kernels of tests/vm have it")
+        pytest.skip(f"probe {rung}: {why}; the kernels of tests/vm have it")
 
 
 def idle_and_send(connections: list[tcp.Connection]) -> None:

@@ -262,7 +262,7 @@ def test_a_default_name_and_why_not_a_better_rung(space: tcp.Space, tmp_path: Pa
     (made,) = tmp_path.iterdir()
     assert re.fullmatch(r"cwndtrace-\d{8}-\d{6}\.cwnd", made.name)
     order = [rung.name for rung in ladder.RUNGS]
-    for name in order[: order.index(cwndtrace.load(made).meta["rungs"]["idle"])]:
+    for name in order[: order.index(cwndtrace.load(made).meta["probes"]["idle"])]:
         assert f"  idle: not {name}: " in done.stderr
 
 
@@ -480,10 +480,10 @@ def test_doctor(space: tcp.Space) -> None:
     for name in ("BTF", "bcc", "tracefs", "lockdown", "block I/O", "congestion control"):
         assert by_name[name]["value"]
     for name, why in left_out().items():
-        fact = by_name[f"rung {name}"]
+        fact = by_name[f"probe {name}"]
         assert (fact["state"], fact["value"]) == ("lack", why)
         assert fact["remedy"]
-    assert machine["rungs"]["idle"] not in (None, *left_out())
+    assert machine["probes"]["idle"] not in (None, *left_out())
     assert "= 0: no window is reset" in by_name[f"sysctl in {space.name}"]["value"]
     assert f"{IDLE} = {netns.idle_sysctl(netns.own())}" in by_name["sysctl in this"]["value"]
 

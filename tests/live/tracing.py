@@ -54,8 +54,8 @@ class Tracer:
         if connections:
             self._session.snapshots = Snapshots(lambda: looked.snapshot(0))
         self.lets: Callable[[Connection, Send], bool] = lambda _connection, _send: True
-        self.rungs = self._session.source.rungs
-        self.probe = str(self.rungs["idle"])
+        self.probes = self._session.source.probes
+        self.probe = str(self.probes["idle"])
         self.records: list[Record] = []
         self.recoveries: list[Record] = []
         self.samples: list[Record] = []
@@ -81,7 +81,7 @@ class Tracer:
 
     def sees(self, reason: str) -> bool:
         """Whether its rung sees this reason."""
-        return self.rungs.get(reason) is not None
+        return self.probes.get(reason) is not None
 
     def _run(self) -> None:
         try:
@@ -179,7 +179,7 @@ def differences(tracer: Tracer, connection: Connection, send: Send, record: Reco
     before, after = send.before, send.after
     truth: Record = {
         "event": "cwnd_reset",
-        "probe": tracer.rungs[str(send.reason)],
+        "probe": tracer.probes[str(send.reason)],
         "reason": send.reason,
         "netns_ino": connection.space.inode,
         "family": connection.family,

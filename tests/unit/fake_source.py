@@ -15,7 +15,7 @@ class FakeSource:
     events: tuple[str, ...] = ("cwnd_reset", "block_io")
 
     def __init__(self, *polls: list[Chunk], last: list[Chunk] | None = None) -> None:
-        self.rungs: dict[str, str | None] = {"idle": "sendmsg", "rto_loss": None, "app_limited": None}
+        self.probes: dict[str, str | None] = {"idle": "sendmsg", "rto_loss": None, "app_limited": None}
         self.tried: dict[str, dict[str, str]] = {"idle": {"fentry": "refused"}}
         self.count = Counts(lost=dict.fromkeys(self.events, 0))
         self.closed = False

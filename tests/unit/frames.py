@@ -120,7 +120,7 @@ def meta(**values: Any) -> dict[str, Any]:
             "end": {"mono_ns": MONO + 60 * SECOND, "utc_offset_ns": OFFSET},
         },
         "sysctls": {str(NETNS): {"name": "this", "net.ipv4.tcp_slow_start_after_idle": 1}},
-        "rungs": {"idle": "sendmsg", "rto_loss": "sendmsg", "app_limited": None},
+        "probes": {"idle": "sendmsg", "rto_loss": "sendmsg", "app_limited": None},
         "devices": {"7:0": "loop0"}, "interfaces": {"3": "eth0"},
         "counts": {t: {"kept": 0, "lost": 0} for t in arrow.TABLES}, "unchanged": 0, "lossy": [],
     } | values  # fmt: skip

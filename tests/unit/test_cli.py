@@ -184,7 +184,7 @@ def test_reproduce_hands_on_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_exit_codes() -> None:
-    assert exit_code(errors.NoRung("x", "y", {})) == 77
+    assert exit_code(errors.NoProbe("x", "y", {})) == 77
     assert exit_code(errors.KernelLacks("x")) == 77
     assert exit_code(errors.UsageError("x")) == 2
     for kind in (errors.CaptureError, errors.NotFound, errors.PermissionNeeded, errors.BccError):

@@ -45,7 +45,7 @@ def hostile(path: Path, name: str) -> Trace:
     return frames.capture(
         path, resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=name, kernel=name,
         devices={"7:0": name, "259:0": name}, interfaces={"2": name},
-        filters={"cgroup": f"/sys/fs/cgroup/{name}", "iface": name}, rungs={"idle": name, name: None},
+        filters={"cgroup": f"/sys/fs/cgroup/{name}", "iface": name}, probes={"idle": name, name: None},
         sysctls={str(frames.NETNS): {"name": name, "net.ipv4.tcp_congestion_control": name}, "1": {"name": name}},
     )  # fmt: skip
 

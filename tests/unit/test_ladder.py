@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cwndtrace.errors import KernelLacks, NoRung
+from cwndtrace.errors import KernelLacks, NoProbe
 from cwndtrace.kernel import ladder
 from cwndtrace.kernel.ladder import FUNCTIONS, REASONS, Facts
 from cwndtrace.records.layout import bpf_dir
@@ -27,8 +27,8 @@ def works(rung: str, reason: str) -> str | None:  # noqa: ARG001
     return None
 
 
-def refuses(*rungs: str, why: str = POLICY) -> Trial:
-    return lambda rung, reason: why if rung in rungs else None  # noqa: ARG005
+def refuses(*probes: str, why: str = POLICY) -> Trial:
+    return lambda rung, reason: why if rung in probes else None  # noqa: ARG005
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ KERNELS = {
 def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
     kernel = KERNELS[name]
     choice = ladder.choose(kernel.facts, kernel.trial)
-    assert tuple(choice.rungs[reason] for reason in REASONS) == kernel.expected
+    assert tuple(choice.probes[reason] for reason in REASONS) == kernel.expected
     order = [rung.name for rung in ladder.RUNGS]
-    for reason, rung in choice.rungs.items():
+    for reason, rung in choice.probes.items():
         # Each better one was considered, and it is said why it was not taken.
         better = order[: order.index(rung)] if rung else order
         assert list(choice.tried[reason]) == better
@@ -89,7 +89,7 @@ def test_what_the_facts_rule_out_is_never_tried() -> None:
 
 
 def test_no_rung_at_all_says_what_was_tried() -> None:
-    with pytest.raises(NoRung) as caught:
+    with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(), works)
     error = caught.value
     assert isinstance(error, KernelLacks)
@@ -101,7 +101,7 @@ def test_no_rung_at_all_says_what_was_tried() -> None:
 
 
 def test_a_kernel_that_has_all_and_loads_nothing() -> None:
-    with pytest.raises(NoRung) as caught:
+    with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), refuses(*ladder.BY_NAME))
     assert set(caught.value.tried.values()) == {POLICY}
 
@@ -110,17 +110,17 @@ def test_a_kernel_that_has_all_and_loads_nothing() -> None:
 def test_a_forced_rung_is_the_only_one_considered(rung: str) -> None:
     choice = ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, forced=rung)
     for reason in REASONS:
-        assert choice.rungs[reason] == (rung if reason in ladder.BY_NAME[rung].attachments else None)
+        assert choice.probes[reason] == (rung if reason in ladder.BY_NAME[rung].attachments else None)
 
 
 def test_a_forced_rung_that_fails_has_no_substitute() -> None:
-    with pytest.raises(NoRung) as caught:
+    with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(NEW, NOT_INLINED, True), refuses("fentry"), forced="fentry")
     assert caught.value.tried == {"fentry": POLICY}
 
 
 def test_no_reason_needs_no_rung() -> None:
-    assert ladder.choose(Facts(), works, reasons=()).rungs == {}
+    assert ladder.choose(Facts(), works, reasons=()).probes == {}
 
 
 def test_kprobes_need_to_be_there() -> None:

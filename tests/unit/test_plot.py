@@ -205,7 +205,7 @@ def test_without_resets_or_connections_it_says_so(at: Path) -> None:
     assert "no reset in this capture" in texts(made)
     assert any("watched by sendmsg" in text for text in texts(made))
     assert "no connection was seen" in texts(figure(frames.capture(at.with_name("b.cwnd"))))
-    blind = story(at.with_name("c.cwnd"), resets=None, rungs={"idle": None})
+    blind = story(at.with_name("c.cwnd"), resets=None, probes={"idle": None})
     assert any("no probe saw idle resets here" in text for text in texts(figure(blind)))
 
 
@@ -282,7 +282,7 @@ EVIL = ["a$b_c^{x}$", "$\\frac{1}{", r"\$x$", "$$", "\x1b[31mred\x07", "\u202eri
 def test_hostile_names_are_drawn_to_the_letter(at: Path, evil: str) -> None:
     resets, connections = frames.story(comm=evil, seconds=20)
     trace = frames.capture(
-        at, resets=resets, connections=connections, host=evil, kernel=evil * 40, rungs={"idle": evil},
+        at, resets=resets, connections=connections, host=evil, kernel=evil * 40, probes={"idle": evil},
         lossy=[{**LOSSY[0], "event": evil}],
     )  # fmt: skip
     with mpl.rc_context({"text.usetex": True}):

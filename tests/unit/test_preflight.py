@@ -59,7 +59,7 @@ def test_all_exempt() -> None:
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     facts = [
         Fact("kernel", "Linux 6"),
-        Fact("rung fentry", "refused", LACK, "ask for it"),
+        Fact("probe fentry", "refused", LACK, "ask for it"),
         Fact("sysctl in \x1b[2J\x07evil", "\x07x", BAD, "mend \x1b it"),
     ]
     _print(Findings(facts, {"idle": "sendmsg"}))

@@ -41,7 +41,7 @@ def start_of(session: Session) -> dict[str, Any]:
         "kernel": "0",
         "started": cwndtrace.records.arrow.iso_time(started),
         "clock": {"start": session.start, "end": None},
-        "rungs": session.source.rungs,
+        "probes": session.source.probes,
         "devices": {},
         **session.tally.meta(),
     }
@@ -73,7 +73,7 @@ def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = F
 
 def test_the_recording_is_of_this_layout() -> None:
     source = Replay(FILE)
-    assert source.rungs["idle"]
+    assert source.probes["idle"]
     assert {"cwnd_reset", "block_io"} <= set(source.events)
 
 
@@ -112,7 +112,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "traced": "a recording",
         "time": capture.meta["started"],
     }
-    assert started["probes"] == capture.meta["rungs"]
+    assert started["probes"] == capture.meta["probes"]
     assert rows[-1] == summary
     assert summary["kept"]["cwnd_reset"] == RESETS
     assert sum(row["resets"] for row in summary["connections"]) == RESETS
@@ -263,7 +263,7 @@ def test_a_recording_can_be_written_and_read(tmp_path: Path) -> None:
     source.count.lost["block_io"], source.count.unchanged = 3, 2
     record(tmp_path / "a.raw", source, chunks)
     replay = Replay(tmp_path / "a.raw")
-    assert (replay.rungs, replay.tried, set(replay.events)) == (source.rungs, source.tried, set(source.events))
+    assert (replay.probes, replay.tried, set(replay.events)) == (source.probes, source.tried, set(source.events))
     assert replay.counts() == source.count
     assert replay.poll(0) == [chunks[0]]
     assert not replay.exhausted()

@@ -81,7 +81,7 @@ def test_json_is_one_object_with_the_same_figures(at: Path) -> None:
     [
         ({"counts": {"block_io": {"kept": 1, "lost": 1234}}, "lossy": [LOSSY]}, "1,234 block requests were lost"),
         ({"counts": {"block_io": {"lost": 0}, "cwnd_reset": {"lost": 7}}}, "7 records of cwnd_reset were lost"),
-        ({"rungs": {"idle": "sendmsg", "app_limited": None}}, "reason app_limited couldn't be seen"),
+        ({"probes": {"idle": "sendmsg", "app_limited": None}}, "reason app_limited couldn't be seen"),
         ({"block_io": None, "counts": {"cwnd_reset": {"kept": 5}}}, "Block I/O wasn't recorded"),
     ],
 )
@@ -152,7 +152,7 @@ def hostile(path: Path) -> Trace:
     blocks = frames.table("block_io", frames.block(1, comm=b"<img src=x>\x1b[2J"), frames.block(2))
     return frames.capture(
         path, resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=EVIL, kernel=EVIL,
-        devices={"7:0": EVIL}, filters={EVIL: EVIL}, rungs={"idle": EVIL, EVIL: None},
+        devices={"7:0": EVIL}, filters={EVIL: EVIL}, probes={"idle": EVIL, EVIL: None},
         sysctls={str(frames.NETNS): {"name": EVIL, "net.ipv4.tcp_congestion_control": EVIL}, EVIL: {"name": EVIL}},
     )  # fmt: skip
 

@@ -270,7 +270,7 @@ def test_run_follows_its_terminal() -> None:
 
 def test_doctor() -> None:
     facts = [
-        doctor.Fact("rung sendmsg", "sees idle, rto_loss (computed by the kernel's rule, confirmed on transmit)" * 2),
+        doctor.Fact("probe sendmsg", "sees idle, rto_loss (computed by the kernel's rule, confirmed on transmit)" * 2),
         doctor.Fact(f"sysctl in {WIDE * 4}", "can't be read", doctor.LACK, "boot a kernel " * 12),
         doctor.Fact("bcc", "/" + "very/long/path/" * 12, doctor.BAD),
     ]

@@ -113,7 +113,7 @@ def test_no_text_of_a_capture_becomes_markup_or_steers_a_terminal(tmp_path: Path
     evil = frames.capture(
         tmp_path / "<b>\x1b[2J.cwnd",
         resets=frames.table("cwnd_reset", frames.reset(1, comm=b"<i>x\x1b[1m")),
-        host=EVIL, kernel=EVIL, started="2026-11-18T12:30:00Z", ended=EVIL, rungs={EVIL: EVIL}, filters={EVIL: EVIL},
+        host=EVIL, kernel=EVIL, started="2026-11-18T12:30:00Z", ended=EVIL, probes={EVIL: EVIL}, filters={EVIL: EVIL},
         unchanged=EVIL, counts=EVIL, unwritten=EVIL, devices=EVIL, lossy=EVIL, clock=EVIL,
     )  # fmt: skip
     (evil.path / "cwnd_reset" / "<u>\x1b[m.parquet").write_bytes(b"half")
@@ -131,7 +131,7 @@ def test_no_text_of_a_capture_becomes_markup_or_steers_a_terminal(tmp_path: Path
 
 @pytest.mark.parametrize("value", [None, 5, [], "", {}, {"start": 3}, [{"a": 1}]])
 def test_metadata_of_any_shape_still_shows(tmp_path: Path, value: object) -> None:
-    names = ("host", "kernel", "started", "ended", "rungs", "filters", "unchanged", "counts", "unwritten", "devices")
+    names = ("host", "kernel", "started", "ended", "probes", "filters", "unchanged", "counts", "unwritten", "devices")
     trace = frames.capture(
         tmp_path / "a.cwnd", block_io=frames.table("block_io", frames.block()), **dict.fromkeys(names, value)
     )

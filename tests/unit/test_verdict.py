@@ -144,7 +144,7 @@ def test_a_connection_that_came_later_was_watched_all_its_life(tmp_path: Path) -
         ("send_buffer", {"busy_us": 10, "sndbuf_limited_us": 6}, {}),
         ("receiver_window", {"busy_us": 10, "rwnd_limited_us": 6}, {}),
         ("loss", {"total_retrans": 3}, {}),
-        ("unknown", {}, {"rungs": {"idle": None}}),
+        ("unknown", {}, {"probes": {"idle": None}}),
         ("no_reset", {}, {"sysctls": {str(frames.NETNS): {"name": "pod", tcp.IDLE_SYSCTL: None}, "7": 3}}),
     ],
 )

@@ -64,8 +64,8 @@ def main(resets: int) -> int:
     # A stalled machine is idle where nobody looked.
     seen = [r for r in records if not any(start <= r["ts_ns"] <= end for start, end in connection.blind)]
     traced = [(r["reason"], r["cwnd_before"], r["cwnd_after"]) for r in seen]
-    rungs = {r["probe"] for r in records}
-    print(f"TCP_INFO:  {told}\ncwndtrace: {traced} by {', '.join(sorted(rungs))}")
+    probes = {r["probe"] for r in records}
+    print(f"TCP_INFO:  {told}\ncwndtrace: {traced} by {', '.join(sorted(probes))}")
     fine = traced == told and len(told) >= resets
     print(f"{len(traced)} resets traced, {len(told)} known of at least {resets}: {'exact' if fine else 'NOT THE SAME'}")
     return 0 if fine else 1

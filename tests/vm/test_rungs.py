@@ -19,7 +19,7 @@ import pytest
 from cwndtrace.capture.bpf_syscall import attach_kprobe, kprobe_missed
 from cwndtrace.capture.live import Kernel
 from cwndtrace.cli.doctor import Findings, examine
-from cwndtrace.errors import NoRung
+from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
 from tests.live import tcp
 from tests.live.conftest import Connect
@@ -185,9 +185,9 @@ def test_the_best_rung_is_chosen(findings: Findings) -> None:
     expected = {"idle": "tracepoint", "rto_loss": "tracepoint", "app_limited": "tracepoint"}
     if not PATCHED:
         expected = {"idle": "fentry", "rto_loss": "fentry"}
-    rungs = findings.rungs
-    assert rungs is not None
-    assert {reason: rungs[reason] for reason in expected} == expected
+    probes = findings.probes
+    assert probes is not None
+    assert {reason: probes[reason] for reason in expected} == expected
 
 
 def test_doctor_says_what_is_inlined(findings: Findings) -> None:
@@ -195,14 +195,14 @@ def test_doctor_says_what_is_inlined(findings: Findings) -> None:
     inlined = "tcp_cwnd_application_limited" not in here.functions
     said = {f.name: f.value for f in findings.facts}
     for rung in ("fentry", "kprobe"):
-        assert ("tcp_cwnd_application_limited() is inlined" in said[f"rung {rung}"]) == inlined
+        assert ("tcp_cwnd_application_limited() is inlined" in said[f"probe {rung}"]) == inlined
 
 
 def test_a_forced_rung_that_is_missing_is_refused() -> None:
     missing = "sendmsg" if KERNEL.startswith("6.12") else None
     if missing is None:
         pytest.skip("this kernel has every rung; the 6.12 ones lack sendmsg")
-    with pytest.raises(NoRung, match="tcp_sendmsg_locked"):
+    with pytest.raises(NoProbe, match="tcp_sendmsg_locked"):
         Tracer(missing)
 
 
