@@ -37,7 +37,7 @@ from benchmarks.common import (
     options,
     size,
 )
-from cwndtrace.capture.live import Kernel
+from cwndtrace.capture.live import BLOCK_IO, BlockProgram, Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import TICK_SECONDS
 from cwndtrace.kernel import ladder
@@ -187,32 +187,32 @@ def in_kernel(report: Report, disk: Disk, seconds: float) -> None:
         session.finish()
 
 
-class Empty(Kernel):
-    """Programs that do nothing on the same tracepoints."""
-
-    block_sources = ("block_io.bpf.c", str(Path(__file__).with_name("empty.bpf.c").resolve()))
-    block_attachments = tuple(
+EMPTY: Final = BlockProgram(
+    Path(__file__).with_name("empty.bpf.c"),
+    tuple(
         ladder.Attachment("tp_btf", target, program)
         for target, program in (
             ("block_io_done", "empty_done"),
             ("block_rq_issue", "empty_issue"),
             ("block_io_start", "empty_start"),
         )
-    )
+    ),
+)
+"""Programs that do nothing on the same tracepoints."""
 
 
 def layers(report: Report, disk: Disk, rounds: int, seconds: float) -> None:
     """What each layer leaves of the untraced rate: calling programs, pairing and handing over, making Arrow of it."""
     ways = {
-        "empty programs": (Empty, 0),
-        "the programs, what they hand over thrown away": (Kernel, 1),
-        "and made Arrow": (Kernel, 2),
+        "empty programs": (EMPTY, 0),
+        "the programs, what they hand over thrown away": (BLOCK_IO, 1),
+        "and made Arrow": (BLOCK_IO, 2),
     }
     found = {name: Values() for name in ways}
     for _ in range(rounds):
-        for name, (kind, depth) in ways.items():
+        for name, (program, depth) in ways.items():
             base = fio(str(disk.path), seconds)["iops"]
-            with Session(kind(reasons=())) as session, _drained(session, depth):
+            with Session(Kernel(reasons=(), block_program=program)) as session, _drained(session, depth):
                 found[name].all.append(fio(str(disk.path), seconds)["iops"] / base)
     for name, values in found.items():
         report.add(f"of untraced IOPS: {name}", values)

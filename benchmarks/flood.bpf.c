@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Compiled behind bpf/block_io.bpf.c: each system call of one process (FLOOD_TGID) becomes a finished request, which
- * takes the way that all others take from there on.
+ * Each system call of one process (FLOOD_TGID) becomes a finished request, which from there on is handled as all
+ * others are.
  */
+#include "block_io.bpf.c"
+
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 pid_tgid = bpf_get_current_pid_tgid();

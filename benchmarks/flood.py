@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import ClassVar
 
 import cwndtrace
 from benchmarks.common import Report, folder, options, size, status
@@ -59,13 +58,13 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
-    class Flooded(live.Kernel):
-        block_sources = ("block_io.bpf.c", str(Path(__file__).with_name("flood.bpf.c").resolve()))
-        block_attachments = (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),)
-        block_defines: ClassVar[dict[str, int]] = {"FLOOD_TGID": generator.pid}
-
+    flooded = live.BlockProgram(
+        Path(__file__).with_name("flood.bpf.c"),
+        (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),),
+        {"FLOOD_TGID": generator.pid},
+    )
     snapshot(Filters(), 0)  # as run does: it loads what the first records would wait for
-    with Session(Flooded(reasons=())) as session:
+    with Session(live.Kernel(reasons=(), block_program=flooded)) as session:
         kept_by = CaptureWriter.create(place, describe(session, Filters(), cwndtrace.__version__))
         writer = ThreadedWriter(kept_by)
         figures, done, rates = BlockFigures(), threading.Event(), list[float]()

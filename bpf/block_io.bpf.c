@@ -3,8 +3,7 @@
  * Block requests from block_io_start to block_io_done, paired in the kernel and handed over in slabs:
  * user space pays once for SLAB_RECORDS of them.
  */
-#include "events.h"
-#include "kernel.h"
+#include "counters.h"
 
 #define REQ_OP_BITS 8
 /* From here on commands to the device itself, whose end the kernel need not tell. */
@@ -15,9 +14,6 @@
 #endif
 
 BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
-
-/* Records for which the ring buffer had no room, and ends that were not seen. */
-BPF_PERCPU_ARRAY(counts, u64, 1);
 
 /* A request under way, known by its address. */
 struct flight {
@@ -61,15 +57,6 @@ struct single_slab {
 	u32 unused;
 	struct block_io rec;
 };
-
-static __always_inline void count_lost(u64 n)
-{
-	int zero = 0;
-	u64 *c = counts.lookup(&zero);
-
-	if (c)
-		*c += n;
-}
 
 static __always_inline int slot_of(u64 rq)
 {
@@ -135,7 +122,7 @@ static __always_inline bool claim(struct flight *f, u64 rq)
 static __always_inline void give_up(const struct flight *f, u64 rq)
 {
 	if (f->rq == rq && f->issue_ns && (u8)f->cmd_flags < REQ_OP_PASSTHROUGH)
-		count_lost(1);
+		count(lost, 1);
 }
 
 /* For a claimed slot, or one of the hash. */
@@ -191,7 +178,7 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 			give_up(old, rq);
 		start_request(&other, request);
 		if (overflow.update(&rq, &other))
-			count_lost(1);
+			count(lost, 1);
 		else if (used)
 			*used = 1;
 		return 0;
@@ -265,7 +252,7 @@ static __always_inline void submit(struct slab *s)
 		flags = FORCE_WAKEUP;
 	}
 	if (block_slabs.ringbuf_output(s, size, flags))
-		count_lost(s->count);
+		count(lost, s->count);
 	s->count = 0;
 }
 
@@ -284,7 +271,7 @@ static __always_inline void keep(const struct flight *f, u32 dev)
 
 		fill_record(&one.rec, f, dev);
 		if (block_slabs.ringbuf_output(&one, sizeof(one), NO_WAKEUP))
-			count_lost(1);
+			count(lost, 1);
 		return;
 	}
 	s->busy = 1;

@@ -35,9 +35,10 @@ _DISTRIBUTION_PACKAGES: Final = (
 _INSTALL: Final = (
     "install the distribution's package: apt install python3-bpfcc (Debian, Ubuntu), dnf install python3-bcc"
 )
-_RECORD_MAPS: Final = (b"followed", b"slots")
+_RECORD_MAPS: Final = (b"counters", b"followed", b"slabs")
 """Maps whose values user space takes apart."""
-# What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset.bpf.c, kprobe).
+_INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
+# What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset_kprobe.bpf.c).
 _FRAME_SHIFT: Final = {"x86_64": 8}
 
 
@@ -99,21 +100,44 @@ def _why(said: list[str], error: Exception) -> str:
     return f"{text} ({lines[0].strip()})" if lines and lines[0].strip() not in text else text
 
 
-def build(sources: tuple[str, ...], kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Program:
-    """BPF sources made one program for this kernel; compiled only where no start before has done it."""
+def expanded(source: Path) -> str:
+    """The text of ``source`` with each of this project's headers in place of its first ``#include "…"``.
+
+    bcc rewrites accesses to maps in a program's main file, and leaves those in headers as they are
+    (BFrontendAction in bcc's src/cc/frontends/clang/b_frontend_action.cc).
+    """
+    included: set[Path] = set()
+
+    def expand(file: Path) -> str:
+        included.add(file)
+        lines = [f'#line 1 "{file.name}"']
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            header = _INCLUDE.fullmatch(line)
+            if header is None:
+                lines.append(line)
+                continue
+            path = bpf_dir() / header[1]
+            if path not in included:
+                lines.append(expand(path))
+            lines.append(f'#line {number + 1} "{file.name}"')
+        return "\n".join(lines)
+
+    return expand(source)
+
+
+def build(source: Path, kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Program:
+    """A BPF source as a program for this kernel; compiled only where no start before has done it."""
     folder, machine = bpf_dir(), platform.machine()
-    text = "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in sources)
-    headers = "".join((folder / name).read_text(encoding="utf-8") for name in ("kernel.h", "sock.h"))
-    readable = offsets.active(headers + text if '"sock.h"' in text else text, defines)
-    found = offsets.defines(kernel, readable) | defines | {"CWT_HZ": hz}
+    text = expanded(source)
+    found = offsets.defines(kernel, offsets.active(text, defines)) | defines | {"CWT_HZ": hz}
     flags = [f"-D{name}={value}" for name, value in found.items()]
     flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}"]
     # clang asks the kernel which instructions it knows, so that the kernel's name is a part of the key too.
-    told = (text, *flags, str(os.uname()))
+    told = (text, *flags, str(os.uname()), str(_RECORD_MAPS))
     key = program_cache.key(*(part.encode() for part in told), _headers(), _compiler())
     made = program_cache.load(key)
     if made is None:
-        made = _compile_apart(text, [*flags, f"-I{folder}"], sources[-1])
+        made = _compile_apart(text, [*flags, f"-I{folder}"], source.name)
         program_cache.keep(key, made)
     return Program(made)
 
@@ -217,6 +241,13 @@ def _fdinfo(fd: int, name: str) -> int:
     return int(match[1], 0) if match else 0
 
 
+def _fields(table: Any) -> tuple[tuple[str, str], ...]:
+    """The members of the struct that a map's values are, as numpy names their types."""
+    # bcc turns the Leaf of a per-CPU map into an array, one for each CPU, and keeps the struct itself as sLeaf.
+    leaf = np.dtype(getattr(table, "sLeaf", table.Leaf))
+    return tuple((name, leaf[name].str) for name in leaf.names or ())
+
+
 def _taken(made: Any) -> program_cache.Image:
     """What bcc made, with the descriptors of its own maps replaced by their places."""
     lib = _library()
@@ -229,8 +260,7 @@ def _taken(made: Any) -> program_cache.Image:
         fd = lib.bpf_table_fd(made.module, raw)
         kind, flags = _fdinfo(fd, "map_type"), _fdinfo(fd, "map_flags")
         key_size, value_size, entries = (_fdinfo(fd, name) for name in ("key_size", "value_size", "max_entries"))
-        leaf = np.dtype(made[raw].Leaf) if raw in _RECORD_MAPS else None
-        fields = tuple((name, leaf[name].str) for name in leaf.names or ()) if leaf is not None else ()
+        fields = _fields(made[raw]) if raw in _RECORD_MAPS else ()
         places[fd] = len(maps)
         maps.append(program_cache.Map(raw.decode(), kind, key_size, value_size, entries, flags, fields))
     programs = {}

@@ -9,8 +9,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, ClassVar, Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,13 +24,26 @@ from cwndtrace.capture.program import Program
 from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
 from cwndtrace.errors import CwndtraceError, KernelLacks
 from cwndtrace.kernel import btf, facts, ladder, permission
-from cwndtrace.records.layout import code, event
+from cwndtrace.records.layout import bpf_dir, code, event
 
-_BLOCK: Final = (
-    ladder.Attachment("tp_btf", "block_io_done", "on_block_io_done"),
-    ladder.Attachment("tp_btf", "block_rq_error", "on_block_rq_error"),
-    ladder.Attachment("tp_btf", "block_rq_issue", "on_block_rq_issue"),
-    ladder.Attachment("tp_btf", "block_io_start", "on_block_io_start"),
+
+@dataclass(frozen=True)
+class BlockProgram:
+    """The BPF source that records block I/O, its programs and where they attach, and what it is compiled with."""
+
+    source: Path
+    attachments: tuple[ladder.Attachment, ...]
+    defines: Mapping[str, int] = field(default_factory=dict)
+
+
+BLOCK_IO: Final = BlockProgram(
+    bpf_dir() / "block_io.bpf.c",
+    (
+        ladder.Attachment("tp_btf", "block_io_done", "on_block_io_done"),
+        ladder.Attachment("tp_btf", "block_rq_error", "on_block_rq_error"),
+        ladder.Attachment("tp_btf", "block_rq_issue", "on_block_rq_issue"),
+        ladder.Attachment("tp_btf", "block_io_start", "on_block_io_start"),
+    ),
 )
 _ASK: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
@@ -42,7 +57,6 @@ _POWERS: Final = (
 )
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
-_SLAB_HEADER: Final = 8
 _RING_PAGES: Final = 2048
 # 4 MiB: a reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
@@ -102,13 +116,10 @@ def check_power() -> None:
 class Kernel:
     """The running kernel as a source of records (see source.Source).
 
-    Loads and attaches on construction. Raises BccError, KernelLacks or NoRung; nothing is left attached then.
-    ``block`` says whether block I/O is traced as well, ``helper`` who looks at processes for it.
+    Loads and attaches on construction. Raises BccError, KernelLacks or NoProbe; nothing is left attached then.
+    ``block`` says whether block I/O is traced as well, which ``block_program`` does; ``helper`` reads what other
+    processes hold.
     """
-
-    block_sources: ClassVar[tuple[str, ...]] = ("block_io.bpf.c",)
-    block_attachments: ClassVar[tuple[ladder.Attachment, ...]] = _BLOCK
-    block_defines: ClassVar[Mapping[str, int]] = {}
 
     def __init__(
         self,
@@ -118,6 +129,7 @@ class Kernel:
         block: bool = True,
         reasons: Iterable[str] = ladder.REASONS,
         helper: Helper | None = None,
+        block_program: BlockProgram = BLOCK_IO,
     ) -> None:
         check_power()
         self._filters = filters
@@ -130,6 +142,7 @@ class Kernel:
         self._refused: dict[str, str] = {}
         self._refreshed_here: list[Program] = []
         self._block: Program | None = None
+        self._slab_header = 0
         self._chunks: list[Chunk] = []
         self._epoll = select.epoll()
         self._refresh_at = self._ticked = 0.0
@@ -143,7 +156,7 @@ class Kernel:
             chosen = ladder.choose(facts.ladder_facts(self._btf), self._try, probe, reasons)
             self.probes, self.tried = chosen.probes, chosen.tried
             if block:
-                self._block = self._load_block()
+                self._block = self._load_block(block_program)
             self._refresh_sets()
         except BaseException:
             self.close()
@@ -157,14 +170,13 @@ class Kernel:
             return self._refused[probe]
         sizes = {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
         defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)} | sizes
+        defines["PROBE"] = code("probe", probe)
         attachments = ladder.BY_NAME[probe].attachments[reason]
-        if any(a.target == "tcp_cong_state_set" for a in attachments):
-            defines["RUNG_CONG_STATE"] = code("probe", probe)
-        else:
-            defines[f"RUNG_{probe.upper()}"] = 1
+        by_state = any(a.target == "tcp_cong_state_set" for a in attachments)
+        source = bpf_dir() / f"cwnd_reset_{'cong_state' if by_state else probe}.bpf.c"
         program = None
         try:
-            program = bcc.build(("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c"), self._btf, self._hz, defines)
+            program = bcc.build(source, self._btf, self._hz, defines)
             program.attach(attachments, self._btf)
             for name, table in _RINGS.items():
                 self._open(program, table, partial(self._record, name))
@@ -180,19 +192,20 @@ class Kernel:
             self._refreshed_here.append(program)
         return None
 
-    def _load_block(self) -> Program:
-        lacking = [a.target for a in self.block_attachments if not self._btf.has_tracepoint(a.target)]
+    def _load_block(self, block: BlockProgram) -> Program:
+        lacking = [a.target for a in block.attachments if not self._btf.has_tracepoint(a.target)]
         if lacking:
             raise KernelLacks(
                 f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
                 "trace without block I/O: --no-block",
             )
         sizes = {"RING_PAGES": _RING_PAGES, "CPUS": os.sysconf(_CPUS)}
-        sizes |= self.block_defines
-        program = bcc.build(self.block_sources, self._btf, self._hz, _filter_defines(self._filters) | sizes)
+        defines = _filter_defines(self._filters) | sizes | dict(block.defines)
+        program = bcc.build(block.source, self._btf, self._hz, defines)
+        self._slab_header = program.offset("slabs", "rec")
         self._open(program, "block_slabs", self._slab)
         try:
-            program.attach(self.block_attachments, self._btf)
+            program.attach(block.attachments, self._btf)
             program.load(_HAND_OVER)
         except BaseException:
             program.close()
@@ -216,7 +229,7 @@ class Kernel:
 
     def _slab(self, raw: bytes) -> None:
         count = int.from_bytes(raw[:4], sys.byteorder)
-        rows = np.frombuffer(raw, event("block_io").dtype, count, _SLAB_HEADER)
+        rows = np.frombuffer(raw, event("block_io").dtype, count, self._slab_header)
         late = rows["start_ns"] >= self._begin_ns
         self._chunks.append(("block_io", (rows if late.all() else rows[late]).tobytes()))
 
@@ -289,12 +302,14 @@ class Kernel:
             self._missed = self.skipped()
         lost = self._missed.copy()
         for program in self._resets:
-            resets, unchanged, withdrawn, recoveries, samples = program.totals()
-            lost.update(cwnd_reset=resets, cwnd_recovery=recoveries, cwnd_sample=samples)
-            counts.unchanged += unchanged
-            counts.withdrawn += withdrawn
+            total = program.totals()
+            lost.update(
+                cwnd_reset=total["lost"], cwnd_recovery=total["lost_recoveries"], cwnd_sample=total["lost_samples"]
+            )
+            counts.unchanged += total["unchanged"]
+            counts.withdrawn += total["withdrawn"]
         if self._block is not None:
-            lost["block_io"] += self._block.totals()[0]
+            lost["block_io"] += self._block.totals()["lost"]
         counts.lost = {name: lost[name] - self._before.lost.get(name, 0) for name in self.events}
         counts.unchanged -= self._before.unchanged
         counts.withdrawn -= self._before.withdrawn

@@ -125,15 +125,26 @@ class Program:
         values = bpf.lookup(fd, bytes(4), size * bpf.possible_cpus()) or b""
         return [values[at : at + m.value_size] for at in range(0, len(values), size)]
 
-    def totals(self) -> list[int]:
-        """The source's counters, each summed over CPUs."""
-        return [sum(of_all) for of_all in zip(*(memoryview(n).cast("Q") for n in self.each_cpu("counts")), strict=True)]
+    def totals(self) -> dict[str, int]:
+        """The counters of bpf/counters.h by name, each summed over CPUs."""
+        counters = np.frombuffer(b"".join(self.each_cpu("counters")), self.dtype("counters"))
+        return {name: int(counters[name].sum()) for name in counters.dtype.names or ()}
+
+    def dtype(self, table: str) -> np.dtype[Any]:
+        """The struct that a map's values are, as C lays it out."""
+        return np.dtype(list(self._maps[table][1].fields))
+
+    def offset(self, table: str, member: str) -> int:
+        """Where a member of that struct begins, in bytes."""
+        fields = self.dtype(table).fields
+        assert fields is not None
+        return int(fields[member][1])
 
     def rows(self, table: str) -> list[tuple[int, Any]]:
         """A hash or an array: key and value (a numpy record) of each entry."""
         fd, m = self._maps[table]
         found = [(key, bpf.lookup(fd, key, m.value_size)) for key in bpf.keys(fd, m.key_size)]
-        dtype = np.dtype(list(m.fields))
+        dtype = self.dtype(table)
         return [(int.from_bytes(k, "little"), np.frombuffer(v, dtype)[0]) for k, v in found if v is not None]
 
     def run_times(self) -> dict[str, tuple[int, int]]:

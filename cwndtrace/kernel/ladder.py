@@ -161,7 +161,8 @@ def choose(
 
     ``trial(rung, reason)`` loads and attaches for real and returns None, or why it failed; it is asked only
     where the facts allow it, best rung first, until one works. ``forced`` names the only rung to consider.
-    Raises NoRung, with what was tried, where ``idle`` is asked for and can't be seen, or nothing that is asked for can.
+    Raises NoProbe, with what was tried, where ``idle`` is asked for and can't be seen, or nothing that is asked for
+    can.
     """
     choice = Choice()
     for reason in reasons:

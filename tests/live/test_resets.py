@@ -205,7 +205,7 @@ def test_a_route_that_sets_the_initial_window(tracer: Tracer, space: tcp.Space, 
     connection = connect(address="127.9.9.9", init_cwnd=20)
     # Twice the initial window, or more: half of less would be below it, and tell nothing of what halved it.
     connection.grow(40)
-    connection.rest(1.3)
+    connection.idle(1.3)
     send = connection.send()
     assert send.after.cwnd == 20
     expect_one(tracer, connection)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the distribution's bcc, and telling it from PyPI's package of that name."""
+"""Finding the distribution's bcc, telling it from PyPI's package of that name, and the text that it compiles."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from cwndtrace.capture import bcc
 from cwndtrace.errors import BccError
+from cwndtrace.records.layout import bpf_dir
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,18 @@ def test_one_that_can_not_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         bcc.module()
     assert caught.value.cause == f"bcc in {made} can't be loaded: libbcc.so.0: cannot open shared object file"
     assert "bcc" not in sys.modules
+
+
+def test_headers_stand_in_the_text_once_and_lines_keep_their_numbers() -> None:
+    for source in bpf_dir().glob("*.bpf.c"):
+        text = bcc.expanded(source)
+        assert '#include "' not in text
+        assert text.count("#define CWNDTRACE_KERNEL_H") == 1
+        name, number = "", 0
+        for line in text.splitlines():
+            if line.startswith("#line "):
+                _, said, name = line.split()
+                number = int(said)
+                continue
+            assert (bpf_dir() / name.strip('"')).read_text(encoding="utf-8").splitlines()[number - 1] == line
+            number += 1

@@ -129,7 +129,7 @@ def test_kprobes_need_to_be_there() -> None:
 
 
 def test_every_rung_names_programs_that_exist() -> None:
-    text = "".join(file.read_text(encoding="utf-8") for file in bpf_dir().glob("*.bpf.c"))
+    text = "".join(file.read_text(encoding="utf-8") for file in bpf_dir().glob("*.[ch]"))
     for rung in ladder.RUNGS:
         for attachments in rung.attachments.values():
             for attachment in attachments:

@@ -266,8 +266,7 @@ def test_the_list_of_commands_is_that_of_their_modules() -> None:
 
 
 def body(function: str) -> str:
-    files = ("cwnd_recovery.bpf.c", "cwnd_reset.bpf.c")
-    source = "".join((layout.bpf_dir() / name).read_text(encoding="utf-8") for name in files)
+    source = "".join(file.read_text(encoding="utf-8") for file in sorted(layout.bpf_dir().glob("*.[ch]")))
     return re.split(rf"\w+ {function}\(.*\)\n", source)[1].partition("\n}\n")[0]
 
 

@@ -1,39 +1,19 @@
-// SPDX-License-Identifier: GPL-2.0
+/* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Following a socket after a reset, ACK by ACK, until it has its window back. Compiled in front of
- * cwnd_reset.bpf.c, which calls count(), follow(), on_ack() and forget().
+ * Following a socket after a reset, ACK by ACK, until it has its window back.
  *
- * tcp_probe comes before its ACK is worked in: what it shows is the window that the ACK before it left.
+ * tcp_probe runs before its ACK is processed: what it shows is the window that the ACK before it left.
  */
+#ifndef CWNDTRACE_FOLLOW_H
+#define CWNDTRACE_FOLLOW_H
+
+#include "counters.h"
 #include "sock.h"
 
 #define FOLLOW_BUCKET_BITS 12
 
 BPF_RINGBUF_OUTPUT(cwnd_recoveries, RESET_PAGES / 4);
 BPF_RINGBUF_OUTPUT(cwnd_samples, RESET_PAGES / 2);
-
-enum {
-	COUNT_LOST = 0,		/* resets for which the ring buffer had no room, or a stash no memory */
-	COUNT_UNCHANGED = 1,	/* calls that left the window as it was */
-	COUNT_WITHDRAWN = 2,	/* restarts that were due and didn't happen, as when a send blocked */
-	COUNT_LOST_RECOVERIES = 3,
-	COUNT_LOST_SAMPLES = 4,
-	COUNTS = 5,
-};
-/* One entry, so that one look-up shows all. */
-struct counts {
-	u64 of[COUNTS];
-};
-BPF_PERCPU_ARRAY(counts, struct counts, 1);
-
-static __always_inline void count(int which)
-{
-	int zero = 0;
-	struct counts *n = counts.lookup(&zero);
-
-	if (n)
-		n->of[which]++;
-}
 
 struct followed {
 	u64 reset_ts_ns;
@@ -84,7 +64,7 @@ static __always_inline void end_following(u64 sk, const struct followed *f, u8 o
 	u64 *n = follow_bucket(f->bucket);
 
 	if (cwnd_recoveries.ringbuf_output(&r, sizeof(r), 0))
-		count(COUNT_LOST_RECOVERIES);
+		count(lost_recoveries, 1);
 	followed.delete(&sk);
 	if (n)
 		__sync_fetch_and_add(n, -1);
@@ -108,7 +88,7 @@ static __always_inline void start_following(const struct cwnd_reset *r)
 	};
 
 	if (followed.update(&sk, &f)) {
-		count(COUNT_LOST_RECOVERIES);
+		count(lost_recoveries, 1);
 		return;
 	}
 	n = follow_bucket(f.bucket);
@@ -172,7 +152,7 @@ static __always_inline void on_ack(const void *sock)
 		};
 
 		if (cwnd_samples.ringbuf_output(&s, sizeof(s), 0))
-			count(COUNT_LOST_SAMPLES);
+			count(lost_samples, 1);
 		f->sampled_ns = now;
 	}
 }
@@ -186,7 +166,7 @@ static __always_inline void forget(const void *sock)
 		end_following(sk, f, OUTCOME_CLOSED, bpf_ktime_get_ns(), READ(u32, sock, tcp_sock, snd_cwnd));
 }
 
-/* For the rungs that need these tracepoints for nothing else. */
+/* For the probes that need these tracepoints for nothing else. */
 int on_tcp_probe_follow(struct bpf_raw_tracepoint_args *ctx)
 {
 	on_ack((const void *)ctx->args[0]);
@@ -198,3 +178,5 @@ int on_tcp_destroy_sock_follow(struct bpf_raw_tracepoint_args *ctx)
 	forget((const void *)ctx->args[0]);
 	return 0;
 }
+
+#endif

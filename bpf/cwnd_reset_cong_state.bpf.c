@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Retransmission timeouts by tcp:tcp_cong_state_set, for the probes sendmsg and tcp_probe. -DPROBE says which. */
+#include "reset.h"
+
+/*
+ * tcp_set_ca_state(sk, TCP_CA_Loss) is called by tcp_enter_loss() after it lowered the window. On the first
+ * timeout of an episode prior_cwnd and prior_ssthresh hold what came before (the latter as
+ * tcp_current_ssthresh() gives it); on a repeated one nothing does, and the window is already at its least.
+ * tcp_simple_retransmit() comes here too: it lowers no window and clears prior_ssthresh.
+ */
+int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
+{
+	const void *sk = (const void *)ctx->args[0];
+	u32 state, prior_ssthresh;
+
+	if ((u8)ctx->args[1] != TCP_CA_LOSS)
+		return 0;
+	state = READ_BITS(sk, inet_connection_sock, icsk_ca_state);
+	if (state > CA_STATE_DISORDER &&
+	    (s32)(READ(u32, sk, tcp_sock, snd_una) - READ(u32, sk, tcp_sock, high_seq)) < 0 &&
+	    !(state == TCP_CA_LOSS && !READ(u8, sk, inet_connection_sock, icsk_retransmits)))
+		return 0;
+	prior_ssthresh = READ(u32, sk, tcp_sock, prior_ssthresh);
+	if (prior_ssthresh)
+		emit_fallen(sk, PROBE, READ(u32, sk, tcp_sock, prior_cwnd),
+			    prior_ssthresh, sk_idle(sk));
+	return 0;
+}

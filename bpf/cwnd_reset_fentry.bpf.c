@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Resets by fentry and fexit: the window is noted when the kernel's function is entered and compared when it returns. */
+#include "reset.h"
+#include "window_before.h"
+
+#if REASON == 0
+#define FUNCTION tcp_cwnd_restart
+#elif REASON == 1
+#define FUNCTION tcp_enter_loss
+#else
+#define FUNCTION tcp_cwnd_application_limited
+#endif
+
+/* The socket is locked between entry and return, so its address is key enough. */
+BPF_HASH(entered, u64, struct before, 16384);
+
+static __always_inline int fentry_in(const void *sk)
+{
+	struct before b = note_before(sk);
+
+	if (entered.update(&b.sk, &b))
+		count(lost, 1);
+	return 0;
+}
+
+static __always_inline int fentry_out(const void *sk)
+{
+	u64 key = (u64)sk;
+	struct before *b = entered.lookup(&key);
+
+	if (!b)
+		return 0;
+	/* The copy is a plain number; the verifier allows no arithmetic on the argument itself. */
+	emit_fallen((const void *)b->sk, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle);
+	entered.delete(&key);
+	return 0;
+}
+
+/* One more level of macros, so that FUNCTION is expanded before bcc pastes it into the program's name. */
+#define ENTRY_OF(function) KFUNC_PROBE(function, void *sk)
+#define EXIT_OF(function) KRETFUNC_PROBE(function, void *sk)
+
+ENTRY_OF(FUNCTION)
+{
+	return fentry_in(sk);
+}
+
+EXIT_OF(FUNCTION)
+{
+	return fentry_out(sk);
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Resets by kprobe and kretprobe: the window is noted when the kernel's function is entered and compared when it returns. */
+#include <uapi/linux/ptrace.h>
+
+#include "reset.h"
+#include "window_before.h"
+
+/*
+ * A return has no arguments, and an interrupt can enter the same function for another socket on the same
+ * thread: the stack pointer tells the calls apart. FRAME_SHIFT is what the return address took of it.
+ */
+struct frame {
+	u64 tid;
+	u64 sp;
+};
+BPF_HASH(frames, struct frame, struct before, 16384);
+
+int kprobe_in(struct pt_regs *ctx)
+{
+	struct frame key = {.tid = bpf_get_current_pid_tgid(), .sp = PT_REGS_SP(ctx)};
+	struct before b = note_before((const void *)PT_REGS_PARM1(ctx));
+
+	if (frames.update(&key, &b))
+		count(lost, 1);
+	return 0;
+}
+
+int kprobe_out(struct pt_regs *ctx)
+{
+	struct frame key = {.tid = bpf_get_current_pid_tgid(), .sp = PT_REGS_SP(ctx) - FRAME_SHIFT};
+	struct before *b = frames.lookup(&key);
+
+	if (!b) {
+		count(lost, 1);
+		return 0;
+	}
+	emit_fallen((const void *)b->sk, PROBE_KPROBE, b->cwnd, b->ssthresh, b->idle);
+	frames.delete(&key);
+	return 0;
+}

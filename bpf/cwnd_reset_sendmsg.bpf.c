@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Idle resets by tcp:tcp_sendmsg_locked: the kernel's rule is applied before the kernel does it, and what is sent confirms it. */
+#include "reset.h"
+#include "restart.h"
+
+/*
+ * The sender goes on from here to the kernel's own look at the clock: a tick, or the time that another task has
+ * the CPU, may fall between. Idle time that is short of the RTO by no more than this (20 ms) may still become one.
+ */
+#define LATE_JIFFIES (CWT_HZ / 50)
+
+/*
+ * The first half of tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the socket has been idle so long
+ * that the kernel may restart its window now. This runs on every send and every ACK.
+ */
+static __always_inline bool idle_for_rto(const void *tp)
+{
+	if (LOAD(u32, tp, tcp_sock, packets_out))
+		return false;
+	return (s32)(jiffies32() - LOAD(u32, tp, tcp_sock, lsndtime) + LATE_JIFFIES) >
+	       (s32)LOAD(u32, tp, inet_connection_sock, icsk_rto);
+}
+
+/* tcp_cwnd_restart() of net/ipv4/tcp_output.c: the window after it. */
+static __always_inline u32 restarted_cwnd(u32 cwnd, u32 init_cwnd, s32 idle, s32 rto)
+{
+	u32 floor = init_cwnd < cwnd ? init_cwnd : cwnd;
+	int i;
+
+	/* A window has 32 bits: it can't be halved more often than that. */
+	for (i = 0; i < 32; i++) {
+		idle -= rto;
+		if (idle <= 0 || cwnd <= floor)
+			break;
+		cwnd >>= 1;
+	}
+	return cwnd > floor ? cwnd : floor;
+}
+
+BPF_HASH(pending, u64, struct cwnd_reset, 16384);
+/* How many there are: spares every packet a hash look-up. */
+BPF_ARRAY(pending_count, u64, 1);
+
+static __always_inline void add_pending(s64 n)
+{
+	int zero = 0;
+	u64 *c = pending_count.lookup(&zero);
+
+	if (c)
+		__sync_fetch_and_add(c, n);
+}
+
+/* If a restart of this socket was expected: has it come? */
+static __always_inline void settle(const void *sk)
+{
+	int zero = 0;
+	u64 key = (u64)sk, *n = pending_count.lookup(&zero);
+	struct cwnd_reset *r;
+
+	if (!n || !*n)
+		return;
+	r = pending.lookup(&key);
+	if (!r)
+		return;
+	r->cwnd_after = READ(u32, sk, tcp_sock, snd_cwnd);
+	r->ssthresh_after = READ(u32, sk, tcp_sock, snd_ssthresh);
+	if (r->cwnd_after < r->cwnd_before) {
+		/* The kernel saw the first tick behind the RTO, at least. */
+		if (r->idle_us <= r->rto_us)
+			r->idle_us = r->rto_us + jiffies_to_us(1);
+		emit(r);
+	} else if (r->idle_us > r->rto_us) {
+		count(withdrawn, 1);
+	}
+	pending.delete(&key);
+	add_pending(-1);
+}
+
+/* For a socket that has been idle. */
+static __always_inline void expect_restart(const void *sk)
+{
+	struct cwnd_reset r = {};
+	u64 key = (u64)sk;
+	u32 rto = READ(u32, sk, inet_connection_sock, icsk_rto), idle = sk_idle(sk);
+
+	if (!restarts(sk) || !wanted(sk))
+		return;
+	fill_from_sock(&r, sk);
+	r.reason = REASON;
+	r.probe = PROBE_SENDMSG;
+	r.cwnd_before = r.cwnd_after;
+	r.ssthresh_before = r.ssthresh_after;
+	if (restarted_cwnd(r.cwnd_before, r.init_cwnd, (s32)idle > (s32)rto ? idle : rto + 1, rto) >=
+	    r.cwnd_before) {
+		if ((s32)idle > (s32)rto)
+			count(unchanged, 1);
+		return;
+	}
+	if (pending.update(&key, &r))
+		count(lost, 1);
+	else
+		add_pending(1);
+}
+
+int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
+{
+	const void *sk = (const void *)ctx->args[0], *tp = bpf_skc_to_tcp_sock((void *)sk);
+	u64 skb;
+
+	settle(sk);
+	if (!tp || !idle_for_rto(tp))
+		return 0;
+	skb = argument(ctx, 2);
+	/* Only a new buffer is checked by the kernel (tcp_skb_entail); this one still takes more. */
+	if (skb && (s32)READ(u32, skb, sk_buff, len) < (s32)ctx->args[3] &&
+	    !READ_BITS(AT(skb, sk_buff, cb), tcp_skb_cb, eor))
+		return 0;
+	expect_restart(sk);
+	return 0;
+}
+
+int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
+{
+	const void *sk = (const void *)ctx->args[0], *tp = bpf_skc_to_tcp_sock((void *)sk);
+
+	settle(sk);
+	on_ack(sk);
+	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
+	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
+	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && idle_for_rto(tp))
+		expect_restart(sk);
+	return 0;
+}
+
+int on_net_dev_queue(struct bpf_raw_tracepoint_args *ctx)
+{
+	int zero = 0;
+	u64 *n = pending_count.lookup(&zero);
+
+	if (n && *n)
+		settle((const void *)READ(u64, ctx->args[0], sk_buff, sk));
+	return 0;
+}
+
+int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
+{
+	settle((const void *)ctx->args[0]);
+	forget((const void *)ctx->args[0]);
+	return 0;
+}

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * A reset that a probe has found: it is checked, handed to user space and followed. Each probe is a program of its
+ * own, cwnd_reset_*.bpf.c, which is compiled once for each reason that it traces, with -DREASON.
+ */
+#ifndef CWNDTRACE_RESET_H
+#define CWNDTRACE_RESET_H
+
+#include "filter.h"
+#include "follow.h"
+
+/* Room for a reset of each of 10,000 connections at once: how many pages is said in cwndtrace/capture/live.py. */
+BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
+
+static __always_inline void emit(struct cwnd_reset *r)
+{
+	if (r->cwnd_after >= r->cwnd_before) {
+		count(unchanged, 1);
+		return;
+	}
+#ifdef FILTER_MIN_IDLE_US
+	if (r->idle_us < FILTER_MIN_IDLE_US)
+		return;
+#endif
+	if (cwnd_resets.ringbuf_output(r, sizeof(*r), 0))
+		count(lost, 1);
+	/* After a timeout the window isn't expected to come back to what it was. */
+	if (REASON != REASON_RTO_LOSS)
+		follow(r);
+}
+
+/* The window has fallen just now: the socket shows what came after. */
+static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before,
+					u32 idle)
+{
+	struct cwnd_reset r = {};
+
+	if (!wanted(sk))
+		return;
+	fill_from_sock(&r, sk);
+	r.idle_us = jiffies_to_us(idle);
+	r.reason = REASON;
+	r.probe = probe;
+	r.cwnd_before = cwnd_before;
+	r.ssthresh_before = ssthresh_before;
+	if (REASON == REASON_RTO_LOSS) {
+		r.ca_state = TCP_CA_LOSS;
+		/* While a SYN is all that was sent, lsndtime isn't set. */
+		if (!READ(u32, sk, tcp_sock, data_segs_out))
+			r.idle_us = 0;
+	}
+	emit(&r);
+}
+
+#endif

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What a probe on a function notes on entry, to be compared with the socket on return. */
+#ifndef CWNDTRACE_WINDOW_BEFORE_H
+#define CWNDTRACE_WINDOW_BEFORE_H
+
+#include "sock.h"
+
+struct before {
+	u64 sk;
+	u32 cwnd;
+	u32 ssthresh;
+	u32 idle;
+	u32 unused;
+};
+
+static __always_inline struct before note_before(const void *sk)
+{
+	struct before b = {
+		.sk = (u64)sk,
+		.cwnd = READ(u32, sk, tcp_sock, snd_cwnd),
+		.ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh),
+		.idle = sk_idle(sk),
+	};
+
+	return b;
+}
+
+#endif
