@@ -15,7 +15,7 @@ from typing import Final
 
 from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.replay import record
-from cwndtrace.capture.source import Chunk, Filters
+from cwndtrace.capture.source import Filters, RawRecords
 from tests.live import disk, tcp
 
 FILE: Final = Path(__file__).parent / "data" / "trace.raw"
@@ -41,7 +41,7 @@ def work(space: tcp.Space, drain: tcp.Drain, device: disk.Disk) -> None:
 
 def main() -> None:
     """Trace ``work`` and write what came in, as it came in."""
-    chunks: list[Chunk] = []
+    reads: list[RawRecords] = []
     space, drain = tcp.Space(f"cwt-record-{os.getpid()}"), tcp.Drain()
     try:
         with disk.loop() as device:
@@ -49,15 +49,15 @@ def main() -> None:
             worker = threading.Thread(target=work, args=(space, drain, device))
             worker.start()
             while worker.is_alive():
-                chunks += kernel.poll(0.1)
-            chunks += kernel.stop()
+                reads += kernel.poll(0.1)
+            reads += kernel.stop()
             FILE.parent.mkdir(exist_ok=True)
-            record(FILE, kernel, chunks)
+            record(FILE, kernel, reads)
             kernel.close()
     finally:
         drain.close()
         space.close()
-    print(f"{FILE}: {FILE.stat().st_size:,} bytes, {len(chunks)} chunks")
+    print(f"{FILE}: {FILE.stat().st_size:,} bytes, {len(reads)} reads")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pandas as pd
 from cwndtrace import tcp
 from cwndtrace.analysis import cost
 from cwndtrace.format import plural, span
-from cwndtrace.store.meta import Meta, Namespace
+from cwndtrace.store.meta import Meta, NamespaceSettings
 
 COLUMNS: Final = {
     "remedy": "sysctl, initcwnd, ping, bbr, receiver_window, send_buffer, loss or nothing",
@@ -186,11 +186,11 @@ def _elsewhere(inode: str, about: Meta) -> str:
     return f" (the host's own is {host.idle}, which doesn't reach into this namespace)"
 
 
-def _host(about: Meta) -> Namespace | None:
+def _host(about: Meta) -> NamespaceSettings | None:
     return next((namespace for namespace in about.namespaces.values() if namespace.host), None)
 
 
-_UNKNOWN: Final = Namespace("", False, None, None)
+_UNKNOWN: Final = NamespaceSettings("", False, None, None)
 
 
 def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, about: Meta) -> pd.DataFrame:
@@ -227,7 +227,7 @@ def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, about: Meta) -> pd.Data
     return pd.DataFrame(rows, columns=list(AUDIT_COLUMNS)).astype(kinds)
 
 
-def _note(space: Namespace, host: Namespace | None) -> str:
+def _note(space: NamespaceSettings, host: NamespaceSettings | None) -> str:
     if host is None:
         return ""
     settings = {

@@ -56,7 +56,7 @@ _SHARE: Final = 0.05
 _LAST_S: Final = 10.0
 
 
-_holders: Final = sockets.Holders()
+_holders: Final = sockets.SocketHolders()
 
 
 def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:

@@ -21,7 +21,7 @@ from cwndtrace.capture import bcc
 from cwndtrace.capture.bpf_syscall import try_map
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.program import Program
-from cwndtrace.capture.source import TICK_SECONDS, Chunk, Counts, Filters
+from cwndtrace.capture.source import TICK_SECONDS, Counts, Filters, RawRecords
 from cwndtrace.errors import CwndtraceError, KernelLacks
 from cwndtrace.kernel import btf, facts, ladder, permission
 from cwndtrace.records.layout import bpf_dir, code, event
@@ -143,7 +143,7 @@ class Kernel:
         self._refreshed_here: list[Program] = []
         self._block: Program | None = None
         self._slab_header = 0
-        self._chunks: list[Chunk] = []
+        self._read_so_far: list[RawRecords] = []
         self._epoll = select.epoll()
         self._refresh_at = self._ticked = 0.0
         self._left_out: dict[str, int] = {}
@@ -225,13 +225,13 @@ class Kernel:
     def _record(self, name: str, raw: bytes) -> None:
         at = _began_at(name)
         if int.from_bytes(raw[at : at + 8], sys.byteorder) >= self._begin_ns:
-            self._chunks.append((name, raw))
+            self._read_so_far.append((name, raw))
 
     def _slab(self, raw: bytes) -> None:
         count = int.from_bytes(raw[:4], sys.byteorder)
         rows = np.frombuffer(raw, event("block_io").dtype, count, self._slab_header)
         late = rows["start_ns"] >= self._begin_ns
-        self._chunks.append(("block_io", (rows if late.all() else rows[late]).tobytes()))
+        self._read_so_far.append(("block_io", (rows if late.all() else rows[late]).tobytes()))
 
     def _programs(self) -> list[Program]:
         return [*self._resets, *([self._block] if self._block else [])]
@@ -272,7 +272,7 @@ class Kernel:
         for program in self._refreshed_here:
             program.run_everywhere(_REFRESH)
 
-    def poll(self, timeout_s: float) -> list[Chunk]:
+    def poll(self, timeout_s: float) -> list[RawRecords]:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
         self._epoll.poll(timeout_s)
         now = time.monotonic()
@@ -287,10 +287,10 @@ class Kernel:
                 program.run_everywhere(_REFRESH)
         return self._take()
 
-    def _take(self) -> list[Chunk]:
+    def _take(self) -> list[RawRecords]:
         for program in self._programs():
             program.consume()
-        taken, self._chunks = self._chunks, []
+        taken, self._read_so_far = self._read_so_far, []
         return taken
 
     def counts(self) -> Counts:
@@ -338,7 +338,7 @@ class Kernel:
         """Never: a kernel goes on."""
         return False
 
-    def stop(self) -> list[Chunk]:
+    def stop(self) -> list[RawRecords]:
         """Detach and return what was still under way."""
         for program in self._programs():
             program.detach()
@@ -348,10 +348,10 @@ class Kernel:
             # Nothing writes there any more. Only a CPU that went offline, where nothing can be run, still has some.
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)
-        chunks = self._take()
+        found = self._take()
         rows = (row for program in self._resets for row in program.rows("followed"))
         unfinished = [(sk, f) for sk, f in rows if f["reset_ts_ns"] >= self._begin_ns]
-        return [*chunks, ("cwnd_recovery", _cut_short(unfinished))]
+        return [*found, ("cwnd_recovery", _cut_short(unfinished))]
 
     def close(self) -> None:
         """Detach and free everything; the counters are gone."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw records in a file: everything behind the probes can be driven without a kernel or root.
 
-The file begins with one line of JSON (layout, probes, events, counts at the end); then chunks follow, each an
-event's name and its length, and the bytes as the kernel wrote them.
+The file begins with one line of JSON (layout, probes, events, counts at the end); then follows what each read gave: an
+event's name, a length, and that many bytes as the kernel wrote them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from cwndtrace.capture.source import Chunk, Counts, Source
+from cwndtrace.capture.source import Counts, RawRecords, Source
 from cwndtrace.errors import CaptureError
 from cwndtrace.format import plural
 from cwndtrace.privileges import User
 from cwndtrace.records.layout import event, header
 
-_CHUNK: Final = struct.Struct("<16sI")
+_HEAD: Final = struct.Struct("<16sI")
 
 
-def record(path: Path, source: Source, chunks: Iterable[Chunk]) -> None:
-    """Write ``chunks`` that came from ``source`` to ``path``."""
+def record(path: Path, source: Source, reads: Iterable[RawRecords]) -> None:
+    """Write ``reads`` that came from ``source`` to ``path``."""
     head = {
         "layout": {name: event(name).size for name in source.events},
         "probes": source.probes,
@@ -33,12 +33,12 @@ def record(path: Path, source: Source, chunks: Iterable[Chunk]) -> None:
     }
     with path.open("wb") as file:
         file.write(json.dumps(head, sort_keys=True).encode() + b"\n")
-        for name, raw in chunks:
-            file.write(_CHUNK.pack(name.encode(), len(raw)) + raw)
+        for name, raw in reads:
+            file.write(_HEAD.pack(name.encode(), len(raw)) + raw)
 
 
 class Replay:
-    """A recording as a source (see source.Source): a chunk per poll, then nothing.
+    """A recording as a source (see source.Source): one read for each poll, then nothing.
 
     Raises CaptureError where the file isn't a recording, is cut off, or has records of another layout.
     """
@@ -60,47 +60,47 @@ class Replay:
                 cause = f"{path} holds {name} records of {plural(size, 'byte')}, this version {here}"
                 raise CaptureError(cause, "record it again")
         self.events: tuple[str, ...] = tuple(sizes)
-        self._chunks = list(reversed(self._parse(path, body, sizes)))
+        self._reads = list(reversed(self._parse(path, body, sizes)))
 
     @staticmethod
-    def _parse(path: Path, body: bytes, sizes: dict[str, int]) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _parse(path: Path, body: bytes, sizes: dict[str, int]) -> list[RawRecords]:
+        reads: list[RawRecords] = []
         at = 0
         while at < len(body):
-            if at + _CHUNK.size > len(body):
-                raise CaptureError(f"{path} is cut off after {plural(len(chunks), 'chunk')}", "record it again")
-            name, size = _CHUNK.unpack_from(body, at)
-            at += _CHUNK.size + size
+            if at + _HEAD.size > len(body):
+                raise CaptureError(f"{path} is cut off after {plural(len(reads), 'read')}", "record it again")
+            name, size = _HEAD.unpack_from(body, at)
+            at += _HEAD.size + size
             if at > len(body):
-                raise CaptureError(f"{path} is cut off after {plural(len(chunks), 'chunk')}", "record it again")
+                raise CaptureError(f"{path} is cut off after {plural(len(reads), 'read')}", "record it again")
             which = name.rstrip(b"\0").decode("ascii", "replace")
             if which not in sizes or size % sizes[which]:
-                raise CaptureError(f"{path} is damaged after {plural(len(chunks), 'chunk')}", "record it again")
-            chunks.append((which, body[at - size : at]))
-        return chunks
+                raise CaptureError(f"{path} is damaged after {plural(len(reads), 'read')}", "record it again")
+            reads.append((which, body[at - size : at]))
+        return reads
 
     def begin(self, mono_ns: int) -> None:
         """Nothing: a recording is of what was before."""
 
-    def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002  (nothing to wait for)
-        """The next chunk, if there is one."""
-        return [self._chunks.pop()] if self._chunks else []
+    def poll(self, timeout_s: float) -> list[RawRecords]:  # noqa: ARG002  (nothing to wait for)
+        """What the next read gave, if there is one."""
+        return [self._reads.pop()] if self._reads else []
 
     def counts(self) -> Counts:
         """The counters as they stood at the end of the recording."""
         return self._counts
 
     def exhausted(self) -> bool:
-        """Whether all chunks have been handed out."""
-        return not self._chunks
+        """Whether all reads have been handed out."""
+        return not self._reads
 
     def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
         """None: all is read."""
         return frozenset()
 
-    def stop(self) -> list[Chunk]:
+    def stop(self) -> list[RawRecords]:
         """What is left."""
-        left, self._chunks = list(reversed(self._chunks)), []
+        left, self._reads = list(reversed(self._reads)), []
         return left
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.privsep import Helper
-from cwndtrace.capture.source import TICK_SECONDS, Filters, Source
+from cwndtrace.capture.source import TICK_SECONDS, Filters, RawRecords, Source
 from cwndtrace.kernel import cgroups, facts, interfaces, netns
 from cwndtrace.records import arrow, layout
 
@@ -34,7 +34,7 @@ class Batch:
     """Records of one event that came in together, in the order in which the kernel handed them over."""
 
     event: str
-    rows: pa.Table | arrow.Raw
+    rows: pa.Table | arrow.TimedRecords
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,7 +42,7 @@ class Batch:
     @cached_property
     def table(self) -> pa.Table:
         """The records in Arrow, made when it is asked for."""
-        return self.rows.to_arrow() if isinstance(self.rows, arrow.Raw) else self.rows
+        return self.rows.to_arrow() if isinstance(self.rows, arrow.TimedRecords) else self.rows
 
     def to_pandas(self) -> pd.DataFrame:
         """A DataFrame, one row a record; columns as in ``arrow.schema(event)``, ``time`` in UTC, texts ``clean``."""
@@ -121,9 +121,9 @@ class Session:
 
     def step(self, timeout_s: float = TICK_SECONDS) -> list[Batch]:
         """The batches that came in, after waiting at most ``timeout_s`` for the first."""
-        chunks = self.source.poll(timeout_s)
+        raw = self.source.poll(timeout_s)
         self.clock.check()
-        batches = self._batches(chunks)
+        batches = self._batches(raw)
         if self.snapshots is not None:
             batches += self._connections(self.snapshots.drain())
         self._count()
@@ -137,25 +137,25 @@ class Session:
 
     def finish(self) -> list[Batch]:
         """Stop the source; the last batches."""
-        chunks = self.source.stop()
+        raw = self.source.stop()
         self.clock.check()
-        batches = self._batches(chunks)
+        batches = self._batches(raw)
         if self.snapshots is not None:
             batches += self._connections(self.snapshots.finish())
         self._count()
         return batches
 
-    def _batches(self, chunks: list[tuple[str, bytes]]) -> list[Batch]:
-        raw: dict[str, list[bytes]] = {}
-        for name, data in chunks:
-            raw.setdefault(name, []).append(data)
+    def _batches(self, raw: list[RawRecords]) -> list[Batch]:
+        by_event: dict[str, list[bytes]] = {}
+        for name, data in raw:
+            by_event.setdefault(name, []).append(data)
         batches = []
-        for name, parts in raw.items():
-            data = b"".join(parts)
+        for name, together in by_event.items():
+            data = b"".join(together)
             records = layout.decode(name, data)
             if len(records):
                 offsets = self.clock.offsets(records[layout.event(name).fields[0].name])
-                batches.append(Batch(name, arrow.Raw(name, data, offsets)))
+                batches.append(Batch(name, arrow.TimedRecords(name, data, offsets)))
                 self.tally.kept[name] = self.tally.kept.get(name, 0) + len(records)
         return batches
 

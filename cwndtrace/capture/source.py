@@ -12,8 +12,8 @@ from cwndtrace.privileges import User
 TICK_SECONDS: Final = 0.15
 """How long what no CPU hands over by itself may wait; less than the shortest RTO, for the BPF program ``refresh``."""
 
-Chunk = tuple[str, bytes]
-"""An event's name and whole records of it, back to back as the kernel wrote them."""
+RawRecords = tuple[str, bytes]
+"""An event's name, and whole records of that event as the kernel wrote them, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Source(Protocol):
     def begin(self, mono_ns: int) -> None:
         """Tracing begins at this moment of CLOCK_MONOTONIC, for all events: nothing is given or counted from before."""
 
-    def poll(self, timeout_s: float) -> list[Chunk]:
+    def poll(self, timeout_s: float) -> list[RawRecords]:
         """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
 
     def counts(self) -> Counts:
@@ -71,7 +71,7 @@ class Source(Protocol):
     def power_needed(self, user: User | None) -> frozenset[int]:
         """The least capabilities (numbers) with which ``user`` can go on; None is this process's own user."""
 
-    def stop(self) -> list[Chunk]:
+    def stop(self) -> list[RawRecords]:
         """Stop tracing and return all that was still under way. ``counts`` stays callable."""
 
     def close(self) -> None:

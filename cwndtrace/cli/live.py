@@ -16,7 +16,7 @@ import pyarrow as pa
 from cwndtrace import format as fmt
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
-from cwndtrace.cli.table import Column, Layout, cut, cut_connection, cut_process, echo_prose, room
+from cwndtrace.cli.table import Column, FittedTable, cut, cut_connection, cut_process, echo_prose, room
 from cwndtrace.records import arrow, layout
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
@@ -55,7 +55,7 @@ class BlockFigures:
         self.bytes: dict[tuple[str, str], int] = {}
         self.errors: dict[tuple[str, str], int] = {}
         self.all = LatencyHistogram()
-        self._waiting: list[arrow.Raw] = []
+        self._waiting: list[arrow.TimedRecords] = []
         self._rows = 0
 
     def add(self, batch: Batch) -> None:
@@ -69,7 +69,7 @@ class BlockFigures:
         """Count what came in: many at once, for which little more is to do than for a few."""
         if not self._waiting:
             return
-        records = arrow.Raw.joined(self._waiting).records
+        records = arrow.TimedRecords.joined(self._waiting).records
         self._waiting, self._rows = [], 0
         us = (records["done_ns"].astype(np.int64) - records["start_ns"].astype(np.int64)) / 1000
         self.all.add(us)
@@ -84,7 +84,7 @@ class BlockFigures:
             self.errors[pair] = self.errors.get(pair, 0) + int(failed[rows].sum())
 
 
-class Holders:
+class ConnectionHolders:
     """Who holds which connection, from snapshots: for resets that a timer or an ACK made, not a process.
 
     The last two are remembered: a server makes thousands of connections a second, and a trace may last for days.
@@ -133,7 +133,7 @@ class TextView:
         self._status_shown = False
         self._lost = 0
         self._lost_at = -math.inf
-        self._holders = Holders()
+        self._holders = ConnectionHolders()
         self.block = BlockFigures()
 
     def begin(self, what: str, capture: Path) -> None:  # noqa: ARG002
@@ -145,8 +145,8 @@ class TextView:
             click.echo(line)
 
     def _lay_out(self) -> None:
-        self._layout = Layout(RESETS_SHOWN, _RESET_WIDTHS, self._room)
-        self._requests = Layout(_REQUESTS, _REQUEST_WIDTHS, self._room)
+        self._layout = FittedTable(RESETS_SHOWN, _RESET_WIDTHS, self._room)
+        self._requests = FittedTable(_REQUESTS, _REQUEST_WIDTHS, self._room)
 
     def _follow_terminal(self) -> None:
         """Begin anew where the terminal has another width now."""

@@ -124,7 +124,7 @@ class Column:
     shorten: Callable[[str, int], str] = cut
 
 
-class Layout:
+class FittedTable:
     """Which of ``columns`` are shown in ``room`` cells (None: as many as it takes), and how wide."""
 
     def __init__(self, columns: Sequence[Column], widths: Sequence[int], room: int | None) -> None:
@@ -183,7 +183,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Iterator[
     """Header, rows and what was left out, as wide as stdout's terminal."""
     texts = [[_as_printed(text) for text in row] for row in rows]
     widths = [max(cells(row[i]) for row in [[c.title for c in columns], *texts]) for i in range(len(columns))]
-    layout = Layout(columns, widths, room())
+    layout = FittedTable(columns, widths, room())
     yield layout.header()
     yield from map(layout.line, texts)
     yield from layout.left_out()

@@ -50,7 +50,7 @@ def holders() -> dict[int, tuple[int, str]]:
     return held
 
 
-class Holders:
+class SocketHolders:
     """Who holds which sockets, looked up again only for new ones, and for all of them every half minute.
 
     To look is to read the descriptors of every process there is.

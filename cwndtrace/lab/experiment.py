@@ -24,7 +24,7 @@ from cwndtrace.lab.measurement import Measurement, Setting, limits, measured
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.path import Kind, Path, open_path, set_in_both
 from cwndtrace.lab.scenario import HOW, Scenario
-from cwndtrace.lab.workload import PORT, Client, Received, Server
+from cwndtrace.lab.workload import PORT, ClientProcess, Received, ServerProcess
 from cwndtrace.tcp import IDLE_SYSCTL
 
 SETTINGS: Final[tuple[Setting, ...]] = ("on", "off")
@@ -54,8 +54,8 @@ class Lab:
     """
 
     path: Path
-    server: Server
-    client: Client
+    server: ServerProcess
+    client: ClientProcess
     device: SlowDevice | None = None
 
     def __init__(self, scenario: Scenario, force: Kind | None = None) -> None:
@@ -86,9 +86,9 @@ class Lab:
         device = self.device.path if self.device is not None else None
         end = self.path.server
         # Both start before either is waited for: most of it is starting Python.
-        self.server = Server(end.namespace, end.address, scenario.cc, scenario.sndbuf, device)
+        self.server = ServerProcess(end.namespace, end.address, scenario.cc, scenario.sndbuf, device)
         stack.enter_context(self.server.child)
-        self.client = Client(self.path.client.namespace)
+        self.client = ClientProcess(self.path.client.namespace)
         stack.enter_context(self.client.child)
         self.server.wait()
         self.client.wait()

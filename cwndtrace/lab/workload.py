@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab's server and client: a process each, in a namespace each, with long-lived connections between them.
 
-As a process, with arguments PARENT server|client NAMESPACE SETTINGS, it is either; ``Server`` and ``Client`` are what
-its parent holds.
+Run as a process, with the arguments PARENT server|client NAMESPACE SETTINGS, this module is one of the two. The parent
+holds them as ``ServerProcess`` and ``ClientProcess``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Received:
     last_ns: int
 
 
-class Server:
+class ServerProcess:
     """The server process; listening once this returns. Raises KernelLacks' cause for an unknown ``cc``."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Server:
                 return wire.Sent.from_dict(message["sent"]), message["read"]
 
 
-class Client:
+class ClientProcess:
     """The client process, with connections by name."""
 
     def __init__(self, where: Namespace) -> None:

@@ -37,7 +37,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossBand:
     """A span in seconds of the picture, during which ``lost`` records of ``event`` couldn't be kept."""
 
     event: str
@@ -69,11 +69,11 @@ def clock(
     return Clock(zero, float(edges[0]), float(edges[1]), started[:23].replace("T", " "))
 
 
-def losses(about: Meta, at: Clock) -> list[Loss]:
+def losses(about: Meta, at: Clock) -> list[LossBand]:
     """The spans with losses that reach into the picture."""
     found = []
     for span in about.lossy:
-        loss = Loss(span.event, (span.start_ns - at.zero_ns) / 1e9, (span.end_ns - at.zero_ns) / 1e9, span.lost)
+        loss = LossBand(span.event, (span.start_ns - at.zero_ns) / 1e9, (span.end_ns - at.zero_ns) / 1e9, span.lost)
         if loss.lost > 0 and loss.end >= at.begin and loss.begin <= at.end:
             found.append(loss)
     return found

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from cwndtrace.plot.frames import Clock, Loss
+from cwndtrace.plot.frames import Clock, LossBand
 from cwndtrace.plot.labels import Label, fit, headroom, place
 from cwndtrace.plot.style import Palette, plain
 
@@ -207,7 +207,7 @@ def _percentiles(axes: Axes, when: np.ndarray, ms: np.ndarray, at: Clock, colour
     }
 
 
-def hatch(axes: Axes, losses: list[Loss], at: Clock, colours: Palette) -> None:
+def hatch(axes: Axes, losses: list[LossBand], at: Clock, colours: Palette) -> None:
     """Hatch the spans in which records were lost; one too short to see is widened to two pixels."""
     least = 2.5 * (at.end - at.begin) / axes.bbox.width
     for loss in losses:

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from cwndtrace.format import plural
 from cwndtrace.plot import panels, style
-from cwndtrace.plot.frames import Clock, Loss, choose, clock, losses
+from cwndtrace.plot.frames import Clock, LossBand, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
 from cwndtrace.plot.style import Palette, plain
 from cwndtrace.records import arrow
@@ -150,7 +150,7 @@ def _say(axes: Axes, text: str, y: float, colours: Palette) -> None:
 
 
 def _draw_losses(
-    windows: list[Axes], disk: Axes | None, lost: list[Loss], at: Clock, colours: Palette
+    windows: list[Axes], disk: Axes | None, lost: list[LossBand], at: Clock, colours: Palette
 ) -> panels.Legend:
     shown = [loss for loss in lost if loss.event != "block_io" or disk is not None]
     for axes in windows:

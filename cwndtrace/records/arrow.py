@@ -90,7 +90,7 @@ def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.in
 
 
 @dataclass(frozen=True, eq=False)
-class Raw:
+class TimedRecords:
     """Records of one event, as the kernel wrote them, and what each one's clock lacks to UTC, in nanoseconds.
 
     Arrow of a few takes as long as of a thousand: what is joined first is made faster.
@@ -113,20 +113,20 @@ class Raw:
         return to_arrow(self.event, self.records, self.utc_offsets_ns)
 
     @staticmethod
-    def joined(parts: list[Raw]) -> Raw:
+    def joined(parts: list[TimedRecords]) -> TimedRecords:
         """``parts`` of one event, at least one, in their order."""
         if len(parts) == 1:
             return parts[0]
         offsets = np.concatenate([part.utc_offsets_ns for part in parts])
-        return Raw(parts[0].event, b"".join(part.data for part in parts), offsets)
+        return TimedRecords(parts[0].event, b"".join(part.data for part in parts), offsets)
 
 
-def joined(parts: Iterable[pa.Table | Raw]) -> pa.Table:
+def joined(parts: Iterable[pa.Table | TimedRecords]) -> pa.Table:
     """One Arrow table of rows of one event, in their order."""
     tables: list[pa.Table] = []
     for kind, some in groupby(parts, type):
         rows = list(some)
-        tables += [Raw.joined(rows).to_arrow()] if kind is Raw else rows
+        tables += [TimedRecords.joined(rows).to_arrow()] if kind is TimedRecords else rows
     return pa.concat_tables(tables).unify_dictionaries()
 
 

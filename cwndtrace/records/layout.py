@@ -58,7 +58,7 @@ class Event:
 
 
 @dataclass
-class Layout:
+class Header:
     """What a header declares: events by name, and enums as label by value."""
 
     events: dict[str, Event] = field(default_factory=dict)
@@ -77,13 +77,13 @@ def bpf_dir() -> Path:
     raise FileNotFoundError(f"bpf/events.h is neither in {here} nor beside it: reinstall cwndtrace")
 
 
-def parse_layout(text: str) -> Layout:
+def parse_layout(text: str) -> Header:
     """Parse the text of a record header.
 
     Raises LayoutError, with the line, for anything outside the subset: unknown types, pointers,
     bitfields, missing units, implicit padding, sizes that aren't a multiple of eight.
     """
-    layout = Layout()
+    layout = Header()
     enum: dict[int, str] | None = None
     prefix = ""
     struct: list[Field] | None = None
@@ -126,7 +126,7 @@ def _width(ctype: str) -> int:
     return 1 if ctype == "char" else _SIZES[ctype]
 
 
-def _parse_field(line: str, number: int, before: list[Field], layout: Layout) -> Field:
+def _parse_field(line: str, number: int, before: list[Field], layout: Header) -> Field:
     match = _FIELD.match(line)
     if match is None:
         raise LayoutError(f"line {number}: not a fixed-size field with a [unit] comment: {line}")
@@ -165,7 +165,7 @@ def numpy_field(f: Field) -> tuple[str, str]:
 
 
 @cache
-def header() -> Layout:
+def header() -> Header:
     """The layout of the header that ships with this package; parsed once."""
     return parse_layout((bpf_dir() / "events.h").read_text(encoding="utf-8"))
 

@@ -24,7 +24,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Namespace:
+class NamespaceSettings:
     """A network namespace: its name for people, whether it is the host's, and its settings; None where unknown."""
 
     name: str
@@ -83,7 +83,7 @@ class Meta:
     end: Moment | None = None
     utc_offsets_ns: tuple[int, ...] = ()
     filters: Mapping[str, Any] = field(default_factory=dict)
-    namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+    namespaces: Mapping[str, NamespaceSettings] = field(default_factory=dict)
     probes: Mapping[str, str | None] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
     counts: Mapping[str, Count] | None = None
@@ -175,9 +175,11 @@ def _moment(value: object) -> Moment | None:
     return None if mono_ns is None else Moment(mono_ns, _integer(_mapping(value).get("utc_offset_ns")))
 
 
-def _namespace(value: dict[str, Any]) -> Namespace:
+def _namespace(value: dict[str, Any]) -> NamespaceSettings:
     control = _text(value.get(tcp.CONTROL_SYSCTL)) or None
-    return Namespace(_text(value.get("name")), value.get("host") is True, _integer(value.get(tcp.IDLE_SYSCTL)), control)
+    return NamespaceSettings(
+        _text(value.get("name")), value.get("host") is True, _integer(value.get(tcp.IDLE_SYSCTL)), control
+    )
 
 
 def _count(value: dict[str, Any]) -> Count:

@@ -75,7 +75,7 @@ class _Buffer:
     ``due`` is when those are to be written, ``begun`` when the part's first row came.
     """
 
-    tables: list[pa.Table | arrow.Raw] = field(default_factory=list)
+    tables: list[pa.Table | arrow.TimedRecords] = field(default_factory=list)
     rows: int = 0
     written: int = 0
     due: float = math.inf
@@ -152,14 +152,14 @@ class CaptureWriter:
         """
         return replace(open_capture(self._folder.path), shown=self.path)
 
-    def add(self, table: str, data: pa.Table | arrow.Raw) -> None:
+    def add(self, table: str, data: pa.Table | arrow.TimedRecords) -> None:
         """Take the rows of ``data``, to be written by a later ``flush``.
 
         Raises ValueError for a table that isn't one of ``arrow.TABLES`` and for a schema other than its own.
         """
         if table not in arrow.TABLES:
             raise ValueError(f"{table!r} isn't a table of a capture")
-        if isinstance(data, arrow.Raw):
+        if isinstance(data, arrow.TimedRecords):
             if data.event != table:
                 raise ValueError(f"records of {data.event} are none of {table}")
         elif not data.schema.equals(arrow.schema(table)):
@@ -307,9 +307,9 @@ def _explained(path: Path) -> Iterator[None]:
         raise _failed(f"{show(path)} can't be made", error) from error
 
 
-def _own(rows: pa.Table | arrow.Raw) -> bool:
+def _own(rows: pa.Table | arrow.TimedRecords) -> bool:
     """Whether these are block requests of this process alone."""
-    if not isinstance(rows, arrow.Raw) or rows.event != "block_io":
+    if not isinstance(rows, arrow.TimedRecords) or rows.event != "block_io":
         return False
     return bool((rows.records["tgid"] == os.getpid()).all())
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from cwndtrace.errors import CaptureError
-from cwndtrace.records.arrow import Raw
+from cwndtrace.records.arrow import TimedRecords
 from cwndtrace.store.reader import Capture
 from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
 
@@ -29,14 +29,16 @@ class ThreadedWriter:
     def __init__(self, writer: CaptureWriter) -> None:
         self.path = writer.path
         self._writer = writer
-        self._queue: queue.SimpleQueue[tuple[str, pa.Table | Raw] | dict[str, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, pa.Table | TimedRecords] | dict[str, Any] | None] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()
         self._waiting = 0
         self._dropped: Counter[str] = Counter()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
-    def add(self, table: str, data: pa.Table | Raw) -> None:
+    def add(self, table: str, data: pa.Table | TimedRecords) -> None:
         """Take the rows of ``data``."""
         with self._lock:
             if self._waiting + len(data) > BUFFER_ROWS:
@@ -94,7 +96,7 @@ class ThreadedWriter:
                 self._failure = e
             self._flush()
 
-    def _add(self, table: str, data: pa.Table | Raw) -> None:
+    def _add(self, table: str, data: pa.Table | TimedRecords) -> None:
         try:
             self._writer.add(table, data)
         finally:

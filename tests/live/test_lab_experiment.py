@@ -27,7 +27,7 @@ from cwndtrace.lab.measurement import Setting, frame
 from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS, Scenario
-from cwndtrace.lab.workload import Client
+from cwndtrace.lab.workload import ClientProcess
 from cwndtrace.tcp import IDLE_SYSCTL
 from tests.live import tcp
 
@@ -308,7 +308,7 @@ def test_a_namespace_in_the_place_of_another_is_not_entered(make_space: Callable
         tcp.run("ip", "netns", "add", space.name)
         with pytest.raises(NotFound, match="is gone: another network namespace is there now"):
             netns.inside(before, lambda: None)
-        child = Client(before)
+        child = ClientProcess(before)
         try:
             with pytest.raises(CwndtraceError, match="another network namespace is there now"):
                 child.wait()

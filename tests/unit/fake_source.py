@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from cwndtrace.capture.source import Chunk, Counts
+from cwndtrace.capture.source import Counts, RawRecords
 from cwndtrace.privileges import User
 
 
@@ -14,7 +14,7 @@ class FakeSource:
 
     events: tuple[str, ...] = ("cwnd_reset", "block_io")
 
-    def __init__(self, *polls: list[Chunk], last: list[Chunk] | None = None) -> None:
+    def __init__(self, *polls: list[RawRecords], last: list[RawRecords] | None = None) -> None:
         self.probes: dict[str, str | None] = {"idle": "sendmsg", "rto_loss": None, "app_limited": None}
         self.tried: dict[str, dict[str, str]] = {"idle": {"fentry": "refused"}}
         self.count = Counts(lost=dict.fromkeys(self.events, 0))
@@ -26,7 +26,7 @@ class FakeSource:
     def begin(self, mono_ns: int) -> None:
         self.begun_ns = mono_ns
 
-    def poll(self, timeout_s: float) -> list[Chunk]:  # noqa: ARG002
+    def poll(self, timeout_s: float) -> list[RawRecords]:  # noqa: ARG002
         return self._polls.pop(0) if self._polls else []
 
     def counts(self) -> Counts:
@@ -38,7 +38,7 @@ class FakeSource:
     def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
         return frozenset()
 
-    def stop(self) -> list[Chunk]:
+    def stop(self) -> list[RawRecords]:
         return self._last
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace import tcp
-from cwndtrace.store.meta import Count, LossySpan, Meta, Moment, Namespace, Part, listed
+from cwndtrace.store.meta import Count, LossySpan, Meta, Moment, NamespaceSettings, Part, listed
 from tests.unit import frames
 
 LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -44,7 +44,7 @@ def test_a_capture_of_now() -> None:
     about = Meta.parse(json.loads(json.dumps(raw)))
     assert (about.host, about.kernel) == (raw["host"], raw["kernel"])
     assert (about.begin, about.end, about.utc_offsets_ns) == (Moment(5, 7), Moment(9, 8), (7, 8))
-    assert about.namespaces == {"1": Namespace("this", True, 1, "cubic")}
+    assert about.namespaces == {"1": NamespaceSettings("this", True, 1, "cubic")}
     assert about.counts == {"cwnd_reset": Count(3, 1)}
     assert about.lossy == (LossySpan("cwnd_reset", 1, 2, 1),)
     assert about.left_out == {"sockets": 2}

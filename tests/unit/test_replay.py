@@ -258,16 +258,16 @@ def test_hostile_names_never_reach_the_terminal(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_recording_can_be_written_and_read(tmp_path: Path) -> None:
-    chunks = [("cwnd_reset", frames.reset().tobytes()), ("block_io", frames.block().tobytes() * 5)]
+    reads = [("cwnd_reset", frames.reset().tobytes()), ("block_io", frames.block().tobytes() * 5)]
     source = FakeSource()
     source.count.lost["block_io"], source.count.unchanged = 3, 2
-    record(tmp_path / "a.raw", source, chunks)
+    record(tmp_path / "a.raw", source, reads)
     replay = Replay(tmp_path / "a.raw")
     assert (replay.probes, replay.tried, set(replay.events)) == (source.probes, source.tried, set(source.events))
     assert replay.counts() == source.count
-    assert replay.poll(0) == [chunks[0]]
+    assert replay.poll(0) == [reads[0]]
     assert not replay.exhausted()
-    assert replay.stop() == [chunks[1]]
+    assert replay.stop() == [reads[1]]
     assert replay.exhausted()
     assert replay.poll(0) == []
 
@@ -282,7 +282,7 @@ def test_a_replay_does_not_wait() -> None:
 @pytest.mark.parametrize("cut", [1, 7, 21, 100])
 def test_a_recording_that_is_cut_off_is_refused(tmp_path: Path, cut: int) -> None:
     (tmp_path / "a.raw").write_bytes(FILE.read_bytes()[:-cut])
-    with pytest.raises(CaptureError, match=r"a\.raw is cut off after \d+ chunks"):
+    with pytest.raises(CaptureError, match=r"a\.raw is cut off after \d+ reads"):
         Replay(tmp_path / "a.raw")
 
 
@@ -306,9 +306,9 @@ def test_records_that_this_version_does_not_know_are_refused(tmp_path: Path) -> 
         Replay(path)
 
 
-def test_a_chunk_of_an_event_that_was_not_declared_is_refused(tmp_path: Path) -> None:
+def test_a_read_of_an_event_that_was_not_declared_is_refused(tmp_path: Path) -> None:
     path = _with_head(tmp_path, layout={})
-    with pytest.raises(CaptureError, match="is damaged after 0 chunks"):
+    with pytest.raises(CaptureError, match="is damaged after 0 reads"):
         Replay(path)
 
 

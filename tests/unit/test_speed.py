@@ -67,7 +67,7 @@ def test_no_python_is_run_per_event(tmp_path: Path) -> None:
         made = CaptureWriter.create(next(places), {})
 
         def work() -> None:
-            rows = arrow.Raw("block_io", raw, np.zeros(number, np.int64))
+            rows = arrow.TimedRecords("block_io", raw, np.zeros(number, np.int64))
             figures.add(Batch("block_io", rows))
             figures.count()
             made.add("block_io", rows)
@@ -90,7 +90,7 @@ def test_what_writing_itself_makes_is_in_no_hurry(tmp_path: Path, monkeypatch: p
     def add(tgid: int) -> int:
         records = np.zeros(3, dtype=layout.event("block_io").dtype)
         records["tgid"] = tgid
-        made.add("block_io", arrow.Raw("block_io", records.tobytes(), np.zeros(3, np.int64)))
+        made.add("block_io", arrow.TimedRecords("block_io", records.tobytes(), np.zeros(3, np.int64)))
         return on_disk()
 
     def on_disk() -> int:
@@ -123,7 +123,7 @@ def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
     before = layout.decode("block_io", requests(3))
     writer.add("block_io", real("block_io", before, 5_000))
     for number in (4, 1, 20):
-        batch = Batch("block_io", arrow.Raw("block_io", requests(number), np.full(number, number * 1000)))
+        batch = Batch("block_io", arrow.TimedRecords("block_io", requests(number), np.full(number, number * 1000)))
         writer.add(batch.event, batch.rows)
     writer.flush()
     assert made == [25]
@@ -147,7 +147,7 @@ def test_block_figures_are_those_of_each_request() -> None:
     records["error"], records["bytes"] = np.arange(300) == 3, 512
     figures = BlockFigures()
     for some in np.split(records, [1, 50]):
-        figures.add(Batch("block_io", arrow.Raw("block_io", some.tobytes(), np.zeros(len(some), np.int64))))
+        figures.add(Batch("block_io", arrow.TimedRecords("block_io", some.tobytes(), np.zeros(len(some), np.int64))))
     figures.count()
     pairs = {(f"7:{minor}", op) for minor in (0, 1) for op in ("read", "write")}
     assert figures.bytes == dict.fromkeys(pairs, 75 * 512)
@@ -236,7 +236,7 @@ writer, figures = CaptureWriter.create(sys.argv[1], {}), BlockFigures()
 writer.add("connections", look.snapshot(0)[0])
 for name in ("cwnd_reset", "block_io"):
     records = numpy.zeros(300, layout.event(name).dtype).tobytes()
-    batch = Batch(name, arrow.Raw(name, records, numpy.zeros(300, numpy.int64)))
+    batch = Batch(name, arrow.TimedRecords(name, records, numpy.zeros(300, numpy.int64)))
     writer.add(name, batch.rows)
     if name == "cwnd_reset":
         batch.to_dicts()
@@ -307,7 +307,7 @@ def test_who_holds_a_socket_is_looked_up_for_new_ones_only(monkeypatch: pytest.M
         return {7: (1, "init")}
 
     monkeypatch.setattr(sockets, "holders", look)
-    held = sockets.Holders()
+    held = sockets.SocketHolders()
     assert held.of({7, 8, 0})[7] == (1, "init")
     assert held.of({8})[8] == (0, "")
     assert len(looks) == 1
