@@ -21,15 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-_NONSENSE: Final = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_NONSENSE: Final = (ArithmeticError, LookupError, ValueError)
+"""What arithmetic on values that contradict each other raises. A TypeError or an AttributeError is a bug."""
 _PACKAGE: Final = Path(__file__).parent
 
 

@@ -106,7 +106,6 @@ class Trace:
         return self._capture.shown or self._capture.path
 
     @cached_property
-    @making_sense()
     def meta(self) -> dict[str, Any]:
         """The content of ``meta.json``, its texts clean of what could steer a terminal."""
         cleaned: dict[str, Any] = _cleaned(self._capture.meta)
@@ -127,7 +126,6 @@ class Trace:
         """What of what the trace kept isn't there, then what couldn't be read so far, a line each."""
         return [*self.gaps(), *self._capture.warnings]
 
-    @making_sense()
     def gaps(self) -> list[str]:
         """Which records that the trace kept aren't in the capture, by its own account of them; a line each."""
         lines = []
@@ -161,7 +159,6 @@ class Trace:
         return ""
 
     @property
-    @making_sense()
     def started_ns(self) -> int:
         """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
         if self.about.begin is not None:
@@ -170,19 +167,16 @@ class Trace:
         return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
     @property
-    @making_sense()
     def left_out(self) -> dict[str, int]:
         """How many ``cgroups`` and ``sockets`` of what was asked for the filter had no room for, where it was so."""
         return {kind: number for kind, number in self.about.left_out.items() if kind in ("cgroups", "sockets")}
 
-    @making_sense()
     def lost(self, table: str) -> int:
         """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
         counts = self.about.counts or {}
         return (counts[table].lost if table in counts else 0) + self.about.unwritten.get(table, 0)
 
     @property
-    @making_sense()
     def resets(self) -> pd.DataFrame:
         """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses.
 
@@ -191,7 +185,6 @@ class Trace:
         return self._and_partly("cwnd_reset", self._resets)
 
     @property
-    @making_sense()
     def connections(self) -> pd.DataFrame:
         """One row a snapshot of a connection, with the key ``connection``."""
         return self._and_partly("connections", self._connections)
@@ -227,7 +220,6 @@ class Trace:
         return self.block_columns(*block_analysis.USED)
 
     @cached_property
-    @making_sense()
     def recoveries(self) -> pd.DataFrame:
         """One row a window that was followed after its reset, with ``connection``, ``duration_us``, ``round_trips``."""
         return self._and_partly("cwnd_recovery", self._recoveries)
@@ -268,13 +260,11 @@ class Trace:
         return verdict.resets(self.costs(), self._connections)
 
     @property
-    @making_sense()
     def block_recorded(self) -> bool:
         """Whether block I/O was traced, so that none in idle time means that there was none."""
         counts = self.about.counts
         return counts is None or "block_io" in counts or bool(self._capture.rows("block_io"))
 
-    @making_sense()
     def summary(self) -> pd.DataFrame:
         """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
         return self._summary.copy()
@@ -308,7 +298,6 @@ class Trace:
         span = compare.span(self.about, self._resets, self._connections)
         return dict(compare.measures(self._judged, self._connections, self._recoveries, self._requests, span))
 
-    @making_sense()
     def connection(self, key: str) -> Connection:
         """One connection by its key in ``summary()``; raises NotFound where there is none."""
         rows = self._summary[self._summary["connection"] == key]
@@ -387,16 +376,13 @@ class Trace:
         frame.attrs["units"] = told
         return frame
 
-    @making_sense()
     def __repr__(self) -> str:
         return _text(f"cwndtrace capture {_shown(self.path)} ({self.status})", self.facts())
 
-    @making_sense()
     def _repr_html_(self) -> str:
         caption = f"<b>cwndtrace capture</b> <code>{_escaped(self.path)}</code> ({_escaped(self.status)})"
         return _table(caption, self.facts())
 
-    @making_sense()
     def facts(self) -> list[tuple[str, str]]:
         """What fits on one screen, name and value, fit for a terminal."""
         about = self.about

@@ -11,7 +11,6 @@ import pandas as pd
 
 from cwndtrace import format as fmt
 from cwndtrace.analysis import idle_cause, verdict
-from cwndtrace.errors import making_sense
 from cwndtrace.records import arrow
 from cwndtrace.trace import Trace
 
@@ -39,7 +38,6 @@ class Report:
     caveats: dict[str, list[str]]
 
 
-@making_sense()
 def report(trace: Trace) -> Report:
     """All that is to be said of a capture."""
     resets = trace.verdicts
@@ -78,7 +76,6 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
     return {"missing": [f"{line}." for line in gaps], "all": whole, "resets": resets, "block_io": block}
 
 
-@making_sense()
 def as_json(found: Report) -> dict[str, Any]:
     """The report as one object that JSON can hold: missing figures are null, times ISO 8601 in UTC."""
     about = found.trace.about
