@@ -42,7 +42,7 @@ from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import TICK_SECONDS
 from cwndtrace.kernel import ladder
 from cwndtrace.store import open_capture
-from tests.live.disk import Disk, loop
+from tests.harness.disk import Disk, loop
 
 _STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 _BYTES: Final = 256 << 20
@@ -89,7 +89,7 @@ def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
 
 
 def _until_written(tracer: Running, output: Path) -> None:
-    from tests.live.tcp import until
+    from tests.harness.tcp import until
 
     until((output / "meta.json").exists, START_LIMIT_S, f"the capture: {tracer.said()}")
 
@@ -132,7 +132,7 @@ def peer(which: Peer, disk: Disk, seconds: float) -> dict[str, float]:
 
 
 def _until_printed(tracer: Running, which: Peer, disk: Disk) -> None:
-    from tests.live.tcp import until
+    from tests.harness.tcp import until
 
     def ready() -> bool:
         time.sleep(0.1)  # bcc compiles, and has no CPU to spare in an emulated machine

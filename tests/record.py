@@ -16,7 +16,7 @@ from typing import Final
 from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.replay import record
 from cwndtrace.capture.source import Filters, RawRecords
-from tests.live import disk, tcp
+from tests.harness import disk, tcp
 
 FILE: Final = Path(__file__).parent / "data" / "trace.raw"
 CONNECTIONS: Final = 4

@@ -15,11 +15,11 @@ from cwndtrace.capture.live import Kernel
 from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
 
-pytest.register_assert_rewrite("tests.live.tcp", "tests.live.tracing")
+pytest.register_assert_rewrite("tests.harness.tcp", "tests.harness.tracing")
 
 from tests import chroot  # noqa: E402
+from tests.harness.tracing import Tracer  # noqa: E402
 from tests.live import tcp  # noqa: E402
-from tests.live.tracing import Tracer  # noqa: E402
 
 
 @cache

@@ -27,7 +27,7 @@ from cwndtrace.capture import bpf_syscall, live
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import cgroups
-from tests.live.disk import (
+from tests.harness.disk import (
     BLOCK,
     SECTOR,
     SLAB,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import chroot
+from tests.harness import chroot
 
 BCC = {"bookworm": "0.26.", "trixie": "0.31."}
 NOBODY = "nobody"

@@ -13,7 +13,7 @@ import re
 
 import pytest
 
-from tests import chroot
+from tests.harness import chroot
 
 USER = "newcomer"
 CLONE = f"/home/{USER}/cwndtrace"

@@ -17,10 +17,10 @@ import pytest
 
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.tcp import until
+from tests.harness.tracing import EMULATED, EXACT, Record, Tracer, check
 from tests.live.conftest import Connect
-from tests.live.tcp import until
-from tests.live.tracing import EMULATED, EXACT, Record, Tracer, check
 
 pytestmark = pytest.mark.live
 

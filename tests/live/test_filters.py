@@ -19,11 +19,11 @@ from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.tcp import Connection, Send, until
+from tests.harness.tracing import Tracer, check, differences, key
 from tests.live.conftest import Connect
-from tests.live.tcp import Connection, Send, until
 from tests.live.test_endings import NOBODY, reopen
-from tests.live.tracing import Tracer, check, differences, key
 
 pytestmark = pytest.mark.live
 

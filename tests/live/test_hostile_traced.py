@@ -26,9 +26,9 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups
 from cwndtrace.report.content import report
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import LONG_S, call, running, send_after_idle, within
 from tests.live.conftest import Connect
-from tests.live.test_run import LONG_S, call, running, send_after_idle, within
 
 pytestmark = pytest.mark.live
 

@@ -22,11 +22,11 @@ import pytest
 from numpy.typing import NDArray
 
 import cwndtrace
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import COMMAND, ENVIRONMENT, call, read_until, running, send_after_idle
+from tests.harness.disk import Disk, Traced, go, loop, reader
+from tests.harness.soak import Load, Read, amount
 from tests.live.conftest import Connect
-from tests.live.disk import Disk, Traced, go, loop, reader
-from tests.live.soak import Load, Read, amount
-from tests.live.test_run import COMMAND, ENVIRONMENT, call, read_until, running, send_after_idle
 
 pytestmark = pytest.mark.live
 

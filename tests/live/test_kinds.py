@@ -16,11 +16,11 @@ import pytest
 
 from cwndtrace.analysis.connections import identify
 from cwndtrace.records.arrow import CONNECTIONS
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.tracing import EXACT, Tracer, key
 from tests.live.conftest import Connect
 from tests.live.test_endings import Link
 from tests.live.test_resets import LONG, expect_one
-from tests.live.tracing import EXACT, Tracer, key
 
 pytestmark = pytest.mark.live
 

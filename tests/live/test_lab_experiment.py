@@ -29,7 +29,7 @@ from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS, Scenario
 from cwndtrace.lab.workload import ClientProcess
 from cwndtrace.tcp import IDLE_SYSCTL
-from tests.live import tcp
+from tests.harness import tcp
 
 pytestmark = pytest.mark.live
 

@@ -26,7 +26,7 @@ from cwndtrace.lab import wire
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.path import Path, open_path
 from cwndtrace.lab.tcpinfo import TcpInfo
-from tests.live.tcp import stop
+from tests.harness.tcp import stop
 
 pytestmark = pytest.mark.live
 

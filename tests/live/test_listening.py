@@ -12,7 +12,7 @@ from cwndtrace.kernel import netns
 from cwndtrace.lab import demo
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.scenario import PRESETS
-from tests.live.tcp import listening
+from tests.harness.tcp import listening
 from tests.live.test_reproduce import started
 
 pytestmark = pytest.mark.live

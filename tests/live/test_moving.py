@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import LONG_S, call, running, send_after_idle
 from tests.live.conftest import Connect
-from tests.live.test_run import LONG_S, call, running, send_after_idle
 
 pytestmark = pytest.mark.live
 

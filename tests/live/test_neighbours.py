@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import running, send_after_idle
+from tests.harness.disk import go, loop, reader
 from tests.live.conftest import Connect
-from tests.live.disk import go, loop, reader
-from tests.live.test_run import running, send_after_idle
 
 pytestmark = pytest.mark.live
 

@@ -21,13 +21,13 @@ import pytest
 
 import cwndtrace
 from cwndtrace.capture import bpf_syscall, live
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import running, within
+from tests.harness.disk import go, loop, reader
+from tests.harness.soak import amount
+from tests.harness.tcp import until
+from tests.harness.tracing import Tracer
 from tests.live.conftest import Connect
-from tests.live.disk import go, loop, reader
-from tests.live.soak import amount
-from tests.live.tcp import until
-from tests.live.test_run import running, within
-from tests.live.tracing import Tracer
 
 pytestmark = pytest.mark.live
 

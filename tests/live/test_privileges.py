@@ -24,10 +24,10 @@ from cwndtrace import privileges
 from cwndtrace.cli import COMMANDS, NEED_ROOT
 from cwndtrace.kernel import ladder
 from cwndtrace.records.layout import bpf_dir
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, running, send_after_idle
+from tests.harness.tcp import listening, until
 from tests.live.conftest import Connect, left_out
-from tests.live.tcp import listening, until
-from tests.live.test_run import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, running, send_after_idle
 from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live

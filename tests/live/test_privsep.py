@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import COMMAND, ENVIRONMENT, LONG_S, running, send_after_idle
+from tests.harness.tcp import stop, until
 from tests.live.conftest import Connect
-from tests.live.tcp import stop, until
 from tests.live.test_interrupted import assert_complete
 from tests.live.test_privileges import FOR_SOMEBODY, children, helper_of, home  # noqa: F401  (a fixture)
-from tests.live.test_run import COMMAND, ENVIRONMENT, LONG_S, running, send_after_idle
 
 pytestmark = pytest.mark.live
 

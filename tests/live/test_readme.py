@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import chroot
-from tests.chroot import CHECKOUT
+from tests.harness import chroot
+from tests.harness.chroot import CHECKOUT
 
 USER = "newcomer"
 CLONE = f"/home/{USER}/cwndtrace"

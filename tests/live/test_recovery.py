@@ -20,10 +20,10 @@ from cwndtrace.analysis import cost
 from cwndtrace.kernel import netns
 from cwndtrace.lab.link import Link as Delay
 from cwndtrace.lab.path import End, open_path
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.tracing import Record, Tracer
 from tests.live.conftest import Connect
 from tests.live.test_endings import Link
-from tests.live.tracing import Record, Tracer
 
 pytestmark = pytest.mark.live
 

@@ -28,10 +28,10 @@ import cwndtrace
 from cwndtrace.format import plural
 from cwndtrace.kernel import netns
 from cwndtrace.tcp import IDLE_SYSCTL
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import COMMAND, ENVIRONMENT, Done, assert_short, call, within
 from tests.live.test_lab_kill import eventually, processes_of, sysctls, things_of
 from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, assert_owned, home_of
-from tests.live.test_run import COMMAND, ENVIRONMENT, Done, assert_short, call, within
 from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live

@@ -23,11 +23,11 @@ from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import ladder
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.disk import loop
+from tests.harness.tcp import until
+from tests.harness.tracing import Tracer, check, expected
 from tests.live.conftest import Connect, left_out
-from tests.live.disk import loop
-from tests.live.tcp import until
-from tests.live.tracing import Tracer, check, expected
 
 pytestmark = pytest.mark.live
 

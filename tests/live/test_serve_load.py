@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cwndtrace.lab import serve, wire
-from tests.live.tcp import until
+from tests.harness.tcp import until
 from tests.live.test_reproduce import Started, serving
 
 pytestmark = pytest.mark.live

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cwndtrace.capture import bcc
-from tests.live.test_run import assert_short, call
+from tests.harness.command import assert_short, call
 from tests.others import need_user_namespace
 
 pytestmark = pytest.mark.live

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import cwndtrace
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import running
+from tests.harness.disk import loop
+from tests.harness.soak import SECONDS, Load
+from tests.harness.tracing import EMULATED
 from tests.live.conftest import Connect
-from tests.live.disk import loop
-from tests.live.soak import SECONDS, Load
 from tests.live.test_interrupted import missing
 from tests.live.test_overload import Churn, descriptors, resident
-from tests.live.test_run import running
-from tests.live.tracing import EMULATED
 
 pytestmark = pytest.mark.live
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import chroot
+from tests.harness import chroot
 
 SAMPLE = chroot.CHECKOUT / "tests/data/sample.cwnd"
 NAME = f"cwt-test-{os.getpid()}"

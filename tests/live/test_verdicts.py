@@ -36,7 +36,7 @@ from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.recording import Recording
 from cwndtrace.tcp import IDLE_SYSCTL
 from cwndtrace.trace import Trace
-from tests.live import tcp
+from tests.harness import tcp
 
 pytestmark = pytest.mark.live
 

@@ -16,7 +16,7 @@ from cwndtrace.capture import privsep
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.privsep import Helper, PrivilegedHelper
 from cwndtrace.capture.source import Filters
-from tests.live.tcp import stop, until
+from tests.harness.tcp import stop, until
 
 
 class Unsendable(Exception):

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import Any
 
-from tests.live import tcp
+from tests.harness import tcp
 
 IDLE_S = 0.8
 

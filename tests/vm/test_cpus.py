@@ -18,9 +18,9 @@ from typing import Final, Self
 
 import pytest
 
-from tests.live import tcp
-from tests.live.disk import BLOCK, SLAB, Disk, Traced, aligned, loop, stat_of
-from tests.live.tracing import Tracer, check
+from tests.harness import tcp
+from tests.harness.disk import BLOCK, SLAB, Disk, Traced, aligned, loop, stat_of
+from tests.harness.tracing import Tracer, check
 from tests.vm.conftest import in_guest
 
 pytestmark = pytest.mark.vm

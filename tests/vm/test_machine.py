@@ -17,13 +17,13 @@ from typing import Final
 import pytest
 
 import cwndtrace
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.command import LONG_S, Done, assert_short, call, running, send_after_idle
+from tests.harness.disk import loop
 from tests.live.conftest import Connect
-from tests.live.disk import loop
 from tests.live.test_interrupted import file_system, rows_of
 from tests.live.test_moving import HOUR, follow_steps
 from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, home_of
-from tests.live.test_run import LONG_S, Done, assert_short, call, running, send_after_idle
 from tests.vm.conftest import in_guest
 
 pytestmark = pytest.mark.vm

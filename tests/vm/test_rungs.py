@@ -21,9 +21,9 @@ from cwndtrace.capture.live import Kernel
 from cwndtrace.cli.doctor import Findings, examine
 from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
-from tests.live import tcp
+from tests.harness import tcp
+from tests.harness.tracing import EXACT, Tracer
 from tests.live.conftest import Connect
-from tests.live.tracing import EXACT, Tracer
 
 pytestmark = pytest.mark.vm
 

@@ -16,7 +16,7 @@ from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import frame
 from cwndtrace.lab.recording import Recording, costs
 from cwndtrace.lab.scenario import PRESETS
-from tests.live import tcp
+from tests.harness import tcp
 from tests.live.conftest import Connect
 from tests.live.test_reproduce import missing
 from tests.vm.test_rungs import KERNEL, PATCHED, leave_unused

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cwndtrace.capture.live import Kernel
+from tests.harness.tracing import Tracer
 from tests.live.conftest import Connect
-from tests.live.tracing import Tracer
 from tests.vm.test_rungs import PATCHED
 
 pytestmark = pytest.mark.vm

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.live import tcp
+from tests.harness import tcp
 from tests.vm.test_tool import CHECKOUT, loaded
 
 pytestmark = [

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from tests.live import tcp
-from tests.live.disk import BLOCK, Disk, aligned
+from tests.harness import tcp
+from tests.harness.disk import BLOCK, Disk, aligned
 
 SECONDS: Final = float(os.environ.get("CWNDTRACE_SOAK_SECONDS", "0"))
 """How long the longest test of ``make soak`` runs; 0 in ``make test``."""

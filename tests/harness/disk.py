@@ -25,7 +25,7 @@ from cwndtrace.capture.program import Program
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
 from cwndtrace.records.layout import bpf_dir
-from tests.live.tcp import until
+from tests.harness.tcp import until
 
 SECTOR: Final = 512
 BLOCK: Final = 4096

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 SUITES = ("bookworm", "trixie")
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 CLONE = "/srv/cwndtrace"
 """Where ``cloned`` puts root's clone of the checkout."""
 PACKAGES = "ca-certificates,git,make"

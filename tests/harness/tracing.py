@@ -15,7 +15,7 @@ from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Session, Tally
 from cwndtrace.kernel import facts, ladder
-from tests.live.tcp import Connection, Send, until
+from tests.harness.tcp import Connection, Send, until
 
 Record = dict[str, Any]
 
