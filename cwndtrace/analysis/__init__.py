@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What records mean: pure functions from DataFrames to DataFrames. Nothing here reads a file or prints."""
+"""The analyses of a capture: pure functions on DataFrames. None of them reads a file or prints."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block I/O: how long requests took, by device and operation and by who submitted them, and how that went over time."""
+"""The latency of block I/O: by device and operation, by submitter, and over time."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import pandas as pd
 _QUANTILES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _FIGURES: Final = {
     "count": "finished requests",
-    "bytes": "bytes, summed",
-    "errors": "requests that finished with another status than ok",
-    "latency_p50_us": "us from entering the block layer to finished, median",
-    "latency_p95_us": "us, 95th percentile",
-    "latency_p99_us": "us, 99th percentile",
-    "latency_max_us": "us, the slowest",
-    "latency_total_us": "us, summed over requests; they may overlap",
-    "queue_p50_us": "us from entering the block layer to being given to the driver, median; missing where none was",
-    "queue_p95_us": "us, 95th percentile",
-    "queue_p99_us": "us, 99th percentile",
-    "service_p50_us": "us from being given to the driver to finished, median; missing where none was",
-    "service_p95_us": "us, 95th percentile",
-    "service_p99_us": "us, 99th percentile",
+    "bytes": "bytes of these requests, sum",
+    "errors": "requests that finished with a status other than ok",
+    "latency_p50_us": "median time from entering the block layer to completion, us",
+    "latency_p95_us": "its 95th percentile, us",
+    "latency_p99_us": "its 99th percentile, us",
+    "latency_max_us": "its maximum, us",
+    "latency_total_us": "its sum over the requests, us; requests may overlap in time",
+    "queue_p50_us": "median time from entering the block layer to the driver, us; missing where no request reached one",
+    "queue_p95_us": "its 95th percentile, us",
+    "queue_p99_us": "its 99th percentile, us",
+    "service_p50_us": "median time from the driver to completion, us; missing where no request reached a driver",
+    "service_p95_us": "its 95th percentile, us",
+    "service_p99_us": "its 99th percentile, us",
 }
 
 COLUMNS: Final = {"device": "disk", "op": "operation", **_FIGURES}
-"""The columns of ``summary``, in order, with what they hold and in which unit."""
+"""The columns of ``summary``, in order, with their meanings and units."""
 
-SUBMITTER_COLUMNS: Final = {"comm": "name of the submitter", "tgid": "its process", **_FIGURES}
+SUBMITTER_COLUMNS: Final = {"comm": "name of the submitter", "tgid": "process id of the submitter", **_FIGURES}
 """The columns of ``by_submitter``."""
 
 
@@ -41,32 +41,32 @@ NEEDS: Final = {
     "latency_us": ("start_ns", "done_ns"),
     "queue_us": ("start_ns", "issue_ns"),
 }
-"""What ``with_latency`` adds, and of which columns it makes that."""
+"""The columns that ``with_latency`` adds, each with the columns that it is computed from."""
 
 USED: Final = ("start_ns", "done_ns", "bytes", "tgid", "op", "error", "comm", *NEEDS)
-"""What the analyses of this package use of ``with_latency``."""
+"""The columns of ``with_latency`` that the analyses of this package use."""
 
 
-_TABLE: Final = 1 << 22
-"""PID_MAX_LIMIT of include/linux/threads.h, the most that processes are numbered."""
+_PID_LIMIT: Final = 1 << 22
+"""PID_MAX_LIMIT of include/linux/threads.h: the largest limit for process ids."""
 
 
 def with_latency(block_io: pd.DataFrame, devices: Mapping[str, str]) -> pd.DataFrame:
-    """The table ``block_io`` with three more columns.
+    """Return the table ``block_io`` with the columns of ``NEEDS``.
 
-    ``device`` is the disk's name from ``devices`` (``{"7:0": "loop0"}``), or major:minor where it has none;
-    ``latency_us`` is done - start, ``queue_us`` issue - start, in microseconds with their fraction, the
-    latter missing where the request never reached a driver.
+    ``device`` is the disk's name from ``devices`` (``{"7:0": "loop0"}``), or major:minor where it has none there.
+    ``latency_us`` is done - start and ``queue_us`` is issue - start, both in microseconds with their fraction.
+    ``queue_us`` is missing where the request never reached a driver.
     """
     return add(block_io, devices, tuple(NEEDS))
 
 
 def add(block_io: pd.DataFrame, devices: Mapping[str, str], columns: Sequence[str]) -> pd.DataFrame:
-    """``block_io`` with those of ``NEEDS`` that ``columns`` names."""
+    """Return ``block_io`` with those columns of ``NEEDS`` that ``columns`` names."""
     new: dict[str, Any] = {}
     if "device" in columns:
         dev = block_io["dev"].astype("category").cat
-        # By name: there are few of them, and millions of requests.
+        # There are few devices and millions of requests, so each name is looked up only once.
         codes, names = pd.factorize(np.array([devices.get(d, d) for d in dev.categories.astype(str)], dtype=object))
         new["device"] = pd.Categorical.from_codes(np.append(codes, -1).astype(np.int16)[dev.codes], names.tolist())  # type: ignore[call-overload]
     for name, until in (("latency_us", "done_ns"), ("queue_us", "issue_ns")):
@@ -80,15 +80,16 @@ def add(block_io: pd.DataFrame, devices: Mapping[str, str], columns: Sequence[st
 
 
 def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) -> pd.DataFrame:
-    """``frames``, at least one and ``rows`` rows at most, behind each other in order of ``start_ns``.
+    """Return ``frames`` as one frame in order of ``start_ns``.
 
-    There may be many millions of rows. Fresh memory is dear, so each column is filled in place and categories have the
-    smallest codes; each frame is ordered by itself, which leaves few rows to move where two of them meet.
+    There is at least one frame, with at most ``rows`` rows in all. There may be many millions of rows. Fresh memory is
+    expensive, so each column is filled in place and categories have the smallest codes. Each frame is sorted alone,
+    which leaves few rows to move where two frames overlap.
     """
     whole: dict[str, Any] = {}
     labels: dict[str, dict[object, int]] = {}
     filled = 0
-    for frame in _ahead(iter(frames)):
+    for frame in _prefetched(iter(frames)):
         start = frame["start_ns"].to_numpy()
         order = np.argsort(start, kind="stable")
         for name in columns:
@@ -114,12 +115,12 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) ->
     return pd.DataFrame(whole, copy=False)
 
 
-def _ahead(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    """``frames``, the next one made on another CPU while one is worked on."""
+def _prefetched(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """Yield ``frames``, and make the next one in another thread while the caller works on the current one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
             following = pool.submit(next, frames, None)
-        except RuntimeError:  # no room for another thread: nothing was begun
+        except RuntimeError:  # no thread could be started, so no frame was taken
             yield from frames
             return
         while (frame := following.result()) is not None:
@@ -128,7 +129,10 @@ def _ahead(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
 
 
 def _out_of_order(start: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Where rows have to go so that ``start`` is in order, equal ones as they are, and where each comes from."""
+    """Return the rows that have to change for ``start`` to be in order, with the rows that their values come from.
+
+    Rows with an equal ``start`` keep their order. The list is empty if ``start`` is in order already.
+    """
     if not (start[1:] < start[:-1]).any():
         return []
     order = np.argsort(start, kind="stable")
@@ -137,7 +141,7 @@ def _out_of_order(start: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def summary(block_io: pd.DataFrame) -> pd.DataFrame:
-    """One row a device and operation, the slowest in sum first; the columns are ``COLUMNS``.
+    """Return one row per device and operation, the largest total latency first; the columns are ``COLUMNS``.
 
     Takes a frame from ``with_latency``.
     """
@@ -145,19 +149,20 @@ def summary(block_io: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_submitter(block_io: pd.DataFrame) -> pd.DataFrame:
-    """One row a submitting process and name, the slowest in sum first; the columns are ``SUBMITTER_COLUMNS``.
+    """Return one row per submitting process and name, the largest total latency first.
 
-    Takes a frame from ``with_latency``. Write-back is shown under the kernel thread that did it.
+    The columns are ``SUBMITTER_COLUMNS``. Takes a frame from ``with_latency``. Write-back counts for the kernel thread
+    that submitted it.
     """
     return _figures(block_io, ["comm", "tgid"])[list(SUBMITTER_COLUMNS)]
 
 
 def heat_map(block_io: pd.DataFrame, *, slots: int = 160) -> pd.DataFrame:
-    """How many requests of which latency began when: a row a latency, a column a slot of time, both labelled below.
+    """Return the number of requests by latency (rows) and start time (columns).
 
-    The index ``latency_us`` holds each row's least latency in us, rising by a factor of the square root of two; the
-    columns ``start_ns`` each slot's begin on CLOCK_MONOTONIC. Empty where there is no request. Takes a frame from
-    ``with_latency``.
+    The index ``latency_us`` holds the lower bound of each row in us, rising by a factor of the square root of two. The
+    columns ``start_ns`` hold the start of each slot in ns of CLOCK_MONOTONIC. The frame is empty if there are no
+    requests. Takes a frame from ``with_latency``.
     """
     if block_io.empty:
         return pd.DataFrame(index=pd.Index([], name="latency_us"), columns=pd.Index([], name="start_ns"), dtype="int64")
@@ -176,14 +181,14 @@ def heat_map(block_io: pd.DataFrame, *, slots: int = 160) -> pd.DataFrame:
 
 def _figures(block_io: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     number, labels = _groups(block_io, keys)
-    of = len(labels)
+    groups = len(labels)
     order = np.argsort(number, kind="stable").astype(np.uint32 if len(number) < 1 << 32 else np.int64)
-    count = np.bincount(number, minlength=of)
+    count = np.bincount(number, minlength=groups)
     bounds = np.concatenate([[0], np.cumsum(count)])
     latency, queue, size = (block_io[name].to_numpy() for name in ("latency_us", "queue_us", "bytes"))
     failed = (block_io["error"] != "ok").to_numpy()
     figures = []
-    # Group by group, so that no second copy of all is needed.
+    # One group at a time, so that no second copy of all rows is needed.
     for begin, end in pairwise(bounds.tolist()):
         rows = order[begin:end]
         took, waited = latency[rows], queue[rows]
@@ -200,9 +205,9 @@ def _figures(block_io: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def _groups(block_io: pd.DataFrame, keys: list[str]) -> tuple[np.ndarray, pd.DataFrame]:
-    """A number for each row, equal where all ``keys`` are; and what the keys are for each number.
+    """Return a group number for each row, equal where all ``keys`` are equal, and the keys of each group.
 
-    The numbers are of the smallest type, because those are sorted by radix.
+    The numbers have the smallest integer type, because NumPy sorts small integers by radix.
     """
     number: np.ndarray = np.zeros(len(block_io), dtype=np.int32)
     values: list[Any] = []
@@ -226,8 +231,11 @@ def _groups(block_io: pd.DataFrame, keys: list[str]) -> tuple[np.ndarray, pd.Dat
 
 
 def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``pd.factorize``, of numbers that may have a table of their own: that takes a third of the time."""
-    if len(values) < _TABLE or values.min() < 0 or values.max() >= _TABLE:
+    """Return codes and distinct values as ``pd.factorize`` does, with the distinct values in any order.
+
+    Many numbers below ``_PID_LIMIT`` go through a lookup table instead, which takes a third of the time.
+    """
+    if len(values) < _PID_LIMIT or values.min() < 0 or values.max() >= _PID_LIMIT:
         return pd.factorize(values)
     table = np.zeros(int(values.max()) + 1, dtype=np.int32)
     table[values] = 1

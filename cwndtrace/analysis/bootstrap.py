@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a difference is, and how large."""
+"""Bootstrap intervals and effect sizes for the difference between two groups of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 RESAMPLES: Final = 10_000
 CONFIDENCE: Final = 0.95
 ENOUGH: Final = 3
-"""Values that a group needs for anything to be sure."""
+"""The least number of values in a group for which an interval is computed."""
 
 Values = npt.NDArray[np.float64]
 
@@ -23,10 +23,10 @@ def interval(
     resamples: int = RESAMPLES,
     of: Literal["median", "mean"] = "median",
 ) -> tuple[float, float]:
-    """The 95 % bootstrap interval (percentiles) of first's median less second's, in the unit of the values.
+    """Return the 95 % bootstrap interval (percentiles) of first's median less second's, in the unit of the values.
 
-    Both groups are resampled with replacement, independently. With fewer than three values in a group there is
-    nothing to resample: both ends are NaN.
+    ``of`` selects the mean in place of the median. Both groups are resampled with replacement, independently. Both ends
+    are NaN if a group has fewer than three values, because that is too few to resample.
     """
     if len(first) < ENOUGH or len(second) < ENOUGH:
         return float("nan"), float("nan")
@@ -39,7 +39,10 @@ def interval(
 
 
 def cliffs_delta(first: Values, second: Values) -> float:
-    """How often a value of ``first`` is above one of ``second``, less how often below: -1 to 1; NaN if one is empty."""
+    """Return how often a value of ``first`` is above one of ``second``, less how often it is below.
+
+    The result is from -1 to 1, and NaN if a group is empty.
+    """
     if not len(first) or not len(second):
         return float("nan")
     ordered = np.sort(second)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two captures side by side, before and after a change: what differs, by how much, how surely."""
+"""The comparison of two captures, before and after a change: differences, their intervals and effect sizes."""
 
 from __future__ import annotations
 
@@ -13,38 +13,43 @@ from cwndtrace.analysis.bootstrap import Values, cliffs_delta, interval
 from cwndtrace.store.meta import Meta
 
 COLUMNS: Final = {
-    "measure": "what was measured, one of MEASURES or latency of a block operation",
+    "measure": "name of the measure: one of MEASURES, or latency of a block operation",
     "unit": "the unit of before, after, difference, low and high",
-    "centre": "median or mean, of the values",
-    "n_before": "values in the first capture",
-    "n_after": "values in the second one",
-    "before": "the centre of the first",
-    "after": "the centre of the second",
+    "centre": "the centre of the values that is compared: median or mean",
+    "n_before": "number of values in the first capture",
+    "n_after": "number of values in the second capture",
+    "before": "centre of the values in the first capture",
+    "after": "centre of the values in the second capture",
     "difference": "after less before",
-    "low": "lower end of the difference's 95 % bootstrap interval; missing with fewer than three values on a side",
-    "high": "its upper end",
-    "cliffs_delta": "how often a value after is above one before, less how often below: -1 to 1; missing for means",
-    "effect": "that in a word, or for means the change's share of the larger one: none, small, medium or large; unsure "
-    "where the interval holds 0",
+    "low": "lower end of the difference's 95 % bootstrap interval; missing with fewer than three values in a capture",
+    "high": "upper end of that interval",
+    "cliffs_delta": "how often a value of the second capture is above one of the first, less how often it is below: "
+    "-1 to 1; missing for means",
+    "effect": "none, small, medium or large, by cliffs_delta, or for means by the change's share of the larger mean; "
+    "unsure where the interval is missing or holds 0",
 }
 """The columns of ``compare``."""
 
 MEASURES: Final[dict[str, tuple[str, Literal["median", "mean"], str]]] = {
-    "reset_rate": ("1/min", "mean", "idle resets a minute, over equal slots of the capture"),
-    "lost_rate": ("us/s", "mean", "time lost to resets a second, estimated, over the same slots"),
-    "busy_per_mb": ("us/MB", "median", "time with data under way for each MB sent, between snapshots of a connection"),
-    "lost": ("us", "median", "what a reset cost its burst, estimated; 0 where it was harmless"),
-    "cwnd_after": ("segments", "median", "the window that a reset left"),
-    "back_after": ("us", "median", "from a reset until the window was back, where it came back"),
-    "srtt": ("us", "median", "smoothed round-trip time, at snapshots of connections that sent"),
+    "reset_rate": ("1/min", "mean", "idle resets per minute, in equal slots of the capture"),
+    "lost_rate": ("us/s", "mean", "estimated time lost to idle resets per second, in the same slots"),
+    "busy_per_mb": (
+        "us/MB",
+        "median",
+        "busy time (data queued or unacknowledged) per MB sent, between snapshots of a connection",
+    ),
+    "lost": ("us", "median", "estimated time that an idle reset cost its burst; 0 where it was harmless"),
+    "cwnd_after": ("segments", "median", "congestion window right after an idle reset"),
+    "back_after": ("us", "median", "time from a reset until the window had grown back, where it did"),
+    "srtt": ("us", "median", "smoothed round-trip time, in snapshots of connections that had sent data"),
 }
-"""What is compared besides block I/O: unit, centre and meaning."""
+"""The measures besides block I/O, with unit, centre and meaning."""
 
 _SLOTS: Final = 300
 _MOST: Final = 1000
-"""Values of a group that are resampled: of more, so many drawn at random."""
+"""The most values of a group that are resampled; of a larger group, this many are drawn at random."""
 _WORDS: Final = ((0.147, "none"), (0.33, "small"), (0.474, "medium"), (2.0, "large"))
-"""The usual names of Cliff's delta (Romano and others, 2006), here for shares as well."""
+"""The usual names for sizes of Cliff's delta, with upper bounds (Romano and others, 2006); also used for shares."""
 
 
 def measures(
@@ -54,7 +59,10 @@ def measures(
     block_io: pd.DataFrame,
     seconds: tuple[float, float],
 ) -> dict[str, Values]:
-    """The values of each measure in one capture. Takes frames of a Trace; ``seconds`` its begin and end, monotonic."""
+    """Return the values of each measure in one capture.
+
+    Takes frames of a Trace. ``seconds`` is the capture's start and end, in seconds of CLOCK_MONOTONIC.
+    """
     idle = judged[judged["reason"].astype(str) == "idle"]
     edges = np.linspace(*seconds, _SLOTS + 1)
     at, width = idle["ts_ns"].to_numpy(np.float64) / 1e9, (edges[-1] - edges[0]) / _SLOTS
@@ -75,11 +83,14 @@ def measures(
         "srtt": ordered.loc[sent, "srtt_us"],
     }
     values |= {f"latency of {op}": mine["latency_us"] for op, mine in block_io.groupby("op", observed=True)}
-    return {name: np.asarray(found, dtype=np.float64) for name, found in values.items()}
+    return {name: np.asarray(series, dtype=np.float64) for name, series in values.items()}
 
 
 def compare(before: Mapping[str, Values], after: Mapping[str, Values]) -> pd.DataFrame:
-    """One row a measure that either has a value of; the columns are ``COLUMNS``. Takes what ``measures`` gives."""
+    """Return one row per measure that has a value in either capture; the columns are ``COLUMNS``.
+
+    Takes what ``measures`` returns for each capture.
+    """
     rows = []
     for name in dict.fromkeys((*before, *after)):
         pair = before.get(name, np.zeros(0)), after.get(name, np.zeros(0))
@@ -90,7 +101,7 @@ def compare(before: Mapping[str, Values], after: Mapping[str, Values]) -> pd.Dat
         low, high = interval(sampled[1], sampled[0], resamples=2000, of=centre)
         middle = [float(getattr(np, centre)(values)) if len(values) else float("nan") for values in pair]
         change = middle[1] - middle[0]
-        # Most slots of a rate are empty: how often one is above another says nothing of the rate.
+        # Most slots of a rate are empty, so how often one is above another says nothing about the rate.
         delta = cliffs_delta(pair[1], pair[0]) if centre == "median" else float("nan")
         strength = delta if centre == "median" else change / max(abs(middle[0]), abs(middle[1]), 1e-300)
         rows.append(
@@ -114,7 +125,10 @@ def _effect(strength: float, low: float, high: float) -> str:
 
 
 def span(about: Meta, *frames: pd.DataFrame) -> tuple[float, float]:
-    """Begin and end of a capture in seconds of CLOCK_MONOTONIC: from its metadata, else from its records."""
+    """Return the start and end of a capture in seconds of CLOCK_MONOTONIC, from its metadata and its records.
+
+    The end is at least 1 ms after the start.
+    """
     stamps = [float(frame["ts_ns"].min()) for frame in frames if len(frame)]
     stamps += [float(frame["ts_ns"].max()) for frame in frames if len(frame)]
     stamps += [float(moment.mono_ns) for moment in (about.begin, about.end) if moment]

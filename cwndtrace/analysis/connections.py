@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections: which records belong to the same one, and what happened to each.
+"""The connections of a capture: which records belong to the same one, and a summary of each.
 
-A connection is a socket of the kernel: its network namespace and socket cookie. The kernel makes a cookie
-only when somebody asks, so a reset may come from before: such a record is given to the connection with
-its addresses and ports that is next seen to have a cookie, or stands for one of its own.
+A connection is a kernel socket, known by its network namespace and socket cookie. The kernel makes a cookie only on
+request, so a reset may be older than the cookie. Such a record goes to the connection with its addresses and ports that
+is next seen to have a cookie, or counts as a connection of its own.
 """
 
 from __future__ import annotations
@@ -19,60 +19,60 @@ _ENDS: Final = ["netns_ino", "saddr", "sport", "daddr", "dport"]
 _TEXT: Final = ("saddr", "daddr", "comm", "ca_name", "reason", "state")
 
 COLUMNS: Final = {
-    "connection": "key: namespace:cookie in hex, or namespace:addresses@socket where no cookie was ever made",
+    "connection": "key: namespace:cookie (in hexadecimal), or namespace:addresses@socket where no cookie was ever made",
     "netns_ino": "inode of the network namespace",
     "sock_cookie": "socket cookie; 0 where none was ever made",
-    "family": "2 IPv4 (mapped addresses too), 10 IPv6",
+    "family": "2 for IPv4 (mapped addresses too), 10 for IPv6",
     "saddr": "local address",
     "sport": "local port",
     "daddr": "remote address",
     "dport": "remote port",
-    "pid": "process last seen to use or hold it; 0 where none was",
-    "comm": "its name; empty where unknown",
-    "ca_name": "congestion control, the last seen",
-    "state": "TCP state in the last snapshot; empty where no snapshot caught it",
-    "first_seen": "UTC time of its first record",
-    "last_seen": "UTC time of its last record",
-    "seen_s": "seconds between the two; the connection itself may be older",
-    "snapshots": "snapshots that show it",
-    "resets": "records of its window falling at once",
-    "resets_idle": "of these, after idle time longer than the RTO",
-    "resets_rto_loss": "of these, at a retransmission timeout",
-    "resets_app_limited": "of these, for not using the window",
-    "idle_total_us": "us of idle time that ended in an idle reset, summed",
-    "idle_longest_us": "us, the longest such idle time; 0 where there was none",
-    "cwnd_min_segments": "least congestion window seen, after resets included",
-    "cwnd_max_segments": "largest congestion window seen, before resets included",
+    "pid": "process last seen to use or hold the socket; 0 where none was",
+    "comm": "name of that process; empty where unknown",
+    "ca_name": "congestion control in the last record that names it",
+    "state": "TCP state in its last snapshot; empty where no snapshot shows it",
+    "first_seen": "time of its first record, UTC",
+    "last_seen": "time of its last record, UTC",
+    "seen_s": "seconds between these two; the connection itself may be older",
+    "snapshots": "number of snapshots that show it",
+    "resets": "number of recorded resets of its congestion window",
+    "resets_idle": "of these, those after idle time longer than the RTO",
+    "resets_rto_loss": "of these, those at a retransmission timeout",
+    "resets_app_limited": "of these, those because the application did not use the window",
+    "idle_total_us": "idle time that ended in an idle reset, sum, us",
+    "idle_longest_us": "longest such idle time, us; 0 where there was none",
+    "cwnd_min_segments": "smallest congestion window seen, including those after resets",
+    "cwnd_max_segments": "largest congestion window seen, including those before resets",
     "cwnd_last_segments": "congestion window in its last record",
-    "srtt_us": "us, smoothed round-trip time in its last record",
-    "rto_us": "us, retransmission timeout in its last record",
-    "bytes_sent": "bytes sent over its life, retransmissions included, in its last record",
+    "srtt_us": "smoothed round-trip time in its last record, us",
+    "rto_us": "retransmission timeout in its last record, us",
+    "bytes_sent": "bytes sent over its life, including retransmissions, in its last record",
     "bytes_acked": "bytes acknowledged over its life, in its last record",
     "total_retrans_segments": "segments retransmitted over its life, in its last record",
 }
-"""The columns of ``summary``, in order, with what they hold and in which unit."""
+"""The columns of ``summary``, in order, with their meanings and units."""
 
 
 def identify(resets: pd.DataFrame, connections: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both frames with a text column ``connection``, equal in all rows of one connection.
+    """Return both frames with a text column ``connection`` that is equal in all rows of one connection.
 
-    Takes the tables ``cwnd_reset`` and ``connections`` as DataFrames, and returns copies with the same rows
-    in the same order. The key is ``NETNS:COOKIE`` (inode decimal, cookie hexadecimal as in ``ss -e``).
+    Takes the tables ``cwnd_reset`` and ``connections`` as DataFrames, and returns copies with the same rows in the same
+    order. The key is ``NETNS:COOKIE``, with the inode in decimal and the cookie in hexadecimal as in ``ss -e``.
     """
     resets, connections = resets.copy(), connections.copy()
     cookies = _cookies(resets, connections)
     if "connection" not in connections:
         connections.insert(1, "connection", _keys(connections, connections["sock_cookie"].to_numpy(np.uint64)))
     if "connection" not in resets:
-        resets.insert(1, "connection", _apart(resets, _keys(resets, cookies), cookies))
+        resets.insert(1, "connection", _split_reused(resets, _keys(resets, cookies), cookies))
     return resets, connections
 
 
 def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
-    """One row a connection, those with most resets and longest idle times first; the columns are ``COLUMNS``.
+    """Return one row per connection, those with most resets and longest idle times first; the columns are ``COLUMNS``.
 
-    Takes the tables ``cwnd_reset`` and ``connections`` as DataFrames, with or without what ``identify``
-    adds. A connection that never reset is there as soon as one snapshot caught it.
+    Takes the tables ``cwnd_reset`` and ``connections`` as DataFrames, with or without the column of ``identify``. A
+    connection without a reset has a row as soon as one snapshot shows it.
     """
     resets, connections = identify(resets, connections)
     sightings = pd.concat([_from_resets(resets), _from_snapshots(connections)], ignore_index=True)
@@ -80,12 +80,12 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({name: pd.Series(dtype=_dtype(name)) for name in COLUMNS})
     sightings = sightings.sort_values("ts_ns", kind="stable", ignore_index=True)
     groups = sightings.groupby("connection", sort=False)
-    latest = groups.last()  # of each column the last value that isn't missing
+    latest = groups.last()  # the last value of each column that isn't missing
     out = latest.drop(
         columns=["time", "ts_ns", "cwnd_low", "cwnd_high", "reset_idle_us", "reset", "snapshot", "reason"]
     )
     out["first_seen"], out["last_seen"] = groups["time"].first(), groups["time"].last()
-    # Not by the wall clock: it may have been stepped.
+    # The wall clock may have been stepped, so it gives no durations.
     out["seen_s"] = (groups["ts_ns"].last() - groups["ts_ns"].first()) / 1e9
     out["snapshots"], out["resets"] = groups["snapshot"].sum(), groups["reset"].sum()
     for label in layout.header().enums["reason"].values():
@@ -114,13 +114,13 @@ def _dtype(column: str) -> Any:
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    """Times as nanoseconds in int64, which sorting and merging agree on; text columns as text."""
+    """Return the frame with ``ts_ns`` as int64, on which sorting and merging agree, and with text columns as text."""
     frame = frame.assign(ts_ns=frame["ts_ns"].astype("int64"), time=frame["time"].astype("datetime64[us, UTC]"))
     return frame.assign(**{name: frame[name].astype(str) for name in _TEXT if name in frame})
 
 
 def _cookies(resets: pd.DataFrame, connections: pd.DataFrame) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """The cookie of each reset, found from later records where its own is 0."""
+    """Return the cookie of each reset, taken from later records where its own is 0."""
     cookies: np.ndarray[tuple[int], np.dtype[np.uint64]] = resets["sock_cookie"].to_numpy(np.uint64).copy()
     if not (cookies == 0).any():
         return cookies
@@ -128,23 +128,23 @@ def _cookies(resets: pd.DataFrame, connections: pd.DataFrame) -> np.ndarray[tupl
     named = _plain(resets[cookies != 0])
     sighted = pd.concat([named[[*columns, "skaddr"]], _plain(connections)[columns]], ignore_index=True)
     sighted = sighted.rename(columns={"sock_cookie": "cookie"}).sort_values("ts_ns", kind="stable")
-    # Which socket a cookie belongs to, where a reset told: another socket with the same ports isn't it.
+    # The socket address of each cookie that a reset shows, so that no other socket with the same ports gets it.
     sockets = named.drop_duplicates(["netns_ino", "sock_cookie"]).set_index(["netns_ino", "sock_cookie"])["skaddr"]
     orphans = _plain(resets)[[*_ENDS, "ts_ns", "skaddr"]].assign(row=np.arange(len(resets)))[cookies == 0]
     orphans = orphans.sort_values("ts_ns", kind="stable")
     same_socket = sighted.dropna(subset=["skaddr"])
     for candidates, by in ((same_socket, [*_ENDS, "skaddr"]), (sighted.drop(columns="skaddr"), _ENDS)):
-        found = pd.merge_asof(
+        matches = pd.merge_asof(
             orphans, candidates.astype({n: orphans[n].dtype for n in by}), on="ts_ns", by=by, direction="forward"
         )
-        found = found[found["cookie"].notna()]
+        matches = matches[matches["cookie"].notna()]
         known = [
             sockets.get((ns, cookie), sk)
-            for ns, cookie, sk in zip(found["netns_ino"], found["cookie"], found["skaddr"], strict=True)
+            for ns, cookie, sk in zip(matches["netns_ino"], matches["cookie"], matches["skaddr"], strict=True)
         ]
-        found = found[found["skaddr"].to_numpy(np.uint64) == np.array(known, dtype=np.uint64)]
-        cookies[found["row"].to_numpy()] = found["cookie"].to_numpy(np.uint64)
-        orphans = orphans[~orphans["row"].isin(found["row"])]
+        matches = matches[matches["skaddr"].to_numpy(np.uint64) == np.array(known, dtype=np.uint64)]
+        cookies[matches["row"].to_numpy()] = matches["cookie"].to_numpy(np.uint64)
+        orphans = orphans[~orphans["row"].isin(matches["row"])]
     return cookies
 
 
@@ -158,11 +158,16 @@ def _keys(frame: pd.DataFrame, cookies: np.ndarray[tuple[int], np.dtype[np.uint6
     return pd.Series(keys, index=frame.index, dtype="str" if keys else "object").astype(str)
 
 
-def _apart(resets: pd.DataFrame, keys: pd.Series, cookies: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> pd.Series:
-    """The keys, told apart where a nameless socket's ends and memory were used again: what was sent never gets less."""
-    if not (nameless := cookies == 0).any():
+def _split_reused(
+    resets: pd.DataFrame, keys: pd.Series, cookies: np.ndarray[tuple[int], np.dtype[np.uint64]]
+) -> pd.Series:
+    """Return the keys, numbered where another socket without a cookie used the same addresses and memory again.
+
+    ``bytes_sent`` of one socket never decreases, so a decrease shows another socket.
+    """
+    if not (cookieless := cookies == 0).any():
         return keys
-    rows = resets.loc[nameless, ["ts_ns", "bytes_sent"]].astype("int64").assign(key=keys[nameless])
+    rows = resets.loc[cookieless, ["ts_ns", "bytes_sent"]].astype("int64").assign(key=keys[cookieless])
     rows = rows.sort_values("ts_ns", kind="stable")
     less = rows.groupby("key")["bytes_sent"].diff() < 0
     before = less.groupby(rows["key"]).cumsum().reindex(keys.index, fill_value=0)
@@ -193,7 +198,7 @@ def _from_snapshots(connections: pd.DataFrame) -> pd.DataFrame:
 
 
 def _missing(rows: pd.DataFrame) -> pd.DataFrame:
-    """What a record couldn't tell becomes missing, so that the last one that could wins."""
+    """Replace the values that mean unknown by missing ones, so that the last known value wins."""
     for name in ("comm", "ca_name", "state", "reason"):
         text = rows[name].astype(object)
         rows[name] = text.where(text != "", None)

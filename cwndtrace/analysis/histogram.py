@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A latency histogram of fixed size: percentiles of any number of requests, to one percent."""
+"""A latency histogram of fixed size, for percentiles of any number of requests to one percent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _BINS: Final = 2400  # from 1 us to more than six hours
 
 
 class LatencyHistogram:
-    """Counts latencies in microseconds in bins that are one percent wide.
+    """A histogram of latencies in microseconds, with bins that are one percent wide.
 
-    Percentiles are the upper edge of their bin, so at most one percent too high; ``count`` and ``max_us``
-    are exact.
+    A percentile is the upper edge of its bin, so at most one percent too high. ``count`` and ``max_us`` are exact.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class LatencyHistogram:
         self.max_us = max(self.max_us, float(latencies_us.max()))
 
     def percentile(self, percent: float) -> float:
-        """The latency in microseconds below which ``percent`` of the requests stayed; 0 where there were none."""
+        """Return the latency in microseconds below which ``percent`` of the requests stayed; 0 if there are none."""
         if not self.count:
             return 0.0
         rank = np.searchsorted(np.cumsum(self._bins), self.count * percent / 100)

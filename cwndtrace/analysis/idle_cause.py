@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a connection was idle: the peer was silent, the sending process waited for a disk, or neither.
+"""The cause of idle time: the peer was silent, the sending process waited for a disk, or neither.
 
-Idle time has two parts. Until data last came in, the connection waited for its peer; what came after is the sender's
-own. Of that part the time counts as the disk's during which the sending process, in whichever of its threads, had
-block I/O of its own under way.
+Idle time has two parts. Until data last came in, the connection waited for its peer. The rest is the sender's own. Of
+the sender's part, the time counts as the disk's during which the sending process, in any of its threads, had block I/O
+of its own in flight.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import pandas as pd
 from cwndtrace.analysis.cost import Bools, Ints
 
 COLUMNS: Final = {
-    "cause": "what most of the idle time was: peer, disk or application; unknown where block I/O wasn't recorded; "
-    "empty for resets that no idle time caused",
-    "peer_us": "us of the idle time until data last came in, or all of it where the peer had closed its window",
-    "disk_us": "us of the idle time after that during which the sending process had block I/O under way",
-    "application_us": "us of the idle time that are neither",
-    "disk_requests": "requests of that process that began in that part of the idle time",
-    "disk_device": "the device that had requests under way for longest; empty where none had",
+    "cause": "the largest part of the idle time: peer, disk or application; unknown in place of application where "
+    "block I/O wasn't recorded; empty for resets that no idle time caused",
+    "peer_us": "idle time until data last came in, us; all of it where the peer had closed its window",
+    "disk_us": "idle time after that during which the sending process had block I/O in flight, us",
+    "application_us": "the rest of the idle time, us",
+    "disk_requests": "requests of that process that began after data last came in",
+    "disk_device": "the device that had requests of it in flight for longest in that time; empty where none had",
 }
-"""What ``with_cause`` adds to resets."""
+"""The columns that ``with_cause`` adds to resets."""
 
 BLOCK_COLUMNS: Final = ("start_ns", "done_ns", "tgid", "device")
-"""What it needs of ``block_io``."""
+"""The columns of ``block_io`` that ``with_cause`` needs."""
 
 _LAST_PID: Final = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
 
 _BATCH: Final = 1 << 19
-"""Requests that are looked at at once: what they take stays in the CPU's caches, or nearly."""
+"""About how many requests are processed at once: few enough that their data nearly stays in the CPU's caches."""
 
 
 def covered(begin: Ints, end: Ints, since: Ints, until: Ints) -> Ints:
-    """How much of each span [since, until] the intervals [begin, end] cover, each moment counted once.
+    """Return how much of each span [since, until] the intervals [begin, end] cover, in the unit of the arguments.
 
-    One answer a span, in the unit of the arguments. Intervals may overlap, and are in the order of their begin; spans
-    may overlap, in any order.
+    A moment that several intervals cover counts once. Intervals are in the order of their start and may overlap. Spans
+    may overlap and come in any order.
     """
     if not len(begin):
         return np.zeros(len(since), dtype=np.int64)
@@ -53,7 +53,7 @@ def covered(begin: Ints, end: Ints, since: Ints, until: Ints) -> Ints:
     before = np.concatenate([[0], np.cumsum(ends - starts)])
 
     def busy(moment: Ints) -> Ints:
-        """How much is covered up to a moment."""
+        """Return how much is covered up to each moment."""
         index = np.searchsorted(starts, moment, side="right")
         still_to_come = np.maximum(ends[np.maximum(index - 1, 0)] - moment, 0)
         return before[index] - np.where(index > 0, still_to_come, 0)
@@ -62,10 +62,10 @@ def covered(begin: Ints, end: Ints, since: Ints, until: Ints) -> Ints:
 
 
 def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool = True) -> pd.DataFrame:
-    """``resets`` with ``COLUMNS``. Takes frames of a Trace; ``recorded`` says whether block I/O was traced at all.
+    """Return ``resets`` with ``COLUMNS``. Takes frames of a Trace; ``recorded`` says whether block I/O was traced.
 
-    Where nobody used the socket (an ACK reopened the peer's window, which has a process for none), all of the idle time
-    was the peer's. Write-back by the kernel on a process's behalf counts as the application's own time.
+    Where an ACK reopened the peer's window, and no process used the socket, all of the idle time counts as the peer's.
+    Write-back by the kernel on a process's behalf counts as the application's own time.
     """
     idle = (resets["reason"].astype(str) == "idle").to_numpy()
     until = resets["ts_ns"].to_numpy(np.int64)
@@ -73,7 +73,7 @@ def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool =
     own = np.where(reopened(resets), 0, np.minimum(resets["last_rcv_us"].to_numpy(np.int64), idle_us))
     disk_ns, requests, device = _own_io(block_io, resets["tgid"].to_numpy(np.int64), until - own * 1000, until)
     disk = disk_ns / 1000
-    # A request may have begun a fraction of a jiffy before the idle time, which is known to a jiffy only.
+    # Idle time is only known to a jiffy, so a request may have begun a fraction of a jiffy before it.
     disk = np.minimum(disk, own)
     parts = np.stack([idle_us - own, disk, own - disk])
     cause = np.array(["peer", "disk", "application" if recorded else "unknown"], dtype=object)[parts.argmax(axis=0)]
@@ -89,18 +89,21 @@ def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool =
 
 SUMMARY_COLUMNS: Final = {
     "cause": "as in COLUMNS",
-    "resets": "idle resets whose idle time was mostly that",
-    "harmful": "of these, those that cost their burst a round trip",
-    "lost_us": "us that these cost, estimated, summed",
-    "idle_us": "us of idle time, summed",
-    "disk_us": "us of it under block I/O of the sending process",
-    "disk_device": "the device that most of these idle times name; empty where none does",
+    "resets": "number of idle resets with this cause",
+    "harmful": "of these, those that cost their burst at least one round trip",
+    "lost_us": "cost of these, sum, us, estimated",
+    "idle_us": "idle time before all of these resets, sum, us",
+    "disk_us": "part of that during which the sending process had block I/O in flight, us",
+    "disk_device": "the device that most of these resets name; empty where none does",
 }
 """The columns of ``summary``."""
 
 
 def summary(judged: pd.DataFrame) -> pd.DataFrame:
-    """One row a cause, the dearest first; ``judged`` are the ``verdicts`` of a Trace. The columns are above."""
+    """Return one row per cause, the largest cost first; ``judged`` are the ``verdicts`` of a Trace.
+
+    The columns are ``SUMMARY_COLUMNS``.
+    """
     idle = judged[judged["cause"] != ""]
     idle_us = idle[["peer_us", "disk_us", "application_us"]].sum(axis=1)
     rows = idle.assign(idle_us=idle_us, harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1)
@@ -112,63 +115,69 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
 
 
 def reopened(resets: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Which idle resets came with an ACK that opened the peer's closed window: unsent data waited, and no task sent."""
-    asleep = (resets["tgid"] == 0) & (resets["unsent_bytes"] > 0) & (resets["reason"].astype(str) == "idle")
-    found: Bools = asleep.to_numpy(dtype=np.bool_)
-    return found
+    """Return which idle resets came with an ACK that opened the peer's closed window.
+
+    At such a reset unsent data was waiting, and no task was sending.
+    """
+    from_ack = (resets["tgid"] == 0) & (resets["unsent_bytes"] > 0) & (resets["reason"].astype(str) == "idle")
+    mask: Bools = from_ack.to_numpy(dtype=np.bool_)
+    return mask
 
 
 def _own_io(block_io: pd.DataFrame, tgid: Ints, since: Ints, until: Ints) -> tuple[Ints, Ints, npt.NDArray[np.object_]]:
-    """For each process and span: ns covered by its requests, how many began in it, the device that covers most."""
+    """Return the block I/O of each process in its span.
+
+    These are the ns that its requests cover, how many of them began in the span, and the device that covers most of it.
+    """
     if (block_io["start_ns"].to_numpy()[1:] < block_io["start_ns"].to_numpy()[:-1]).any():
         block_io = block_io.sort_values("start_ns")
     total, requests = np.zeros(len(tgid), dtype=np.int64), np.zeros(len(tgid), dtype=np.int64)
     device = np.full(len(tgid), "", dtype=object)
-    of = block_io["tgid"].to_numpy()
-    asked = np.flatnonzero((tgid > 0) & (tgid <= _LAST_PID) & (until > since))
-    asked = asked[np.isin(tgid[asked], np.unique(of).astype(np.int64))]
-    if not len(asked):
+    owner = block_io["tgid"].to_numpy()
+    wanted = np.flatnonzero((tgid > 0) & (tgid <= _LAST_PID) & (until > since))
+    wanted = wanted[np.isin(tgid[wanted], np.unique(owner).astype(np.int64))]
+    if not len(wanted):
         return total, requests, device
-    # By process and then by time, so that what belongs together lies together.
-    asked = asked[np.lexsort((until[asked], tgid[asked]))]
-    # Processes by number, from 1; 0 for those that aren't asked for.
-    processes, first = np.unique(tgid[asked], return_index=True)
+    # Order by process and then by time, so that the spans of a process are contiguous.
+    wanted = wanted[np.lexsort((until[wanted], tgid[wanted]))]
+    # The processes get numbers from 1; all others are 0.
+    processes, first = np.unique(tgid[wanted], return_index=True)
     beyond = int(processes[-1]) + 1
     number = np.zeros(beyond + 1, dtype=np.min_scalar_type(len(processes)))
     number[processes] = np.arange(1, len(processes) + 1)
-    group = number[np.minimum(of, beyond)]
-    # The rows are in order of time: sorting them by process, by radix, keeps each process's so.
+    group = number[np.minimum(owner, beyond)]
+    # The rows are in order of time, and a stable sort by process, by radix, keeps that order within each process.
     rows = np.argsort(group, kind="stable")
     bounds = np.searchsorted(group, np.arange(1, len(processes) + 2), sorter=rows)
-    spans = np.append(first, len(asked))
-    on = block_io["device"].astype("category").cat
-    columns = (*(block_io[name].to_numpy() for name in ("start_ns", "done_ns")), on.codes.to_numpy())
-    # Many at a time, or a hundred thousand processes would take long; not all, or memory for millions of rows would.
-    for some in _batches(np.diff(bounds)):
-        mine, here = rows[bounds[some.start] : bounds[some.stop]], asked[spans[some.start] : spans[some.stop]]
+    spans = np.append(first, len(wanted))
+    disks = block_io["device"].astype("category").cat
+    columns = (*(block_io[name].to_numpy() for name in ("start_ns", "done_ns")), disks.codes.to_numpy())
+    # One at a time would be slow for a hundred thousand processes, and all at once for the memory of millions of rows.
+    for batch in _batches(np.diff(bounds)):
+        mine, here = rows[bounds[batch.start] : bounds[batch.stop]], wanted[spans[batch.start] : spans[batch.stop]]
         begin, end, code = (column[mine] for column in columns)
-        # Each process gets a stretch of one long axis to itself, so that all of them are done at once.
-        at = np.repeat(np.arange(len(some)), np.diff(bounds[some.start : some.stop + 1]))
-        whose = np.repeat(np.arange(len(some)), np.diff(spans[some.start : some.stop + 1]))
+        # Each process gets a stretch of one long time axis to itself, so that one call handles all of them.
+        at = np.repeat(np.arange(len(batch)), np.diff(bounds[batch.start : batch.stop + 1]))
+        whose = np.repeat(np.arange(len(batch)), np.diff(spans[batch.start : batch.stop + 1]))
         begin, end = begin.astype(np.int64, copy=False), end.astype(np.int64, copy=False)
         zero = min(int(begin.min()), int(since[here].min()))
         stretch = max(int(end.max()), int(until[here].max())) - zero + 1
         begin, end = begin + (at * stretch - zero), end + (at * stretch - zero)
-        asks = tuple(moments[here] + (whose * stretch - zero) for moments in (since, until))
-        total[here] = covered(begin, end, *asks)
-        requests[here] = np.searchsorted(begin, asks[1]) - np.searchsorted(begin, asks[0])
-        used = np.flatnonzero(np.bincount(code, minlength=len(on.categories))).tolist()
+        spans_at = tuple(moments[here] + (whose * stretch - zero) for moments in (since, until))
+        total[here] = covered(begin, end, *spans_at)
+        requests[here] = np.searchsorted(begin, spans_at[1]) - np.searchsorted(begin, spans_at[0])
+        used = np.flatnonzero(np.bincount(code, minlength=len(disks.categories))).tolist()
         best, names = np.zeros(len(here), dtype=np.int64), np.full(len(here), "", dtype=object)
         for disk in used:
             its = np.flatnonzero(code == disk)
-            time = covered(begin[its], end[its], *asks) if len(used) > 1 else total[here]
-            best, names = np.maximum(time, best), np.where(time > best, str(on.categories[disk]), names)
+            time = covered(begin[its], end[its], *spans_at) if len(used) > 1 else total[here]
+            best, names = np.maximum(time, best), np.where(time > best, str(disks.categories[disk]), names)
         device[here] = names
     return total, requests, device
 
 
 def _batches(sizes: Ints) -> Iterator[range]:
-    """``sizes`` in runs of places whose sum is about _BATCH or less, or of one."""
+    """Return ranges of indices into ``sizes``, each with a sum of about ``_BATCH`` or less, or with one index."""
     number = (np.cumsum(sizes) - 1) // _BATCH
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(sizes)]
     return (range(begin, end) for begin, end in pairwise(cuts))

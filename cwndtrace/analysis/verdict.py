@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a reset mattered, and if not, why not; for each reset, each connection and the whole host.
+"""Verdicts: whether a reset mattered, and if not, why not; for each reset, each connection and the whole host.
 
-A reset is harmful where it cost its burst at least one round trip. Everything else is harmless for a reason that the
-records show. What held a connection back besides its window is told by the kernel's own clocks of it, in the
-snapshots (tcp_chrono_*() in net/ipv4/tcp_output.c).
+A reset is harmful if it cost its burst at least one round trip. Any other reset is harmless for a reason that the
+records show. How long the receiver's window and the send buffer held a connection back comes from the kernel's own
+clocks in the snapshots (tcp_chrono_*() in net/ipv4/tcp_output.c).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cwndtrace.store.meta import Meta
 
 LABELS: Final = {
     "harmful": "harmful: cost at least one round trip",
-    "burst_fits": "harmless: the burst fits the window after",
+    "burst_fits": "harmless: the burst fits into the window after the reset",
     "same_rounds": "harmless: the burst needs as many round trips from either window",
-    "never_full": "harmless: the window was never used up afterwards",
+    "never_full": "harmless: the window was never used up after the reset",
     "receiver_window": "not the window: the receiver's window was the limit",
     "send_buffer": "not the window: the send buffer was the limit",
     "loss": "loss, not idle time",
@@ -36,44 +36,45 @@ LABELS: Final = {
     "sysctl_off": "idle resets are off in its network namespace",
     "no_reset": "its window was never reset",
 }
-"""Verdicts and what they say; those from ``exempt`` on are of connections only."""
+"""The verdicts with their texts; those from ``exempt`` on apply to connections only."""
 
 COLUMNS: Final = {
     "verdict": "one of LABELS",
-    "lost_us": "us that the reset cost, estimated: predicted_us where it was harmful, else 0",
-    "rwnd_limited_share": "share of the time with data under way, between the snapshots around the reset, that the "
-    "peer's window held it back; missing where no snapshot tells",
+    "lost_us": "cost of the reset, us, estimated: predicted_us where it was harmful, else 0",
+    "rwnd_limited_share": "share of the busy time (data queued or unacknowledged) between the snapshots around the "
+    "reset in which the peer's window held the sender back; missing where no snapshot tells",
     "sndbuf_limited_share": "the same for the send buffer",
 }
-"""What ``resets`` adds to priced resets."""
+"""The columns that ``resets`` adds to priced resets."""
 
 CONNECTION_COLUMNS: Final = {
     "bursts": "bursts that can be told apart: idle resets, and spans between snapshots that sent data without one; "
     "there may have been more",
     "after_reset_share": "share of these bursts that began with a reset",
-    "idle_per_rto_p50": "idle times that ended in an idle reset, in RTOs, median; missing where there was none",
+    "idle_per_rto_p50": "median of the idle times that ended in an idle reset, in RTOs; missing where there was none",
     "idle_per_rto_max": "the longest of them in RTOs",
-    "sent_bytes": "bytes sent while it was watched; at least, where no snapshot but only its resets' bursts tell",
-    "busy_us": "us with data under way while it was watched; missing where no two snapshots tell",
-    "rwnd_limited_share": "share of busy_us that the peer's window held it back",
-    "sndbuf_limited_share": "share of busy_us that the send buffer held it back",
+    "sent_bytes": "bytes sent while it was watched; a lower bound where only the bursts after its resets show them",
+    "busy_us": "busy time (data queued or unacknowledged) while it was watched, us; missing without two snapshots",
+    "rwnd_limited_share": "share of busy_us in which the peer's window held it back",
+    "sndbuf_limited_share": "share of busy_us in which the send buffer held it back",
     "retrans_segments": "segments retransmitted while it was watched",
-    "resets_harmful": "resets that were harmful",
-    "lost_us": "us that its resets cost, estimated, summed",
-    "measured_us": "us that its followed windows took to come back, less what their bytes needed at least, summed: an "
-    "upper bound",
-    "verdict": "one of LABELS: harmful if any reset was, else what most of them were",
-    "why": "the verdict's evidence, a sentence",
+    "resets_harmful": "number of its resets that were harmful",
+    "lost_us": "cost of its resets, sum, us, estimated",
+    "measured_us": "time that its followed windows took to grow back, less the time that their bytes needed at least, "
+    "sum, us: an upper bound of the cost",
+    "verdict": "one of LABELS: harmful if any reset was, else the most frequent one of its resets",
+    "why": "the evidence for the verdict, in words",
 }
-"""What ``connections`` adds to ``analysis.connections.summary``."""
+"""The columns that ``connections`` adds to ``analysis.connections.summary``."""
 
 _MOST: Final = 0.5
-"""A limit that held back for more of the time than this is the limit."""
+"""The share above which something that held a connection back is taken for its limit."""
+_UNCLEAR: Final = "It is unclear whether the congestion window is the cause"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of ``LABELS`` as ``verdict``, and its evidence as ``text``. Shows itself in a terminal and in Jupyter."""
+    """A verdict: one of ``LABELS`` as ``verdict``, and its evidence as ``text``, for a terminal and Jupyter."""
 
     verdict: str
     text: str
@@ -91,7 +92,7 @@ class Verdict:
 
 @dataclass(frozen=True, repr=False)
 class Host(Verdict):
-    """What the resets of a whole capture cost. Times in us, estimated; ``busy_us`` is NaN where nothing tells it."""
+    """The cost of the resets of a whole capture. Costs are in us, estimated; ``busy_us`` is NaN where it is unknown."""
 
     resets: int
     harmful: int
@@ -107,10 +108,10 @@ class Host(Verdict):
 
 
 def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
-    """``priced`` (resets with ``cost.COLUMNS``) with ``COLUMNS``; ``snapshots`` is ``connections`` of a Trace."""
+    """Return ``priced``, which has ``cost.COLUMNS``, with ``COLUMNS``; ``snapshots`` is a Trace's ``connections``."""
     out = priced.join(_limited(priced, snapshots))
     burst, mss = out["burst_bytes"], out["mss"].astype("float64")
-    # A limit narrower than the window was and than the burst, to which most of the round trips are due.
+    # A limit below both the window before the reset and the burst, which caused most of the round trips.
     narrow = out["limit_bytes"] < np.minimum(out["cwnd_before"].astype("float64") * mss, burst)
     narrow &= out["rounds_lost"] < _MOST * out["rounds_after"]
     buffer = out["limit_bytes"] < out["snd_wnd"]
@@ -138,14 +139,14 @@ def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
 
 
 def _limited(resets: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
-    """The shares of ``COLUMNS``, from the snapshot before each reset to the one after."""
+    """Return the shares of ``COLUMNS``, from the snapshot before each reset to the one after it."""
     clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
-    asked = resets[["connection"]].assign(ts_ns=resets["ts_ns"].astype("int64"), row=np.arange(len(resets)))
-    asked = asked.sort_values("ts_ns", kind="stable")
-    told = snapshots[["connection", *clocks]].astype(dict.fromkeys(clocks, "float64"))
-    told = told.assign(ts_ns=snapshots["ts_ns"].astype("int64")).sort_values("ts_ns", kind="stable")
+    moments = resets[["connection"]].assign(ts_ns=resets["ts_ns"].astype("int64"), row=np.arange(len(resets)))
+    moments = moments.sort_values("ts_ns", kind="stable")
+    readings = snapshots[["connection", *clocks]].astype(dict.fromkeys(clocks, "float64"))
+    readings = readings.assign(ts_ns=snapshots["ts_ns"].astype("int64")).sort_values("ts_ns", kind="stable")
     around = [
-        pd.merge_asof(asked, told, on="ts_ns", by="connection", direction=direction).set_index("row")[clocks]
+        pd.merge_asof(moments, readings, on="ts_ns", by="connection", direction=direction).set_index("row")[clocks]
         for direction in ("backward", "forward")
     ]
     spent = around[1] - around[0]
@@ -163,10 +164,10 @@ def connections(
     *,
     whole: bool = True,
 ) -> pd.DataFrame:
-    """``summary`` (of analysis.connections) with ``CONNECTION_COLUMNS``, those that lost most first.
+    """Return ``summary`` (of analysis.connections) with ``CONNECTION_COLUMNS``, those that lost most first.
 
     ``judged`` holds the resets with ``COLUMNS``, ``snapshots`` is ``connections`` of a Trace, ``about`` its metadata.
-    ``whole`` says that none of these rows are missing: else a connection without a reset may have had one.
+    ``whole`` says that none of these rows are missing; otherwise a connection without a reset may have had one.
     """
     out = summary.set_index("connection", drop=False).rename_axis(None)
     out = out.join(_watched(judged, snapshots)).join(_of_resets(judged))
@@ -182,24 +183,27 @@ def connections(
 
 
 def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
-    """What each connection did while it was watched: since its first snapshot, or all its life if it came later."""
+    """Return totals for each connection while it was watched.
+
+    That is from its first snapshot on, or all its life if it appeared later than the first snapshots.
+    """
     clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
     kinds = {"ts_ns": "int64", "bytes_sent": "int64", "total_retrans": "int64"} | dict.fromkeys(clocks, "float64")
-    told = snapshots[["connection", *kinds]].astype(kinds).sort_values("ts_ns", kind="stable", ignore_index=True)
-    groups = told.groupby("connection", sort=False)
+    rows = snapshots[["connection", *kinds]].astype(kinds).sort_values("ts_ns", kind="stable", ignore_index=True)
+    groups = rows.groupby("connection", sort=False)
     totals = groups[["bytes_sent", "total_retrans", *clocks]].last()
-    # The first look at all connections takes less than a second, the next one comes later.
-    old = groups["ts_ns"].first() <= told["ts_ns"].min() + 1_000_000_000
+    # The first snapshot of all connections takes less than a second, and the next one comes later.
+    old = groups["ts_ns"].first() <= rows["ts_ns"].min() + 1_000_000_000
     totals -= groups[["bytes_sent", "total_retrans", *clocks]].first().where(old, 0)
-    # A span between two snapshots is a burst of its own if data was sent in it and no reset began one.
-    known = told["connection"].map(old).astype(bool) | told.duplicated("connection")
-    sent = groups["bytes_sent"].diff().where(known, told["bytes_sent"]) > 0
+    # A span between two snapshots counts as a burst if data was sent in it and no reset began a burst there.
+    known = rows["connection"].map(old).astype(bool) | rows.duplicated("connection")
+    sent = groups["bytes_sent"].diff().where(known, rows["bytes_sent"]) > 0
     seen = judged.loc[judged["reason"].astype(str) == "idle", ["connection"]].assign(
         ts_ns=judged["ts_ns"].astype("int64")
     )
     ends = pd.merge_asof(
         seen.sort_values("ts_ns", kind="stable"),
-        told[["ts_ns", "connection"]].assign(row=told.index),
+        rows[["ts_ns", "connection"]].assign(row=rows.index),
         on="ts_ns",
         by="connection",
         direction="forward",
@@ -208,7 +212,7 @@ def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
     busy = totals["busy_us"].where(~old | (groups.size() > 1))
     return pd.DataFrame(
         {
-            "bursts": sent.groupby(told["connection"], sort=False).sum(),
+            "bursts": sent.groupby(rows["connection"], sort=False).sum(),
             "sent_bytes": totals["bytes_sent"],
             "retrans_segments": totals["total_retrans"],
             "busy_us": busy,
@@ -219,7 +223,7 @@ def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
-    """What the resets of each connection come to; ``common`` is the verdict that most of them have."""
+    """Return totals over the resets of each connection; ``common`` is their most frequent verdict."""
     keys = judged["connection"]
     per_rto = (judged["idle_us"] / judged["rto_us"].where(judged["rto_us"] > 0)).where(judged["reason"] == "idle")
     groups = per_rto.groupby(keys)
@@ -242,7 +246,7 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
 def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
     off = [inode for inode, namespace in about.namespaces.items() if namespace.idle == 0]
     hidden = bool(about.probes) and not about.probes.get("idle")
-    # The first that holds is the verdict.
+    # The first condition that holds gives the verdict.
     rules: list[tuple[str, Any]] = [
         ("harmful", rows["resets_harmful"] > 0),
         ("common", rows["common"].notna()),
@@ -261,38 +265,41 @@ def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
 
 
 def explain(row: Mapping[Any, Any]) -> str:
-    """The evidence for the verdict of one reset, a row of ``resets``, in a sentence."""
+    """Return the evidence for the verdict of one reset, a row of ``resets``, in words."""
     cwnd = f"{row['cwnd_before']} -> {row['cwnd_after']} {'segment' if row['cwnd_after'] == 1 else 'segments'}"
     if row["reason"] == "idle":
         cwnd += f" after {span(row['idle_us'])} of idle time (RTO {span(row['rto_us'])})"
     burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
     fits = size(row["cwnd_after"] * row["mss"])
-    told: dict[str, str] = {
-        "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more: "
-        f"{span(row['lost_us'])} at {span(row['round_us'])} each (estimated)",
-        "burst_fits": f"the burst of {burst} fits the window after ({fits})",
+    reasons: dict[str, str] = {
+        "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more, "
+        f"{span(row['lost_us'])} in all at {span(row['round_us'])} each (estimated)",
+        "burst_fits": f"the burst of {burst} fits into the window after the reset ({fits})",
         "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
-        "never_full": f"the burst of {burst} came in pieces that never used the window up: it didn't grow",
+        "never_full": f"the burst of {burst} came in pieces that never used up the window, which didn't grow",
         "receiver_window": _narrow(row, burst),
-        "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is less than the window was, and the burst is "
-        f"{burst}; at most {_share_of_rounds(row)}",
-        "loss": f"a retransmission timeout with ssthresh {threshold(row['ssthresh_after'])} segments after it, no "
-        "idle time",
-        "nothing_sent": "no data was sent between it and the connection's next record",
+        "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is smaller than the window was, and the burst "
+        f"is {burst}; at most {_share_of_rounds(row)}",
+        "loss": "a retransmission timeout caused the reset, not idle time; ssthresh was "
+        f"{threshold(row['ssthresh_after'])} segments after it",
+        "nothing_sent": "no data was sent between the reset and the connection's next record",
         "unknown": "no later record says how much was sent, or no round-trip time was ever measured",
     }
-    return f"{cwnd}: {told[row['verdict']]}"
+    return f"{cwnd}: {reasons[row['verdict']]}"
 
 
 def _narrow(row: Mapping[Any, Any], burst: str) -> str:
     if row["tgid"] == 0 and row["unsent_bytes"] > 0:
-        return f"the peer's window was closed, {size(row['unsent_bytes'])} waited for it to open"
+        return f"the peer's window was closed, and {size(row['unsent_bytes'])} waited for it to open"
     if row["rwnd_limited_share"] > _MOST:
         return (
-            f"the peer's window held the sender back for {_percent(row['rwnd_limited_share'])} of the time with data "
-            f"under way; at most {_share_of_rounds(row)}"
+            f"the peer's window held the sender back for {_percent(row['rwnd_limited_share'])} of its busy time; "
+            f"at most {_share_of_rounds(row)}"
         )
-    return f"the peer offered {size(row['snd_wnd'])}, less than the window was, for {burst}; {_share_of_rounds(row)}"
+    return (
+        f"the peer offered a window of {size(row['snd_wnd'])}, less than the congestion window was, for a burst of "
+        f"{burst}; {_share_of_rounds(row)}"
+    )
 
 
 def _trips(number: float) -> str:
@@ -300,31 +307,31 @@ def _trips(number: float) -> str:
 
 
 def _share_of_rounds(row: Mapping[Any, Any]) -> str:
-    return f"{row['rounds_lost']:.0f} of {row['rounds_after']:.0f} round trips are the reset's"
+    return f"{row['rounds_lost']:.0f} of {row['rounds_after']:.0f} round trips are due to the reset"
 
 
 def explain_connection(row: Mapping[Any, Any]) -> str:
-    """The evidence for the verdict of one connection, a row of ``connections``, in a sentence."""
+    """Return the evidence for the verdict of one connection, a row of ``connections``, in words."""
     number = plural(row["resets"], "reset")
     label = row["verdict"]
     if label == "harmful":
         many = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
-        told = many if row["resets"] > 1 else f"its reset cost its burst {span(row['lost_us'])} (estimated)"
-        # Snapshots may have missed some of the bursts: then there is no whole to have a share of.
+        cost = many if row["resets"] > 1 else f"its reset cost its burst {span(row['lost_us'])} (estimated)"
+        # Snapshots may have missed some of the bursts, so that the busy time is too short to give a share of.
         whole = row["busy_us"] >= row["lost_us"]
-        return told + (f", {_percent(row['lost_us'] / row['busy_us'])} of its busy time" if whole else "")
+        return cost + (f", {_percent(row['lost_us'] / row['busy_us'])} of the connection's busy time" if whole else "")
     if row["resets"]:
-        return LABELS[label] + (f", as for {row['common_count']:.0f} of {number}" if row["resets"] > 1 else "")
+        return LABELS[label] + (f" ({row['common_count']:.0f} of {number})" if row["resets"] > 1 else "")
     reasons = {
         "exempt": f"{row['ca_name']} never resets its window after idle time",
         "sysctl_off": f"{tcp.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
-        "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s it was watched",
+        "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s that it was watched",
         "send_buffer": f"no reset; the send buffer held it back for {_percent(row['sndbuf_limited_share'])} of "
-        f"{span(row['busy_us'])} with data under way",
+        f"its {span(row['busy_us'])} of busy time",
         "receiver_window": f"no reset; the peer's window held it back for {_percent(row['rwnd_limited_share'])} of "
-        f"{span(row['busy_us'])} with data under way",
-        "loss": f"no reset; {plural(row['retrans_segments'], 'segment')} retransmitted",
-        "unknown": "only one snapshot shows it, no probe saw idle resets, or the capture lacks some of its records",
+        f"its {span(row['busy_us'])} of busy time",
+        "loss": f"no reset, but {plural(row['retrans_segments'], 'retransmitted segment')}",
+        "unknown": "only one snapshot shows it, no probe could see idle resets, or some of its records are missing",
     }
     return reasons.get(label, f"no reset while it sent {size(row['sent_bytes'])}")
 
@@ -334,18 +341,19 @@ def _percent(share: float) -> str:
 
 
 def _not_the_window(labels: pd.Series, what: str) -> tuple[str, str]:
-    """The most frequent of the labels, and a sentence that has all of them."""
+    """Return the most frequent of the labels, and a sentence that names all of them."""
     common = labels.value_counts()
     verdict = str(common.index[0])
-    claim = "It can't be said whether it is the window" if verdict == "unknown" else "It is not the window"
-    reasons = ", ".join(f"{n:,} {LABELS[str(label)]}" for label, n in common.items())
+    claim = _UNCLEAR if verdict == "unknown" else "The congestion window is not the cause"
+    reasons = ", ".join(f'{plural(n, "time")} "{LABELS[str(label)]}"' for label, n in common.items())
     return verdict, f"{claim}: {what} ({reasons})."
 
 
 def host(rows: pd.DataFrame, judged: pd.DataFrame, lacking: str = "") -> Host:
-    """The verdict on all of a capture: ``rows`` of ``connections``, ``judged`` of ``resets``.
+    """Return the verdict on a whole capture: ``rows`` are those of ``connections``, ``judged`` those of ``resets``.
 
-    ``lacking`` says what the trace kept and the capture doesn't have: what is there then tells nothing of the whole.
+    ``lacking`` names the records that the trace kept and the capture doesn't have. If there are any, the records that
+    are there allow no verdict on the whole.
     """
     harmful = judged[judged["verdict"] == "harmful"]
     touched = int(harmful["connection"].nunique())
@@ -357,7 +365,7 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame, lacking: str = "") -> Host:
             f"{what} cost {span(lost)} (estimated) over {plural(len(harmful), 'burst')} on {touched} of "
             f"{plural(len(rows), 'connection')}"
         )
-        text += f", {_percent(lost / busy)} of the {span(busy)} with data under way." if busy >= lost else "."
+        text += f", {_percent(lost / busy)} of the {span(busy)} of busy time." if busy >= lost else "."
         verdict = "harmful"
     elif len(judged):
         what = f"{plural(len(judged), 'reset')}, none known to have cost a round trip"
@@ -367,6 +375,6 @@ def host(rows: pd.DataFrame, judged: pd.DataFrame, lacking: str = "") -> Host:
     else:
         verdict, text = "unknown", "No TCP connection was seen."
     if lacking:
-        per_rto = f" Of what is there: {text}" if len(harmful) else ""
-        verdict, text = "unknown", f"Can't tell whether it is the window, because {lacking}.{per_rto}"
+        known = f" By the records that are there, {text[0].lower()}{text[1:]}" if len(harmful) else ""
+        verdict, text = "unknown", f"{_UNCLEAR}, because {lacking}.{known}"
     return Host(verdict, text, len(judged), len(harmful), touched, len(rows), lost, busy)

@@ -127,7 +127,7 @@ def test_the_command_says_both_answers_and_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{a.path}: Idle resets cost ")
-    assert lines[1].startswith(f"{b.path}: It is not the window")
+    assert lines[1].startswith(f"{b.path}: The congestion window is not the cause")
     (busy,) = (line for line in lines if line.startswith("busy_per_mb "))
     assert busy.split()[1:] == [
         "250",

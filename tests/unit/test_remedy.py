@@ -52,7 +52,7 @@ def test_all_cures_of_one_connection(tmp_path: Path) -> None:
     assert "every 240 ms" in found["ping"]["action"]
     assert list(trace.remedies().columns) == list(remedy.COLUMNS)
     assert remedy.sentence(found["sysctl"]).startswith(
-        "sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about 426 ms (estimated), 1 connection; risk low: "
+        "sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about 426 ms (estimated) on 1 connection. Risk low: "
     )
 
 
@@ -129,7 +129,7 @@ def test_a_container_whose_host_is_set_already_is_named(tmp_path: Path) -> None:
     trace = capture(tmp_path, 1_000_000, netns=POD, sysctls=sysctls)
     assert by_name(trace)["sysctl"]["action"] == (
         "ip netns exec pod sysctl -w net.ipv4.tcp_slow_start_after_idle=0 "
-        "(the host's own is 0, which doesn't reach into this namespace)"
+        "(the host's own setting is 0, which doesn't apply in this namespace)"
     )
 
 
@@ -155,14 +155,14 @@ def test_what_lacks_is_never_nothing_to_do(tmp_path: Path) -> None:
     trace = capture(tmp_path, 2000)
     found = remedy.remedies(trace.verdicts, trace.summary(), trace.meta, lacking="5 of 8 resets are not in the capture")
     (said,) = map(remedy.sentence, found.to_dict("records"))
-    assert said == "Trace again, or get the whole capture: 5 of 8 resets are not in the capture."
+    assert said == "Trace again, or get the whole capture, because 5 of 8 resets are not in the capture."
 
 
 def test_other_limits_have_remedies_without_a_figure(tmp_path: Path) -> None:
     trace = capture(tmp_path, 1_000_000, fields={"snd_wnd": 2000})
     (row,) = by_name(trace).values()
     assert (row["remedy"], math.isnan(row["saves_us"])) == ("receiver_window", True)
-    assert "can't be told" in remedy.sentence(row)
+    assert "can't tell" in remedy.sentence(row)
 
 
 # ---- the audit --------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_audit_of_host_and_pods(tmp_path: Path) -> None:
     assert list(table) == [1, POD, 9, 55]
     pod = table[POD]
     assert (pod["live"], pod["touched"], pod["resets"], pod["lost_us"]) == (2, 1, 1, 426_000)
-    assert pod["note"] == "net.ipv4.tcp_slow_start_after_idle is 1, on the host 0"
+    assert pod["note"] == "net.ipv4.tcp_slow_start_after_idle is 1 here but 0 on the host"
     assert rows["slow_start_after_idle"].isna().tolist() == [False, False, True, True]
     assert (table[55]["live"], table[55]["name"], table[1]["host"], pod["host"]) == (1, "", True, False)
 

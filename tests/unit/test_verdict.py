@@ -54,7 +54,7 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
     assert row["verdict"] == label
     assert row["lost_us"] == (4 * 106_500 if label == "harmful" else 0)
     assert (trace.summary()["verdict"].tolist(), trace.host().verdict) == ([label], label)
-    assert trace.host().text.startswith("It can't be said ") == (label == "unknown")
+    assert trace.host().text.startswith("It is unclear ") == (label == "unknown")
     assert "1 of 1" not in trace.summary()["why"].item()
     said = verdict.explain(row)
     assert said.startswith(f"{row['cwnd_before']} -> 44 segments")
@@ -69,7 +69,7 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
         ({}, {"rwnd_limited_us": 500_000}, "harmful"),
         ({}, {"sndbuf_limited_us": 500_000}, "harmful"),
         ({"tgid": 0, "unsent_bytes": 1}, {}, "receiver_window"),
-        # 691 segments by 100 at a time: 9 round trips, of which 2 are the reset's; by 400 at a time, 3 of 5.
+        # 691 segments by 100 at a time: 9 round trips, of which 2 are due to the reset; by 400 at a time, 3 of 5.
         ({}, {"sndbuf": 144_800}, "send_buffer"),
         ({}, {"sndbuf": 579_200}, "harmful"),
         ({"snd_wnd": 144_800}, {}, "receiver_window"),
@@ -158,7 +158,8 @@ def test_no_reset(tmp_path: Path, label: str, fields: dict[str, Any], meta: dict
     (row,) = trace.summary().to_dict("records")
     assert (row["verdict"], row["lost_us"], row["resets_harmful"]) == (label, 0, 0)
     assert "nan" not in row["why"]
-    answer = "It can't be said whether it is the window" if label == "unknown" else "It is not the window"
+    unclear = "It is unclear whether the congestion window is the cause"
+    answer = unclear if label == "unknown" else "The congestion window is not the cause"
     assert trace.host().text.startswith(f"{answer}: no reset on 1 connection ")
 
 
@@ -190,7 +191,7 @@ def test_a_connection_by_hand(tmp_path: Path) -> None:
     assert (row["idle_per_rto_p50"], row["idle_per_rto_max"]) == (4.0, pytest.approx(2_100_000 / 308_000))
     assert (row["sent_bytes"], row["busy_us"], row["retrans_segments"]) == (1_000_919, 2_000_000, 1)
     assert (row["resets_harmful"], row["lost_us"], row["verdict"]) == (1, 426_000, "harmful")
-    assert row["why"] == "1 of 3 resets cost their bursts 426 ms in all (estimated), 21 % of its busy time"
+    assert row["why"] == "1 of 3 resets cost their bursts 426 ms in all (estimated), 21 % of the connection's busy time"
     assert list(row) == [*connections.COLUMNS, *verdict.CONNECTION_COLUMNS]
 
 
@@ -212,7 +213,7 @@ def test_those_that_lost_most_come_first_and_the_host_adds_up(tmp_path: Path) ->
         == str(host)
         == (
             f"Idle resets cost {host.lost_us / 1000:.0f} ms (estimated) over 2 bursts on 2 of 4 connections, "
-            f"{100 * host.lost_us / 12e6:.1f} % of the 12.0 s with data under way."
+            f"{100 * host.lost_us / 12e6:.1f} % of the 12.0 s of busy time."
         )
     )
 
