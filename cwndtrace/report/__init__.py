@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a capture says, put together once and shown in a terminal, as JSON or as a page."""
+"""The report on a capture, assembled once and shown in a terminal, as JSON or as a page."""

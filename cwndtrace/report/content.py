@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report holds: the answer first, then its evidence, and what the capture lacks."""
+"""The content of a report: the answer, its evidence, and caveats about missing records."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BLOCK_IO: Final = ("block_io",)
 
 @dataclass(frozen=True)
 class Report:
-    """Frames of a Trace as its methods give them; ``caveats`` by what they touch.
+    """The content of a report: frames of a Trace as its methods return them, and ``caveats`` by subject.
 
-    They are ``missing`` (what the trace kept and the capture doesn't have, to be said before all else), ``all``,
-    ``resets`` and ``block_io``.
+    The subjects are ``missing`` (records that the trace kept and the capture doesn't have, shown before all else),
+    ``all``, ``resets`` and ``block_io``.
     """
 
     trace: Trace
@@ -39,7 +39,7 @@ class Report:
 
 
 def report(trace: Trace) -> Report:
-    """All that is to be said of a capture."""
+    """Return the report on a capture."""
     resets = trace.verdicts
     return Report(
         trace=trace,
@@ -59,25 +59,27 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
     gaps = trace.gaps()
     whole = [f"{line}." for line in trace.warnings if line not in gaps]
     if trace.status != "complete":
-        whole.append(f"The capture is {trace.status}: what it had not yet written is missing.")
+        whole.append(f"The capture is {trace.status}: records that it had not yet written are missing.")
     for kind, number in trace.left_out.items():
         line = fmt.left_out(kind, number)
         whole.append(f"{line[0].upper()}{line[1:]}.")
     lost = {name: trace.lost(name) for name in arrow.TABLES}
-    resets = [f"{fmt.lost(lost[name], 'record', name)}: figures may be too low." for name in RESETS if lost[name]]
+    resets = [f"{fmt.lost(lost[name], 'record', name)}, so figures may be too low." for name in RESETS if lost[name]]
     unseen = [reason for reason, probe in trace.about.probes.items() if not probe]
     if unseen:
         whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
-    block = [f"{fmt.lost(lost[name], 'block request')}: figures may be too low." for name in BLOCK_IO if lost[name]]
+    block = [f"{fmt.lost(lost[name], 'block request')}, so figures may be too low." for name in BLOCK_IO if lost[name]]
     if lost["block_io"]:
-        resets.append("Block requests were lost: idle time may have been more the disk's than it seems.")
+        resets.append("Block requests were lost, so more of the idle time may have been the disk's than is shown.")
     if not trace.block_recorded:
-        block.append("Block I/O wasn't recorded: a disk can't be told from the application as the cause of idle time.")
+        block.append(
+            "Block I/O wasn't recorded, so a disk can't be told from the application as the cause of idle time."
+        )
     return {"missing": [f"{line}." for line in gaps], "all": whole, "resets": resets, "block_io": block}
 
 
 def as_json(found: Report) -> dict[str, Any]:
-    """The report as one object that JSON can hold: missing figures are null, times ISO 8601 in UTC."""
+    """Return the report as one object for JSON: missing figures are null, times are ISO 8601 in UTC."""
     about = found.trace.about
     frames = {
         "connections": found.connections.assign(
@@ -101,7 +103,7 @@ def as_json(found: Report) -> dict[str, Any]:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A dict a row, with None for what is missing."""
+    """Return one dict per row, with None for missing values."""
     return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
 
 

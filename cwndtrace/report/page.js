@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts a table by the column whose head is clicked; numbers by data-sort, the rest by their text.
+// Sort a table by the column whose header is clicked: cells with data-sort by that number, others by their text.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   [...table.tHead.rows[0].cells].forEach((head, column) => {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as one HTML file: no outside request, pictures and styles inside, readable in light, dark and print.
+"""The report as one HTML file with its pictures and styles inside, for light and dark screens and for print.
 
-All text goes through Jinja2's escaping and ``events.clean``. The page forbids itself everything but its own script and
-style, by their hashes.
+The page makes no outside request. All text goes through Jinja2's escaping and ``format.clean``. Its content security
+policy allows only its own script and style, by their hashes, and pictures in data URLs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import resources
 from io import BytesIO
 from typing import Any, Final
 
-import cwndtrace.plot  # noqa: F401  # first, since it decides whose settings matplotlib reads
+import cwndtrace.plot  # noqa: F401  # first, because it decides which settings matplotlib reads
 
 # isort: split
 
@@ -36,18 +36,18 @@ from cwndtrace.plot.timeline import timeline
 from cwndtrace.report.content import Report, records
 
 CONNECTIONS: Final = 200
-"""Rows of the table of connections."""
+"""The most rows in the table of connections."""
 TIMELINES: Final = 6
-"""Connections with a timeline: those that lost most, or else have most resets."""
+"""The most connections with a timeline: those that lost most, or else those with most resets."""
 _RESETS: Final = 8
 _PROCESSES: Final = 20
-# From so many dots on, a bitmap inside the SVG is smaller.
+# Above this number of dots, a bitmap inside the SVG is smaller than the dots as paths.
 _DOTS: Final = 1000
 
 
 @making_sense()
 def page(report: Report) -> str:
-    """The HTML of a report."""
+    """Return the HTML of a report."""
     files = {name: _file(f"page.{name}") for name in ("css", "js", "html.j2")}
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters |= {
@@ -78,7 +78,7 @@ def page(report: Report) -> str:
         audit=records(report.audit),
         timelines=_timelines(report, rows),
         heat=_heat(report) if len(report.devices) else None,
-        # These two are files of this package.
+        # These two are files of this package, so they need no escaping.
         style=Markup(files["css"]),  # noqa: S704
         script=Markup(files["js"]),  # noqa: S704
         style_hash=_hash(files["css"]),
@@ -88,24 +88,24 @@ def page(report: Report) -> str:
 
 
 def _unbroken(text: str) -> Markup:
-    """HTML for a text with no-break spaces; as a character they wouldn't be printable."""
+    """Return HTML for a text, with no-break spaces as entities, because the character itself counts as unprintable."""
     return escape(text).replace("\u00a0", Markup("&nbsp;"))
 
 
 def _because(row: Mapping[str, Any]) -> str:
-    """The cause of the idle time before a reset, to be put behind its verdict."""
-    told = {
-        "peer": f"; it waited {fmt.span(row['peer_us'])} for its peer",
+    """Return the cause of the idle time before a reset, to follow its verdict."""
+    causes = {
+        "peer": f"; the connection waited {fmt.span(row['peer_us'])} for its peer",
         "disk": f"; {clean(row['comm'])} had {fmt.plural(row['disk_requests'], 'request')} on {row['disk_device']} "
         f"for {fmt.span(row['disk_us'])} of the idle time",
-        "application": f"; {fmt.span(row['application_us'])} of the idle time were the application's own",
-        "unknown": "; whether a disk was why wasn't recorded",
+        "application": f"; {fmt.span(row['application_us'])} of the idle time was the application's own",
+        "unknown": "; block I/O wasn't recorded, so a disk may have been the cause",
     }
-    return told.get(row["cause"], "")
+    return causes.get(row["cause"], "")
 
 
 def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What is shown of the connections that have a timeline, by key."""
+    """Return the content of the timeline sections, by connection key."""
     trace, shown = report.trace, {}
     for number, row in enumerate([row for row in rows if row["resets"]][:TIMELINES]):
         key = row["connection"]
@@ -128,7 +128,7 @@ def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str
 
 
 def _seen(report: Report, key: str) -> tuple[float, float]:
-    """From when to when a connection was watched, with the idle time before its first reset, in s of the capture."""
+    """Return when a connection was watched, including the idle time before its first reset, in s since the start."""
     trace, mine = report.trace, report.resets[report.resets["connection"] == key]
     stamps = pd.concat([mine["ts_ns"], trace.connections.loc[trace.connections["connection"] == key, "ts_ns"]])
     begin = min(int(stamps.min()), int((mine["ts_ns"].astype("int64") - mine["idle_us"].astype("int64") * 1000).min()))
@@ -144,7 +144,7 @@ def _heat(report: Report) -> dict[str, str]:
 
 
 def _pair(draw: Callable[[], Figure]) -> dict[str, str]:
-    """A picture for light and for dark, as addresses that hold it."""
+    """Return a picture for light and one for dark screens, as data URLs."""
     pair = {}
     for name in ("light", "dark"):
         with style.use(dark=name == "dark"):
@@ -156,7 +156,7 @@ def _svg(figure: Figure) -> str:
     for dots in figure.findobj(PathCollection):
         dots.set_rasterized(np.size(dots.get_offsets()) > 2 * _DOTS)
     file = BytesIO()
-    # The same capture gives the same page.
+    # A fixed salt and no date make the page the same each time for one capture.
     with mpl.rc_context({"svg.hashsalt": "cwndtrace"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
