@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: DataFrames in, matplotlib Figures out. Nothing here shows or saves one."""
+"""Functions that draw DataFrames as matplotlib Figures. None of them shows or saves a figure."""
 
 from cwndtrace import isolated
 

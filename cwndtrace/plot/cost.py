@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted against measured cost of a reset, burst by burst."""
+"""A picture of the predicted against the measured cost of resets, one point per burst."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette, plain
 
 SIZES: Final = 6
-"""So many sizes of bursts have a colour each; of more, those of a decade share one."""
+"""Up to this many burst sizes have a colour each; with more, the sizes of a decade share one."""
 MARKERS: Final = ("o", "s", "^", "D", "v", "P")
-"""A shape for each congestion control; from the sixth on they share the last."""
+"""The shapes of congestion controls; from the sixth on, they share the last one."""
 
 _SIDE, _LEFT, _BOTTOM = 3.6, 0.78, 0.86
-_ALIKE: Final = 1.25  # the ratio of longest to shortest round trip up to which one band in ms is right for all
+_ALIKE: Final = 1.25  # up to this ratio of longest to shortest round trip, one band in ms is right for all
 
 Values = npt.NDArray[np.float64]
 
 
 def cost(pairs: pd.DataFrame) -> Figure:
-    """A figure of the predicted extra time of each burst against the measured one.
+    """Return a figure of the predicted extra time of each burst against the measured one.
 
-    ``pairs`` has a row a burst: ``predicted_ms``, ``measured_ms``, ``rtt_ms``, ``burst_bytes``, ``ca_name``; rows with
-    a value missing are passed over. On the line both agree; in the band they are within one round trip. The axes
-    are in milliseconds, or, where the paths' round-trip times differ, in round trips, so that the band holds for all.
-    Colours are sizes of bursts, shapes congestion controls.
+    ``pairs`` has one row per burst: ``predicted_ms``, ``measured_ms``, ``rtt_ms``, ``burst_bytes``, ``ca_name``. Rows
+    with a missing value are skipped. On the line both agree; in the band they are within one round trip. The axes are
+    in milliseconds, or, where the paths' round-trip times differ, in round trips, so that the band holds for all.
+    Colours show the size of bursts, shapes the congestion control.
     """
     used = pairs.dropna(subset=["predicted_ms", "measured_ms", "rtt_ms", "burst_bytes"])
     used = used[used["rtt_ms"] > 0]
@@ -95,7 +95,7 @@ def _round_trips(axes: Axes, trip: float, colours: Palette) -> None:
 
 
 def _points(axes: Axes, used: pd.DataFrame, x: Values, y: Values, colours: Palette) -> None:
-    """The points, and beside the axes what their colours and shapes mean."""
+    """Draw the points, and beside the axes the legend of their colours and shapes."""
     label, order = _classes(used["burst_bytes"].to_numpy(np.float64))
     hues = dict(zip(order, colours.steps(len(order)), strict=True))
     names = used["ca_name"].astype(str)
@@ -125,7 +125,7 @@ def _points(axes: Axes, used: pd.DataFrame, x: Values, y: Values, colours: Palet
 
 
 def _classes(bursts: Values) -> tuple[npt.NDArray[Any], list[str]]:
-    """The class of each burst, and all classes from small to large."""
+    """Return the size class of each burst, and all classes from small to large."""
     if len(np.unique(bursts)) <= SIZES:
         texts = np.array([layout.size(burst) for burst in bursts])
     else:

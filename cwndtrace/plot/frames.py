@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pictures need to know about the frames: clocks, spans and which connections to show."""
+"""Clocks, spans and the choice of connections, computed from the frames of a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Seconds = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Clock:
-    """``zero_ns`` of CLOCK_MONOTONIC is 0 s of the picture; ``begin`` and ``end`` are its edges in seconds."""
+    """The time axis of a picture.
+
+    ``zero_ns`` of CLOCK_MONOTONIC is 0 s of the picture; ``begin`` and ``end`` are its edges in seconds.
+    """
 
     zero_ns: int
     begin: float
@@ -27,18 +30,18 @@ class Clock:
     started: str
 
     def seconds(self, ns: pd.Series) -> Seconds:
-        """Times of records in seconds of the picture."""
+        """Return times of records in seconds of the picture."""
         return (ns.to_numpy(np.int64) - self.zero_ns) / 1e9
 
     def shown(self, frame: pd.DataFrame, first: str, last: str) -> pd.DataFrame:
-        """The rows that reach into the picture, from their time ``first`` to ``last`` (column names, ns)."""
+        """Return the rows that reach into the picture, each from its time ``first`` to ``last`` (column names, ns)."""
         inside = (self.seconds(frame[last]) >= self.begin) & (self.seconds(frame[first]) <= self.end)
         return frame[inside]
 
 
 @dataclass(frozen=True)
 class LossBand:
-    """A span in seconds of the picture, during which ``lost`` records of ``event`` couldn't be kept."""
+    """A span in seconds of the picture during which ``lost`` records of ``event`` were lost."""
 
     event: str
     begin: float
@@ -53,7 +56,7 @@ def clock(
     about: Meta,
     span: tuple[float, float] | None,
 ) -> Clock:
-    """The picture's clock: from the capture's metadata, or from its records where that is silent.
+    """Return the picture's clock, from the capture's metadata, or from its records where the metadata has no times.
 
     Raises UsageError for a span that ends before it begins.
     """
@@ -70,20 +73,20 @@ def clock(
 
 
 def losses(about: Meta, at: Clock) -> list[LossBand]:
-    """The spans with losses that reach into the picture."""
-    found = []
+    """Return the spans with losses that reach into the picture."""
+    bands = []
     for span in about.lossy:
         loss = LossBand(span.event, (span.start_ns - at.zero_ns) / 1e9, (span.end_ns - at.zero_ns) / 1e9, span.lost)
         if loss.lost > 0 and loss.end >= at.begin and loss.begin <= at.end:
-            found.append(loss)
-    return found
+            bands.append(loss)
+    return bands
 
 
 def choose(resets: pd.DataFrame, connections: pd.DataFrame, wanted: str | None, most: int) -> tuple[list[str], int]:
-    """The keys of the connections to show, and of how many they were chosen.
+    """Return the keys of the connections to show, and the number of connections that they were chosen from.
 
-    ``wanted`` alone if given, raising UsageError if it isn't there; else the ``most`` with most resets; else,
-    where nothing reset, the ``most`` that sent most.
+    These are ``wanted`` alone, if given; otherwise the ``most`` connections with most resets, or, if none has a reset,
+    the ``most`` that sent most. Raises UsageError if ``wanted`` isn't there.
     """
     counts = resets["connection"].value_counts(sort=False)
     sent = pd.concat([connections[["connection", "bytes_sent"]], resets[["connection", "bytes_sent"]]])
@@ -92,7 +95,7 @@ def choose(resets: pd.DataFrame, connections: pd.DataFrame, wanted: str | None, 
     if wanted is not None:
         if wanted not in most_sent.index:
             cause = f"There is no connection {fmt.clean(wanted)} in this capture."
-            raise UsageError(cause, f"Those with most resets: {', '.join(keys[:5]) or 'none'}.")
+            raise UsageError(cause, f"Choose one of those with most resets: {', '.join(keys[:5]) or 'none'}.")
         return [wanted], len(keys)
     with_resets = [key for key in keys if counts.get(key, 0)]
     return (with_resets or keys)[:most], len(keys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The heat map of block I/O: how many requests of which latency began when."""
+"""The heat map of block I/O: the number of requests by latency and start time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _LEFT, _BOTTOM, _WIDTH, _HEIGHT = 0.75, 0.85, 5.55, 2.2
 
 
 def heat(cells: pd.DataFrame, *, zero_ns: int, about: Meta) -> Figure:
-    """A figure of ``analysis.block_io.heat_map``: seconds since ``zero_ns`` (CLOCK_MONOTONIC) across, latency in ms up.
+    """Return a figure of ``analysis.block_io.heat_map``: seconds since ``zero_ns`` against latency in ms.
 
-    Spans in which requests were lost are hatched, by the capture's metadata ``about``. Colours come from ``style.use``.
+    ``zero_ns`` is on CLOCK_MONOTONIC. Spans in which requests were lost, by the capture's metadata ``about``, are
+    hatched. Colours come from ``style.use``.
     """
     starts = cells.columns.to_numpy(np.float64)
     width = starts[1] - starts[0] if len(starts) > 1 else 1e9

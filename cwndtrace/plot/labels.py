@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that must neither overlap nor run out of the picture."""
+"""The placing of text that must neither overlap nor leave the picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GAP_POINTS = 5.0
 
 @dataclass(frozen=True)
 class Label:
-    """A text for the point (x, y) of the data; of two that collide, the one of higher rank stays."""
+    """A text for the data point (x, y); of two that collide, the one with the higher rank stays."""
 
     x: float
     y: float
@@ -30,14 +30,14 @@ class Label:
 
 
 def headroom(height_points: float) -> float:
-    """The share of a panel of this height that its lanes of labels take at the top."""
+    """Return the share of a panel of this height that its lanes of labels take at the top."""
     return (LANES * _LANE_POINTS + 10) / height_points
 
 
 def place(axes: Axes, labels: list[Label], size: float = 8.0) -> int:
-    """Put labels into the lanes at the top of ``axes``, each with a line down to its point; how many fitted.
+    """Put labels into the lanes at the top of ``axes``, each with a line down to its point; return how many fitted.
 
-    The limits and the place of ``axes`` in its figure have to be final.
+    The limits of ``axes`` and its place in the figure have to be final.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -49,7 +49,7 @@ def place(axes: Axes, labels: list[Label], size: float = 8.0) -> int:
         width = _width(figure, label.text, size)
         stem = float(axes.transData.transform((label.x, label.y))[0])
         half, gap = width / 2, _GAP_POINTS * point
-        # Over its point if it can be, else beside it, in the upper lane first.
+        # A label goes over its point if there is room, otherwise beside it, and into the upper lane first.
         tries = (
             (lane, centre)
             for lane in range(LANES)
@@ -70,7 +70,7 @@ def place(axes: Axes, labels: list[Label], size: float = 8.0) -> int:
 
 
 def _free(lanes: list[list[tuple[float, float, float]]], lane: int, begin: float, end: float, stem: float) -> bool:
-    """Whether a label has room in a lane: beside its neighbours, and no line to a point runs through a text."""
+    """Return whether a label has room beside its neighbours in a lane, with no line to a point through any text."""
     beside = all(end <= b or begin >= e for b, e, _ in lanes[lane])
     under = all(not begin < s < end for upper in lanes[:lane] for _, _, s in upper)
     over = all(not b < stem < e for lower in lanes[lane + 1 :] for b, e, _ in lower)
@@ -78,7 +78,7 @@ def _free(lanes: list[list[tuple[float, float, float]]], lane: int, begin: float
 
 
 def fit(text: Text, points: float, least: float = 6.5) -> None:
-    """Make ``text`` no wider than ``points``: smaller letters first, then an ellipsis in its middle."""
+    """Make ``text`` no wider than ``points``, by smaller letters first, then by an ellipsis in its middle."""
     figure = text.get_figure(root=True)
     assert figure is not None
     content = text.get_text()
@@ -94,7 +94,7 @@ def fit(text: Text, points: float, least: float = 6.5) -> None:
 
 
 def extent(artist: Artist) -> Bbox:
-    """Where an artist of a figure will be drawn, in pixels."""
+    """Return the box in which an artist of a figure will be drawn, in pixels."""
     figure = artist.get_figure(root=True)
     assert figure is not None
     canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
@@ -103,7 +103,7 @@ def extent(artist: Artist) -> Bbox:
 
 
 def _width(figure: Figure, content: str, size: float, like: Text | None = None) -> float:
-    """The width of a text in pixels."""
+    """Return the width of a text in pixels."""
     probe = Text(0, 0, content, figure=figure)
     if like is not None:
         probe.set_fontproperties(like.get_fontproperties())

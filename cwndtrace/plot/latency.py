@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Burst latency by idle time, with the setting on and off: a panel for each size of burst."""
+"""A picture of burst latency by idle time, with the setting on and off, and a panel for each burst size."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
 
 MOST_PANELS: Final = 6
-"""Sizes of bursts in one picture: the largest."""
+"""The most burst sizes in one picture; the largest ones are shown."""
 
 _LEFT, _RIGHT, _BOTTOM, _FOOT, _TITLE, _GAP = 0.68, 0.68, 0.48, 0.3, 0.28, 0.22
-_HEIGHTS: Final = {1: 3.0, 2: 1.95}  # inches of a panel, by how many rows of them
+_HEIGHTS: Final = {1: 3.0, 2: 1.95}  # inches of a panel, by the number of rows of panels
 _ASIDE: Final = {"on": -0.17, "off": 0.17}
 _WIDE, _SPREAD = 0.3, 0.1
 _MINUS: Final = "\N{MINUS SIGN}"
@@ -31,13 +31,14 @@ _MARKERS: Final = {"on": "o", "off": "s"}
 
 
 def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """A figure of burst latency (ms on the left, round trips on the right) by idle time, on beside off.
+    """Return a figure of burst latency by idle time, on beside off: ms on the left axis, round trips on the right.
 
-    ``measurements`` has a row a burst: ``setting`` (on, off), ``idle_s``, ``burst_bytes``, ``latency_ms``,
-    ``min_rtt_ms``, ``rto_ms``; each is a faint dot. ``summary`` has a row a burst and idle time: ``burst_bytes``,
-    ``idle_s``, ``median_on_ms``, ``median_off_ms``, ``cost_ms``, ``cost_low_ms``, ``cost_high_ms``, ``cost_rtts``, NaN
-    for what wasn't measured. Markers and bars are the medians, lines run from the 5th to the 95th percentile of the
-    measurements. Above each pair stands what the setting cost, and the 95 % interval of that, where there is room.
+    ``measurements`` has one row per burst: ``setting`` (on, off), ``idle_s``, ``burst_bytes``, ``latency_ms``,
+    ``min_rtt_ms``, ``rto_ms``. Each is a faint dot. ``summary`` has one row per burst size and idle time:
+    ``burst_bytes``, ``idle_s``, ``median_on_ms``, ``median_off_ms``, ``cost_ms``, ``cost_low_ms``, ``cost_high_ms``,
+    ``cost_rtts``, with NaN for values that weren't measured. Markers and bars are medians, and lines run from the 5th
+    to the 95th percentile of the measurements. The cost of the setting and its 95 % interval are above each pair, where
+    there is room.
     """
     bursts = sorted(measurements["burst_bytes"].unique().tolist())
     shown = bursts[-MOST_PANELS:]
@@ -49,7 +50,7 @@ def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         rows, across = len(grid), len(grid[0])
         drawn = [axes for row in grid for axes in row if axes is not None]
         for axes in drawn:
-            # The room on top is for two lines of text.
+            # The top of each panel has room for two lines of text.
             axes.set_ylim(0, high / (1 - 0.44 / _HEIGHTS[rows]))
             axes.yaxis.set_major_locator(MaxNLocator(5 if rows > 1 else 7))
             axes.grid(axis="y")
@@ -64,14 +65,14 @@ def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         for n, row in enumerate(grid):
             if row[0] is not None:
                 row[0].set_ylabel("latency (ms)", fontsize=10)
-            last = [each for each in row if each is not None][-1]
+            last = [axes for axes in row if axes is not None][-1]
             _round_trips(last, rtt, colours)
-            for column, each in enumerate(row):
-                if each is None:
+            for column, panel in enumerate(row):
+                if panel is None:
                     continue
-                each.tick_params(labelleft=column == 0)
+                panel.tick_params(labelleft=column == 0)
                 if n == rows - 1 or grid[n + 1][column] is None:
-                    each.set_xlabel("idle before the burst (s)" if across < 3 else "idle (s)", fontsize=10)
+                    panel.set_xlabel("idle before the burst (s)" if across < 3 else "idle (s)", fontsize=10)
         layout.finish(figure, *_titles(summary), legend, _caption(used, len(shown), len(bursts), rtt), colours)
     return figure
 
@@ -79,12 +80,12 @@ def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 def _grid(number: int) -> tuple[Figure, list[list[Axes | None]]]:
     across = {1: 1, 2: 2, 3: 3, 4: 2}.get(number, 3)
     rows = -(-number // across)
-    each = _HEIGHTS[rows] + _TITLE + _BOTTOM
-    figure = layout.sheet(_FOOT + rows * each)
+    height = _HEIGHTS[rows] + _TITLE + _BOTTOM
+    figure = layout.sheet(_FOOT + rows * height)
     wide = (layout.WIDTH - _LEFT - _RIGHT - (across - 1) * _GAP) / across
     grid: list[list[Axes | None]] = []
     for n in range(rows):
-        bottom = _FOOT + (rows - 1 - n) * each + _BOTTOM
+        bottom = _FOOT + (rows - 1 - n) * height + _BOTTOM
         places = [_LEFT + column * (wide + _GAP) for column in range(across)]
         grid.append(
             [
@@ -134,7 +135,7 @@ def _panel(axes: Axes, measured: pd.DataFrame, cells: pd.DataFrame, colours: Pal
 
 
 def _mark_rto(axes: Axes, idle_times: list[float], rto_ms: float, colours: Palette) -> bool:
-    """A line between the idle times that are shorter than the RTO and those that are longer; whether there is one."""
+    """Draw a line between the idle times up to the RTO and the longer ones; return whether there is one."""
     shorter = sum(idle * 1000 <= rto_ms for idle in idle_times)
     if not 0 < shorter < len(idle_times):
         return False
@@ -143,7 +144,7 @@ def _mark_rto(axes: Axes, idle_times: list[float], rto_ms: float, colours: Palet
 
 
 def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd.DataFrame, colours: Palette) -> None:
-    """What the setting cost above each pair, its interval below that: as large as there is room for."""
+    """Write the cost of the setting above each pair, with its interval below, as large as there is room for."""
     costs: list[tuple[int, str, str]] = []
     for cell in cells.to_dict("records"):
         cost, low, high = (float(cell[name]) for name in ("cost_ms", "cost_low_ms", "cost_high_ms"))
@@ -163,7 +164,7 @@ def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd
     if not fits([text for _, text, _ in costs], bold):
         bold |= {"fontsize": 7.5, "fontweight": "normal"}
     if not fits([text for _, text, _ in costs], bold):
-        return  # the axis has to tell
+        return  # there is no room, and the axis shows the values
     place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "zorder": 6}
     for n, text, interval in costs:
         both = bool(interval) and intervals
@@ -173,7 +174,7 @@ def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd
 
 
 def _signed(value: float, plus: str = "+") -> str:
-    """A whole number with a real minus sign; nothing before a zero."""
+    """Return a whole number with its sign, a real minus sign or ``plus``; zero has no sign."""
     whole = f"{abs(value):.0f}"
     return whole if whole == "0" else f"{_MINUS if value < 0 else plus}{whole}"
 
@@ -200,7 +201,7 @@ def _round_trips(axes: Axes, rtt: float, colours: Palette) -> None:
 
 
 def _titles(summary: pd.DataFrame) -> tuple[str, str]:
-    """The dearest burst and idle time of which the experiment is sure, or that there is none."""
+    """Return both titles: the burst and idle time with the highest cost that is surely above 0, or that none is."""
     second = f"net.ipv4.{layout.SYSCTL}"
     if summary.empty:
         return "Nothing was measured", f"{second} on and off"
@@ -214,8 +215,8 @@ def _titles(summary: pd.DataFrame) -> tuple[str, str]:
         only = "on" if summary["median_on_ms"].notna().any() else "off"
         return f"Latency with the setting {only}; nothing to compare with", f"{second} {only}"
     if summary["cost_low_ms"].isna().any():
-        return "Too few rounds to be sure of a difference", f"{second} on and off; three rounds are the least"
-    return "The setting cost nothing here", f"{second} on and off: each 95 % interval holds 0, or less"
+        return "Too few rounds to be sure of a difference", f"{second} on and off; at least three rounds are needed"
+    return "The setting cost nothing here", f"{second} on and off: each 95 % interval includes 0 or is below it"
 
 
 def _caption(used: pd.DataFrame, shown: int, of: int, rtt: float) -> str:

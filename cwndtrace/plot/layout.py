@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pictures of an experiment share: a sheet with a headline that says the finding, a legend and a caption.
+"""The layout that the pictures of an experiment share: a sheet with the finding as headline, a legend and a caption.
 
-Everything is placed in inches from the bottom left, so that nothing moves when the headline is put on top.
+Everything is placed in inches from the bottom left, so that nothing moves when the headline is added on top.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
 
 WIDTH: Final = 7.2
-"""Inches: narrower than a page, so that the letters stay legible at half of one."""
+"""Width in inches, less than that of a page, so that letters stay legible at half a page."""
 SYSCTL: Final = "tcp_slow_start_after_idle"
 
 _LEFT, _RIGHT = 0.12, 0.12
@@ -24,20 +24,20 @@ _HEADING, _ROW, _SPACE = 0.62, 0.2, 0.14
 
 
 def sheet(height: float) -> Figure:
-    """A figure for axes up to ``height``; ``finish`` adds what stands above them."""
+    """Return a figure for axes up to ``height`` inches; ``finish`` adds headline and legend above them."""
     return Figure(figsize=(WIDTH, height), dpi=150)
 
 
 def add(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches."""
+    """Add axes at a place in inches."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def finish(figure: Figure, first: str, second: str, legend: Legend, caption: str, colours: Palette) -> None:
-    """Make the sheet higher and write the headline, a line below it, the legend and, at the foot, the caption.
+    """Make the sheet higher, and write the headline, the line below it, the legend, and the caption at the foot.
 
-    All plain text already.
+    The texts have to be plain (see ``style.plain``).
     """
     room = WIDTH - _LEFT - _RIGHT
     shape: dict[str, Any] = {
@@ -66,7 +66,7 @@ def finish(figure: Figure, first: str, second: str, legend: Legend, caption: str
 
 
 def _columns(figure: Figure, legend: Legend, shape: dict[str, Any], room: float) -> tuple[int, int]:
-    """Into how many rows and columns the legend has to be broken to be no wider than ``room`` inches."""
+    """Return the rows and columns in which the legend is no wider than ``room`` inches."""
     for columns in range(len(legend), 0, -1):
         trial = figure.legend(list(legend.values()), list(legend), ncols=columns, loc="upper left", **shape)
         width = extent(trial).width / figure.dpi
@@ -77,12 +77,12 @@ def _columns(figure: Figure, legend: Legend, shape: dict[str, Any], room: float)
 
 
 def say(axes: Axes, text: str, colours: Palette) -> None:
-    """Say in the middle of ``axes`` why nothing is drawn there."""
+    """Write in the middle of ``axes`` why nothing is drawn there."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10.5, color=colours.faint)
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them: 300 kB, 1.5 MB."""
+    """Return a number of bytes in a short form: 300 kB, 1.5 MB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of panels of a timeline: a connection's window, and the latency of block I/O."""
+"""The two kinds of panels of a timeline: the window of a connection, and the latency of block I/O."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cwndtrace.plot.labels import Label, fit, headroom, place
 from cwndtrace.plot.style import Palette, plain
 
 SCATTER_MAX: Final = 20_000
-"""From this many requests on, percentiles over time are drawn instead of a dot each."""
+"""The most requests that are drawn as a dot each; of more, percentiles over time are drawn."""
 
-_LOG_FROM = 20.0  # the ratio of largest to least from which a logarithmic axis shows more
+_LOG_FROM = 20.0  # from this ratio of largest to smallest, a logarithmic axis shows more
 _BINS = 160
-_JIFFY_S = 0.01  # at most: HZ=100
+_JIFFY_S = 0.01  # the longest jiffy, at HZ=100
 _REASONS: Final = {
     "idle": "reset after idle",
     "rto_loss": "reset by RTO loss",
@@ -32,18 +32,18 @@ _REASONS: Final = {
 }
 
 Legend = dict[str, Artist]
-"""The legend's entries by their text, so that panels that share one show it once."""
+"""Legend entries by their text, so that panels with the same entry show it once."""
 
 
 def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, colours: Palette) -> Legend:
-    """A connection's congestion window over time. The frames hold the rows of this connection only."""
+    """Draw a connection's congestion window over time. The frames hold the rows of this connection only."""
     resets, legend = resets.sort_values("ts_ns"), Legend()
     when, before, after = at.seconds(resets["ts_ns"]), resets["cwnd_before"], resets["cwnd_after"]
     reasons = resets["reason"].astype(str).to_numpy()
     idle = reasons == "idle"
     began = when - resets["idle_us"].to_numpy(np.float64) / 1e6
-    # The last data's acknowledgements may still open the window; after that, it holds until the reset. They may be
-    # as late as srtt and the idle time's own inexactness of a jiffy.
+    # The acknowledgements of the last data may still open the window; after that, it holds until the reset. They may
+    # come as late as srtt plus a jiffy, the precision of the idle time.
     held = np.minimum(began + resets["srtt_us"].to_numpy(np.float64) / 1e6 + _JIFFY_S, when)
     levels = before.to_numpy(np.float64)
 
@@ -71,7 +71,7 @@ def window(axes: Axes, resets: pd.DataFrame, observed: pd.DataFrame, at: Clock, 
         shade_idle(axes, resets, at, colours)
         legend["idle"] = Patch(facecolor=colours.idle_shade)
     for reason in sorted(set(reasons)):
-        # Markers aren't clipped at the axis, so those outside the span are left out here.
+        # Markers aren't clipped at the axis, so those outside the span have to be left out.
         mine = (reasons == reason) & (when >= at.begin) & (when <= at.end)
         colour = colours.reason(reason)
         axes.vlines(when[mine], after[mine], before[mine], color=colour, linewidth=1.4, zorder=5)
@@ -94,14 +94,14 @@ def shade_idle(axes: Axes, resets: pd.DataFrame, at: Clock, colours: Palette) ->
 
 
 def label_resets(axes: Axes, resets: pd.DataFrame, at: Clock, colours: Palette) -> int:
-    """Write ``2827 → 44 after 2.1 s`` over the largest drops that there is room for; how many got a label."""
+    """Write ``2827 → 44 after 2.1 s`` over the largest drops that there is room for; return the number of labels."""
     labels = []
     columns = (resets[name].tolist() for name in ("cwnd_before", "cwnd_after", "idle_us", "reason"))
     for x, before, after, idle_us, reason in zip(at.seconds(resets["ts_ns"]).tolist(), *columns, strict=True):
         text = f"{before} → {after}" + (f" after {_idle(idle_us)}" if reason == "idle" else "")
         if at.begin <= x <= at.end:
             labels.append(Label(x, before, text, before - after, colours.reason(reason)))
-    # Far more than fit are never looked at: measuring text is slow.
+    # Measuring text is slow, so labels far beyond those that fit are not tried.
     return place(axes, sorted(labels, key=lambda label: -label.rank)[:80])
 
 
@@ -112,7 +112,7 @@ def _idle(us: int) -> str:
 
 
 def heading(axes: Axes, first: str, second: str, colours: Palette) -> None:
-    """Two lines above a panel, the first bold; both plain text already."""
+    """Write two lines above a panel, the first bold; both have to be plain text (see ``style.plain``)."""
     width = axes.bbox.width * 72 / axes.figure.dpi
     for text, up, weight, colour in ((first, 18, "bold", colours.ink), (second, 6.5, "normal", colours.faint)):
         line = axes.annotate(
@@ -140,7 +140,7 @@ def _limits(axes: Axes, at: Clock, known: pd.DataFrame) -> None:
 
 
 def plain_log(axes: Axes, low: float, high: float) -> None:
-    """Plain numbers on a logarithmic axis, none above ``high``; finer steps where it has few decades."""
+    """Put plain numbers on a logarithmic axis, none above ``high``, in finer steps where it has few decades."""
     for steps in ((1,), (1, 3), (1, 2, 5)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**n for n in decades for step in steps if low <= step * 10.0**n <= high]
@@ -152,7 +152,7 @@ def plain_log(axes: Axes, low: float, high: float) -> None:
 
 
 def latency(axes: Axes, block_io: pd.DataFrame, at: Clock, colours: Palette) -> Legend:
-    """Latency of block I/O in ms at the time it started: a dot each, or percentiles where there are too many."""
+    """Draw the latency of block I/O in ms at its start: a dot per request, or percentiles if there are too many."""
     when = at.seconds(block_io["start_ns"])
     ms = np.maximum(block_io["done_ns"].to_numpy(np.int64) - block_io["start_ns"].to_numpy(np.int64), 1000) / 1e6
     failed = (block_io["error"] != "ok").to_numpy()
@@ -208,7 +208,7 @@ def _percentiles(axes: Axes, when: np.ndarray, ms: np.ndarray, at: Clock, colour
 
 
 def hatch(axes: Axes, losses: list[LossBand], at: Clock, colours: Palette) -> None:
-    """Hatch the spans in which records were lost; one too short to see is widened to two pixels."""
+    """Hatch the spans in which records were lost; one that is too short to see is widened to 2.5 pixels."""
     least = 2.5 * (at.end - at.begin) / axes.bbox.width
     for loss in losses:
         axes.axvspan(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The saw tooth: a window over time with the setting on and, below it on the same axes, with it off."""
+"""The saw tooth: a window over time with the setting on and, below it on the same scale, with it off."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from cwndtrace.records import arrow
 from cwndtrace.store.meta import Meta
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
-_LOG_FROM: Final = 20.0  # as in the timeline: from this ratio of largest to least on, the axis is logarithmic
-_JIFFY_NS: Final = 10_000_000  # at HZ=100, the longest
+_LOG_FROM: Final = 20.0  # from this ratio of largest to smallest, the axis is logarithmic, as in the timeline
+_JIFFY_NS: Final = 10_000_000  # the longest jiffy, at HZ=100
 _COLUMNS: Final = ["setting", "round", "start_ns", "end_ns", "idle_ms", "srtt_ms", "idle_s", "burst_bytes",
                    "latency_ms", "cwnd_before", "cwnd_after", "cwnd_end"]  # fmt: skip
 
@@ -41,17 +41,17 @@ def sawtooth(
     measurements: pd.DataFrame | None = None,
     round: int | None = None,
 ) -> Figure:
-    """A figure of the window (segments) of one connection with the sysctl on, above one with it off.
+    """Return a figure of the window (segments) of one connection with the sysctl on, above one with it off.
 
-    ``resets_*`` are the rows of a Trace's ``resets`` that belong to the connection, ``observed_*`` (``ts_ns``,
-    ``cwnd``) whatever else is known of its window: snapshots, samples. ``about`` is the capture's metadata.
+    ``resets_*`` are the rows of a Trace's ``resets`` that belong to the connection. ``observed_*`` (``ts_ns``,
+    ``cwnd``) are its window at other times: snapshots, samples. ``about`` is the capture's metadata.
 
-    ``measurements`` has a row a burst, of both settings, with the columns ``setting``, ``round``, ``start_ns``,
+    ``measurements`` has one row per burst, of both settings, with the columns ``setting``, ``round``, ``start_ns``,
     ``end_ns``, ``idle_ms``, ``srtt_ms``, ``idle_s``, ``burst_bytes``, ``latency_ms``, ``cwnd_before``, ``cwnd_after``
-    and ``cwnd_end``. With it one ``round`` is shown (None: the first that both settings finished), each panel from
-    its own first idle time on, because the settings take turns; idle times without a reset are shaded too, and each
-    burst is marked along the foot and labelled with what it took. Without it both panels show the whole capture on its
-    clock.
+    and ``cwnd_end``. With it, the figure shows one ``round`` (None: the first that both settings finished), each panel
+    from its own first idle time on, because the settings take turns. Idle times without a reset are then shaded too,
+    and each burst is marked along the foot and labelled with its window, size and latency. Without it, both panels show
+    the whole capture on its clock.
     """
     resets = {"on": arrow.whole(resets_on, "cwnd_reset"), "off": arrow.whole(resets_off, "cwnd_reset")}
     observed = {"on": observed_on, "off": observed_off}
@@ -103,7 +103,7 @@ def _none() -> pd.DataFrame:
 
 
 def _whole(measurements: pd.DataFrame) -> int:
-    """The first of the rounds in which most was measured with both settings."""
+    """Return the first of the rounds in which most bursts were measured with both settings."""
     counts = measurements.groupby(["round", "setting"], observed=True).size().unstack(fill_value=0)
     best: Any = counts.min(axis=1).idxmax()
     return int(best)
@@ -113,7 +113,7 @@ def _clocks(
     resets: dict[str, pd.DataFrame], observed: dict[str, pd.DataFrame], bursts: dict[str, pd.DataFrame],
     about: Meta,
 ) -> dict[str, Clock]:  # fmt: skip
-    """A clock for each panel: both as long, and where bursts are known each from its first idle time on."""
+    """Return a clock for each panel: both equally long, and with bursts each from its first idle time on."""
     both = pd.concat([frame[["ts_ns"]] for frame in [*resets.values(), *observed.values()]])
     whole = clock(both, both.iloc[:0], both.iloc[:0], about, None)
     zeros = {s: int((b["start_ns"] - (b["idle_ms"] * 1e6).astype("int64")).min()) for s, b in bursts.items() if len(b)}
@@ -125,26 +125,26 @@ def _clocks(
 
 
 def _known(observed: pd.DataFrame, bursts: pd.DataFrame, at: Clock) -> pd.DataFrame:
-    """Where the window is known besides at resets (``ts_ns``, ``cwnd``): what was observed and around each burst."""
+    """Return the known windows (``ts_ns``, ``cwnd``) besides those at resets: observed ones and those around bursts."""
     seen = at.shown(observed, "ts_ns", "ts_ns")[["ts_ns", "cwnd"]]
     when = seen["ts_ns"].to_numpy(np.int64)
     for start, idle, srtt in zip(bursts["start_ns"], bursts["idle_ms"], bursts["srtt_ms"], strict=True):
-        # The idle time is known to a jiffy: what was seen just as it set in may still belong to the last
+        # The idle time is known to a jiffy, so a window seen just as it began may still grow by the last
         # acknowledgements.
         settled = int(start) - int((idle - srtt) * 1e6)
         seen = seen[(when < settled) | (when > settled + _JIFFY_NS)]
         when = seen["ts_ns"].to_numpy(np.int64)
-    found = [seen]
+    frames = [seen]
     for time, cwnd in (("start_ns", "cwnd_before"), ("end_ns", "cwnd_end")):
-        found.append(bursts[[time, cwnd]].set_axis(["ts_ns", "cwnd"], axis=1))
-    known = pd.concat([frame.astype("int64") for frame in found]).drop_duplicates()
+        frames.append(bursts[[time, cwnd]].set_axis(["ts_ns", "cwnd"], axis=1))
+    known = pd.concat([frame.astype("int64") for frame in frames]).drop_duplicates()
     return known.sort_values("ts_ns", kind="stable", ignore_index=True)
 
 
 def _shade_and_mark(
     axes: Axes, bursts: pd.DataFrame, resets: pd.DataFrame, at: Clock, colours: Palette
 ) -> panels.Legend:
-    """What the resets alone don't tell: idle times that ended in none, with the window that held, and the bursts."""
+    """Draw the idle times that ended without a reset, with their window, and the bursts."""
     if bursts.empty:
         return {}
     starts, ends = at.seconds(bursts["start_ns"]), at.seconds(bursts["end_ns"])
@@ -176,7 +176,7 @@ def _same_scale(
     both: list[Axes], resets: dict[str, pd.DataFrame], observed: dict[str, pd.DataFrame],
     bursts: dict[str, pd.DataFrame], clocks: dict[str, Clock],
 ) -> None:  # fmt: skip
-    """One scale of windows for both panels, logarithmic where that shows more."""
+    """Give both panels one scale of windows, logarithmic where that shows more."""
     sizes: list[float] = []
     for setting, at in clocks.items():
         shown = at.shown(resets[setting], "ts_ns", "ts_ns")
@@ -203,7 +203,7 @@ def _same_scale(
 
 
 def _label_bursts(axes: Axes, bursts: pd.DataFrame, at: Clock, colour: str) -> None:
-    """What each burst took; where not all fit, in both panels those that were the largest after the longest idle."""
+    """Label bursts with their latency; where not all fit, the largest ones after the longest idle times get a label."""
     labels = []
     columns = (bursts[n].tolist() for n in ("cwnd_before", "cwnd_after", "burst_bytes", "latency_ms", "idle_s"))
     for x, before, after, size, ms, idle in zip(at.seconds(bursts["start_ns"]).tolist(), *columns, strict=True):
@@ -218,13 +218,13 @@ def _titles(
     second = f"net.ipv4.{layout.SYSCTL} on (above) and off (below)"
     if any(len(frame) for frame in bursts.values()):
         second += ", the same idle times and bursts"
-        said: list[str] = []
+        parts: list[str] = []
         for setting, frame in bursts.items():
             fell, number = int((frame["cwnd_after"] < frame["cwnd_before"]).sum()), len(frame)
             if number:
-                share = f"{fell:,} of {number:,}" if fell or not said else "none"
-                said.append(f"{setting}, {share}{'' if said else ' idle times shrank the window'}")
-        text = "; ".join(said)
+                share = f"{fell:,} of {number:,}" if fell or not parts else "none"
+                parts.append(f"{setting}, {share}{'' if parts else ' idle times shrank the window'}")
+        text = "; ".join(parts)
         return f"{text[0].upper()}{text[1:]}", second
     counts = []
     for setting, frame in resets.items():

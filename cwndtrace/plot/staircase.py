@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The staircase: what idle time leaves of the window, against its length in retransmission timeouts (RTO)."""
+"""The staircase: the share of the window that is left after idle time, against the idle time in RTOs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cwndtrace.plot.style import Palette
 from cwndtrace.records import arrow
 
 FLOORS: Final = 4
-"""Sizes of windows whose floor is drawn; more of them would only be noise."""
+"""The most sizes of windows whose floor is drawn; more lines would only be noise."""
 
-_JIFFY_US: Final = 10_000.0  # at HZ=100, the longest: idle times and timeouts are recorded to one
+_JIFFY_US: Final = 10_000.0  # the longest jiffy, at HZ=100: idle times and timeouts are recorded to one jiffy
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 3.3, 0.78, 1.12, 0.82
 _STAIRS: Final = 14.0
 _LABEL_GAP: Final = 0.19  # inches between the floors' labels
@@ -33,14 +33,14 @@ Values = npt.NDArray[np.float64]
 
 
 def staircase(resets: pd.DataFrame) -> Figure:
-    """A figure of the window after each reset as a share of the window before it, against the idle time in RTOs.
+    """Return a figure of the window after each reset as a share of the window before it, against idle time in RTOs.
 
-    ``resets`` is that frame of a Trace; used are ``reason`` (only ``idle`` is drawn), ``idle_us``, ``rto_us``,
-    ``cwnd_before``, ``cwnd_after`` and ``init_cwnd``. The line is the rule of tcp_cwnd_restart() in
-    net/ipv4/tcp_input.c: one halving for each whole RTO of idle time, down to the initial window. As a share that floor
-    is higher the smaller the window was, so it is drawn for the four most frequent sizes of windows. A point is on the
-    staircase if the rule, for an idle time within a jiffy (10 ms at most) of the recorded one, gives it to the segment.
-    Idle times longer than what the axis has room for stand at its right edge.
+    ``resets`` is that frame of a Trace; its columns ``reason`` (only ``idle`` is drawn), ``idle_us``, ``rto_us``,
+    ``cwnd_before``, ``cwnd_after`` and ``init_cwnd`` are used. The line is the rule of tcp_cwnd_restart() in
+    net/ipv4/tcp_output.c: one halving for each whole RTO of idle time, down to the initial window. As a share that
+    floor is higher the smaller the window was, so it is drawn for the four most frequent sizes of windows. A point is
+    on the staircase if the rule, for an idle time within a jiffy (10 ms at most) of the recorded one, gives it to the
+    segment. Idle times that are too long for the axis are at its right edge.
     """
     resets = arrow.whole(resets, "cwnd_reset")
     usable = (resets["reason"].astype(str) == "idle") & (resets["rto_us"] > 0) & (resets["cwnd_before"] > 0)
@@ -69,16 +69,16 @@ def staircase(resets: pd.DataFrame) -> Figure:
 
 
 def _halved(before: Values, rtos: Values) -> Values:
-    """``while ((delta -= rto) > 0) cwnd >>= 1``"""
+    """Return the windows halved by the kernel's rule: ``while ((delta -= rto) > 0) cwnd >>= 1``."""
     times = np.clip(np.ceil(rtos) - 1, 0, 32)
     halved: Values = np.floor(before / 2.0**times)
     return halved
 
 
 def _scales(axes: Axes, rtos: Values, floors: Values, shares: Values) -> tuple[float, float]:
-    """Set both axes up; the last RTO and the least share (as -log2) that they show."""
+    """Set both axes up; return the last RTO and the smallest share (as -log2) that they show."""
     depth = math.ceil(-math.log2(min(floors.min(), shares.min(), 0.5))) if len(rtos) else 6
-    # All of the stairs, if they aren't endless, and as far along the floor as there are records, if that isn't far.
+    # Show all steps, unless there are too many, and the floor as far as there are records, unless that is too far.
     limit = float(np.clip(rtos.max() * 1.04 + 0.3, min(depth + 1.5, _STAIRS), depth + 4.0)) if len(rtos) else 8.0
     depth = min(depth, max(math.ceil(limit), math.ceil(-math.log2(shares.min())))) if len(rtos) else depth
     top = max(1.0, float(shares.max())) if len(rtos) else 1.0
@@ -95,7 +95,7 @@ def _scales(axes: Axes, rtos: Values, floors: Values, shares: Values) -> tuple[f
 
 
 def _fraction(share: float) -> str:
-    """A power of 1/2 as it is written; far down in units of 1024 and its powers."""
+    """Return a power of 1/2 as a fraction, the smallest ones in powers of 1024."""
     parts = 1 / share
     for unit, name in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
         if parts >= 8 * unit:
@@ -104,7 +104,7 @@ def _fraction(share: float) -> str:
 
 
 def _theory(axes: Axes, before: Values, floor: Values, limit: float, depth: float, colours: Palette) -> Legend:
-    """The steps of the windows with the lowest floor, and from where the others leave them lines along theirs."""
+    """Draw the steps of the windows with the lowest floor, and the other floors from where they leave the steps."""
     groups = _groups(before, floor)
     deepest = groups[0]
     size, least = (float(np.median(values[deepest])) for values in (before, floor))
@@ -124,7 +124,7 @@ def _theory(axes: Axes, before: Values, floor: Values, limit: float, depth: floa
         if group is not deepest:
             axes.plot([max(1.0, math.ceil(-math.log2(share))), limit], [share, share], zorder=1.9, **dashed)
             legend["floor: the initial window"] = Line2D([], [], **dashed)
-        # Upwards from the lowest: a label that would touch the one below it is left out.
+        # Labels go upwards from the lowest floor, and one that would touch the label below it is left out.
         up = axes.transAxes.inverted().transform(axes.transData.transform((limit, share)))[1] * _HEIGHT
         if up >= 0 and up - used >= _LABEL_GAP:
             used = up
@@ -138,7 +138,7 @@ def _theory(axes: Axes, before: Values, floor: Values, limit: float, depth: floa
 
 
 def _groups(before: Values, floor: Values) -> list[list[int]]:
-    """The records by the size of their floor, lowest first: the most frequent ones. Within 20 % is one size."""
+    """Return the records of the most frequent floors, lowest first; floors within 20 % count as one."""
     shares = floor / before
     groups: list[list[int]] = []
     for n in np.argsort(shares, kind="stable").tolist():

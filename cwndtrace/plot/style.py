@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the pictures look: one light and one dark palette, and how text from outside gets onto them.
+"""The look of the pictures: one light and one dark palette, and the cleaning of text from outside.
 
-The hues are those of Okabe and Ito, told apart with every common kind of colour blindness; whatever differs
-by hue differs by shape as well.
+The hues are those of Okabe and Ito, which people with any common kind of colour blindness can tell apart. Elements
+that differ by hue differ by shape as well.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from matplotlib.font_manager import findfont, get_font
 
 from cwndtrace import format as fmt
 
-_FONT: Final = "DejaVu Sans"  # ships with matplotlib, has the arrows
+_FONT: Final = "DejaVu Sans"  # ships with matplotlib and has the arrows
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by what they mean."""
+    """A set of colours, named by their meaning."""
 
     paper: str
     ink: str
@@ -43,16 +43,16 @@ class Palette:
     error: str
     lost: str
     ramp: tuple[float, float]
-    """the part of matplotlib's viridis that stands out from the paper, for what has an order"""
+    """the part of matplotlib's viridis that stands out from the paper, for ordered values"""
 
     def steps(self, number: int) -> list[str]:
-        """``number`` colours in order, told apart by their lightness alone."""
+        """Return ``number`` colours in order, which lightness alone tells apart."""
         low, high = self.ramp
         shares = [low + (high - low) * n / max(number - 1, 1) for n in range(number)]
         return [to_hex(colormaps["viridis"](share)) for share in shares]
 
     def reason(self, label: str) -> str:
-        """The colour of a reset for this reason; that of faint text for one this version doesn't know."""
+        """Return the colour of a reset with this reason; unknown reasons have the colour of faint text."""
         known = {"idle": self.idle, "rto_loss": self.rto_loss, "app_limited": self.app_limited}
         return known.get(label, self.faint)
 
@@ -97,7 +97,7 @@ _palette: ContextVar[Palette] = ContextVar("palette", default=LIGHT)
 
 @contextmanager
 def use(dark: bool = False) -> Iterator[Palette]:
-    """Figures made inside the ``with`` are drawn with the dark or the light palette."""
+    """Draw figures that are made inside the ``with`` in the dark or the light palette."""
     token = _palette.set(DARK if dark else LIGHT)
     try:
         yield _palette.get()
@@ -106,13 +106,13 @@ def use(dark: bool = False) -> Iterator[Palette]:
 
 
 def palette() -> Palette:
-    """The palette in use: the light one unless ``use`` says otherwise."""
+    """Return the palette in use: the light one, unless ``use`` selects another."""
     return _palette.get()
 
 
 @contextmanager
 def drawing() -> Iterator[Palette]:
-    """The palette, with matplotlib set up for it; the user's own rc settings come back afterwards."""
+    """Set matplotlib up for the palette and yield it; the user's own rc settings are restored afterwards."""
     colours = palette()
     settings: Any = {
         "text.usetex": False,
@@ -153,9 +153,9 @@ def _drawable() -> frozenset[int]:
 
 
 def plain(text: object, limit: int = 200) -> str:
-    """Text from outside as matplotlib draws it to the letter: no control characters, no mathtext, not endless.
+    """Return text from outside in a form that matplotlib draws literally: no control characters, no mathtext.
 
-    A character that the font can't draw becomes ``?``.
+    It is cut off after ``limit`` characters. A character that the font can't draw becomes ``?``.
     """
     line = "".join(c if ord(c) in _drawable() else "?" for c in fmt.clean(str(text)))
     line = line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -19,9 +19,9 @@ from cwndtrace.records import arrow
 from cwndtrace.store.meta import Meta
 
 MOST_PANELS: Final = 4
-"""Connections in one picture."""
+"""The most connections in one picture."""
 
-# Inches: the figure is as wide as a page is at 9 point letters, so that half of one is still legible.
+# In inches. The figure is as wide as a page with 9 point letters, so that it is still legible at half a page.
 _WIDTH, _LEFT, _RIGHT = 8.6, 0.78, 0.18
 _WINDOW, _WINDOW_OF_MANY, _BLOCK, _HEADING, _GAP = 1.95, 1.5, 1.3, 0.47, 0.16
 _AXIS, _FOOT, _ROW = 0.48, 0.52, 0.18
@@ -37,7 +37,7 @@ def timeline(
     connection: str | None = None,
     span: tuple[float, float] | None = None,
 ) -> Figure:
-    """A figure with one panel a connection and, where there is any, block I/O latency below.
+    """Return a figure with one panel per connection and, if there is any, block I/O latency below.
 
     ``resets``, ``connections``, ``block_io`` and ``samples`` are the frames of a Trace (all but ``block_io`` with
     the column ``connection``); ``about`` is the capture's metadata. ``connection`` is one key, or None for the at most
@@ -174,7 +174,7 @@ def _caption(about: Meta, at: Clock, shown: int, of: int, no_disk: bool) -> str:
 
 
 def _foot(figure: Figure, legend: panels.Legend, caption: str, colours: Palette) -> None:
-    """The legend in as many rows as it needs, and the caption under it; the figure grows by what they take."""
+    """Add the legend in as many rows as it needs, with the caption below; the figure grows by their height."""
     room, left = _WIDTH - _LEFT - _RIGHT, _LEFT / _WIDTH
     shape: dict[str, Any] = {
         "loc": "lower left", "borderaxespad": 0, "borderpad": 0, "columnspacing": 1.4, "handletextpad": 0.5,
