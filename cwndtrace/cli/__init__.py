@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: all printing and all exit codes are here."""
+"""The command line. This package does all printing and sets all exit codes."""
 
 from __future__ import annotations
 
@@ -28,51 +28,56 @@ EXIT_KERNEL: Final = 77
 
 
 COMMANDS: Final = {
-    "compare": ("compare", "What a change did: one capture beside another."),
-    "doctor": ("doctor", "What this kernel offers, and what mends each lack."),
-    "plot": ("plot", "The picture of a capture."),
-    "report": ("report", "What a capture means, and what to do."),
-    "reproduce": ("reproduce", "What the setting costs on a long path."),
-    "run": ("run", "Trace resets, a line each, and block I/O."),
-    "serve": ("reproduce", "The far end of reproduce --against."),
+    "compare": ("compare", "Compare two captures, before and after a change."),
+    "doctor": ("doctor", "Check what this kernel supports, and what it lacks."),
+    "plot": ("plot", "Draw the timeline of a capture."),
+    "report": ("report", "Report whether resets mattered, why, and what to do."),
+    "reproduce": ("reproduce", "Measure what resets after idle time cost on a long path."),
+    "run": ("run", "Trace resets and block I/O, and write a capture."),
+    "serve": ("reproduce", "Serve as the far end of reproduce --against."),
 }
-"""Each command's module, imported only when the command is used, and what ``--help`` says of it."""
+"""The module of each command, which is imported only when the command is used, and its text in ``--help``."""
 
 NEED_ROOT: Final = frozenset({"doctor", "reproduce", "run"})
-"""All others give root's power up before their module is imported and their arguments are looked at."""
+"""The commands that need root. All others drop root's privileges before their module is imported and their arguments
+are parsed."""
 
 
 class Commands(click.Group):
-    """A group that loads a command when it is used, and turns the project's errors into lines and an exit code."""
+    """A command group that loads each command on first use, and turns errors into messages and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """All names."""
+        """Return the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command of that name."""
+        """Return the command with this name, or None if there is none."""
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in NEED_ROOT:
             user.give_up_power()
-        found: click.Command = getattr(import_module(f"cwndtrace.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
-        return found
+        command: click.Command = getattr(import_module(f"cwndtrace.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The list in ``--help``, for which none is loaded."""
+        """Write the list of commands in ``--help``, without loading any of them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Run it all; what is wrong with the command line is printed before a command is invoked."""
+        """Prepare the standard streams and the environment, then parse the command line and run the command.
+
+        Errors in the command line are printed before ``invoke`` is called, so the streams are prepared here.
+        """
         reopen_std_fds()
         print_all()
         systemd.take()
         return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        # What libraries say to programmers, of what a capture may hold; behind the filters that raise it in tests.
+        """Run the command; print its error and exit if it raises one."""
+        # Libraries warn programmers about values that a capture may hold. The tests' filters, which raise these
+        # warnings, stay in front.
         warnings.simplefilter("ignore", append=True)
         try:
             return super().invoke(ctx)
@@ -80,9 +85,9 @@ class Commands(click.Group):
             sys.exit(explain(e))
         except Exception as e:
             if for_lack_of_memory(e):
-                # Not by ``explain``, which imports more.
+                # explain() imports another module, for which there may be no memory.
                 click.echo("cwndtrace: Memory ran out.", err=True)
-                click.echo("  Try again where more is free, or raise ulimit -v if one is set.", err=True)
+                click.echo("  Free some memory and try again, or raise ulimit -v if one is set.", err=True)
                 sys.exit(EXIT_FAILED)
             if not isinstance(e, OSError) or (limit := too_many_files(e)) is None:
                 raise
@@ -90,7 +95,7 @@ class Commands(click.Group):
 
 
 def explain(error: CwndtraceError) -> int:
-    """Say the cause and the cure; the exit code."""
+    """Print the cause and the remedy of an error on stderr, and return its exit code."""
     from cwndtrace.format import clean
 
     click.echo(f"cwndtrace: {clean(error.cause)}", err=True)
@@ -100,7 +105,7 @@ def explain(error: CwndtraceError) -> int:
 
 
 def exit_code(error: CwndtraceError) -> int:
-    """The exit code of an error."""
+    """Return the exit code of an error."""
     if isinstance(error, KernelLacks):
         return EXIT_KERNEL
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
@@ -109,11 +114,13 @@ def exit_code(error: CwndtraceError) -> int:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(cwndtrace.__version__, prog_name="cwndtrace")
 def main() -> None:
-    """Trace congestion-window resets and block I/O on any Linux kernel.
+    """Record TCP congestion-window resets and block I/O, and report what the resets cost.
+
+    "cwndtrace COMMAND --help" lists the options of a command.
 
     \b
-    Start here:
-      sudo cwndtrace doctor
-      sudo cwndtrace run --iface eth0
-      sudo cwndtrace reproduce
+    Examples:
+      sudo cwndtrace doctor             # check what this kernel supports
+      sudo cwndtrace run --iface eth0   # trace until Ctrl-C
+      sudo cwndtrace reproduce          # measure what resets cost on a long path
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace compare``: two captures, before and after a change."""
+"""``cwndtrace compare``, which compares two captures, before and after a change."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ _COLUMNS: Final = (
 @click.command()
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, a measure each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, one for each measure.")
 @options.max_rows
 def compare(before: Path, after: Path, *, as_json: bool, max_rows: int) -> None:
-    """Compare the captures BEFORE and AFTER a change: what differs, how surely, how much.
+    """Compare two captures, taken BEFORE and AFTER a change.
+
+    For each measure, the table shows the difference, its 95 % bootstrap interval and the size of the effect.
 
     \b
     Examples:

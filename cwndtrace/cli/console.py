@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``run`` says while it records: a view's lines on stdout, warnings on stderr."""
+"""The output of ``run`` while it records: a view prints on stdout, and warnings go to stderr."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from cwndtrace.errors import CaptureError
 from cwndtrace.format import clean
 from cwndtrace.recorder import Observer
 
-_LOOK_S: Final = 2.0
+_CHECK_INTERVAL_S: Final = 2.0
 
 
 class Console(Observer):
-    """Shows what a recorder records by ``view``, and warns of what may keep it from recording anything.
+    """An observer that shows a recorder's batches in ``view``, and warns of settings that prevent idle resets.
 
-    ``what`` names what is traced. The recording goes on while the disk refuses rows, unless ``stop_when_refused``.
-    ``failed`` says whether something couldn't be printed although somebody was there to read it.
+    ``what`` names the target of the trace. The recording continues while the disk refuses rows, unless
+    ``stop_when_refused`` is set. ``failed`` is true if output failed for another reason than a reader that closed its
+    end.
     """
 
     def __init__(
@@ -49,20 +50,20 @@ class Console(Observer):
         self._what = what
         self._quiet = quiet
         self._stop_when_refused = stop_when_refused
-        self._ended = False
-        self._refused = False
-        self._lacking = False
-        self._left_out: set[str] = set()
-        self._warned: list[str] = []
+        self._output_ended = False
+        self._refusal_reported = False
+        self._lacking_reported = False
+        self._left_out_reported: set[str] = set()
+        self._settings_warned: list[str] = []
 
     def begin(self, capture: Path) -> None:
-        """Tracing has begun, into ``capture``."""
+        """Announce that tracing into ``capture`` has begun, to the user and to a service manager."""
         with self._printing():
             self._view.begin(self._what, capture)
         systemd.tell("READY=1")
 
     def turn(self, batches: list[Batch]) -> bool:
-        """Show what came in; returns False where nobody can read it any more."""
+        """Show new batches and print new warnings; return False once nobody can read the output."""
         with self._printing():
             for batch in batches:
                 self._view.batch(batch)
@@ -71,28 +72,28 @@ class Console(Observer):
             if news := self._interface.news():
                 self._warn(news)
             for kind, number in self._session.tally.left_out.items():
-                if kind not in self._left_out:
-                    self._left_out.add(kind)
+                if kind not in self._left_out_reported:
+                    self._left_out_reported.add(kind)
                     self._warn(fmt.left_out(kind, number))
             self.say_lacking()
             self._view.tick(f"waiting for idle time longer than the RTO on {clean(self._what)}")
-        # A script that started this one and has ended is a Ctrl-C.
-        return not self._ended and not output_closed()
+        # If the script that started this process and read its output has ended, the trace ends as with Ctrl-C.
+        return not self._output_ended and not output_closed()
 
     def refused(self, error: CaptureError) -> None:
-        """Say once that the disk refuses rows, or end the recording."""
+        """Report once that the disk refuses rows, or raise ``error`` to end the recording."""
         if self._stop_when_refused:
             raise error
-        if not self._refused:
-            self._refused = True
+        if not self._refusal_reported:
+            self._refusal_reported = True
             self._error(error.cause, error.remedy)
 
     def stopping(self) -> None:
-        """Tell a service manager."""
+        """Tell a service manager that the trace is stopping."""
         systemd.tell("STOPPING=1")
 
     def finish(self, batches: list[Batch]) -> None:
-        """Show the last batches, and leave the cursor on a clean line."""
+        """Show the last batches, and leave the cursor on an empty line."""
         with self._printing():
             for batch in batches:
                 self._view.batch(batch)
@@ -100,9 +101,9 @@ class Console(Observer):
             self._view.end()
 
     def say_lacking(self) -> None:
-        """Say once what the trace goes on without."""
-        if self._session.lacking and not self._lacking:
-            self._lacking = True
+        """Report once which part of the trace is missing while the rest continues."""
+        if self._session.lacking and not self._lacking_reported:
+            self._lacking_reported = True
             self._error(clean(self._session.lacking))
 
     def _error(self, cause: str, *remedy: str) -> None:
@@ -120,11 +121,11 @@ class Console(Observer):
         if self._quiet:
             return
         controls = {clean(name) for name in connections.table["ca_name"].unique().to_pylist()}
-        found = preflight.warnings(controls, self._session.helper.idle_sysctls(), self._what)
-        for line in found:
-            if line not in self._warned:
+        lines = preflight.warnings(controls, self._session.helper.idle_sysctls(), self._what)
+        for line in lines:
+            if line not in self._settings_warned:
                 self._warn(line)
-        self._warned = found
+        self._settings_warned = lines
 
     @contextmanager
     def _printing(self) -> Iterator[None]:
@@ -132,12 +133,12 @@ class Console(Observer):
             with printing():
                 yield
         except OutputError as e:
-            self._ended = True
+            self._output_ended = True
             self.failed = self.failed or e.failed
 
 
 class InterfaceWatch:
-    """Says when the interface or the namespace that was asked for by name is gone, or has another name."""
+    """A watch on the network namespace and the interface given by name, which reports that one is gone or renamed."""
 
     def __init__(self, session: Session, filters: Filters, interface: str | None) -> None:
         self._session = session
@@ -146,17 +147,17 @@ class InterfaceWatch:
         self._next = 0.0
 
     def news(self) -> str | None:
-        """What changed since the last call, if anything did; looks every two seconds."""
+        """Return a sentence on what has changed since the last check, or None. A check is made every two seconds."""
         if self._filters.netns is None or time.monotonic() < self._next:
             return None
-        self._next = time.monotonic() + _LOOK_S
+        self._next = time.monotonic() + _CHECK_INTERVAL_S
         if (now := self._session.helper.watched()) is None or now == self._known:
             return None
         (_, before), self._known = self._known, now
-        there, name = now
-        if not there:
-            return "the network namespace that is traced has no name and no process any more; the trace goes on"
-        if name == before:  # the namespace is back
+        reachable, name = now
+        if not reachable:
+            return "the traced network namespace has no name and no process left; the trace goes on"
+        if name == before:  # the namespace is reachable again
             return None
         if name is None:
             return f"interface {before} is gone, removed or moved to another network namespace; the trace goes on"

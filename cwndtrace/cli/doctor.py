@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace doctor``: what this kernel offers, which probe is used, and what mends what is missing."""
+"""``cwndtrace doctor``, which shows what this kernel supports, which probes work, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
-from cwndtrace.format import clean
+from cwndtrace.format import clean, plural
 from cwndtrace.kernel import btf, facts, ladder, netns
 from cwndtrace.tcp import IDLE_SYSCTL
 
 OK, LACK, BAD = "ok", "lack", "bad"
-_NAME: Final = 24
-"""Cells of a terminal for a fact's name; a longer one takes more lines."""
+_NAME_CELLS: Final = 24
+"""Terminal cells for the name of a fact. A longer name takes several lines."""
 _MARK: Final = {OK: ("ok", "green"), LACK: ("-", "yellow"), BAD: ("BAD", "red")}
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One line: ``state`` is ok, lack (something better is missing) or bad (tracing fails), ``remedy`` may be empty."""
+    """One line of the report.
+
+    ``state`` is "ok", "lack" (something better is missing) or "bad" (tracing fails). ``remedy`` may be empty.
+    """
 
     name: str
     value: str
@@ -40,18 +43,21 @@ class Fact:
 
 @dataclass
 class Findings:
-    """All that doctor found; ``probes`` is None where nothing can trace idle resets here."""
+    """The result of all checks.
+
+    ``probes`` maps each reason to a probe, or to None. It is None as a whole if nothing can trace idle resets here.
+    """
 
     facts: list[Fact]
     probes: dict[str, str | None] | None
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def doctor(*, as_json: bool) -> None:
-    """Tell what this kernel offers, which probe is used for what, and what mends each lack.
+    """Check what this kernel supports, which probes work, and how to fix what is missing.
 
-    Every probe is tried by really loading it. Exits with 77 where nothing can trace here.
+    The command loads each probe to test it, and unloads it again. It exits with status 77 if tracing isn't possible.
 
     \b
     Examples:
@@ -69,62 +75,65 @@ def doctor(*, as_json: bool) -> None:
 
 
 def examine() -> Findings:
-    """Look at the machine and try every probe; nothing stays loaded."""
-    found = [
+    """Check the machine and try every probe. Nothing stays loaded."""
+    rows = [
         Fact("kernel", f"Linux {platform.release()} {platform.machine()}"),
         _tracefs(),
         Fact("lockdown", facts.lockdown()),
     ]
-    allowed = _power(found)
-    kernel = _btf(found)
-    bcc_works = _bcc(found)
-    probes = _ladder(found, kernel) if kernel is not None and bcc_works and allowed else None
-    found += _sysctls()
-    found += _congestion_controls()
-    return Findings(found, probes)
+    allowed = _may_load(rows)
+    kernel = _read_btf(rows)
+    bcc_works = _bcc_works(rows)
+    probes = _try_probes(rows, kernel) if kernel is not None and bcc_works and allowed else None
+    rows += _sysctls()
+    rows += _congestion_controls()
+    return Findings(rows, probes)
 
 
 def _tracefs() -> Fact:
     if facts.tracefs_mounted():
         return Fact("tracefs", f"mounted on {facts.TRACEFS}")
-    return Fact("tracefs", "not mounted; cwndtrace needs none")
+    return Fact("tracefs", "not mounted; cwndtrace doesn't need it")
 
 
-def _power(found: list[Fact]) -> bool:
+def _may_load(rows: list[Fact]) -> bool:
     try:
         live.check_power()
     except CwndtraceError as e:
-        found.append(Fact("permission", e.cause, BAD, e.remedy))
+        rows.append(Fact("permission", e.cause, BAD, e.remedy))
         return False
-    found.append(Fact("permission", "BPF programs that trace may be loaded"))
+    rows.append(Fact("permission", "this process may load BPF programs for tracing"))
     return True
 
 
-def _btf(found: list[Fact]) -> btf.Btf | None:
+def _read_btf(rows: list[Fact]) -> btf.Btf | None:
     try:
         kernel = btf.Btf.running()
-        found.append(Fact("BTF", f"{btf.VMLINUX}, HZ={facts.hz()}"))
+        rows.append(Fact("BTF", f"{btf.VMLINUX}, HZ={facts.hz()}"))
     except KernelLacks as e:
-        found.append(Fact("BTF", e.cause, BAD, e.remedy))
+        rows.append(Fact("BTF", e.cause, BAD, e.remedy))
         return None
     return kernel
 
 
-def _bcc(found: list[Fact]) -> bool:
+def _bcc_works(rows: list[Fact]) -> bool:
     try:
-        found.append(Fact("bcc", f"{bcc.version()} from {Path(str(bcc.module().__file__)).parent}"))
+        rows.append(Fact("bcc", f"{bcc.version()} from {Path(str(bcc.module().__file__)).parent}"))
     except CwndtraceError as e:
-        found.append(Fact("bcc", e.cause, BAD, e.remedy))
+        rows.append(Fact("bcc", e.cause, BAD, e.remedy))
         return False
     return True
 
 
-def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
-    """A line for each probe and reason, tried one by one."""
+def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
+    """Try each probe for each reason, one by one, and add the results to ``rows``.
+
+    Return the best probe that works for each reason, or None if none sees idle resets.
+    """
     here = facts.ladder_facts(kernel)
     worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
     for probe in ladder.RUNGS:
-        results = {r: ladder.lacks(here, probe, r) or _try(probe.name, r) for r in ladder.REASONS}
+        results = {r: ladder.lacks(here, probe, r) or _try_probe(probe.name, r) for r in ladder.REASONS}
         for reason, why in results.items():
             if why is None and worked[reason] is None:
                 worked[reason] = probe.name
@@ -132,25 +141,25 @@ def _ladder(found: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
         if seen:
             missing = "; ".join(f"{reason}: {why}" for reason, why in results.items() if why is not None)
             text = f"sees {', '.join(seen)} ({probe.exactness})" + (f"; {missing}" if missing else "")
-            found.append(Fact(f"probe {probe.name}", text))
+            rows.append(Fact(f"probe {probe.name}", text))
         else:
-            found.append(
+            rows.append(
                 Fact(f"probe {probe.name}", str(results["idle"]), LACK, _remedy(probe.name, str(results["idle"])))
             )
     try:
         live.Kernel(reasons=()).close()
-        found.append(Fact("block I/O", "block_io_start and block_io_done load"))
+        rows.append(Fact("block I/O", "block_io_start and block_io_done load"))
     except CwndtraceError as e:
-        found.append(Fact("block I/O", e.cause, LACK, e.remedy))
+        rows.append(Fact("block I/O", e.cause, LACK, e.remedy))
     for reason, used in worked.items():
         if used:
-            found.append(Fact(f"reason {reason}", f"traced by {used}"))
+            rows.append(Fact(f"reason {reason}", f"traced by {used}"))
         else:
-            found.append(Fact(f"reason {reason}", "no probe sees it here", LACK, _remedy("tracepoint", "")))
+            rows.append(Fact(f"reason {reason}", "no probe sees it on this kernel", LACK, _remedy("tracepoint", "")))
     return worked if worked["idle"] else None
 
 
-def _try(probe: str, reason: str) -> str | None:
+def _try_probe(probe: str, reason: str) -> str | None:
     try:
         live.Kernel(probe=probe, block=False, reasons=(reason,)).close()
     except NoProbe as e:
@@ -164,9 +173,9 @@ def _remedy(probe: str, why: str) -> str:
     if probe == "tracepoint":
         return "boot a kernel built by kernel-patches/build"
     if "policy" in why:
-        return "ask whoever set the policy that refuses this program type (lockdown, an LSM, a hypervisor)"
+        return "ask the administrator of the policy that refuses this program type (lockdown, an LSM, a hypervisor)"
     if probe == "kprobe":
-        return "boot a kernel with CONFIG_KPROBE_EVENTS=y, as the distributions' are"
+        return "boot a kernel with CONFIG_KPROBE_EVENTS=y, as distributions build it"
     if probe == "sendmsg":
         return "boot Linux 6.16 or newer"
     return ""
@@ -191,24 +200,24 @@ def _congestion_controls() -> list[Fact]:
         return Path("/proc/sys/net/ipv4", name).read_text().strip()
 
     used = Counter(snapshot(Filters(), 0)["ca_name"].to_pylist())
-    in_use = ", ".join(f"{name} by {n:,}" for name, n in used.most_common()) or "no connection"
+    in_use = ", ".join(f"{name} by {plural(n, 'connection')}" for name, n in used.most_common()) or "none"
     return [
         Fact("congestion control", f"default {read('tcp_congestion_control')}; in use: {in_use}"),
-        Fact("there are", read("tcp_available_congestion_control")),
+        Fact("available controls", read("tcp_available_congestion_control")),
     ]
 
 
 def _print(findings: Findings) -> None:
-    most = room()
+    columns = room()
     width = max(cells(clean(fact.name)) for fact in findings.facts)
-    width = width if most is None else min(width, _NAME)
+    width = width if columns is None else min(width, _NAME_CELLS)
     indent = " " * (5 + width + 2)
-    click.echo(click.style(f"{'':<5}{'FACT':<{width}}  WHAT THERE IS", bold=True))
+    click.echo(click.style(f"{'':<5}{'FACT':<{width}}  VALUE", bold=True))
     for fact in findings.facts:
         mark, colour = _MARK[fact.state]
-        *above, name = prose(clean(fact.name), most and width)
-        # Every word counts here: what is too long for its column goes on below.
-        first, *below = prose(clean(fact.value), most and most - len(indent))
+        *above, name = prose(clean(fact.name), columns and width)
+        # No text is shortened here. A text that is too long for its column continues on the next line.
+        first, *below = prose(clean(fact.value), columns and columns - len(indent))
         for part in above:
             click.echo(f"{'':<5}{part}")
         padding = " " * (width - cells(name))
@@ -216,7 +225,7 @@ def _print(findings: Findings) -> None:
         for part in below:
             click.echo(indent + part)
         if fact.remedy:
-            for part in prose(f"{'':<8}mend: {clean(fact.remedy)}", most, indent=14):
+            for part in prose(f"{'':<8}fix: {clean(fact.remedy)}", columns, indent=13):
                 click.echo(part)
     if findings.probes is None:
         click.echo("\nNothing here can trace idle resets.")

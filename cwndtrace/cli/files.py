@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that commands leave besides captures: whole or not at all, and for nobody but their owner."""
+"""Writing of files other than captures. Such a file is replaced as a whole, and only its owner can read it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cwndtrace.errors import CwndtraceError
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Have ``path`` hold what ``fill`` writes, with mode 0600, and leave what was there where that fails.
+    """Write the output of ``fill`` to ``path`` with mode 0600; if that fails, keep the old file.
 
-    A file of that name is replaced, and nothing is written through a link to one: somebody else may have put it there.
-    A pipe or a device is written into. Raises CwndtraceError.
+    A regular file is replaced. A symbolic link that dangles or leads to a file is refused, because another user may
+    have put it there. A pipe or a device is written to directly. Raises CwndtraceError.
     """
     try:
         if _is_stream(path):
@@ -35,16 +35,16 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 def _is_stream(path: Path) -> bool:
     try:
         link = stat.S_ISLNK(path.lstat().st_mode)
-        kind = path.stat().st_mode
+        mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise OSError(errno.ELOOP, "it is a symbolic link that leads nowhere") from None
+            raise OSError(errno.ELOOP, "it is a dangling symbolic link") from None
         return False
-    if stat.S_ISDIR(kind):
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if stat.S_ISREG(kind) and link:
+    if stat.S_ISREG(mode) and link:
         raise OSError(errno.ELOOP, "it is a symbolic link to a file")
-    return not stat.S_ISREG(kind)
+    return not stat.S_ISREG(mode)
 
 
 def _replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ending in order when a signal asks for it."""
+"""Orderly termination by signals."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Self
 
 
 class Interrupt:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP set ``requested`` in place of what they did.
+    """A context manager in which SIGINT, SIGTERM and SIGHUP only set ``requested``.
 
-    A second one sets ``hurried``, a third raises KeyboardInterrupt; an end that is under way isn't spoilt by an
-    impatient key. The same one once more within ``together_s`` seconds is no second one: a timeout(1) sends it to the
-    process and to its group, a sudo and a terminal both pass it on. A SIGHUP that nohup has shut off stays shut off.
+    A second signal sets ``hurried``, and a third raises KeyboardInterrupt, so that one more key press doesn't break an
+    orderly end. A signal that is repeated within ``together_s`` seconds counts once: timeout(1) sends it to the process
+    and to its process group, and sudo and the terminal may both deliver it. SIGHUP stays ignored under nohup.
     """
 
     def __init__(self, together_s: float = 1.0) -> None:
@@ -24,18 +24,18 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """Whether there was one."""
+        """True after the first signal."""
         return self._count > 0
 
     @property
     def hurried(self) -> bool:
-        """Whether there were two."""
+        """True after the second signal."""
         return self._count > 1
 
     def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002
         now = time.monotonic()
-        again, self._last[number] = now - self._last.get(number, float("-inf")) < self._together_s, now
-        if again:
+        repeated, self._last[number] = now - self._last.get(number, float("-inf")) < self._together_s, now
+        if repeated:
             return
         self._count += 1
         if self._count > 2:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``run`` shows while it traces: a line a reset, a status line, or JSON."""
+"""The views of ``run`` while it traces: text, with a line for each reset and a status line, or JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from cwndtrace.records import arrow, layout
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
 _STATUS_EVERY_S: Final = 0.5
 _LOST_EVERY_S: Final = 10.0
-"""A busy machine may lose records at each turn; who looks on is here for the resets."""
-_MANY: Final = 16_384
-"""Block requests that are counted without being asked for, so that they don't pile up."""
+"""Least interval between two reports of lost records. A busy machine may lose some in each turn, and reports of all of
+them would hide the resets."""
+_COUNT_AT_ROWS: Final = 16_384
+"""The number of waiting block requests at which they are counted, which bounds the memory that they take."""
 _TIME: Final = Column("TIME", least=8, shorten=lambda text, most: text[:most])
 RESETS_SHOWN: Final = (
     _TIME,
@@ -48,7 +49,7 @@ _REQUEST_WIDTHS: Final = (15, 11, 20, 45)
 
 
 class BlockFigures:
-    """Block I/O so far, by device and operation; ``count`` has to come before these are read."""
+    """Statistics of block I/O by device and operation: latency, bytes, errors. Call ``count`` before reading them."""
 
     def __init__(self) -> None:
         self.latency: dict[tuple[str, str], LatencyHistogram] = {}
@@ -59,14 +60,14 @@ class BlockFigures:
         self._rows = 0
 
     def add(self, batch: Batch) -> None:
-        """Take a batch of ``block_io``."""
+        """Add a batch of ``block_io``."""
         self._waiting.append(batch.rows)
         self._rows += len(batch)
-        if self._rows >= _MANY:
+        if self._rows >= _COUNT_AT_ROWS:
             self.count()
 
     def count(self) -> None:
-        """Count what came in: many at once, for which little more is to do than for a few."""
+        """Count all batches added so far. To count many requests at once takes hardly more work than a few."""
         if not self._waiting:
             return
         records = arrow.TimedRecords.joined(self._waiting).records
@@ -85,9 +86,10 @@ class BlockFigures:
 
 
 class ConnectionHolders:
-    """Who holds which connection, from snapshots: for resets that a timer or an ACK made, not a process.
+    """The process that holds each connection, for resets by a timer or an ACK, which happen in no process.
 
-    The last two are remembered: a server makes thousands of connections a second, and a trace may last for days.
+    The processes come from the last two snapshots. Older ones are dropped, because a server may make thousands of
+    connections a second, and a trace may last for days.
     """
 
     def __init__(self) -> None:
@@ -95,15 +97,15 @@ class ConnectionHolders:
         self._held: list[dict[tuple[Any, ...], tuple[str, int]]] | None = None
 
     def add(self, batch: Batch) -> None:
-        """Learn from a batch of ``connections``, which is one snapshot."""
+        """Add a batch of ``connections``, which is one snapshot."""
         self._snapshots = [batch.table, *self._snapshots[:1]]
         self._held = None
 
     def of(self, row: dict[str, Any]) -> tuple[str, int]:
-        """Name and pid for a reset; "", 0 where nobody is known."""
+        """Return the name and pid of the process that holds a reset's connection, or ("", 0) if it is unknown."""
         if row["tgid"]:
             return row["comm"], row["tgid"]
-        # Only here, because it takes Python for each connection.
+        # The keys are made only when they are needed, because this runs Python code for each connection.
         if self._held is None:
             self._held = [self._by_key(table) for table in self._snapshots]
         key = self._key(row)
@@ -119,7 +121,7 @@ class ConnectionHolders:
 
 
 class TextView:
-    """Aligned lines on stdout, a status line that rewrites itself on stderr if that is a terminal."""
+    """A view that prints aligned lines on stdout, and rewrites a status line on stderr if that is a terminal."""
 
     def __init__(self, session: Session, *, print_block: bool, quiet: bool) -> None:
         self._session = session
@@ -149,23 +151,23 @@ class TextView:
         self._requests = FittedTable(_REQUESTS, _REQUEST_WIDTHS, self._room)
 
     def _follow_terminal(self) -> None:
-        """Begin anew where the terminal has another width now."""
+        """Print a new header if the width of the terminal has changed."""
         if self._room != (now := room()):
             self._room = now
             self._lay_out()
             self._header()
 
     def batch(self, batch: Batch) -> None:
-        """Print what is printed one by one, count the rest."""
+        """Print resets, and block requests if ``print_block`` is set; count the rest."""
         if batch.event == "cwnd_reset":
-            self._wipe()
+            self._clear_status()
             self._follow_terminal()
             for row in batch.to_dicts():
                 self._reset(row)
         elif batch.event == "block_io":
             self.block.add(batch)
             if self._print_block:
-                self._wipe()
+                self._clear_status()
                 self._follow_terminal()
                 for row in batch.to_dicts():
                     self._request(row)
@@ -196,67 +198,71 @@ class TextView:
         click.echo(self._requests.line(cells))
 
     def tick(self, waiting: str, *, last: bool = False) -> None:
-        """Rewrite the status line now and then; say that records are lost, every ten seconds at most and at the end."""
+        """Rewrite the status line every half second, and report lost records.
+
+        Losses are reported every ten seconds at most, and at the end (``last``). ``waiting`` is shown until the first
+        reset.
+        """
         lost, now = sum(self._session.tally.lost.values()), time.monotonic()
         if lost > self._lost and not self._quiet and (last or now - self._lost_at >= _LOST_EVERY_S):
-            self._wipe()
-            each = ", ".join(f"{n:,} {event}" for event, n in self._session.tally.lost.items() if n)
-            echo_prose(f"lost so far: {each} (counted in the kernel)", err=True)
+            self._clear_status()
+            losses = ", ".join(f"{n:,} {event}" for event, n in self._session.tally.lost.items() if n)
+            echo_prose(f"lost so far: {losses} (counted in the kernel)", err=True)
             self._lost, self._lost_at = lost, now
         if not self._terminal or now - self._status_at < _STATUS_EVERY_S:
             return
         self._status_at = now
         parts = [waiting if not self._resets else fmt.plural(self._resets, "reset")]
         if self._session.tally.unchanged:
-            parts.append(f"{fmt.plural(self._session.tally.unchanged, 'restart')} changed nothing")
+            parts.append(f"{fmt.plural(self._session.tally.unchanged, 'restart')} left the window as it was")
         self.block.count()
         if self.block.all.count:
             p50, p95, p99 = (fmt.span(self.block.all.percentile(p)) for p in (50, 95, 99))
-            parts.append(f"block I/O {self.block.all.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (to 1 %)")
+            parts.append(f"block I/O {self.block.all.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (within 1 %)")
         parts.append(f"lost {lost:,}")
         text = cut(" | ".join(parts), (room(err=True) or 80) - 1)
         click.echo(f"\r\x1b[K{text}", err=True, nl=False)
         self._status_shown = True
 
-    def _wipe(self) -> None:
+    def _clear_status(self) -> None:
         if self._status_shown:
             click.echo("\r\x1b[K", err=True, nl=False)
             self._status_shown = False
             self._status_at = 0.0
 
     def end(self) -> None:
-        """Leave the cursor on a clean line."""
-        self._wipe()
+        """Leave the cursor on an empty line."""
+        self._clear_status()
 
     @staticmethod
     def output_dropped(lines: int) -> str:
-        """What stands for lines that a slow reader didn't take."""
+        """Return the line that replaces ``lines`` lines that a slow reader didn't take."""
         verb = "wasn't" if lines == 1 else "weren't"
         return (
-            f"{fmt.plural(lines, 'line')} {verb} printed, because what reads this is too slow; the capture has it all"
+            f"{fmt.plural(lines, 'line')} {verb} printed, because the reader is too slow; the capture has every record"
         )
 
 
 class JsonView:
-    """One object a line on stdout and nothing else there."""
+    """A view that prints one JSON object per line on stdout, and nothing else there."""
 
     def __init__(self, session: Session, *, print_block: bool) -> None:
         self._session = session
         self._print_block = print_block
         self._lost: dict[str, int] = {}
-        self._told_ns: dict[str, int] = {}
+        self._reported_ns: dict[str, int] = {}
         self._lost_at = -math.inf
         self.block = BlockFigures()
 
     def begin(self, what: str, capture: Path) -> None:
-        """Say that tracing has begun, of what, where to and by which probes."""
+        """Print that tracing has begun, with the target, the capture and the probes."""
         start = self._session.start
         when = arrow.iso_time(start["mono_ns"] + start["utc_offset_ns"])
         probes = self._session.source.probes
         self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, "probes": probes})
 
     def batch(self, batch: Batch) -> None:
-        """Print resets and recoveries, and block I/O where it was asked for."""
+        """Print resets and recoveries, and block requests if ``print_block`` is set."""
         if batch.event == "block_io":
             self.block.add(batch)
         if batch.event in ("cwnd_reset", "cwnd_recovery") or (batch.event == "block_io" and self._print_block):
@@ -264,7 +270,7 @@ class JsonView:
                 self.write(row)
 
     def tick(self, waiting: str, *, last: bool = False) -> None:  # noqa: ARG002
-        """Print losses as they become known, every ten seconds at most and at the end."""
+        """Print new losses, every ten seconds at most and at the end (``last``)."""
         now = time.monotonic()
         if not last and now - self._lost_at < _LOST_EVERY_S:
             return
@@ -274,11 +280,11 @@ class JsonView:
             if more <= 0:
                 continue
             self._lost[event], self._lost_at = lost, now
-            told = self._told_ns.get(event, 0)
-            losses = [loss for loss in tally.lossy if loss.event == event and loss.end_ns > told]
-            # A loss that goes on is one span in the capture; here each line has what came to it.
-            start, end = max(losses[0].start_ns, told), losses[-1].end_ns
-            self._told_ns[event] = end
+            reported = self._reported_ns.get(event, 0)
+            losses = [loss for loss in tally.lossy if loss.event == event and loss.end_ns > reported]
+            # A loss that continues is one span in the capture. Here each line holds what was added since the last.
+            start, end = max(losses[0].start_ns, reported), losses[-1].end_ns
+            self._reported_ns[event] = end
             when = arrow.iso_time(end + self._session.clock.offset_ns)
             self.write({"event": "lost", "time": when, "of": event, "start_ns": start, "end_ns": end, "lost": more})
 
@@ -288,9 +294,9 @@ class JsonView:
         click.echo(fmt.json_line(row))
 
     def end(self) -> None:
-        """Nothing to put right."""
+        """Do nothing: there is no status line."""
 
     @staticmethod
     def output_dropped(lines: int) -> str:
-        """As TextView's."""
+        """Return the object that replaces ``lines`` lines that a slow reader didn't take."""
         return fmt.json_line({"event": "output_dropped", "lines": lines})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the C library gives memory to arrays."""
+"""Tuning of the C library's memory allocator for large arrays."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _LARGE: Final = 1 << 30
 
 
 def keep_freed() -> None:
-    """Have large arrays take the place of those that were freed before, where the C library knows how.
+    """Make the C library reuse the memory of freed large arrays, if it has mallopt(3).
 
-    It would give such memory back at once otherwise, and the kernel clears each page that it gives out: with columns of
-    80 MB that is as much work as what is calculated with them. Only for commands that end when they are done.
+    By default it returns such memory to the kernel at once, and the kernel clears each page that it hands out again:
+    with columns of 80 MB this takes as long as the calculation. Call this only in a command that ends when its work is
+    done.
     """
     if (mallopt := getattr(_libc.lib, "mallopt", None)) is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)

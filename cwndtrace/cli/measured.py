@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``reproduce`` says and draws in the end, as a process that has no power.
+"""The process without privileges that writes the report of ``reproduce`` and draws its pictures.
 
-``python -I -m cwndtrace.cli.measured``, started by ``reproduce`` alone, which has root's power to the last: what this
-one reads, the user may have changed, and what it reads and draws with is much code.
+Only ``reproduce`` starts it, as ``python -I -m cwndtrace.cli.measured``, because ``reproduce`` itself keeps root's
+privileges to its end. The user may have changed the files that this process reads, and the libraries that read and draw
+them are large.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from cwndtrace.errors import CwndtraceError
 
 
 def main() -> None:
-    """Give the power up, and then go on."""
+    """Drop all privileges, then report and draw."""
     print_all()
-    # A Ctrl-C is for the parent to explain.
+    # The parent reports a Ctrl-C; this process just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         user.give_up_power()

@@ -17,66 +17,91 @@ _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60
 
 
 class Span(click.ParamType[float]):
-    """A time span such as 500ms, 2s, 1.5m; a bare number is seconds. Gives seconds."""
+    """A time span such as 500ms, 2s or 1.5m, converted to seconds. A number without a unit is in seconds."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds from the text."""
+        """Return the time span in seconds."""
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(\w*)", str(value))
         if match is None or match[2] not in _UNITS:
-            self.fail(f"{value!r} is no time span: write 500ms, 2s, 10m", param, ctx)
+            self.fail(f"{value!r} is not a time span: write 500ms, 2s or 10m", param, ctx)
         return float(match[1]) * _UNITS[match[2]]
 
 
-def _family(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+def _set_family(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     family = int(str(param.name).removeprefix("ipv")) if value else None
     before = ctx.params.setdefault("family", family)
     if before and family and before != family:
-        raise click.UsageError("-4 and -6 together leave nothing: give one of them, or none for both", ctx)
+        raise click.UsageError("-4 and -6 exclude each other: give one of them, or neither for both families", ctx)
     ctx.params["family"] = before or family
 
 
 def family(four: str, six: str) -> Callable[[F], F]:
-    """The options -4 and -6, one of which ``family`` tells: 4, 6 or None."""
+    """Add the options -4 and -6, with these help texts. They set the parameter ``family`` to 4, 6 or None."""
 
-    def both(command: F) -> F:
+    def add_options(command: F) -> F:
         for number, text in ((6, six), (4, four)):
             option = click.option(
-                f"-{number}", f"ipv{number}", is_flag=True, expose_value=False, callback=_family, help=text
+                f"-{number}", f"ipv{number}", is_flag=True, expose_value=False, callback=_set_family, help=text
             )
             command = option(command)
         return command
 
-    return both
+    return add_options
 
 
 def max_rows(command: F) -> F:
-    """How many rows a capture may have that is to be read."""
+    """Add the option --max-rows, which limits the rows of a capture that is read."""
     return click.option(
         "--max-rows", type=click.IntRange(min=1), default=MOST_ROWS, show_default=True, metavar="N",
-        help="Refuse captures with more rows: each takes 100 to 1,000 bytes of memory.",
+        help="Refuse captures with more rows than this; each row takes 100 to 1,000 bytes of memory.",
     )(command)  # fmt: skip
 
 
 def filters(command: F) -> F:
-    """The filters of ``run``, decided in the kernel."""
+    """Add the filters of ``run``, which are evaluated in the kernel."""
     for option in reversed(
         (
-            click.option("-i", "--iface", metavar="NAME", help="Connections whose route goes out of this interface."),
-            click.option("-p", "--pid", type=int, metavar="PID", help="Connections and block I/O of this process."),
-            click.option("-P", "--port", type=int, metavar="PORT", help="Connections with this port at either end."),
             click.option(
-                "-n", "--netns", "namespace", metavar="NAME", help="This network namespace: name, pid, inode or path."
+                "-i", "--iface", metavar="NAME", help="Trace only connections whose route leaves by this interface."
             ),
-            click.option("-c", "--cgroup", metavar="FOLDER", help="This cgroup (v2) and those below it."),
-            family("IPv4 only, mapped addresses included.", "IPv6 only."),
             click.option(
-                "--min-idle", type=Span(), metavar="TIME", help="Idle for at least this long, as 500ms or 2s."
+                "-p", "--pid", type=int, metavar="PID", help="Trace only connections and block I/O of this process."
             ),
-            click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Use this probe alone."),
+            click.option(
+                "-P", "--port", type=int, metavar="PORT", help="Trace only connections with this local or remote port."
+            ),
+            click.option(
+                "-n",
+                "--netns",
+                "namespace",
+                metavar="NAME",
+                help="Trace only connections in this network namespace, given as a name, PID, inode or path.",
+            ),
+            click.option(
+                "-c",
+                "--cgroup",
+                metavar="FOLDER",
+                help="Trace only connections and block I/O of this cgroup v2 and its descendants.",
+            ),
+            family(
+                "Trace only IPv4 connections, including those with IPv4-mapped IPv6 addresses.",
+                "Trace only IPv6 connections.",
+            ),
+            click.option(
+                "--min-idle",
+                type=Span(),
+                metavar="TIME",
+                help="Skip idle resets after a shorter idle time, for example 500ms or 2s (default: none).",
+            ),
+            click.option(
+                "--probe",
+                type=click.Choice([r.name for r in RUNGS]),
+                help="Use only this probe (default: the best one that works, for each reason).",
+            ),
         )
     ):
         command = option(command)

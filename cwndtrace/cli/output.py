@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When what is printed can't be: whoever read it has gone or doesn't read, its terminal has, or the disk is full."""
+"""Output that copes with a reader that is gone or too slow, a terminal that is hung up, and a full disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Final, TextIO
 
 import click
 
-_GONE: Final = (errno.EPIPE, errno.EIO, errno.ENXIO)
+_READER_GONE: Final = (errno.EPIPE, errno.EIO, errno.ENXIO)
 _MOST_WAITING: Final = 4 << 20
-_LOOK_S: Final = 0.1
+_CHECK_INTERVAL_S: Final = 0.1
 
 
 class OutputError(Exception):
-    """Something couldn't be printed; ``failed`` unless it was only that nobody reads any more."""
+    """Output failed. ``failed`` is false if the only reason is that the reader is gone."""
 
     def __init__(self, failed: bool) -> None:
         super().__init__()
@@ -31,19 +31,25 @@ class OutputError(Exception):
 
 
 def reopen_std_fds() -> None:
-    """Open what of stdin, stdout and stderr is closed, or the next file opened, a capture's, would be printed into."""
+    """Open /dev/null for each of stdin, stdout and stderr that is closed.
+
+    Otherwise the next file that is opened, such as a capture's, would get that descriptor and be printed into.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    # Python has none where they were closed.
+    # Python sets a stream that was closed to None.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def output_closed(*descriptors: int) -> bool:
-    """Whether who read stdout (or these descriptors) has gone: a pipe's other end is closed, a terminal hung up."""
+    """Return true if the reader of stdout, or of one of these descriptors, is gone.
+
+    That is so once the other end of a pipe is closed or a terminal is hung up.
+    """
     poll = select.poll()
     for descriptor in descriptors or (1,):
         poll.register(descriptor, 0)
@@ -52,29 +58,29 @@ def output_closed(*descriptors: int) -> bool:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """What is printed in it goes out at once, or Unprinted is raised, and what follows goes nowhere.
+    """Flush stdout and stderr at the end of this context. Raises OutputError if printing fails.
 
-    A reader that has left isn't worth a word; any other error is said, once.
+    The stream that failed then discards all later output. The error is reported, unless the reader is gone.
     """
     try:
         yield
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError as e:
-        gone = e.errno in _GONE
+        gone = e.errno in _READER_GONE
         broken = [d for d in (1, 2) if output_closed(d)] if gone else [1]
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        # Python flushes both once more when it ends.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        # Python flushes both streams once more at exit.
         for descriptor in broken:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+            os.dup2(devnull, descriptor)
+        os.close(devnull)
         if not gone:
-            click.echo(f"cwndtrace: what is printed can't be written: {e.strerror}; the trace ends.", err=True)
+            click.echo(f"cwndtrace: the output can't be written: {e.strerror}; the trace ends.", err=True)
         raise OutputError(not gone) from e
 
 
 class _OutputThread:
-    """A file that is printed to from a thread of its own, which the first text starts."""
+    """A thread that writes queued texts to a file. The first text starts it."""
 
     def __init__(self) -> None:
         self._texts: list[tuple[int, bytes]] = []
@@ -84,7 +90,10 @@ class _OutputThread:
         self.failure: OSError | None = None
 
     def put(self, descriptor: int, text: bytes, *, force: bool = False) -> bool:
-        """Queue a text unless too much is waiting already; ``force`` queues it all the same. Returns whether it did."""
+        """Queue a text, and return true. If too much is queued already, drop it and return false.
+
+        With ``force`` the text is always queued.
+        """
         with self._changed:
             if self._size + len(text) > _MOST_WAITING and not force:
                 return False
@@ -97,7 +106,7 @@ class _OutputThread:
         return True
 
     def printed(self, timeout_s: float) -> bool:
-        """Whether nothing is waiting any more, after so long at most."""
+        """Wait until everything is written, at most ``timeout_s`` seconds; return true if it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._size, timeout_s)
 
@@ -106,8 +115,8 @@ class _OutputThread:
             with self._changed:
                 self._changed.wait_for(lambda: self._texts)
                 texts, self._texts = self._texts, []
-            for descriptor, some in groupby(texts, itemgetter(0)):
-                self._write(descriptor, b"".join(text for _, text in some))
+            for descriptor, group in groupby(texts, itemgetter(0)):
+                self._write(descriptor, b"".join(text for _, text in group))
             with self._changed:
                 self._size -= sum(len(text) for _, text in texts)
                 self._changed.notify_all()
@@ -115,28 +124,29 @@ class _OutputThread:
     def _write(self, descriptor: int, text: bytes) -> None:
         while text and self.failure is None:
             try:
-                # Not by the stream: its lock, held by a write that waits for ever, would spoil the process's end.
+                # The stream isn't used, because a write that blocks forever would hold its lock when the process ends.
                 text = text[os.write(descriptor, text) :]
             except BlockingIOError:
-                # Somebody else who has this terminal or pipe wants not to wait there; this thread does.
+                # Another process has set this terminal or pipe to non-blocking; this thread may wait.
                 select.select([], [descriptor], [])
             except OSError as e:
                 self.failure = e
 
 
 class _QueuedStream(io.TextIOBase):
-    """Stands for a stream and queues its texts for an ``_OutputThread``.
+    """A replacement for a stream that queues its texts for an ``_OutputThread``.
 
-    ``output_dropped`` makes the line that says how many lines were dropped.
+    ``output_dropped`` returns the line that reports how many lines were dropped. ``flush`` raises an error of the
+    thread once if ``raises`` is set.
     """
 
     def __init__(
-        self, stream: TextIO, thread: _OutputThread, output_dropped: Callable[[int], str], *, tells: bool
+        self, stream: TextIO, thread: _OutputThread, output_dropped: Callable[[int], str], *, raises: bool
     ) -> None:
         self._stream = stream
-        self._thread_of = thread
-        self._note = output_dropped
-        self._tells = tells
+        self._output_thread = thread
+        self._output_dropped = output_dropped
+        self._raises = raises
         self._dropped = 0
 
     @property
@@ -157,58 +167,58 @@ class _QueuedStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        note = f"{self._note(self._dropped)}\n" if self._dropped else ""
-        if self._put(note + text):
+        notice = f"{self._output_dropped(self._dropped)}\n" if self._dropped else ""
+        if self._put(notice + text):
             self._dropped = 0
         else:
             self._dropped += text.count("\n")
         return len(text)
 
     def _put(self, text: str, *, force: bool = False) -> bool:
-        return self._thread_of.put(self.fileno(), text.encode(self.encoding, "replace"), force=force)
+        return self._output_thread.put(self.fileno(), text.encode(self.encoding, "replace"), force=force)
 
     def flush(self) -> None:
-        """Raise what printing failed with, once."""
-        if self._tells and self._thread_of.failure is not None:
-            self._tells = False
-            raise self._thread_of.failure
+        """Raise the error with which writing failed, once."""
+        if self._raises and self._output_thread.failure is not None:
+            self._raises = False
+            raise self._output_thread.failure
 
     def close(self) -> None:
-        """Without a flush: what Python 3.13 closes as garbage shows a traceback of what that raises."""
+        """Do nothing. A flush could raise, and Python 3.13 prints a traceback of that when it collects the stream."""
 
     def finish(self, hurried: Callable[[], bool]) -> None:
         if self._dropped:
-            self._put(f"{self._note(self._dropped)}\n", force=True)
-        while not self._thread_of.printed(_LOOK_S):
+            self._put(f"{self._output_dropped(self._dropped)}\n", force=True)
+        while not self._output_thread.printed(_CHECK_INTERVAL_S):
             if hurried():
-                with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                    os.dup2(nowhere.fileno(), self.fileno())
+                with open(os.devnull, "wb") as devnull:  # noqa: PTH123
+                    os.dup2(devnull.fileno(), self.fileno())
                 return
 
 
 @contextmanager
 def buffered_output(output_dropped: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
-    """While it is entered, printing never waits: a stopped terminal, or a slow reader, holds up nothing but itself.
+    """Write stdout and stderr from threads, so that a stopped terminal or a slow reader never blocks the caller.
 
-    A few megabytes of text are held; of more, whole texts are dropped, and a line of ``output_dropped`` says of how
-    many lines. At the end it waits until all is printed, or until ``hurried``: then the rest, and what follows, goes
-    nowhere. An error of stdout comes from the next flush, or at the end as ``printing`` has it; one of stderr is
-    nobody's business.
+    At most 4 MiB of text are queued. Beyond that, texts are dropped, and a line from ``output_dropped`` reports the
+    number of lines. On exit it waits until all is written, or until ``hurried`` returns true: then the rest and all
+    later output is discarded. An error on stdout is raised by the next flush, or on exit by ``printing``. An error on
+    stderr is ignored.
     """
     old = sys.stdout, sys.stderr
     threads: dict[tuple[int, int], _OutputThread] = {}
     new = []
     for stream in old:
         file = os.fstat(stream.fileno())
-        # One for both if they are the same terminal: what is printed keeps its order.
+        # Both streams share a thread if they are the same file, so that their texts stay in order.
         thread = threads.setdefault((file.st_dev, file.st_ino), _OutputThread())
-        new.append(_QueuedStream(stream, thread, output_dropped, tells=stream is old[0]))
+        new.append(_QueuedStream(stream, thread, output_dropped, raises=stream is old[0]))
     sys.stdout, sys.stderr = new
     try:
         yield
     finally:
-        for later in new:
-            later.finish(hurried)
+        for queued in new:
+            queued.finish(hurried)
         sys.stdout, sys.stderr = old
     with printing():
         new[0].flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace plot``: pictures of a capture."""
+"""``cwndtrace plot``, which draws the timeline of a capture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cwndtrace.errors import UsageError, making_sense
 from cwndtrace.format import clean
 
 ENDINGS: Final = ("png", "svg", "pdf")
-"""Only these: in PostScript a picture is a program, and its title could be somebody else's text."""
+"""The picture formats. PostScript isn't one: such a picture is a program, and its title could be untrusted text."""
 
 
 @click.command()
@@ -25,12 +25,20 @@ ENDINGS: Final = ("png", "svg", "pdf")
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="PNG, SVG or PDF, by its ending: .png, .svg, .pdf.",
+    help="Write the picture to this .png, .svg or .pdf file (default: CAPTURE-timeline.png).",
 )
-@click.option("--connection", metavar="KEY", help="Only this one, by its key in Trace.summary().")
-@click.option("--from", "start", type=float, metavar="SECONDS", help="From this second after the start.")
-@click.option("--to", "end", type=float, metavar="SECONDS", help="Up to this second after the start.")
-@click.option("--dark", is_flag=True, help="For a dark background.")
+@click.option(
+    "--connection",
+    metavar="KEY",
+    help="Draw only this connection, by its key in Trace.summary() (default: the four with most resets).",
+)
+@click.option(
+    "--from", "start", type=float, metavar="SECONDS", help="Begin this many seconds after the start of the capture."
+)
+@click.option(
+    "--to", "end", type=float, metavar="SECONDS", help="End this many seconds after the start of the capture."
+)
+@click.option("--dark", is_flag=True, help="Draw for a dark background.")
 @options.max_rows
 def plot(
     capture: Path,
@@ -42,22 +50,24 @@ def plot(
     dark: bool,
     max_rows: int,
 ) -> None:
-    """Draw the timeline of CAPTURE: windows, idle times, resets, and block I/O on the same axis.
+    """Draw the timeline of CAPTURE.
+
+    The picture shows congestion windows, idle times, resets and block I/O on one time axis.
 
     \b
     Examples:
       cwndtrace plot cwndtrace-20260102-030405.cwnd
       cwndtrace plot nginx.cwnd --from 10 --to 25 --dark -o talk.svg
     """
-    # Only here, because matplotlib takes longer to load than a probe.
+    # This import is delayed, because matplotlib takes longer to load than a probe.
     from cwndtrace.plot import style
     from cwndtrace.plot.timeline import timeline
 
     file = output or Path(f"{capture.name.removesuffix('.cwnd')}-timeline.png")
-    kind = file.suffix[1:].lower()
-    if kind not in ENDINGS:
+    ending = file.suffix[1:].lower()
+    if ending not in ENDINGS:
         raise UsageError(
-            f"{clean(str(file))} ends in none of .png, .svg and .pdf.", "Give it one of these endings with -o."
+            f"{clean(str(file))} doesn't end in .png, .svg or .pdf.", "Give it one of these endings with -o."
         )
     trace = cwndtrace.load(capture, max_rows=max_rows)
     span = None if start is None and end is None else (start or 0.0, end if end is not None else float("inf"))
@@ -71,8 +81,8 @@ def plot(
             connection=connection,
             span=span,
         )
-        # By format and with a title of its own, so that the file's name is no part of what is in it.
-        files.write(file, partial(figure.savefig, format=kind, metadata={"Title": "cwndtrace timeline"}))
+        # The format and the title are given, so that the name of the file doesn't become part of its content.
+        files.write(file, partial(figure.savefig, format=ending, metadata={"Title": "cwndtrace timeline"}))
     for line in trace.warnings:
         click.echo(f"warning: {clean(line)}", err=True)
     click.echo(clean(str(file)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace report``: what a capture means."""
+"""``cwndtrace report``, which explains a capture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BRIEF: Final = {
     "sysctl_off": "resets are off",
     "no_reset": "never reset",
 }
-"""Verdicts where there is no room for their labels; of the others what stands before the colon."""
+"""Short verdicts for a table that is too narrow for the labels. Any other label is cut at its colon."""
 _OF_CONNECTIONS: Final = (
     Column("CONNECTION", least=IPV4, shorten=cut_connection),
     Column("PROCESS", 1, least=10, shorten=cut_process),
@@ -54,17 +54,17 @@ _OF_DEVICES: Final = (
 
 @click.command()
 @click.argument("capture", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object with all of it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as one JSON object on stdout.")
 @click.option(
     "--html",
     "file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="A page that holds all of it, pictures too.",
+    help="Also write the whole report, with pictures, to this self-contained HTML page.",
 )
 @options.max_rows
 def report(capture: Path, *, as_json: bool, file: Path | None, max_rows: int) -> None:
-    """Say what CAPTURE means: did resets matter, which connections suffered, why they were idle, what to do.
+    """Report whether the resets in CAPTURE mattered, why connections were idle, and what to do.
 
     \b
     Examples:
@@ -73,35 +73,35 @@ def report(capture: Path, *, as_json: bool, file: Path | None, max_rows: int) ->
       cwndtrace report nginx.cwnd --json | jq '.remedies[0].action'
     """
     malloc.keep_freed()
-    found = content.report(cwndtrace.load(capture, max_rows=max_rows))
+    result = content.report(cwndtrace.load(capture, max_rows=max_rows))
     if file is not None:
-        # Only here, because matplotlib takes longer to load than all the rest.
+        # This import is delayed, because matplotlib takes longer to load than everything else.
         from cwndtrace.report.page import page
 
-        text = page(found).encode()
+        text = page(result).encode()
         files.write(file, lambda opened: opened.write(text))
     if as_json:
-        click.echo(fmt.json_line(content.as_json(found), allow_nan=False))
+        click.echo(fmt.json_line(content.as_json(result), allow_nan=False))
     else:
-        for line in lines(found):
+        for line in lines(result):
             click.echo(line)
     if file is not None:
         click.echo(f"The page is in {clean(str(file))}.", err=True)
 
 
 def lines(found: content.Report) -> list[str]:
-    """One screen of text that leads with the answer. Raises CaptureError where the rows make no sense."""
+    """Return one screen of text that begins with the answer. Raises CaptureError if the rows contradict each other."""
     with making_sense():
         return list(_lines(found))
 
 
 def _lines(found: content.Report) -> Iterator[str]:
-    # What isn't there comes first: it may turn all the rest round.
+    # Missing data comes first, because it may reverse everything that follows.
     for line in found.caveats["missing"]:
         yield from (click.style(part, bold=True) for part in prose(f"! {clean(line)}", room(), indent=2))
     for line in prose(clean(found.host.text), room()):
         yield click.style(line, bold=True)
-    for line in (line for kind, each in found.caveats.items() if kind != "missing" for line in each):
+    for line in (text for subject, texts in found.caveats.items() if subject != "missing" for text in texts):
         yield from prose(f"! {clean(line)}", room(), indent=2)
     yield ""
     if len(found.connections):
@@ -128,12 +128,11 @@ def _lines(found: content.Report) -> Iterator[str]:
             yield f"and {fmt.plural(len(found.connections) - _CONNECTIONS, 'more connection')}"
         yield ""
     for row in found.causes.to_dict("records"):
-        on = f", {fmt.span(row['disk_us'])} of it under block I/O on {clean(row['disk_device'])}" * bool(row["disk_us"])
-        cause = f"Idle for its {row['cause']}" if row["cause"] == "peer" else f"Idle, cause {row['cause']}"
-        times = fmt.plural(row["resets"], "time")
-        yield from prose(
-            f"{cause}: {times}, {fmt.span(row['idle_us'])}{on}; {row['harmful']} harmful", room(), indent=2
-        )
+        disk = f", {fmt.span(row['disk_us'])} of it during block I/O on {clean(row['disk_device'])}"
+        cause = "Idle, cause unknown" if row["cause"] == "unknown" else f"Idle because of the {row['cause']}"
+        idle = f"{fmt.plural(row['resets'], 'reset')} after {fmt.span(row['idle_us'])} in total"
+        line = f"{cause}: {idle}{disk if row['disk_us'] else ''}; {row['harmful']} of them harmful"
+        yield from prose(line, room(), indent=2)
     if len(found.devices):
         rows = []
         for row in found.devices.head(_DEVICES).to_dict("records"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace reproduce`` and ``cwndtrace serve``: the story told on one machine, or over a path of the user's own."""
+"""``cwndtrace reproduce`` and ``cwndtrace serve``, which measure the cost of resets over a made or a real path."""
 
 from __future__ import annotations
 
@@ -59,43 +59,43 @@ _REFUSED_EVERY_S: Final = 10.0
 
 
 class Amount(click.ParamType[float]):
-    """A number with a decimal unit: 100k, 2M, 1.5G. Gives the plain number."""
+    """A number with a decimal prefix such as 100k, 2M or 1.5G, converted to a plain number."""
 
     name = "amount"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The plain number from the text."""
+        """Return the plain number."""
         match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([kKMG]?)", str(value))
         if match is None:
-            self.fail(f"{value!r} is no amount: write 300k, 2M, 1G", param, ctx)
+            self.fail(f"{value!r} is not an amount: write 300k, 2M or 1G", param, ctx)
         return float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
 
 
 class Size(Amount):
-    """An amount that is a whole number."""
+    """An amount that is converted to an integer."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The whole number from the text."""
+        """Return the integer."""
         return int(super().convert(value, param, ctx))
 
 
 class Milliseconds(options.Span):
-    """A time span as elsewhere; gives milliseconds."""
+    """A time span that is converted to milliseconds. A number without a unit is in seconds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Milliseconds from the text."""
+        """Return the time span in milliseconds."""
         return 1e3 * super().convert(value, param, ctx)
 
 
 class List(click.ParamType[tuple[float, ...]]):
-    """Values of another type with commas between them."""
+    """A comma-separated list of values of another type."""
 
     def __init__(self, of: click.ParamType[float]) -> None:
         self.name = f"{of.name},..."
         self._of = of
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """A tuple of what the other type gives."""
+        """Return the values as a tuple."""
         if isinstance(value, tuple):
             return value
         return tuple(self._of.convert(part.strip(), param, ctx) for part in str(value).split(","))
@@ -104,23 +104,23 @@ class List(click.ParamType[tuple[float, ...]]):
 def _endpoint(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"{text!r} is no HOST:PORT", "write example.org:5001 or [2001:db8::1]:5001")
+        raise UsageError(f"{text!r} is not of the form HOST:PORT", "write example.org:5001 or [2001:db8::1]:5001")
     return host.strip("[]"), int(port)
 
 
-def _check_together(against: str | None, of_the_path: dict[str, Any], of_the_server: dict[str, bool]) -> None:
-    """Raise UsageError for options that would have no effect beside the others."""
-    for name, value in of_the_path.items():
+def _check_together(against: str | None, path_options: dict[str, Any], server_options: dict[str, bool]) -> None:
+    """Raise UsageError for options that have no effect together with the others."""
+    for name, value in path_options.items():
         if against is not None and value is not None:
-            raise UsageError(f"{name} is for a path made here, and the one to {against} is as it is", f"omit {name}")
-    for name, wanted in of_the_server.items():
+            raise UsageError(f"{name} can't change the real path to {against}", f"omit {name}")
+    for name, wanted in server_options.items():
         if against is None and wanted:
-            raise UsageError(f"{name} goes with --against", f"omit {name}, or name the server: --against HOST:PORT")
+            raise UsageError(f"{name} needs --against", f"omit {name}, or name the server: --against HOST:PORT")
 
 
 @contextmanager
-def _new(path: Path) -> Iterator[Folder]:
-    """Make a folder for whom sudo works for; it goes again if nothing was put into it."""
+def _new_folder(path: Path) -> Iterator[Folder]:
+    """Make a folder that belongs to the invoking user. It is removed at the end if it is empty."""
     owner = user.invoking()
     try:
         folder = Folder.make(path, owner)
@@ -136,25 +136,67 @@ def _new(path: Path) -> Iterator[Folder]:
 
 @click.command()
 @click.option(
-    "--preset", type=click.Choice(sorted(PRESETS)), default="quick", show_default=True, help="Where to start."
+    "--preset",
+    type=click.Choice(sorted(PRESETS)),
+    default="quick",
+    show_default=True,
+    help="Use this preset's values for all options that aren't given.",
 )
-@click.option("--rtt", "rtt_ms", type=Milliseconds(), metavar="TIME", help="Round-trip time of the path, as 200ms.")
-@click.option("--rate", type=Amount(), metavar="BIT/S", help="Bottleneck each way, as 100M; none if left out.")
-@click.option("--loss", type=float, metavar="FRACTION", help="Packets lost each way, as 0.001.")
-@click.option("--burst", "bursts", type=List(Size()), metavar="BYTES,...", help="Sizes of bursts, as 100k,1M.")
 @click.option(
-    "--idle", "idle_times", type=List(options.Span()), metavar="TIME,...", help="Idle times before them, as 500ms,2s."
+    "--rtt",
+    "rtt_ms",
+    type=Milliseconds(),
+    metavar="TIME",
+    help="Set the round-trip time of the path, for example 200ms.",
 )
-@click.option("--rounds", type=int, help="How often each is measured with each setting.")
-@click.option("--cc", metavar="NAME", help="Congestion control of the sender.")
-@options.family("Over IPv4.", "Over IPv6.")
-@click.option("--path", "kind", type=click.Choice(KINDS), help="Force what makes the path long.")
-@click.option("--against", metavar="HOST:PORT", help="Over a real path, to cwndtrace serve there.")
-@click.option("--plain", is_flag=True, help="With --against: the server is a sink that never answers.")
-@click.option("--allow-sysctl", is_flag=True, help="With --against: switch this machine's sysctl, and put it back.")
-@click.option("--probe", type=click.Choice([r.name for r in RUNGS]), help="Use this probe alone.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where all of it goes.")
-@click.option("--dark", is_flag=True, help="Pictures for a dark background.")
+@click.option(
+    "--rate", type=Amount(), metavar="BIT/S", help="Limit the rate each way, for example 100M (default: no limit)."
+)
+@click.option(
+    "--loss",
+    type=float,
+    metavar="FRACTION",
+    help="Drop this fraction of packets each way, for example 0.001 (default: 0).",
+)
+@click.option(
+    "--burst", "bursts", type=List(Size()), metavar="BYTES,...", help="Send bursts of these sizes, for example 100k,1M."
+)
+@click.option(
+    "--idle",
+    "idle_times",
+    type=List(options.Span()),
+    metavar="TIME,...",
+    help="Stay idle for these times before each burst, for example 500ms,2s.",
+)
+@click.option("--rounds", type=int, help="Measure each burst and idle time this many times with each setting.")
+@click.option("--cc", metavar="NAME", help="Use this congestion control at the sender (default: cubic).")
+@options.family("Use IPv4 (default).", "Use IPv6.")
+@click.option(
+    "--path",
+    "kind",
+    type=click.Choice(KINDS),
+    help="Make the path with netem or with a relay in user space (default: netem if the kernel has it).",
+)
+@click.option("--against", metavar="HOST:PORT", help="Send over a real path to cwndtrace serve at this address.")
+@click.option("--plain", is_flag=True, help="With --against: the server is a plain TCP sink that never answers.")
+@click.option(
+    "--allow-sysctl",
+    is_flag=True,
+    help="With --against: switch this machine's sysctl on and off, and restore it (default: leave it unchanged).",
+)
+@click.option(
+    "--probe",
+    type=click.Choice([r.name for r in RUNGS]),
+    help="Use only this probe (default: the best one that works, for each reason).",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write everything to this new directory (default: reproduce-DATE-TIME).",
+)
+@click.option("--dark", is_flag=True, help="Draw for a dark background.")
 def reproduce(
     *,
     preset: str,
@@ -167,10 +209,11 @@ def reproduce(
     dark: bool,
     **changes: Any,
 ) -> None:
-    """Measure what tcp_slow_start_after_idle costs on a long path, trace it, and draw it.
+    """Measure what tcp_slow_start_after_idle costs on a long path.
 
-    A long-lived connection sends bursts after idle times, with the sysctl on and off in turns, in network namespaces
-    of its own: the host's interfaces and sysctls stay as they are.
+    Long-lived connections send bursts after idle times, with the sysctl on and off in turns, while cwndtrace traces
+    them. Without --against this happens in separate network namespaces, so the host's interfaces and sysctls don't
+    change. The capture, the measurements and the pictures are written to one directory.
 
     \b
     Examples:
@@ -180,17 +223,17 @@ def reproduce(
       sudo cwndtrace reproduce --against server.example.org:5001 --idle 1s,3s
     """
     target.need_root("reproducing")
-    of_the_path = {f"--{name}": changes[name] for name in ("rate", "loss")}
-    of_the_path |= {"--rtt": changes["rtt_ms"], "-4 or -6": changes["family"], "--path": kind}
-    _check_together(against, of_the_path, {"--plain": plain, "--allow-sysctl": allow_sysctl})
+    path_options = {f"--{name}": changes[name] for name in ("rate", "loss")}
+    path_options |= {"--rtt": changes["rtt_ms"], "-4 or -6": changes["family"], "--path": kind}
+    _check_together(against, path_options, {"--plain": plain, "--allow-sysctl": allow_sysctl})
     server = _endpoint(against) if against is not None else None
     scenario = PRESETS[preset].changed(**changes)
     scenario.check()
     folder = output or Path(time.strftime("reproduce-%Y%m%d-%H%M%S"))
-    # Before anything that may fail: then it is said too.
+    # This comes before anything that may fail, so that it is reported in any case.
     for line in cleanup.sweep():
-        click.echo(f"cleaned up what an earlier run left: {clean(line)}", err=True)
-    with _new(folder) as opened:
+        click.echo(f"cleaned up after an earlier run: {clean(line)}", err=True)
+    with _new_folder(folder) as opened:
         if server is not None:
             with Remote(*server, scenario, plain=plain, allow_sysctl=allow_sysctl) as remote:
                 click.echo(f"Sending to {clean(str(against))}; only this side is traced.", err=True)
@@ -207,9 +250,9 @@ def reproduce(
 
 
 def _measure(lab: Lab | Remote, filters: Filters, path: Path, folder: Folder, *, probe: str | None, dark: bool) -> None:
-    """Trace while the lab measures; write and show everything, also of a run that broke off.
+    """Trace while the lab measures, then write and show all results, even if the run broke off.
 
-    ``path`` names ``folder`` for people.
+    ``path`` is the name of ``folder`` in messages.
     """
     capture = path / "capture.cwnd"
     broken: CwndtraceError | None = None
@@ -226,27 +269,26 @@ def _measure(lab: Lab | Remote, filters: Filters, path: Path, folder: Folder, *,
             broken = e
     if broken is not None and not lab.taken:
         raise broken
-    taken = frame(lab.taken)
-    folder.write("measurements.parquet", taken.to_parquet)
-    code = _report_apart(path, folder, lab.notes(), dark=dark)
+    folder.write("measurements.parquet", frame(lab.taken).to_parquet)
+    code = _run_report(path, folder, lab.notes(), dark=dark)
     if broken is not None:
         raise broken
     if code:
         sys.exit(code)
 
 
-def _report_apart(path: Path, folder: Folder, notes: list[str], *, dark: bool) -> int:
-    """Have it all reported by a process that has no power; its exit code."""
+def _run_report(path: Path, folder: Folder, notes: list[str], *, dark: bool) -> int:
+    """Run the report in a process without privileges, and return its exit code."""
     descriptor = folder.fileno()
     command = isolated.python("-m", "cwndtrace.cli.measured", *(["--dark"] if dark else []), "--", str(descriptor))
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, str(path)], env=isolated.environment(), pass_fds=[descriptor], input=json.dumps(notes).encode(),
         check=False,
     )  # fmt: skip
-    if done.returncode < 0:
-        cause = f"the process that reports was ended from outside, by signal {-done.returncode}"
-        raise CwndtraceError(cause, f"what was measured is in {path}: try cwndtrace report on its capture.cwnd")
-    return done.returncode
+    if process.returncode < 0:
+        cause = f"the process that writes the report was killed by signal {-process.returncode}"
+        raise CwndtraceError(cause, f"the measurements are in {path}; run cwndtrace report on its capture.cwnd")
+    return process.returncode
 
 
 @click.command()
@@ -254,21 +296,24 @@ def _report_apart(path: Path, folder: Folder, notes: list[str], *, dark: bool) -
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--dark", is_flag=True)
 def measured(descriptor: int, path: Path, *, dark: bool) -> None:
-    """Report what lies in an open folder that people know as PATH; notes come on stdin (see cli/measured.py)."""
+    """Report the measurements in an open folder, which messages call PATH. Notes come on stdin as JSON.
+
+    cli/measured.py runs this.
+    """
     with Folder(descriptor, None) as folder:
         taken = pd.read_parquet(folder.path / "measurements.parquet")
         _report(taken, cwndtrace.load(folder.path / "capture.cwnd"), path, folder, json.load(sys.stdin), dark=dark)
 
 
 def _line(row: Measurement) -> str:
-    fell = f"{row.cwnd_before} -> {row.cwnd_after}" if row.reset else f"{row.cwnd_before}"
+    window = f"{row.cwnd_before} -> {row.cwnd_after}" if row.reset else f"{row.cwnd_before}"
     text = f"{row.round:>5}  {row.setting:<7}  {row.idle_s:>4.2f} s  {size(row.burst_bytes):>8}"
-    return f"{text}  {row.latency_ms:>8.1f} ms   {fell}"
+    return f"{text}  {row.latency_ms:>8.1f} ms   {window}"
 
 
 def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes: list[str], *, dark: bool) -> None:
     if taken.empty:
-        raise CwndtraceError("nothing was measured", "let it run until the first line of a round is there")
+        raise CwndtraceError("nothing was measured", "let it run until it prints the first measurement")
     summary = summarise(taken)
     click.echo()
     for line in costs_of(summary):
@@ -282,48 +327,48 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
     )
     priced = costs(taken, trace.resets)
     if len(priced):
-        off = (priced["predicted_ms"] - priced["measured_ms"]).abs()
+        error = (priced["predicted_ms"] - priced["measured_ms"]).abs()
         echo_prose(
             f"Predicted from the records alone (estimate): median {priced['predicted_ms'].median():.0f} ms extra, "
-            f"measured {priced['measured_ms'].median():.0f} ms; off by {off.median():.0f} ms at the median."
+            f"measured {priced['measured_ms'].median():.0f} ms; off by {error.median():.0f} ms at the median."
         )
     for note in notes:
         echo_prose(f"note: {clean(note)}")
     pictures = _draw(taken, summary, trace, priced, folder, dark=dark)
     click.echo(f"\nThe capture, the measurements and {len(pictures)} pictures are in {clean(str(path))}.", err=True)
     click.echo()
-    echo_prose(f"What it cost: {overall(summary)}.")
-    echo_prose(f"The picture:  {clean(str(path / pictures[0]))}")
+    echo_prose(f"Result: {overall(summary)}.")
+    echo_prose(f"Picture: {clean(str(path / pictures[0]))}")
 
 
 def costs_of(summary: pd.DataFrame) -> Iterator[str]:
-    """What ``summarise`` gives, as a table."""
+    """Yield the lines of a table of what ``summarise`` returns."""
     rows: list[tuple[str, ...]] = []
     for cell in summary.to_dict("records"):
         rows.append(
             (
                 size(int(cell["burst_bytes"])),
                 f"{cell['idle_s']:g} s",
-                *(_known("{:.0f} ms", cell[c]) for c in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
-                _known("{:+.0f} ms", cell["cost_ms"]),
-                _known("{:+.0f} to {:+.0f} ms", cell["cost_low_ms"], cell["cost_high_ms"]),
-                _known("{:+.1f}", cell["cost_rtts"]),
-                _known("{:.0f} %", 100 * cell["resets_on"]),
+                *(_or_dash("{:.0f} ms", cell[c]) for c in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
+                _or_dash("{:+.0f} ms", cell["cost_ms"]),
+                _or_dash("{:+.0f} to {:+.0f} ms", cell["cost_low_ms"], cell["cost_high_ms"]),
+                _or_dash("{:+.1f}", cell["cost_rtts"]),
+                _or_dash("{:.0f} %", 100 * cell["resets_on"]),
             )
         )
     yield from table(_COLUMNS, rows)
 
 
-def _known(text: str, *values: float) -> str:
-    """Values as text; a dash where one is unknown."""
+def _or_dash(text: str, *values: float) -> str:
+    """Return the values formatted by ``text``, or a dash if one of them is unknown (NaN)."""
     return "-" if any(math.isnan(v) for v in values) else text.format(*values)
 
 
 def _draw(
     taken: pd.DataFrame, summary: pd.DataFrame, trace: Trace, priced: pd.DataFrame, folder: Folder, *, dark: bool
 ) -> list[str]:
-    """The pictures, as names of files; the one that tells most first."""
-    # Only here, because matplotlib takes long to load.
+    """Draw all pictures into ``folder``; return their file names, the most informative first."""
+    # This import is delayed, because matplotlib takes long to load.
     from cwndtrace.plot import cost, latency, sawtooth, staircase, style
 
     on, off = (trace_of(trace, taken[taken["setting"] == setting]) for setting in ("on", "off"))
@@ -342,7 +387,7 @@ def _draw(
 
 
 def trace_of(trace: Trace, taken: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The resets of the sockets that some measurements used, and what was seen of their windows (ts_ns, cwnd)."""
+    """Return the resets of the sockets in ``taken``, and all samples of their windows (columns ts_ns and cwnd)."""
     resets, snapshots, samples = trace.resets, trace.connections, trace.samples
     cookies = set(taken["sock_cookie"])
     known = (frame[frame["sock_cookie"].isin(cookies)]["connection"] for frame in (resets, snapshots))
@@ -353,21 +398,24 @@ def trace_of(trace: Trace, taken: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFr
 
 
 class _Refusals:
-    """Says that connections were refused, as ``run`` does of losses: every ten seconds at most, and at the end."""
+    """A reporter of refused connections. Like ``run`` does with losses, it prints every ten seconds at most."""
 
     def __init__(self) -> None:
-        self._told = 0
-        self._told_at = -math.inf
+        self._reported = 0
+        self._reported_at = -math.inf
 
     def tell(self, totals: servers.Totals, *, last: bool = False) -> None:
-        """Say it, if there is something new and it is time. Who reads stderr slowly, or not at all, holds nobody up."""
+        """Print the number of refused connections if it has grown and a report is due; with ``last`` one is always due.
+
+        A slow reader of stderr never blocks the server.
+        """
         refused, now = totals.refused, time.monotonic()
-        if refused == self._told or not (last or now - self._told_at >= _REFUSED_EVERY_S):
+        if refused == self._reported or not (last or now - self._reported_at >= _REFUSED_EVERY_S):
             return
         if select.select([], [2], [], 0)[1]:
             with suppress(OSError):
-                click.echo(f"refused so far: {plural(refused, 'connection')} (no room for so many)", err=True)
-            self._told, self._told_at = refused, now
+                click.echo(f"refused so far: {plural(refused, 'connection')} (too many at once)", err=True)
+            self._reported, self._reported_at = refused, now
 
 
 @click.command()
@@ -375,25 +423,33 @@ class _Refusals:
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; :: lets in whoever can reach this machine.",
+    help="Listen on this address; :: accepts every host that can reach this machine.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=5001, show_default=True, help="Port; 0 takes a free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=5001,
+    show_default=True,
+    help="Listen on this port; 0 picks a free one.",
 )
-@click.option("--cc", metavar="NAME", help="Congestion control of what is sent from here.")
+@click.option(
+    "--cc", metavar="NAME", help="Use this congestion control for bursts sent from here (default: the system's)."
+)
 def serve(host: str, port: int, cc: str | None) -> None:
-    """Be the other end for reproduce --against: take in bursts, or answer requests with them. Needs no root.
+    """Serve as the far end of reproduce --against.
+
+    The server receives bursts, or sends a burst for each request. It doesn't need root.
 
     \b
     Examples:
       cwndtrace serve --host ::
       cwndtrace serve --host 192.0.2.7 --port 5001
     """
-    # What systemd or kill sends ends it as Ctrl-C does.
+    # SIGTERM, from systemd or kill, ends the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     refusals = _Refusals()
     with servers.Server(host, port, servers.Settings(cc=cc, on_turn=refusals.tell)) as server:
-        click.echo(f"Listening on {clean(host)} port {server.port}; Ctrl-C ends.", err=True)
+        click.echo(f"Listening on {clean(host)} port {server.port}; press Ctrl-C to stop.", err=True)
         try:
             server.run()
         except KeyboardInterrupt:
@@ -401,7 +457,7 @@ def serve(host: str, port: int, cc: str | None) -> None:
         totals = server.totals
         refusals.tell(totals, last=True)
         click.echo(
-            f"{plural(totals.connections, 'connection')}; took in {plural(totals.bursts_taken, 'burst')} "
+            f"{plural(totals.connections, 'connection')}; received {plural(totals.bursts_taken, 'burst')} "
             f"({size(totals.bytes_taken)}), "
-            f"sent {totals.bursts_sent}"
+            f"sent {plural(totals.bursts_sent, 'burst')}"
         )

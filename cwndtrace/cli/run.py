@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace run``: trace live."""
+"""``cwndtrace run``, which traces the running kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cwndtrace.store.writer import refuse_place
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What ``run`` was asked for; times in seconds."""
+    """The options of ``run``. Times are in seconds."""
 
     iface: str | None
     pid: int | None
@@ -54,21 +54,40 @@ class RunOptions:
 
 @click.command()
 @options.filters
-@click.option("-d", "--duration", type=options.Span(), metavar="TIME", help="Stop after this long; else at Ctrl-C.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="NAME.cwnd", help="Where the capture goes.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
-@click.option("--block/--no-block", default=None, help="Print each block request; or don't trace them at all.")
+@click.option(
+    "-d",
+    "--duration",
+    type=options.Span(),
+    metavar="TIME",
+    help="Stop after this time, for example 90s or 10m (default: at Ctrl-C).",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="NAME.cwnd",
+    help="Write the capture to this new directory (default: cwndtrace-DATE-TIME.cwnd).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line on stdout.")
+@click.option(
+    "--block/--no-block",
+    default=None,
+    help="Print each block I/O request, or don't trace block I/O (default: trace it, but don't print it).",
+)
 @click.option(
     "--unwritable",
     type=click.Choice(["wait", "stop"]),
     default="wait",
-    help="When the disk refuses rows: hold them until it takes them (default), or stop.",
+    help="If the disk refuses rows, keep them in memory until it accepts them (wait, the default), or stop.",
 )
-@click.option("--stay-root", is_flag=True, help="Keep root's power while it traces, in one process.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="Say why each better probe was not used.")
+@click.option("--stay-root", is_flag=True, help="Keep root privileges while tracing, in a single process.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Print why each better probe isn't used.")
 def run(**values: Any) -> None:
-    """Trace congestion-window resets, a line each, and block I/O, into a capture.
+    """Trace congestion-window resets and block I/O, and write a capture.
+
+    The command prints a line for each reset, and a summary at the end. The kernel applies the filters; a connection
+    must match all of them.
 
     \b
     Examples:
@@ -92,7 +111,7 @@ def _run(asked: RunOptions) -> None:
     )
     output = asked.output or Path(time.strftime("cwndtrace-%Y%m%d-%H%M%S.cwnd"))
     owner = user.invoking()
-    # At once, and not after seconds of attaching.
+    # An unusable place is refused at once, and not after seconds of attaching.
     refuse_place(output, owner)
     what = target.named(filters, asked.iface)
     block, privsep = asked.block is not False, not asked.stay_root
@@ -117,9 +136,9 @@ def _run(asked: RunOptions) -> None:
             try:
                 with buffered_output(view.output_dropped, lambda: interrupt.hurried):
                     if privsep:
-                        _drop(session, owner, quiet=asked.quiet)
+                        _drop_privileges(session, owner, quiet=asked.quiet)
                     if not asked.quiet:
-                        _say_what(session, what, verbose=asked.verbose)
+                        _print_probes(session, what, verbose=asked.verbose)
                     console.begin(output)
                     try:
                         Recorder(session, writer, console).run(lambda: interrupt.requested, asked.duration)
@@ -128,13 +147,13 @@ def _run(asked: RunOptions) -> None:
             except OutputError as e:
                 failed = e.failed
             finally:
-                writer.close("failed")  # does nothing if it is closed already
+                writer.close("failed")  # this does nothing if the writer is already closed
         if asked.stay_root:
-            # Nothing needs it any more, and the capture's owner could lead its reading elsewhere.
+            # Nothing needs the privileges any more, and the owner of the capture could redirect reads elsewhere.
             privileges.drop(owner)
         with suppress(OutputError), printing():
             if not interrupt.hurried:
-                # Here and not above: it takes pandas, which would hold up the start.
+                # This import is delayed, because pandas would slow down the start.
                 from cwndtrace.trace import Trace
 
                 trace = Trace(writer.capture())
@@ -144,32 +163,33 @@ def _run(asked: RunOptions) -> None:
                     print_summary(trace, session, view.block)
         with suppress(OutputError), printing():
             if not asked.quiet:
-                _say_what_next(output)
+                _print_next_steps(output)
     if failed or console.failed:
         sys.exit(1)
 
 
-def _say_what_next(output: Path) -> None:
-    click.echo(f"\nThe capture is in {clean(str(output))}. What to do with it:", err=True)
+def _print_next_steps(output: Path) -> None:
+    click.echo(f"\nThe capture is in {clean(str(output))}. These commands read it:", err=True)
     click.echo(f"  cwndtrace report {clean(str(output))}", err=True)
     click.echo(f"  cwndtrace plot {clean(str(output))}", err=True)
     click.echo(f'  {sys.executable} -I -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
-def _say_what(session: Session, what: str, *, verbose: bool) -> None:
+def _print_probes(session: Session, what: str, *, verbose: bool) -> None:
     seen = ", ".join(f"{reason} by {probe}" for reason, probe in session.source.probes.items() if probe)
     unseen = ", ".join(reason for reason, probe in session.source.probes.items() if not probe)
+    rest = f"; {unseen} can't be seen on this kernel" if unseen else ""
     with suppress(OutputError), printing():
-        echo_prose(f"Tracing {clean(what)}: {seen}{f'; this kernel hides {unseen}' if unseen else ''}.", err=True)
+        echo_prose(f"Tracing {clean(what)}: {seen}{rest}.", err=True)
         if verbose:
             for reason, tried in session.source.tried.items():
                 for probe, why in tried.items():
                     echo_prose(f"  {reason}: not {probe}: {clean(why)}", err=True)
 
 
-def _drop(session: Session, owner: privileges.User | None, *, quiet: bool) -> None:
-    """Give up what tracing needs no longer, now that all is attached and open."""
+def _drop_privileges(session: Session, owner: privileges.User | None, *, quiet: bool) -> None:
+    """Drop the privileges that tracing doesn't need once everything is attached and open."""
     needed = session.source.power_needed(owner)
     privileges.drop(owner, needed)
-    if (left := privileges.still_powerful(needed)) and not quiet:
-        echo_prose(f"warning: root's power stays with threads of libraries: {clean(', '.join(left))}", err=True)
+    if (threads := privileges.still_powerful(needed)) and not quiet:
+        echo_prose(f"warning: these library threads keep root privileges: {clean(', '.join(threads))}", err=True)

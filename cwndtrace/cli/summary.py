@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summary at the end of a trace: per connection, per device, what was kept and lost."""
+"""The summary at the end of a trace: a table of connections, a table of block devices, and totals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cwndtrace.format import clean
 if TYPE_CHECKING:
     from cwndtrace.trace import Trace
 
-_MOST: Final = 20
+_CONNECTIONS_SHOWN: Final = 20
 _CONNECTIONS: Final = (
     Column("CONNECTION", least=IPV4, shorten=cut_connection),
     Column("PROCESS", 2, least=10, shorten=cut_process),
@@ -43,13 +43,13 @@ _DEVICES: Final = (
 
 
 def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
-    """Print it on stdout."""
+    """Print the summary on stdout."""
     block.count()
     summary = trace.summary()
     tally = session.tally
     click.echo()
     rows: list[tuple[str, ...]] = []
-    for row in summary.head(_MOST).to_dict("records"):
+    for row in summary.head(_CONNECTIONS_SHOWN).to_dict("records"):
         rows.append(
             (
                 fmt.connection(row),
@@ -67,8 +67,8 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     if rows:
         for line in table(_CONNECTIONS, rows):
             click.echo(line)
-        if len(summary) > _MOST:
-            click.echo(f"and {fmt.plural(len(summary) - _MOST, 'more connection')}")
+        if len(summary) > _CONNECTIONS_SHOWN:
+            click.echo(f"and {fmt.plural(len(summary) - _CONNECTIONS_SHOWN, 'more connection')}")
     else:
         click.echo("No TCP connection was seen.")
     if block.latency:
@@ -77,7 +77,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     click.echo()
     echo_prose(
         f"kept {fmt.plural(kept.get('cwnd_reset', 0), 'reset')}, {fmt.plural(kept.get('block_io', 0), 'block I/O')}; "
-        f"lost {lost.get('cwnd_reset', 0):,} and {lost.get('block_io', 0):,}; "
+        f"lost {fmt.plural(lost.get('cwnd_reset', 0), 'reset')}, {fmt.plural(lost.get('block_io', 0), 'block I/O')}; "
         f"{fmt.plural(tally.unchanged, 'restart')} left the window as it was"
     )
 
@@ -101,11 +101,11 @@ def _print_block(trace: Trace, block: BlockFigures) -> None:
     click.echo()
     for line in table(_DEVICES, rows):
         click.echo(line)
-    click.echo("(percentiles to 1 %)")
+    click.echo("(percentiles are at most 1 % too high)")
 
 
 def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[str, Any]:
-    """The same as one JSON object."""
+    """Return the summary as one JSON object."""
     block.count()
     tally = session.tally
     names = ["connection", "saddr", "sport", "daddr", "dport", "pid", "comm", "ca_name", "resets", "resets_idle"]

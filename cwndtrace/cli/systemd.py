@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a service manager wants to know of a trace, by sd_notify(3)'s protocol: a datagram to a Unix socket."""
+"""Notifications to a service manager by the protocol of sd_notify(3): datagrams to a Unix socket."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _address = ""
 
 
 def take() -> None:
-    """Take the manager's address out of the environment: it is this process's, and no child's."""
+    """Take the address of the manager out of the environment, so that no child process inherits it."""
     global _address
     _address = os.environ.pop("NOTIFY_SOCKET", "")
 
 
 def tell(state: str) -> None:
-    """Send ``state``, without waiting, where somebody wants to know; what becomes of it is theirs to care for.
+    """Send ``state`` to the service manager, if there is one, without waiting. Errors are ignored.
 
-    The address may be anybody's: it is to be called when power has been given up, and nothing is read.
+    The address is untrusted, so call this only after privileges are dropped. No answer is read.
     """
     if not _address.startswith(("/", "@")):
         return
     address = f"\0{_address[1:]}" if _address.startswith("@") else _address
-    with suppress(OSError, ValueError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
-        made.setblocking(False)
-        made.sendto(state.encode("ascii"), os.fsencode(address))
+    with suppress(OSError, ValueError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(state.encode("ascii"), os.fsencode(address))

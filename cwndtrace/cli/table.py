@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and prose as wide as the terminal; a pipe or a file gets all columns, and no line broken.
+"""Tables and prose that fit the terminal. A pipe or a file gets all columns and unbroken lines.
 
-Where a terminal is too narrow, columns are left out, those that matter least first, and texts shortened; a line names
-what was left out. Widths are cells of a terminal: an ideograph takes two, a combining mark none.
+If a terminal is too narrow, a table leaves out its least important columns, shortens texts, and names the columns that
+are missing. Widths are in terminal cells: an ideograph takes two, and a combining mark takes none.
 """
 
 from __future__ import annotations
@@ -23,38 +23,41 @@ from cwndtrace.format import unbroken
 _GAP: Final = 2
 _CUT: Final = ".."
 _NARROW: Final = 14
-_USUAL: Final = 80
+_DEFAULT_COLUMNS: Final = 80
 IPV4: Final = 45
-"""Cells of the longest connection over IPv4, which is to be read whole."""
+"""Cells of the longest IPv4 connection, which is shortened only in terminals narrower than any table."""
 
 
 def room(*, err: bool = False) -> int | None:
-    """Cells in a line of stdout's terminal, or stderr's (COLUMNS, if that is set); None where it is no terminal."""
+    """Return the width of the terminal at stdout (or stderr) in cells, or None if that isn't a terminal.
+
+    COLUMNS overrides the width.
+    """
     stream = sys.stderr if err else sys.stdout
     if not stream.isatty():
         return None
     if not err or os.environ.get("COLUMNS"):
         return shutil.get_terminal_size().columns
-    # shutil asks of stdout, which may be a pipe meanwhile.
+    # shutil asks for the size of stdout, which may be a pipe.
     with suppress(OSError, ValueError):
-        return os.get_terminal_size(stream.fileno()).columns or _USUAL
-    return _USUAL
+        return os.get_terminal_size(stream.fileno()).columns or _DEFAULT_COLUMNS
+    return _DEFAULT_COLUMNS
 
 
 def cells(text: str) -> int:
-    """How many cells of a terminal ``text`` takes."""
+    """Return the number of terminal cells that ``text`` takes."""
     return len(text) if text.isascii() else sum(map(_width, text))
 
 
 def _width(char: str) -> int:
-    # The vowels and finals of Hangul join the syllable before them.
+    # The vowels and finals of Hangul combine with the syllable before them.
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def _head(text: str, most: int) -> str:
-    """As much of the begin as fits into ``most`` cells."""
+    """Return as much of the start of ``text`` as fits into ``most`` cells."""
     taken = 0
     for at, char in enumerate(text):
         taken += _width(char)
@@ -64,7 +67,7 @@ def _head(text: str, most: int) -> str:
 
 
 def _tail(text: str, most: int) -> str:
-    """As much of the end as fits; never one that begins with what joins the character before it."""
+    """Return as much of the end of ``text`` as fits into ``most`` cells. It never begins with a combining character."""
     taken, start = 0, len(text)
     for at in range(len(text) - 1, -1, -1):
         width = _width(text[at])
@@ -77,12 +80,15 @@ def _tail(text: str, most: int) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """``text`` in ``most`` cells; what lacks at its end is shown by two dots."""
+    """Return ``text`` cut to ``most`` cells. Two dots mark a missing end."""
     return text if cells(text) <= most else _head(text, max(most - len(_CUT), 0)) + _CUT[: max(most, 0)]
 
 
 def cut_tail_kept(text: str, most: int, tail: str) -> str:
-    """The same, but the middle lacks: ``tail`` stays, and as much of the end before it as of the begin."""
+    """Return ``text`` cut to ``most`` cells in its middle, so that ``tail`` stays.
+
+    Before a tail that begins with a colon, the end of the text gets as much room as the start.
+    """
     spare = most - cells(tail) - len(_CUT)
     if cells(text) <= most or spare < 1:
         return cut(text, most)
@@ -92,16 +98,19 @@ def cut_tail_kept(text: str, most: int, tail: str) -> str:
 
 
 def cut_process(text: str, most: int) -> str:
-    """``name[pid]`` with the pid."""
+    """Return ``name[pid]`` cut to ``most`` cells, with the whole pid."""
     return cut_tail_kept(text, most, text[text.rfind("[") :] if "[" in text else "")
 
 
 def cut_connection(text: str, most: int) -> str:
-    """``address:port > address:port`` with both ports, and the begin and the end of the addresses."""
+    """Return ``address:port > address:port`` cut to ``most`` cells.
+
+    Both ports stay, and the start and the end of each address.
+    """
     ends = text.partition(" > ")[::2]
     widths = [cells(end) for end in ends]
     share = max(most - 3, 0)
-    # A short end leaves its room to the long one.
+    # A short endpoint leaves its room to the long one.
     left = min(widths[0], max(share // 2, share - widths[1]))
     parts = (
         cut_tail_kept(end, n, f":{end.rpartition(':')[2]}") for end, n in zip(ends, (left, share - left), strict=True)
@@ -111,10 +120,10 @@ def cut_connection(text: str, most: int) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, and what becomes of it where there is too little room.
+    """A column of a table: its title, and how it gives way if there is too little room.
 
-    Columns with a ``rank`` are left out, the highest first, until the others fit with ``least`` cells each; then texts
-    are shortened by ``shorten``, from the last column on. Without ``least`` a text is whole or not there.
+    Columns with a ``rank`` are left out, the highest rank first, until the others fit with ``least`` cells each. Then
+    ``shorten`` cuts texts, beginning with the last column. A column without ``least`` isn't shortened.
     """
 
     title: str
@@ -125,19 +134,19 @@ class Column:
 
 
 class FittedTable:
-    """Which of ``columns`` are shown in ``room`` cells (None: as many as it takes), and how wide."""
+    """The layout of a table: the ``columns`` that fit into ``room`` cells, and their widths. None means no limit."""
 
     def __init__(self, columns: Sequence[Column], widths: Sequence[int], room: int | None) -> None:
         self._columns = columns
         self._room = room
         self.widths = dict(enumerate(widths))
-        """By the number of the column, of those that are shown."""
+        """The widths of the columns that are shown, by the index of the column."""
         for i in sorted(self.widths, key=lambda i: -columns[i].rank):
             if columns[i].rank and self._excess(self._least(j) for j in self.widths) > 0:
                 del self.widths[i]
         for i in sorted(self.widths, reverse=True):
             self._shrink(i, self._least(i))
-        # Only for terminals that are narrower than any table.
+        # This happens only in terminals that are narrower than any table.
         for least in (_NARROW, len(_CUT)):
             for i in sorted(self.widths, key=lambda i: -self.widths[i]):
                 self._shrink(i, least)
@@ -154,7 +163,10 @@ class FittedTable:
         return 0 if self._room is None else sum(taken) + _GAP * (len(taken) - 1) - self._room
 
     def line(self, texts: Sequence[str], paint: Mapping[int, Callable[[str], str]] | None = None) -> str:
-        """A row. A column grows with what is wider, as long as there is room; ``paint`` colours by column."""
+        """Return a row as a line. A column grows for a wider text while there is room.
+
+        ``paint`` maps indices of columns to functions that colour their text.
+        """
         paint, parts = paint or {}, []
         for i in self.widths:
             column, text = self._columns[i], _as_printed(texts[i])
@@ -167,20 +179,20 @@ class FittedTable:
         return (" " * _GAP).join(parts).rstrip()
 
     def header(self) -> str:
-        """The titles."""
+        """Return the line of titles."""
         return click.style(self.line([column.title for column in self._columns]), bold=True)
 
     def left_out(self) -> list[str]:
-        """Lines that say what was left out, and how to see it."""
+        """Return lines that name the columns left out, and how to see them."""
         names = [column.title for i, column in enumerate(self._columns) if i not in self.widths]
         if not names:
             return []
-        text = f"Left out: {', '.join(names)}. A wider terminal or pipe has all."
+        text = f"Left out: {', '.join(names)}. A wider terminal or pipe has them."
         return [click.style(line, dim=True) for line in prose(text, self._room)]
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Header, rows and what was left out, as wide as stdout's terminal."""
+    """Yield the header, the rows and the names of columns left out, for the width of stdout's terminal."""
     texts = [[_as_printed(text) for text in row] for row in rows]
     widths = [max(cells(row[i]) for row in [[c.title for c in columns], *texts]) for i in range(len(columns))]
     layout = FittedTable(columns, widths, room())
@@ -190,16 +202,19 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Iterator[
 
 
 def prose(text: str, room: int | None, indent: int = 0) -> list[str]:
-    """``text`` in lines of ``room`` cells, those after the first indented; one line where ``room`` is None."""
+    """Return ``text`` as lines of at most ``room`` cells, or as one line if ``room`` is None.
+
+    ``indent`` is the indentation of all lines after the first. A number stays on one line with its unit.
+    """
     if room is None:
         return [text]
     text = unbroken(_as_printed(text))
     words = text.lstrip(" ")
     lines = [" " * (len(text) - len(words))]
     for word in words.split(" "):
-        glued = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
-        if cells(glued) <= room:
-            lines[-1] = glued
+        joined = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
+        if cells(joined) <= room:
+            lines[-1] = joined
             continue
         if lines[-1].strip():
             lines.append(" " * indent)
@@ -213,13 +228,13 @@ def prose(text: str, room: int | None, indent: int = 0) -> list[str]:
 
 
 def echo_prose(text: str, *, err: bool = False) -> None:
-    """Print it as wide as stdout's terminal, or stderr's."""
+    """Print ``text`` in lines that fit the terminal at stdout, or at stderr."""
     for line in prose(text, room(err=err), indent=2):
         click.echo(line, err=err)
 
 
 def _as_printed(text: str) -> str:
-    """``text`` as stdout's encoding leaves it: what it can't say may come out wider or narrower."""
+    """Return ``text`` as stdout's encoding prints it. A replaced character may have another width."""
     if text.isascii():
         return text
     encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"

@@ -205,7 +205,7 @@ def test_the_terminal_is_stopped(connect: Connect, space: tcp.Space, tmp_path: P
                 process.send_signal(signal.SIGTERM)
             else:
                 termios.tcflow(slave, termios.TCOON)
-                shown = read_until(master, rb"What to do with it")
+                shown = read_until(master, rb"These commands read it")
             assert process.wait(20) == 0
         finally:
             process.kill()
@@ -247,7 +247,7 @@ def test_what_is_printed_finds_no_room(space: tcp.Space, tmp_path: Path) -> None
     ):
         code, _, said = run.end(None)
     assert code == 1
-    assert said.count("what is printed can't be written: No space left on device") == 1
+    assert said.count("the output can't be written: No space left on device") == 1
     assert "Traceback" not in said
     assert_complete(tmp_path / "a.cwnd", 0)
 

@@ -42,7 +42,7 @@ def test_interfaces_and_namespaces_that_go(
         connection.close()
         a.close()
         for run in (renamed, moved):
-            run.wait_for(re.compile("warning: the network namespace that is traced has no name and no process"), 20)
+            run.wait_for(re.compile("warning: the traced network namespace has no name and no process"), 20)
             assert run.process.poll() is None
         for run in (renamed, moved):
             code, _, said = run.end()

@@ -21,7 +21,7 @@ PIPX = "sudo env PIPX_HOME=/opt/pipx PIPX_BIN_DIR=/usr/local/bin pipx install ."
 TABLE = [
     ("sudo cwndtrace doctor", "", "will work here."),
     # The demo has just measured in full.
-    ("sudo cwndtrace reproduce", "sudo cwndtrace reproduce --rounds 1", "The picture:"),
+    ("sudo cwndtrace reproduce", "sudo cwndtrace reproduce --rounds 1", "Picture:"),
     ("cwndtrace run --help", "", "--iface"),
     ("cwndtrace report CAPTURE", "cwndtrace report demo-*.cwnd", "idle"),
     ("cwndtrace plot CAPTURE", "cwndtrace plot demo-*.cwnd", ""),

@@ -101,7 +101,9 @@ def started(*arguments: str | Path, before: tuple[str, ...] = ()) -> Iterator[St
 def serving(before: tuple[str, ...] = ()) -> Iterator[tuple[Started, str]]:
     """``cwndtrace serve`` on a free port of loopback, and what ``--against`` takes for it."""
     with started("serve", "--host", "127.0.0.1", "--port", "0", before=before) as server:
-        port = server.wait_for(re.compile(r"^Listening on 127\.0\.0\.1 port (\d+); Ctrl-C ends\.$", re.MULTILINE))[1]
+        port = server.wait_for(
+            re.compile(r"^Listening on 127\.0\.0\.1 port (\d+); press Ctrl-C to stop\.$", re.MULTILINE)
+        )[1]
         yield server, f"127.0.0.1:{port}"
 
 
@@ -213,11 +215,11 @@ def test_quick_shows_a_megabyte_twice_as_slow_after_a_rest(quick: Run) -> None:
     # What somebody new should read comes last.
     cost, picture = lines[-2:]
     assert re.fullmatch(
-        rf"What it cost: tcp_slow_start_after_idle cost up to \d+ ms \(\d\.\d round trips\): 1 MB after 0\.8 s"
+        rf"Result: tcp_slow_start_after_idle cost up to \d+ ms \(\d\.\d round trips\): 1 MB after 0\.8 s"
         rf" took {medians['on']:.0f} ms with it and {medians['off']:.0f} ms without\.",
         cost,
     )
-    assert picture == f"The picture:  {quick.folder / 'latency.png'}"
+    assert picture == f"Picture: {quick.folder / 'latency.png'}"
 
 
 def test_quick_has_every_reset_in_the_capture(quick: Run) -> None:
@@ -286,7 +288,7 @@ def test_against_a_server_the_sysctl_stays(tmp_path: Path) -> None:
     assert missing(taken, assert_opens(tmp_path / "a").resets) == []
     assert code == 0, said
     # Each burst is preceded by what warms the connection.
-    assert re.search(r"^1 connection; took in \d+ bursts? \([\d.]+ [kM]?B\), sent 0$", said, re.MULTILINE)
+    assert re.search(r"^1 connection; received \d+ bursts? \([\d.]+ [kM]?B\), sent 0 bursts$", said, re.MULTILINE)
 
 
 def test_both_settings_and_a_send_buffer_that_is_too_small(make_space: Callable[[], tcp.Space], tmp_path: Path) -> None:
@@ -331,7 +333,7 @@ def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space],
         short = (*scenario[:-1], "1", "-o", tmp_path / "c")
         done = call("reproduce", *short, before=within(space))
     assert done.returncode == 0, done.stderr
-    assert f"cleaned up what an earlier run left: sysctl of {Path(note).name}" in done.stderr
+    assert f"cleaned up after an earlier run: sysctl of {Path(note).name}" in done.stderr
     assert left in (0, 1)
     assert value() == 1
     assert not things_of(run.process.pid)
@@ -380,7 +382,7 @@ def test_what_a_kill_leaves_the_next_start_cleans(tmp_path: Path) -> None:
             done = call("reproduce", *SHORT, "-o", tmp_path / "next")
             assert done.returncode == 0, done.stderr
         for name in (Path(thing).name for thing in left):
-            assert f"cleaned up what an earlier run left: namespace {name}\n" in done.stderr
+            assert f"cleaned up after an earlier run: namespace {name}\n" in done.stderr
         assert not things_of(pid), left
         assert of_the_host() == before
         if measuring:

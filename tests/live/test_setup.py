@@ -105,7 +105,7 @@ def test_without_tracefs() -> None:
     commands = "while umount /sys/kernel/tracing 2>/dev/null; do :; done; umount -R /sys/kernel/debug 2>/dev/null; true"
     done = call("doctor", before=(*MOUNTS, f'{commands}; exec "$0" "$@"'))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "not mounted; cwndtrace needs none" in done.stdout
+    assert "not mounted; cwndtrace doesn't need it" in done.stdout
 
 
 @pytest.mark.parametrize("most", [20, 64])

@@ -114,7 +114,7 @@ def test_no_file_is_written_by_roots_power(machine: Machine) -> None:
     # The old way in: a name that is a line for sudoers in the title of a PostScript picture.
     evil = f"x\n{LINE}\n.ps"
     for target in (evil, f"/etc/sudoers.d/{evil}", "/etc/nologin", "/etc/sudoers.d/x"):
-        assert "ends in none of .png, .svg and .pdf" in machine.refused("plot", "a.cwnd", "-o", target, code=2)
+        assert "doesn't end in .png, .svg or .pdf" in machine.refused("plot", "a.cwnd", "-o", target, code=2)
     for target in ("/etc/cwt.png", "/root/cwt.svg", "/etc/sudoers.d/cwt.pdf"):
         assert "can't be written: Permission denied" in machine.refused("plot", "a.cwnd", "-o", target)
         assert not machine.here(Path(target)).exists()

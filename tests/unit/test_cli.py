@@ -76,7 +76,7 @@ def test_spans(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "-1s", "1 fortnight", "1e3", "1.2.3s", "s"])
 def test_spans_that_are_none(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no time span: write 500ms, 2s, 10m"):
+    with pytest.raises(click.BadParameter, match="is not a time span: write 500ms, 2s or 10m"):
         Span().convert(text, None, None)
 
 
@@ -84,13 +84,13 @@ def test_spans_that_are_none(text: str) -> None:
     ("arguments", "cause"),
     [
         (["run", "--probe", "crystal-ball"], "'crystal-ball' is not one of"),
-        (["run", "-d", "soon"], "'soon' is no time span"),
+        (["run", "-d", "soon"], "'soon' is not a time span"),
         (["run", "-p", "nginx"], "'nginx' is not a valid integer"),
         (["run", "--colour"], "No such option"),
-        (["run", "-4", "-6"], "-4 and -6 together leave nothing"),
-        (["reproduce", "-6", "-4"], "-4 and -6 together leave nothing"),
+        (["run", "-4", "-6"], "-4 and -6 exclude each other"),
+        (["reproduce", "-6", "-4"], "-4 and -6 exclude each other"),
         (["reproduce", "--probe", "crystal-ball"], "'crystal-ball' is not one of"),
-        (["reproduce", "--burst", "100k,much"], "'much' is no amount: write 300k, 2M, 1G"),
+        (["reproduce", "--burst", "100k,much"], "'much' is not an amount: write 300k, 2M or 1G"),
         (["trace"], "No such command 'trace'"),
         (["plot"], "Missing argument"),
     ],
@@ -133,14 +133,14 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--rate", "1k"], "no rate of 1000 bit/s"),
         (["--burst", "3"], "no burst of 3 bytes"),
         (["--rounds", "0"], "no 0 rounds"),
-        (["--against", "example.org"], "'example.org' is no HOST:PORT"),
-        (["--against", "example.org:0"], "'example.org:0' is no HOST:PORT"),
-        (["--against", "h:1", "--rtt", "5ms"], "--rtt is for a path made here"),
-        (["--against", "h:1", "--loss", "0"], "--loss is for a path made here"),
-        (["--against", "h:1", "-6"], "-4 or -6 is for a path made here"),
-        (["--against", "h:1", "--path", "relay"], "--path is for a path made here"),
-        (["--plain"], "--plain goes with --against"),
-        (["--allow-sysctl"], "--allow-sysctl goes with --against"),
+        (["--against", "example.org"], "'example.org' is not of the form HOST:PORT"),
+        (["--against", "example.org:0"], "'example.org:0' is not of the form HOST:PORT"),
+        (["--against", "h:1", "--rtt", "5ms"], "--rtt can't change the real path to h:1"),
+        (["--against", "h:1", "--loss", "0"], "--loss can't change the real path to h:1"),
+        (["--against", "h:1", "-6"], "-4 or -6 can't change the real path to h:1"),
+        (["--against", "h:1", "--path", "relay"], "--path can't change the real path to h:1"),
+        (["--plain"], "--plain needs --against"),
+        (["--allow-sysctl"], "--allow-sysctl needs --against"),
     ],
 )
 def test_reproduce_refuses_what_makes_no_sense(arguments: list[str], cause: str) -> None:
@@ -252,7 +252,7 @@ def test_plot_into_what_can_not_be_written(tmp_path: Path) -> None:
     reasons = {
         "missing/a.png": "No such file or directory",
         "link.png": "it is a symbolic link to a file",
-        "dangling.png": "it is a symbolic link that leads nowhere",
+        "dangling.png": "it is a dangling symbolic link",
         f"{'x' * 300}.png": "File name too long",
     }
     for name, reason in reasons.items():
@@ -268,7 +268,7 @@ def test_plot_draws_in_three_formats_only(tmp_path: Path, name: str) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
     result = call("plot", capture.path, "-o", tmp_path / name)
     assert result.exit_code == 2
-    assert "ends in none of .png, .svg and .pdf." in result.stderr
+    assert "doesn't end in .png, .svg or .pdf." in result.stderr
     assert "Give it one of these endings with -o." in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["a.cwnd"]
 

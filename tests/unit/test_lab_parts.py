@@ -309,7 +309,7 @@ def test_refusals_are_said_now_and_then(capfd: pytest.CaptureFixture[str], monke
     for clock[0], totals.refused, last in ((0, 0, 0), (1, 1, 0), (2, 5, 0), (11, 5, 0), (30, 5, 0), (31, 6, 1)):
         refusals.tell(totals, last=bool(last))
         said.append(capfd.readouterr().err)
-    line = "refused so far: {} (no room for so many)\n".format
+    line = "refused so far: {} (too many at once)\n".format
     assert said == ["", line("1 connection"), "", line("5 connections"), "", line("6 connections")]
 
 

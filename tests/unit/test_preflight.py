@@ -60,7 +60,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     facts = [
         Fact("kernel", "Linux 6"),
         Fact("probe fentry", "refused", LACK, "ask for it"),
-        Fact("sysctl in \x1b[2J\x07evil", "\x07x", BAD, "mend \x1b it"),
+        Fact("sysctl in \x1b[2J\x07evil", "\x07x", BAD, "fix \x1b it"),
     ]
     _print(Findings(facts, {"idle": "sendmsg"}))
     shown = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(c.isprintable() or c == "\n" for c in shown)
     assert lines[1].startswith("ok ")
     assert lines[2].startswith("-  ")
-    assert lines[3].strip() == "mend: ask for it"
+    assert lines[3].strip() == "fix: ask for it"
     assert lines[4].startswith("BAD")
     assert lines[1].index("Linux") == lines[2].index("refused") == lines[4].index("?x")
     assert lines[-1] == "sudo cwndtrace run --iface NAME will work here."

@@ -18,7 +18,7 @@ from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import Filters, Source
 from cwndtrace.cli.console import Console, InterfaceWatch
 from cwndtrace.cli.live import RESETS_SHOWN, JsonView, TextView
-from cwndtrace.cli.run import _say_what
+from cwndtrace.cli.run import _print_probes
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import cells
 from cwndtrace.errors import CaptureError
@@ -89,7 +89,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in resets:
         assert line.index("127.0.0.1:") == header.index("CONNECTION")
         assert line.index(" idle ") + 1 == header.index("REASON")
-    assert f"kept {RESETS} resets, {2 * BLOCKS} block I/Os; lost 0 and 0" in shown
+    assert f"kept {RESETS} resets, {2 * BLOCKS} block I/Os; lost 0 resets, 0 block I/Os" in shown
     assert "No TCP connection" not in shown
     assert capture.status == "complete"
     assert session.tally.kept["cwnd_reset"] == RESETS
@@ -216,7 +216,7 @@ def test_what_stderr_says_fits_its_terminal(
 
     def said(width: str) -> tuple[list[str], str]:
         monkeypatch.setenv("COLUMNS", width)
-        _say_what(session, what, verbose=False)
+        _print_probes(session, what, verbose=False)
         view = TextView(session, print_block=False, quiet=False)
         watch = InterfaceWatch(session, Filters(), None)
         console = Console(view, session, watch, what=what, quiet=False, stop_when_refused=False)
@@ -240,7 +240,7 @@ def test_one_of_each_is_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFi
     source.count.unchanged = 1
     played(source, tmp_path, as_json=False)
     shown = capsys.readouterr().out
-    assert "kept 1 reset, 1 block I/O; lost 0 and 0; 1 restart left the window as it was" in shown
+    assert "kept 1 reset, 1 block I/O; lost 0 resets, 0 block I/Os; 1 restart left the window as it was" in shown
     assert TextView.output_dropped(1).startswith("1 line wasn't printed")
 
 

@@ -56,7 +56,7 @@ def test_the_screen_leads_with_the_answer_and_ends_with_what_to_do(at: Path) -> 
     assert len(lines) <= 40
     table = lines.index(next(line for line in lines if line.startswith("CONNECTION")))
     assert [line.split()[0] for line in lines[table + 1 : table + 3]] == ["10.1.0.1:443"] * 2
-    assert any(line.startswith("Idle, cause application: ") for line in lines)
+    assert any(line.startswith("Idle because of the application: ") for line in lines)
     assert any(line.startswith("loop0 ") for line in lines)
     last = lines.index("What to do")
     assert lines[last + 1].startswith("1. sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about ")

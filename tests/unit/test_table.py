@@ -47,7 +47,7 @@ DATA = Path(__file__).parents[1] / "data"
 SAMPLE = DATA / "sample.cwnd"
 WIDE = "日本語のプロセス"
 END = b"\0"
-LEFT_OUT = "A wider terminal or pipe has all."
+LEFT_OUT = "A wider terminal or pipe has them."
 
 
 @contextmanager
