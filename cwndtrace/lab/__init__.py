@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A long path on one machine, and what is run over it."""
+"""A long network path on one machine, and the experiments that run over it."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of the lab: started in a namespace, talked to in JSON lines, never outliving who started them.
+"""Child processes of the lab, which exchange JSON lines with their parent and end with it.
 
-A child runs a module of this folder as its program; it reads commands on stdin and answers on stdout, a line each.
+A child runs a module of this folder as its program. It reads commands on stdin and answers on stdout, one per line.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _PR_SET_TIMERSLACK: Final = 29
 Message = dict[str, Any]
 
 
-START_AGAIN: Final = "start again; if the kernel killed it, dmesg says why"
+START_AGAIN: Final = "run the command again; if the kernel killed the process, dmesg says why"
 
 
 class Child:
-    """One process, seen by its parent. A context manager: leaving it ends the process.
+    """A child process as its parent sees it, and a context manager that ends the process on exit.
 
-    The thread that starts a child has to outlive it: the kernel ends the child with that thread.
+    The thread that starts a child has to outlive it, because the kernel ends the child when that thread ends.
     """
 
     def __init__(self, module: str, *arguments: str) -> None:
@@ -40,7 +40,7 @@ class Child:
         self._process = subprocess.Popen(
             isolated.python("-m", f"cwndtrace.lab.{module}", str(os.getpid()), *arguments),
             env=isolated.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            # A Ctrl-C at the terminal is for the parent, which ends its children itself, in order.
+            # Ctrl-C at the terminal has to reach only the parent, which ends its children in order.
             start_new_session=True,
         )  # fmt: skip
         self._messages: queue.Queue[Message | None] = queue.Queue()
@@ -51,7 +51,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def _read(self) -> None:
@@ -66,7 +66,7 @@ class Child:
         self._stderr += self._process.stderr.readlines()
 
     def send(self, message: Message) -> None:
-        """Send a command. Raises CwndtraceError if the process is gone."""
+        """Send a command. Raises CwndtraceError if the process has ended."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -75,25 +75,25 @@ class Child:
             raise self._gone() from None
 
     def receive(self, timeout_s: float) -> Message:
-        """The next message.
+        """Return the next message.
 
-        Raises CwndtraceError if the process ends, reports an error of its own (with its cause and remedy),
-        or says nothing for ``timeout_s`` seconds.
+        Raises CwndtraceError if the process ends, sends no message for ``timeout_s`` seconds, or reports an error,
+        whose cause and remedy the exception then has.
         """
         try:
             message = self._messages.get(timeout=timeout_s)
         except queue.Empty:
-            raise CwndtraceError(f"the lab's {self.what} process said nothing for {timeout_s:.0f} s") from None
+            raise CwndtraceError(f"the lab's {self.what} process sent no message for {timeout_s:.0f} s") from None
         if message is None:
             self._messages.put(None)
             raise self._gone()
         if "error" in message:
-            kind = getattr(errors, str(message.get("kind")), CwndtraceError)
-            raise kind(str(message["error"]), str(message.get("remedy", "")))
+            error_class = getattr(errors, str(message.get("kind")), CwndtraceError)
+            raise error_class(str(message["error"]), str(message.get("remedy", "")))
         return message
 
     def ask(self, message: Message, timeout_s: float = 10) -> Message:
-        """``send`` and then ``receive``."""
+        """Send a command and return the next message."""
         self.send(message)
         return self.receive(timeout_s)
 
@@ -102,11 +102,11 @@ class Child:
             self._process.wait(1)
         self._threads[1].join(1)
         lines = b"".join(self._stderr).decode("utf-8", "replace").strip().splitlines()
-        said = f": {lines[-1]}" if lines else ""
-        return CwndtraceError(f"the lab's {self.what} process ended ({self._process.returncode}){said}", START_AGAIN)
+        reason = f": {lines[-1]}" if lines else ""
+        return CwndtraceError(f"the lab's {self.what} process ended ({self._process.returncode}){reason}", START_AGAIN)
 
     def close(self) -> None:
-        """End it: by the end of its stdin, or after two seconds by SIGKILL."""
+        """Close the process's stdin, which ends it; send SIGKILL if it is still there after two seconds."""
         for pipe in (self._process.stdin,):
             with suppress(OSError, ValueError):
                 assert pipe is not None
@@ -133,14 +133,17 @@ class Child:
 
 
 def live_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends; end at once if that has happened already."""
+    """Make the kernel end this process when its parent ends; exit at once if the parent has ended already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not _libc.end_with_parent(parent):
         raise SystemExit(1)
 
 
 def be_punctual() -> None:
-    """Wake this process as exactly as the kernel allows, ahead of others; where that is refused, go on without."""
+    """Make the kernel wake this process on time: least timer slack, and SCHED_FIFO or else nice -10.
+
+    Settings that the kernel refuses are left as they are.
+    """
     with suppress(OSError):
         _libc.prctl(_PR_SET_TIMERSLACK, 1)
     try:
@@ -151,13 +154,13 @@ def be_punctual() -> None:
 
 
 def enter(address: str) -> None:
-    """Move this (single-threaded) process into a network namespace, by its ``Namespace.address``. Raises OSError."""
+    """Move this single-threaded process into the network namespace with this ``Namespace.address``. Raises OSError."""
     inode, _, path = address.partition(":")
     setns.enter(path, int(inode))
 
 
 def end_with_stdin() -> None:
-    """End this process once its parent closes the pipe to it; for a child that takes no commands."""
+    """End this process when its parent closes the pipe to it; for a child that takes no commands."""
 
     def watch() -> None:
         sys.stdin.buffer.read()
@@ -170,7 +173,7 @@ _say_lock = threading.Lock()
 
 
 def say(message: Message) -> None:
-    """Send a message to the parent; from any thread."""
+    """Send a message to the parent. Safe to call from any thread."""
     line = json.dumps(message) + "\n"
     with _say_lock:
         sys.stdout.write(line)
@@ -178,5 +181,5 @@ def say(message: Message) -> None:
 
 
 def say_error(e: CwndtraceError) -> None:
-    """Have the parent's ``receive`` raise this error."""
+    """Send an error to the parent, whose ``receive`` then raises it."""
     say({"error": e.cause, "remedy": e.remedy, "kind": type(e).__name__})

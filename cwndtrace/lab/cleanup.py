@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting back what a killed run left, and leaving a note where a host's sysctl is changed.
+"""Removal of what a killed run left, and the notes from which a changed sysctl of the host is restored.
 
-Only what carries the name of an owner that is gone is touched (see cwndtrace.lab.owner).
+This module removes only things whose name holds an owner process that has ended (see cwndtrace.lab.owner).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ _SYSCTL: Final = Path("/proc/sys", *IDLE_SYSCTL.split("."))
 
 
 def sweep() -> list[str]:
-    """Remove what dead owners left: processes, namespaces with their devices, cgroups, null_blk devices, sysctls.
+    """Remove the leftovers of owners that have ended, and return a line for each.
 
-    Returns a line for each thing. Needs root. Raises CwndtraceError for what it finds and can't remove.
+    These are processes, namespaces with their devices, cgroups, null_blk devices and sysctls. Needs root. Raises
+    CwndtraceError for a leftover that can't be removed.
     """
     done: list[str] = []
     for path in _left_in(namespaces.RUN):
-        if path.is_dir():  # whoever made it, the lab didn't
+        if path.is_dir():  # the lab's entries are files
             continue
         for pid in _ours_in(path):
             with suppress(ProcessLookupError):
@@ -52,12 +53,12 @@ def sweep() -> list[str]:
 
 
 def here() -> int:
-    """The inode of the network namespace that the calling thread is in."""
+    """Return the inode of the network namespace that the calling thread is in."""
     return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
 def _left_in(folder: Path) -> list[Path]:
-    """Entries whose name tells of an owner that is gone."""
+    """Return the folder's entries whose name holds an owner that has ended."""
     try:
         entries = sorted(folder.iterdir())
     except OSError:
@@ -66,17 +67,18 @@ def _left_in(folder: Path) -> list[Path]:
 
 
 def _ours_in(namespace: Path) -> list[int]:
-    """Processes of the lab in a network namespace."""
-    found: list[int] = []
+    """Return the pids of the lab's processes in a network namespace."""
+    lab_pids: list[int] = []
     with suppress(OSError):
         there = namespace.stat()
         for pid in sockets.pids():
             with suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                # By device as well: a namespace's file that nothing is mounted on has an inode of another file system.
+                # samestat compares the device too: a namespace file with nothing mounted on it has an inode number of
+                # another file system, which may be equal by chance.
                 if b"\0cwndtrace.lab." in command and os.path.samestat(Path(f"/proc/{pid}/ns/net").stat(), there):
-                    found.append(pid)
-    return found
+                    lab_pids.append(pid)
+    return lab_pids
 
 
 def _removed(what: str, path: Path, remove: Callable[[Path], None]) -> list[str]:
@@ -89,10 +91,10 @@ def _removed(what: str, path: Path, remove: Callable[[Path], None]) -> list[str]
 
 @contextmanager
 def host_sysctl(owner: Owner, value: str) -> Iterator[Callable[[str], None]]:
-    """Set IDLE_SYSCTL in this process's own namespace and put the old value back at the end.
+    """Set IDLE_SYSCTL in this process's own namespace and restore the old value on exit.
 
-    Yields a function that sets another value. The old one is noted on disk first, so that ``sweep`` puts it back
-    after a kill.
+    Yields a function that sets another value. The old value is first written to a note in a file, from which
+    ``sweep`` restores it if this process is killed.
     """
     note = owner.name("sysctl")
     try:
@@ -113,7 +115,7 @@ def host_sysctl(owner: Owner, value: str) -> Iterator[Callable[[str], None]]:
             _SYSCTL.write_text(text, encoding="ascii")
         except OSError as e:
             cause = f"{IDLE_SYSCTL} can't be changed: {e.strerror}"
-            raise PermissionNeeded(cause, "run as root, in no container") from e
+            raise PermissionNeeded(cause, "run as root, outside any container") from e
 
     try:
         write(value)
@@ -124,28 +126,28 @@ def host_sysctl(owner: Owner, value: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def _notes(*, make: bool = False) -> Iterator[int]:
-    """A descriptor of the notes' folder. Raises CwndtraceError where anybody but root may have written there."""
+    """Yield a descriptor of the notes' folder. Raises CwndtraceError if a user other than root may write there."""
     if make:
         with suppress(FileExistsError):
             NOTES.mkdir(mode=0o700)
     try:
         folder = os.open(NOTES, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except NotADirectoryError as e:  # a link is none either
-        raise CwndtraceError(f"{NOTES} is no folder", f"see who made it, and remove it: rm {NOTES}") from e
+    except NotADirectoryError as e:  # O_NOFOLLOW with O_DIRECTORY gives this error for a symbolic link too
+        raise CwndtraceError(f"{NOTES} is no folder", f"find out what made it, and remove it: rm {NOTES}") from e
     try:
         about = os.fstat(folder)
         if about.st_uid != 0 or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            cause = f"what is noted in {NOTES} can't be trusted: others than root may write there"
-            raise CwndtraceError(cause, f"see what is in it, and remove it: rm -r {NOTES}")
+            cause = f"the sysctl values saved in {NOTES} can't be trusted: users other than root may write there"
+            raise CwndtraceError(cause, f"check its contents, and remove it: rm -r {NOTES}")
         yield folder
     finally:
         os.close(folder)
 
 
 def _noted(note: Path) -> tuple[str, int] | None:
-    """What ``host_sysctl`` wrote down: the value to put back, and in which namespace. None where it is no such note."""
+    """Return the value to restore and its namespace's inode from a note of ``host_sysctl``; None for another file."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError), _notes() as folder:
-        # A pipe would have this wait for ever.
+        # Without O_NONBLOCK, opening a pipe would wait for ever.
         fd = os.open(note.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with os.fdopen(fd, "rb") as file:
             about = os.fstat(file.fileno())
@@ -158,15 +160,18 @@ def _noted(note: Path) -> tuple[str, int] | None:
 
 
 def _of_here(note: Path) -> bool:
-    """Whether a note is this namespace's: one from another (a container that shares /run) is for a start over there."""
-    found = _noted(note)
-    return found is None or found[1] == here()
+    """Return true if a note is of this network namespace, or is no valid note.
+
+    A note of another namespace (of a container that shares /run) is left for a run in that namespace.
+    """
+    saved = _noted(note)
+    return saved is None or saved[1] == here()
 
 
 def _put_back(note: Path) -> None:
-    """Set what the note says, if it is one, and remove it. No file but this sysctl's is ever written."""
-    if (found := _noted(note)) is not None:
+    """Restore the sysctl from a note, if the note is valid, and remove the note. No other file is written."""
+    if (saved := _noted(note)) is not None:
         with suppress(FileNotFoundError):
-            _SYSCTL.write_text(found[0], encoding="ascii")
+            _SYSCTL.write_text(saved[0], encoding="ascii")
     with suppress(FileNotFoundError), _notes() as folder:
         os.unlink(note.name, dir_fd=folder)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on this machine: trace a connection that is idle while a loop device is read.
+"""Trace a connection on this machine that is idle while a process reads a loop device, and plot the capture.
 
-``python -I -m cwndtrace.lab.demo [--out FOLDER]`` needs root. It uses loopback only, and puts back all it made.
+``python -I -m cwndtrace.lab.demo [--out FOLDER]`` needs root. It uses only loopback, and removes what it set up.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _BLOCK: Final = 4096
 
 @contextmanager
 def loop_device(size: int) -> Iterator[str]:
-    """A loop device of ``size`` bytes of memory; raises CwndtraceError where none can be made.
+    """Yield the path of a loop device over ``size`` bytes of memory. Raises CwndtraceError if none can be made.
 
-    Not of a file: where it is made, TMPDIR says, and that may be somebody else's folder.
+    It uses memory because a temporary file would lie in TMPDIR, which may be another user's folder.
     """
     with ExitStack() as stack:
         memory = os.memfd_create("cwndtrace-demo")
@@ -52,7 +52,7 @@ def loop_device(size: int) -> Iterator[str]:
 def read_at_random(device: str, stop: threading.Event) -> None:
     """Read single blocks directly from ``device``, a hundred a second, until ``stop`` is set."""
     fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
-    # O_DIRECT wants a page-aligned buffer, which an anonymous map is.
+    # O_DIRECT needs a page-aligned buffer; an anonymous mapping is one.
     buffer = mmap.mmap(-1, _BLOCK)
     try:
         while not stop.wait(0.01):
@@ -64,9 +64,9 @@ def read_at_random(device: str, stop: threading.Event) -> None:
 
 @contextmanager
 def cubic_connection() -> Iterator[socket.socket]:
-    """A connection over loopback whose other end is read by a thread."""
+    """Yield the sending end of a loopback connection that uses CUBIC; a thread reads the other end."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as sender:
-        # The default may be BBR, which is exempt from idle resets.
+        # The host's default may be BBR, which is exempt from idle resets.
         sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
         sender.connect(listener.getsockname())
         receiver, _ = listener.accept()
@@ -86,10 +86,13 @@ def _swallow(receiver: socket.socket) -> None:
 
 
 def demo(folder: Path) -> tuple[Path, Path]:
-    """Run it; the capture and the picture, both in ``folder``. Raises CwndtraceError where a step fails."""
+    """Run the demo and return the paths of the capture and the picture in ``folder``.
+
+    Raises CwndtraceError if a step fails.
+    """
     need_root("the demo")
     try:
-        # All that it leaves is the user's, and lies where they may put it.
+        # As the user who called sudo: the folder then belongs to them, and is made only where they may write.
         with privileges.acting_as(privileges.invoking_user()):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -118,7 +121,7 @@ def demo(folder: Path) -> tuple[Path, Path]:
     if tracer.returncode != 0:
         raise CwndtraceError(f"cwndtrace run ended with exit code {tracer.returncode}", "see what it printed above")
     plot = [*command, "plot", str(capture), "--output", str(picture)]
-    # It gives the power up before anything else.
+    # This process drops its privileges before it does anything else.
     if code := subprocess.run(plot, env=environment, check=False, stdout=subprocess.DEVNULL).returncode:
         raise CwndtraceError(f"cwndtrace plot ended with exit code {code}", "see what it printed above")
     return capture, picture
@@ -137,7 +140,7 @@ def main() -> None:
     isolated.begin()
     print_all()
     parser = argparse.ArgumentParser(prog="cwndtrace demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(), help="where the capture and the picture go")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the capture and the picture")
     try:
         capture, picture = demo(parser.parse_args().out)
     except CwndtraceError as e:

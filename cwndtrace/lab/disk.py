@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A really slow block device, so that a server that is idle by reading from it is idle for block I/O.
+"""A slow block device, from which a server reads while its connection is idle.
 
-Two ways, tried in this order:
+There are two ways to make one, tried in this order:
 
-- null_blk, told through configfs how long each request takes;
-- a loop device on top of another one, where the kernel lets only so many requests a second of the server's cgroup
-  through to the lower one. The upper one's requests then take long from start to end. Throttled itself, it would hold
-  requests back before they start, where no tracer sees them.
+- null_blk, with the time of each request set through configfs;
+- a loop device over another loop device, where a cgroup limits the server's requests per second on the lower one. The
+  upper device's requests then take long from start to end. A limit on the upper device would delay requests before
+  they start, where a tracer doesn't see the delay.
 
-All of it rests on open descriptors or carries its owner's name, so that nothing survives a kill for good.
+Everything here either goes with an open descriptor or has its owner's name, so ``cleanup.sweep`` finds what a killed
+process leaves.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ CONFIGFS: Final = Path("/sys/kernel/config/nullb")
 _LOOP_CTL_GET_FREE: Final = 0x4C82
 _LOOP_CONFIGURE: Final = 0x4C0A
 _LOOP_CLR_FD: Final = 0x4C01
-# LO_FLAGS_*: gone with the last descriptor, and no page cache between the two devices.
+# LO_FLAGS_AUTOCLEAR frees a device when its last descriptor is closed. LO_FLAGS_DIRECT_IO keeps the page cache out from
+# between the two devices.
 _AUTOCLEAR: Final = 4
 _DIRECT_IO: Final = 16
 _BY_TIMER: Final = 2
@@ -42,7 +44,10 @@ _BY_TIMER: Final = 2
 
 @dataclass(frozen=True)
 class SlowDevice:
-    """A device to read from, what makes it slow, and ``admit(pid)``, which a process needs before it is slow for it."""
+    """A device to read from, and how it is made slow.
+
+    Call ``admit(pid)`` for each process that reads from it: a device may be slow for admitted processes only.
+    """
 
     path: str
     how: str
@@ -51,7 +56,7 @@ class SlowDevice:
 
 @contextmanager
 def slow_device(owner: Owner) -> Iterator[SlowDevice]:
-    """A slow device, gone again at the end. Raises KernelLacks, saying what was tried, where no way works."""
+    """Yield a slow device and remove it on exit. Raises KernelLacks, with what was tried, if none can be made."""
     tried = []
     for make in (_null_blk, _throttled_loop):
         with ExitStack() as stack:
@@ -69,12 +74,15 @@ def slow_device(owner: Owner) -> Iterator[SlowDevice]:
 
 
 def read_for(device: str) -> Callable[[float], dict[str, Any]]:
-    """Idle for so many seconds by reading single blocks of ``device``, past the page cache."""
+    """Return a function that reads single blocks of ``device`` past the page cache for a number of seconds.
+
+    That function returns the number of ``reads`` and ``bytes``, and the ``longest_ms`` that one read took.
+    """
 
     def idle(idle_s: float) -> dict[str, Any]:
         end = time.monotonic() + idle_s
         fd = os.open(device, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        # O_DIRECT wants a page-aligned buffer, which an anonymous map is.
+        # O_DIRECT needs a page-aligned buffer; an anonymous mapping is one.
         buffer = mmap.mmap(-1, BLOCK)
         reads, longest = 0, 0.0
         try:
@@ -117,11 +125,11 @@ def _null_blk(owner: Owner) -> Iterator[SlowDevice]:
 
 
 def _all(pid: int) -> None:
-    """The device is slow for every process."""
+    """Do nothing: a null_blk device is slow for every process."""
 
 
 def remove_null_blk(folder: Path) -> None:
-    """Take a null_blk device away; fine if it is gone already."""
+    """Remove a null_blk device. Errors are ignored, so the device may be gone already."""
     with suppress(OSError):
         (folder / "power").write_text("0", encoding="ascii")
     with suppress(OSError):
@@ -149,9 +157,9 @@ def _throttled_loop(owner: Owner) -> Iterator[SlowDevice]:
 
 
 def loop(stack: ExitStack, backing: int, flags: int = 0) -> int:
-    """A descriptor of a new loop device over ``backing``, which is gone with ``stack``. Raises OSError."""
+    """Return a descriptor of a new loop device over ``backing``; closing ``stack`` removes it. Raises OSError."""
     with Path("/dev/loop-control").open("rb") as control:
-        # Another process may take the free one first.
+        # Another process may take the free device first.
         for attempt in range(10):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
             fd = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
@@ -171,7 +179,7 @@ def loop(stack: ExitStack, backing: int, flags: int = 0) -> int:
 
 @contextmanager
 def _group(owner: Owner, device: int) -> Iterator[Path]:
-    """A cgroup whose members get few requests a second through to a device."""
+    """Yield a cgroup whose members are limited to READS_PER_S reads a second of a device."""
     name, number = owner.name(), f"{os.major(device)}:{os.minor(device)}"
     first = groups()
     folder = first / name
@@ -183,7 +191,8 @@ def _group(owner: Owner, device: int) -> Iterator[Path]:
             limit, text = folder / "io.max", f"{number} riops={READS_PER_S}"
         if not limit.exists():
             raise KernelLacks(
-                "cgroups here don't limit I/O", f"echo +io > {first}/cgroup.subtree_control (a setting of the host)"
+                "cgroups here don't limit I/O",
+                f"enable it on this host: echo +io > {first}/cgroup.subtree_control",
             )
         limit.write_text(text, encoding="ascii")
         yield folder
@@ -192,7 +201,7 @@ def _group(owner: Owner, device: int) -> Iterator[Path]:
 
 
 def groups() -> Path:
-    """The folder of the cgroup hierarchy that can limit I/O: blkio of version 1, or version 2."""
+    """Return the folder of the cgroup hierarchy that can limit I/O: blkio of version 1, or version 2."""
     second = None
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, folder, kind, options = line.split()[:4]
@@ -206,7 +215,7 @@ def groups() -> Path:
 
 
 def remove_group(folder: Path) -> None:
-    """Remove a cgroup once its last process is gone, waiting a second at most."""
+    """Remove a cgroup when its last process has left, which may take up to a second. Raises OSError after that."""
     deadline = time.monotonic() + 1
     while folder.exists():
         try:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The A/B experiment: the same bursts with ``tcp_slow_start_after_idle`` on and off, in turns, in the lab's namespaces.
 
-Each setting has one long-lived connection of its own, and the sysctl is switched just before that connection's turn.
-One connection for both would be unfair: what the setting does to the window and to ssthresh in one turn would still
-be there in the next one, to the credit or the debit of the other setting. Before each measured burst the window is
-brought back to where it holds the largest burst, so that each cell starts from the same state, whatever came before;
-what remains between the two is the idle time and the setting.
+Each setting has its own long-lived connection, and the sysctl is switched just before that connection's turn. With one
+connection for both, the changes to cwnd and ssthresh under one setting would affect the measurements of the other.
+Before each measured burst, the connection sends until its window holds the largest burst. Each cell therefore starts
+from the same state, and the measured difference comes from the idle time and the setting.
 """
 
 from __future__ import annotations
@@ -32,25 +31,25 @@ _SYSCTL_VALUE: Final = {"on": "1", "off": "0"}
 _BUFFER_ROOM: Final = 4
 _MIN_BUFFER: Final = 1 << 20
 _MAX_BUFFER: Final = 1 << 30
-# Bursts that a window may take to hold the largest burst; then a new connection is tried, twice.
+# A window that doesn't hold the largest burst after this many bursts is given up for a new connection, at most twice.
 _WARM_TRIES: Final = 14
 _WARM_ENOUGH: Final = 1.9
 _CONNECTIONS: Final = 3
-# A path with losses or a rate never gets there: so many bursts have to do.
+# On a path with losses or a rate the window may never hold the largest burst, so this many bursts are enough.
 _WARM_LIMITED: Final = 6
 _PINGS: Final = 50
-# The least of them may be this much longer than asked for: a share, and what waking three processes takes.
+# The lowest measured RTT may exceed the scenario's by this factor, and by the time it takes to wake three processes.
 _RTT_SLACK: Final = 1.1
 _RTT_SLACK_MS: Final = 0.2
-# What the line itself needs for a ping there and back, headers counted generously.
+# An upper bound of the bits, with headers, that a ping and its answer put on the line.
 _PING_BITS: Final = 3200
 
 
 class Lab:
-    """A scenario, set up: namespaces, path, server, client. A context manager; leaving it puts everything back.
+    """A context manager that sets up a scenario's namespaces, path, server and client, and removes them on exit.
 
-    ``path.server.namespace`` is where the bursts are sent from, so that a tracer can be pointed at it before ``rows``
-    is called. What an earlier, killed run had left is removed. It has to be left on the thread that entered it.
+    It sends the bursts from ``path.server.namespace``, so a tracer can be attached there before ``rows`` is called.
+    On entry it also removes what an earlier, killed run left. Enter and leave it on the same thread.
     """
 
     path: Path
@@ -80,12 +79,12 @@ class Lab:
         cleanup.sweep()
         scenario, owner = self.scenario, Owner.new()
         self.path = stack.enter_context(open_path(scenario.link, scenario.family, self.force, owner))
-        self._tune()
+        self._set_sysctls()
         if scenario.mode == "disk":
             self.device = stack.enter_context(slow_device(owner))
         device = self.device.path if self.device is not None else None
         end = self.path.server
-        # Both start before either is waited for: most of it is starting Python.
+        # The two processes start at the same time, because most of a start is that of Python.
         self.server = ServerProcess(end.namespace, end.address, scenario.cc, scenario.sndbuf, device)
         stack.enter_context(self.server.child)
         self.client = ClientProcess(self.path.client.namespace)
@@ -96,10 +95,10 @@ class Lab:
             self.device.admit(self.server.child.pid)
         for setting in SETTINGS:
             self._connect(setting)
-        self._hold()
+        self._check_rtt()
 
-    def _tune(self) -> None:
-        """Buffers that no burst fills, and no memory of earlier connections; in the lab's namespaces only."""
+    def _set_sysctls(self) -> None:
+        """Set buffers that no burst fills, and disable the metrics cache of earlier connections, in both namespaces."""
         room = min(_MAX_BUFFER, max(_MIN_BUFFER, _BUFFER_ROOM * max(self.scenario.bursts)))
         set_in_both(self.path, "net.ipv4.tcp_wmem", f"4096 {room} {room}")
         set_in_both(self.path, "net.ipv4.tcp_rmem", f"4096 {room} {room}")
@@ -108,37 +107,37 @@ class Lab:
     def _connect(self, setting: Setting) -> None:
         self.client.connect(setting, self.path.server.address, self.scenario.patience_s(0))
 
-    def _hold(self) -> None:
-        """Raise CwndtraceError where the path is longer than asked for."""
+    def _check_rtt(self) -> None:
+        """Raise CwndtraceError if the path's RTT is longer than the scenario's."""
         wanted, reached = self.scenario.link.rtt_ms, float("inf")
         own = 0.0 if self.scenario.link.rate is None else _PING_BITS * 1e3 / self.scenario.link.rate
-        # Each of them may be held up where the machine is busy, which says nothing of the path.
+        # A busy machine may delay any single ping, so the lowest RTT counts.
         for _ in range(_PINGS):
             received, _, _ = self._exchange("off", wire.MIN_BURST, 0, "client")
             reached = min(reached, (received.last_ns - received.request_ns) / 1e6 - own)
             if reached <= _RTT_SLACK * wanted + _RTT_SLACK_MS:
                 return
         raise CwndtraceError(
-            f"an RTT of {wanted:g} ms can't be held here: {reached:.2f} ms was reached",
-            f"ask for {reached:.1f} ms or more, or leave the machine more idle",
+            f"an RTT of {wanted:g} ms can't be held here: the lowest measured RTT is {reached:.2f} ms",
+            f"ask for {reached:.1f} ms or more, or reduce the load on this machine",
         )
 
     @property
     def port(self) -> int:
-        """The server's port."""
+        """The port that the server listens on."""
         return PORT
 
     @property
     def expected_s(self) -> float:
-        """About how long ``rows`` takes, seconds."""
+        """The estimated time that ``rows`` takes, in seconds."""
         rtt = self.scenario.link.rtt_ms / 1e3
-        each = [idle + 10 * rtt for _, idle in self.scenario.cells]
-        return len(SETTINGS) * self.scenario.rounds * sum(each)
+        cell_times = [idle + 10 * rtt for _, idle in self.scenario.cells]
+        return len(SETTINGS) * self.scenario.rounds * sum(cell_times)
 
     def rows(self) -> Iterator[Measurement]:
-        """Measure; a row as soon as it is there. What was measured stays in ``taken`` whatever happens.
+        """Run the measurements and yield each as soon as it is done; ``taken`` keeps them even after an error.
 
-        Raises CwndtraceError where the server or the client goes away.
+        Raises CwndtraceError if the server or the client ends.
         """
         for number in range(1, self.scenario.rounds + 1):
             for setting in SETTINGS:
@@ -149,16 +148,17 @@ class Lab:
                     yield row
 
     def notes(self) -> list[str]:
-        """Sentences on what was not as asked: a path that wasn't held, buffers that were the limit, a low window."""
-        held = limits(self.taken)
-        said = self.path.warnings() + held
+        """Return sentences on deviations from the scenario: a wrong delay, buffers that limit bursts, a low window."""
+        buffer_limits = limits(self.taken)
+        sentences = self.path.warnings() + buffer_limits
         largest = max(self.scenario.bursts)
-        if not held and not self._limited and any(row.cwnd_before * row.mss < largest for row in self.taken):
+        if not buffer_limits and not self._limited and any(row.cwnd_before * row.mss < largest for row in self.taken):
             low = min(row.cwnd_before for row in self.taken)
-            said.append(
-                f"the window didn't always hold the largest burst before idle time: {plural(low, 'segment')} at least"
+            sentences.append(
+                "the congestion window didn't always hold the largest burst before the idle time: the smallest was"
+                f" {plural(low, 'segment')}"
             )
-        return said
+        return sentences
 
     @property
     def _limited(self) -> bool:
@@ -177,13 +177,13 @@ class Lab:
         return received, sent, read
 
     def _warm(self, setting: Setting) -> None:
-        """Bring the window to where it holds the largest burst, or, where the path won't let it, near its best."""
+        """Send bursts until the window holds the largest one, or is near the largest size that the path permits."""
         largest = max(self.scenario.bursts)
         for _ in range(_CONNECTIONS):
-            still = 0
+            still = 0  # bursts in a row in which the window didn't grow
             for tries in range(_WARM_TRIES):
                 _, sent, _ = self._exchange(setting, largest, 0, "client")
-                # It grows while it is used up, to about twice the burst: then each cell begins with the same window.
+                # A window that is used up grows to about twice the burst, so each cell begins with the same window.
                 holds = sent.end.snd_cwnd * sent.end.snd_mss
                 still = 0 if sent.end.snd_cwnd > sent.before.snd_cwnd else still + 1
                 if holds >= _WARM_ENOUGH * largest or (holds >= largest and still == 2):
@@ -193,7 +193,7 @@ class Lab:
                     return
             if holds >= largest:
                 return
-            # Something, such as a late packet, ended slow start early, and from there it would take minutes.
+            # An event such as a late packet ended slow start early; in congestion avoidance, growth would take minutes.
             self._connect(setting)
 
     def _measure(self, number: int, setting: Setting, burst: int, idle: float) -> Measurement:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long path is like, and when a packet that enters it comes out at the other end."""
+"""The properties of a network path, and a model of when a packet that enters it leaves at the other end."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MAX_RTT_MS: Final = 10_000.0
 MIN_RATE: Final = 8_000.0
 MAX_RATE: Final = 10e9
 _MIN_QUEUE: Final = 64 << 10
-# Above this, whole super-segments cross, below it the queue sees packets of the size that a real one would.
+# At up to this rate packets cross in the size that a real queue would see; above it, super-segments cross whole.
 _SEGMENTS_UP_TO: Final = 200e6
 
 
 @dataclass(frozen=True)
 class Link:
-    """A path: ``rtt_ms`` there and back, ``rate`` in bit/s each way (None: no limit), ``loss`` as a fraction each way.
+    """The properties of a path: round-trip time, ``rate`` in bit/s each way (None: no limit), ``loss`` as a fraction.
 
-    ``queue_bytes`` is what may wait for the line before packets are dropped; None for one bandwidth-delay
-    product, at least 64 KiB. ``seed`` makes losses repeatable.
+    The loss applies to each direction. ``queue_bytes`` is how much may wait for the line before packets are dropped;
+    None means one bandwidth-delay product, at least 64 KiB. ``seed`` makes losses repeatable.
     """
 
     rtt_ms: float
@@ -33,38 +33,48 @@ class Link:
     seed: int = 1
 
     def check(self) -> None:
-        """Raise UsageError for what no path can be."""
+        """Raise UsageError for a value that is out of range."""
         if not 0 < self.rtt_ms <= MAX_RTT_MS:
-            raise UsageError(f"no RTT of {self.rtt_ms:g} ms", f"give one above 0 and up to {MAX_RTT_MS:g} ms")
+            raise UsageError(
+                f"an RTT of {self.rtt_ms:g} ms is out of range", f"give one above 0 and up to {MAX_RTT_MS:g} ms"
+            )
         if self.rate is not None and not MIN_RATE <= self.rate <= MAX_RATE:
-            raise UsageError(f"no rate of {self.rate:g} bit/s", "give one from 8 kbit/s to 10 Gbit/s, or none")
+            raise UsageError(
+                f"a rate of {self.rate:g} bit/s is out of range", "give one from 8 kbit/s to 10 Gbit/s, or none"
+            )
         if not 0 <= self.loss < 1:
-            raise UsageError(f"no loss of {self.loss:g}", "give a fraction below 1, 0.01 for one packet in a hundred")
+            raise UsageError(
+                f"a loss of {self.loss:g} is out of range", "give a fraction below 1: 0.01 is one packet in a hundred"
+            )
         if self.queue_bytes is not None and self.queue_bytes < 3000:
             raise UsageError(
-                f"no queue of {plural(self.queue_bytes, 'byte')}", "it has to hold two packets: 3000 or more"
+                f"a queue of {plural(self.queue_bytes, 'byte')} is too small",
+                "it has to hold two packets: give 3000 bytes or more",
             )
 
     @property
     def one_way_ns(self) -> int:
-        """Delay each way."""
+        """The delay each way, in ns."""
         return round(self.rtt_ms * 1e6 / 2)
 
     @property
     def queue(self) -> int:
-        """The queue's size in bytes; without a rate nothing ever queues."""
+        """The queue's size in bytes; without a rate no packet queues."""
         if self.queue_bytes is not None:
             return self.queue_bytes
         return max(_MIN_QUEUE, round((self.rate or 0) / 8 * self.rtt_ms / 1e3))
 
     @property
     def segmented(self) -> bool:
-        """Whether packets have to cross one by one, because a loss or a short queue would hit too many at once."""
+        """True if packets have to cross one by one.
+
+        A loss or a full queue would otherwise drop a super-segment, which is many packets at once.
+        """
         return self.loss > 0 or (self.rate is not None and self.rate <= _SEGMENTS_UP_TO)
 
 
 class Lane:
-    """One direction of a path: a line that sends so many bytes a second, a queue before it, a delay behind it."""
+    """One direction of a path: a queue, then a line of limited rate, then a delay."""
 
     def __init__(self, link: Link, seed: int) -> None:
         self._delay_ns = link.one_way_ns
@@ -79,9 +89,9 @@ class Lane:
         """packets lost at random"""
 
     def offer(self, now_ns: int, size: int) -> int | None:
-        """When a packet of ``size`` bytes that comes in now goes out, ns; None if it never does.
+        """Return when a packet of ``size`` bytes that enters now leaves, in ns; None if it is lost or dropped.
 
-        Times never go back, so that what is offered in order goes out in order.
+        Times never decrease, so packets leave in the order in which they are offered.
         """
         if self._loss and self._random.random() < self._loss:
             self.lost += 1
@@ -90,7 +100,7 @@ class Lane:
             return now_ns + self._delay_ns
         begin = max(float(now_ns), self._free_ns)
         took = size * self._ns_per_byte
-        # A packet that finds the line idle always fits, however small the queue.
+        # An idle line takes a packet at once, so it fits even if the queue is smaller than the packet.
         if begin > now_ns and begin - now_ns + took > self._queue_ns:
             self.dropped += 1
             return None

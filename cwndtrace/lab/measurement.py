@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One measured burst, and many of them as a DataFrame."""
+"""The record of one measured burst, and a DataFrame of many."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Setting = Literal["on", "off"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One burst after one idle time. Windows in segments, times in the unit of their name, on CLOCK_MONOTONIC."""
+    """One burst after one idle time. Windows are in segments; ``_ns`` times are of CLOCK_MONOTONIC."""
 
     round: int
     setting: Setting
-    """net.ipv4.tcp_slow_start_after_idle"""
+    """the value of net.ipv4.tcp_slow_start_after_idle"""
     idle_s: float
     burst_bytes: int
     latency_ms: float
-    """from the request (or, where the sender decides when, from its first byte) to the last byte, at the receiver"""
+    """from the request (or, if the sender chooses the time, from its first byte) to the last byte, at the receiver"""
     start_ns: int
-    """when the sender began"""
+    """when the sender began to send"""
     end_ns: int
-    """when the last byte was in"""
+    """when the last byte had arrived"""
     idle_ms: float
-    """how long the sender's kernel had sent no data"""
+    """time since the sender's kernel last sent data"""
     cwnd_before: int
     cwnd_after: int
-    """after the first write, before any acknowledgement"""
+    """after the first write, before any ACK"""
     cwnd_end: int
-    """once all was acknowledged"""
+    """after all data was acknowledged"""
     ssthresh_before: int
     ssthresh_after: int
     srtt_ms: float
@@ -44,17 +44,17 @@ class Measurement:
     rto_ms: float
     mss: int
     snd_wnd: int
-    """bytes that the receiver offered"""
+    """the receiver's window, bytes"""
     sndbuf: int
-    """send buffer as the kernel counts it, bytes"""
+    """the send buffer as the kernel counts it, bytes"""
     taken_at_once: int
-    """bytes that the send buffer took before it was full"""
+    """bytes that the first write put into the send buffer"""
     rwnd_limited_ms: float
     sndbuf_limited_ms: float
     retrans: int
-    """segments"""
+    """retransmitted segments"""
     read_ms: float
-    """the longest single read from the slow device during the idle time; 0 without one"""
+    """the longest single read from the slow device during the idle time; 0 without a slow device"""
     sock_cookie: int
     netns_ino: int
     sport: int
@@ -62,7 +62,7 @@ class Measurement:
 
     @property
     def reset(self) -> bool:
-        """Whether the window fell when the burst began."""
+        """True if the window fell when the burst began."""
         return self.cwnd_after < self.cwnd_before
 
 
@@ -78,7 +78,7 @@ def measured(
     netns_ino: int,
     read_ms: float = 0.0,
 ) -> Measurement:
-    """A measurement from both ends' accounts."""
+    """Build a measurement from the figures of both ends."""
     before, after, end = sent.before, sent.after, sent.end
     return Measurement(
         round=round,
@@ -112,23 +112,23 @@ def measured(
 
 
 def frame(rows: Iterable[Measurement]) -> pd.DataFrame:
-    """A row a measurement, columns as the fields of ``Measurement``, in the order in which they were taken."""
+    """Return a frame with one row per measurement, in their order, and the fields of ``Measurement`` as columns."""
     return pd.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Measurement)])
 
 
 def limits(rows: Iterable[Measurement]) -> list[str]:
-    """Sentences on what besides the congestion window held bursts back; empty where nothing did."""
-    said: dict[tuple[str, int], str] = {}
+    """Return sentences on the buffers that delayed bursts beside the congestion window; empty if none did."""
+    sentences: dict[tuple[str, int], str] = {}
     for row in rows:
         size = f"the burst of {plural(row.burst_bytes, 'byte')}"
         if row.taken_at_once < row.burst_bytes:
-            said["sndbuf", row.burst_bytes] = (
+            sentences["sndbuf", row.burst_bytes] = (
                 f"{size} is bigger than the send buffer, which took {plural(row.taken_at_once, 'byte')} at once and"
-                f" held it back for {row.sndbuf_limited_ms:.0f} ms: raise net.ipv4.tcp_wmem, or the program's SO_SNDBUF"
+                f" delayed it for {row.sndbuf_limited_ms:.0f} ms: raise net.ipv4.tcp_wmem, or the program's SO_SNDBUF"
             )
         if row.rwnd_limited_ms > max(1.0, 0.05 * row.latency_ms):
-            said["rwnd", row.burst_bytes] = (
-                f"{size} was held back by the receiver's window of {plural(row.snd_wnd, 'byte')} for"
+            sentences["rwnd", row.burst_bytes] = (
+                f"{size} was delayed by the receiver's window of {plural(row.snd_wnd, 'byte')} for"
                 f" {row.rwnd_limited_ms:.0f} ms: raise net.ipv4.tcp_rmem at the receiver"
             )
-    return list(said.values())
+    return list(sentences.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network namespaces of the lab's own, kept under /run/netns as ``ip netns`` does, and what is set in them."""
+"""The lab's network namespaces, kept under /run/netns as ``ip netns`` does, and the sysctls set in them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MNT_DETACH: Final = 2
 
 
 def _create(path: Path) -> int:
-    """Make one and keep it at ``path``; its inode."""
+    """Move this thread to a new network namespace, mount the namespace at ``path``, and return its inode."""
     _libc.check(_libc.lib.unshare(_libc.CLONE_NEWNET))
-    # Of the thread, not of the process: only this thread is in the new namespace.
+    # Only this thread is in the new namespace, so the path has to be the thread's and not the process's.
     source = b"/proc/thread-self/ns/net"
     _libc.check(_libc.lib.mount(source, os.fsencode(path), b"none", _MS_BIND, None))
     return Path("/proc/thread-self/ns/net").stat().st_ino
@@ -30,37 +30,39 @@ def _create(path: Path) -> int:
 
 @contextmanager
 def namespace(name: str) -> Iterator[Namespace]:
-    """A new network namespace, gone again at the end together with its devices and sysctls.
+    """Yield a new network namespace, and remove it on exit together with its devices and sysctls.
 
-    Raises PermissionNeeded without root, KernelLacks where the kernel or a sandbox refuses.
+    Raises PermissionNeeded without root or if a sandbox refuses, OSError for any other failure.
     """
     path = RUN / name
     try:
         RUN.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o444, exist_ok=False)
     except PermissionError:
-        raise PermissionNeeded("the lab makes network namespaces, which needs root", "prefix it with sudo") from None
+        raise PermissionNeeded(
+            "the lab makes network namespaces, which needs root", "prefix the command with sudo"
+        ) from None
     try:
         try:
             with ThreadPoolExecutor(max_workers=1) as pool:
                 inode = pool.submit(_create, path).result()
         except PermissionError as e:
             cause = f"no network namespace could be made: {e.strerror}"
-            raise PermissionNeeded(cause, "run as root, in no sandbox") from e
+            raise PermissionNeeded(cause, "run as root, outside any sandbox") from e
         yield Namespace(inode, name, path)
     finally:
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Unmount and remove a namespace's file; fine if it is gone already."""
+    """Unmount and remove a namespace's file, which may be gone already."""
     _libc.lib.umount2(os.fsencode(path), _MNT_DETACH)
     with suppress(FileNotFoundError):
         path.unlink()
 
 
 def write_sysctl(where: Namespace, name: str, value: str) -> None:
-    """Set a sysctl in a namespace. Raises KernelLacks where there is no such sysctl per namespace."""
+    """Set a sysctl in a namespace. Raises KernelLacks if the kernel has no such sysctl per namespace."""
 
     def write() -> None:
         file = Path("/proc/sys", *name.split("."))

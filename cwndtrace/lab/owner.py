@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names for what the lab makes, from which the next start can tell whose it was and whether that one is gone."""
+"""Names for what the lab makes, from which a later run can tell if the process that made it has ended."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _serial = itertools.count(1)
 
 
 def started(pid: int) -> int:
-    """When a process started, in clock ticks since boot; raises OSError once it is gone."""
+    """Return when a process started, in clock ticks since boot. Raises OSError if it has ended."""
     stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    # comm may hold spaces and brackets: count from the last bracket. Field 22 of proc(5).
+    # Field 22 of /proc/PID/stat in proc(5). comm may hold spaces and brackets, so count from the last bracket.
     return int(stat.rpartition(")")[2].split()[19])
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who made something: a process, by pid and start (pids come round again), and which of its labs it was."""
+    """The lab that made something: a process's pid and start time, as pids are reused, and a serial number in it."""
 
     pid: int
     start: int
@@ -32,22 +32,22 @@ class Owner:
 
     @classmethod
     def new(cls) -> Self:
-        """This process, with the next serial number."""
+        """Return an owner for this process with the next serial number."""
         return cls(os.getpid(), started(os.getpid()), next(_serial))
 
     @classmethod
     def of(cls, name: str) -> Self | None:
-        """The owner that a name tells of; None for a name that isn't the lab's."""
+        """Return the owner from a name that ``name`` made; None for any other name."""
         match = _NAME.fullmatch(name)
         return cls(int(match[1]), int(match[2], 16), int(match[3])) if match else None
 
     def name(self, what: str = "") -> str:
-        """A name for ``what`` (lower-case letters): ``cwt-PID-START-SERIAL-what``."""
+        """Return a name for ``what`` (lower-case letters): ``cwt-PID-START-SERIAL-what``."""
         return f"{PREFIX}-{self.pid}-{self.start:x}-{self.serial}" + (f"-{what}" if what else "")
 
     @property
     def alive(self) -> bool:
-        """Whether that very process is still there."""
+        """True if this process is still running, and its pid not reused."""
         try:
             return started(self.pid) == self.start
         except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A long path between two network namespaces of its own: a router with netem, or two TUN devices and a relay."""
+"""A long path between two new network namespaces: a router with netem, or two TUN devices and a relay."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from cwndtrace.lab.relay import DEVICE
 
 Kind = Literal["netem", "relay"]
 KINDS: Final[tuple[Kind, ...]] = ("netem", "relay")
-# Blocks for documentation (RFC 5737, RFC 3849): nothing real has them, and they exist only inside the lab.
+# These blocks are reserved for documentation (RFC 5737, RFC 3849), so no real host has such an address.
 _ADDRESSES: Final = {4: ("192.0.2.1", "192.0.2.2", 24), 6: ("2001:db8::1", "2001:db8::2", 64)}
 _ROOMY: Final = 100_000
 _MTU: Final = 1500
 _SEQUENCE: Final = 7
 _IFA_F_NODAD: Final = 0x02
-# So late may the relay be before a measurement deserves a warning: this share of the RTT, and never below 2 ms.
+# A warning is due if the relay's lateness (p99) exceeds this share of the RTT, and 2 ms.
 _LATE_SHARE: Final = 0.1
 _LATE_MS: Final = 2.0
 
 
 @dataclass(frozen=True)
 class End:
-    """One end of a path: its namespace, and its address there on the device ``lab0``."""
+    """One end of a path: a namespace, and the address of its device ``lab0``."""
 
     namespace: netns.Namespace
     address: str
@@ -51,7 +51,7 @@ class End:
 
 @dataclass
 class Path:
-    """An open path. ``kind`` says what makes it: ``netem`` in the kernel, or ``relay`` in user space."""
+    """An open path. Its ``kind`` is ``netem`` (in the kernel) or ``relay`` (in user space); ``why`` is the reason."""
 
     kind: Kind
     why: str
@@ -60,35 +60,36 @@ class Path:
     server: End
     relay: Child | None = None
     _refused: int = 0
-    """packets refused before both ends were up: what IPv6 says by itself when one end comes up before the other"""
+    """packets refused before both ends were up: IPv6's own packets from the end that comes up first"""
 
     def figures(self) -> dict[str, Any]:
-        """What crossed so far: kind, packets and bytes each way, what was dropped, how late it was at worst.
+        """Return the figures so far: kind, and for each direction packets, bytes, drops and lateness in ms.
 
-        A path by netem keeps no figures of its own, so there is only ``kind``.
+        A path by netem has no counters, so its figures are only ``kind``. A relay's include its CPU time in s.
         """
-        found: Message = {"kind": self.kind}
+        figures: Message = {"kind": self.kind}
         if self.relay is not None:
             sent = self.relay.ask({"figures": True})
-            found |= {"to_server": sent["to_second"], "to_client": sent["to_first"], "cpu_s": sent["cpu_s"]}
-        return found
+            figures |= {"to_server": sent["to_second"], "to_client": sent["to_first"], "cpu_s": sent["cpu_s"]}
+        return figures
 
     def warnings(self) -> list[str]:
-        """Sentences on what of the wanted path was not held; empty where all was."""
-        found = self.figures()
+        """Return sentences on how the path differed from the requested one; empty if it didn't."""
+        figures = self.figures()
         allowed = max(_LATE_MS, _LATE_SHARE * self.link.rtt_ms)
-        late = max((found[way]["late_p99_ms"] for way in ("to_server", "to_client") if way in found), default=0.0)
-        refused = _refused(found) - self._refused
-        said = []
+        late = max((figures[way]["late_p99_ms"] for way in ("to_server", "to_client") if way in figures), default=0.0)
+        refused = _refused(figures) - self._refused
+        sentences = []
         if late > allowed:
-            worst = max(found[way]["late_max_ms"] for way in ("to_server", "to_client"))
-            said.append(
-                f"the path was not held: the relay was up to {late:.1f} ms late for 99 % of the packets and {worst:.1f}"
-                f" ms at worst, on an RTT of {self.link.rtt_ms:g} ms; leave the machine more idle, or ask for less rate"
+            worst = max(figures[way]["late_max_ms"] for way in ("to_server", "to_client"))
+            sentences.append(
+                f"the path was not held: the relay forwarded 99 % of the packets at most {late:.1f} ms late, and the"
+                f" others at most {worst:.1f} ms late, on an RTT of {self.link.rtt_ms:g} ms; reduce the load on this"
+                " machine, or ask for a lower rate"
             )
         if refused:
-            said.append(f"the kernel refused {plural(refused, 'packet')} of the relay")
-        return said
+            sentences.append(f"the kernel refused {plural(refused, 'packet')} of the relay")
+        return sentences
 
 
 @contextmanager
@@ -98,10 +99,10 @@ def open_path(
     force: Kind | None = None,
     owner: Owner | None = None,
 ) -> Iterator[Path]:
-    """Two new namespaces joined by a path as ``link`` says; all gone at the end.
+    """Yield a path as ``link`` describes between two new namespaces, and remove all of it on exit.
 
-    netem is tried first, and the relay where the kernel lacks it; ``force`` allows one only. Raises UsageError for an
-    impossible link, PermissionNeeded without root, KernelLacks where neither works.
+    netem makes the path, or the relay if the kernel has no netem; ``force`` allows only one of them. Raises UsageError
+    for an impossible link, PermissionNeeded without root, KernelLacks if neither works.
     """
     link.check()
     owner = owner or Owner.new()
@@ -112,7 +113,7 @@ def open_path(
         ends = client, server
         path = Path("netem", "this kernel has netem", link, client, server)
         router: netns.Namespace | None = None
-        why = "as asked"
+        why = "as requested"
         if force != "relay":
             try:
                 router = stack.enter_context(_open_netem(link, ends, owner))
@@ -120,7 +121,9 @@ def open_path(
                 why = str(e)
         if router is None:
             if force == "netem":
-                raise KernelLacks(f"no path by netem: {why}", "modprobe sch_netem, or let the relay make the path")
+                raise KernelLacks(
+                    f"netem can't make the path: {why}", "modprobe sch_netem, or use the relay with --path relay"
+                )
             path.kind, path.why = "relay", why
             without = "" if force == "relay" else f"{why}, and "
             path.relay = stack.enter_context(_open_relay(link, client, server, without))
@@ -137,95 +140,99 @@ def _refused(figures: dict[str, Any]) -> int:
 
 
 class _NoNetemError(Exception):
-    """What this kernel lacks for a path by netem."""
+    """The error for a kernel feature that a path by netem needs and this kernel lacks."""
 
 
 @contextmanager
 def _open_netem(link: Link, ends: tuple[End, End], owner: Owner) -> Iterator[netns.Namespace]:
-    """Join the ends by veth through a router whose ways out have netem. Raises _NoNetemError where the kernel can't.
+    """Join the ends by veth through a router whose egress has netem. Raises _NoNetemError if the kernel can't.
 
-    Not on the ends' own ways out: TCP is told of a full queue there at once, where a real one loses packets.
+    netem isn't on the ends' own egress, because TCP learns at once of a full queue on its own host, while a real queue
+    on the path loses packets.
     """
 
-    def join() -> None:
+    def add_devices() -> None:
         with IPRoute() as route:
             for end in ends:
                 fd = setns.opened(end.namespace.path, end.namespace.inode)
                 try:
                     peer = {"ifname": end.device, "net_ns_fd": fd}
-                    route.link("add", ifname=_towards(end), kind="veth", peer=peer)
+                    route.link("add", ifname=_router_device(end), kind="veth", peer=peer)
                 finally:
                     os.close(fd)
 
-    def lengthen() -> None:
+    def add_netem() -> None:
         for end in ends:
-            _netem(link, _towards(end))
+            _netem(link, _router_device(end))
 
-    def part() -> None:
+    def delete_devices() -> None:
         for end in ends:
-            _delete(_towards(end))
+            _delete(_router_device(end))
 
     with namespace(owner.name("router")) as router:
         try:
-            netns.inside(router, join)
+            netns.inside(router, add_devices)
         except NetlinkError as e:
             raise _NoNetemError(f"this kernel has no veth ({e})") from e
         try:
-            netns.inside(router, lengthen)
+            netns.inside(router, add_netem)
         except NetlinkError as e:
-            # With the namespace they would go too, but only some time later, and the relay wants their names.
-            netns.inside(router, part)
+            # They would go with the namespace, but only some time later, and the relay needs their names now.
+            netns.inside(router, delete_devices)
             if e.code not in (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL):
-                raise KernelLacks(f"netem failed: {e}", "force the relay") from e
+                raise KernelLacks(f"netem failed: {e}", "use the relay with --path relay") from e
             raise _NoNetemError("this kernel has no netem") from e
         if link.segmented:
             for end in ends:
-                netns.inside(end.namespace, lambda end=end: _segment(end.device))  # type: ignore[misc]
+                netns.inside(end.namespace, lambda end=end: _disable_gso(end.device))  # type: ignore[misc]
         yield router
 
 
-def _towards(end: End) -> str:
-    """The name of the router's device that leads to an end."""
+def _router_device(end: End) -> str:
+    """Return the name of the router's device that leads to an end."""
     return f"to-{end.namespace.name.rpartition('-')[2]}"
 
 
 def _forward(ends: tuple[End, End], router: netns.Namespace) -> None:
-    """Have the router pass packets on; the ends are up. Hardware addresses are written down, so nobody asks for one."""
+    """Make the router forward packets between the ends, which are up.
+
+    Permanent neighbour entries make ARP and neighbour discovery unnecessary.
+    """
     six = ":" in ends[0].address
     write_sysctl(router, "net.ipv6.conf.all.forwarding" if six else "net.ipv4.ip_forward", "1")
     for end, other in (ends, ends[::-1]):
-        theirs = netns.inside(end.namespace, lambda end=end: _hardware(end.device))  # type: ignore[misc]
-        ours = netns.inside(router, lambda end=end, lladdr=theirs: _lead_to(end, lladdr))  # type: ignore[misc]
+        theirs = netns.inside(end.namespace, lambda end=end: _hardware_address(end.device))  # type: ignore[misc]
+        ours = netns.inside(router, lambda end=end, lladdr=theirs: _add_route(end, lladdr))  # type: ignore[misc]
         netns.inside(
             end.namespace,
-            lambda end=end, other=other, lladdr=ours: _know(end.device, other.address, lladdr),  # type: ignore[misc]
+            lambda end=end, other=other, lladdr=ours: _add_neighbour(end.device, other.address, lladdr),  # type: ignore[misc]
         )
 
 
-def _lead_to(end: End, lladdr: str) -> str:
-    """In the router: the way to an end; the hardware address of the device that leads there."""
-    device = _towards(end)
+def _add_route(end: End, lladdr: str) -> str:
+    """Add the route to an end, in the router's namespace; return the hardware address of the router's device."""
+    device = _router_device(end)
     with IPRoute() as route:
         index = _index(route, device)
         route.link("set", index=index, state="up")
         route.route("add", dst=f"{end.address}/{128 if ':' in end.address else 32}", oif=index)
-    _know(device, end.address, lladdr)
-    return _hardware(device)
+    _add_neighbour(device, end.address, lladdr)
+    return _hardware_address(device)
 
 
-def _know(device: str, address: str, lladdr: str) -> None:
-    """Who has an address, for good."""
+def _add_neighbour(device: str, address: str, lladdr: str) -> None:
+    """Add a permanent neighbour entry."""
     with IPRoute() as route:
         route.neigh("add", dst=address, lladdr=lladdr, ifindex=_index(route, device), state="permanent")
 
 
-def _hardware(device: str) -> str:
+def _hardware_address(device: str) -> str:
     with IPRoute() as route:
         return str(route.get_links(_index(route, device))[0].get_attr("IFLA_ADDRESS"))
 
 
-def _segment(device: str) -> None:
-    """No super-segments: each packet on its own."""
+def _disable_gso(device: str) -> None:
+    """Make the kernel send single packets and no super-segments on a device."""
     with IPRoute() as route:
         route.link("set", index=_index(route, device), gso_max_segs=1)
 
@@ -240,7 +247,10 @@ def _delete(device: str) -> None:
 
 
 def _netem(link: Link, device: str) -> None:
-    """netem on the way out of a device. Its limit counts what is delayed as well as what waits; it takes no seed."""
+    """Put netem on the egress of a device.
+
+    netem's limit counts the packets that it delays as well as those that queue. It takes no seed.
+    """
     options: dict[str, Any] = {"delay": link.one_way_ns // 1000, "limit": _ROOMY}
     if link.rate is not None:
         options["rate"] = f"{round(link.rate)}bit"
@@ -251,7 +261,7 @@ def _netem(link: Link, device: str) -> None:
         index = _index(route, device)
         message = tcmsg()
         message["index"], message["parent"], message["handle"] = index, TC_H_ROOT, 1 << 16
-        # route.tc would send the rate twice, the second time as an estimator, which the kernel refuses.
+        # route.tc sends the rate twice, the second time as an estimator, which the kernel refuses.
         message["attrs"] = [("TCA_KIND", "netem"), ("TCA_OPTIONS", sched_netem.get_parameters(options))]
         flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
         route.put(message, msg_type=RTM_NEWQDISC, msg_flags=flags, msg_seq=_SEQUENCE)
@@ -265,19 +275,19 @@ def _open_relay(link: Link, client: End, server: End, without: str) -> Iterator[
         try:
             relay.receive(30)
         except CwndtraceError as e:
-            cause = f"no path can be made here: {without}the relay failed: {e.cause}"
+            cause = f"no path can be made here: {without}the relay failed ({e.cause})"
             raise KernelLacks(cause, e.remedy or "modprobe sch_netem, or modprobe tun") from e
         yield relay
 
 
 def _bring_up(end: End, bits: int) -> None:
-    """Address, queue and link state; runs inside the end's namespace."""
+    """Set the address, the queue length and the link state of an end, inside its namespace."""
     six = ":" in end.address
     with IPRoute() as route:
         index = _index(route, end.device)
         route.link("set", index=route.link_lookup(ifname="lo")[0], state="up")
         route.link("set", index=index, txqlen=10_000)
-        # Duplicate address detection would hold a new address back for a second.
+        # Duplicate address detection would delay the use of a new address by a second.
         flags = {"flags": _IFA_F_NODAD, "family": socket.AF_INET6} if six else {}
         try:
             route.addr("add", index=index, address=end.address, prefixlen=bits, **flags)
@@ -289,6 +299,6 @@ def _bring_up(end: End, bits: int) -> None:
 
 
 def set_in_both(path: Path, name: str, value: str) -> None:
-    """Set a sysctl at both ends of a path, and nowhere else."""
+    """Set a sysctl in the namespaces of both ends of a path, and nowhere else."""
     for end in (path.client, path.server):
         write_sysctl(end.namespace, name, value)

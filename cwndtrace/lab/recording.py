@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A capture taken on a thread of its own while the lab runs on this one, and what it says of the lab's bursts."""
+"""A capture that a separate thread takes while the lab runs on this one, and its comparison with the lab's bursts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cwndtrace.recorder import Observer, Recorder
 from cwndtrace.store import CaptureWriter
 from cwndtrace.trace import Trace
 
-# Windows that differ by less than this factor are alike.
+# Windows that differ by at most this factor count as alike.
 _LIKE: Final = 1.1
 
 
 class Recording:
-    """Traces into ``path`` while it is entered. ``trace`` opens the capture afterwards.
+    """A context manager that traces into ``path``; ``trace`` opens the capture afterwards.
 
-    Raises what opening a session or a capture raises, and on leaving what the thread ended with.
+    On entry it raises the errors of opening a session or a capture, and on exit the error that ended the thread.
     """
 
     def __init__(self, path: Path, filters: Filters, version: str, *, probe: str | None = None) -> None:
@@ -64,19 +64,19 @@ class Recording:
             raise self._error
 
     def trace(self) -> Trace:
-        """What was recorded."""
+        """Return the capture as a Trace."""
         return Trace(self._writer.capture())
 
 
 def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
-    """One row a measured burst that a recorded idle reset began: the reset's columns and the burst's.
+    """Return one row per measured burst that began with a recorded idle reset: the columns of the reset and the burst.
 
-    ``measurements`` as of lab.measurement.frame, ``resets`` of a Trace. A reset belongs to the burst of the same
-    socket during which it happened. ``missing`` in the result's ``attrs`` counts bursts whose window fell, by
-    TCP_INFO, and for which there is no record.
+    ``measurements`` is a frame of lab.measurement.frame, ``resets`` that of a Trace. A reset belongs to the burst of
+    the same socket during which it happened. ``missing`` in the result's ``attrs`` counts the bursts whose window fell
+    by TCP_INFO and for which there is no record.
     """
     idle = resets[resets["reason"] == "idle"]
-    # Both connections of a lab have the server's port: the time tells them apart, since they take turns.
+    # Both connections of a lab have the server's port. The time distinguishes them, since they take turns.
     keys = ["netns_ino", "sport"]
     joined = measurements.reset_index(names="burst").merge(idle, on=keys, suffixes=("_info", ""))
     during = joined[(joined["ts_ns"] >= joined["start_ns"]) & (joined["ts_ns"] <= joined["end_ns"])].copy()
@@ -86,11 +86,12 @@ def matched(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_baseline(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
-    """``matched`` for the bursts with the setting on, with ``baseline_ms``: what each takes without the reset.
+    """Return ``matched`` for the bursts with the setting on, with ``baseline_ms``: the latency without the reset.
 
-    That is the median latency of the bursts of its size that began, with the setting off, with a window like the one
-    before the reset: a bottleneck's losses cut the windows of both connections, each at its own times. Missing where
-    there is none; how long the idle time was doesn't matter to a window that isn't reset.
+    The baseline is the median latency of the bursts of the same size with the setting off that began with a window like
+    the one before the reset; without such bursts it is NaN. The window has to be alike because losses at a bottleneck
+    cut the windows of the two connections at different times. The idle time doesn't have to be, because it doesn't
+    change a window that isn't reset.
     """
     on = matched(measurements[measurements["setting"] == "on"], resets)
     off = measurements[measurements["setting"] == "off"]
@@ -101,15 +102,15 @@ def beside_baseline(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.Data
 
 
 def _usable(bursts: pd.DataFrame) -> pd.Series:
-    """Bytes of the window before each burst, as far as the burst can use it."""
+    """Return the window before each burst in bytes, at most the size of the burst."""
     return (bursts["cwnd_before"] * bursts["mss"]).clip(upper=bursts["burst_bytes"])
 
 
 def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
-    """Predicted beside measured cost, a row a burst with the setting on that a reset began.
+    """Return predicted and measured costs, one row per burst with the setting on that began with a reset.
 
     Columns: ``burst_bytes``, ``idle_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
-    ``measured_ms``: the burst's latency less that of its like with the setting off.
+    ``measured_ms``: the burst's latency minus its baseline with the setting off.
     """
     rows = cost.price(beside_baseline(measurements, resets))
     return pd.DataFrame(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The relay: two TUN devices, one in each namespace, and between them the delay, the rate and the loss of a path.
+"""The relay: it carries packets between two TUN devices in two namespaces, with a path's delay, rate and loss.
 
-A process of its own (see cwndtrace.lab.child) with arguments PARENT LINK NAMESPACE NAMESPACE, LINK as JSON. The
-devices vanish with the process. It says ``{"ready": …}``, then answers each line on stdin with its figures so far.
+It is a separate process (see cwndtrace.lab.child) with the arguments PARENT LINK NAMESPACE NAMESPACE, where LINK is
+JSON. The kernel removes the devices when the process ends. The relay sends ``{"ready": …}``, then answers each line on
+stdin with its figures so far.
 """
 
 from __future__ import annotations
@@ -28,32 +29,33 @@ _TUNSETOFFLOAD: Final = 0x400454D0
 _IFF_TUN: Final = 0x0001
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
-# Checksums are never computed, and super-segments of up to 64 KB cross whole (linux/if_tun.h).
+# linux/if_tun.h: with these, no checksum is computed, and super-segments of up to 64 KB cross whole.
 _CHECKSUM: Final = 0x01
 _TSO: Final = 0x02 | 0x04 | 0x08
 _HEADER: Final = 10  # struct virtio_net_hdr; gso_type at 1, gso_size at 4, csum_start at 6
 _ROOM: Final = _HEADER + (1 << 16)
 _BATCH: Final = 64
 _BUCKET_NS: Final = 50_000
-# The longest sleep: of a packet that comes in while this process is held up, at most so much is missed.
+# The longest sleep. Lateness counts from the planned end of a sleep, so of a packet that arrives while the kernel
+# doesn't run this process, at most this much of its lateness goes unnoticed.
 _NAP_NS: Final = 10_000_000
 
 
 class Lateness:
-    """How long after their time packets went out: a histogram of 50 µs steps, and the worst."""
+    """The lateness of packets: a histogram in steps of 50 µs, and the maximum."""
 
     def __init__(self) -> None:
         self._buckets = [0] * 2001
         self.worst_ns = 0
 
     def add(self, late_ns: int) -> None:
-        """Count one packet."""
+        """Count a packet that left ``late_ns`` after its time."""
         self._buckets[min(late_ns // _BUCKET_NS, 2000)] += 1
         if late_ns > self.worst_ns:
             self.worst_ns = late_ns
 
     def quantile_ms(self, q: float) -> float:
-        """At most this late, ms (the upper edge of a step), were the share ``q`` of the packets."""
+        """Return the lateness in ms (the upper edge of a step) that a share ``q`` of the packets didn't exceed."""
         left = q * sum(self._buckets)
         for index, count in enumerate(self._buckets):
             left -= count
@@ -63,7 +65,7 @@ class Lateness:
 
 
 class Direction:
-    """From one device to the other."""
+    """One direction of the relay, from a source device to a sink device."""
 
     def __init__(self, source: int, sink: int, lane: Lane) -> None:
         self.source = source
@@ -76,7 +78,7 @@ class Direction:
         self.late = Lateness()
 
     def take(self, slept_ns: int) -> None:
-        """Take in what the device holds, a batch at most, after sleeping ``slept_ns`` longer than meant."""
+        """Read up to a batch of packets from the source, after a sleep that was ``slept_ns`` longer than planned."""
         for _ in range(_BATCH):
             try:
                 packet = os.read(self.source, _ROOM)
@@ -87,7 +89,7 @@ class Direction:
                 self.waiting.append((due, slept_ns, packet))
 
     def give(self) -> None:
-        """Send what is due."""
+        """Send the packets that are due."""
         waiting = self.waiting
         while waiting:
             due, slept_ns, packet = waiting[0]
@@ -106,7 +108,7 @@ class Direction:
             self.late.add(late + slept_ns)
 
     def figures(self) -> dict[str, Any]:
-        """What crossed, what didn't, and how late it was."""
+        """Return the counts of packets and bytes, of dropped, lost and refused packets, and the lateness in ms."""
         return {
             "packets": self.packets,
             "bytes": self.bytes,
@@ -119,18 +121,18 @@ class Direction:
 
 
 def wire_size(packet: bytes) -> int:
-    """Bytes that a packet with its virtio header takes on a line: a super-segment has headers for each segment."""
+    """Return the bytes that a packet (with its virtio header) takes on a line: each segment has its own headers."""
     size = len(packet) - _HEADER
     if packet[1] == 0:
         return size
-    # hdr_len is only a hint and may count data too; where TCP begins and how long its header is are exact.
+    # hdr_len is only a hint and may include data, while csum_start and the length in the TCP header are exact.
     segment, tcp = struct.unpack_from("=HH", packet, 4)
     headers = tcp + (packet[_HEADER + tcp + 12] >> 4) * 4
     return int(size + headers * ((size - headers - 1) // segment))
 
 
 def open_tun(namespace: str, segmented: bool) -> int:
-    """A non-blocking TUN device named ``lab0`` in a namespace. Raises OSError."""
+    """Open a non-blocking TUN device named ``lab0`` in a namespace and return its descriptor. Raises OSError."""
     enter(namespace)
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     request = struct.pack("=16sH14x", DEVICE.encode(), _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR)
@@ -149,15 +151,15 @@ def relay(link: Link, namespaces: list[str]) -> None:
     by_source = {d.source: d for d in directions}
     say({"ready": os.getpid()})
     be_punctual()
-    # Nothing here forms cycles, and a collection would make packets late.
+    # The objects here form no reference cycles, and a garbage collection would make packets late.
     gc.disable()
     while True:
         dues = [d.waiting[0][0] for d in directions if d.waiting]
         before = time.monotonic_ns()
         meant = max(0, min([before + _NAP_NS, *dues]) - before)
-        # select takes microseconds, where epoll rounds up to whole milliseconds.
+        # select has a timeout in microseconds; that of epoll is in whole milliseconds.
         ready = select.select([first, second, 0], [], [], meant / 1e9)[0]
-        # When a packet came in isn't known; but it may have waited since this process should have been awake.
+        # The arrival time of a packet isn't known, but it may have waited since this process should have woken.
         slept = max(0, time.monotonic_ns() - before - meant)
         for fd in ready:
             if fd:
@@ -172,13 +174,14 @@ def relay(link: Link, namespaces: list[str]) -> None:
 
 
 def main() -> None:
-    """Set up as the command line says, relay, and report an error as a message."""
+    """Run the relay that the command line describes, and send an error to the parent as a message."""
     parent, link, *namespaces = sys.argv[1:]
     live_with(int(parent))
     try:
         relay(Link(**json.loads(link)), namespaces)
     except OSError as e:
-        say({"error": f"no TUN device: {e.strerror}", "errno": e.errno, "remedy": "load the module: modprobe tun"})
+        error = f"a TUN device can't be opened: {e.strerror}"
+        say({"error": error, "errno": e.errno, "remedy": "load the module: modprobe tun"})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiment over a real path: bursts from here to a server of the user's own.
+"""The experiment over a real path: bursts from this host to a server that the user runs.
 
-The bursts go from this side to the server, because it is the sender's window that falls, and only this side is traced.
-A burst's latency runs from its first byte to the moment when this side knows that the last one is there: the answer of
-``cwndtrace serve``, or, with a plain sink, the last acknowledgement. The host's sysctl is left alone unless allowed.
+The bursts go from this host to the server, because the window that falls is the sender's, and only this host is traced.
+A burst's latency runs from its first byte to the moment when this host knows that the last one has arrived: by the
+answer of ``cwndtrace serve``, or, with a plain sink, by the last ACK. The host's sysctl is changed only if allowed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _WARM_TRIES: Final = 12
 
 
 class Remote:
-    """Connections to HOST:PORT, one for each setting. A context manager; ``taken`` keeps what was measured.
+    """A context manager of connections to HOST:PORT, one for each setting; ``taken`` keeps the measurements.
 
-    ``plain`` says that the server is a sink that never answers. With ``allow_sysctl`` the setting of this process's
-    own network namespace is switched between on and off and put back; without it, the one that stands is measured.
-    Of the scenario, the bursts, idle times, rounds, congestion control and send buffer count.
+    ``plain`` means that the server is a sink that never answers. With ``allow_sysctl`` the setting of this process's
+    own network namespace is switched between on and off, and restored on exit; without it, only the current setting is
+    measured. Of the scenario, only bursts, idle times, rounds, congestion control and send buffer are used.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Remote:
 
     @property
     def ports(self) -> list[int]:
-        """The local ports of the connections, for a tracer's filter."""
+        """The connections' local ports, for a tracer's filter."""
         return [int(sock.getsockname()[1]) for sock in self._socks.values()]
 
     def _connect(self) -> socket.socket:
@@ -78,7 +78,7 @@ class Remote:
             sock = socket.create_connection((self._host, self._port), 10)
         except OSError as e:
             raise NotFound(
-                f"no server at {self._host} port {self._port}: {e.strerror or e}",
+                f"there is no server at {self._host} port {self._port}: {e.strerror or e}",
                 f"start one there: cwndtrace serve --host :: --port {self._port}",
             ) from e
         try:
@@ -87,11 +87,12 @@ class Remote:
                 sock.sendall(wire.HELLO + wire.SINK)
                 answer = wire.receive(sock, len(wire.HELLO))
                 if answer != wire.HELLO:
-                    raise CwndtraceError("the server isn't cwndtrace serve", "say that it is a plain sink")
+                    raise CwndtraceError("the server isn't cwndtrace serve", "if it is a plain sink, add --plain")
         except OSError as e:
             sock.close()
             raise CwndtraceError(
-                f"the server doesn't answer as cwndtrace serve does: {e.strerror or e}", "say that it is a plain sink"
+                f"the server doesn't answer as cwndtrace serve does: {e.strerror or e}",
+                "if it is a plain sink, add --plain",
             ) from e
         except BaseException:
             sock.close()
@@ -100,7 +101,7 @@ class Remote:
         return sock
 
     def rows(self) -> Iterator[Measurement]:
-        """Measure; a row as soon as it is there. Raises CwndtraceError where the server goes away."""
+        """Run the measurements and yield each as soon as it is done. Raises CwndtraceError if the server ends."""
         netns_ino = cleanup.here()
         for number in range(1, self.scenario.rounds + 1):
             for setting in self.settings:
@@ -123,11 +124,11 @@ class Remote:
                     yield row
 
     def notes(self) -> list[str]:
-        """Sentences on what besides the congestion window was the limit."""
+        """Return sentences on the buffers that delayed bursts beside the congestion window."""
         return limits(self.taken)
 
     def _warm(self, setting: Setting) -> None:
-        """Send the largest burst over and over until the window no longer grows by it."""
+        """Send the largest burst repeatedly until the window holds 1.9 of it, or hasn't grown in two bursts."""
         largest = max(self.scenario.bursts)
         still = 0
         for _ in range(_WARM_TRIES):
@@ -138,7 +139,7 @@ class Remote:
                 return
 
     def _burst(self, setting: Setting, size: int, idle_s: float) -> tuple[float, int, wire.Sent]:
-        """Be idle, send, wait: latency in ms, the end in ns, the kernel's account."""
+        """Send a burst after the idle time; return its latency in ms, its end in ns, and the sender's figures."""
         sock = self._socks[setting]
         time.sleep(max(0.0, (self._last_ns[setting] - time.monotonic_ns()) / 1e9 + idle_s))
         self._number += 1
@@ -147,14 +148,15 @@ class Remote:
             if not self.plain:
                 wire.receive(sock, len(wire.DONE))
             elif not sent.acked:
-                raise ConnectionResetError("it closed the connection, or isn't a sink")
+                raise ConnectionResetError("it closed the connection or sent data, which a plain sink doesn't")
         except OSError as e:
             raise CwndtraceError(
                 f"the server at {self._host} port {self._port} went away: {e.strerror or e}",
-                f"what was measured until then is kept: {plural(len(self.taken), 'burst')}; "
-                "start it again for the rest",
+                f"the measurements so far are kept: {plural(len(self.taken), 'burst')}; "
+                "start the server again to measure the rest",
             ) from e
-        # With a plain sink the end is when the acknowledgement was noticed, a millisecond late at most.
+        # With a plain sink the end is when polling noticed the last ACK: every 1/20 of the RTT, or every millisecond if
+        # that is longer.
         end_ns = sent.end_ns if self.plain else time.monotonic_ns()
         self._last_ns[setting] = end_ns
         return (end_ns - sent.start_ns) / 1e6, end_ns, sent

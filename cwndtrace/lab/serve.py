@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server to measure against: it answers requests by bursts, and swallows bursts that it is sent.
+"""The server of an experiment: it answers requests with bursts, and reads and discards the bursts that it receives.
 
-Both modes are on one port (see cwndtrace.lab.wire); what speaks neither is swallowed as a plain sink does, until it has
-been silent for a minute.
+It does both on one port (see cwndtrace.lab.wire). For a client that uses neither protocol it is a plain sink: it
+discards all data, until the client has been silent for a minute.
 """
 
 from __future__ import annotations
@@ -27,43 +27,44 @@ from cwndtrace.lab import wire
 
 MAX_CONNECTIONS: Final = 128
 MAX_OF_ONE_PEER: Final = 16
-"""Connections from one address, or one /64 of IPv6: nobody alone keeps the others out."""
-# Who speaks as ``reproduce`` does may be idle between bursts, for as long as idle time may take.
+"""The limit of connections from one address, or one /64 of IPv6, so that no single peer keeps the others out."""
+# The limit of silence between two bursts: the longest idle time that ``reproduce`` can ask for, and a minute more.
 QUIET_S: Final = wire.MAX_IDLE_S + 60
 _TURN_S: Final = 1.0
 UNSENT: Final = 512 << 10
-"""Most bytes of a burst that wait in the kernel to be sent. What is on its way is kept there too, to be sent again."""
-# Receive buffer for requests, which are 25 bytes: what more a peer sends meanwhile waits on its side.
+"""The limit of unsent bytes of a burst in the kernel. Data in flight is kept there too, for retransmission."""
+# The receive buffer for requests of 25 bytes each; anything more that a peer sends meanwhile waits on the peer's side.
 _REQUESTS: Final = 64 << 10
 
 DiskRead = Callable[[float], dict[str, Any]]
-"""Spends so many seconds reading a disk; returns what it read."""
+"""A function that reads a disk for a number of seconds and returns its figures (see cwndtrace.lab.disk.read_for)."""
 
 
 @dataclass
 class Settings:
-    """What a server's connections get; ``disk`` spends idle time reading, and without it such requests are refused."""
+    """The settings of a server. Without ``disk``, requests for idle time on disk are refused."""
 
     cc: str | None = None
     sndbuf: int | None = None
     disk: DiskRead | None = None
     on_burst: Callable[[dict[str, Any]], None] | None = None
-    """told of each burst sent: ``id``, ``size``, ``read`` (from disk), ``sent`` (``wire.Sent``), on some thread"""
+    """called for each burst sent, on any thread: ``id``, ``size``, ``read`` (from disk), ``sent`` (``wire.Sent``)"""
     on_error: Callable[[CwndtraceError], None] | None = None
-    """told of what went wrong with one connection"""
+    """called with the error of one connection"""
     on_turn: Callable[[Totals], None] | None = None
-    """told how it stands at each connection that comes, and at least every second"""
+    """called with the totals for each new connection, and at least every second"""
     patience_s: float = 60.0
-    """how long a burst may take, whichever way it goes"""
+    """how long a burst may take, in either direction"""
     silence_s: float = 60.0
-    """how long a peer may say nothing, except between bursts, where it makes room only for who finds none"""
+    """how long a peer may be silent within a message; between bursts, a peer that is silent for longer is
+    disconnected only when a new connection needs its place"""
     bounded: bool = True
-    """whether the kernel keeps little for who asks for bursts; not where what a send buffer takes is measured"""
+    """limit the kernel memory for a peer that asks for bursts; off where the send buffer is part of the measurement"""
 
 
 @dataclass
 class Totals:
-    """What a server has done so far."""
+    """The counters of a server since its start."""
 
     connections: int = 0
     refused: int = 0
@@ -71,23 +72,23 @@ class Totals:
     bursts_taken: int = 0
     bytes_taken: int = 0
     open: dict[socket.socket, str] = field(default_factory=dict)
-    """the connections that are served, and whose each is (``peer_of``)"""
+    """the open connections, and the peer of each (``peer_of``)"""
 
 
 class Server:
-    """Listens from the start; ``run`` accepts until ``close``. A context manager."""
+    """A server that listens as soon as it is constructed, and a context manager. ``run`` accepts until ``close``."""
 
     def __init__(self, host: str, port: int, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.totals = Totals()
         self._lock = threading.Lock()
         self._idle_since: dict[socket.socket, float] = {}
-        """since when a peer says nothing and needn't"""
-        # Written to by all, since nobody looks at what was swallowed.
+        """since when a peer is silent between bursts, where it may be"""
+        # All threads write discarded data to the same buffer, since none reads it.
         self._swallowed = bytearray(1 << 18)
         self._closed = False
         if not 0 <= port < 65536:
-            raise UsageError(f"no port {port}", "ports go from 0 (any free one) to 65535")
+            raise UsageError(f"there is no port {port}", "give 0 (any free port) to 65535")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listener = socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS)
@@ -101,11 +102,11 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """The port that the server listens on."""
         return int(self._listener.getsockname()[1])
 
     def run(self) -> None:
-        """Accept connections until ``close``; a thread each."""
+        """Accept connections until ``close``, and serve each on a new thread."""
         if self.settings.on_turn is not None:
             self._listener.settimeout(_TURN_S)
         while not self._closed:
@@ -116,7 +117,8 @@ class Server:
             except TimeoutError:
                 continue
             except OSError:
-                # Closed; or else out of descriptors, or the peer went away in the queue: those don't end the server.
+                # The listener is closed; or there are no free descriptors, or the peer left the queue, which mustn't
+                # end the server.
                 time.sleep(0.05)
                 continue
             peer = peer_of(address[0])
@@ -133,20 +135,23 @@ class Server:
             try:
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
             except RuntimeError:
-                # No room for a thread now: that is this connection's end, and not the server's.
+                # No thread can be started now, which must end only this connection and not the server.
                 self._release(sock)
 
     def _has_room(self, peer: str) -> bool:
-        """Whether one more of that peer is served. Who has been idle longest, and for long, is let go for it.
+        """Return true if there is room for one more connection of that peer.
 
-        Call it with the lock held: else a socket that it ends may be closed already, and its descriptor another one's.
+        If there is none, this disconnects the connection that has been idle longest, provided that is ``silence_s``.
+        Call it with the lock held: without it, a socket that it shuts down may have been closed and its descriptor
+        reused.
         """
-        among = [sock for sock, whose in self.totals.open.items() if whose == peer]
-        if len(among) < MAX_OF_ONE_PEER:
+        candidates = [sock for sock, owner in self.totals.open.items() if owner == peer]
+        if len(candidates) < MAX_OF_ONE_PEER:
             if len(self.totals.open) < MAX_CONNECTIONS:
                 return True
-            among = list(self.totals.open)
-        since, longest = min(((self._idle_since.get(sock, math.inf), sock) for sock in among), key=lambda pair: pair[0])
+            candidates = list(self.totals.open)
+        idle = ((self._idle_since.get(sock, math.inf), sock) for sock in candidates)
+        since, longest = min(idle, key=lambda pair: pair[0])
         if time.monotonic() - since < self.settings.silence_s:
             return False
         del self.totals.open[longest]
@@ -161,7 +166,7 @@ class Server:
             if self.settings.on_error is not None:
                 self.settings.on_error(e)
         except OSError:
-            pass  # the peer went away, which is its right
+            pass  # the peer closed the connection, which is no error of the server
         finally:
             self._release(sock)
 
@@ -187,7 +192,7 @@ class Server:
                 return
 
     def _stay_idle(self, sock: socket.socket, seconds: float, events: int) -> bool:
-        """Wait for events of poll(2), or for the connection's end; whether any came in so many seconds."""
+        """Wait for events of poll(2) or the connection's end; return true if there was one in so many seconds."""
         poll = select.poll()
         poll.register(sock, events)
         with self._lock:
@@ -204,14 +209,14 @@ class Server:
             return False
         size, number, idle_s, how = wire.REQUEST.unpack(raw)
         if not wire.MIN_BURST <= size <= wire.MAX_BURST or not 0 <= idle_s <= wire.MAX_IDLE_S or how > 2:
-            raise UsageError(f"a peer asked for {plural(size, 'byte')} after {idle_s:g} s: out of bounds")
+            raise UsageError(f"a peer's request for {plural(size, 'byte')} after {idle_s:g} s is out of range")
         read: dict[str, Any] = {}
         if wire.IDLE_MODES[how] == "disk":
             if self.settings.disk is None:
                 raise UsageError("a peer asked for idle time on disk, and this server has no slow device")
             read = self.settings.disk(idle_s)
         elif wire.IDLE_MODES[how] == "timer" and self._stay_idle(sock, idle_s, select.POLLRDHUP):
-            return False  # nobody is there any more to send it to
+            return False  # the peer has closed its side
         sock.settimeout(self.settings.patience_s)
         sent = wire.send_burst(sock, wire.STAMP.pack(number, time.monotonic_ns()), size)
         with self._lock:
@@ -226,7 +231,7 @@ class Server:
             return False
         _, size = wire.STAMP.unpack(raw)
         if not wire.MIN_BURST <= size <= wire.MAX_BURST:
-            raise UsageError(f"a peer sent a burst of {plural(size, 'byte')}: out of bounds")
+            raise UsageError(f"a peer's burst of {plural(size, 'byte')} is out of range")
         self._swallow(sock, size - len(raw))
         sock.settimeout(self.settings.patience_s)
         with self._lock:
@@ -235,7 +240,7 @@ class Server:
         return True
 
     def _swallow(self, sock: socket.socket, size: int | None) -> None:
-        """Read and drop ``size`` bytes, within the patience for a burst, or all until the end or the time-out."""
+        """Read and discard ``size`` bytes within ``patience_s``, or if None all data until the end or the timeout."""
         deadline = time.monotonic() + self.settings.patience_s
         while size is None or size > 0:
             if size is not None:
@@ -251,7 +256,7 @@ class Server:
                 size -= count
 
     def close(self) -> None:
-        """Stop accepting and end the connections; may be called from another thread or a signal handler."""
+        """Stop accepting and end the connections. Safe to call from another thread or a signal handler."""
         self._closed = True
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -268,7 +273,7 @@ class Server:
 
 
 def _receive(sock: socket.socket, size: int, patience_s: float) -> bytes:
-    """So many bytes, in however many pieces they come; fewer where the peer ends before. Raises TimeoutError."""
+    """Return ``size`` bytes from a socket, or fewer if the peer closes its side before. Raises TimeoutError."""
     data = b""
     deadline = time.monotonic() + patience_s
     while len(data) < size:
@@ -281,7 +286,7 @@ def _receive(sock: socket.socket, size: int, patience_s: float) -> bytes:
 
 
 def _left(deadline: float) -> float:
-    """Seconds until then. Raises TimeoutError where there are none."""
+    """Return the seconds until the deadline. Raises TimeoutError if it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
@@ -289,16 +294,16 @@ def _left(deadline: float) -> float:
 
 
 def peer_of(address: str) -> str:
-    """Whom an address counts as: itself, IPv4 also where IPv6 maps it, and of IPv6 the network /64."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if found.version == 4:
-        return str(found)
-    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found), 64), strict=False))
+    """Return the peer that an address counts as: an IPv4 address, also one mapped into IPv6, or an IPv6 /64."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 4:
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.IPv6Network((int(ip), 64), strict=False))
 
 
 def _cannot_listen(host: str, port: int, e: OSError) -> CwndtraceError:
     if isinstance(e, PermissionError):
         return PermissionNeeded(f"port {port} is for root only", "choose one above 1023")
     if e.errno == errno.EADDRINUSE:
-        return UsageError(f"port {port} is taken", "choose another, or stop what listens there: ss -ltnp")
+        return UsageError(f"port {port} is taken", "choose another, or stop its process, which ss -ltnp shows")
     return UsageError(f"can't listen on {host} port {port}: {e.strerror or e}", "give an address of this machine")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the setting cost: medians, p95, and how sure the difference is."""
+"""The cost of the setting: medians and p95 of latencies, and the confidence interval of their difference."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cwndtrace.analysis.bootstrap import Values, interval
 
 
 def summarise(frame: pd.DataFrame, seed: int = 1) -> pd.DataFrame:
-    """One row per burst and idle time from a frame of measurements (see ``measurement.frame``).
+    """Return one row per burst and idle time from a frame of measurements (see ``measurement.frame``).
 
     Columns: ``burst_bytes``, ``idle_s``, ``n_on``, ``n_off``, ``median_on_ms``, ``median_off_ms``, ``p95_on_ms``,
-    ``p95_off_ms``, ``cost_ms`` (on less off, of the medians) with ``cost_low_ms`` and ``cost_high_ms``, ``cost_rtts``
-    (in round trips of the path's least RTT), ``resets_on`` (share of bursts that began with a fall of the window) and
-    ``verdict``, a sentence. What only one setting has leaves the other's columns NaN.
+    ``p95_off_ms``, ``cost_ms`` (median with on minus median with off) with its 95 % interval ``cost_low_ms`` and
+    ``cost_high_ms``, ``cost_rtts`` (the cost in round trips, by the median of min_rtt), ``resets_on`` (share of bursts
+    that began with a fall of the window) and ``verdict``, a sentence. Columns of an unmeasured setting are NaN.
     """
     rows: list[dict[str, Any]] = []
     for (burst, idle), cell in frame.groupby(["burst_bytes", "idle_s"], sort=True):
@@ -53,23 +53,23 @@ def _p95(values: Values) -> float:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What the setting cost this burst after this idle time, in a sentence."""
-    what = f"{size(row['burst_bytes'])} after {row['idle_s']:g} s:"
+    """Return a sentence on what the setting cost this burst after this idle time."""
+    cell = f"{size(row['burst_bytes'])} after {row['idle_s']:g} s:"
     cost, low, high = row["cost_ms"], row["cost_low_ms"], row["cost_high_ms"]
     if np.isnan(cost):
-        return f"{what} measured with one setting only"
+        return f"{cell} measured with one setting only"
     trips = f"{abs(cost):.0f} ms ({abs(row['cost_rtts']):.1f} round trips)"
     if np.isnan(low):
         direction = "slower" if cost > 0 else "faster"
-        return f"{what} {direction} by {trips} with the setting on, in too few rounds to be sure"
+        return f"{cell} {direction} by {trips} with the setting on, in too few rounds to be sure"
     spread = f"95 % interval {round(low)} to {round(high)} ms"
     if low <= 0 <= high:
-        return f"{what} the setting cost nothing ({spread})"
-    return f"{what} the setting {'cost' if cost > 0 else 'saved'} {trips}, {spread}"
+        return f"{cell} the setting cost nothing ({spread})"
+    return f"{cell} the setting {'cost' if cost > 0 else 'saved'} {trips}, {spread}"
 
 
 def size(count: int) -> str:
-    """Bytes as a person says them: 300 kB, 1.5 MB."""
+    """Return a number of bytes with a decimal unit, such as 300 kB or 1.5 MB."""
     for unit, name in ((1_000_000, "MB"), (1_000, "kB")):
         if count >= unit:
             return f"{count / unit:.4g} {name}"
@@ -77,7 +77,7 @@ def size(count: int) -> str:
 
 
 def overall(summary: pd.DataFrame) -> str:
-    """One sentence for the whole experiment: the dearest burst and idle time that is sure, or that nothing was."""
+    """Return one sentence for the whole experiment: its highest cost that is certain (interval above 0), or none."""
     sure = summary[summary["cost_low_ms"] > 0]
     if not sure.empty:
         worst = sure.sort_values("cost_ms").iloc[-1]
@@ -87,7 +87,7 @@ def overall(summary: pd.DataFrame) -> str:
             f" with it and {worst['median_off_ms']:.0f} ms without"
         )
     if summary["cost_ms"].isna().all():
-        return "only one setting was measured, so nothing can be said of its cost"
+        return "only one setting was measured, so its cost is unknown"
     if summary["cost_low_ms"].isna().any():
         return "too few rounds to be sure: three or more are needed"
     return "tcp_slow_start_after_idle cost nothing here"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``struct tcp_info`` of a socket of one's own, typed: the truth that a tracer is checked against."""
+"""``struct tcp_info`` of one's own socket as a typed record, against which tests check the tracer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from cwndtrace.format import plural
 
-# include/uapi/linux/tcp.h. It only ever grows at its end: an older kernel gives a prefix.
+# include/uapi/linux/tcp.h. The struct only grows at its end, so an older kernel returns a prefix.
 _HEAD: Final = struct.Struct("=7BB24I")
 _TAIL: Final = (
     ("Q", "pacing_rate"),
@@ -41,7 +41,7 @@ _ROOM: Final = 512
 
 @dataclass(frozen=True)
 class TcpInfo:
-    """The fields by their kernel names without ``tcpi_``; 0 for those that this kernel is too old to tell."""
+    """Fields of ``struct tcp_info``, named without ``tcpi_``; a field that this kernel doesn't have is 0."""
 
     state: int = 0
     """TCP state"""
@@ -54,15 +54,15 @@ class TcpInfo:
     unacked: int = 0
     """segments in flight"""
     last_data_sent: int = 0
-    """since data was last sent, ms"""
+    """time since data was last sent, ms"""
     last_data_recv: int = 0
-    """since data last came in, ms"""
+    """time since data was last received, ms"""
     rtt: int = 0
     """smoothed round-trip time, µs"""
     rttvar: int = 0
     """µs"""
     snd_ssthresh: int = 0
-    """slow start threshold, segments; 2147483647 where never set"""
+    """slow start threshold, segments; 2147483647 if it was never set"""
     snd_cwnd: int = 0
     """congestion window, segments"""
     total_retrans: int = 0
@@ -90,10 +90,10 @@ class TcpInfo:
 
     @classmethod
     def parse(cls, raw: bytes) -> Self:
-        """From the bytes of ``getsockopt(TCP_INFO)``. Raises ValueError for fewer than any kernel gives."""
+        """Parse the bytes of ``getsockopt(TCP_INFO)``. Raises ValueError for fewer than every kernel returns."""
         if len(raw) < _HEAD.size:
             raise ValueError(
-                f"TCP_INFO has {plural(len(raw), 'byte')}, fewer than the {_HEAD.size} that every kernel gives"
+                f"TCP_INFO has {plural(len(raw), 'byte')}, fewer than the {_HEAD.size} that every kernel returns"
             )
         head = _HEAD.unpack_from(raw)
         values = {
@@ -114,9 +114,9 @@ class TcpInfo:
 
     @classmethod
     def of(cls, sock: socket.socket) -> Self:
-        """Of a TCP socket, now."""
+        """Return the current TCP_INFO of a socket."""
         return cls.parse(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ROOM))
 
     def to_dict(self) -> dict[str, Any]:
-        """By name, for JSON."""
+        """Return the fields by name, for JSON."""
         return asdict(self)

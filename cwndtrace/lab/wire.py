@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lab's ends say to each other, and sending a burst with the kernel's own account of it.
+"""The protocol between the ends of an experiment, and a function that sends a burst and reads TCP_INFO about it.
 
 A connection opens with ``HELLO`` and a mode, which the server answers with ``HELLO``:
 
-- reply: the peer sends requests (``REQUEST``); each is answered by so many bytes, of which the first 16 are ``STAMP``;
-  where the server is to be idle before, a peer that ends its side meanwhile has left;
-- sink: the peer sends bursts, each beginning with ``STAMP``; each is answered by one byte, ``DONE``, once all of it is
-  in.
+- reply: the peer sends requests (``REQUEST``), and the server answers each with that many bytes, of which the first 16
+  are ``STAMP``. A peer that closes its side while the server is idle before an answer counts as gone;
+- sink: the peer sends bursts, each of which begins with ``STAMP``. The server answers each with one byte, ``DONE``,
+  when all of it has arrived.
 
-A connection that opens with anything else is read to its end and never answered: a plain TCP client finds a sink here.
+A server reads a connection that opens with anything else to its end and never answers. A plain TCP client can
+therefore use it as a sink.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ REPLY: Final = b"R"
 SINK: Final = b"S"
 DONE: Final = b"."
 REQUEST: Final = struct.Struct("<QQdB")
-"""size in bytes, number, idle time in seconds, how it is spent (an index of ``IDLE_MODES``)"""
+"""Size in bytes, number, idle time in seconds, index of ``IDLE_MODES``."""
 STAMP: Final = struct.Struct("<QQ")
-"""number, and in a reply the CLOCK_MONOTONIC ns at which sending began, in a sink's burst its size"""
+"""Number; then the CLOCK_MONOTONIC ns at which sending began in a reply, or the size in bytes in a burst to a sink."""
 IDLE_MODES: Final = ("client", "timer", "disk")
-"""Who is idle: the client before it asks, the server on a timer, or the server by reading from its slow device."""
+"""The idle end: the client before its request, the server on a timer, or the server while it reads its slow device."""
 MIN_BURST: Final = STAMP.size
 MAX_BURST: Final = 256 << 20
 MAX_IDLE_S: Final = 3600.0
 _ZEROS: Final = memoryview(bytes(1 << 20))
-"""What bursts hold behind their stamp, over and over: memory for it doesn't grow with who asks."""
+"""The content of bursts after the stamp, repeated, so that memory doesn't grow with the number of peers."""
 _SO_COOKIE: Final = 57
 _SO_SNDBUFFORCE: Final = 32
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The sender's account of one burst: TCP_INFO before, after the first write, and once all was acknowledged."""
+    """The sender's figures of a burst: TCP_INFO before it, after the first write, and after all was acknowledged."""
 
     before: TcpInfo
     after: TcpInfo
@@ -56,26 +57,26 @@ class Sent:
     first_ns: int
     end_ns: int
     first_bytes: int
-    """how much the send buffer took at once"""
+    """bytes that the first write put into the send buffer"""
     acked: bool
-    """whether all was acknowledged before something else came up"""
+    """true if all data was acknowledged before the peer sent data or closed its side"""
     sndbuf: int
     cookie: int
     port: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; ``from_dict`` reads it."""
+        """Return the fields by name, for JSON; ``from_dict`` reads them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Sent:
-        """What ``to_dict`` wrote."""
+        """Return the record that ``to_dict`` was called on."""
         infos = {name: TcpInfo(**values[name]) for name in ("before", "after", "end")}
         return cls(**{**values, **infos})
 
 
 def receive(sock: socket.socket, size: int) -> bytes:
-    """Exactly ``size`` bytes. Raises ConnectionResetError where the peer ends first."""
+    """Return exactly ``size`` bytes from a socket. Raises ConnectionResetError if the peer closes its side before."""
     data = bytearray()
     while len(data) < size:
         more = sock.recv(size - len(data))
@@ -86,13 +87,13 @@ def receive(sock: socket.socket, size: int) -> bytes:
 
 
 def set_up(sock: socket.socket, cc: str | None, sndbuf: int | None) -> None:
-    """Give a socket its congestion control and send buffer (bytes), None for what the kernel gives.
+    """Set a socket's congestion control and send buffer (bytes); None leaves the kernel's default.
 
-    Raises KernelLacks for a congestion control that isn't there, naming those that are.
+    Raises KernelLacks, with the names of those available, for a congestion control that the kernel doesn't have.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if sndbuf is not None:
-        # The kernel doubles what it is given, for its own book-keeping. Past the host's limit only root gets.
+        # The kernel doubles the value, for its own overhead. SO_SNDBUFFORCE can exceed the host's limit, as root.
         option = _SO_SNDBUFFORCE if os.geteuid() == 0 else socket.SO_SNDBUF
         sock.setsockopt(socket.SOL_SOCKET, option, sndbuf // 2)
     if cc is None:
@@ -108,7 +109,7 @@ def set_up(sock: socket.socket, cc: str | None, sndbuf: int | None) -> None:
 
 
 def available() -> str:
-    """The congestion controls that are loaded, as text."""
+    """Return the names of the congestion controls that the kernel has loaded, separated by spaces."""
     try:
         return Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text(encoding="ascii").strip()
     except OSError:
@@ -116,10 +117,11 @@ def available() -> str:
 
 
 def send_burst(sock: socket.socket, stamp: bytes, size: int) -> Sent:
-    """Send ``size`` bytes that begin with ``stamp`` and wait until they are acknowledged, or the peer says something.
+    """Send ``size`` bytes that begin with ``stamp``, and wait until they are acknowledged or the peer sends data.
 
-    The first write doesn't block, so that ``after`` is read before any acknowledgement can be back. All has to be
-    acknowledged within the socket's time-out, or within a minute of what was sent where it has none. Raises OSError.
+    The first write doesn't block, so that ``after`` is read before any ACK can arrive. All data has to be acknowledged
+    within the socket's timeout or, if it has none, within a minute of the last write. Raises OSError, and
+    CwndtraceError if the peer stops acknowledging.
     """
     patience = sock.gettimeout()
     parts = _parts(stamp, size, 0)
@@ -149,7 +151,7 @@ def send_burst(sock: socket.socket, stamp: bytes, size: int) -> Sent:
 
 
 def _parts(stamp: bytes, size: int, done: int) -> list[memoryview]:
-    """Where the bytes of a burst lie, from the one numbered ``done`` on."""
+    """Return the parts of a burst's content from the byte at offset ``done`` on."""
     parts = [memoryview(stamp)[done:]] if done < len(stamp) else []
     whole, odd = divmod(size - max(done, len(stamp)), len(_ZEROS))
     return [*parts, *[_ZEROS] * whole, *([_ZEROS[:odd]] if odd else [])]
@@ -164,4 +166,4 @@ def _until_acked(sock: socket.socket, interval_s: float, deadline: float) -> tup
             info = TcpInfo.of(sock)
             return info, not info.unacked and not info.notsent_bytes
         if time.monotonic() > deadline:
-            raise CwndtraceError("the peer stopped acknowledging", "is it still there, and does it read?")
+            raise CwndtraceError("the peer stopped acknowledging", "check that it still runs and reads its data")

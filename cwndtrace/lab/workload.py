@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's server and client: a process each, in a namespace each, with long-lived connections between them.
+"""The lab's server and client: two processes in two namespaces, with long-lived connections between them.
 
-Run as a process, with the arguments PARENT server|client NAMESPACE SETTINGS, this module is one of the two. The parent
-holds them as ``ServerProcess`` and ``ClientProcess``.
+Run as a program, with the arguments PARENT server|client NAMESPACE SETTINGS, this module is one of the two. The parent
+controls them through ``ServerProcess`` and ``ClientProcess``.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _START_S: Final = 30.0
 
 @dataclass(frozen=True)
 class Received:
-    """The receiver's account of one burst; all times are ns of CLOCK_MONOTONIC."""
+    """The receiver's times of one burst, in ns of CLOCK_MONOTONIC."""
 
     request_ns: int
     stamp_ns: int
-    """when the sender began"""
+    """when the sender began to send"""
     first_ns: int
     last_ns: int
 
 
 class ServerProcess:
-    """The server process; listening once this returns. Raises KernelLacks' cause for an unknown ``cc``."""
+    """The server process. It listens when ``wait`` has returned."""
 
     def __init__(
         self, where: Namespace, address: str, cc: str, sndbuf: int | None = None, device: str | None = None
@@ -48,11 +48,11 @@ class ServerProcess:
         self.child = Child("workload", "server", where.address, json.dumps(settings))
 
     def wait(self) -> None:
-        """Until it listens."""
+        """Wait until the server listens. Raises KernelLacks for an unknown congestion control."""
         self.child.receive(_START_S)
 
     def sent(self, number: int, timeout_s: float) -> tuple[wire.Sent, dict[str, Any]]:
-        """Its account of burst ``number``, and what it read from disk before."""
+        """Return the server's figures of burst ``number``, and of its reads from disk before that."""
         deadline = time.monotonic() + timeout_s
         while True:
             message = self.child.receive(max(0.0, deadline - time.monotonic()))
@@ -61,21 +61,24 @@ class ServerProcess:
 
 
 class ClientProcess:
-    """The client process, with connections by name."""
+    """The client process, whose connections have names."""
 
     def __init__(self, where: Namespace) -> None:
         self.child = Child("workload", "client", where.address, "{}")
 
     def wait(self) -> None:
-        """Until it takes commands."""
+        """Wait until the client accepts commands."""
         self.child.receive(_START_S)
 
     def connect(self, name: str, address: str, timeout_s: float) -> None:
-        """Open connection ``name``, in place of one of that name."""
+        """Open a connection called ``name``, and close an earlier one of that name."""
         self.child.ask({"do": "connect", "name": name, "address": address, "timeout_s": timeout_s}, timeout_s + 5)
 
     def burst(self, name: str, number: int, size: int, idle_s: float, how: str, timeout_s: float) -> Received:
-        """Be idle, ask for ``size`` bytes and read them. Raises CwndtraceError if the server or the time runs out."""
+        """Request ``size`` bytes after the idle time and read them.
+
+        Raises CwndtraceError if the server ends or takes longer than ``timeout_s``.
+        """
         command = {"do": "burst", "name": name, "id": number, "size": size, "idle_s": idle_s, "how": how}
         answer = self.child.ask({**command, "timeout_s": timeout_s}, idle_s + timeout_s + 5)
         return Received(**answer["received"])
@@ -85,11 +88,11 @@ class ClientProcess:
 
 
 def serve(address: str, cc: str, sndbuf: int | None, device: str | None) -> None:
-    """The server: answers until it is killed with its parent."""
+    """Run the server until its parent ends."""
 
     end_with_stdin()
     disk = None if device is None else read_for(device)
-    # How much of a burst the send buffer takes at once is one of the things that are measured.
+    # The lab measures how much of a burst the send buffer takes at once, so the server mustn't limit that.
     settings = Settings(cc=cc, sndbuf=sndbuf, disk=disk, on_burst=say, on_error=say_error, bounded=False)
     with Listener(address, PORT, settings) as listener:
         say({"ready": listener.port})
@@ -97,7 +100,7 @@ def serve(address: str, cc: str, sndbuf: int | None, device: str | None) -> None
 
 
 class Connections:
-    """The client's connections, and what it does on them."""
+    """The client's connections by name, and the commands on them."""
 
     def __init__(self) -> None:
         self._socks: dict[str, socket.socket] = {}
@@ -105,7 +108,7 @@ class Connections:
         self._room = bytearray(1 << 20)
 
     def connect(self, name: str, address: str, timeout_s: float) -> dict[str, Any]:
-        """Open one, in place of one of that name."""
+        """Open a connection, and close an earlier one of that name."""
         if name in self._socks:
             self._socks.pop(name).close()
         sock = socket.create_connection((address, PORT), timeout_s)
@@ -117,7 +120,7 @@ class Connections:
         return {"connected": name}
 
     def burst(self, name: str, id: int, size: int, idle_s: float, how: str, timeout_s: float) -> dict[str, Any]:
-        """Be idle (counted from the last byte that came in), ask, read."""
+        """Request a burst after the idle time, which counts from the last byte received, and read it."""
         sock = self._socks[name]
         sock.settimeout(timeout_s + (idle_s if how != "client" else 0))
         if how == "client":
@@ -140,7 +143,7 @@ class Connections:
 
 
 def ask() -> None:
-    """The client: carries out the commands on stdin until it ends."""
+    """Run the client: carry out the commands on stdin until it is closed."""
     connections = Connections()
     say({"ready": True})
     for line in sys.stdin:
@@ -149,13 +152,18 @@ def ask() -> None:
         try:
             say(connections.connect(**command) if do == "connect" else connections.burst(**command))
         except TimeoutError:
-            say({"error": "the server took too long", "remedy": "lossier or slower than it was asked to be?"})
+            say(
+                {
+                    "error": "the server took too long",
+                    "remedy": "check the path's loss and rate, and run the command again",
+                }
+            )
         except OSError as e:
             say({"error": f"the server went away: {e.strerror or e}", "remedy": START_AGAIN})
 
 
 def main() -> None:
-    """Become the server or the client, in a namespace."""
+    """Run the server or the client in a namespace, as the command line says."""
     parent, role, namespace, settings = sys.argv[1:]
     live_with(int(parent))
     enter(namespace)

@@ -351,7 +351,7 @@ def test_a_server_that_goes_away(tmp_path: Path) -> None:
     assert code == 1, said
     assert re.fullmatch(rf"cwndtrace: the server at 127\.0\.0\.1 port {where.split(':')[1]} went away: .+", cause)
     taken = pd.read_parquet(tmp_path / "a" / "measurements.parquet")
-    assert cure.startswith(f"  what was measured until then is kept: {plural(len(taken), 'burst')};")
+    assert cure.startswith(f"  the measurements so far are kept: {plural(len(taken), 'burst')};")
     assert "Traceback" not in said
     assert_opens(tmp_path / "a")
 
@@ -405,8 +405,8 @@ def test_an_rtt_that_cannot_be_held(tmp_path: Path) -> None:
         code, said = run.end()
     assert code == 1, said
     found = re.fullmatch(
-        r"cwndtrace: an RTT of 5 ms can't be held here: ([\d.]+) ms was reached\n"
-        r"  ask for ([\d.]+) ms or more, or leave the machine more idle\n",
+        r"cwndtrace: an RTT of 5 ms can't be held here: the lowest measured RTT is ([\d.]+) ms\n"
+        r"  ask for ([\d.]+) ms or more, or reduce the load on this machine\n",
         said,
     )
     assert found, said
@@ -424,8 +424,9 @@ def test_a_rate_that_cannot_be_held(tmp_path: Path) -> None:
         code, said = run.end()
     assert code == 0, said
     found = re.search(
-        r"^note: the path was not held: the relay was up to ([\d.]+) ms late for 99 % of the packets and [\d.]+ ms at"
-        r" worst, on an RTT of 20 ms; leave the machine more idle, or ask for less rate$",
+        r"^note: the path was not held: the relay forwarded 99 % of the packets at most ([\d.]+) ms late, and the"
+        r" others at most [\d.]+ ms late, on an RTT of 20 ms; reduce the load on this machine, or ask for a lower"
+        r" rate$",
         said,
         re.MULTILINE,
     )
@@ -441,7 +442,10 @@ def test_neither_netem_nor_tun(quick: Run, tmp_path: Path) -> None:
     done = call("reproduce", *forced, "-o", tmp_path / "a", before=hidden)
     why = "" if netem else "this kernel has no netem, and "
     assert_short(
-        done, 77, rf"no path can be made here: {why}the relay failed: no TUN device: No such file", "modprobe tun$"
+        done,
+        77,
+        rf"no path can be made here: {why}the relay failed \(a TUN device can't be opened: No such file",
+        "modprobe tun$",
     )
     assert not (tmp_path / "a").exists()
 
@@ -450,7 +454,7 @@ def test_a_path_that_this_kernel_lacks(quick: Run, tmp_path: Path) -> None:
     if "by netem" in quick.done.stderr:
         pytest.skip("this kernel has netem: nothing to see here")
     done = call("reproduce", "--path", "netem", "-o", tmp_path / "a")
-    assert_short(done, 77, "no path by netem: this kernel has no netem", "modprobe sch_netem")
+    assert_short(done, 77, "netem can't make the path: this kernel has no netem", "modprobe sch_netem")
 
 
 def test_not_root(tmp_path: Path) -> None:

@@ -129,10 +129,10 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["--rtt", "0s"], "no RTT of 0 ms"),
-        (["--rate", "1k"], "no rate of 1000 bit/s"),
-        (["--burst", "3"], "no burst of 3 bytes"),
-        (["--rounds", "0"], "no 0 rounds"),
+        (["--rtt", "0s"], "an RTT of 0 ms is out of range"),
+        (["--rate", "1k"], "a rate of 1000 bit/s is out of range"),
+        (["--burst", "3"], "a burst of 3 bytes is out of range"),
+        (["--rounds", "0"], "0 rounds are out of range"),
         (["--against", "example.org"], "'example.org' is not of the form HOST:PORT"),
         (["--against", "example.org:0"], "'example.org:0' is not of the form HOST:PORT"),
         (["--against", "h:1", "--rtt", "5ms"], "--rtt can't change the real path to h:1"),

@@ -368,7 +368,7 @@ def test_a_burst_is_its_stamp_and_zeros(done: int) -> None:
 def test_a_taken_port_is_said(server: serve.Server) -> None:
     with pytest.raises(UsageError, match="is taken"):
         serve.Server("127.0.0.1", server.port)
-    with pytest.raises(UsageError, match="no port"):
+    with pytest.raises(UsageError, match="there is no port"):
         serve.Server("127.0.0.1", 70_000)
     with pytest.raises(UsageError, match="can't listen on"):
         serve.Server("192.0.2.77", 0)

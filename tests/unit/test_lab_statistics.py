@@ -107,5 +107,5 @@ def test_other_limits_than_the_window_are_said() -> None:
     assert limits([row("on", 100)]) == []
     said = limits([row("on", 100, first=400_000, sndbuf_limited=70_000), row("off", 100, rwnd_limited=60_000)])
     assert len(said) == 2
-    assert "bigger than the send buffer, which took 400,000 bytes at once and held it back for 70 ms" in said[0]
+    assert "bigger than the send buffer, which took 400,000 bytes at once and delayed it for 70 ms" in said[0]
     assert "receiver's window of 2,000,000 bytes for 60 ms" in said[1]
