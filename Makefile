@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-# Names for what tools/setup and tools/test do; they hold the how and the why.
+# Targets for tools/setup, tools/test and other scripts, in which the steps are explained.
 
 PREFIX ?= /opt/cwndtrace
 BINDIR ?= /usr/local/bin
-# A Python of your own, and "no" to leave the distribution's packages alone.
+# PYTHON is the Python to use (default: the distribution's). PACKAGES=no installs no distribution packages.
 PYTHON ?=
 PACKAGES ?= yes
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-# By env, because sudo drops what it isn't told to keep. As variables, so that no character in them is the shell's.
+# env passes the values on, because sudo removes most variables. They are exported and quoted, so that the shell doesn't
+# interpret any character in them.
 install uninstall demo: export PREFIX := $(PREFIX)
 install uninstall demo: export BINDIR := $(BINDIR)
-# Under names of this Makefile's own, because every goal has them, and what it starts may mean something else by PYTHON.
+# All targets export these two, so they have other names: a program that a target starts may use PYTHON differently.
 export SETUP_PYTHON := $(PYTHON)
 export SETUP_PACKAGES := $(PACKAGES)
 SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
@@ -26,71 +27,71 @@ help: ## list these targets
 install: ## install into PREFIX (/opt/cwndtrace), and `cwndtrace` on root's PATH; runs this checkout's code as root
 	@$(SETUP) install
 
-uninstall: ## take that away again; the distribution's packages stay
+uninstall: ## remove the installation; the distribution's packages stay
 	@$(SETUP) uninstall
 
-# -I: the installed package, not the one in this folder.
-demo: ## install, trace a connection with idle times while a disk is read, then measure what the resets cost
+# -I makes Python import the installed package, and not the one in this folder.
+demo: ## install, trace a connection that is idle while a disk is read, then measure what the resets cost
 	@$(SUDO) $(SETUP) install demo
 	@$(SUDO) "$$PREFIX/bin/python" -I -m cwndtrace.lab.demo
 	@$(SUDO) "$$PREFIX/bin/cwndtrace" reproduce --preset quick
 
-develop: ## development packages, and .venv with this checkout in it
+develop: ## install development packages, and .venv with this checkout in it
 	@$(SETUP) develop
 
-lint: develop ## ruff, mypy, shellcheck, and whether the Vagrantfile holds
+lint: develop ## run ruff, mypy and shellcheck, and validate the Vagrantfile
 	@$(SETUP) packages lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	tools/lint
 
-audit: develop ## ask the package index whether what is in .venv has known vulnerabilities
+audit: develop ## ask the package index for known vulnerabilities of the packages in .venv
 	@tools/audit
 
-fuzz: develop ## read 20,000 mutated files of captures, about a quarter of an hour
+fuzz: develop ## read 20,000 mutated capture files; about 15 minutes
 	@.venv/bin/python -m tests.fuzz
 
-fuzz-guided: develop ## the same by atheris, led by what code is reached, ten minutes; needs x86-64
+fuzz-guided: develop ## the same with atheris, guided by code coverage; ten minutes; needs x86-64
 	@.venv/bin/python -m pip install --quiet --no-input --editable '.[fuzz]'
 	@.venv/bin/python -m tests.fuzz_guided
 
-test: develop ## unit tests, and as root the live tests too
+test: develop ## run the unit tests, and as root the live tests too
 	@tools/test
 
-# How long the longest one runs, in seconds.
+# The length of the longest soak test, in seconds.
 SOAK ?= 600
 
 soak: export CWNDTRACE_SOAK_SECONDS := $(SOAK)
-soak: develop ## as root: kills, floods, churn and long runs at full length (SOAK=600 seconds for the longest)
+soak: develop ## as root: test kills, floods, churn and long runs at full length (SOAK=600 seconds for the longest)
 	@tools/test soak
 
-test-distributions: develop ## as root: the project in bare Debian 12 and 13 roots
+test-distributions: develop ## as root: test the project in minimal root file systems of Debian 12 and 13
 	@$(SETUP) packages distributions
 	@tools/test distributions
 
-test-users: develop ## as root: make test by a user without root in bare Debian 12 and 13 roots
+test-users: develop ## as root: the same for make test as an ordinary user
 	@$(SETUP) packages distributions
 	@tools/test users
 
-vm-test: develop ## build kernels with and without the patches, boot each by software emulation, test in them
+vm-test: develop ## build kernels with and without the patches, boot each in software emulation, test in them
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test
 	@.venv/bin/python -m pytest -q -m vm tests/vm/test_tool.py tests/vm/test_build.py
 
-bench: develop ## every benchmark, about twenty minutes; results in benchmarks/results
+bench: develop ## run every benchmark, about twenty minutes; results go to benchmarks/results
 	@$(SUDO) $(SETUP) packages bench
 	@for name in starting block_io flood tcp reading; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
 
-vm-soak: develop ## half an hour of mixed load in a virtual machine
+vm-soak: develop ## run half an hour of mixed load in a virtual machine
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm soak
 
-vm-shell: develop ## a shell in a virtual machine with the patched kernel
+vm-shell: develop ## open a shell in a virtual machine with the patched kernel
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm shell
 
-vagrant-test: develop ## as root: the Vagrant VM from box to destroy, by software emulation; its log has a time per step
+vagrant-test: develop ## as root: test the Vagrant VM from box to destroy, in software emulation; logs the time of each step
 	@$(SETUP) packages vagrant
 	@.venv/bin/python -m pytest -q -m vm tests/vm/test_vagrant_tool.py
 	@.venv/bin/python tools/vagrant
