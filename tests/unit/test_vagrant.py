@@ -52,7 +52,7 @@ def vagrant(home: Path, *words: str, **env: str) -> str:
         ({"VAGRANT_CPUS": "many"}, "VAGRANT_CPUS=many is no number from 1 on", "leave it out for "),
         ({"VAGRANT_MEMORY": "64"}, "VAGRANT_MEMORY=64 is no number from 1024 MiB on", "leave it out for 4096 MiB"),
         ({"VAGRANT_JUPYTER_PORT": "80"}, "VAGRANT_JUPYTER_PORT=80 is no number from 1024 on", "leave it out for 8888"),
-        ({"VAGRANT_DRIVER": "xen"}, "VAGRANT_DRIVER=xen is none", "one of: kvm, qemu"),
+        ({"VAGRANT_DRIVER": "xen"}, "VAGRANT_DRIVER=xen is no driver", "one of: kvm, qemu"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, setting: dict[str, str], cause: str, cure: str) -> None:
@@ -66,7 +66,7 @@ def test_no_provider_names_what_to_install(tmp_path: Path) -> None:
     # Without VirtualBox on the PATH; without plugins there is no libvirt.
     without = [f for f in os.environ["PATH"].split(os.pathsep) if shutil.which("VBoxManage", path=f) is None]
     said = vagrant(tmp_path, "up", PATH=os.pathsep.join(without))
-    assert "no provider is here: neither libvirt nor VirtualBox" in said
+    assert "there is no provider here: neither libvirt nor VirtualBox" in said
     assert "apt install vagrant-libvirt libvirt-daemon-system" in said
 
 
@@ -80,14 +80,14 @@ def virtualbox(tmp_path: Path) -> str:
 @needs_vagrant
 def test_more_memory_than_is_free(tmp_path: Path, virtualbox: str) -> None:
     said = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_MEMORY="99999999")
-    assert "the VM is to have 99999999 MiB, and " in said
+    assert "the VM needs 99999999 MiB of memory, and only " in said
     assert "set VAGRANT_MEMORY (3072 to build a kernel, 1024 to run one from debs/)" in said
 
 
 @needs_vagrant
 def test_a_box_that_is_not_there(tmp_path: Path, virtualbox: str) -> None:
     said = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_BOX="/nowhere/debian.box")
-    assert "VAGRANT_BOX=/nowhere/debian.box isn't there" in said
+    assert "VAGRANT_BOX=/nowhere/debian.box doesn't exist" in said
     assert "vagrant/box/build --output /nowhere/debian.box" in said
 
 
@@ -105,8 +105,8 @@ def box(*words: str) -> str:
     ("words", "cause"),
     [
         (("--suit", "trixie"), "--suit is no option"),
-        (("--suite",), "--suite wants a value"),
-        (("--suite", "noble"), "no box is made of noble"),
+        (("--suite",), "--suite needs a value"),
+        (("--suite", "noble"), "this script makes no box of noble"),
         (("--size", "20MB"), "20MB is no size"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_build_that_fails_shows_the_end_of_its_log(project: Path) -> None:
     said = kernel(project).splitlines()
     assert "line 100" in said
     assert "line 50" not in said
-    assert "vagrant provision debian13. What was compiled is kept" in said[-1]
+    assert "vagrant provision debian13. The compiled files are kept" in said[-1]
 
 
 def test_a_package_that_is_none(project: Path) -> None:

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 module Cwndtrace
-  # Restarts the VM unless it runs the kernel that provision/kernel.sh chose. A reload and not a reboot, because
-  # a forwarded port goes through a connection that a reboot would cut.
+  # Restarts the VM unless it runs the kernel that provision/kernel.sh chose. It reloads the VM, because a reboot would
+  # cut the connection through which a port is forwarded.
   class Boot < Vagrant.plugin("2", :provisioner)
     CHOSEN = 'test "$(uname -r)" = "$(cat /etc/cwndtrace/kernel)"'.freeze
 
     def provision
       if @machine.communicate.test(CHOSEN)
-        @machine.ui.info("runs the chosen kernel already")
+        @machine.ui.info("the VM runs the chosen kernel already")
       else
-        @machine.ui.info("restarting into the chosen kernel")
+        @machine.ui.info("restarting the VM into the chosen kernel")
         @machine.action(:reload, provision_enabled: false)
       end
     end
   end
 
-  # Says what to do where a box can't be had.
+  # Adds a cure to the error of a box that can't be fetched.
   class BoxHint
     def initialize(app, _env)
       @app = app

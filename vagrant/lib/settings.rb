@@ -2,7 +2,7 @@
 require "etc"
 
 module Cwndtrace
-  # Something that the user can mend; Vagrant prints it and ends with exit code 1.
+  # An error that the user can fix; Vagrant prints it and ends with exit code 1.
   class Problem < Vagrant::Errors::VagrantError
     def initialize(cause, cure)
       @text = "#{cause}\n  #{cure}"
@@ -14,19 +14,19 @@ module Cwndtrace
     end
   end
 
-  # What the VAGRANT_* variables say, with defaults; a value that can't be is a Problem.
+  # The values of the VAGRANT_* variables, with defaults. Raises Problem for an invalid value.
   class Settings
     DRIVERS = %w[kvm qemu].freeze
-    # In MiB. A capture and the lab take less than one GiB.
+    # In MiB. Tracing and the lab need less than one GiB.
     LEAST_MEMORY = 1024
 
     attr_reader :driver, :cpus, :memory, :jupyter_port, :kernel
 
     def initialize(env)
       @driver = env.fetch("VAGRANT_DRIVER", "kvm")
-      raise Problem.new("VAGRANT_DRIVER=#{@driver} is none.", "It is one of: #{DRIVERS.join(", ")}") unless DRIVERS.include?(@driver)
+      raise Problem.new("VAGRANT_DRIVER=#{@driver} is no driver.", "Use one of: #{DRIVERS.join(", ")}") unless DRIVERS.include?(@driver)
 
-      # Under software emulation a kernel that patches its own code dies sooner or later when there is a second CPU.
+      # In software emulation with a second CPU, a kernel that patches its own code crashes sooner or later.
       @cpus = number(env, "VAGRANT_CPUS", @driver == "qemu" ? 1 : [Etc.nprocessors, 4].min, 1)
       @memory = number(env, "VAGRANT_MEMORY", 4096, LEAST_MEMORY)
       @jupyter_port = number(env, "VAGRANT_JUPYTER_PORT", 8888, 1024)
@@ -34,25 +34,25 @@ module Cwndtrace
       @box = env["VAGRANT_BOX"].to_s
     end
 
-    # Stop a VM from being started that can't run here.
+    # Raise Problem before "vagrant up" starts a VM that can't run here.
     def check(arguments)
       return unless arguments.include?("up")
 
       unless Vagrant.has_plugin?("vagrant-libvirt") || which("VBoxManage") || which("VBoxManage.exe")
-        raise Problem.new("no provider is here: neither libvirt nor VirtualBox.",
+        raise Problem.new("there is no provider here: neither libvirt nor VirtualBox.",
                           "Debian, Ubuntu: apt install vagrant-libvirt libvirt-daemon-system; elsewhere VirtualBox. See docs/vm.md")
       end
       check_memory
       check_box
     end
 
-    # Set the box: the user's own, or else the public one of this version.
+    # Set the box: that of VAGRANT_BOX, or else the public one of this version.
     def choose_box(vm, name, version)
       if @box.empty?
         vm.box = name
         vm.box_version = version
       elsif File.file?(@box)
-        # By its time, so that a box that was built anew isn't taken for the one that Vagrant has.
+        # The name contains the file's time, so that Vagrant doesn't use an older box of that file.
         vm.box = "local/#{File.basename(@box, ".box")}-#{File.mtime(@box).to_i}"
         vm.box_url = "file://#{File.expand_path(@box)}"
       else
@@ -67,7 +67,7 @@ module Cwndtrace
       return text.to_i if text.match?(/\A\d+\z/) && text.to_i >= least
 
       unit = name == "VAGRANT_MEMORY" ? " MiB" : ""
-      raise Problem.new("#{name}=#{text} is no number from #{least}#{unit} on.", "Set it, or leave it out for #{default}#{unit}")
+      raise Problem.new("#{name}=#{text} is no number from #{least}#{unit} on.", "Correct it, or leave it out for #{default}#{unit}")
     end
 
     def which(program)
@@ -80,14 +80,14 @@ module Cwndtrace
       free = File.read("/proc/meminfo")[/^MemAvailable:\s+(\d+)/, 1].to_i / 1024
       return if free >= @memory
 
-      raise Problem.new("the VM is to have #{@memory} MiB, and #{free} MiB are free.",
-                        "Close something, or set VAGRANT_MEMORY (3072 to build a kernel, #{LEAST_MEMORY} to run one from debs/)")
+      raise Problem.new("the VM needs #{@memory} MiB of memory, and only #{free} MiB are free.",
+                        "Close other programs, or set VAGRANT_MEMORY (3072 to build a kernel, #{LEAST_MEMORY} to run one from debs/)")
     end
 
     def check_box
       return unless @box.end_with?(".box") && !File.file?(@box)
 
-      raise Problem.new("VAGRANT_BOX=#{@box} isn't there.", "Build it: sudo vagrant/box/build --output #{@box}")
+      raise Problem.new("VAGRANT_BOX=#{@box} doesn't exist.", "Build it: sudo vagrant/box/build --output #{@box}")
     end
   end
 end

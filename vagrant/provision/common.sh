@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What the steps have in common; each begins with it. Run as root in the VM.
+# Functions and variables of all provisioning steps, which source this file first. They run as root in the VM.
 # shellcheck shell=sh disable=SC2034  # variables are for the steps
 set -eu
 umask 022
@@ -24,25 +24,25 @@ die() { # CAUSE CURE
 }
 
 need_root() {
-    [ "$(id -u)" = 0 ] || die "needs root." "Run it by vagrant provision, or with sudo in the VM"
+    [ "$(id -u)" = 0 ] || die "this step needs root." "Run it with vagrant provision, or with sudo in the VM"
 }
 
 need_memory() { # MIB WHAT
     have=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024))
-    # A VM's own kernel takes some of what it is given.
+    # MemTotal is less than the VM's memory, because the kernel reserves some.
     [ "$have" -ge $(($1 * 9 / 10)) ] ||
-        die "$2 takes $1 MiB of memory, and this VM has $have." \
-            "Outside: VAGRANT_MEMORY=$1 vagrant reload --provision; or put packages that are built into vagrant/debs"
+        die "$2 takes $1 MiB of memory, and this VM has $have MiB." \
+            "On the host: VAGRANT_MEMORY=$1 vagrant reload --provision; or put built packages into vagrant/debs"
 }
 
 need_disk() { # MIB FOLDER WHAT
     have=$(df --output=avail -m "$2" | tail -n 1 | tr -d ' ')
     [ "$have" -ge "$1" ] ||
-        die "$3 takes $1 MiB in $2, and $have are free." \
-            "Make room (sudo apt-get clean; old kernels), take a box with a larger disk, or put packages that are built into vagrant/debs"
+        die "$3 takes $1 MiB in $2, and $have MiB are free." \
+            "Make room (sudo apt-get clean, remove old kernels), use a box with a larger disk, or put built packages into vagrant/debs"
 }
 
-# Runs a noisy command silently; where it fails, the end of what it said is shown.
+# Runs a command without showing its output, or shows the end of that if the command fails.
 attempt() { # WHAT CURE COMMAND...
     what=$1 cure=$2
     shift 2
@@ -56,6 +56,6 @@ attempt() { # WHAT CURE COMMAND...
 }
 
 apt_install() { # PACKAGE
-    attempt "installing $1" "Check that the VM reaches its mirror" \
+    attempt "installing $1" "Check that the VM can reach its package mirror" \
         apt-get -q -y -o DPkg::Lock::Timeout=300 --no-install-recommends install "$1"
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Jupyter as a service of the user vagrant, behind a token of its own.
-#   HOST_PORT   where it is found outside, for the message
+# Installs Jupyter as a service that runs as the user vagrant and needs a token.
+#   HOST_PORT   its port on the host, for the message
 . "$(dirname "$0")/common.sh"
 need_root
 : "${HOST_PORT:=8888}"
@@ -9,11 +9,11 @@ HOME_DIR=/home/vagrant
 TOKEN=$STATE/jupyter.env
 UNIT=/etc/systemd/system/cwndtrace-jupyter.service
 
-# VirtualBox forwards to the address that it gave the guest, libvirt's ssh to whatever it is told: loopback.
+# VirtualBox forwards the port to the guest's address, and ssh with libvirt to loopback.
 ip=127.0.0.1
 [ "$(systemd-detect-virt)" != oracle ] || ip=$(ip -4 -o route get 10.0.2.2 | sed 's/.* src \([0-9.]*\).*/\1/')
 
-# Copies that may be changed: what is in $PROJECT is written anew with each sync. They look for ../tests/data.
+# The user works on copies of the notebooks, because each sync overwrites $PROJECT. They read ../tests/data.
 for folder in notebooks tests/data; do
     if [ ! -e "$HOME_DIR/$folder" ]; then
         mkdir -p "$(dirname "$HOME_DIR/$folder")"

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs a kernel with the tcp:tcp_cwnd_reset tracepoint and makes GRUB choose it.
 #
-# The newest linux-image-VERSION.*-cwndtrace package in vagrant/debs is taken; where there is none, one is built
-# from the distribution's source. A build that was interrupted finds in ccache what it had compiled.
+# It installs the newest linux-image-VERSION.*-cwndtrace package in vagrant/debs, or if there is none builds one from
+# the distribution's source. After an interruption, ccache has what was already compiled.
 #   KERNEL_VERSION   the kernel line, 6.12
 #   MACHINE          the VM's name, for messages
 . "$(dirname "$0")/common.sh"
@@ -11,7 +11,7 @@ need_root
 : "${KERNEL_VERSION:=6.12}" "${MACHINE:=}"
 DEBS=$PROJECT/vagrant/debs
 
-# The newest package of the line in a folder.
+# Prints the newest package of the kernel line in a folder.
 image_in() { # FOLDER
     find "$1" -maxdepth 1 \( -name "linux-image-$KERNEL_VERSION-cwndtrace_*.deb" -o \
         -name "linux-image-$KERNEL_VERSION.*-cwndtrace_*.deb" \) 2>/dev/null | sort -V | tail -n 1
@@ -26,7 +26,7 @@ build() {
         say "source: $source"
         apt_install "$source"
     else
-        say "this Debian has no $source, so it comes from the suite in kernel-patches/series.toml"
+        say "this Debian has no $source, so the source comes from the suite in kernel-patches/series.toml"
     fi
     say "building Linux $KERNEL_VERSION; see docs/vm.md for how long that takes"
     export PATH="/usr/lib/ccache:$PATH" CCACHE_DIR="$CACHE/ccache" CCACHE_NOHASHDIR=1
@@ -35,8 +35,8 @@ build() {
         --cache "$CACHE") || status=$?
     case $status in
     0) return ;;
-    2) die "kernel-patches has nothing for Linux $KERNEL_VERSION (see above)." \
-        "Outside: VAGRANT_KERNEL=6.12 vagrant provision $MACHINE, or another line of kernel-patches/series.toml" ;;
+    2) die "kernel-patches has no series for Linux $KERNEL_VERSION (see above)." \
+        "On the host: VAGRANT_KERNEL=6.12 vagrant provision $MACHINE, or another line of kernel-patches/series.toml" ;;
     esac
     log=$(find "$CACHE/kernels" -name '*.failed.log' -newermt "@$BEGIN" 2>/dev/null | tail -n 1)
     if [ -n "$log" ]; then
@@ -44,28 +44,29 @@ build() {
         tail -n 25 "$log"
     fi >&2
     die "the kernel couldn't be built (see above)." \
-        "Mend it and go on with: vagrant provision $MACHINE. What was compiled is kept"
+        "Fix the cause and continue with: vagrant provision $MACHINE. The compiled files are kept"
 }
 
-# Make GRUB boot this release whichever versions are installed beside it; the others stay in its menu.
+# Makes GRUB boot this release even if other versions are installed; they stay in its menu.
 choose() { # RELEASE
     menu=/boot/grub/grub.cfg
-    [ -e "$menu" ] || die "there is no $menu: this box doesn't boot by GRUB." "Take a box that does (docs/vm.md)"
+    [ -e "$menu" ] || die "there is no $menu, so this box doesn't boot with GRUB." "Use a box that does (docs/vm.md)"
     entry=$(sed -n "s/.*menuentry_id_option '\(gnulinux-$1-advanced-[^']*\)'.*/\1/p" "$menu" | head -n 1)
     submenu=$(sed -n "s/^submenu .*menuentry_id_option '\([^']*\)'.*/\1/p" "$menu" | head -n 1)
     [ -n "$entry" ] || die "GRUB's menu has no entry for $1." "See: ls /boot; sudo update-grub"
     default=${submenu:+$submenu>}$entry
-    # Last in the folder, since each file there may overrule the ones before.
+    # The file is the last one in the folder, since each may override the files before it.
     file=/etc/default/grub.d/zz-cwndtrace.cfg
     if [ "$(cat "$file" 2>/dev/null)" = "GRUB_DEFAULT='$default'" ] && grep -qF "set default=\"$default\"" "$menu"; then
         return
     fi
     mkdir -p "$(dirname "$file")"
     echo "GRUB_DEFAULT='$default'" >"$file"
-    attempt "update-grub" "Mend it in the VM until sudo update-grub works, then: vagrant provision $MACHINE" update-grub
+    attempt "update-grub" "Fix the cause in the VM until sudo update-grub works, then: vagrant provision $MACHINE" update-grub
 }
 
-# What the kernel comes from. Not the running configuration: that is the patched kernel's own after the first time.
+# origin is a hash of the kernel's sources. It doesn't include the running configuration, which is that of the patched
+# kernel after the first run.
 image=$(image_in "$DEBS")
 if [ -n "$image" ]; then
     say "taking $(basename "$image") from vagrant/debs"
@@ -85,13 +86,13 @@ else
         say "no linux-image-$KERNEL_VERSION.*-cwndtrace package is in vagrant/debs, so one is built"
         build
         image=$(image_in "$folder")
-        [ -n "$image" ] || die "no linux-image package is in $folder." "Look into its build.log"
+        [ -n "$image" ] || die "no linux-image package is in $folder." "See its build.log"
     fi
     release=$(dpkg-deb -f "$image" Package) || die "$image is no Debian package." "Copy or build it again"
     release=${release#linux-image-}
     need_disk 300 /boot "installing a kernel"
     say "installing $release"
-    attempt "installing $(basename "$image")" "Mend it and go on with: vagrant provision $MACHINE" dpkg -i "$image"
+    attempt "installing $(basename "$image")" "Fix the cause and continue with: vagrant provision $MACHINE" dpkg -i "$image"
     mkdir -p "$STATE"
     echo "$release" >"$STATE/kernel"
     echo "$origin" >"$STATE/kernel.origin"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Installs cwndtrace with its notebooks' packages. Wheels in vagrant/wheels take the place of PyPI.
+# Installs cwndtrace with its notebooks' packages. If there are wheels in vagrant/wheels, they are used instead of PyPI.
 . "$(dirname "$0")/common.sh"
 need_root
 need_disk 2048 / "cwndtrace with its Python packages"
