@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tracing block I/O takes, beside perf, bpftrace, trace-cmd and biosnoop in the same run (as root).
+"""Measure the cost of tracing block I/O beside perf, bpftrace, trace-cmd and biosnoop in the same run (as root).
 
     sudo .venv/bin/python -m benchmarks.block_io
 
-fio reads 4 KiB at random, 32 requests deep, from a loop device over memory: about the fastest device there is, so
-that what a tracer takes shows. Every tracer has the same turn; untraced runs lie between. ``--device`` names another
-one to read, such as null_blk's; then the tracers are compared and nothing else.
+fio reads 4 KiB at random, at queue depth 32, from a loop device over memory. That is about the fastest device there is,
+so the cost of a tracer is visible. Each tracer's run follows an untraced one. ``--device`` names another device to
+read, such as one of null_blk; then only the tracers are compared.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _BPFTRACE: Final = (
 
 
 def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
-    """``cwndtrace run`` as a user has it; the CPU is that of the whole process between two looks at it."""
+    """Run fio under ``cwndtrace run`` and return its figures; CPU is that of the whole process, in us an event."""
     output = place / "trace.cwnd"
     before = disk.stat()
     with Running([*COMMAND, "run", "-q", "-o", str(output)], "", stdout=-3) as tracer:
@@ -96,9 +96,9 @@ def _until_written(tracer: Running, output: Path) -> None:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another tracer: what it says when it records, the file it writes, and the command that lists what is in that.
+    """Another tracer: the text it prints when it is attached, its output file, and the command that lists that file.
 
-    One without such a command prints its records, and its output goes into the file.
+    A tracer without such a command prints its records, and its output goes to the file.
     """
 
     command: list[str]
@@ -107,7 +107,7 @@ class Peer:
     lists: tuple[str, ...] = ()
 
     def kept(self) -> int:
-        """How many of fio's requests it has; a trace has two events of each, of which one is counted."""
+        """Return how many of fio's requests the tracer kept; of a trace's two events for each, one is counted."""
         with subprocess.Popen(
             [*(self.lists or ("cat",)), str(self.file)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as listing:
@@ -116,7 +116,7 @@ class Peer:
 
 
 def peer(which: Peer, disk: Disk, seconds: float) -> dict[str, float]:
-    """One turn of another tracer; ``kept`` is its share of the requests."""
+    """Run fio under another tracer and return its figures; ``kept`` is the share of the requests that it kept."""
     with (
         which.file.open("w") as written,
         Running(
@@ -135,8 +135,8 @@ def _until_printed(tracer: Running, which: Peer, disk: Disk) -> None:
     from tests.harness.tcp import until
 
     def ready() -> bool:
-        time.sleep(0.1)  # bcc compiles, and has no CPU to spare in an emulated machine
-        disk.read(*range(128))  # what it prints of these pushes its header out of its buffer
+        time.sleep(0.1)  # bcc compiles, which needs all of an emulated machine's CPU
+        disk.read(*range(128))  # the output for these reads flushes the header from the tracer's buffer
         return which.ready in which.file.read_text() or tracer.process.poll() is not None
 
     until(ready, START_LIMIT_S, f"{which.command} attached")
@@ -145,27 +145,27 @@ def _until_printed(tracer: Running, which: Peer, disk: Disk) -> None:
 
 
 def peers(place: Path, disk: Disk) -> dict[str, Peer]:
-    """Those installed."""
-    found = {}
+    """Return the other tracers that are installed, by name."""
+    tracers = {}
     events = ["-e", "block:block_io_start", "-e", "block:block_io_done"]
     if has("perf"):
         file = place / "perf.data"
         lists = ("perf", "script", "-F", "comm,event", "-i")
-        found["perf record"] = Peer(["perf", "record", "-q", "-a", *events, "-o", str(file)], "", file, lists)
+        tracers["perf record"] = Peer(["perf", "record", "-q", "-a", *events, "-o", str(file)], "", file, lists)
     if has("trace-cmd"):
         file = place / "trace.dat"
         command = ["stdbuf", "-oL", "trace-cmd", "record", *events, "-o", str(file)]
-        found["trace-cmd"] = Peer(command, "Hit Ctrl^C", file, ("trace-cmd", "report", "-i"))
+        tracers["trace-cmd"] = Peer(command, "Hit Ctrl^C", file, ("trace-cmd", "report", "-i"))
     if has("bpftrace"):
-        found["bpftrace printing"] = Peer(["bpftrace", "-e", _BPFTRACE], "attached", place / "bpftrace.txt")
+        tracers["bpftrace printing"] = Peer(["bpftrace", "-e", _BPFTRACE], "attached", place / "bpftrace.txt")
     for name, command in biosnoops().items():
-        found[name] = Peer([*command, "-d", disk.path.name], "TIME(s)", place / "biosnoop.txt")
-    return found
+        tracers[name] = Peer([*command, "-d", disk.path.name], "TIME(s)", place / "biosnoop.txt")
+    return tracers
 
 
 @contextmanager
 def run_time_counters() -> Iterator[None]:
-    """Have the kernel count the time in BPF programs, as long as this is entered."""
+    """Make the kernel count the time in BPF programs (kernel.bpf_stats_enabled) until the exit."""
     before = _STATS.read_text()
     _STATS.write_text("1")
     try:
@@ -175,7 +175,7 @@ def run_time_counters() -> Iterator[None]:
 
 
 def in_kernel(report: Report, disk: Disk, seconds: float) -> None:
-    """What each program takes a run, which the counting itself makes dearer."""
+    """Report the time of each BPF program in ns a run, which includes the time that the counting itself takes."""
     with run_time_counters(), Session(Kernel(reasons=())) as session:
         with _drained(session, 2):
             fio(str(disk.path), seconds)
@@ -202,7 +202,7 @@ EMPTY: Final = BlockProgram(
 
 
 def layers(report: Report, disk: Disk, rounds: int, seconds: float) -> None:
-    """What each layer leaves of the untraced rate: calling programs, pairing and handing over, making Arrow of it."""
+    """Report the share of the untraced rate that remains with empty programs, the real ones, and Arrow conversion."""
     ways = {
         "empty programs": (EMPTY, 0),
         "the programs, what they hand over thrown away": (BLOCK_IO, 1),
@@ -220,7 +220,7 @@ def layers(report: Report, disk: Disk, rounds: int, seconds: float) -> None:
 
 @contextmanager
 def _drained(session: Session, depth: int) -> Iterator[None]:
-    """Have a thread read the ring (1), or make batches of it too (2), as long as this is entered."""
+    """Run a thread that reads the ring buffer (depth 1), or also converts it to batches (2), until the exit."""
     stop = threading.Event()
 
     def drain() -> None:
@@ -240,7 +240,7 @@ def _drained(session: Session, depth: int) -> Iterator[None]:
 
 
 def encodings(report: Report, table: pa.Table, place: Path) -> None:
-    """Codecs and encodings over one part of a real capture: bytes and CPU an event, and what reading it takes."""
+    """Report bytes and CPU an event of codecs and encodings, for one part of a real capture."""
     clocks = ("time", "start_ns", "issue_ns", "done_ns")
     dictionary = [name for name in table.column_names if name not in (*clocks, "sector")]
     delta = {"use_dictionary": dictionary, "column_encoding": dict.fromkeys(clocks, "DELTA_BINARY_PACKED")}
@@ -267,8 +267,8 @@ def encodings(report: Report, table: pa.Table, place: Path) -> None:
 
 
 def main() -> None:
-    """Measure and report."""
-    asked = options(__doc__, device=("", "a block device to read, none: a loop device"))
+    """Run the benchmark and write its report."""
+    asked = options(__doc__, device=("", "block device to read; default: a loop device"))
     report = Report("block_io", _WANTED)
     given = nullcontext(Disk(Path(asked.device), -1, 0)) if asked.device else loop(_BYTES)
     with given as disk, folder() as place:
@@ -284,7 +284,7 @@ def main() -> None:
         for _ in range(asked.rounds):
             for name, way in list(ways.items()):
                 if name != "untraced":
-                    # Each tracer right after an untraced run of its own.
+                    # Each tracer's run is compared with an untraced run right before it.
                     runs["untraced"].append(ways["untraced"]())
                 try:
                     if name != "untraced":

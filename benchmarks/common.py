@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all benchmarks share: pairs of runs, a table, a JSON file, a description of the machine."""
+"""Common parts of the benchmarks: pairs of runs, reports as text and JSON, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from typing import Any, Final
 
 from cwndtrace import isolated
 
-# tools/vm names its guest, whose figures stand beside those of the machine itself.
+# In a guest of tools/vm, CWNDTRACE_VM is its name, and its results go to a separate folder.
 RESULTS: Final = Path("benchmarks/results", os.environ.get("CWNDTRACE_VM", ""))
 START_LIMIT_S: Final = 180  # bcc compiles for a minute in an emulated machine
 COMMAND: Final = (*isolated.python("-m", "cwndtrace"),)
-# Its folders are root's: under sudo cwndtrace would refuse to write there for the user.
+# The benchmarks' folders belong to root. With these variables cwndtrace would write as the user, and couldn't.
 for _name in ("SUDO_UID", "SUDO_GID"):
     os.environ.pop(_name, None)
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on."""
+    """Return the properties of the machine that the figures depend on."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     return {
@@ -48,14 +48,14 @@ def machine() -> dict[str, Any]:
 
 @dataclass
 class Values:
-    """Measurements of one thing in one unit; prints as the median and what lies around it."""
+    """Measurements of one quantity in one unit; their text is the median, the minimum and the maximum."""
 
     unit: str = ""
     all: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
-        """The middle one; NaN where there is none."""
+        """The median; NaN if there are no measurements."""
         return statistics.median(self.all) if self.all else float("nan")
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Values:
 
 
 class Report:
-    """Figures of one benchmark: a line each as they come, a JSON file at the end."""
+    """The figures of one benchmark: each is printed when it is added, and ``write`` saves all as JSON."""
 
     def __init__(self, name: str, target: Mapping[str, str] | None = None) -> None:
         self.name, self.machine, self.figures = name, machine(), dict[str, Any]()
@@ -79,14 +79,14 @@ class Report:
 
     def add(self, what: str, values: Values | float | str, unit: str = "") -> None:
         """Print and keep one figure."""
-        found = Values(unit, [float(values)]) if isinstance(values, (int, float)) else values
+        figure = Values(unit, [float(values)]) if isinstance(values, (int, float)) else values
         wanted = f"   [wanted: {self._target[what]}]" if what in self._target else ""
-        print(f"{what:<58} {found}{wanted}", flush=True)
-        raw = found if isinstance(found, str) else {"unit": found.unit, "median": found.median, "all": found.all}
+        print(f"{what:<58} {figure}{wanted}", flush=True)
+        raw = figure if isinstance(figure, str) else {"unit": figure.unit, "median": figure.median, "all": figure.all}
         self.figures[what] = {"value": raw, "wanted": self._target.get(what)}
 
     def write(self) -> None:
-        """Keep them in ``benchmarks/results``, in a guest's own folder there if this is one."""
+        """Write the figures to ``benchmarks/results``, or in a guest to the guest's folder there."""
         RESULTS.mkdir(parents=True, exist_ok=True)
         file = RESULTS / f"{self.name}.json"
         file.write_text(json.dumps({"machine": self.machine, "figures": self.figures}, indent=1) + "\n")
@@ -94,20 +94,23 @@ class Report:
 
 
 def paired(ways: Mapping[str, Callable[[], float]], rounds: int, baseline: str, unit: str) -> dict[str, Values]:
-    """Every way in turn, ``rounds`` times (A B A B): what each gave, and under "NAME / baseline" each round's ratio."""
-    found = {name: Values(unit) for name in ways}
-    found |= {f"{name} / {baseline}": Values() for name in ways if name != baseline}
+    """Run the ways in turns (A B A B) for ``rounds``, and return the values of each.
+
+    Under "NAME / BASELINE" the result has each round's ratio to the baseline.
+    """
+    results = {name: Values(unit) for name in ways}
+    results |= {f"{name} / {baseline}": Values() for name in ways if name != baseline}
     for _ in range(rounds):
         now = {name: way() for name, way in ways.items()}
         for name, value in now.items():
-            found[name].all.append(value)
+            results[name].all.append(value)
             if name != baseline:
-                found[f"{name} / {baseline}"].all.append(value / now[baseline])
-    return found
+                results[f"{name} / {baseline}"].all.append(value / now[baseline])
+    return results
 
 
 def fio(device: str, seconds: float, depth: int = 32) -> dict[str, float]:
-    """4 KiB random direct reads of ``device``: ``iops``, ``p99_us`` of their latency, and ``requests``."""
+    """Read ``device`` at random with direct 4 KiB reads; return ``iops``, ``p99_us`` (of latency) and ``requests``."""
     options = f"--filename={device} --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth={depth}"
     limits = f"--norandommap --time_based --runtime={seconds} --output-format=json"
     command = ["fio", "--name=benchmark", *options.split(), *limits.split()]
@@ -117,20 +120,23 @@ def fio(device: str, seconds: float, depth: int = 32) -> dict[str, float]:
 
 
 def status(pid: int, name: str) -> int:
-    """A line of /proc/PID/status: VmRSS or VmHWM in bytes."""
+    """Return a size from /proc/PID/status, such as VmRSS or VmHWM, in bytes; 0 if the process has none."""
     match = re.search(rf"^{name}:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
-    """User and system time of a process and all its threads, in seconds."""
+    """Return user and system time of a process with all its threads, in seconds."""
     user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     tick = os.sysconf("SC_CLK_TCK")
     return int(user) / tick, int(system) / tick
 
 
 class Running:
-    """A tracer in a process of its own: entered it is attached, ``stop`` interrupts it and waits for its end."""
+    """A context manager that runs a tracer in a separate process.
+
+    On entry it waits until the tracer prints ``ready``; ``stop`` interrupts the tracer and waits for its end.
+    """
 
     def __init__(self, command: list[str], ready: str, **how: Any) -> None:
         self._command, self._ready, self._how = command, ready, how
@@ -144,22 +150,22 @@ class Running:
         while self._ready and self._ready not in self.said():
             if self.process.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
                 self.process.kill()
-                raise SystemExit(f"{self._command[0]} never started: {self.said()[-400:]}")
+                raise SystemExit(f"{self._command[0]} didn't start: {self.said()[-400:]}")
             time.sleep(0.002)
         self.started_s = time.monotonic() - begin
         return self
 
     def said(self) -> str:
-        """All that it printed, where its output isn't a pipe or a file of somebody else's."""
+        """Return the tracer's output so far, unless the caller redirected it."""
         self._output.flush()
         return os.pread(self._output.fileno(), 1 << 24, 0).decode("utf-8", "replace")
 
     def usage(self) -> tuple[float, float]:
-        """User and system seconds so far."""
+        """Return the tracer's user and system time so far, in seconds."""
         return cpu_seconds(self.process.pid)
 
     def stop(self) -> None:
-        """Ctrl-C."""
+        """Send SIGINT, as Ctrl-C does, and wait for the tracer's end; kill it after 60 s."""
         if self.process.poll() is None:
             self.process.send_signal(2)
             try:
@@ -175,47 +181,51 @@ class Running:
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A folder for captures, gone afterwards; ``TMPDIR`` says where."""
+    """Yield a temporary folder for captures, in ``TMPDIR``."""
     with tempfile.TemporaryDirectory(prefix="cwndtrace-bench-") as name:
         yield Path(name)
 
 
 def size(path: Path) -> int:
-    """Bytes of the files below a folder, or of a file."""
+    """Return the size of a file, or of all files below a folder, in bytes."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
 def has(command: str) -> bool:
-    """Whether a peer is installed; says so where it isn't."""
-    there = shutil.which(command) is not None
-    if not there:
-        print(f"{command} isn't installed, and left out: tools/setup packages bench")
-    return there
+    """Return true if a command is installed; print a line if it isn't."""
+    installed = shutil.which(command) is not None
+    if not installed:
+        print(f"{command} isn't installed, so it is left out. To install it: tools/setup packages bench")
+    return installed
 
 
 def biosnoops() -> dict[str, list[str]]:
-    """The commands of the two biosnoops, of those that are there.
+    """Return the commands of the two biosnoop tools, bcc's and libbpf-tools', as far as they are installed.
 
-    ``CWNDTRACE_PEERS_ROOT`` is the root of another distribution to run them from, where one has newer ones.
+    ``CWNDTRACE_PEERS_ROOT`` may name the root of another distribution, whose newer versions are then used.
     """
     root = os.environ.get("CWNDTRACE_PEERS_ROOT")
     path = f"{root}/usr/sbin:{root}/usr/bin" if root else None
-    # Debian's names. Elsewhere bcc's is a biosnoop too, but in a folder that isn't on the PATH.
+    # These are Debian's names. On other distributions bcc's is called biosnoop too, but isn't on the PATH.
     names = {"bcc's biosnoop": ("biosnoop-bpfcc",), "libbpf-tools' biosnoop": ("biosnoop-libbpf", "biosnoop")}
-    found = {}
-    for what, those in names.items():
-        name = next((name for name in those if shutil.which(name, path=path)), None)
+    commands = {}
+    for what, candidates in names.items():
+        name = next((name for name in candidates if shutil.which(name, path=path)), None)
         if name:
-            found[what] = [*(("chroot", root) if root else ()), name]
+            commands[what] = [*(("chroot", root) if root else ()), name]
         else:
-            print(f"{what} isn't installed, and left out: tools/setup packages bench")
-    return found
+            print(f"{what} isn't installed, so it is left out. To install it: tools/setup packages bench")
+    return commands
 
 
 def options(doc: str | None, **extra: tuple[Any, str]) -> argparse.Namespace:
-    """``--rounds``, ``--seconds`` and what else a benchmark takes."""
+    """Parse ``--rounds``, ``--seconds`` and a benchmark's further options, given as (default, help)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, text) in {"rounds": (5, "runs of each"), "seconds": (4.0, "length of a run"), **extra}.items():
+    for name, (default, text) in {
+        "rounds": (5, "runs of each"),
+        "seconds": (4.0, "length of a run in s"),
+        **extra,
+    }.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} ({default})")
     return parser.parse_args()

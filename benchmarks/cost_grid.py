@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the cost model predicts: the lab over a grid of paths, bursts and idle times, predicted beside measured.
+"""Compare the cost model's predictions with measurements of the lab over a grid of paths, bursts and idle times.
 
     sudo .venv/bin/python benchmarks/cost_grid.py --out grid            (about 15 minutes)
-    .venv/bin/python benchmarks/cost_grid.py --read grid                (the figures of a run again)
+    .venv/bin/python benchmarks/cost_grid.py --read grid                (print the figures of a run again)
 
-Each configuration (RTT, congestion control, rate) runs in a process of its own with its own namespaces; a few at a
-time, because most of the time is idle.
+Each configuration (RTT, congestion control, rate) runs in a separate process with its own namespaces. A few run at a
+time, because most of their time is idle.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PATHS: dict[str, tuple[float | None, ...]] = {"all": (None, 100e6), "open": (Non
 """Rates of the bottleneck in bit/s."""
 BURSTS = (15_000, 60_000, 300_000, 1_000_000, 4_000_000)
 IDLE_RTO = (0.5, 1.5, 3.0, 5.0, 8.0)
-# What the kernel adds to the round-trip time at the least (TCP_RTO_MIN), in seconds.
+# The least that the kernel adds to the round-trip time for an RTO (TCP_RTO_MIN), in seconds.
 RTO_MIN_S = 0.2
 AT_ONCE = 6
 
@@ -72,7 +72,7 @@ def everything(rounds: int, rates: tuple[float | None, ...], out: Path) -> None:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Bursts that a reset began, predicted beside measured, of all configurations of a run."""
+    """Return the bursts that began with a reset, with predicted and measured times, of all configurations of a run."""
     parts = sorted(folder.iterdir())
     rows = [
         beside_baseline(pd.read_parquet(p / "bursts.parquet"), cwndtrace.load(p / "grid.cwnd").resets) for p in parts
@@ -81,23 +81,23 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def report(bursts: pd.DataFrame) -> None:
-    """Print how far predictions are off, for all bursts and by configuration."""
+    """Print the errors of the predictions, for all bursts and by configuration."""
     pairs = bursts.assign(
         predicted_ms=bursts["predicted_us"] / 1000,
         measured_ms=bursts["latency_ms"] - bursts["baseline_ms"],
         rtt_ms=bursts["path_rtt_ms"],
     ).dropna(subset=["predicted_ms", "measured_ms"])
     alone = len(bursts) - len(pairs)
-    print(f"{alone} of {len(bursts)} bursts have none beside them that began with a like window, and are left out")
+    print(f"left out: {alone} of {len(bursts)} bursts, because no burst with the setting off began with a like window")
     error = pairs["predicted_ms"] - pairs["measured_ms"]
     dear = pairs["measured_ms"] >= pairs["rtt_ms"] / 2
     relative = (error.abs() / pairs["measured_ms"])[dear]
     within = error.abs() <= pairs["rtt_ms"]
-    print(f"{len(pairs)} bursts that began with a reset, {int(dear.sum())} of them at least half a round trip dearer")
-    print(f"median error of the predicted extra time (those bursts): {100 * relative.median():.1f} %")
-    print(f"within one round trip: {100 * within.mean():.1f} % of all bursts")
+    print(f"{len(pairs)} bursts began with a reset; {int(dear.sum())} of them took at least half a round trip longer")
+    print(f"median error of the predicted extra time (of those {int(dear.sum())}): {100 * relative.median():.1f} %")
+    print(f"predicted extra time within one round trip: {100 * within.mean():.1f} % of all bursts")
     itself = (pairs["rounds_after"] * pairs["round_us"] / 1000 - pairs["latency_ms"]).abs() <= pairs["rtt_ms"]
-    print(f"the burst after the reset itself, within one round trip: {100 * itself.mean():.1f} % of all bursts")
+    print(f"predicted time of the burst within one round trip: {100 * itself.mean():.1f} % of all bursts")
     table = pairs.assign(error_rtts=error / pairs["rtt_ms"], within=within, itself=itself, relative=relative)
     keys = ["path_rtt_ms", "cc", "rate", "burst_bytes"]
     figures = table.groupby(keys).agg(
@@ -111,12 +111,12 @@ def report(bursts: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--read", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--paths", choices=PATHS, default="all", help="with a bottleneck, without, or both")
+    parser.add_argument("--paths", choices=PATHS, default="all", help="paths with a bottleneck, without, or both")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

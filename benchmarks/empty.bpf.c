@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Programs that do nothing, to measure what calling them takes. */
+/* Empty programs, to measure the cost of calling a BPF program. */
 #include "block_io.bpf.c"
 
 int empty_done(struct bpf_raw_tracepoint_args *ctx)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Each system call of one process (FLOOD_TGID) becomes a finished request, which from there on is handled as all
- * others are.
+ * For each system call of one process (FLOOD_TGID), this program keeps a finished request, which is then handled like
+ * any other.
  */
 #include "block_io.bpf.c"
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many events a second the whole path keeps: BPF slabs, ring buffer, Arrow, Parquet (as root).
+"""Measure how many events a second the complete path keeps: BPF slabs, ring buffer, Arrow, Parquet (as root).
 
     sudo .venv/bin/python -m benchmarks.flood
 
 A process makes system calls at a given rate, and each becomes a record in the slabs of block I/O (flood.bpf.c).
-Two CPUs are the least for this: one floods, the other keeps.
+This needs at least two CPUs, one for the process and one for the tracer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ call, step = os.getppid, 0.001
 begin = time.monotonic()
 made = 0
 while (now := time.monotonic() - begin) < seconds:
-    # In steps of a millisecond at the most, so that a pause isn't made up for by a burst.
+    # A step has at most the calls of 4 ms, so that no burst follows a pause.
     due = min(int(now * rate) - made, int(rate * 0.004) + 1)
     for _ in repeat(None, due):
         call()
@@ -52,7 +52,7 @@ print(made / (time.monotonic() - begin))
 
 
 def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
-    """One flood; what was offered, kept and lost, and what that took."""
+    """Run one flood, and return the rate offered, events kept and lost, CPU in us and bytes an event, memory in MB."""
     generator = subprocess.Popen(
         [sys.executable, "-c", _GENERATOR, str(rate), str(seconds)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -63,7 +63,7 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
         (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),),
         {"FLOOD_TGID": generator.pid},
     )
-    snapshot(Filters(), 0)  # as run does: it loads what the first records would wait for
+    snapshot(Filters(), 0)  # as run does: it loads modules for which the first records would otherwise wait
     with Session(live.Kernel(reasons=(), block_program=flooded)) as session:
         kept_by = CaptureWriter.create(place, describe(session, Filters(), cwndtrace.__version__))
         writer = ThreadedWriter(kept_by)
@@ -103,7 +103,7 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and write its report."""
     asked = options(__doc__, rates=("0.25e6,0.5e6,1e6,1.25e6,1.5e6,2e6,4e6", "events a second to offer"))
     report = Report("flood", _WANTED)
     best, offered, memory = 0.0, 0.0, 0.0
@@ -112,7 +112,7 @@ def main() -> None:
         with folder() as place:
             got = run(rate, asked.seconds, place / "flood.cwnd")
         if got["kept"] != got["on disk"]:
-            raise SystemExit(f"kept {got['kept']:,} records, and {got['on disk']:,} are on disk")
+            raise SystemExit(f"{got['kept']:,} records were kept, but {got['on disk']:,} are on disk")
         share = got["lost"] / (got["kept"] + got["lost"])
         kept = got["offered"] * (1 - share)
         print(

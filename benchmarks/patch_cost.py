@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the patches cost while nobody traces: ``tools/vm cost`` runs this in both kernels, in turns.
+"""Measure the cost of the patches while nothing traces: ``tools/vm cost`` runs this in both kernels, in turns.
 
-Prints one line of JSON: seconds of each repeat of a bulk transfer and of a request/response exchange over loopback.
+It prints one line of JSON with the seconds of each repeat of a bulk transfer and of a request/response exchange over
+loopback.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _CHUNK: Final = bytes(1 << 20)
 
 
 def connected(serve: Callable[[socket.socket], None]) -> tuple[socket.socket, int]:
-    """The client's end of a loopback connection, and the process in which ``serve`` has the other end."""
+    """Return the client's end of a loopback connection, and the pid of the process that runs ``serve`` on the other."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -38,7 +39,7 @@ def connected(serve: Callable[[socket.socket], None]) -> tuple[socket.socket, in
 
 
 def drain(sock: socket.socket) -> None:
-    """Read until the end, and answer each whole transfer with one byte."""
+    """Read until the peer closes the connection, and answer each complete transfer with one byte."""
     buffer, taken = bytearray(1 << 20), 0
     while n := sock.recv_into(buffer):
         taken += n
@@ -48,28 +49,28 @@ def drain(sock: socket.socket) -> None:
 
 
 def echo(sock: socket.socket) -> None:
-    """Send back what comes in."""
+    """Send received data back until the peer closes the connection."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while data := sock.recv(64):
         sock.send(data)
 
 
 def bulk(sock: socket.socket) -> None:
-    """One transfer, until the other end has it all."""
+    """Make one transfer, and wait until the other end has received all of it."""
     for _ in range(BULK_BYTES // len(_CHUNK)):
         sock.sendall(_CHUNK)
     sock.recv(1)
 
 
 def exchanges(sock: socket.socket) -> None:
-    """Requests and responses, one after the other."""
+    """Make EXCHANGES requests, each after the response to the one before."""
     for _ in range(EXCHANGES):
         sock.send(MESSAGE)
         sock.recv(64)
 
 
 def seconds(serve: Callable[[socket.socket], None], work: Callable[[socket.socket], None]) -> list[float]:
-    """How long each repeat of ``work`` took; the first one, which warms up, is left out."""
+    """Return the seconds that each repeat of ``work`` took, without the first one, which warms up."""
     client, pid = connected(serve)
     taken = []
     with client:

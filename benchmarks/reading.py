@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long loading and reporting a large capture takes, how much memory, and how that grows. Needs no root.
+"""Measure time and memory of loading and reporting large captures of several sizes. Needs no root.
 
     .venv/bin/python -m benchmarks.reading
 
-The captures are made, on disk as ``run`` writes them: requests of two hundred processes on three devices, a hundred
-thousand resets of two hundred connections. Each measurement is a process of its own.
+The captures are generated, and on disk they are as ``run`` writes them: requests of two hundred processes on three
+devices, and a hundred thousand resets of two hundred connections. Each measurement is a separate process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WANTED = {
 _COLUMNS = ("start_ns", "latency_us", "device")
 _LOAD = f"import cwndtrace, sys; cwndtrace.load(sys.argv[1]).block_columns{_COLUMNS}"
 _ALL = "import cwndtrace, sys; cwndtrace.load(sys.argv[1]).block_io"
-# Runs a program, and prints what it took: the children of this process are that one.
+# Runs a program and prints its time and memory, by RUSAGE_CHILDREN, since it is the only child.
 _MEASURE = """
 import json, resource, subprocess, sys, time
 begin = time.monotonic()
@@ -45,7 +45,7 @@ print(json.dumps(took))
 
 
 def requests(number: int, since: float, until: float, rng: np.random.Generator) -> layout.Records:
-    """Finished requests in order of their end, between two moments in s."""
+    """Return finished requests, in order of completion, that start between two times in s."""
     records = np.zeros(number, dtype=layout.event("block_io").dtype)
     start = np.sort(rng.integers(int(since * 1e9), int(until * 1e9), number)).astype(np.uint64)
     queue, service = ((rng.exponential(us, number) * 1000).astype(np.uint64) for us in (20, 300))
@@ -59,7 +59,7 @@ def requests(number: int, since: float, until: float, rng: np.random.Generator) 
 
 
 def resets(number: int, rng: np.random.Generator) -> layout.Records:
-    """Each connection is idle every two seconds."""
+    """Return resets of two hundred connections after idle times of two seconds."""
     records = np.zeros(number, dtype=layout.event("cwnd_reset").dtype)
     records["ts_ns"] = np.sort(rng.integers(0, SECONDS * 10**9, number))
     records["sock_cookie"] = rng.integers(1, 200, number)
@@ -76,7 +76,7 @@ def resets(number: int, rng: np.random.Generator) -> layout.Records:
 
 
 def make(path: Path, number: int) -> None:
-    """Write a capture of so many requests."""
+    """Write a capture with this number of requests."""
     rng = np.random.default_rng(1)
     clocks = {"start": {"mono_ns": 0, "utc_offset_ns": 10**18}, "end": None}
     meta = {"clock": clocks, "devices": {"8:0": "sda", "8:16": "sdb", "259:0": "nvme0n1"}}
@@ -91,22 +91,22 @@ def make(path: Path, number: int) -> None:
 
 
 def measured(*command: str) -> dict[str, float]:
-    """Wall clock and CPU in s, and the most memory in GB, of a program."""
+    """Run a program, and return its wall-clock and CPU time in s and its peak memory in GB."""
     done = subprocess.run([sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    usage: dict[str, float] = json.loads(done.stdout)
+    return usage
 
 
 def main() -> None:
-    """Measure and report."""
-    asked = options(__doc__, requests=("1000000,10000000,50000000", "how many requests a capture holds"))
+    """Run the benchmark and write its report."""
+    asked = options(__doc__, requests=("1000000,10000000,50000000", "numbers of requests in a capture"))
     report = Report("reading", _WANTED)
     for number in (int(text) for text in asked.requests.split(",")):
         with folder() as place:
             path = place / "large.cwnd"
             begin = time.monotonic()
             make(path, number)
-            print(f"{number:,} requests made in {time.monotonic() - begin:.0f} s")
+            print(f"{number:,} requests generated in {time.monotonic() - begin:.0f} s")
             report.add(f"bytes a request of {number:,}", size(path / "block_io") / number, "bytes")
             ways = {
                 f"3 columns of {number:,} requests": (sys.executable, "-c", _LOAD, str(path)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long starting takes beside the peers, and what a trace costs while nothing happens (as root).
+"""Measure the start-up time, compared with other tracers, and the cost of tracing while nothing happens (as root).
 
 sudo .venv/bin/python -m benchmarks.starting
 """
@@ -43,20 +43,20 @@ _BPFTRACE = (
 
 
 def help_s() -> float:
-    """Seconds of wall clock."""
+    """Return the wall-clock time of ``cwndtrace --help`` in s."""
     begin = time.monotonic()
     subprocess.run([*COMMAND, "--help"], stdout=subprocess.DEVNULL, check=True)
     return time.monotonic() - begin
 
 
 def attached_s(*command: str, ready: str) -> float:
-    """From the command to the line that says that it records."""
+    """Return the time in s from the start of a tracer until it prints ``ready``."""
     with Running(list(command), ready) as tracer:
         return tracer.started_s
 
 
 def cwndtrace_s(fresh: bool = False) -> float:
-    """The same of ``cwndtrace run``; ``fresh`` as on its very first start."""
+    """Return the same time for ``cwndtrace run``; with ``fresh``, that of the first start, which compiles."""
     if fresh:
         shutil.rmtree(program_cache.FOLDER, ignore_errors=True)
     with folder() as place:
@@ -64,25 +64,25 @@ def cwndtrace_s(fresh: bool = False) -> float:
 
 
 def family(tracer: Running) -> list[int]:
-    """The process and those that it started."""
+    """Return the pids of the tracer and its children."""
     pid = tracer.process.pid
     return [pid, *children(pid)]
 
 
 def used(tracer: Running) -> float:
-    """Seconds of CPU of all of these."""
+    """Return the CPU time of the tracer and its children, in s."""
     return sum(sum(cpu_seconds(pid)) for pid in family(tracer))
 
 
 def pss(pid: int) -> int:
-    """Bytes in memory, of shared ones its share."""
+    """Return the proportional set size of a process in bytes: shared pages count in part."""
     match = re.search(r"^Pss:\s*(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
 
 def main() -> None:
-    """Measure and report."""
-    asked = options(__doc__, idle=(20.0, "seconds of doing nothing"))
+    """Run the benchmark and write its report."""
+    asked = options(__doc__, idle=(20.0, "seconds of tracing while nothing happens"))
     report = Report("starting", _WANTED)
     report.add("cwndtrace --help", Values("s", [help_s() for _ in range(asked.rounds)]))
     ways: dict[str, Callable[[], float]] = {
@@ -92,7 +92,7 @@ def main() -> None:
     if has("bpftrace"):
         ways["bpftrace, two block tracepoints"] = partial(attached_s, "bpftrace", "-e", _BPFTRACE, ready="attached")
     for name, command in biosnoops().items():
-        # It says that it is attached by its header alone, and that lies in a buffer if nothing is done.
+        # Its only sign of being attached is its header, which would stay in its output buffer while nothing happens.
         at_once = ("env", "PYTHONUNBUFFERED=1", "stdbuf", "-oL")
         ways[name] = partial(attached_s, *at_once, *command, ready="TIME(s)")
     for name in [n for n in ways if not n.startswith("cwndtrace")]:
@@ -104,7 +104,7 @@ def main() -> None:
     for what, values in paired(ways, asked.rounds, "cwndtrace run", "s").items():
         report.add(what, values)
     with folder() as place, Running([*COMMAND, "run", "-o", str(place / "a.cwnd")], "Tracing ") as tracer:
-        time.sleep(3)  # the imports of the first snapshot aren't idling
+        time.sleep(3)  # leave out the imports of the first snapshot
         before = used(tracer)
         time.sleep(asked.idle)
         spent = used(tracer) - before

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tracing resets takes of TCP over loopback, and what many connections take of tracing (as root).
+"""Measure the cost of tracing resets for TCP over loopback, and the cost of many connections for tracing (as root).
 
     sudo .venv/bin/python -m benchmarks.tcp
 
-Bulk and request/response run between two processes, each on a CPU of its own, since where the scheduler puts them makes
-more of a difference than any tracer; with each rung that this kernel allows and without.
+Bulk and request/response run with each probe that this kernel allows, and without. They run between two processes, each
+on its own CPU, because the scheduler's placement makes more of a difference than any tracer.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _connect(kind: str) -> tuple[subprocess.Popen[str], socket.socket]:
 
 
 def bulk(seconds: float) -> dict[str, float]:
-    """Bytes a second."""
+    """Return the rate of a bulk transfer in GB/s."""
     server, sender = _connect("bulk")
     with server, sender:
         data, sent, begin = bytes(1 << 18), 0, time.monotonic()
@@ -80,7 +80,7 @@ def bulk(seconds: float) -> dict[str, float]:
 
 
 def exchanges(seconds: float) -> dict[str, float]:
-    """Requests of 64 bytes and their answers: how many a second, and the 99th percentile of one in us."""
+    """Make requests of 64 bytes with answers; return the rate a second and the 99th percentile of the time in us."""
     server, sender = _connect("exchange")
     with server, sender:
         data, took, begin = bytes(64), list[float](), time.perf_counter()
@@ -95,19 +95,19 @@ def exchanges(seconds: float) -> dict[str, float]:
 
 
 def probes() -> list[str]:
-    """Those that load here."""
-    found = []
+    """Return the names of the probes that load on this kernel."""
+    names = []
     for rung in ladder.RUNGS:
         try:
             Kernel(probe=rung.name, block=False, reasons=("idle",)).close()
-            found.append(rung.name)
+            names.append(rung.name)
         except CwndtraceError as e:
-            print(f"rung {rung.name} left out: {e.cause[:150]}")
-    return found
+            print(f"probe {rung.name} is left out: {e.cause[:150]}")
+    return names
 
 
 def throughput(report: Report, rounds: int, seconds: float) -> None:
-    """Bulk and request/response, each traced run right after an untraced one, and then the programs by themselves."""
+    """Report bulk and request/response, each untraced, then traced, then with the programs attached but not read."""
     every = os.sched_getaffinity(0)
     try:
         _throughput(report, rounds, seconds, every)
@@ -151,7 +151,7 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
 
 
 def many(report: Report, number: int) -> None:
-    """So many connections that are idle: what a snapshot takes, and whether each reset is recorded when they wake."""
+    """Report the time of a snapshot of many idle connections, and the resets recorded when they send again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * number + 200)), hard))
     number = min(number, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 2)
@@ -172,7 +172,7 @@ def many(report: Report, number: int) -> None:
             for _ in range(number):
                 sender = socket.socket()
                 sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
-                # Small segments, or a burst would be too few of them to make a window grow.
+                # Loopback's large segments would make a burst too few segments for the window to grow.
                 sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1000)
                 sender.connect(listener.getsockname())
                 receiver, _ = listener.accept()
@@ -181,11 +181,11 @@ def many(report: Report, number: int) -> None:
                 senders.append(sender)
                 if len(senders) == number // 2:  # a connection has both of its ends here
                     snapshots(report)
-            # Windows must be above the initial one for idle time to lower them: a burst makes them grow.
+            # Idle time lowers only windows above the initial one, so a burst makes them grow.
             burst = bytes(100_000)
             for sender in senders:
                 sender.sendall(burst)
-            time.sleep(2.0)  # longer than any RTO here: the idle time itself
+            time.sleep(2.0)  # the idle time, which is longer than any RTO here
             port = listener.getsockname()[1]
             with Session(Kernel(Filters(port=port), block=False, reasons=("idle",))) as session:
                 random.Random(1).shuffle(senders)
@@ -205,13 +205,13 @@ def many(report: Report, number: int) -> None:
         finally:
             stop.set()
             thread.join()
-            for each in (*senders, *receivers.values()):
-                each.close()
+            for sock in (*senders, *receivers.values()):
+                sock.close()
             poll.close()
 
 
 def snapshots(report: Report) -> None:
-    """What a look at all sockets takes."""
+    """Report the time of a snapshot of all sockets in ms, and their number."""
     taken = []
     for _ in range(7):
         begin = time.monotonic()
@@ -228,8 +228,8 @@ def _window(sock: socket.socket) -> int:
 
 
 def main() -> None:
-    """Measure and report."""
-    asked = options(__doc__, connections=(10_000, "connections that are idle"))
+    """Run the benchmark and write its report."""
+    asked = options(__doc__, connections=(10_000, "number of idle connections"))
     report = Report("tcp", _WANTED)
     many(report, asked.connections)
     throughput(report, asked.rounds, asked.seconds)
