@@ -32,11 +32,11 @@ from cwndtrace.kernel import ladder
 _WANTED = {
     "snapshot": "at most 150 ms for 10,000 sockets",
     **{
-        f"{what}: {rung} / untraced": "at least 0.99"
-        for rung in ("tracepoint", "fentry", "kprobe")
+        f"{what}: {probe} / untraced": "at least 0.99"
+        for probe in ("tracepoint", "fentry", "kprobe")
         for what in ("bulk",)
     },
-    **{f"bulk: {rung} / untraced": "at least 0.97" for rung in ("sendmsg", "tcp_probe")},
+    **{f"bulk: {probe} / untraced": "at least 0.97" for probe in ("sendmsg", "tcp_probe")},
     **{f"requests/s: {rung.name} / untraced": "at least 0.98" for rung in ladder.RUNGS},
 }
 _SERVER = """
@@ -127,15 +127,15 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
     def note(name: str, value: float, unit: str = "") -> None:
         figures.setdefault(name, Values(unit)).all.append(value)
 
-    there = probes()
+    available = probes()
     for _ in range(rounds):
-        for rung in there:
+        for probe in available:
             plain = both()
             with folder() as place:
-                command = [*COMMAND, "run", "--no-block", "--probe", rung, "-o", str(place / "a.cwnd")]
+                command = [*COMMAND, "run", "--no-block", "--probe", probe, "-o", str(place / "a.cwnd")]
                 with Running(command, "Tracing "):
                     traced = both()
-            with closing(Kernel(probe=rung, block=False)):
+            with closing(Kernel(probe=probe, block=False)):
                 alone = both()
             for name, what, unit in (
                 ("GB/s", "bulk", "GB/s"),
@@ -143,9 +143,9 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
                 ("p99", "p99", "us"),
             ):
                 note(f"{what}: untraced", plain[name], unit)
-                note(f"{what}: {rung}", traced[name], unit)
-                note(f"{what}: {rung} / untraced", traced[name] / plain[name])
-                note(f"{what}: {rung} / untraced, nobody reading", alone[name] / plain[name])
+                note(f"{what}: {probe}", traced[name], unit)
+                note(f"{what}: {probe} / untraced", traced[name] / plain[name])
+                note(f"{what}: {probe} / untraced, nobody reading", alone[name] / plain[name])
     for name in sorted(figures):
         report.add(name, figures[name])
 

@@ -70,7 +70,7 @@ def cubic_connection() -> Iterator[socket.socket]:
         sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
         sender.connect(listener.getsockname())
         receiver, _ = listener.accept()
-        reader = threading.Thread(target=_swallow, args=(receiver,), daemon=True)
+        reader = threading.Thread(target=_discard, args=(receiver,), daemon=True)
         reader.start()
         try:
             yield sender
@@ -79,7 +79,7 @@ def cubic_connection() -> Iterator[socket.socket]:
             reader.join()
 
 
-def _swallow(receiver: socket.socket) -> None:
+def _discard(receiver: socket.socket) -> None:
     with receiver:
         while receiver.recv(1 << 20):
             pass
@@ -92,7 +92,7 @@ def demo(folder: Path) -> tuple[Path, Path]:
     """
     need_root("the demo")
     try:
-        # As the user who called sudo: the folder then belongs to them, and is made only where they may write.
+        # The folder is made as the user that called sudo, so it belongs to them and lies where they may write.
         with privileges.acting_as(privileges.invoking_user()):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

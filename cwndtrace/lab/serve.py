@@ -85,7 +85,7 @@ class Server:
         self._idle_since: dict[socket.socket, float] = {}
         """since when a peer is silent between bursts, where it may be"""
         # All threads write discarded data to the same buffer, since none reads it.
-        self._swallowed = bytearray(1 << 18)
+        self._discarded = bytearray(1 << 18)
         self._closed = False
         if not 0 <= port < 65536:
             raise UsageError(f"there is no port {port}", "give 0 (any free port) to 65535")
@@ -141,9 +141,9 @@ class Server:
     def _has_room(self, peer: str) -> bool:
         """Return true if there is room for one more connection of that peer.
 
-        If there is none, this disconnects the connection that has been idle longest, provided that is ``silence_s``.
-        Call it with the lock held: without it, a socket that it shuts down may have been closed and its descriptor
-        reused.
+        If there is none, but the connection that has been idle longest has been so for ``silence_s``, this disconnects
+        that one to make room. Call it with the lock held: without it, a socket that it shuts down may have been closed
+        and its descriptor reused.
         """
         candidates = [sock for sock, owner in self.totals.open.items() if owner == peer]
         if len(candidates) < MAX_OF_ONE_PEER:
@@ -180,7 +180,7 @@ class Server:
         mode = opening[len(wire.HELLO) :]
         sock.settimeout(self.settings.silence_s)
         if opening[: len(wire.HELLO)] != wire.HELLO or mode not in (wire.REPLY, wire.SINK):
-            self._swallow(sock, None)
+            self._discard(sock, None)
             return
         wire.set_up(sock, self.settings.cc, self.settings.sndbuf)
         if mode == wire.REPLY and self.settings.bounded:
@@ -192,7 +192,7 @@ class Server:
                 return
 
     def _stay_idle(self, sock: socket.socket, seconds: float, events: int) -> bool:
-        """Wait for events of poll(2) or the connection's end; return true if there was one in so many seconds."""
+        """Wait for events of poll(2) or the connection's end; return true if one came within ``seconds``."""
         poll = select.poll()
         poll.register(sock, events)
         with self._lock:
@@ -232,20 +232,20 @@ class Server:
         _, size = wire.STAMP.unpack(raw)
         if not wire.MIN_BURST <= size <= wire.MAX_BURST:
             raise UsageError(f"a peer's burst of {plural(size, 'byte')} is out of range")
-        self._swallow(sock, size - len(raw))
+        self._discard(sock, size - len(raw))
         sock.settimeout(self.settings.patience_s)
         with self._lock:
             self.totals.bursts_taken += 1
         sock.sendall(wire.DONE)
         return True
 
-    def _swallow(self, sock: socket.socket, size: int | None) -> None:
+    def _discard(self, sock: socket.socket, size: int | None) -> None:
         """Read and discard ``size`` bytes within ``patience_s``, or if None all data until the end or the timeout."""
         deadline = time.monotonic() + self.settings.patience_s
         while size is None or size > 0:
             if size is not None:
                 sock.settimeout(_left(deadline))
-            count = sock.recv_into(self._swallowed, 0 if size is None else min(size, len(self._swallowed)))
+            count = sock.recv_into(self._discarded, 0 if size is None else min(size, len(self._discarded)))
             if not count:
                 if size is None:
                     return
