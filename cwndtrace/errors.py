@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error that cwndtrace raises on purpose.
 
-CwndtraceError              a cause and a remedy, both for a person
-├── UsageError              what was asked for makes no sense as typed
-├── PermissionNeeded        needs root
+CwndtraceError              the base, with a cause and a remedy for people
+├── UsageError              the arguments make no sense as given
+├── PermissionNeeded        the step needs root
 ├── NotFound                an interface, process, namespace or cgroup isn't there
 ├── CaptureError            a capture can't be read or written
 ├── BccError                the bcc package is missing, wrong or failed
 └── KernelLacks             this kernel can't do what is needed
-    └── NoRung              no probe works; carries what was tried
+    └── NoProbe             no probe works; carries the reason for each
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-_NONSENSE: Final = (ArithmeticError, LookupError, ValueError)
-"""What arithmetic on values that contradict each other raises. A TypeError or an AttributeError is a bug."""
+_CONTRADICTIONS: Final = (ArithmeticError, LookupError, ValueError)
+"""The errors that values raise when they contradict each other. A TypeError or an AttributeError is a bug."""
 _PACKAGE: Final = Path(__file__).parent
 
 
 class CwndtraceError(Exception):
-    """The base: ``cause`` says what is wrong, ``remedy`` what to do about it (may be empty)."""
+    """The base class. ``cause`` says what is wrong, ``remedy`` what to do about it; it may be empty."""
 
     def __init__(self, cause: str, remedy: str = "") -> None:
         super().__init__(f"{cause}\n{remedy}" if remedy else cause)
@@ -36,7 +36,7 @@ class CwndtraceError(Exception):
 
 
 class UsageError(CwndtraceError):
-    """What was asked for makes no sense as typed."""
+    """The arguments make no sense as given."""
 
 
 class PermissionNeeded(CwndtraceError):
@@ -60,7 +60,7 @@ class KernelLacks(CwndtraceError):
 
 
 class NoProbe(KernelLacks):
-    """No probe works here; ``tried`` maps each probe to why it failed."""
+    """No probe works on this kernel; ``tried`` maps each probe to the reason why it failed."""
 
     def __init__(self, cause: str, remedy: str, tried: dict[str, str]) -> None:
         super().__init__(cause, remedy)
@@ -71,9 +71,9 @@ MORE_FILES: Final = "raise the limit: ulimit -n 1024"
 
 
 def too_many_files(error: OSError) -> CwndtraceError | None:
-    """What to say of an error that comes from a limit of open files; None for any other one."""
+    """Return the error to raise where ``error`` comes from a limit on open files; None where it doesn't."""
     if error.errno == errno.ENFILE:
-        return CwndtraceError("this machine has as many files open as it may", "raise the limit: sysctl fs.file-max")
+        return CwndtraceError("this machine has reached its limit on open files", "raise the limit: sysctl fs.file-max")
     if error.errno != errno.EMFILE:
         return None
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -82,14 +82,14 @@ def too_many_files(error: OSError) -> CwndtraceError | None:
 
 @contextmanager
 def making_sense() -> Iterator[None]:
-    """As a decorator of what works on a capture's rows: what it raises where they make no sense is CaptureError.
+    """Turn errors that contradictory rows cause into CaptureError, in a ``with`` block or a decorated function.
 
-    A capture may come from a stranger, and no check in front of the arithmetic could foresee all that numbers do.
+    A capture may be untrusted, and no check beforehand could foresee every result of arithmetic on its numbers.
     """
-    import numpy as np  # only where rows are worked on, and then it is there
+    import numpy as np  # functions that compute with rows have loaded it already; other commands start faster without
 
     try:
-        # What is missing has no integer: numpy would make one up.
+        # numpy would convert a missing value (NaN) to an arbitrary integer.
         with np.errstate(invalid="raise"):
             yield
     except CwndtraceError:
@@ -97,7 +97,7 @@ def making_sense() -> Iterator[None]:
     except Exception as e:
         if for_lack_of_memory(e):
             raise out_of_memory() from e
-        if not isinstance(e, _NONSENSE):
+        if not isinstance(e, _CONTRADICTIONS):
             raise
         ours = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
         place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
@@ -106,13 +106,13 @@ def making_sense() -> Iterator[None]:
 
 
 def for_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error, whatever its type, says that there was no memory: for a value, a thread or a library."""
+    """Return True if an error, whatever its type, says that memory ran out for a value, a thread or a library."""
     texts = ("failed to map segment", "cannot allocate memory", "can't start new thread", "to launch worker thread")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def out_of_memory() -> CaptureError:
-    """What to say where a capture's rows don't fit."""
+    """Return the error to raise where a capture's rows don't fit in memory."""
     cause = "Memory ran out: this capture's rows need more than there is."
     return CaptureError(
         cause, "Read it where more is free, raise ulimit -v if one is set, or trace for a shorter time."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace: a capture as DataFrames, for scripts and notebooks."""
+"""A capture as DataFrames, for scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ from cwndtrace.errors import NotFound, making_sense
 from cwndtrace.records import arrow
 from cwndtrace.store.meta import Meta
 
-_CELL = 100  # characters of a line that came from outside
+_CELL = 100  # most characters of a text that came from outside
 _VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
-"""Tables without some of whose rows no verdict on the whole holds, and what a row of each is called."""
+"""The tables that a verdict on the whole capture needs in full, and the noun for a row of each."""
 
 
 def load(path: str | os.PathLike[str], *, max_rows: int = store.MOST_ROWS) -> Trace:
-    """Open the capture ``path``, also one that is still being written or was cut short.
+    """Open the capture ``path``, which may still be being written or have been cut short.
 
-    Raises CaptureError, with the cause and what to do, for anything that isn't one, and later for one that has more
-    than ``max_rows`` rows.
+    Raises CaptureError, with the cause and what to do, if ``path`` isn't a capture. Reading the rows raises it too, if
+    the capture has more than ``max_rows`` rows.
     """
     return Trace(store.open_capture(path, max_rows=max_rows))
 
 
 class _Units(dict[str, str]):
-    """Units by column. pandas copies what is in ``attrs`` with each step of an analysis, which took a fifth of it."""
+    """Units by column, not copied by ``deepcopy``.
+
+    pandas deep-copies ``attrs`` with each step of an analysis, which would take a fifth of its time.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Units:
         return self
@@ -46,7 +49,10 @@ class _Units(dict[str, str]):
 
 @dataclass(frozen=True, repr=False)
 class Connection:
-    """One connection of a trace; its frames are rows of the trace's. ``about`` is its row of ``Trace.summary()``."""
+    """One connection of a trace.
+
+    ``about`` is its row of ``Trace.summary()``. The frames hold its rows of the trace's frames.
+    """
 
     about: dict[str, Any]
     resets: pd.DataFrame
@@ -55,11 +61,11 @@ class Connection:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether its resets mattered, with the evidence."""
+        """The verdict on whether its resets mattered, with the evidence."""
         return Verdict(self.about["verdict"], self.about["why"])
 
     def facts(self) -> list[tuple[str, str]]:
-        """What fits on one screen, name and value, fit for a terminal."""
+        """Return the main facts, at most one screen of (name, value) pairs that are safe to print to a terminal."""
         row, most = self.about, self.about["cwnd_max_segments"]
         facts = [
             ("process", _shown(fmt.process(row["comm"], row["pid"]))),
@@ -77,8 +83,8 @@ class Connection:
         if row["resets_idle"]:
             longest = f"{fmt.span(row['idle_longest_us'])}, {row['idle_per_rto_max']:.1f} RTOs"
             facts.insert(4, ("longest idle time", longest))
-        dear = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
-        facts += [("dear reset", fmt.clean(verdict.explain(each))) for each in dear.head(3).to_dict("records")]
+        costly = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
+        facts += [("costly reset", fmt.clean(verdict.explain(reset))) for reset in costly.head(3).to_dict("records")]
         return [*facts, ("verdict", str(self.verdict))]
 
     def __repr__(self) -> str:
@@ -89,12 +95,12 @@ class Connection:
 
 
 class Trace:
-    """What one capture holds.
+    """The contents of one capture.
 
-    The frames are read when first asked for and then kept. Each begins with ``time`` (UTC) and is in order of
-    time; the other columns are those of the capture's tables, whose units and descriptions are in their Parquet
-    metadata, the units in ``frame.attrs["units"]`` too. Text columns are plain strings; in ``block_io``, which can have
-    millions of rows, they are categories. An empty table is a frame with all its columns and no row.
+    Each frame is read when it is first used, and then kept. Its first column is ``time`` (UTC), and its rows are in
+    order of time. The other columns are those of the capture's tables. Their Parquet metadata has units and
+    descriptions; ``frame.attrs["units"]`` has the units too. Text columns are plain strings; in ``block_io``, which can
+    have millions of rows, they are categories. An empty table is a frame with all its columns and no row.
     """
 
     def __init__(self, capture: store.Capture) -> None:
@@ -107,27 +113,34 @@ class Trace:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """The content of ``meta.json``, its texts clean of what could steer a terminal."""
+        """The content of ``meta.json``, without control characters in its texts."""
         cleaned: dict[str, Any] = _cleaned(self._capture.meta)
         return cleaned
 
     @property
     def about(self) -> Meta:
-        """``meta`` checked and typed: what the analyses use."""
+        """``meta`` checked and typed, as the analyses use it."""
         return self._capture.about
 
     @property
     def status(self) -> str:
-        """``complete``, ``running``, ``interrupted`` or ``failed``."""
+        """The capture's status: ``complete``, ``running``, ``interrupted`` or ``failed``."""
         return self._capture.status
 
     @property
     def warnings(self) -> list[str]:
-        """What of what the trace kept isn't there, then what couldn't be read so far, a line each."""
+        """Warnings about this capture, one line each.
+
+        First come the lines of ``gaps``, then what the trace had to do without, then the parts that couldn't be read so
+        far.
+        """
         return [*self.gaps(), *self._capture.warnings]
 
     def gaps(self) -> list[str]:
-        """Which records that the trace kept aren't in the capture, by its own account of them; a line each."""
+        """Return one line for each gap in the records, by the capture's own account of them.
+
+        A gap is a number of records that are missing or that lack values, or parts that aren't as the trace wrote them.
+        """
         lines = []
         for table in arrow.TABLES:
             lacking, kept = self._capture.missing(table)
@@ -140,27 +153,29 @@ class Trace:
             partly, columns = self._capture.partly(table)
             if partly:
                 lines.append(
-                    f"{fmt.plural(partly, 'record')} of {table} lack values that an older recording doesn't have: "
+                    f"an older version recorded {fmt.plural(partly, 'record')} of {table} without these columns: "
                     + ", ".join(columns)
                 )
             if strange := self._capture.strange(table):
-                lines.append(f"what lies there isn't what the trace wrote{_some(table, strange, ': ')}")
+                lines.append(f"these parts aren't as the trace wrote them{_some(table, strange, ': ')}")
         return lines
 
     def _lacking(self) -> str:
-        """Why nothing can be said of the resets on the whole; empty where it can."""
-        for table, kind in _VERDICT_NEEDS.items():
+        """Return the reason why no verdict on the whole capture is possible; empty where one is."""
+        for table, noun in _VERDICT_NEEDS.items():
             lacking, kept = self._capture.missing(table)
             if lacking:
-                return f"{lacking:,} of {fmt.plural(kept, kind)} are not in the capture"
+                return f"{lacking:,} of {fmt.plural(kept, noun)} are not in the capture"
             partly, columns = self._capture.partly(table)
             if partly:
-                return f"{fmt.plural(partly, kind)} lack values of an older recording ({', '.join(columns)})"
+                return (
+                    f"an older version recorded {fmt.plural(partly, noun)} without some values ({', '.join(columns)})"
+                )
         return ""
 
     @property
     def started_ns(self) -> int:
-        """When tracing began, in ns of CLOCK_MONOTONIC: by the metadata, or else the first record."""
+        """The start of tracing, in ns of CLOCK_MONOTONIC, by the metadata or else by the first record."""
         if self.about.begin is not None:
             return self.about.begin.mono_ns
         frames = ((self._resets, "ts_ns"), (self._connections, "ts_ns"), (self._requests, "start_ns"))
@@ -168,39 +183,40 @@ class Trace:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many ``cgroups`` and ``sockets`` of what was asked for the filter had no room for, where it was so."""
+        """The numbers of requested ``cgroups`` and ``sockets`` that the filter had no room for, where there are any."""
         return {kind: number for kind, number in self.about.left_out.items() if kind in ("cgroups", "sockets")}
 
     def lost(self, table: str) -> int:
-        """Records of one of the capture's tables that the kernel or the disk lost, as far as ``meta.json`` says."""
+        """Return how many records of a table the kernel or the disk lost, as far as ``meta.json`` says."""
         counts = self.about.counts or {}
         return (counts[table].lost if table in counts else 0) + self.about.unwritten.get(table, 0)
 
     @property
     def resets(self) -> pd.DataFrame:
-        """One row a congestion-window reset, with ``connection``, the key that ``summary`` uses.
+        """One row per congestion-window reset, with ``connection``, the key that ``summary`` uses.
 
-        Rows of an older recording lack the columns that it doesn't have, ``connection`` too, and are in no analysis.
+        Rows from an older version lack the columns that it didn't record, and ``connection``. No analysis uses them.
         """
         return self._and_partly("cwnd_reset", self._resets)
 
     @property
     def connections(self) -> pd.DataFrame:
-        """One row a snapshot of a connection, with the key ``connection``."""
+        """One row per snapshot of a connection, with the key ``connection``."""
         return self._and_partly("connections", self._connections)
 
     @cached_property
     @making_sense()
     def block_io(self) -> pd.DataFrame:
-        """One row a finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
+        """One row per finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
         whole = block_analysis.with_latency(self._whole("block_io"), self.about.devices)
         return self._and_partly("block_io", whole)
 
     def block_columns(self, *columns: str) -> pd.DataFrame:
-        """``block_io`` with these columns alone, in the same order; reads no other, and keeps nothing.
+        """Return only these columns of ``block_io``, with its rows in the same order.
 
-        Of what ``block_io`` adds to the capture's columns, ``device``, ``latency_us`` and ``queue_us`` may be named.
-        Requests that lack one of these columns are left out. Raises KeyError for others.
+        The added columns ``device``, ``latency_us`` and ``queue_us`` may be named too. No columns are read but those
+        that are needed, and the result isn't kept. Requests that lack one of the columns are left out. Raises KeyError
+        for an unknown column.
         """
         known = arrow.schema("block_io").names
         needs = [name for name in known if name in columns or name == "start_ns"]
@@ -216,12 +232,12 @@ class Trace:
     @cached_property
     @making_sense()
     def _requests(self) -> pd.DataFrame:
-        """Of each block request what the analyses use: a third of it."""
+        """The columns of ``block_io`` that the analyses use, which are a third of it."""
         return self.block_columns(*block_analysis.USED)
 
     @cached_property
     def recoveries(self) -> pd.DataFrame:
-        """One row a window that was followed after its reset, with ``connection``, ``duration_us``, ``round_trips``."""
+        """One row per window followed after its reset, with ``connection``, ``duration_us`` and ``round_trips``."""
         return self._and_partly("cwnd_recovery", self._recoveries)
 
     @cached_property
@@ -232,13 +248,13 @@ class Trace:
     @cached_property
     @making_sense()
     def samples(self) -> pd.DataFrame:
-        """The windows on their way back, at most one row a round-trip time, with ``connection``."""
+        """Samples of windows that grow back after a reset, at most one per round-trip time, with ``connection``."""
         whole = recovery.identify(_as_text(self._whole("cwnd_sample")), self._resets)
         return self._and_partly("cwnd_sample", whole)
 
     @making_sense()
     def costs(self) -> pd.DataFrame:
-        """``resets`` with what each is predicted to have cost, and how long its window took to come back.
+        """Return ``resets`` with the predicted cost of each, and the time that its window took to grow back.
 
         The added columns are ``analysis.cost.COLUMNS`` and ``analysis.cost.MEASURED``.
         """
@@ -247,7 +263,7 @@ class Trace:
     @cached_property
     @making_sense()
     def verdicts(self) -> pd.DataFrame:
-        """``costs()`` with what each reset meant and why its connection had been idle.
+        """``costs()`` with the verdict on each reset, and the cause of its connection's idle time.
 
         The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
         """
@@ -256,17 +272,20 @@ class Trace:
     @cached_property
     @making_sense()
     def _judged(self) -> pd.DataFrame:
-        """Without the causes: what the block requests, of which there may be millions, aren't read for."""
+        """``verdicts`` without the idle causes, for which millions of block requests might have to be read."""
         return verdict.resets(self.costs(), self._connections)
 
     @property
     def block_recorded(self) -> bool:
-        """Whether block I/O was traced, so that none in idle time means that there was none."""
+        """True if block I/O was traced, so that no record of it during idle time means that there was none."""
         counts = self.about.counts
         return counts is None or "block_io" in counts or bool(self._capture.rows("block_io"))
 
     def summary(self) -> pd.DataFrame:
-        """One row a connection; ``cwndtrace.analysis.connections.COLUMNS`` and ``verdict.CONNECTION_COLUMNS``."""
+        """Return one row per connection.
+
+        The columns are ``analysis.connections.COLUMNS`` and ``analysis.verdict.CONNECTION_COLUMNS``.
+        """
         return self._summary.copy()
 
     @cached_property
@@ -277,9 +296,9 @@ class Trace:
 
     @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
-        """What to do, best first, for all or for one ``connection``; the columns are ``analysis.remedy.COLUMNS``.
+        """Return the remedies, best first, for the whole capture or for one ``connection``.
 
-        Raises NotFound for a key that isn't in ``summary()``.
+        The columns are ``analysis.remedy.COLUMNS``. Raises NotFound for a key that isn't in ``summary()``.
         """
         judged, rows = self._judged, self._summary
         if connection is not None:
@@ -291,7 +310,7 @@ class Trace:
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
-        """What differs in a later capture, how surely and how much; the columns are ``analysis.compare.COLUMNS``."""
+        """Return how much a later capture differs, and how surely; the columns are ``analysis.compare.COLUMNS``."""
         return compare.compare(self._measures(), after._measures())
 
     def _measures(self) -> dict[str, Any]:
@@ -299,7 +318,7 @@ class Trace:
         return dict(compare.measures(self._judged, self._connections, self._recoveries, self._requests, span))
 
     def connection(self, key: str) -> Connection:
-        """One connection by its key in ``summary()``; raises NotFound where there is none."""
+        """Return one connection by its key in ``summary()``. Raises NotFound where there is none."""
         rows = self._summary[self._summary["connection"] == key]
         if rows.empty:
             raise _no_connection(key)
@@ -308,38 +327,41 @@ class Trace:
         return Connection(about, *(frame[frame["connection"] == key] for frame in frames))
 
     def explain(self, reset: int) -> Verdict:
-        """What one reset meant, by its row in ``verdicts``; raises KeyError where there is none."""
+        """Return the verdict on one reset, by its row in ``verdicts``. Raises KeyError where there is none."""
         row = self._judged.loc[reset].to_dict()
         return Verdict(row["verdict"], verdict.explain(row))
 
     @making_sense()
     def audit(self) -> pd.DataFrame:
-        """What each network namespace is set to, and whom that touches; the columns are ``remedy.AUDIT_COLUMNS``."""
+        """Return each network namespace's settings and the connections that they affect.
+
+        The columns are ``analysis.remedy.AUDIT_COLUMNS``.
+        """
         return remedy.audit(self._judged, self._connections, self.about)
 
     @making_sense()
     def host(self) -> Host:
-        """What the resets cost on the whole, and whether that is the answer at all."""
+        """Return the cost of all resets, and the verdict on whether the congestion window is the problem at all."""
         return verdict.host(self._summary, self._judged, self._lacking())
 
     @making_sense()
     def block_summary(self) -> pd.DataFrame:
-        """One row a device and operation; the columns are ``cwndtrace.analysis.block_io.COLUMNS``."""
+        """Return one row per device and operation; the columns are ``analysis.block_io.COLUMNS``."""
         return block_analysis.summary(self._requests)
 
     def block_submitters(self) -> pd.DataFrame:
-        """One row a submitting process; the columns are ``cwndtrace.analysis.block_io.SUBMITTER_COLUMNS``."""
+        """Return one row per submitting process; the columns are ``analysis.block_io.SUBMITTER_COLUMNS``."""
         return block_analysis.by_submitter(self._requests)
 
     def block_heat_map(self) -> pd.DataFrame:
-        """How many requests of which latency began when, see ``cwndtrace.analysis.block_io.heat_map``."""
+        """Return the number of requests by start time and latency; see ``analysis.block_io.heat_map``."""
         return block_analysis.heat_map(self._requests)
 
     @cached_property
     @making_sense()
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         resets, connections = (_as_text(self._whole(name)) for name in ("cwnd_reset", "connections"))
-        # Older recordings have rows of what is left of closed connections, which has no window and no round trip.
+        # Older versions also recorded mini sockets of closed connections, which have no window and no round-trip time.
         connections = connections[connections["cwnd"] > 0].reset_index(drop=True)
         return connection_analysis.identify(resets, connections)
 
@@ -352,11 +374,11 @@ class Trace:
         return self._identified[1]
 
     def _whole(self, table: str) -> pd.DataFrame:
-        """The rows of a table that the analyses can do with: those with all that they need."""
+        """Return the rows of a table that have all values that the analyses need."""
         return arrow.whole(self._frame(table), table)
 
     def _and_partly(self, table: str, whole: pd.DataFrame) -> pd.DataFrame:
-        """``whole``, and the rows that lack something, at their times; what is computed is missing in these."""
+        """Return ``whole`` and the rows that lack a value, in order of time; the latter have no computed values."""
         if not self._capture.partly(table)[0]:
             return whole
         frame = self._frame(table)
@@ -366,14 +388,14 @@ class Trace:
         return both
 
     def _frame(self, table: str) -> pd.DataFrame:
-        # Not what a stranger or a later version added: it might take the name of what is computed here.
+        # A column that an untrusted capture or a later version added might have the name of one computed here.
         rows = arrow.clean_texts(self._capture.table(table, arrow.schema(table).names))
-        told = _Units(
+        units = _Units(
             {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         )
-        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # as store.files.read
+        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # for the reason given in store.files.read
         frame = frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
-        frame.attrs["units"] = told
+        frame.attrs["units"] = units
         return frame
 
     def __repr__(self) -> str:
@@ -384,7 +406,7 @@ class Trace:
         return _table(caption, self.facts())
 
     def facts(self) -> list[tuple[str, str]]:
-        """What fits on one screen, name and value, fit for a terminal."""
+        """Return the main facts, at most one screen of (name, value) pairs that are safe to print to a terminal."""
         about = self.about
         on_disk = {table: self._capture.rows(table) for table in arrow.TABLES}
         names = {
@@ -405,7 +427,9 @@ class Trace:
             ),
         ]
         if steps := self._steps():
-            facts.append(("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}; suspends count"))
+            facts.append(
+                ("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}, suspends included")
+            )
         if about.unchanged:
             facts.append(("unchanged", f"{fmt.plural(about.unchanged, 'idle restart')} left the window as it was"))
         probes = ", ".join(f"{reason}: {probe or 'none'}" for reason, probe in about.probes.items())
@@ -428,24 +452,24 @@ class Trace:
             return begin
         lasted = (ended - started).total_seconds()
         if self.about.begin and self.about.end:
-            # The wall clock may have been stepped.
+            # The wall clock may have been stepped, and CLOCK_MONOTONIC can't be.
             lasted = (self.about.end.mono_ns - self.about.begin.mono_ns) / 1e9
         return f"{begin} to {ended:%H:%M:%S}, {lasted:,.1f} s"
 
     def _steps(self) -> list[float]:
-        """By how many seconds the wall clock was stepped, each time."""
+        """Return each step of the wall clock, in seconds."""
         return [(after - before) / 1e9 for before, after in pairwise(self.about.utc_offsets_ns)]
 
 
 def _clock(frame: pd.DataFrame) -> str:
-    """The column by which the rows of a table are in order."""
+    """Return the column that orders the rows of a table by time."""
     return next(str(name) for name in frame.columns if str(name).endswith("_ns"))
 
 
-def _some(table: str, parts: list[str], before: str) -> str:
-    """The first of some parts of a table, and how many more there are; nothing where there is none."""
+def _some(table: str, parts: list[str], prefix: str) -> str:
+    """Return the first of a table's ``parts`` and how many others there are, after ``prefix``; empty for no parts."""
     more = f" and {fmt.plural(len(parts) - 1, 'other part')}" if len(parts) > 1 else ""
-    return f"{before}{table}/{fmt.clean(parts[0])[:_CELL]}{more}" if parts else ""
+    return f"{prefix}{table}/{fmt.clean(parts[0])[:_CELL]}{more}" if parts else ""
 
 
 def _no_connection(key: str) -> NotFound:
@@ -470,7 +494,7 @@ def _escaped(value: object) -> str:
 
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.astype({name: str for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)})
+    return frame.astype({name: str for name, dtype in frame.dtypes.items() if isinstance(dtype, pd.CategoricalDtype)})
 
 
 def _moment(value: object) -> pd.Timestamp | None:

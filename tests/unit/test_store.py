@@ -751,7 +751,7 @@ def test_parts_that_are_not_the_ones_written_are_named(resets_in_parts: Path) ->
     shutil.copy(parts[0], parts[1])  # as many rows, others
     shutil.copy(parts[0], resets_in_parts / "cwnd_reset" / "part-000099.parquet")
     assert load(resets_in_parts).warnings == [
-        "what lies there isn't what the trace wrote: cwnd_reset/part-000002.parquet and 1 other part"
+        "these parts aren't as the trace wrote them: cwnd_reset/part-000002.parquet and 1 other part"
     ]
 
 

@@ -185,7 +185,7 @@ def test_a_connection_shows_itself(trace: Trace) -> None:
     assert text.splitlines()[0] == f"connection 10.1.0.1:443 > 10.2.0.9:{row['dport']}"
     assert f"{row['resets']} ({row['resets_harmful']} harmful)" in text
     assert str(one.verdict) in text
-    assert text.count("dear reset") == 3
+    assert text.count("costly reset") == 3
     assert "<code>10.1.0.1:443 &gt; 10.2.0.9" in one._repr_html_()
     with pytest.raises(NotFound, match="no connection 1:1"):
         trace.connection("1:1")
