@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A capture on disk: a directory with ``meta.json`` and a folder of Parquet parts for each table.
+"""Captures on disk: a directory with ``meta.json`` and a folder of Parquet parts for each table.
 
-Whatever is on disk is whole: a part and ``meta.json`` are each written under a name that readers skip,
-flushed to the device and then renamed. A writer that is killed, or whose disk fills up, loses the rows
-that it still held in memory and nothing else.
+No file on disk is ever incomplete. Each part and ``meta.json`` is written under a name that readers skip, flushed to
+the device and then renamed. A writer that is killed, or whose disk fills up, loses only the rows that it still held in
+memory.
 """
 
 from cwndtrace.store.layout import SCHEMA_VERSION

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening files of a capture that a stranger may have made: no link, no device, no pipe, nothing without end."""
+"""Open the files of a capture that may be untrusted.
+
+Links, devices and pipes are refused, and so are files of unbounded size.
+"""
 
 from __future__ import annotations
 
@@ -20,48 +23,51 @@ from cwndtrace.store import parquet_limits
 from cwndtrace.store.parquet_limits import Footer, UnsafeFile
 
 MOST_META: Final = 16 << 20
-"""Bytes of meta.json; a namespace takes about 200, a part 35."""
+"""The largest meta.json that is read, in bytes. A namespace takes about 200 bytes, a part 35."""
 
 MOST_VALUES: Final = 1_000_000
-"""Values in meta.json; a part takes three, and each takes up to 100 bytes of memory."""
+"""The most values in a meta.json. A part takes three, and each value takes up to 100 bytes of memory."""
 
 MOST_PARTS: Final = 100_000
-"""Parts of one table, whatever else lies in its folder counted with them."""
+"""The most parts of one table, counting every other file in its folder too."""
 
 
 @contextmanager
 def plain(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, opened by its own name, and its size in bytes. Raises OSError, or UnsafeFile for any other."""
+    """Open a regular file, and yield it with its size in bytes.
+
+    Raises OSError, or UnsafeFile for a symbolic link and for anything else that isn't a regular file.
+    """
     try:
-        # Not to wait for a writer, where it is a pipe.
+        # O_NONBLOCK, because opening a pipe would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UnsafeFile("it is a symbolic link") from error
         if error.errno == errno.ENXIO:
-            raise UnsafeFile("it is no regular file") from error
+            raise UnsafeFile("it isn't a regular file") from error
         raise
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UnsafeFile("it is no regular file")
+            raise UnsafeFile("it isn't a regular file")
         yield file, status.st_size
 
 
 def meta(path: Path) -> bytes:
-    """The bytes of meta.json, which ask for no more memory than what they may say is worth."""
+    """Return the bytes of meta.json. Raises OSError, and UnsafeFile where parsing them could take too much memory."""
     with plain(path) as (file, size):
         if size > MOST_META:
-            raise UnsafeFile(f"it has {plural(size, 'byte')}, and {MOST_META:,} are the most")
+            raise UnsafeFile(f"it has {plural(size, 'byte')}, and the limit is {MOST_META:,}")
         raw = file.read(MOST_META)
-    # Each value but the first of a list or a mapping has a comma before it. Some are in texts: never mind.
-    if sum(raw.count(each) for each in (b",", b"[", b"{")) > MOST_VALUES:
+    # In a list or a mapping, each value but the first has a comma before it. Commas in texts are counted too.
+    if sum(raw.count(separator) for separator in (b",", b"[", b"{")) > MOST_VALUES:
         raise UnsafeFile(f"it holds more than {MOST_VALUES:,} values")
     return raw
 
 
 def parts(folder: Path) -> list[Path]:
-    """The parts in the folder of a table; none where that is a link. Raises UnsafeFile where there are too many."""
+    """Return the parts in a table's folder, none if it's missing or a link. Raises UnsafeFile for too many."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -73,7 +79,7 @@ def parts(folder: Path) -> list[Path]:
 
 @contextmanager
 def parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """A part, opened; its memory is bounded. Raises what pyarrow raises, OSError and UnsafeFile."""
+    """Open a part whose memory is bounded. Raises OSError, UnsafeFile and the errors of pyarrow."""
     with plain(path) as (file, size):
         texts = parquet_limits.check(file, size)
         with (
@@ -84,30 +90,33 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def footer(path: Path) -> Footer:
-    """What a part says of itself in its footer. Raises OSError and UnsafeFile."""
+    """Return the facts in a part's footer. Raises OSError and UnsafeFile."""
     with plain(path) as (file, size):
         return parquet_limits.footer(file, size)
 
 
 def _native(file: BinaryIO) -> pa.NativeFile:
-    """The same file for pyarrow, which reads it without Python where the system has a name for it."""
+    """Return the same file for pyarrow, which reads it without going through Python where /proc has a name for it."""
     name = f"/proc/self/fd/{file.fileno()}"
     return pa.OSFile(name) if Path(name).exists() else pa.PythonFile(file, "r")
 
 
 def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows, of these columns as far as there are such, as their types say. Raises what pyarrow raises."""
+    """Return all rows of these columns, or of all columns for None; a column that the part lacks is left out.
+
+    Raises UnsafeFile where the rows would take too much memory, and the errors of pyarrow.
+    """
     schema = opened.schema_arrow
     names = [name for name in schema.names if columns is None or name in columns]
-    # As Arrow will hold them: by the schema that a part may bring along, values are wider than their pages tell.
-    width = sum(kind.bit_width // 8 if _fixed(kind) else _POINTER for kind in (schema.field(n).type for n in names))
+    # The width in memory: the Arrow schema stored in a part may make values wider than they are in its pages.
+    width = sum(dtype.bit_width // 8 if _fixed(dtype) else _POINTER for dtype in (schema.field(n).type for n in names))
     if opened.metadata.num_rows * width > parquet_limits.MOST_BYTES:
         raise UnsafeFile(f"its rows would take more than {parquet_limits.MOST_BYTES:,} bytes")
-    # By this thread alone. Where there is no memory for another one of Arrow's, it frees what those before still use.
+    # Arrow's own threads aren't used: if memory lacks for another one, Arrow frees what the earlier ones still use.
     table = opened.read(names, use_threads=False)
     if len(table) * sum(map(_longest_text, table.columns)) > parquet_limits.MOST_BYTES:
-        raise UnsafeFile(f"its texts, written out, would take more than {parquet_limits.MOST_BYTES:,} bytes")
-    # Indices outside of their dictionary, text that is no UTF-8: not looked at while reading.
+        raise UnsafeFile(f"its texts would take more than {parquet_limits.MOST_BYTES:,} bytes in a DataFrame")
+    # Reading doesn't check that indices are inside their dictionary and that text is UTF-8.
     table.validate(full=True)
     return table
 
@@ -115,14 +124,14 @@ def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Tab
 _POINTER: Final = 16
 
 
-def _fixed(kind: pa.DataType) -> bool:
-    kinds = (pa.types.is_primitive, pa.types.is_dictionary, pa.types.is_decimal)
-    return any(is_one(kind) for is_one in kinds)
+def _fixed(dtype: pa.DataType) -> bool:
+    checks = (pa.types.is_primitive, pa.types.is_dictionary, pa.types.is_decimal)
+    return any(check(dtype) for check in checks)
 
 
 def _longest_text(column: pa.ChunkedArray) -> int:
-    """Bytes of the longest text in a dictionary: as frames each row has its own."""
-    import pyarrow.compute as pc  # takes longer than a trace's start has; pandas has loaded it where rows are read
+    """Return the bytes of the longest text in a column's dictionaries: in a DataFrame each row has its own copy."""
+    import pyarrow.compute as pc  # too slow to load when a trace starts; where rows are read, pandas has loaded it
 
     if not pa.types.is_dictionary(column.type):
         return 0

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders held open, so that what is made in them lands there, whoever renames or replaces what on the way.
+"""Folders that are held open, so that files land in them even if another user renames or replaces part of their path.
 
-Root may write where somebody else may rename: by a name it could be led anywhere by a symbolic link. So a folder is
-reached once, step by step, and all below it is made by its descriptor, anew, and never through a link.
+Root may write to a folder where another user may rename things. If root used path names there, that user could redirect
+it anywhere with a symbolic link. So the path is walked once, step by step. Everything below it is created relative to
+the folder's descriptor, always as a new file, and never through a link.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from cwndtrace import privileges
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_LINKS: Final = 40  # as many as the kernel follows
+_LINKS: Final = 40  # as many as the kernel follows, MAXSYMLINKS in include/linux/namei.h
 
 
 class UnsafePath(OSError):
-    """A symbolic link on the way, or the folder itself, is somebody else's."""
+    """A symbolic link in the path, or the folder itself, belongs to another user."""
 
 
 class Folder:
-    """An open folder whose files are made with the rights of ``user``, or this process's own for None.
+    """An open folder whose files are created with the rights of ``user``, or of this process for None.
 
     Its methods raise OSError.
     """
@@ -39,9 +40,9 @@ class Folder:
 
     @classmethod
     def make(cls, path: Path, user: privileges.User | None) -> Self:
-        """Make the folder ``path`` with ``user``'s rights, for nobody but its owner.
+        """Create the folder ``path`` with ``user``'s rights, accessible to its owner only.
 
-        Raises FileExistsError where there is something.
+        Raises FileExistsError if ``path`` exists.
         """
         with privileges.acting_as(user):
             parent = _reach(path.parent)
@@ -63,15 +64,15 @@ class Folder:
 
     @property
     def path(self) -> Path:
-        """A name that reads this folder wherever it lies, for this process and until ``close``."""
+        """A path that leads this process to the folder wherever it has been moved, until ``close``."""
         return Path(f"/proc/self/fd/{self._fd}")
 
     def fileno(self) -> int:
-        """Its descriptor, for a process that is to have it too."""
+        """Return the folder's descriptor, to pass it to another process."""
         return self._fd
 
     def inside(self, name: str) -> Folder:
-        """The folder ``name`` in this one, made if there is none."""
+        """Open the folder ``name`` in this one, and create it if it doesn't exist."""
         with privileges.acting_as(self.user):
             try:
                 descriptor = os.open(name, _FOLDER, dir_fd=self._fd)
@@ -82,7 +83,7 @@ class Folder:
         return Folder(descriptor, self.user)
 
     def write(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
-        """Have ``name`` hold what ``fill`` writes, all of it or nothing, for nobody but its owner."""
+        """Write what ``fill`` gives to the file ``name``, completely or not at all, accessible to its owner only."""
         temporary = f".{name}.tmp"
         with privileges.acting_as(self.user):
             self.discard(temporary)
@@ -104,12 +105,12 @@ class Folder:
             yield file
 
     def discard(self, name: str) -> None:
-        """Remove a file if it is there and can be."""
+        """Remove a file if it exists, and ignore errors."""
         with suppress(OSError), privileges.acting_as(self.user):
             os.unlink(name, dir_fd=self._fd)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the descriptor; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
@@ -125,14 +126,14 @@ class Folder:
 
 
 def refuse(path: Path, user: privileges.User | None) -> None:
-    """Raise what ``Folder.make`` would, as far as it can be told without making anything."""
+    """Raise the error of ``Folder.make`` where it can be foreseen without creating anything."""
     with privileges.acting_as(user):
         parent = _reach(path.parent)
         try:
             with suppress(FileNotFoundError):
                 os.stat(path.name or ".", dir_fd=parent, follow_symlinks=False)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            # By the effective rights, which are those acted with: the real ones may still be root's.
+            # effective_ids checks the rights that acting_as() set; the real ones may still be root's.
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=parent, effective_ids=True):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         finally:
@@ -143,14 +144,14 @@ def _make_in(parent: int, name: str) -> None:
     try:
         os.mkdir(name or ".", 0o700, dir_fd=parent)
     except FileNotFoundError:
-        # So say file systems, as /proc, where nothing can be made; a folder that is gone has no link left.
+        # File systems such as /proc, where nothing can be created, give this error too. A removed folder has no links.
         if os.fstat(parent).st_nlink == 0:
             raise
         raise OSError(errno.EROFS, "nothing can be made in that file system") from None
 
 
 def _reach(path: Path) -> int:
-    """A descriptor of the folder ``path``; symbolic links on the way are root's or ours, others raise UnsafePath."""
+    """Return a descriptor of the folder ``path``. Raises UnsafePath for a symbolic link that isn't root's or ours."""
     trusted = {0, _file_system_uid()}
     left = list(reversed(path.parts))
     at = os.open(".", _STEP)
@@ -168,7 +169,7 @@ def _reach(path: Path) -> int:
                 if links > _LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
                 if status.st_uid not in trusted:
-                    raise UnsafePath(errno.EPERM, f"a symbolic link on the way is user {status.st_uid}'s")
+                    raise UnsafePath(errno.EPERM, f"a symbolic link in the path belongs to user {status.st_uid}")
                 left += reversed(PurePath(os.readlink("", dir_fd=step)).parts)
             finally:
                 os.close(step)
@@ -186,7 +187,7 @@ def _file_system_uid() -> int:
 
 
 def _sync(folder: int) -> None:
-    """Flush a folder that is open as a mere place; it may be writable and not readable."""
+    """Flush a folder that is open with O_PATH. Errors are ignored, because it may be writable and not readable."""
     with suppress(OSError):
         descriptor = os.open(".", _FOLDER, dir_fd=folder)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the writer and the reader of a capture agree on."""
+"""Names, limits and identities that the writer and the reader of a capture share."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Final
 from cwndtrace import format as fmt
 
 SCHEMA_VERSION: Final = 1
-"""Raised when a reader of the version before would misread a capture; new columns and tables don't count."""
+"""The version of the format. It rises when an older reader would misread a capture, not for new columns and tables."""
 
 META: Final = "meta.json"
 
 MOST_PART_ROWS: Final = 1 << 20
-"""Rows of one part: the writer gives up on more, and the reader on parts that say that they have more."""
+"""The most rows of one part: the writer drops rows beyond it, and the reader refuses parts whose footer counts more."""
 
 
 def part_name(number: int) -> str:
-    """The file of a table's part; numbers begin with 1."""
+    """Return the file name of a table's part; numbers begin with 1."""
     return f"part-{number:06}.parquet"
 
 
 def show(path: Path) -> str:
-    """A path for a message, without what could steer a terminal."""
+    """Return a path as text for a message, without control characters."""
     return fmt.clean(str(path))
 
 
 def boot_id() -> str:
-    """The kernel's name for this boot; empty where it tells none."""
+    """Return the kernel's id of this boot; empty where it can't be read."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -36,7 +36,7 @@ def boot_id() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone, or dead and not yet collected."""
+    """Return a process's start time in clock ticks since boot; None if it has ended, even if it is still a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``meta.json`` as typed values, checked once where it is read.
 
-A capture may come from a stranger. A value of another type than its own counts as absent, and no text keeps what
-could steer a terminal; so whoever uses ``Meta`` needs no checks.
+A capture may be untrusted. A value of the wrong type counts as absent, and control characters in texts are replaced, so
+users of ``Meta`` need no checks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cwndtrace.format import clean
 
 @dataclass(frozen=True)
 class Moment:
-    """One moment on two clocks: ``mono_ns`` of CLOCK_MONOTONIC, and what to add to it for UTC; both in ns."""
+    """One moment: ``mono_ns`` of CLOCK_MONOTONIC, and the offset to add to it for UTC, both in ns."""
 
     mono_ns: int
     utc_offset_ns: int | None
@@ -25,7 +25,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class NamespaceSettings:
-    """A network namespace: its name for people, whether it is the host's, and its settings; None where unknown."""
+    """A network namespace: its name for people, whether it is the host's, and its settings.
+
+    ``idle`` is tcp_slow_start_after_idle. Both settings are None where unknown.
+    """
 
     name: str
     host: bool
@@ -35,7 +38,7 @@ class NamespaceSettings:
 
 @dataclass(frozen=True)
 class Count:
-    """Records of one event that the trace kept, and that the kernel lost."""
+    """The numbers of records of one event that the trace kept and that the kernel lost."""
 
     kept: int
     lost: int
@@ -55,9 +58,9 @@ class LossySpan:
 class Part:
     """One part of a table, as it was written.
 
-    A part's footer holds where each column's pages lie and what is in them, and each page has a checksum of its own:
-    the footer's says whether this is the part that was written, and costs neither writing nor reading the pages once
-    more.
+    Each page of a part has a checksum of its own, and the footer says where each column's pages are and what they hold.
+    So a checksum of the footer tells whether a part is the one that was written, without writing or reading the pages
+    again.
     """
 
     rows: int
@@ -67,10 +70,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Meta:
-    """What a capture says of itself. Mappings are empty, texts empty and numbers 0 or None where it doesn't say.
+    """A capture's metadata. Where a value is absent, mappings and texts are empty, and numbers 0 or None.
 
-    ``counts`` is None where the capture doesn't count at all, and ``parts`` where it doesn't list its parts.
-    ``utc_offsets_ns`` has one value for each time that the wall clock was stepped, and one before.
+    ``counts`` is None where the capture has no counts at all, and ``parts`` where it doesn't list its parts.
+    ``utc_offsets_ns`` has the first offset, and another one for each step of the wall clock.
     """
 
     status: str = ""
@@ -96,7 +99,7 @@ class Meta:
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Meta:
-        """The values of a ``meta.json`` of any content; older captures call the probes ``rungs``."""
+        """Return the values of a ``meta.json`` with any content; older captures call the probes ``rungs``."""
         clock = _mapping(raw.get("clock"))
         counts, parts = raw.get("counts"), raw.get("parts")
         return cls(
@@ -132,9 +135,9 @@ class Meta:
 
 
 def listed(parts: Iterable[Part]) -> dict[str, list[int]]:
-    """How ``meta.json`` lists the parts of a table: a list for each of their figures, in the order of their numbers."""
-    all_of_them = list(parts)
-    return {each.name: [getattr(part, each.name) for part in all_of_them] for each in fields(Part)}
+    """Return a table's parts as ``meta.json`` lists them: one list for each field, in the order of the parts."""
+    in_order = list(parts)
+    return {column.name: [getattr(part, column.name) for part in in_order] for column in fields(Part)}
 
 
 def _mapping(value: object) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def _positive(value: object) -> int:
 
 
 def _plain(value: object) -> Any:
-    """A value of any type for people: texts clean, other things as Python shows them."""
+    """Return a value of any type for display: integers and booleans unchanged, all else as clean text."""
     return value if type(value) in (int, bool) else clean(str(value))
 
 
@@ -193,9 +196,9 @@ def _lossy(value: dict[str, Any]) -> Iterator[LossySpan]:
 
 
 def _parts(value: dict[str, Any]) -> tuple[Part, ...]:
-    """The parts of one table; none where the lists of their figures differ in length."""
-    columns = [value.get(each.name) for each in fields(Part)]
+    """Return the parts of one table; none where the lists of their fields are missing or differ in length."""
+    columns = [value.get(column.name) for column in fields(Part)]
     lists = [column for column in columns if isinstance(column, list)]
     if len(lists) < len(columns) or len({len(column) for column in lists}) > 1:
         return ()
-    return tuple(Part(*map(_positive, each)) for each in zip(*lists, strict=True))
+    return tuple(Part(*map(_positive, row)) for row in zip(*lists, strict=True))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory and time a Parquet file asks for, counted before any of it is given.
+"""Limits on the memory and time that reading a Parquet file takes, checked before anything is allocated.
 
-A few bytes of a file can say that they are gigabytes: by rows that are all alike, by pages that say how large they are
-when unpacked, or by columns that all lie in the same pages. pyarrow gives what is asked. The rows are in the footer,
-the pages' sizes in front of each page, both in Thrift's compact protocol (parquet-format), which is read here and
-nowhere else: pyarrow's own view of a footer ends the process where a statistic in it has the wrong length.
+A few bytes of a file can stand for gigabytes: rows that are all alike, pages that claim a large unpacked size, or
+columns that share the same pages. pyarrow allocates whatever the file asks for. The footer has the number of rows, and
+a header in front of each page has its size. Both are in Thrift's compact protocol (parquet-format), which this module
+parses itself, because pyarrow's own view of a footer ends the process if a statistic in it has the wrong length.
 
-A process of its own with limits would bound all that too, but whoever loads a capture in a notebook would have to start
-one, get its rows back through a pipe, and tell a limit from damage.
+A separate process with resource limits would bound memory and time too. But a notebook that loads a capture would have
+to start one, get the rows back through a pipe, and distinguish a limit from damage.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from cwndtrace.format import plural
 from cwndtrace.store.layout import MOST_PART_ROWS
 
 MOST_BYTES: Final = 1 << 29
-"""Memory of one part's rows, and of all its pages unpacked: a part that cwndtrace writes takes less than half of it."""
+"""The most memory for one part's rows, and for all its unpacked pages, in bytes. Parts of cwndtrace take less than half
+of it."""
 
 MOST_PAGES: Final = 20_000
-"""Pages of one part; the largest that cwndtrace writes has 2,000."""
+"""The most pages of one part. The largest part that cwndtrace writes has 2,000."""
 
 _MOST_PAGE: Final = 64 << 20
 _MOST_HEADERS: Final = 2 << 20
@@ -40,16 +41,16 @@ _TEXT: Final = _TYPES.index("BYTE_ARRAY")
 _REPEATED: Final = 2
 
 Fields = dict[int, Any]
-"""A Thrift struct: its fields by number."""
+"""The fields of a Thrift struct, by number."""
 
 
 class UnsafeFile(ValueError):
-    """A part that may not be read, and why."""
+    """A file that must not be read; the message says why."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a part says of itself without its pages: rows, size in bytes, the checksum of its footer, its columns."""
+    """The facts of a part that need none of its pages: rows, size in bytes, checksum of the footer, columns."""
 
     rows: int
     size: int
@@ -58,21 +59,24 @@ class Footer:
 
 
 def check(file: BinaryIO, size: int) -> list[str]:
-    """Columns of text, to be read as dictionaries. Raises UnsafeFile for what isn't Parquet or asks for too much."""
+    """Return the names of the text columns, to be read as dictionaries.
+
+    Raises UnsafeFile for a file that isn't Parquet, or that would take more than the limits.
+    """
     footer = Thrift(_footer(file, size)).struct()
     with _complete():
         columns, _ = _sound(footer)
         chunks = sorted(_place(size, chunk[3]) for group in footer[4] for chunk in group[1])
         if any(end > begin for (_, end), (begin, _) in pairwise(chunks)):
-            raise UnsafeFile("its columns lie in each other")
+            raise UnsafeFile("its columns overlap")
         work = _Work()
         for begin, end in chunks:
             _unpacked(file, begin, end, work)
-    return [name for name, kind in columns if kind == _TEXT]
+    return [name for name, type_number in columns if type_number == _TEXT]
 
 
 def footer(file: BinaryIO, size: int) -> Footer:
-    """What the footer says; the pages aren't looked at. Raises UnsafeFile as ``check`` does."""
+    """Return the facts in the footer, without checking the pages. Raises UnsafeFile as ``check`` does."""
     raw = _footer(file, size)
     with _complete():
         columns, rows = _sound(Thrift(raw).struct())
@@ -81,68 +85,69 @@ def footer(file: BinaryIO, size: int) -> Footer:
 
 @contextmanager
 def _complete() -> Iterator[None]:
-    """Raises UnsafeFile where what is read in it isn't there, or is something else."""
+    """Raise UnsafeFile where a field that the block reads is missing or has the wrong type."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, UnicodeDecodeError):
-        raise UnsafeFile("its footer lacks what a footer has") from None
+        raise UnsafeFile("its footer is incomplete or damaged") from None
 
 
 def _sound(footer: Fields) -> tuple[list[tuple[str, int]], int]:
-    """Name and type of each column, and the number of rows."""
+    """Return name and type of each column, and the number of rows."""
     columns, groups = _columns(footer), list(footer[4])
     if len(columns) > _MOST_COLUMNS or len(groups) > _MOST_GROUPS:
         raise UnsafeFile(f"{plural(len(columns), 'column')} in {plural(len(groups), 'group')} are too many")
     if any(group[3] < 0 or len(group[1]) != len(columns) for group in groups):
-        raise UnsafeFile("its groups of rows don't agree with its footer")
-    found = sum(group[3] for group in groups)
-    if found != footer[3]:
-        raise UnsafeFile("its footer counts other rows than its groups")
-    if found > MOST_PART_ROWS:
-        raise UnsafeFile(f"it says that it holds {plural(found, 'row')}, a part has {MOST_PART_ROWS:,} at most")
-    return columns, found
+        raise UnsafeFile("its row groups don't match its footer")
+    rows = sum(group[3] for group in groups)
+    if rows != footer[3]:
+        raise UnsafeFile("its footer and its row groups count different numbers of rows")
+    if rows > MOST_PART_ROWS:
+        raise UnsafeFile(f"it says that it holds {plural(rows, 'row')}, and a part has {MOST_PART_ROWS:,} at most")
+    return columns, rows
 
 
 def _footer(file: BinaryIO, size: int) -> bytes:
-    """FileMetaData, as it lies there."""
+    """Return the bytes of FileMetaData."""
     file.seek(max(0, size - 8))
     length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
     if size < 12 or magic != b"PAR1" or length > min(size - 12, _MOST_FOOTER):
-        raise UnsafeFile("it has no footer of Parquet")
+        raise UnsafeFile("it has no Parquet footer")
     file.seek(size - 8 - length)
     return file.read(length)
 
 
 def _columns(footer: Fields) -> list[tuple[str, int]]:
-    """Name and type of each column; all lie side by side."""
+    """Return name and type of each column. Raises UnsafeFile for nested columns."""
     root, *elements = footer[2]
     if root.get(5) != len(elements):
         raise UnsafeFile("its columns are nested")
-    found = []
+    columns = []
     for element in elements:
-        name, kind = element[4].decode("utf-8"), element.get(1)
-        if element.get(5) or element.get(3) == _REPEATED or kind is None:
+        name, type_number = element[4].decode("utf-8"), element.get(1)
+        if element.get(5) or element.get(3) == _REPEATED or type_number is None:
             raise UnsafeFile(f"column {name} is nested")
-        if not 0 <= kind <= _TEXT:
-            raise UnsafeFile(f"column {name} is of type {_TYPES[kind] if 0 <= kind < len(_TYPES) else kind}")
-        found.append((name, kind))
-    return found
+        if not 0 <= type_number <= _TEXT:
+            type_name = _TYPES[type_number] if 0 <= type_number < len(_TYPES) else type_number
+            raise UnsafeFile(f"column {name} is of type {type_name}")
+        columns.append((name, type_number))
+    return columns
 
 
 def _place(size: int, chunk: Fields) -> tuple[int, int]:
-    """Where the pages of a column (ColumnMetaData) begin and end."""
+    """Return the offsets in bytes where the pages of a column (ColumnMetaData) begin and end."""
     at, dictionary = chunk[9], chunk.get(11, 0)
     if dictionary > 0:
         at = min(at, dictionary)
     end = at + chunk[7]
     if not 0 <= at <= end <= size:
-        raise UnsafeFile("a column lies outside of the file")
+        raise UnsafeFile("a column lies outside the file")
     return at, end
 
 
 @dataclass
 class _Work:
-    """What the pages looked at so far come to: how many, bytes of their headers, bytes unpacked."""
+    """Totals of the pages checked so far: their number, bytes of their headers, bytes unpacked."""
 
     pages: int = 0
     headers: int = 0
@@ -151,15 +156,15 @@ class _Work:
     def add(self, header: int, unpacked: int) -> None:
         self.pages, self.headers, self.unpacked = self.pages + 1, self.headers + header, self.unpacked + unpacked
         if self.pages > MOST_PAGES or self.headers > _MOST_HEADERS:
-            raise UnsafeFile(
-                f"it has more than {MOST_PAGES:,} pages, or more of their headers than {_MOST_HEADERS:,} bytes"
-            )
+            raise UnsafeFile(f"it has more than {MOST_PAGES:,} pages, or {_MOST_HEADERS:,} bytes of page headers")
         if unpacked > _MOST_PAGE or self.unpacked > MOST_BYTES:
-            raise UnsafeFile(f"its pages would unpack to more than {MOST_BYTES:,} bytes, or one to {_MOST_PAGE:,}")
+            raise UnsafeFile(
+                f"its pages would unpack to more than {MOST_BYTES:,} bytes, or one of them to more than {_MOST_PAGE:,}"
+            )
 
 
 def _unpacked(file: BinaryIO, at: int, end: int, work: _Work) -> None:
-    """Add the pages between two places to ``work``. Raises UnsafeFile where that is too much."""
+    """Add the pages between two offsets to ``work``. Raises UnsafeFile where they exceed a limit."""
     while at < end:
         file.seek(at)
         header = Thrift(file.read(min(_LONGEST_HEADER, end - at)))
@@ -172,25 +177,25 @@ def _unpacked(file: BinaryIO, at: int, end: int, work: _Work) -> None:
 
 
 class Thrift:
-    """Reads the compact protocol; ``at`` is where it stands. Raises UnsafeFile for what isn't it."""
+    """A reader of Thrift's compact protocol; ``at`` is its offset in bytes. Raises UnsafeFile for anything else."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
         self.at = 0
 
     def struct(self) -> Fields:
-        """A struct and all in it; of fields of one number the last counts, as for Thrift."""
+        """Return a struct and everything in it. If a field number repeats, the last one counts, as in Thrift."""
         try:
             return self._struct(0)
         except IndexError:
-            raise UnsafeFile("what it says of itself is cut off") from None
+            raise UnsafeFile("its metadata is cut off") from None
 
     def _byte(self) -> int:
         self.at += 1
         return self._raw[self.at - 1]
 
     def _number(self) -> int:
-        """A varint."""
+        """Read a varint."""
         byte = self._raw[self.at]
         self.at += 1
         if byte < 0x80:  # most are
@@ -203,7 +208,7 @@ class Thrift:
             if byte < 0x80:
                 return value
             if shift > 63:
-                raise UnsafeFile("it holds a number without end")
+                raise UnsafeFile("it holds a number longer than 10 bytes")
 
     def _signed(self) -> int:
         value = self._number()
@@ -217,24 +222,24 @@ class Thrift:
 
     def _struct(self, depth: int) -> Fields:
         if depth > _DEEPEST:
-            raise UnsafeFile("it is nested too deep")
-        found: Fields = {}
+            raise UnsafeFile("it is nested too deeply")
+        fields: Fields = {}
         field = 0
         while byte := self._byte():
             field = field + (byte >> 4) if byte >> 4 else self._signed()
-            kind = byte & 0xF
-            # A boolean is said by its kind.
-            found[field] = kind == 1 if kind in (1, 2) else self._value(kind, depth)
-        return found
+            type_id = byte & 0xF
+            # The type id of a boolean field is its value.
+            fields[field] = type_id == 1 if type_id in (1, 2) else self._value(type_id, depth)
+        return fields
 
-    def _value(self, kind: int, depth: int) -> Any:
-        if kind in (4, 5, 6):
+    def _value(self, type_id: int, depth: int) -> Any:
+        if type_id in (4, 5, 6):
             return self._signed()
-        if kind == 8:
+        if type_id == 8:
             return self._bytes(self._number())
-        if kind == 12:
+        if type_id == 12:
             return self._struct(depth + 1)
-        if kind in (9, 10):
+        if type_id in (9, 10):
             byte = self._byte()
             count, inner = byte >> 4, byte & 0xF
             if count == 15:
@@ -242,8 +247,8 @@ class Thrift:
             if count > len(self._raw) - self.at:  # each takes a byte at least
                 raise IndexError
             return [self._value(inner, depth + 1) for _ in range(count)]
-        if kind in (1, 2, 3):  # booleans in a list
+        if type_id in (1, 2, 3):  # a boolean in a list, or a byte
             return self._byte()
-        if kind == 7:
+        if type_id == 7:
             return self._bytes(8)
-        raise UnsafeFile(f"it holds a value of kind {kind}")
+        raise UnsafeFile(f"it holds a value of unknown type {type_id}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a capture: what can be read is, and what can't be is named."""
+"""Read captures: all parts that can be read, with a warning for each one that can't."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from cwndtrace.store.meta import Meta
 from cwndtrace.store.parquet_limits import Footer, UnsafeFile
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
-"""What pyarrow raises for a damaged file: a footer with a wrong byte may give any of them."""
+"""The errors that pyarrow raises for damaged files: one wrong byte in a footer may cause any of them."""
 
 MOST_ROWS: Final = 100_000_000
-"""Rows of a capture, all its tables together, unless who reads it says otherwise: a day of 1,000 block requests a
-second."""
+"""The most rows that are read of a capture, all its tables together, unless the caller gives another number. A day of
+1,000 block requests per second has fewer."""
 
 _MOST_LOOKED_AT: Final = 10_000
-"""Entries of a folder without meta.json that are looked at for captures, to name them."""
+"""The most entries of a folder without meta.json that are searched for captures, to name them in the error."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A capture as it lies on disk.
+    """A capture on disk.
 
-    ``meta`` is its meta.json as it stands there, ``about`` the same checked and typed.
-    ``status`` is ``complete``, ``running`` (its writer lives), ``interrupted`` (its writer is gone and
-    never closed it) or ``failed``. ``warnings`` begins with what the trace had to go on without, and grows as
-    ``table`` meets parts that can't be read; ``missing`` and ``strange`` tell what lacks besides. ``shown`` is the path
-    for people where ``path`` is not, ``max_rows`` how many rows all tables may have together.
+    ``meta`` is the content of its meta.json, ``about`` the same checked and typed. ``status`` is ``complete``,
+    ``running`` (its writer lives), ``interrupted`` (its writer is gone and never closed it) or ``failed``.
+    ``warnings`` begins with the things that the trace had to do without, and grows as ``table`` meets parts that can't
+    be read; ``missing`` and ``strange`` report other gaps. ``shown`` is the path to show to people if it isn't
+    ``path``. ``max_rows`` is the most rows that all tables may have together.
     """
 
     path: Path
@@ -55,13 +55,12 @@ class Capture:
     _unread: set[Path] = field(default_factory=set, repr=False)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a table: its schema first, then columns that a later version may have added.
+        """Return all rows of a table: the columns of its schema first, then any that a later version added.
 
-        ``columns`` names those to read, of the schema; the others cost nothing then.
-        Columns that an earlier version didn't write are null; without any part the table is empty. A part
-        that is cut off or corrupt is left out, with a line in ``warnings``. Times come to the microsecond
-        in ``time``, exact in the ``*_ns`` columns. Raises KeyError for a table that neither this version
-        nor the capture knows.
+        ``columns`` names the columns of the schema to read; others aren't read then. Columns that an earlier version
+        didn't write are null. Without any part the table is empty. A part that is cut off or corrupt is left out, with
+        a line in ``warnings``. ``time`` is in microseconds; the ``*_ns`` columns are exact. Raises KeyError for a table
+        that neither this version nor the capture has.
         """
         strange = name not in arrow.TABLES
         if strange and (not name or Path(name).name != name or name.startswith(".") or not (self.path / name).is_dir()):
@@ -75,20 +74,23 @@ class Capture:
         return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
 
     def pieces(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """What ``table`` gives, part by part, so that not all of it is in memory twice; the first is always empty."""
+        """Yield the rows of ``table`` part by part, so that memory never holds all of them twice.
+
+        The first piece is always empty.
+        """
         schema = arrow.schema(name)
         known = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
         yield known.empty_table()
         yield from (table for _, table in self._each(name, known, columns))
 
     def rows(self, name: str) -> int:
-        """How many rows of a table are on disk; reads only the parts' footers, so it is cheap."""
+        """Return how many rows of a table are on disk. This is cheap, because it reads only the parts' footers."""
         return sum(footer.rows for footer in self._footers(name).values())
 
     def missing(self, name: str) -> tuple[int, int]:
-        """How many rows of a table aren't there or can't be read, and how many the trace kept, by ``meta.json``.
+        """Return how many rows of a table are absent or unreadable, and how many the trace kept, by ``meta.json``.
 
-        Nothing is missing while the trace runs, and where ``meta.json`` doesn't tell.
+        The first is 0 while the trace runs, and where ``meta.json`` doesn't say.
         """
         if self.status == "running":
             return 0, 0
@@ -105,18 +107,18 @@ class Capture:
         return lacking, max(kept, written)
 
     def strange(self, name: str) -> list[str]:
-        """The parts of a table that aren't those that the trace wrote, as far as ``meta.json`` lists them."""
+        """Return the parts of a table that aren't as the trace wrote them; none if ``meta.json`` lists no parts."""
         listed = self._listed(name)
         if self.about.parts is None:
             return []
         return [part for part, footer in self._footers(name).items() if footer != listed.get(part)]
 
     def gone(self, name: str) -> list[str]:
-        """The parts of a table that ``meta.json`` lists and that aren't there or can't be read."""
+        """Return the parts of a table that ``meta.json`` lists and that are absent or unreadable."""
         return [part for part in self._listed(name) if part not in self._footers(name)]
 
     def partly(self, name: str) -> tuple[int, list[str]]:
-        """How many rows of a table lack columns that a later version needs, and which columns."""
+        """Return how many rows of a table lack columns that the analyses need, and the names of these columns."""
         needed = arrow.needed(name)
         lacking = [
             (footer.rows, footer.columns) for footer in self._footers(name).values() if not footer.columns >= {*needed}
@@ -128,8 +130,8 @@ class Capture:
         return {part_name(n): Footer(part.rows, part.bytes, part.footer_crc32) for n, part in enumerate(parts, start=1)}
 
     def _footers(self, name: str) -> dict[str, Footer]:
-        """What each part of a table that can be read says of itself. Each is looked at once for as long as it lies."""
-        found = {}
+        """Return the footer of each part of a table that can be read. It is read again only if the file has changed."""
+        footers = {}
         for part in self._parts(name):
             try:
                 status = part.lstat()
@@ -140,17 +142,17 @@ class Capture:
             else:
                 self._footer_cache[key] = footer
                 if part not in self._unread:
-                    found[part.name] = footer
-        return found
+                    footers[part.name] = footer
+        return footers
 
     def _bound(self, name: str) -> None:
-        """Raises CaptureError where there are more rows than may be read."""
+        """Raise CaptureError where there are more rows than may be read."""
         total = sum(self.rows(table) for table in {*arrow.TABLES, name})
         if total > self.max_rows:
             holds = f"{show(self.shown or self.path)} holds {plural(total, 'row')}"
-            cause = f"{holds}, and {self.max_rows:,} are the most to be read."
-            remedy = "If there is memory for them (a block request takes about 100 bytes, a reset 1,000), raise "
-            raise CaptureError(cause, f"{remedy}--max-rows, max_rows in Python.")
+            cause = f"{holds}, and the limit is {self.max_rows:,}."
+            remedy = "If there is memory for them (a block request takes about 100 bytes, a reset 1,000 bytes), raise "
+            raise CaptureError(cause, f"{remedy}--max-rows (max_rows in Python).")
 
     def _parts(self, name: str) -> list[Path]:
         folder = self.path / name
@@ -167,12 +169,12 @@ class Capture:
         self._bound(name)
         for part in self._parts(name):
             try:
-                # Not pq.read_table: it makes columns of a host=... in the path.
+                # pq.read_table would turn a folder named host=... in the path into a column.
                 with files.parquet(part) as file:
                     data = files.read(file, columns)
                 data = data if known is None else _conform(data, known)
             except _UNREADABLE as error:
-                if for_lack_of_memory(error):  # pyarrow's MemoryError is one of its own exceptions too
+                if for_lack_of_memory(error):  # pyarrow's MemoryError is an ArrowException too
                     raise
                 self._unread.add(part)
                 self._warn(part, error)
@@ -187,16 +189,16 @@ class Capture:
 
 
 def open_capture(path: str | os.PathLike[str], *, max_rows: int = MOST_ROWS) -> Capture:
-    """Open a capture for reading; its tables are read when asked for, as long as they have ``max_rows`` at most.
+    """Open a capture for reading. Its tables are read on demand, if they have at most ``max_rows`` rows together.
 
-    Raises CaptureError, with what to do about it, for anything that isn't a capture this version can read.
+    Raises CaptureError, with a remedy, for anything that isn't a capture this version can read.
     """
     where = Path(path)
     try:
         _refuse_mistakes(where)
         meta = _read_meta(where)
         if _status(meta) == "interrupted":
-            meta = _read_meta(where)  # its writer may have closed it between our two looks
+            meta = _read_meta(where)  # the writer may have closed it and ended after the first read
     except PermissionError as error:
         cause = f"{show(where)} can't be read: {error.strerror}."
         raise CaptureError(cause, "Read it as the user who wrote it.") from error
@@ -221,11 +223,11 @@ def _refuse_mistakes(where: Path) -> None:
         names = ", ".join(show(found) for found in inside[:8]) + (", ..." if len(inside) > 8 else "")
         holds = "a capture" if len(inside) == 1 else f"{len(inside)} captures"
         raise CaptureError(f"{show(where)} isn't a capture, it holds {holds}.", f"Open {names}.")
-    raise CaptureError(f"{show(where)} isn't a capture: no {META} in it.", "Give the directory that cwndtrace wrote.")
+    raise CaptureError(f"{show(where)} isn't a capture: it has no {META}.", "Give the directory that cwndtrace wrote.")
 
 
 def _captures_in(where: Path) -> list[Path]:
-    """Captures in a folder or in its folders, of the first _MOST_LOOKED_AT entries: there may be any number."""
+    """Return the captures in a folder or in its folders. Only the first _MOST_LOOKED_AT entries are searched."""
     left = iter(range(_MOST_LOOKED_AT))
 
     def folders(place: Path) -> Iterator[Path]:
@@ -235,7 +237,8 @@ def _captures_in(where: Path) -> list[Path]:
                     yield Path(entry.path)
 
     near = list(folders(where))
-    return sorted(each for each in (*near, *(far for each in near for far in folders(each))) if (each / META).is_file())
+    far = (inner for folder in near for inner in folders(folder))
+    return sorted(folder for folder in (*near, *far) if (folder / META).is_file())
 
 
 def _read_meta(where: Path) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def _read_meta(where: Path) -> dict[str, Any]:
         raise CaptureError(f"{show(file)} can't be read: {fmt.clean(str(error))}.", fmt.clean(tables)) from error
     version = meta.get("schema") if isinstance(meta, dict) else None
     if type(version) is not int or version < 1:
-        raise CaptureError(f"{show(file)} isn't that of a capture: no schema number.", "Give another directory.")
+        raise CaptureError(f"{show(file)} isn't that of a capture: it has no schema number.", "Give another directory.")
     if version > SCHEMA_VERSION:
         cause = f"{show(where)} has schema {version}; this cwndtrace reads up to {SCHEMA_VERSION}."
         writer = fmt.clean(str(meta.get("version", "a newer one")))[:40]
@@ -274,7 +277,7 @@ def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
             raise UnsafeFile(f"values of {name} are missing")
     for column in columns:
         if pa.types.is_timestamp(column.type):
-            # Raises for times that no kernel's nanoseconds can tell, and that pandas couldn't show.
+            # This raises for times that nanoseconds in 64 bits can't express, and that pandas couldn't show.
             column.cast(pa.timestamp("ns", tz=column.type.tz))
     extra = [f for f in data.schema if f.name not in known.names]
     schema = pa.schema([*known, *extra], metadata=known.metadata)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a capture, safe against kill -9 and a full disk."""
+"""Write captures in a way that is safe against kill -9 and a full disk."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ from cwndtrace.store.meta import Part, listed
 from cwndtrace.store.reader import Capture, open_capture
 
 PART_ROWS: Final = 131_072
-"""Rows that make a part due, whatever their age: few enough that writing them ends before a ring buffer is full."""
+"""With this many new rows a part is due at any age. Writing them ends before a ring buffer is full."""
 
 FLUSH_SECONDS: Final = 0.5
-"""How long a row waits in memory: with the kernel's and the loop's tenths of a second, a kill loses a second's rows."""
+"""The time that a row waits in memory. With the tenths of a second that rows spend in the kernel and in the event loop,
+a kill loses the rows of about a second."""
 
 OWN_SECONDS: Final = 10.0
-"""The same where all that waits is this process's own block I/O: writing makes some, which would have to be written in
-its turn, twice a second for as long as nothing else happens."""
+"""The same for rows that are only this process's own block I/O. Writing a part causes such I/O, which would otherwise
+cause the next part, twice a second, even if nothing else happens."""
 
 SEAL_ROWS: Final = 16_384
 SEAL_SECONDS: Final = 60.0
-"""A part that has so many rows, or that is so old, is left as it is; until then each flush writes it anew, with what
-came in since, or a quiet day would leave a hundred thousand parts of a few rows."""
+"""A part with this many rows, or of this age, is sealed. Until then each flush rewrites it with the rows that came in
+since; otherwise a quiet day would leave a hundred thousand parts of a few rows."""
 
 BUFFER_ROWS: Final = MOST_PART_ROWS
-"""Rows a table may hold in memory while its disk refuses them (about 100 MB); more are dropped and counted."""
+"""The most rows of a table in memory while its disk refuses them (about 100 MB). More are dropped and counted."""
 
 _REMEDIES: Final = {
     errno.ENOSPC: "Free some space there, or write to another disk with -o.",
@@ -64,15 +65,16 @@ _REMEDIES: Final = {
     errno.EPERM: "Choose a place you may write to with -o.",
     errno.EROFS: "Choose a place you may write to with -o.",
     errno.ENAMETOOLONG: "Choose a shorter name with -o.",
-    errno.EIO: "The disk itself fails: see dmesg, and write to another one with -o.",
+    errno.EIO: "The disk is failing: see dmesg, and write to another one with -o.",
 }
 
 
 @dataclass
 class _Buffer:
-    """The rows of one table that aren't on disk yet, behind the ``written`` ones of a part that isn't sealed.
+    """The rows of one table's unsealed part.
 
-    ``due`` is when those are to be written, ``begun`` when the part's first row came.
+    The first ``written`` rows are on disk already, the others wait. ``due`` is the time at which those are to be
+    written, ``begun`` the time at which the part's first row came in, both by time.monotonic().
     """
 
     tables: list[pa.Table | arrow.TimedRecords] = field(default_factory=list)
@@ -92,9 +94,9 @@ class _Buffer:
 
 
 class CaptureWriter:
-    """Writes one capture; made by ``create``. Not for use from several threads at once.
+    """A writer of one capture, made by ``create``. It isn't safe for use from several threads at once.
 
-    ``path`` is the capture's directory, ``lost`` counts by table the rows that never reached the disk.
+    ``path`` is the capture's directory. ``lost`` counts the rows that never reached the disk, by table.
     """
 
     def __init__(self, path: Path, folder: Folder, meta: dict[str, Any], flush_seconds: float) -> None:
@@ -116,12 +118,12 @@ class CaptureWriter:
         flush_seconds: float = FLUSH_SECONDS,
         user: privileges.User | None = None,
     ) -> CaptureWriter:
-        """Make the directory ``path`` and its ``meta.json``, whose status is ``running`` from now on.
+        """Create the directory ``path`` and its ``meta.json``, with the status ``running``.
 
-        ``meta`` may hold anything that JSON can; ``schema``, ``status``, ``pid``, ``pid_start`` (clock ticks
-        since boot) and ``boot_id`` are filled in, because they tell later whether this process still lives.
-        The capture is made by ``user``'s rights and belongs to them.
-        Raises CaptureError if ``path`` exists, its parent doesn't, or it can't be written.
+        ``meta`` may hold anything that JSON can. ``schema``, ``status``, ``pid``, ``pid_start`` (clock ticks since
+        boot) and ``boot_id`` are filled in; the last three tell a reader whether this process still lives. The capture
+        is created with ``user``'s rights and belongs to that user. Raises CaptureError if ``path`` exists, its parent
+        doesn't, or it can't be written.
         """
         path = Path(path)
         identity = {
@@ -146,14 +148,14 @@ class CaptureWriter:
         return writer
 
     def capture(self) -> Capture:
-        """The capture for reading, wherever its directory lies by now, also where its path can't be walked any more.
+        """Open the capture for reading, even if its directory has been moved or its path can't be walked any longer.
 
-        Works as long as this writer is kept. Raises CaptureError.
+        The result is usable while this writer exists. Raises CaptureError.
         """
         return replace(open_capture(self._folder.path), shown=self.path)
 
     def add(self, table: str, data: pa.Table | arrow.TimedRecords) -> None:
-        """Take the rows of ``data``, to be written by a later ``flush``.
+        """Take the rows of ``data``, which a later ``flush`` writes.
 
         Raises ValueError for a table that isn't one of ``arrow.TABLES`` and for a schema other than its own.
         """
@@ -161,7 +163,7 @@ class CaptureWriter:
             raise ValueError(f"{table!r} isn't a table of a capture")
         if isinstance(data, arrow.TimedRecords):
             if data.event != table:
-                raise ValueError(f"records of {data.event} are none of {table}")
+                raise ValueError(f"records of {data.event} don't belong in table {table}")
         elif not data.schema.equals(arrow.schema(table)):
             raise ValueError(f"the schema differs from that of {table}:\n{data.schema}")
         buffer = self._buffers[table]
@@ -180,26 +182,27 @@ class CaptureWriter:
             buffer.rows += len(data)
 
     def flush(self, force: bool = False) -> None:
-        """Write the parts that are due: ``flush_seconds`` after their first new row that isn't of this process's own
-        block I/O, or with PART_ROWS new ones.
+        """Write the parts that are due.
 
-        ``force`` writes all that is held, and seals it. Raises CaptureError if the disk refuses; the rows are then kept
-        and tried again, ``flush_seconds`` later at the earliest unless forced.
+        A part is due ``flush_seconds`` after its first new row, OWN_SECONDS after it if all new rows are this process's
+        own block I/O, and at once with PART_ROWS new rows. ``force`` writes all rows, and seals the parts. Raises
+        CaptureError if the disk refuses; the rows are then kept, and written again ``flush_seconds`` later at the
+        earliest, unless forced.
         """
         if refused := self._flush(force):
             name, error = refused[0]
             waiting = plural(number := self._buffers[name].waiting, "row")
-            what = (
+            failure = (
                 f"Writing {name} to {show(self.path)} failed, {waiting} {'waits' if number == 1 else 'wait'} in memory"
             )
-            raise _failed(what, error)
+            raise _failed(failure, error)
 
     def due_s(self) -> float:
-        """Seconds until ``flush`` has something to write, below 0 if it is late; infinite where no row waits."""
+        """Return the seconds until ``flush`` has rows to write, negative if it is late, infinite if no row waits."""
         return min((b.due for b in self._buffers.values() if b.waiting), default=math.inf) - time.monotonic()
 
     def _flush(self, force: bool) -> list[tuple[str, OSError]]:
-        """Write the parts that are due; the tables that the disk refused, and why."""
+        """Write the parts that are due, and return the tables that the disk refused, with the errors."""
         refused = []
         for name, buffer in self._buffers.items():
             due = buffer.waiting >= PART_ROWS or time.monotonic() >= buffer.due
@@ -213,7 +216,7 @@ class CaptureWriter:
         return refused
 
     def update_meta(self, **values: Any) -> None:
-        """Replace top-level ``values`` of ``meta.json``, the whole file or nothing. Raises CaptureError."""
+        """Replace top-level ``values`` of ``meta.json``, all of them or none. Raises CaptureError."""
         meta = {**self._meta, **values}
         try:
             self._write_meta(meta)
@@ -222,10 +225,10 @@ class CaptureWriter:
         self._meta = meta
 
     def close(self, status: str = "complete", **meta: Any) -> None:
-        """Write what is held, then ``status`` and ``meta``; the second call does nothing.
+        """Write all rows in memory, then ``status`` and ``meta`` to ``meta.json``. A second call does nothing.
 
-        Where rows had to be given up, ``meta.json`` gets ``unwritten`` with their number by table; where the
-        last flush failed, the status is ``failed`` and CaptureError is raised. ``parts`` says what was written.
+        ``meta.json`` also gets ``parts``, the parts that were written, and, if rows were lost, ``unwritten`` with their
+        number by table. If the last flush fails, the status is ``failed``, and CaptureError is raised.
         """
         if self._closed:
             return
@@ -254,27 +257,27 @@ class CaptureWriter:
         buffer.tables = [rows]
 
         sealed = seal or buffer.rows >= SEAL_ROWS or time.monotonic() - buffer.begun >= SEAL_SECONDS
-        # What is written anew soon isn't worth half of the time that writing a few rows takes.
+        # Compression takes half of the time of writing a few rows, which is wasted on a part that is rewritten soon.
         codec = "zstd" if sealed else "none"
 
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression=codec, **_encoding(name))
-        whole = memoryview(sink.getvalue())
-        footer = whole[-8 - int.from_bytes(whole[-8:-4], "little") : -8]
+        content = memoryview(sink.getvalue())
+        footer = content[-8 - int.from_bytes(content[-8:-4], "little") : -8]
 
         def fill(file: BinaryIO) -> None:
-            file.write(whole)
+            file.write(content)
 
         with self._folder.inside(name) as folder:
             try:
                 folder.write(part, fill)
             except BaseException:
-                # Rows that count as waiting may not be there as well.
+                # The rows of a new part still count as waiting, so they must not be on disk too.
                 if not buffer.written:
                     folder.discard(part)
                 raise
         buffer.written = buffer.rows
-        self._parts[name][buffer.part] = Part(len(rows), len(whole), zlib.crc32(footer))
+        self._parts[name][buffer.part] = Part(len(rows), len(content), zlib.crc32(footer))
         if sealed:
             buffer.part += 1
             buffer.clear()
@@ -285,14 +288,14 @@ class CaptureWriter:
 
 
 def refuse_place(path: Path, user: privileges.User | None) -> None:
-    """Raise the CaptureError of ``create`` where it is plain beforehand that no capture can be made there."""
+    """Raise the CaptureError of ``create`` where it can be foreseen without creating anything."""
     with _explained(path):
         refuse(path, user)
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What making the folder ``path`` raises becomes CaptureError."""
+    """Turn the errors of creating the folder ``path`` into CaptureError."""
     try:
         yield
     except FileExistsError:
@@ -308,7 +311,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _own(rows: pa.Table | arrow.TimedRecords) -> bool:
-    """Whether these are block requests of this process alone."""
+    """Return True if all rows are block requests of this process."""
     if not isinstance(rows, arrow.TimedRecords) or rows.event != "block_io":
         return False
     return bool((rows.records["tgid"] == os.getpid()).all())
@@ -316,9 +319,9 @@ def _own(rows: pa.Table | arrow.TimedRecords) -> bool:
 
 @cache
 def _encoding(table: str) -> dict[str, Any]:
-    """How the columns of a table are stored: clocks as differences, most by dictionary, sectors by neither.
+    """Return how pyarrow encodes the columns of a table: clocks as differences, sectors plain, others by dictionary.
 
-    Beside one rule for all columns that takes a quarter of the time and half of the space.
+    Compared with one encoding for all columns, this takes a quarter of the time and half of the space.
     """
     schema = arrow.schema(table)
     clocks = [f.name for f in schema if pa.types.is_timestamp(f.type) or f.name.endswith("_ns")]
@@ -330,6 +333,7 @@ def _encoding(table: str) -> dict[str, Any]:
     }
 
 
-def _failed(what: str, error: OSError) -> CaptureError:
+def _failed(failure: str, error: OSError) -> CaptureError:
     reason = error.strerror or fmt.clean(str(error))
-    return CaptureError(f"{what}: {reason}.", _REMEDIES.get(error.errno or 0, "See the reason, or choose another -o."))
+    remedy = _REMEDIES.get(error.errno or 0, "Remove the cause, or choose another place with -o.")
+    return CaptureError(f"{failure}: {reason}.", remedy)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a capture on a thread of its own, so that a slow disk costs no records."""
+"""Write a capture on a separate thread, so that a slow disk costs no records."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SOONEST_S: Final = 0.05
 
 
 class ThreadedWriter:
-    """A ``CaptureWriter`` on a thread of its own, which the first row starts; the calls are those of the writer.
+    """A ``CaptureWriter`` on a separate thread, which the first row starts, with the methods of the writer.
 
-    Who adds never waits. Rows that the thread hasn't taken are at most BUFFER_ROWS; beyond that they are dropped and
-    counted as the writer's own are.
+    ``add`` never waits for the disk. At most BUFFER_ROWS rows are queued for the thread; more are dropped and counted,
+    as the writer does with its own.
     """
 
     def __init__(self, writer: CaptureWriter) -> None:
@@ -53,21 +53,21 @@ class ThreadedWriter:
             self._thread.start()
 
     def capture(self) -> Capture:
-        """As the writer's."""
+        """Open the capture for reading, as ``CaptureWriter.capture`` does."""
         return self._writer.capture()
 
     def update_meta(self, **values: Any) -> None:
-        """As the writer's, in its turn; what it failed with comes from the next ``flush``."""
+        """Update ``meta.json`` once the rows queued before are taken; the next ``flush`` raises an error of it."""
         self._start()
         self._queue.put(values)
 
     def flush(self) -> None:
-        """Raise what the last attempt to write a part failed with; nothing where it didn't."""
+        """Raise the error of the last attempt to write, if it failed. The thread itself writes the parts."""
         if self._failure is not None:
             raise self._failure
 
     def close(self, status: str = "complete", **meta: Any) -> None:
-        """As the writer's, after all that was added."""
+        """Close the writer, as ``CaptureWriter.close`` does, once all queued rows are taken."""
         if self._thread.ident is not None:
             self._queue.put(None)
             self._thread.join()
@@ -82,7 +82,8 @@ class ThreadedWriter:
         while True:
             try:
                 due = self._writer.due_s()
-                # Not at once: what failed otherwise than by the disk would be tried for ever.
+                # Never wait 0 s: a write that fails for another reason than the disk stays due, and would be retried
+                # without a pause.
                 item = self._queue.get(timeout=None if due == math.inf else max(due, _SOONEST_S))
                 if item is None:
                     return
@@ -92,7 +93,7 @@ class ThreadedWriter:
                     self._add(*item)
             except queue.Empty:
                 pass
-            except Exception as e:  # must reach who traces, not die with the thread
+            except Exception as e:  # to be raised by flush() and close(), instead of ending the thread
                 self._failure = e
             self._flush()
 
@@ -106,7 +107,7 @@ class ThreadedWriter:
     def _flush(self) -> None:
         try:
             self._writer.flush()
-        except Exception as e:  # as above: what was added may only turn out now to be no records
+        except Exception as e:  # as above: bad records may only show when they are written
             self._failure = e
         else:
             if isinstance(self._failure, CaptureError):

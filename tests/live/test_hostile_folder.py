@@ -199,7 +199,7 @@ def test_a_link_of_roots_is_followed_and_a_strangers_is_not(place: Path) -> None
     os.lchown(place / "home/planted", UID, GID)
     CaptureWriter.create(place / "rooted/a.cwnd", {}).close()
     assert (place / "victim/a.cwnd/meta.json").is_file()
-    with pytest.raises(CaptureError, match=f"a symbolic link on the way is user {UID}'s") as caught:
+    with pytest.raises(CaptureError, match=f"a symbolic link in the path belongs to user {UID}") as caught:
         CaptureWriter.create(place / "home/planted/b.cwnd", {})
     assert "-o" in caught.value.remedy
     # Whose link it is may follow it with their own rights, which don't reach there: root then makes nothing.

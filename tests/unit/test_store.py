@@ -769,6 +769,6 @@ def test_nothing_is_said_to_be_missing_while_the_trace_runs_or_of_what_it_gave_u
 def test_more_rows_than_are_to_be_read_are_refused(resets_in_parts: Path) -> None:
     rows = sum(store.open_capture(resets_in_parts).rows(name) for name in arrow.TABLES)
     assert len(load(resets_in_parts, max_rows=rows).resets)
-    with pytest.raises(CaptureError, match=f"holds {rows} rows, and {rows - 1} are the most") as caught:
+    with pytest.raises(CaptureError, match=f"holds {rows} rows, and the limit is {rows - 1}") as caught:
         load(resets_in_parts, max_rows=rows - 1).resets  # noqa: B018
     assert "--max-rows" in caught.value.remedy
