@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records: laid out once, in ``bpf/events.h``, and what numpy and Arrow make of them."""
+"""The records, whose only layout is ``bpf/events.h``, as numpy arrays and Arrow tables."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def address(raw: bytes) -> str:
-    """Text of a 16-byte address; an IPv4-mapped one as IPv4."""
+    """Return the text of a 16-byte IPv6 address; an IPv4-mapped one gives an IPv4 address."""
     ip = ipaddress.IPv6Address(raw)
     return str(ip.ipv4_mapped or ip)
 
@@ -39,17 +39,17 @@ def _device(raw: bytes) -> str:
 # ---- Arrow ----------------------------------------------------------------------------------------
 
 _DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
-# Microseconds, because Spark reads no finer ones; the records' own *_ns columns are exact.
+# Microseconds, because Spark reads no finer timestamps; the *_ns columns are exact.
 _TIME: Final = pa.timestamp("us", tz="UTC")
 
 
 @cache
 def arrow_schema(name: str) -> pa.Schema:
-    """The Arrow schema of an event.
+    """Return the Arrow schema of an event.
 
-    Enums, texts, addresses and devices become strings (dictionary encoded), the rest keep their
-    integer type. Each field's metadata holds ``unit`` and ``description``. The first column, ``time``,
-    is the UTC time of the record's first field.
+    Enums, texts, addresses and devices become dictionary-encoded strings; other fields keep their integer type. Each
+    column's metadata holds ``unit`` and ``description``. The first column, ``time``, is the record's first field in
+    UTC.
     """
     ev = event(name)
     first = ev.fields[0].name
@@ -75,10 +75,9 @@ def _arrow_type(f: Field) -> pa.DataType:
 
 
 def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.int64]) -> pa.Table:
-    """An Arrow table of ``arrow_schema(name)`` from records.
+    """Return records as an Arrow table of ``arrow_schema(name)``.
 
-    ``utc_offset_ns`` is what has to be added to CLOCK_MONOTONIC to get UTC, in nanoseconds; one for
-    all records or one for each.
+    ``utc_offset_ns`` is the offset from CLOCK_MONOTONIC to UTC in nanoseconds, one for all records or one for each.
     """
     ev = event(name)
     times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000
@@ -91,9 +90,9 @@ def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.in
 
 @dataclass(frozen=True, eq=False)
 class TimedRecords:
-    """Records of one event, as the kernel wrote them, and what each one's clock lacks to UTC, in nanoseconds.
+    """Records of one event as the kernel wrote them, each with its offset from CLOCK_MONOTONIC to UTC, in nanoseconds.
 
-    Arrow of a few takes as long as of a thousand: what is joined first is made faster.
+    An Arrow table of a few records takes as long to make as one of a thousand, so joining the records first is faster.
     """
 
     event: str
@@ -105,16 +104,16 @@ class TimedRecords:
 
     @property
     def records(self) -> Records:
-        """As ``decode`` reads them; copies nothing."""
+        """The records as ``decode`` reads them, without a copy."""
         return decode(self.event, self.data)
 
     def to_arrow(self) -> pa.Table:
-        """See ``to_arrow``."""
+        """Return the records as an Arrow table, as the function ``to_arrow`` does."""
         return to_arrow(self.event, self.records, self.utc_offsets_ns)
 
     @staticmethod
     def joined(parts: list[TimedRecords]) -> TimedRecords:
-        """``parts`` of one event, at least one, in their order."""
+        """Join ``parts`` of one event, at least one, in their order."""
         if len(parts) == 1:
             return parts[0]
         offsets = np.concatenate([part.utc_offsets_ns for part in parts])
@@ -122,32 +121,32 @@ class TimedRecords:
 
 
 def joined(parts: Iterable[pa.Table | TimedRecords]) -> pa.Table:
-    """One Arrow table of rows of one event, in their order."""
+    """Join rows of one event to one Arrow table, in their order."""
     tables: list[pa.Table] = []
-    for kind, some in groupby(parts, type):
-        rows = list(some)
-        tables += [TimedRecords.joined(rows).to_arrow()] if kind is TimedRecords else rows
+    for part_type, group in groupby(parts, type):
+        rows = list(group)
+        tables += [TimedRecords.joined(rows).to_arrow()] if part_type is TimedRecords else rows
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-# What pa.array() and to_numpy() do, which first find out what they are given: a small batch feels that, and they import
-# pandas, which a trace that waits has no use for.
+# These functions replace pa.array() and to_numpy(), which inspect their argument first, too slow for small batches, and
+# import pandas, which a trace doesn't need while it waits.
 
 
 def numbers(kind: pa.DataType, column: npt.NDArray[Any], known: npt.NDArray[np.bool_] | None = None) -> pa.Array:
-    """An array of ``kind`` over ``column``, whose items have that width; null where it isn't ``known``."""
+    """Return an array of type ``kind`` over ``column``, whose items have that width; null where not ``known``."""
     valid = None if known is None else pa.py_buffer(np.packbits(known, bitorder="little"))
     return pa.Array.from_buffers(kind, len(column), [valid, pa.py_buffer(column)])
 
 
 def values(array: pa.Array) -> npt.NDArray[Any]:
-    """The items of an array of numbers without nulls; copies nothing."""
+    """Return the items of an array of numbers without nulls, without a copy."""
     dtype = np.dtype(array.type.to_pandas_dtype())
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 def texts(strings: Sequence[str]) -> pa.StringArray:
-    """An array of text."""
+    """Return an array of text."""
     raw = [string.encode() for string in strings]
     ends = np.zeros(len(raw) + 1, np.int32)
     np.cumsum(np.fromiter(map(len, raw), np.int32, len(raw)), out=ends[1:])
@@ -155,19 +154,19 @@ def texts(strings: Sequence[str]) -> pa.StringArray:
 
 
 def _labels(f: Field, column: npt.NDArray[Any]) -> pa.DictionaryArray:
-    # Encoded as bytes first: there are few distinct values, and only those are turned into text.
+    # The bytes are dictionary-encoded first, so that only the few distinct values are converted to text.
     raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(f.size), len(column), [None, pa.py_buffer(column)])
     encoded = raw.dictionary_encode()
-    found = [_label(f, value) for value in encoded.dictionary.to_pylist()]
-    if len(set(found)) == len(found):
-        return pa.DictionaryArray.from_arrays(encoded.indices, texts(found))
-    # What differs only behind a text's end is one text: a dictionary holds each once.
-    labels = texts(found).dictionary_encode()
+    distinct = [_label(f, value) for value in encoded.dictionary.to_pylist()]
+    if len(set(distinct)) == len(distinct):
+        return pa.DictionaryArray.from_arrays(encoded.indices, texts(distinct))
+    # Values that differ only after a text's terminating zero give the same text, and a dictionary must not repeat it.
+    labels = texts(distinct).dictionary_encode()
     return pa.DictionaryArray.from_arrays(labels.indices.take(encoded.indices), labels.dictionary)
 
 
 def label(name: str, column: str, value: int) -> str:
-    """The text that Arrow has for a number of an event's device or enum."""
+    """Return the text that stands in Arrow tables for a number of an event's device or enum column."""
     f = next(f for f in event(name).fields if f.name == column)
     return _label(f, value.to_bytes(f.size, "little"))
 
@@ -184,7 +183,10 @@ def _label(f: Field, raw: bytes) -> str:
 
 
 def clean_texts(table: pa.Table) -> pa.Table:
-    """``table`` with ``clean`` texts: a DataFrame is printed as it is. Costs little, since each text is kept once."""
+    """Return ``table`` with ``clean`` texts, because DataFrames are printed as they are.
+
+    This is cheap, because a dictionary holds each text once.
+    """
     for index, column in enumerate(table.schema):
         if not pa.types.is_dictionary(column.type):
             continue
@@ -198,20 +200,20 @@ def _clean_chunk(chunk: pa.DictionaryArray) -> pa.DictionaryArray:
     cleaned = [text if text is None else clean(str(text)) for text in texts]
     if cleaned == texts:
         return chunk
-    # Two texts may have become one, and a dictionary holds each once.
+    # Two texts may have become the same one, and a dictionary must not repeat it.
     labels = pa.array(cleaned, type=chunk.dictionary.type).dictionary_encode()
     return pa.DictionaryArray.from_arrays(labels.indices.take(chunk.indices), labels.dictionary)
 
 
 def table_to_dicts(name: str, table: pa.Table) -> list[dict[str, Any]]:
-    """One dict a row, ready for JSON: ``event``, ``time`` as ISO 8601 UTC with microseconds, the columns by name."""
+    """Return one dict per row for JSON: ``event``, ``time`` (ISO 8601, UTC, microseconds) and the columns by name."""
     stamps = [iso_time(us * 1000) for us in table.column("time").cast(pa.int64()).to_pylist()]
     rows = table.drop_columns(["time"]).to_pylist()
     return [{"event": name, "time": stamp, **row} for stamp, row in zip(stamps, rows, strict=True)]
 
 
 def iso_time(utc_ns: int) -> str:
-    """ISO 8601 with microseconds and Z, from nanoseconds since 1970."""
+    """Return nanoseconds since 1970 as ISO 8601 with microseconds and Z."""
     return f"{np.datetime64(utc_ns // 1000, 'us')}Z"
 
 
@@ -257,30 +259,30 @@ CONNECTIONS: Final = _snapshot(
     ("sndbuf", pa.uint32(), "bytes", "send buffer, as the kernel counts it; null in captures of older versions"),
     ("sndbuf_limited_us", pa.uint64(), "us", "of these, held back by the send buffer"),
 )
-"""The schema of connection snapshots: the one table that comes from inet_diag, not from BPF."""
+"""The schema of connection snapshots, the only table that comes from inet_diag and not from BPF."""
 
 MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
-"""Columns whose values may be missing; in all others of ``TABLES`` a null is damage."""
+"""The columns that may have nulls; in all other columns of ``TABLES`` a null is damage."""
 
 _UNJUDGED: Final = MAY_BE_NULL.union(
     ("acks", "ca_state", "cgroup_id", "cpu", "flags", "ifindex", "last_snd_us"),
     ("packets_out", "sector", "tid", "uid", "unacked"),
 )
-"""Columns of ``TABLES`` that no analysis and no picture uses, or that may be missing."""
+"""The columns of ``TABLES`` that no analysis and no plot uses, or whose values may be missing."""
 
 
 def needed(table: str) -> list[str]:
-    """The columns of a table without which a row can't be judged: an older recording may lack some."""
+    """Return the columns that a table's rows need for a verdict. A recording of an older version may lack some."""
     return [name for name in schema(table).names if name not in _UNJUDGED]
 
 
 def whole(frame: pd.DataFrame, table: str) -> pd.DataFrame:
-    """The rows of a table that lack none of the ``needed`` columns, as far as the frame has these."""
-    kinds = dict(zip(schema(table).names, schema(table).types, strict=True))
+    """Return the rows of a table that have values in all ``needed`` columns of the frame."""
+    types = dict(zip(schema(table).names, schema(table).types, strict=True))
     partly = [name for name in needed(table) if name in frame and frame[name].hasnans]
     if not partly:
         return frame
-    numbers = {name: kinds[name].to_pandas_dtype() for name in partly if pa.types.is_integer(kinds[name])}
+    numbers = {name: types[name].to_pandas_dtype() for name in partly if pa.types.is_integer(types[name])}
     return frame.dropna(subset=partly).reset_index(drop=True).astype(numbers)
 
 
@@ -289,5 +291,5 @@ TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "conn
 
 
 def schema(table: str) -> pa.Schema:
-    """The Arrow schema of one of ``TABLES``; raises KeyError for another name."""
+    """Return the Arrow schema of one of ``TABLES``. Raises KeyError for another name."""
     return CONNECTIONS if table == "connections" else arrow_schema(table)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``bpf/events.h`` parsed into numpy dtypes.
 
-The header is the only place where a record is laid out. What this module can't parse to the letter it
-refuses, naming the line, so that a layout never differs silently between the kernel side and this one.
+The header is the only place where a record is laid out. This module refuses every line that it can't parse exactly, and
+names it, so that the layout never differs silently between the BPF programs and Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Records = npt.NDArray[np.void]
-"""A one-dimensional structured array, one row a record, of the dtype of one event."""
+"""A one-dimensional structured array with one row per record, of the dtype of one event."""
 
 _SIZES: Final = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "__s8": 1, "__s16": 2, "__s32": 4, "__s64": 8}
 _ENUM_OPEN = re.compile(r"enum (\w+) \{$")
@@ -43,13 +43,13 @@ class Field:
 
     @property
     def size(self) -> int:
-        """Bytes, arrays counted whole."""
+        """The size in bytes, of all elements for an array."""
         return _width(self.ctype) * self.count
 
 
 @dataclass(frozen=True)
 class Event:
-    """One struct of the header; ``dtype`` matches its memory byte for byte."""
+    """One struct of the header; ``dtype`` matches its memory layout byte for byte."""
 
     name: str
     fields: tuple[Field, ...]
@@ -59,16 +59,16 @@ class Event:
 
 @dataclass
 class Header:
-    """What a header declares: events by name, and enums as label by value."""
+    """The declarations of a header: events by name, and for each enum its labels by value."""
 
     events: dict[str, Event] = field(default_factory=dict)
     enums: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 def bpf_dir() -> Path:
-    """The folder with the BPF sources: inside the installed package, or at the top of a checkout.
+    """Return the folder with the BPF sources: inside the installed package, or at the top of a checkout.
 
-    Raises FileNotFoundError where the installation is broken.
+    Raises FileNotFoundError if the installation is broken.
     """
     here = Path(__file__).resolve().parents[1]
     for candidate in (here / "bpf", here.parent / "bpf"):
@@ -80,8 +80,8 @@ def bpf_dir() -> Path:
 def parse_layout(text: str) -> Header:
     """Parse the text of a record header.
 
-    Raises LayoutError, with the line, for anything outside the subset: unknown types, pointers,
-    bitfields, missing units, implicit padding, sizes that aren't a multiple of eight.
+    Raises LayoutError, with the line, for anything outside the subset: unknown types, pointers, bitfields, missing
+    units, implicit padding, and sizes that aren't a multiple of eight bytes.
     """
     layout = Header()
     enum: dict[int, str] | None = None
@@ -134,13 +134,13 @@ def _parse_field(line: str, number: int, before: list[Field], layout: Header) ->
     if ctype != "char" and ctype not in _SIZES:
         raise LayoutError(f"line {number}: type {ctype} isn't in the subset")
     if (ctype == "char") != (unit == "text") or (count and ctype not in ("char", "__u8")):
-        raise LayoutError(f"line {number}: only char arrays are [text], only bytes and chars form arrays")
+        raise LayoutError(f"line {number}: only char arrays are [text], and only bytes and chars form arrays")
     if unit.startswith("enum ") and unit[5:] not in layout.enums:
         raise LayoutError(f"line {number}: enum {unit[5:]} isn't declared above")
     if any(f.name == name for f in before):
         raise LayoutError(f"line {number}: there is a field {name} already")
     if count == "0":
-        raise LayoutError(f"line {number}: an array of nothing: {line}")
+        raise LayoutError(f"line {number}: an array without elements: {line}")
     offset = before[-1].offset + before[-1].size if before else 0
     if offset % _width(ctype):
         raise LayoutError(f"line {number}: {name} would be padded; order the fields by size")
@@ -152,7 +152,7 @@ def _finish(name: str, fields: list[Field], number: int) -> Event:
         raise LayoutError(f"line {number}: struct {name} is empty")
     size = fields[-1].offset + fields[-1].size
     if size % 8:
-        raise LayoutError(f"line {number}: struct {name} has size {size}, no multiple of 8")
+        raise LayoutError(f"line {number}: struct {name} has {size} bytes, which isn't a multiple of 8")
     return Event(name, tuple(fields), size, np.dtype([numpy_field(f) for f in fields]))
 
 
@@ -166,22 +166,22 @@ def numpy_field(f: Field) -> tuple[str, str]:
 
 @cache
 def header() -> Header:
-    """The layout of the header that ships with this package; parsed once."""
+    """Return the layout of the header that ships with this package. It is parsed once."""
     return parse_layout((bpf_dir() / "events.h").read_text(encoding="utf-8"))
 
 
 def event(name: str) -> Event:
-    """The event ``name``; raises KeyError for one that the header doesn't declare."""
+    """Return the event ``name``. Raises KeyError for one that the header doesn't declare."""
     return header().events[name]
 
 
 def code(enum: str, label: str) -> int:
-    """The number behind a label, ``code("reason", "idle")``; raises KeyError where there is none."""
+    """Return the number of an enum's label, as in ``code("reason", "idle")``. Raises KeyError for an unknown label."""
     return {text: value for value, text in header().enums[enum].items()}[label]
 
 
 def decode(name: str, raw: bytes) -> Records:
-    """The records of one event in ``raw``, which holds whole records only; copies nothing.
+    """Return the records of one event in ``raw``, without a copy.
 
     Raises ValueError if ``raw`` isn't a whole number of records.
     """
