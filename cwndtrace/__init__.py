@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cwndtrace: congestion-window resets made visible, exact and costed, beside block I/O on the same clock.
+"""Record every TCP congestion-window reset, with block I/O on the same clock, and estimate the cost of each.
 
 with cwndtrace.stream(iface="eth0") as batches:
     for batch in batches:
@@ -57,7 +57,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, because pandas and pyroute2 take most of a second to load, and parts of the package need neither.
+    # Names are imported on first use: pandas and pyroute2 take most of a second to load, and not every part needs them.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}"), name)

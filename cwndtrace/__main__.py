@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``cwndtrace``, and ``python -I -m cwndtrace``."""
+"""The entry point of the command ``cwndtrace`` and of ``python -I -m cwndtrace``."""
 
 import os
 import sys
 
-# Before anything is imported that the current folder could have in its place.
+# This comes before every import that a module in the current folder could replace.
 if __name__ == "__main__" and os.geteuid() == 0 and not sys.flags.safe_path:
     sys.exit(
-        "cwndtrace: with -m alone Python takes modules from the current folder first, which root must not.\n"
-        f"  Type {sys.executable} -I -m cwndtrace, or the command cwndtrace."
+        "cwndtrace: python -m imports modules from the current folder first, which isn't safe for root.\n"
+        f"  Run {sys.executable} -I -m cwndtrace, or the command cwndtrace."
     )
 
 

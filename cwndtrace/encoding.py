@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Printing in any locale."""
+"""Print in any locale."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import sys
 
 
 class _Ascii(io.TextIOWrapper):
-    """click goes past a stream that says it is ASCII, to the bytes below, and writes UTF-8 there."""
+    """An ASCII stream without ``buffer``: click would write UTF-8 to the binary buffer of a stream that is ASCII."""
 
     buffer = None  # type: ignore[assignment]
 
 
 def print_all() -> None:
-    """Have stdout and stderr print ``?`` for what their encoding lacks, whatever the locale: any user names processes.
+    """Make stdout and stderr print ``?`` for each character that their encoding lacks, in any locale.
 
-    To be called once, before anything is printed.
+    Process names may hold any character, because any user can choose them. Call this once, before anything is printed.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as a person reads them. Everything that came from outside goes through ``clean`` before a terminal sees it."""
+"""Format values for people. Every text from outside goes through ``clean`` before it is printed to a terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NUMBER_AND_UNIT: Final = re.compile(r"(?<![\w.:/-])(\d[\d,]*(?:\.\d+)?) (?=[A-Z
 
 
 def clean(text: str) -> str:
-    """``text`` from outside without what could steer a terminal: each control character becomes ``?``."""
+    """Return ``text`` with each unprintable character replaced by ``?``, because it could control a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def span(us: float) -> str:
-    """A time span with its unit, three digits: 45 us, 2.10 ms, 204 ms, 1.30 s."""
+    """Return a time span with its unit and three digits: 45 us, 2.10 ms, 204 ms, 1.30 s."""
     if us < 999.5:
         return f"{us:.0f} us"
     if us < 999_500:
@@ -31,7 +31,7 @@ def _three(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes with its unit: 512 B, 4.10 kB, 2.80 GB."""
+    """Return a number of bytes with its unit: 512 B, 4.10 kB, 2.80 GB."""
     if count < 999.5:
         return f"{count:.0f} B"
     for unit in ("kB", "MB", "GB"):
@@ -42,49 +42,49 @@ def size(count: float) -> str:
 
 
 def threshold(segments: int) -> str:
-    """A slow start threshold in segments; the kernel's "never set" as inf."""
+    """Return a slow start threshold (ssthresh) in segments; the kernel's TCP_INFINITE_SSTHRESH as inf."""
     return "inf" if segments >= _INFINITE else str(segments)
 
 
 def endpoint(address: str, port: int) -> str:
-    """Address and port, IPv6 in brackets."""
+    """Return address and port as text, with an IPv6 address in brackets."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def connection(row: Mapping[Any, Any]) -> str:
-    """Local and remote end of a record."""
+    """Return the local and the remote end of a record as text."""
     return f"{endpoint(row['saddr'], row['sport'])} > {endpoint(row['daddr'], row['dport'])}"
 
 
 def process(comm: str, pid: int) -> str:
-    """Name and pid, a dash where nobody is known."""
+    """Return a process's name and pid as text; a dash where no process is known."""
     return f"{clean(comm)}[{pid}]" if pid else "-"
 
 
 def plural(number: int, noun: str) -> str:
-    """``1 reset``, ``2,000 resets``."""
+    """Return a number with its noun: ``1 reset``, ``2,000 resets``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-_NARROWER: Final = {"cgroups": "a cgroup further down", "sockets": "a port, or its cgroup"}
+_NARROWER: Final = {"cgroups": "a cgroup further down the hierarchy", "sockets": "a port, or its cgroup"}
 
 
 def left_out(kind: str, number: int) -> str:
-    """That a filter had no room for so many cgroups or sockets, and what to ask for instead."""
-    here = f"at least {number:,} {kind} of what was asked for aren't traced, because the filter is full"
-    return f"{here}: ask for {_NARROWER[kind]}" if kind in _NARROWER else here
+    """Return the warning that a filter had no room for so many cgroups or sockets, with a narrower choice."""
+    warning = f"at least {number:,} requested {kind} aren't traced, because the filter is full"
+    return f"{warning}: ask for {_NARROWER[kind]}" if kind in _NARROWER else warning
 
 
 def lost(number: int, noun: str, of: str = "") -> str:
-    """``1 record was lost``, ``2 records of block_io were lost``."""
+    """Return a loss as a clause: ``1 record was lost``, ``2 records of block_io were lost``."""
     return f"{plural(number, noun)}{of and f' of {of}'} {'was' if number == 1 else 'were'} lost"
 
 
 def unbroken(text: str) -> str:
-    """``text`` with no-break spaces between a number and what it counts, so that no line ends between them."""
+    """Return ``text`` with a no-break space between each number and the word after it, so that no line breaks there."""
     return _NUMBER_AND_UNIT.sub("\\1\u00a0", text)
 
 
 def json_line(row: Mapping[Any, Any], *, allow_nan: bool = True) -> str:
-    """An object as one line of JSON, in ASCII that prints; json alone leaves DEL, a control character, as it is."""
+    """Return an object as one line of JSON in printable ASCII. json itself doesn't escape DEL, a control character."""
     return json.dumps(row, ensure_ascii=True, allow_nan=allow_nan).replace("\x7f", "\\u007f")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python and its libraries without what the current folder, the environment and a home may bring in.
+"""Isolate Python and its libraries from the current folder, the environment and the home directory.
 
-Whoever may run cwndtrace by sudo chooses the folder it starts in, and root without sudo has the environment of whoever
-it was before. Neither may choose what code runs, which commands are found or which settings are read.
+A user who may run cwndtrace with sudo chooses the folder in which it starts, and root without sudo may have kept the
+environment of another user. Neither may decide which code runs, which commands are found or which settings are read.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Final
 
 _PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 _KEPT: Final = re.compile(
-    r"""SUDO_(?:UID|GID|USER)|NOTIFY_SOCKET  # whom it works for, and who wants to know that it began
+    r"""SUDO_(?:UID|GID|USER)|NOTIFY_SOCKET  # the user it works for, and systemd's socket
     |(?:TERM|COLUMNS|LINES|NO_COLOR)         # the terminal
-    |(?:LANG|LANGUAGE|LC_[A-Z]+|TZ)          # the user's language and hours""",
+    |(?:LANG|LANGUAGE|LC_[A-Z]+|TZ)          # the user's language and time zone""",
     re.VERBOSE,
 )
-# As sudo has it: what names a file makes the C library open it.
+# As in sudo: the C library opens a file if a locale's value names one.
 _NAMES_NO_FILE: Final = re.compile(r"[^/%]*")
-_HOURS: Final = re.compile(r"[A-Za-z0-9_+<>,.-]+(?:/[A-Za-z0-9_+-]+)*")
+_TIME_ZONE: Final = re.compile(r"[A-Za-z0-9_+<>,.-]+(?:/[A-Za-z0-9_+-]+)*")
 
 
 _SETTINGS: Final = Path(__file__).parent / "plot"
-"""The folder with the project's own matplotlibrc."""
+"""The folder with this project's matplotlibrc."""
 _begun = False
 
 
 def begin() -> None:
-    """To be called by a command before it imports what looks at the environment.
+    """Isolate a command. Call this before importing libraries that read the environment.
 
-    Root's own is replaced by ``environment()``, since libbcc, clang, Arrow and others look into it. Somebody else's
-    stays: it can't give them what they haven't got.
+    Root's environment is replaced by ``environment()``, because libbcc, clang, Arrow and others read it. Another user's
+    environment stays, because it can't give that user any more rights.
     """
     global _begun
     _begun = True
@@ -50,12 +50,12 @@ def begin() -> None:
 def load_matplotlib() -> None:
     """Import matplotlib with the project's settings, in a command or an isolated Python; elsewhere do nothing.
 
-    As it is imported it reads the first matplotlibrc it finds, and the current folder's comes first, before
+    On import matplotlib reads the first matplotlibrc that it finds. The current folder's comes first, before
     MATPLOTLIBRC and the user's.
     """
     if "matplotlib" in sys.modules or not (_begun or sys.flags.isolated):
         return
-    # A folder that this user may not enter is none that matplotlib finds a file in.
+    # If this user can't enter the current folder, matplotlib finds no file there either when it is imported later.
     with suppress(OSError):
         here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -64,23 +64,23 @@ def load_matplotlib() -> None:
         finally:
             os.fchdir(here)
             os.close(here)
-    # It warns where it may not keep its list of fonts, and while it makes it: that is nobody's business.
+    # matplotlib warns while it builds its font cache, and where it can't store it. Neither matters to the user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def python(*arguments: str) -> list[str]:
-    """The command line of this Python with ``arguments``, which looks for modules where it is installed alone."""
+    """Return the command line of this Python with ``arguments``, which imports only installed modules."""
     # -I ignores PYTHONDONTWRITEBYTECODE too.
     return [sys.executable, "-I", *(["-B"] if sys.dont_write_bytecode else []), *arguments]
 
 
 def environment() -> dict[str, str]:
-    """The environment for processes that this one starts: the terminal, the language, and commands of the system."""
+    """Return the environment for child processes: variables of the terminal and the language, and a system PATH."""
     kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name) and _harmless(name, value)}
     return kept | {"PATH": _PATH}
 
 
 def _harmless(name: str, value: str) -> bool:
     if name == "TZ":
-        return _HOURS.fullmatch(value) is not None
+        return _TIME_ZONE.fullmatch(value) is not None
     return not name.startswith(("LANG", "LC_")) or _NAMES_NO_FILE.fullmatch(value) is not None

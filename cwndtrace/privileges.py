@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Root's power: whom it is used for, acting with somebody's own, and giving it up.
+"""Root's privileges: find the invoking user, act with that user's rights, and drop privileges.
 
-Linux keeps capabilities, file-system ids and groups by thread. Where the C library sets them for all threads at once
-(setresuid) that is said; all else here is about the calling thread and those that it starts later.
+Linux keeps capabilities, file-system ids and groups per thread. The functions here change the calling thread and the
+threads that it starts later, except where they say that the C library changes all threads at once (setresuid).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SYS_ADMIN: Final = 21
 PERFMON: Final = 38
 BPF: Final = 39
 LOOKING: Final = frozenset({DAC_READ_SEARCH, SYS_PTRACE, SYS_ADMIN})
-"""What looking at other users' processes and network namespaces takes: /proc/PID/fd, what it links to, and setns(2)."""
+"""The capabilities for reading other users' /proc/PID/fd and its links, and for setns(2) into network namespaces."""
 
 # include/uapi/linux/prctl.h
 _PR_SET_KEEPCAPS: Final = 8
@@ -40,7 +40,7 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
-_NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1, which calls take for "leave it"
+_NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1, which system calls take as "don't change it"
 
 for _function in (_libc.lib.setfsuid, _libc.lib.setfsgid):
     _function.restype, _function.argtypes = ctypes.c_uint32, [ctypes.c_uint32]
@@ -48,7 +48,7 @@ for _function in (_libc.lib.setfsuid, _libc.lib.setfsgid):
 
 @dataclass(frozen=True)
 class User:
-    """Somebody's identity as the kernel knows it; ``name`` is for people."""
+    """A user's ids as the kernel knows them; ``name`` is for people."""
 
     uid: int
     gid: int
@@ -57,10 +57,10 @@ class User:
 
 
 def invoking_user() -> User | None:
-    """Whom sudo works for (SUDO_UID, SUDO_GID); None where it wasn't sudo, or works for root.
+    """Return the user who called sudo (SUDO_UID, SUDO_GID); None if this isn't root, or no other user called sudo.
 
-    Raises PermissionError where they name nobody, or somebody whom this process may not become: to go on as root
-    would do for that user what they may not do.
+    Raises PermissionError if the variables name no user, or a user whom this process may not become. If it went on as
+    root, it would do things for that user that the user may not do.
     """
     uid, gid = (os.environ.get(name) for name in ("SUDO_UID", "SUDO_GID"))
     if os.geteuid() != 0 or (uid is None and gid is None) or uid == "0":
@@ -83,11 +83,11 @@ def _is_id(text: str) -> bool:
 
 @contextmanager
 def acting_as(user: User | None) -> Iterator[None]:
-    """Use files with ``user``'s rights, and make them ``user``'s, in this thread; as before for None.
+    """Access files with ``user``'s rights, and create them as ``user``, in this thread; change nothing for None.
 
-    Raises OSError where this process may not.
+    Raises OSError if this process may not.
     """
-    # Asking with a number that is nobody's changes nothing. Who acts already is left to act on by the outer call.
+    # setfsuid(-1) changes nothing and returns the current id. A nested call leaves everything to the outer one.
     if user is None or _libc.lib.setfsuid(_NOBODY) == user.uid:
         yield
         return
@@ -102,7 +102,7 @@ def acting_as(user: User | None) -> Iterator[None]:
 
 
 def unreadable(user: User, files: Iterable[Path]) -> Path | None:
-    """The first of ``files`` that ``user`` can't read."""
+    """Return the first of ``files`` that ``user`` can't read; None if there is none."""
     with acting_as(user):
         for file in files:
             try:
@@ -117,13 +117,13 @@ def _become(user: User) -> None:
     _set_groups(user.groups)
     _libc.lib.setfsgid(user.gid)
     _libc.lib.setfsuid(user.uid)
-    # They say nothing of success, only what was set before.
+    # setfsuid() and setfsgid() report no errors, they only return the id that was set before.
     if (_libc.lib.setfsuid(_NOBODY), _libc.lib.setfsgid(_NOBODY)) != (user.uid, user.gid):
-        raise PermissionError(1, f"may not act as {user.name}")
+        raise PermissionError(1, f"this process may not act as {user.name}")
 
 
 def _set_groups(groups: Iterable[int]) -> None:
-    # By number, because the C library's function is for all threads.
+    # The system call is made by its number, because the C library's function changes all threads.
     wanted = tuple(groups)
     _libc.syscall("setgroups", len(wanted), (ctypes.c_uint32 * len(wanted))(*wanted))
 
@@ -137,7 +137,7 @@ class _Data(ctypes.Structure):
 
 
 def held() -> frozenset[int]:
-    """The capabilities that this thread may use."""
+    """Return the permitted capabilities of this thread."""
     data = (_Data * 2)()
     _libc.check(_libc.lib.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data))
     mask = data[0].permitted | data[1].permitted << 32
@@ -145,7 +145,7 @@ def held() -> frozenset[int]:
 
 
 def _hold(capabilities: frozenset[int]) -> None:
-    """Have these capabilities and no other one, in this thread."""
+    """Set this thread's permitted and effective capabilities to exactly these, and clear the inheritable ones."""
     mask = sum(1 << number for number in capabilities)
     halves = [mask & 0xFFFFFFFF, mask >> 32]
     data = (_Data * 2)(*(_Data(half, half, 0) for half in halves))
@@ -153,15 +153,16 @@ def _hold(capabilities: frozenset[int]) -> None:
 
 
 def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
-    """Go on as ``user``, or as who we are, with those of the capabilities ``keep`` that we have, and no way to others.
+    """Continue as ``user``, or as the current one for None, with only those capabilities of ``keep`` that are held.
 
-    The ids change for all threads, and with them all threads but this one lose every capability; without a ``user``
-    the other threads stay as they are (see ``still_powerful``). The bounding set stays where CAP_SETPCAP is lacking;
-    no power can be had from it any more. Descriptors stay open. Raises OSError.
+    No other capabilities can be gained afterwards. With a ``user``, the ids change for all threads, and all threads but
+    this one lose every capability; otherwise the other threads keep theirs (see ``still_powerful``). The bounding set
+    can't be reduced without CAP_SETPCAP, but no capabilities can be gained from it any more. Descriptors stay open.
+    Raises OSError.
     """
     keep &= held()
     with suppress(OSError):
-        for number in range(64):  # the first that this kernel doesn't know ends it
+        for number in range(64):  # the first capability that this kernel doesn't know ends the loop
             _libc.prctl(_PR_CAPBSET_READ, number)
             if number not in keep:
                 _libc.prctl(_PR_CAPBSET_DROP, number)
@@ -177,9 +178,9 @@ def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
 
 
 def still_powerful(keep: frozenset[int] = frozenset()) -> list[str]:
-    """Names of this process's threads that have other capabilities than ``keep``."""
+    """Return the names of this process's threads that have other capabilities than ``keep``."""
     mask = sum(1 << number for number in keep)
-    found = []
+    names = []
     for task in Path("/proc/self/task").iterdir():
         try:
             status = (task / "status").read_text(errors="replace")
@@ -187,14 +188,14 @@ def still_powerful(keep: frozenset[int] = frozenset()) -> list[str]:
             continue
         facts = dict(line.split(":\t", 1) for line in status.splitlines())
         if int(facts["CapPrm"], 16) & ~mask:
-            found.append(facts["Name"])
-    return found
+            names.append(facts["Name"])
+    return names
 
 
 def least(work: Callable[[], object], user: User | None, choices: Iterable[frozenset[int]]) -> frozenset[int]:
-    """The first of ``choices`` with which ``user`` can do ``work``, tried on a thread of its own.
+    """Return the first of ``choices`` with which ``user`` can do ``work``, each tried on a new thread.
 
-    Raises what ``work`` raised with the last one.
+    If none works, raises the error of ``work`` with the last one.
     """
     error: Exception | None = None
     threads: list[int] = []
@@ -216,20 +217,24 @@ def least(work: Callable[[], object], user: User | None, choices: Iterable[froze
         _wait_until_gone(threads)
         if error is None:
             return keep
-    raise error or ValueError("nothing to choose from")
+    raise error or ValueError("there are no capabilities to choose from")
 
 
 def _wait_until_gone(threads: list[int]) -> None:
-    """Joining a thread waits for its Python part alone; the C library aborts where one may not change its ids."""
+    """Wait until the kernel has removed these threads, for at most 10 s.
+
+    Joining a thread waits only for its Python part, and the C library aborts if it changes the ids of all threads and
+    one of them may not do that.
+    """
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/self/task/{thread}").exists() for thread in threads) and time.monotonic() < deadline:
         time.sleep(0.0005)
 
 
 def limit_library_threads() -> None:
-    """Keep libraries from starting threads as they are imported: ``drop`` couldn't reach those.
+    """Keep libraries from starting threads when they are imported, because ``drop`` couldn't reach those.
 
-    Neither numpy's linear algebra nor Arrow's jemalloc, which isn't its allocator here, is used.
+    numpy's linear algebra isn't used, and Arrow doesn't use jemalloc as its allocator here.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop that records: what a session yields goes to a capture's writer and to whoever observes it."""
+"""The recording loop, which passes a session's batches to a capture's writer and to an observer."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from cwndtrace.store.writer import FLUSH_SECONDS
 
 
 class Observer:
-    """Is told what a recorder does. This one does nothing, and lets the recording end when the disk refuses rows."""
+    """A receiver of a recorder's batches and events, to be subclassed.
+
+    This base class does nothing, except that it ends the recording when the disk refuses rows.
+    """
 
     def turn(self, batches: list[Batch]) -> bool:  # noqa: ARG002
-        """Take the batches of one turn, of which there may be none; returns whether to go on."""
+        """Take the batches of one turn, of which there may be none. Returns False to end the recording."""
         return True
 
     def refused(self, error: CaptureError) -> None:
-        """The disk refused rows, which wait in memory. Called at each attempt; what it raises ends the recording."""
+        """Handle ``error``, which says that the disk refused rows; they wait in memory.
+
+        This is called after each attempt to write them. An error that it raises ends the recording.
+        """
         raise error
 
     def stopping(self) -> None:
-        """The loop has ended, for whatever reason."""
+        """Handle the end of the loop, which may have any reason."""
 
     def finish(self, batches: list[Batch]) -> None:
         """Take the last batches."""
 
 
 class Recorder:
-    """Drives a session into a writer; ``run`` it once, and the capture is closed whatever happens.
+    """A loop that writes a session's batches to a capture. ``run`` may be called once, and always closes the capture.
 
-    What a killed process couldn't say any more, its losses and the steps of the wall clock, goes into meta.json while
-    it runs.
+    The numbers of lost records and the steps of the wall clock are written to meta.json while it runs, so that they
+    aren't missing if the process is killed.
     """
 
     def __init__(self, session: Session, writer: CaptureWriter | ThreadedWriter, observer: Observer) -> None:
@@ -45,9 +51,9 @@ class Recorder:
         self._next_checkpoint = 0.0
 
     def run(self, stop: Callable[[], bool], duration_s: float | None = None) -> None:
-        """Record until ``stop`` returns true, the observer doesn't go on, the source ends or the time is over.
+        """Record until ``stop`` returns true, the observer's ``turn`` returns False, the source ends or the time is up.
 
-        Raises what the session, the writer and the observer raise; the capture's status is ``failed`` then.
+        Raises the errors of the session, the writer and the observer; the capture's status is ``failed`` then.
         """
         status = "failed"
         try:
@@ -78,11 +84,11 @@ class Recorder:
             self._writer.add(batch.event, batch.rows)
 
     def _save(self) -> None:
-        """Write the rows that are due, and a checkpoint where there is news."""
+        """Write the rows that are due, and a checkpoint if the state has changed."""
         try:
             self._writer.flush()
             now = time.monotonic()
-            # Not at each turn: losses come where there is no time to spare.
+            # Checkpoints are rate-limited, because records are lost when there is no time to spare.
             if now >= self._next_checkpoint and (state := self._state()) != self._checkpointed:
                 self._next_checkpoint = now + FLUSH_SECONDS
                 self._writer.update_meta(**checkpoint(self._session))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel's TCP calls the settings that this project is about, and whom they don't touch."""
+"""The kernel's names of the TCP settings behind idle resets, and the congestion controls that they don't affect."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Final
 
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"
-"""What ``sysctls`` of meta.json holds for each network namespace, beside its name and whether it is the host's."""
+"""For each network namespace, ``sysctls`` in meta.json holds these two, its name and whether it is the host's."""
 
 EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
-"""Congestion controls with a cong_control of their own, which tcp_slow_start_after_idle_check() leaves alone
-(include/net/tcp.h): in the kernel's tree only net/ipv4/tcp_bbr.c; BPF ones can't be told by name."""
+"""Congestion controls with a cong_control of their own, whose windows tcp_slow_start_after_idle_check() leaves alone
+(include/net/tcp.h). In the kernel's tree only net/ipv4/tcp_bbr.c has one; those written in BPF can't be recognised by
+name."""

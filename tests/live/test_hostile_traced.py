@@ -144,7 +144,7 @@ def test_more_cgroups_than_the_filter_holds(cgroup: Path, space: tcp.Space, conn
         with running("-c", cgroup, "--no-block", "-o", tmp_path / "a.cwnd") as run:
             for number in range(ROOM + 116):
                 (cgroup / str(number)).mkdir()
-            run.wait_for(re.compile(r"^warning: at least [\d,]+ cgroups of what was asked for aren't traced"), LONG_S)
+            run.wait_for(re.compile(r"^warning: at least [\d,]+ requested cgroups aren't traced"), LONG_S)
             send_after_idle(connection)
             code, _, said = run.end()
     finally:
@@ -156,7 +156,7 @@ def test_more_cgroups_than_the_filter_holds(cgroup: Path, space: tcp.Space, conn
     assert len(trace.resets) >= 1
     assert 1 <= trace.left_out["cgroups"] <= 117
     assert "left out" in dict(trace.facts())
-    assert any("cgroups of what was asked for" in line for line in report(trace).caveats["all"])
+    assert any("requested cgroups" in line for line in report(trace).caveats["all"])
 
 
 MANY_SOCKETS: Final = f"""
@@ -181,7 +181,7 @@ def test_more_sockets_than_the_filter_holds(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "made\n"
         with running("-p", str(holder.pid), "--no-block", "-o", tmp_path / "a.cwnd") as run:
-            run.wait_for(re.compile(r"^warning: at least 300 sockets of what was asked for aren't traced"), LONG_S)
+            run.wait_for(re.compile(r"^warning: at least 300 requested sockets aren't traced"), LONG_S)
             code, _, said = run.end(signal.SIGINT)
     finally:
         holder.kill()
