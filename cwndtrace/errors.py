@@ -113,7 +113,7 @@ def for_lack_of_memory(error: BaseException) -> bool:
 
 def out_of_memory() -> CaptureError:
     """Return the error to raise where a capture's rows don't fit in memory."""
-    cause = "Memory ran out: this capture's rows need more than there is."
+    cause = "Memory ran out: this capture's rows need more than is available."
     return CaptureError(
         cause, "Read it where more is free, raise ulimit -v if one is set, or trace for a shorter time."
     )

@@ -107,7 +107,7 @@ def parse_layout(text: str) -> Header:
                     raise LayoutError(f"line {number}: {match[2]} has a name already: {line}")
                 enum[int(match[2])] = match[1].removeprefix(prefix).lower()
             elif line:
-                raise LayoutError(f"line {number}: not an enum item with a value and a comment: {line}")
+                raise LayoutError(f"line {number}: this isn't an enum item with a value and a comment: {line}")
         elif match := _STRUCT_OPEN.match(line):
             struct_name, struct = match[1], []
         elif match := _ENUM_OPEN.match(line):
@@ -116,7 +116,7 @@ def parse_layout(text: str) -> Header:
         elif line.startswith("/*"):
             in_comment = "*/" not in line
         elif line and not line.startswith("#"):
-            raise LayoutError(f"line {number}: outside the subset of record headers: {line}")
+            raise LayoutError(f"line {number}: this is outside the subset of record headers: {line}")
     if struct is not None or enum is not None or in_comment:
         raise LayoutError("the header ends inside a struct, an enum or a comment")
     return layout
@@ -129,7 +129,7 @@ def _width(ctype: str) -> int:
 def _parse_field(line: str, number: int, before: list[Field], layout: Header) -> Field:
     match = _FIELD.match(line)
     if match is None:
-        raise LayoutError(f"line {number}: not a fixed-size field with a [unit] comment: {line}")
+        raise LayoutError(f"line {number}: this isn't a fixed-size field with a [unit] comment: {line}")
     ctype, name, count, unit, description = match.groups()
     if ctype != "char" and ctype not in _SIZES:
         raise LayoutError(f"line {number}: type {ctype} isn't in the subset")
@@ -140,7 +140,7 @@ def _parse_field(line: str, number: int, before: list[Field], layout: Header) ->
     if any(f.name == name for f in before):
         raise LayoutError(f"line {number}: there is a field {name} already")
     if count == "0":
-        raise LayoutError(f"line {number}: an array without elements: {line}")
+        raise LayoutError(f"line {number}: an array needs elements: {line}")
     offset = before[-1].offset + before[-1].size if before else 0
     if offset % _width(ctype):
         raise LayoutError(f"line {number}: {name} would be padded; order the fields by size")
