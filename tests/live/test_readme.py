@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each command of the README, as a user with sudo pastes it, on a bare Debian 12 and a bare Debian 13."""
+"""Each command of the README and of the pages on installing and Python runs on a bare Debian 12 and a bare Debian 13.
+
+It is typed as a user with sudo pastes it.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from tests.harness.chroot import CHECKOUT
 
 USER = "newcomer"
 CLONE = f"/home/{USER}/cwndtrace"
+PAGES = ("README.md", "docs/start.md", "docs/python.md")
 PIPX = "sudo env PIPX_HOME=/opt/pipx PIPX_BIN_DIR=/usr/local/bin pipx install ."
 
-# What stands in the README, what is typed for it, and what it says then.
+# Each command of the pages, what is typed for it ("" where that is the command itself), and what it says then.
 TABLE = [
     ("sudo cwndtrace doctor", "", "will work here."),
     # The demo has just measured in full.
@@ -102,7 +106,7 @@ def type_in(root: chroot.Root, line: str, *, before: tuple[str, ...] = ()) -> st
 
 
 def test_the_readme_has_no_other_command() -> None:
-    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    text = "\n".join((CHECKOUT / page).read_text(encoding="utf-8") for page in PAGES)
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
     found = {line for kind, block in fenced.findall(text) if kind == "sh" for line in block.splitlines()}
     found |= set(re.findall(r"`((?:sudo|make|pip|pipx|python3|cwndtrace|~\S*) (?!-E)[^`]+)`", fenced.sub("", text)))

@@ -120,9 +120,29 @@ def test_each_source_names_its_licence() -> None:
     assert [str(path.relative_to(ROOT)) for path in written if not _has_right_licence(path)] == []
 
 
-def test_readme_names_only_targets_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_readme_names_only_targets_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z][a-z-]+)$", readme.replace("`", "\n"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)$", text.replace("`", "\n"), re.MULTILINE))
     assert {"demo", "test"} <= named
     assert not named - targets
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_between_pages_resolve(page: str) -> None:
+    """Each relative link of a page leads to a file, and its anchor to a heading of that file."""
+    here = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", here.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = here.parent / path if path else here
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
