@@ -176,7 +176,7 @@ def test_tls_in_the_kernel(tracer: Tracer, connect: Connect) -> None:
 
 
 def test_multipath(tracer: Tracer, make_space: Callable[[], tcp.Space]) -> None:
-    """Probe ``sendmsg`` sees no reset of a subflow, as docs/kernels.md says; the other probes see a window that fell."""
+    """Probe ``sendmsg`` sees no reset of a subflow (docs/kernels.md); the other probes see a window that fell."""
     space = make_space()
     try:
         listener, sock = space.enter(lambda: [socket.socket(proto=MPTCP) for _ in range(2)])
