@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +17,10 @@ from cwndtrace import store
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
 from cwndtrace.analysis import connections as connection_analysis
-from cwndtrace.analysis.verdict import Host, Verdict
 from cwndtrace.errors import NotFound, making_sense
+from cwndtrace.present import html
+from cwndtrace.present import text as in_words
+from cwndtrace.present.text import Host, Verdict
 from cwndtrace.records import arrow
 from cwndtrace.store.meta import Meta
 
@@ -84,14 +85,14 @@ class Connection:
             longest = f"{fmt.span(row['idle_longest_us'])}, {row['idle_per_rto_max']:.1f} RTOs"
             facts.insert(4, ("longest idle time", longest))
         costly = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
-        facts += [("costly reset", fmt.clean(verdict.explain(reset))) for reset in costly.head(3).to_dict("records")]
+        facts += [("costly reset", fmt.clean(in_words.reset(reset))) for reset in costly.head(3).to_dict("records")]
         return [*facts, ("verdict", str(self.verdict))]
 
     def __repr__(self) -> str:
         return _text(f"connection {_shown(fmt.connection(self.about))}", self.facts())
 
     def _repr_html_(self) -> str:
-        return _table(f"<b>connection</b> <code>{_escaped(fmt.connection(self.about))}</code>", self.facts())
+        return html.facts("connection", _shown(fmt.connection(self.about)), self.facts())
 
 
 class Trace:
@@ -284,7 +285,8 @@ class Trace:
     def summary(self) -> pd.DataFrame:
         """Return one row per connection.
 
-        The columns are ``analysis.connections.COLUMNS`` and ``analysis.verdict.CONNECTION_COLUMNS``.
+        The columns are ``analysis.connections.COLUMNS``, ``analysis.verdict.CONNECTION_COLUMNS`` and
+        ``why``, the evidence for the verdict in words.
         """
         return self._summary.copy()
 
@@ -292,13 +294,15 @@ class Trace:
     @making_sense()
     def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self._resets, self._connections)
-        return verdict.connections(rows, self._judged, self._connections, self.about, whole=not self._lacking())
+        judged = verdict.connections(rows, self._judged, self._connections, self.about, whole=not self._lacking())
+        why = [in_words.connection(row) for row in judged.to_dict("records")]
+        return judged.assign(why=pd.Series(why, index=judged.index, dtype="str"))
 
     @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
         """Return the remedies, best first, for the whole capture or for one ``connection``.
 
-        The columns are ``analysis.remedy.COLUMNS``. Raises NotFound for a key that isn't in ``summary()``.
+        The columns are ``present.text.REMEDY_COLUMNS``. Raises NotFound for a key that isn't in ``summary()``.
         """
         judged, rows = self._judged, self._summary
         if connection is not None:
@@ -306,7 +310,7 @@ class Trace:
             if rows.empty:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
-        return remedy.remedies(judged, rows, self.about, lacking=self._lacking())
+        return in_words.remedies(remedy.remedies(judged, rows), self.about, self._lacking())
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
@@ -329,7 +333,7 @@ class Trace:
     def explain(self, reset: int) -> Verdict:
         """Return the verdict on one reset, by its row in ``verdicts``. Raises KeyError where there is none."""
         row = self._judged.loc[reset].to_dict()
-        return Verdict(row["verdict"], verdict.explain(row))
+        return Verdict(row["verdict"], in_words.reset(row))
 
     @making_sense()
     def audit(self) -> pd.DataFrame:
@@ -337,12 +341,12 @@ class Trace:
 
         The columns are ``analysis.remedy.AUDIT_COLUMNS``.
         """
-        return remedy.audit(self._judged, self._connections, self.about)
+        return in_words.audit(remedy.audit(self._judged, self._connections, self.about), self.about)
 
     @making_sense()
     def host(self) -> Host:
         """Return the cost of all resets, and the verdict on whether the congestion window is the problem at all."""
-        return verdict.host(self._summary, self._judged, self._lacking())
+        return in_words.host(verdict.host(self._summary, self._judged), self._lacking())
 
     @making_sense()
     def block_summary(self) -> pd.DataFrame:
@@ -402,8 +406,7 @@ class Trace:
         return _text(f"cwndtrace capture {_shown(self.path)} ({self.status})", self.facts())
 
     def _repr_html_(self) -> str:
-        caption = f"<b>cwndtrace capture</b> <code>{_escaped(self.path)}</code> ({_escaped(self.status)})"
-        return _table(caption, self.facts())
+        return html.facts("cwndtrace capture", _shown(self.path), self.facts(), f" ({_shown(self.status)})")
 
     def facts(self) -> list[tuple[str, str]]:
         """Return the main facts, at most one screen of (name, value) pairs that are safe to print to a terminal."""
@@ -479,18 +482,6 @@ def _no_connection(key: str) -> NotFound:
 def _text(head: str, facts: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in facts)
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in facts)])
-
-
-def _table(caption: str, facts: list[tuple[str, str]]) -> str:
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{_escaped(name)}</th><td style='text-align:left'>{_escaped(value)}</td></tr>"
-        for name, value in facts
-    )
-    return f"<div>{caption}<table>{rows}</table></div>"
-
-
-def _escaped(value: object) -> str:
-    return html.escape(_shown(value))
 
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:

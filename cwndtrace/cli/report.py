@@ -11,11 +11,11 @@ import click
 
 import cwndtrace
 from cwndtrace import format as fmt
-from cwndtrace.analysis import remedy, verdict
 from cwndtrace.cli import files, malloc, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
+from cwndtrace.present import text as in_words
 from cwndtrace.report import content
 
 _CONNECTIONS: Final = 8
@@ -117,10 +117,10 @@ def _lines(found: content.Report) -> Iterator[str]:
                     fmt.span(row["lost_us"]),
                     fmt.span(row["idle_longest_us"]) if row["resets_idle"] else "-",
                     fmt.span(row["srtt_us"]),
-                    verdict.LABELS[row["verdict"]],
+                    in_words.LABELS[row["verdict"]],
                 )
             )
-        briefs = {label: _BRIEF.get(name, label.partition(":")[0]) for name, label in verdict.LABELS.items()}
+        briefs = {label: _BRIEF.get(name, label.partition(":")[0]) for name, label in in_words.LABELS.items()}
         least = max(cells(briefs[row[-1]]) for row in rows)
         labels = Column("VERDICT", least=least, shorten=lambda label, most: cut(briefs.get(label, label), most))
         yield from table((*_OF_CONNECTIONS, labels), rows)
@@ -153,4 +153,4 @@ def _lines(found: content.Report) -> Iterator[str]:
     yield ""
     yield click.style("What to do", bold=True)
     for number, row in enumerate(found.remedies.head(_REMEDIES).to_dict("records"), start=1):
-        yield from prose(f"{number}. {clean(remedy.sentence(row))}", room(), indent=3)
+        yield from prose(f"{number}. {clean(in_words.remedy(row))}", room(), indent=3)

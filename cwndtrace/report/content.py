@@ -10,7 +10,8 @@ from typing import Any, Final
 import pandas as pd
 
 from cwndtrace import format as fmt
-from cwndtrace.analysis import idle_cause, verdict
+from cwndtrace.analysis import idle_cause
+from cwndtrace.present.text import Host
 from cwndtrace.records import arrow
 from cwndtrace.trace import Trace
 
@@ -27,7 +28,7 @@ class Report:
     """
 
     trace: Trace
-    host: verdict.Host
+    host: Host
     connections: pd.DataFrame
     resets: pd.DataFrame
     causes: pd.DataFrame

@@ -27,12 +27,12 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from cwndtrace import format as fmt
-from cwndtrace.analysis import verdict
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
 from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
 from cwndtrace.plot.timeline import timeline
+from cwndtrace.present import text as in_words
 from cwndtrace.report.content import Report, records
 
 CONNECTIONS: Final = 200
@@ -60,8 +60,8 @@ def page(report: Report) -> str:
         "times": lambda ratio: f"{ratio:.1f}" if ratio is not None else "",
         "ends": fmt.connection,
         "process": lambda row: fmt.process(row["comm"], row["pid"]),
-        "words": lambda label: verdict.LABELS[label],
-        "explained": verdict.explain,
+        "words": lambda label: in_words.LABELS[label],
+        "explained": in_words.reset,
         "because": _because,
         "moment": lambda time: f"{time:%H:%M:%S.%f} UTC",
     }

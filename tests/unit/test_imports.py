@@ -31,15 +31,18 @@ BELOW = {
     "kernel": LEAVES,
     "store": LEAVES,
     "analysis": LEAVES | {"store"},
+    "present": LEAVES | {"store", "analysis"},
     "plot": LEAVES | {"store"},
     "capture": LEAVES | {"kernel", "store"},
-    "trace": LEAVES | {"store", "analysis"},
+    "trace": LEAVES | {"store", "analysis", "present"},
     "recorder": LEAVES | {"capture", "store"},
     "lab": LEAVES | {"recorder"} | {"kernel", "store", "analysis", "plot", "capture", "trace", ""},
-    "report": LEAVES | {"store", "analysis", "plot", "trace", ""},
+    "report": LEAVES | {"store", "analysis", "present", "plot", "trace", ""},
     # The package itself only shows the public names; the commands wire everything.
     "": LEAVES | {"capture", "trace"},
-    "cli": LEAVES | {"kernel", "store", "analysis", "plot", "capture", "trace", "lab", "report", "recorder", ""},
+    "cli": LEAVES
+    | {"kernel", "store", "analysis", "present", "plot", "capture", "trace", "lab", "report", "recorder"}
+    | {""},
     "__main__": {"cli", "isolated"},
 }
 """What each part of the package may import besides itself; the empty name is ``cwndtrace/__init__.py``."""

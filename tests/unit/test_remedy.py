@@ -14,6 +14,7 @@ import pytest
 from cwndtrace import tcp
 from cwndtrace.analysis import cost, remedy
 from cwndtrace.errors import NotFound
+from cwndtrace.present import text as in_words
 from cwndtrace.trace import Trace
 from tests.unit import frames
 
@@ -50,8 +51,8 @@ def test_all_cures_of_one_connection(tmp_path: Path) -> None:
     assert {row["connections"] for row in found.values()} == {1}
     assert found["sysctl"]["action"] == "sysctl -w net.ipv4.tcp_slow_start_after_idle=0"
     assert "every 240 ms" in found["ping"]["action"]
-    assert list(trace.remedies().columns) == list(remedy.COLUMNS)
-    assert remedy.sentence(found["sysctl"]).startswith(
+    assert list(trace.remedies().columns) == list(in_words.REMEDY_COLUMNS)
+    assert in_words.remedy(found["sysctl"]).startswith(
         "sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about 426 ms (estimated) on 1 connection. Risk low: "
     )
 
@@ -147,14 +148,16 @@ def test_the_host_gets_a_row_a_namespace_and_a_connection_its_own(tmp_path: Path
 def test_nothing_is_a_remedy_too(tmp_path: Path) -> None:
     found = by_name(capture(tmp_path, 2000))
     assert list(found) == ["nothing"]
-    assert remedy.sentence(found["nothing"]) == "Nothing to do: no reset cost a round trip."
+    assert in_words.remedy(found["nothing"]) == "Nothing to do: no reset cost a round trip."
     assert list(by_name(capture(tmp_path))) == ["nothing"]
 
 
 def test_what_lacks_is_never_nothing_to_do(tmp_path: Path) -> None:
     trace = capture(tmp_path, 2000)
-    found = remedy.remedies(trace.verdicts, trace.summary(), trace.meta, lacking="5 of 8 resets are not in the capture")
-    (said,) = map(remedy.sentence, found.to_dict("records"))
+    found = in_words.remedies(
+        remedy.remedies(trace.verdicts, trace.summary()), trace.about, "5 of 8 resets are not in the capture"
+    )
+    (said,) = map(in_words.remedy, found.to_dict("records"))
     assert said == "Trace again, or get the whole capture, because 5 of 8 resets are not in the capture."
 
 
@@ -162,7 +165,7 @@ def test_other_limits_have_remedies_without_a_figure(tmp_path: Path) -> None:
     trace = capture(tmp_path, 1_000_000, fields={"snd_wnd": 2000})
     (row,) = by_name(trace).values()
     assert (row["remedy"], math.isnan(row["saves_us"])) == ("receiver_window", True)
-    assert "can't tell" in remedy.sentence(row)
+    assert "can't tell" in in_words.remedy(row)
 
 
 # ---- the audit --------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def test_audit_of_host_and_pods(tmp_path: Path) -> None:
     ]
     trace = capture(tmp_path, 1_000_000, netns=POD, sysctls=sysctls, connections=frames.snapshots(*seen))
     rows = trace.audit()
-    assert list(rows.columns) == list(remedy.AUDIT_COLUMNS)
+    assert list(rows.columns) == [*remedy.AUDIT_COLUMNS, "note"]
     table = {row["netns_ino"]: row for row in rows.to_dict("records")}
     assert list(table) == [1, POD, 9, 55]
     pod = table[POD]

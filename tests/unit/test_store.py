@@ -737,7 +737,7 @@ def test_what_is_missing_is_said_first_and_nothing_else_is_claimed(
     number = kept if lacking < 0 else lacking
     assert warnings[0].startswith(f"{number} of {kept} records of cwnd_reset are not in the capture")
     assert click.unstyle(lines(found)[0]) == f"! {warnings[0]}."
-    claim = "It is unclear whether the congestion window is the cause"
+    claim = "Can't tell whether the congestion window is the cause"
     assert answer.startswith(f"{claim}, because {number} of {kept} resets are not in")
     assert "The congestion window is not the cause" not in answer
     assert found.host.verdict == "unknown"
