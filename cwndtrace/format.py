@@ -41,6 +41,14 @@ def size(count: float) -> str:
     return f"{_three(count / 1000)} TB"
 
 
+def nominal_size(count: float) -> str:
+    """Return a number of bytes that somebody chose, without the zeros that ``size`` shows: 300 kB, 1.5 MB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
+
+
 def threshold(segments: int) -> str:
     """Return a slow start threshold (ssthresh) in segments; the kernel's TCP_INFINITE_SSTHRESH as inf."""
     return "inf" if segments >= _INFINITE else str(segments)

@@ -28,7 +28,7 @@ from cwndtrace.cli import options, user
 from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
-from cwndtrace.format import clean, plural
+from cwndtrace.format import clean, nominal_size, plural, size
 from cwndtrace.kernel import netns
 from cwndtrace.kernel.ladder import RUNGS
 from cwndtrace.lab import cleanup
@@ -39,7 +39,7 @@ from cwndtrace.lab.path import KINDS
 from cwndtrace.lab.recording import Recording, costs, matched
 from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS
-from cwndtrace.lab.statistics import overall, size, summarise
+from cwndtrace.lab.statistics import overall, summarise
 from cwndtrace.store.folder import Folder
 from cwndtrace.trace import Trace
 
@@ -307,7 +307,7 @@ def measured(descriptor: int, path: Path, *, dark: bool) -> None:
 
 def _line(row: Measurement) -> str:
     window = f"{row.cwnd_before} -> {row.cwnd_after}" if row.reset else f"{row.cwnd_before}"
-    text = f"{row.round:>5}  {row.setting:<7}  {row.idle_s:>4.2f} s  {size(row.burst_bytes):>8}"
+    text = f"{row.round:>5}  {row.setting:<7}  {row.idle_s:>4.2f} s  {nominal_size(row.burst_bytes):>8}"
     return f"{text}  {row.latency_ms:>8.1f} ms   {window}"
 
 
@@ -347,7 +347,7 @@ def costs_of(summary: pd.DataFrame) -> Iterator[str]:
     for cell in summary.to_dict("records"):
         rows.append(
             (
-                size(int(cell["burst_bytes"])),
+                nominal_size(int(cell["burst_bytes"])),
                 f"{cell['idle_s']:g} s",
                 *(_or_dash("{:.0f} ms", cell[c]) for c in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
                 _or_dash("{:+.0f} ms", cell["cost_ms"]),

@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from cwndtrace.kernel.tcp_info import FIELDS, SIZE
+
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST_DUMP: Final = 0x1 | 0x300
@@ -31,23 +33,15 @@ MESSAGE: Final = np.dtype(
 )  # fmt: skip
 """struct inet_diag_msg of include/uapi/linux/inet_diag.h."""
 
-_AT: Final = {
-    "ca_state": ("u1", 1), "rto": ("u4", 8), "snd_mss": ("u4", 16), "unacked": ("u4", 24), "last_data_sent": ("u4", 44),
-    "last_data_recv": ("u4", 52), "rtt": ("u4", 68), "snd_ssthresh": ("u4", 76), "snd_cwnd": ("u4", 80),
-    "total_retrans": ("u4", 100), "bytes_acked": ("u8", 120), "notsent_bytes": ("u4", 144), "min_rtt": ("u4", 148),
-    "busy_time": ("u8", 168), "rwnd_limited": ("u8", 176), "sndbuf_limited": ("u8", 184), "bytes_sent": ("u8", 200),
-    "snd_wnd": ("u4", 228),
-}  # fmt: skip
-_INFO_SIZE: Final = 232
 INFO: Final = np.dtype(
     {
-        "names": list(_AT),
-        "formats": [kind for kind, _ in _AT.values()],
-        "offsets": [offset for _, offset in _AT.values()],
-        "itemsize": _INFO_SIZE,
+        "names": list(FIELDS),
+        "formats": [code for code, _ in FIELDS.values()],
+        "offsets": [offset for _, offset in FIELDS.values()],
+        "itemsize": SIZE,
     }
 )
-"""struct tcp_info of include/uapi/linux/tcp.h, which only ever grows at its end: what a kernel lacks is 0."""
+"""struct tcp_info; a member that this kernel doesn't have is 0."""
 
 
 @dataclass
@@ -100,7 +94,7 @@ def _take(data: bytes, found: Sockets, messages: bytearray, info: bytearray) -> 
         if _INFO not in told:
             continue
         messages += data[begin : begin + MESSAGE.itemsize]
-        info += told[_INFO][:_INFO_SIZE].ljust(_INFO_SIZE, b"\0")
+        info += told[_INFO][:SIZE].ljust(SIZE, b"\0")
         found.control.append(told.get(_CONG, b"").rstrip(b"\0"))
         memory, group = told.get(_SKMEMINFO, b""), told.get(_CGROUP, b"")
         found.sndbuf.append(int.from_bytes(memory[12:16], "little") if len(memory) >= 16 else None)

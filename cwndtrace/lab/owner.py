@@ -7,19 +7,13 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Self
+
+from cwndtrace.store.layout import process_start
 
 PREFIX: Final = "cwt"
 _NAME: Final = re.compile(rf"{PREFIX}-(\d+)-([0-9a-f]+)-(\d+)(?:-[a-z]+)?$")
 _serial = itertools.count(1)
-
-
-def started(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot. Raises OSError if it has ended."""
-    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    # Field 22 of /proc/PID/stat in proc(5). comm may hold spaces and brackets, so count from the last bracket.
-    return int(stat.rpartition(")")[2].split()[19])
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Owner:
     @classmethod
     def new(cls) -> Self:
         """Return an owner for this process with the next serial number."""
-        return cls(os.getpid(), started(os.getpid()), next(_serial))
+        return cls(os.getpid(), process_start(os.getpid()) or 0, next(_serial))
 
     @classmethod
     def of(cls, name: str) -> Self | None:
@@ -48,7 +42,4 @@ class Owner:
     @property
     def alive(self) -> bool:
         """True if this process is still running, and its pid not reused."""
-        try:
-            return started(self.pid) == self.start
-        except OSError:
-            return False
+        return process_start(self.pid) == self.start

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cwndtrace.analysis.bootstrap import Values, interval
+from cwndtrace.format import nominal_size
 
 
 def summarise(frame: pd.DataFrame, seed: int = 1) -> pd.DataFrame:
@@ -54,7 +55,7 @@ def _p95(values: Values) -> float:
 
 def verdict(row: dict[str, Any]) -> str:
     """Return a sentence on what the setting cost this burst after this idle time."""
-    cell = f"{size(row['burst_bytes'])} after {row['idle_s']:g} s:"
+    cell = f"{nominal_size(row['burst_bytes'])} after {row['idle_s']:g} s:"
     cost, low, high = row["cost_ms"], row["cost_low_ms"], row["cost_high_ms"]
     if np.isnan(cost):
         return f"{cell} measured with one setting only"
@@ -68,14 +69,6 @@ def verdict(row: dict[str, Any]) -> str:
     return f"{cell} the setting {'cost' if cost > 0 else 'saved'} {trips}, {spread}"
 
 
-def size(count: int) -> str:
-    """Return a number of bytes with a decimal unit, such as 300 kB or 1.5 MB."""
-    for unit, name in ((1_000_000, "MB"), (1_000, "kB")):
-        if count >= unit:
-            return f"{count / unit:.4g} {name}"
-    return f"{count} B"
-
-
 def overall(summary: pd.DataFrame) -> str:
     """Return one sentence for the whole experiment: its highest cost that is certain (interval above 0), or none."""
     sure = summary[summary["cost_low_ms"] > 0]
@@ -83,8 +76,8 @@ def overall(summary: pd.DataFrame) -> str:
         worst = sure.sort_values("cost_ms").iloc[-1]
         return (
             f"tcp_slow_start_after_idle cost up to {worst['cost_ms']:.0f} ms ({worst['cost_rtts']:.1f} round trips):"
-            f" {size(int(worst['burst_bytes']))} after {worst['idle_s']:g} s took {worst['median_on_ms']:.0f} ms"
-            f" with it and {worst['median_off_ms']:.0f} ms without"
+            f" {nominal_size(int(worst['burst_bytes']))} after {worst['idle_s']:g} s took"
+            f" {worst['median_on_ms']:.0f} ms with it and {worst['median_off_ms']:.0f} ms without"
         )
     if summary["cost_ms"].isna().all():
         return "only one setting was measured, so its cost is unknown"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cwndtrace.errors import CwndtraceError, KernelLacks
-from cwndtrace.lab.tcpinfo import TcpInfo
+from cwndtrace.kernel.tcp_info import TcpInfo
 
 HELLO: Final = b"cwt1"
 REPLY: Final = b"R"

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from cwndtrace.format import plural
+from cwndtrace.format import nominal_size, plural
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette, plain
@@ -127,7 +127,7 @@ def _points(axes: Axes, used: pd.DataFrame, x: Values, y: Values, colours: Palet
 def _classes(bursts: Values) -> tuple[npt.NDArray[Any], list[str]]:
     """Return the size class of each burst, and all classes from small to large."""
     if len(np.unique(bursts)) <= SIZES:
-        texts = np.array([layout.size(burst) for burst in bursts])
+        texts = np.array([nominal_size(burst) for burst in bursts])
     else:
         decades = np.clip(np.floor(np.log10(np.maximum(bursts, 1))), 3, 9).astype(int)
         texts = np.array([_decade(int(decade)) for decade in decades])
@@ -140,7 +140,7 @@ def _decade(decade: int) -> str:
         return "below 10 kB"
     if decade == 9:
         return "1 GB and more"
-    return f"{layout.size(10.0**decade)} to {layout.size(10.0 ** (decade + 1))}"
+    return f"{nominal_size(10.0**decade)} to {nominal_size(10.0 ** (decade + 1))}"
 
 
 def _titles(within: npt.NDArray[np.bool_]) -> tuple[str, str]:

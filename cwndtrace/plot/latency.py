@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from cwndtrace.format import plural
+from cwndtrace.format import nominal_size, plural
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.panels import Legend
@@ -58,7 +58,7 @@ def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         for axes, burst in zip(drawn, shown, strict=False):
             cells = summary[summary["burst_bytes"] == burst]
             legend |= _panel(axes, used[used["burst_bytes"] == burst], cells, colours)
-            axes.set_title(f"{layout.size(burst)} bursts", loc="left", fontsize=10, fontweight="bold", pad=5)
+            axes.set_title(f"{nominal_size(burst)} bursts", loc="left", fontsize=10, fontweight="bold", pad=5)
         if not shown:
             layout.say(drawn[0], "nothing was measured", colours)
             drawn[0].set_xticks([])
@@ -209,7 +209,7 @@ def _titles(summary: pd.DataFrame) -> tuple[str, str]:
     if len(sure):
         worst = sure.sort_values("cost_ms").iloc[-1]
         took = f"{worst['median_on_ms']:.0f} ms instead of {worst['median_off_ms']:.0f} ms"
-        first = f"After {worst['idle_s']:g} s of idle time, {layout.size(worst['burst_bytes'])} took {took}"
+        first = f"After {worst['idle_s']:g} s of idle time, {nominal_size(worst['burst_bytes'])} took {took}"
         return first, f"{second} = 1 cost up to {worst['cost_ms']:.0f} ms, or {worst['cost_rtts']:.1f} round trips"
     if summary["cost_ms"].isna().all():
         only = "on" if summary["median_on_ms"].notna().any() else "off"

@@ -79,11 +79,3 @@ def _columns(figure: Figure, legend: Legend, shape: dict[str, Any], room: float)
 def say(axes: Axes, text: str, colours: Palette) -> None:
     """Write in the middle of ``axes`` why nothing is drawn there."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10.5, color=colours.faint)
-
-
-def size(count: float) -> str:
-    """Return a number of bytes in a short form: 300 kB, 1.5 MB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} B"

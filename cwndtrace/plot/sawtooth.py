@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from cwndtrace.format import plural
+from cwndtrace.format import nominal_size, plural
 from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
@@ -208,7 +208,7 @@ def _label_bursts(axes: Axes, bursts: pd.DataFrame, at: Clock, colour: str) -> N
     columns = (bursts[n].tolist() for n in ("cwnd_before", "cwnd_after", "burst_bytes", "latency_ms", "idle_s"))
     for x, before, after, size, ms, idle in zip(at.seconds(bursts["start_ns"]).tolist(), *columns, strict=True):
         window = f"{before:,.0f} → {after:,.0f}" if after < before else f"{before:,.0f} kept"
-        labels.append(Label(x, before, f"{window}: {layout.size(size)} in {ms:.0f} ms", size * idle, colour))
+        labels.append(Label(x, before, f"{window}: {nominal_size(size)} in {ms:.0f} ms", size * idle, colour))
     place(axes, sorted(labels, key=lambda label: -label.rank)[:80], 8.5)
 
 

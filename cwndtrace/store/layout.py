@@ -41,5 +41,6 @@ def process_start(pid: int) -> int | None:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
+    # Field 22 of /proc/PID/stat in proc(5). comm may hold spaces and brackets, so count from the last bracket.
     state, *rest = stat.rpartition(b")")[2].split()
     return None if state in (b"Z", b"X") else int(rest[18])

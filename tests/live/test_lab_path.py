@@ -22,10 +22,10 @@ import pytest
 
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel import netns
+from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import wire
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.path import Path, open_path
-from cwndtrace.lab.tcpinfo import TcpInfo
 from tests.harness.tcp import stop
 
 pytestmark = pytest.mark.live

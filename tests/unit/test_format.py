@@ -81,3 +81,8 @@ def test_a_number_stays_with_what_it_counts() -> None:
     # What may be pasted into a shell.
     command = "ip netns exec web-1 ip route change 10.0.0.0/24 via 10.0.0.1 dev eth0 proto static; ip -6 addr"
     assert fmt.unbroken(command) == command
+
+
+@pytest.mark.parametrize(("count", "text"), [(16, "16 B"), (100_000, "100 kB"), (1_500_000, "1.5 MB"), (2e9, "2 GB")])
+def test_a_size_that_was_chosen_has_no_zeros(count: float, text: str) -> None:
+    assert fmt.nominal_size(count) == text

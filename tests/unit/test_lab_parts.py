@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import struct
@@ -17,10 +16,10 @@ import pytest
 
 from cwndtrace.cli import reproduce
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
+from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import serve, wire
-from cwndtrace.lab.owner import Owner, started
+from cwndtrace.lab.owner import Owner
 from cwndtrace.lab.scenario import PRESETS, Scenario
-from cwndtrace.lab.tcpinfo import TcpInfo
 
 # ---- owners ----------------------------------------------------------------------------------------
 
@@ -44,12 +43,6 @@ def test_a_pid_that_came_round_again_is_another_owner() -> None:
 )
 def test_other_names_have_no_owner(name: str) -> None:
     assert Owner.of(name) is None
-
-
-def test_a_process_started_after_boot() -> None:
-    assert 0 < started(os.getpid()) < time.monotonic() * os.sysconf("SC_CLK_TCK") * 10 + 1e9
-    with pytest.raises(OSError, match=r"."):
-        started(2**22 + 1)
 
 
 # ---- TCP_INFO --------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from cwndtrace.analysis import bootstrap
+from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import statistics
 from cwndtrace.lab.measurement import Measurement, Setting, frame, limits, measured
-from cwndtrace.lab.tcpinfo import TcpInfo
 from cwndtrace.lab.wire import Sent
 
 
@@ -92,11 +92,6 @@ def test_cells_are_kept_apart_and_sorted() -> None:
 
 def test_a_saving_is_said_as_one() -> None:
     assert "saved 50 ms" in statistics.summarise(table([50, 50, 50], [100, 100, 100])).iloc[0]["verdict"]
-
-
-@pytest.mark.parametrize(("count", "text"), [(16, "16 B"), (100_000, "100 kB"), (1_500_000, "1.5 MB")])
-def test_sizes(count: int, text: str) -> None:
-    assert statistics.size(count) == text
 
 
 def test_an_empty_frame_has_the_columns() -> None:

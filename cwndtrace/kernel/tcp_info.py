@@ -1,41 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``struct tcp_info`` of one's own socket as a typed record, against which tests check the tracer."""
+"""``struct tcp_info``: where its members are, and that of one's own socket as a typed record."""
 
 from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
 from cwndtrace.format import plural
 
-# include/uapi/linux/tcp.h. The struct only grows at its end, so an older kernel returns a prefix.
-_HEAD: Final = struct.Struct("=7BB24I")
-_TAIL: Final = (
-    ("Q", "pacing_rate"),
-    ("Q", "max_pacing_rate"),
-    ("Q", "bytes_acked"),
-    ("Q", "bytes_received"),
-    ("I", "segs_out"),
-    ("I", "segs_in"),
-    ("I", "notsent_bytes"),
-    ("I", "min_rtt"),
-    ("I", "data_segs_in"),
-    ("I", "data_segs_out"),
-    ("Q", "delivery_rate"),
-    ("Q", "busy_time"),
-    ("Q", "rwnd_limited"),
-    ("Q", "sndbuf_limited"),
-    ("I", "delivered"),
-    ("I", "delivered_ce"),
-    ("Q", "bytes_sent"),
-    ("Q", "bytes_retrans"),
-    ("I", "dsack_dups"),
-    ("I", "reord_seen"),
-    ("I", "rcv_ooopack"),
-    ("I", "snd_wnd"),
-)
+FIELDS: Final = {
+    "state": ("B", 0), "ca_state": ("B", 1), "rto": ("I", 8), "snd_mss": ("I", 16), "unacked": ("I", 24),
+    "last_data_sent": ("I", 44), "last_data_recv": ("I", 52), "rtt": ("I", 68), "rttvar": ("I", 72),
+    "snd_ssthresh": ("I", 76), "snd_cwnd": ("I", 80), "total_retrans": ("I", 100), "pacing_rate": ("Q", 104),
+    "bytes_acked": ("Q", 120), "notsent_bytes": ("I", 144), "min_rtt": ("I", 148), "delivery_rate": ("Q", 160),
+    "busy_time": ("Q", 168), "rwnd_limited": ("Q", 176), "sndbuf_limited": ("Q", 184), "bytes_sent": ("Q", 200),
+    "snd_wnd": ("I", 228),
+}  # fmt: skip
+"""Members of ``struct tcp_info`` (include/uapi/linux/tcp.h) without ``tcpi_``: the code of their type for ``struct``,
+and their offset in bytes. The struct only grows at its end, so an older kernel returns a prefix."""
+SIZE: Final = 232
+_LEAST: Final = 104
+"""Bytes that every kernel returns."""
 _ROOM: Final = 512
 
 
@@ -91,26 +78,14 @@ class TcpInfo:
     @classmethod
     def parse(cls, raw: bytes) -> Self:
         """Parse the bytes of ``getsockopt(TCP_INFO)``. Raises ValueError for fewer than every kernel returns."""
-        if len(raw) < _HEAD.size:
+        if len(raw) < _LEAST:
             raise ValueError(
-                f"TCP_INFO has {plural(len(raw), 'byte')}, fewer than the {_HEAD.size} that every kernel returns"
+                f"TCP_INFO has {plural(len(raw), 'byte')}, fewer than the {_LEAST} that every kernel returns"
             )
-        head = _HEAD.unpack_from(raw)
-        values = {
-            "state": head[0], "ca_state": head[1], "rto": head[8], "snd_mss": head[10], "unacked": head[12],
-            "last_data_sent": head[17], "last_data_recv": head[19], "rtt": head[23], "rttvar": head[24],
-            "snd_ssthresh": head[25], "snd_cwnd": head[26], "total_retrans": head[31],
-        }  # fmt: skip
-        known = {f.name for f in fields(cls)}
-        offset = _HEAD.size
-        for code, name in _TAIL:
-            size = struct.calcsize("=" + code)
-            if offset + size > len(raw):
-                break
-            if name in known:
-                (values[name],) = struct.unpack_from("=" + code, raw, offset)
-            offset += size
-        return cls(**values)
+        whole = raw.ljust(SIZE, b"\0")
+        return cls(
+            **{name: struct.unpack_from(f"={code}", whole, offset)[0] for name, (code, offset) in FIELDS.items()}
+        )
 
     @classmethod
     def of(cls, sock: socket.socket) -> Self:
