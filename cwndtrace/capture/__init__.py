@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where records come from, and the session that turns them into batches."""
+"""Sources of raw records, and the session that turns the records into batches."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling the BPF programs: the only file that imports bcc."""
+"""Compiles the BPF programs. No other module imports bcc."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ _INSTALL: Final = (
     "install the distribution's package: apt install python3-bpfcc (Debian, Ubuntu), dnf install python3-bcc"
 )
 _RECORD_MAPS: Final = (b"counters", b"followed", b"slabs")
-"""Maps whose values user space takes apart."""
+"""Maps whose values user space reads field by field."""
 _INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
-# What a call leaves on the stack between a function's entry and its return (bpf/cwnd_reset_kprobe.bpf.c).
+# Bytes of the stack that a call's return address takes (bpf/cwnd_reset_kprobe.bpf.c); 0 on machines not listed.
 _FRAME_SHIFT: Final = {"x86_64": 8}
 
 
 @cache
 def _place() -> Path:
-    """The ``__init__.py`` of the distribution's bcc, see ``module``."""
-    stranger = ""
+    """Return the path of ``__init__.py`` of the distribution's bcc. Raises BccError, see ``module``."""
+    unrelated = ""
     spec = importlib.util.find_spec("bcc")
     places = [spec.origin] if spec and spec.origin else []
     for pattern in _DISTRIBUTION_PACKAGES:
         places += [str(p) for p in sorted(Path("/").glob(pattern.lstrip("/") + "/bcc/__init__.py"))]
     for place in places:
         if not Path(place).with_name("libbcc.py").exists():
-            stranger = place
+            unrelated = place
             continue
         return Path(place)
-    if stranger:
-        raise BccError(f"the bcc in {Path(stranger).parent} is PyPI's unrelated package of that name", _INSTALL)
+    if unrelated:
+        raise BccError(f"the bcc in {Path(unrelated).parent} is PyPI's unrelated package of that name", _INSTALL)
     raise BccError("the Python package bcc isn't installed", _INSTALL)
 
 
 @cache
 def module() -> ModuleType:
-    """The distribution's bcc package, from wherever it is installed.
+    """Return the distribution's bcc package, from wherever it is installed.
 
-    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where there is
-    none, where libbcc is missing, or where the only ``bcc`` is PyPI's package of that name.
+    bcc is pure Python over libbcc.so, so any Python can import it by path. Raises BccError where bcc isn't installed,
+    where libbcc is missing, or where the only ``bcc`` is PyPI's unrelated package of that name.
     """
     return _import_from(_place())
 
@@ -85,14 +85,14 @@ def _import_from(init: Path) -> ModuleType:
 
 
 def version() -> str:
-    """bcc's version, as its package names it."""
+    """Return bcc's version, as its package states it."""
     return str(getattr(module(), "__version__", "unknown"))
 
 
-def _why(said: list[str], error: Exception) -> str:
-    """One line of why loading failed: bcc's own, else the most telling one of what it printed."""
+def _reason(printed: list[str], error: Exception) -> str:
+    """Return bcc's error message, with the first line in brackets that it printed about an error."""
     lines = [
-        line for line in "\n".join(said).splitlines() if re.search(r"error|denied|not permitted|invalid", line, re.I)
+        line for line in "\n".join(printed).splitlines() if re.search(r"error|denied|not permitted|invalid", line, re.I)
     ]
     text = str(error)
     if "super-user" in text and os.geteuid() == 0:
@@ -101,9 +101,9 @@ def _why(said: list[str], error: Exception) -> str:
 
 
 def expanded(source: Path) -> str:
-    """The text of ``source`` with each of this project's headers in place of its first ``#include "…"``.
+    """Return the text of ``source`` with each of this project's headers in place of its first ``#include "…"``.
 
-    bcc rewrites accesses to maps in a program's main file, and leaves those in headers as they are
+    bcc rewrites accesses to maps in a program's main file only, and not in its headers
     (BFrontendAction in bcc's src/cc/frontends/clang/b_frontend_action.cc).
     """
     included: set[Path] = set()
@@ -126,67 +126,68 @@ def expanded(source: Path) -> str:
 
 
 def build(source: Path, kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Program:
-    """A BPF source as a program for this kernel; compiled only where no start before has done it."""
+    """Return a BPF source as a program for this kernel, compiled only if the cache doesn't hold it."""
     folder, machine = bpf_dir(), platform.machine()
     text = expanded(source)
-    found = offsets.defines(kernel, offsets.active(text, defines)) | defines | {"CWT_HZ": hz}
-    flags = [f"-D{name}={value}" for name, value in found.items()]
+    macros = offsets.defines(kernel, offsets.active(text, defines)) | defines | {"CWT_HZ": hz}
+    flags = [f"-D{name}={value}" for name, value in macros.items()]
     flags += [f"-DCWT_ARCH_{machine.upper()}", f"-DFRAME_SHIFT={_FRAME_SHIFT.get(machine, 0)}"]
-    # clang asks the kernel which instructions it knows, so that the kernel's name is a part of the key too.
-    told = (text, *flags, str(os.uname()), str(_RECORD_MAPS))
-    key = program_cache.key(*(part.encode() for part in told), _headers(), _compiler())
-    made = program_cache.load(key)
-    if made is None:
-        made = _compile_apart(text, [*flags, f"-I{folder}"], source.name)
-        program_cache.keep(key, made)
-    return Program(made)
+    # clang asks the kernel which instructions it supports, so the kernel's name is a part of the key.
+    inputs = (text, *flags, str(os.uname()), str(_RECORD_MAPS))
+    key = program_cache.key(*(part.encode() for part in inputs), _headers(), _compiler())
+    image = program_cache.load(key)
+    if image is None:
+        image = _compile_in_child(text, [*flags, f"-I{folder}"], source.name)
+        program_cache.keep(key, image)
+    return Program(image)
 
 
 @cache
 def _headers() -> bytes:
-    """What the sources may include, by name and content."""
+    """Return the name and content of each header that the sources may include."""
     files = sorted(bpf_dir().rglob("*.h"))
     return b"".join(str(file.relative_to(bpf_dir())).encode() + b"\0" + file.read_bytes() for file in files)
 
 
 @cache
 def _compiler() -> bytes:
-    """What tells this bcc from any other, without loading it: that takes 60 MB.
+    """Return what identifies this installation of bcc, without loading it: that takes 60 MB of memory.
 
-    The Python part and the library are two packages of one version in each distribution.
+    The Python files stand for the library too: each distribution packages both in the same version.
     """
     files = sorted(_place().parent.glob("*.py"))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    told = _place().with_name("version.py")
-    return repr((str(_place()), stats, told.read_text() if told.exists() else "")).encode()
+    version_file = _place().with_name("version.py")
+    return repr((str(_place()), stats, version_file.read_text() if version_file.exists() else "")).encode()
 
 
 def _library() -> Any:
-    """libbcc, as bcc's own package declares it."""
+    """Return libbcc, with the argument types that bcc's own package declares."""
     return module().libbcc.lib
 
 
-def _compile_apart(text: str, flags: list[str], name: str) -> program_cache.Image:
-    """``_compile`` in a process of its own, or a trace would keep the compiler's 100 MB for as long as it lasts."""
+def _compile_in_child(text: str, flags: list[str], name: str) -> program_cache.Image:
+    """Run ``_compile`` in a child process: the trace would otherwise hold the compiler's 100 MB until its end."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=_tell, args=(theirs, text, flags, name), name="compiler", daemon=True)
+    process = fork.Process(target=_send_image, args=(theirs, text, flags, name), name="compiler", daemon=True)
     start_with_signals_blocked(process)
     theirs.close()
     try:
-        found = ours.recv()
+        answer = ours.recv()
     except EOFError:
-        raise BccError(f"the compiler of {name} died", "see what dmesg says, and start once more") from None
+        cause = f"the process that compiles {name} ended before it was done"
+        raise BccError(cause, "see dmesg for the reason, and run the command again") from None
     finally:
         ours.close()
         process.join()
-    if isinstance(found, program_cache.Image):
-        return found
-    kind, cause, remedy = found
-    raise kind(cause, remedy)
+    if isinstance(answer, program_cache.Image):
+        return answer
+    error, cause, remedy = answer
+    raise error(cause, remedy)
 
 
-def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
+def _send_image(to: Connection, text: str, flags: list[str], name: str) -> None:
     ignore_signals()
     try:
         to.send(_compile(text, flags, name))
@@ -195,78 +196,78 @@ def _tell(to: Connection, text: str, flags: list[str], name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Collect what libbcc, clang and libbpf write to file descriptor 2 into the list that is yielded."""
-    said: list[str] = []
+def _stderr_captured() -> Iterator[list[str]]:
+    """Yield a list that receives, at the end, what libbcc, clang and libbpf write to file descriptor 2."""
+    printed: list[str] = []
     sys.stderr.flush()
     saved = os.dup(2)
-    # In memory: a file would lie where TMPDIR says, which may be somebody else's folder.
+    # The file is in memory, because TMPDIR may be a folder of another user.
     with os.fdopen(os.memfd_create("cwndtrace"), "w+b") as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield printed
         finally:
             os.dup2(saved, 2)
             os.close(saved)
             file.seek(0)
-            said.append(file.read().decode("utf-8", "replace").strip())
+            printed.append(file.read().decode("utf-8", "replace").strip())
 
 
 def _compile(text: str, flags: list[str], name: str) -> program_cache.Image:
-    """The programs and maps of ``text``; raises BccError where it doesn't compile."""
-    # bcc looks for kernel headers here; the programs need none, only the few names in this tree.
+    """Return the programs and maps of ``text``. Raises BccError where it doesn't compile, else KernelLacks."""
+    # bcc looks for kernel headers here. The programs need only the few names that this folder defines.
     os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir() / "compat")
 
     class Compiler(module().BPF):  # type: ignore[misc]
         def _trace_autoload(self) -> None:
-            """Not here: whoever wants a program attached says so."""
+            """Do nothing: ``Program.attach`` attaches programs."""
 
-    said: list[str] = []
+    printed: list[str] = []
     try:
-        with _quiet() as said:
-            made = Compiler(text=text.encode(), cflags=flags)
-    except Exception as e:  # bcc raises nothing finer
+        with _stderr_captured() as printed:
+            compiled = Compiler(text=text.encode(), cflags=flags)
+    except Exception as e:  # bcc raises no more specific type
         if "compile" in str(e):
-            raise BccError(f"bcc {version()} can't compile {name}: {_why(said, e)}", "report this text") from e
-        raise KernelLacks(_why(said, e)) from e
+            raise BccError(f"bcc {version()} can't compile {name}: {_reason(printed, e)}", "report this text") from e
+        raise KernelLacks(_reason(printed, e)) from e
     try:
-        return _taken(made)
+        return _image(compiled)
     finally:
-        made.cleanup()
+        compiled.cleanup()
 
 
 def _fdinfo(fd: int, name: str) -> int:
-    """A number that the kernel tells of one of its objects; 0 where this one doesn't."""
+    """Return a number from the kernel's fdinfo of a descriptor; 0 where this kernel doesn't report it."""
     match = re.search(rf"^{name}:\s*(\w+)", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
     return int(match[1], 0) if match else 0
 
 
 def _fields(table: Any) -> tuple[tuple[str, str], ...]:
-    """The members of the struct that a map's values are, as numpy names their types."""
-    # bcc turns the Leaf of a per-CPU map into an array, one for each CPU, and keeps the struct itself as sLeaf.
+    """Return name and numpy type of each member of the struct that a map's values are."""
+    # For a per-CPU map, bcc makes Leaf an array with an element for each CPU, and keeps the struct itself as sLeaf.
     leaf = np.dtype(getattr(table, "sLeaf", table.Leaf))
     return tuple((name, leaf[name].str) for name in leaf.names or ())
 
 
-def _taken(made: Any) -> program_cache.Image:
-    """What bcc made, with the descriptors of its own maps replaced by their places."""
+def _image(compiled: Any) -> program_cache.Image:
+    """Return what bcc compiled, with each map's descriptor in the instructions replaced by the map's index."""
     lib = _library()
     lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_size_t]
     lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     maps: list[program_cache.Map] = []
-    places: dict[int, int] = {}
-    for number in range(lib.bpf_num_tables(made.module)):
-        raw = lib.bpf_table_name(made.module, number)
-        fd = lib.bpf_table_fd(made.module, raw)
-        kind, flags = _fdinfo(fd, "map_type"), _fdinfo(fd, "map_flags")
+    indices: dict[int, int] = {}
+    for number in range(lib.bpf_num_tables(compiled.module)):
+        raw = lib.bpf_table_name(compiled.module, number)
+        fd = lib.bpf_table_fd(compiled.module, raw)
+        map_type, flags = _fdinfo(fd, "map_type"), _fdinfo(fd, "map_flags")
         key_size, value_size, entries = (_fdinfo(fd, name) for name in ("key_size", "value_size", "max_entries"))
-        fields = _fields(made[raw]) if raw in _RECORD_MAPS else ()
-        places[fd] = len(maps)
-        maps.append(program_cache.Map(raw.decode(), kind, key_size, value_size, entries, flags, fields))
+        fields = _fields(compiled[raw]) if raw in _RECORD_MAPS else ()
+        indices[fd] = len(maps)
+        maps.append(program_cache.Map(raw.decode(), map_type, key_size, value_size, entries, flags, fields))
     programs = {}
-    for number in range(lib.bpf_num_functions(made.module)):
-        name = lib.bpf_function_name(made.module, number)
-        code, uses = map_uses(made.dump_func(name))
-        code["imm"][uses] = [places[fd] for fd in code["imm"][uses].tolist()]
+    for number in range(lib.bpf_num_functions(compiled.module)):
+        name = lib.bpf_function_name(compiled.module, number)
+        code, uses = map_uses(compiled.dump_func(name))
+        code["imm"][uses] = [indices[fd] for fd in code["imm"][uses].tolist()]
         programs[name.decode()] = code.tobytes()
     return program_cache.Image(programs, tuple(maps))

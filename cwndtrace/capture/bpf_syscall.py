@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf(2): whether it can be called, making maps, loading programs, attaching and running them, looking into maps.
+"""bpf(2): test whether it may be called, make and access maps, load, attach and run programs.
 
-Beside it perf_event_open(2), which makes kprobes. All raise OSError.
+kprobes are made with perf_event_open(2). All functions raise OSError.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _LOG_BYTES: Final = 1 << 20
 KPROBE, RAW_TRACEPOINT, TRACING = 2, 17, 26
 """Program types (enum bpf_prog_type)."""
 TRACE_RAW_TP, TRACE_FENTRY, TRACE_FEXIT = 23, 24, 25
-"""Where a TRACING program goes (enum bpf_attach_type)."""
+"""Attach types of TRACING programs (enum bpf_attach_type)."""
 _ARRAY, PERCPU_HASH, PERCPU_ARRAY = 2, 5, 6
-"""Map types (enum bpf_map_type) that hold a value for each CPU."""
+"""Map types (enum bpf_map_type); the last two hold a value for each CPU."""
 
 
 def _attr(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
@@ -56,14 +56,15 @@ _ProgLoad: Final = _attr(
 )  # fmt: skip
 _LinkCreate: Final = _attr(("prog_fd", _U32), ("target_fd", _U32), ("attach_type", _U32), ("flags", _U32))
 _Info: Final = _attr(("fd", _U32), ("length", _U32), ("info", _U64))
-# struct bpf_link_info where perf_event.type is a kprobe's; what an older kernel doesn't fill in stays 0.
+# struct bpf_link_info where perf_event.type is a kprobe's. Members that an older kernel doesn't fill in stay 0.
 _KprobeInfo: Final = _attr(
     ("type", _U32), ("id", _U32), ("prog_id", _U32), ("padding", _U32), ("perf_type", _U32), ("more_padding", _U32),
     ("function", _U64), ("name_length", _U32), ("offset", _U32), ("address", _U64), ("missed", _U64), ("cookie", _U64),
 )  # fmt: skip
-# struct bpf_prog_info up to what a program's runs are counted in.
+# struct bpf_prog_info up to the counters of a program's runs.
 _ProgInfo: Final = _attr(("before", ctypes.c_char * 192), ("run_time_ns", _U64), ("run_cnt", _U64), ("missed", _U64))
-# struct perf_event_attr up to config2; for the kprobe PMU config is 1 for a return, config1 the function's name.
+# struct perf_event_attr up to config2. For the kprobe PMU, config is 1 for a kretprobe, and config1 is the address of
+# the function's name.
 _PerfEvent: Final = _attr(
     ("type", _U32), ("size", _U32), ("config", _U64), ("sample_period", _U64), ("sample_type", _U64),
     ("read_format", _U64), ("bits", _U64), ("wakeup_events", _U32), ("breakpoint", _U32), ("config1", _U64),
@@ -84,32 +85,32 @@ def _bpf(command: int, attr: ctypes.Structure) -> int:
 def run_raw_tracepoint(prog_fd: int, cpu: int) -> None:
     """Run the program once on ``cpu``.
 
-    ENXIO for a CPU that is offline, EPERM without the right, ENOSYS on an unknown machine.
+    Raises ENXIO for a CPU that is offline, EPERM without the privileges, and ENOSYS on an unknown machine.
     """
     _bpf(_PROG_TEST_RUN, _TestRun(prog_fd=prog_fd, flags=_TEST_RUN_ON_CPU, cpu=cpu))
 
 
 def create_map(name: str, kind: int, key_size: int, value_size: int, max_entries: int, flags: int) -> int:
-    """A descriptor of a new map; sizes in bytes."""
+    """Return a descriptor of a new map; sizes are in bytes."""
     attr = _MapCreate(kind, key_size, value_size, max_entries, flags, map_name=name.encode()[:15])
     try:
         return _bpf(_MAP_CREATE, attr)
     except PermissionError:
-        # Before 5.11 a map counts as locked memory, of which the usual limit allows next to nothing.
-        with suppress(ValueError, OSError):  # where it may not be raised, the second try says what is refused
+        # Before Linux 5.11, a map counts as locked memory, of which the default limit allows very little.
+        with suppress(ValueError, OSError):  # where the limit may not be raised, the second try raises the error
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return _bpf(_MAP_CREATE, attr)
 
 
 def try_map() -> None:
-    """Make the least map and free it; ENOSYS on an unknown machine."""
+    """Make the smallest possible map and free it. Raises ENOSYS on an unknown machine."""
     os.close(create_map("try", _ARRAY, 4, 4, 1, 0))
 
 
 def load_program(name: str, kind: int, insns: bytes, attach_type: int = 0, attach_btf_id: int = 0) -> int:
-    """A descriptor of a program that the verifier took; GPL, as all of ours are.
+    """Load a program, declared as GPL like all programs here, and return its descriptor.
 
-    What the verifier says of one that it refuses is in the error's text, its last line.
+    Where the verifier refuses the program, the error's text holds the last line of the verifier's log.
     """
     code, licence = ctypes.create_string_buffer(insns, len(insns)), ctypes.create_string_buffer(b"GPL")
     attr = _ProgLoad(
@@ -126,7 +127,7 @@ def load_program(name: str, kind: int, insns: bytes, attach_type: int = 0, attac
     except OSError as first:
         if first.errno == errno.EPERM:
             raise
-        # Once more for the reason: writing it down makes the verifier slow.
+        # The log slows the verifier down, so only a second try asks for it.
         log = ctypes.create_string_buffer(_LOG_BYTES)
         attr.log_level, attr.log_size, attr.log_buf = 1, _LOG_BYTES, ctypes.addressof(log)
         try:
@@ -138,17 +139,23 @@ def load_program(name: str, kind: int, insns: bytes, attach_type: int = 0, attac
 
 
 def attach(prog_fd: int, tracepoint: str | None = None) -> int:
-    """Attach to a raw tracepoint, or (None) a TRACING program to its function; closing the result detaches."""
+    """Attach to a raw tracepoint, or with None attach a TRACING program to its target; return a descriptor.
+
+    Closing the descriptor detaches the program.
+    """
     name = ctypes.create_string_buffer((tracepoint or "").encode())
     return _bpf(_RAW_TRACEPOINT_OPEN, _RawTracepoint(ctypes.addressof(name) if tracepoint else 0, prog_fd))
 
 
 def attach_kprobe(prog_fd: int, function: str, back: bool) -> int:
-    """Attach to the entry of a kernel function, or (``back``) to its return; closing the result detaches."""
+    """Attach to the entry of a kernel function, or with ``back`` to its return; return a descriptor.
+
+    Closing the descriptor detaches the program.
+    """
     name = ctypes.create_string_buffer(function.encode())
-    kind = int(facts.KPROBES.read_text(encoding="ascii"))
-    attr = _PerfEvent(kind, ctypes.sizeof(_PerfEvent), int(back), config1=ctypes.addressof(name))
-    # A CPU has to be named, and the program runs on each of them.
+    pmu = int(facts.KPROBES.read_text(encoding="ascii"))
+    attr = _PerfEvent(pmu, ctypes.sizeof(_PerfEvent), int(back), config1=ctypes.addressof(name))
+    # perf_event_open(2) needs a CPU here, but the program runs on all CPUs.
     try:
         event = _libc.syscall("perf_event_open", ctypes.byref(attr), -1, 0, -1, _PERF_FLAG_FD_CLOEXEC)
     except OSError as e:
@@ -168,9 +175,9 @@ def attach_kprobe(prog_fd: int, function: str, back: bool) -> int:
 
 
 def kprobe_missed(link_fd: int) -> int:
-    """How many calls or returns a kprobe didn't get to see, as for an interrupt that came upon another kprobe's run.
+    """Return how many calls or returns a kprobe missed, as when an interrupt came while another kprobe was running.
 
-    0 where the kernel doesn't tell: before 6.7.
+    Kernels before 6.7 don't report it; the result is 0 there.
     """
     info = _KprobeInfo()
     with suppress(OSError):
@@ -179,9 +186,10 @@ def kprobe_missed(link_fd: int) -> int:
 
 
 def program_stats(prog_fd: int) -> tuple[int, int, int]:
-    """A program's nanoseconds and runs, counted while kernel.bpf_stats_enabled is 1, and the runs that were skipped.
+    """Return a program's run time in nanoseconds, its runs, and the runs that the kernel skipped.
 
-    These are the ones for which it was already running on that CPU; 0 where the kernel doesn't tell: before 5.12.
+    The kernel counts time and runs while kernel.bpf_stats_enabled is 1. It skips a run when the program is already
+    running on that CPU; kernels before 5.12 don't report skipped runs, and the number is 0 there.
     """
     info = _ProgInfo()
     _bpf(_OBJ_GET_INFO_BY_FD, _Info(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
@@ -190,13 +198,13 @@ def program_stats(prog_fd: int) -> tuple[int, int, int]:
 
 @cache
 def possible_cpus() -> int:
-    """How many values a per-CPU map has for each key."""
+    """Return how many values a per-CPU map has for each key."""
     last = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()
     return int(last.replace(",", "-").rpartition("-")[2]) + 1
 
 
 def lookup(map_fd: int, key: bytes, size: int) -> bytes | None:
-    """The ``size`` bytes under ``key``; None where there is nothing."""
+    """Return the ``size`` bytes under ``key``; None where the map doesn't have it."""
     place, value = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(size)
     try:
         _bpf(_MAP_LOOKUP, _MapElement(map_fd, 0, ctypes.addressof(place), ctypes.addressof(value)))
@@ -206,13 +214,13 @@ def lookup(map_fd: int, key: bytes, size: int) -> bytes | None:
 
 
 def update(map_fd: int, key: bytes, value: bytes) -> None:
-    """Put ``value`` under ``key``."""
+    """Store ``value`` under ``key``."""
     place, what = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(value, len(value))
     _bpf(_MAP_UPDATE, _MapElement(map_fd, 0, ctypes.addressof(place), ctypes.addressof(what)))
 
 
 def delete(map_fd: int, key: bytes) -> None:
-    """Remove ``key``, if it is there."""
+    """Remove ``key`` if the map has it."""
     place = ctypes.create_string_buffer(key, len(key))
     try:
         _bpf(_MAP_DELETE, _MapElement(map_fd, 0, ctypes.addressof(place)))
@@ -221,7 +229,7 @@ def delete(map_fd: int, key: bytes) -> None:
 
 
 def keys(map_fd: int, size: int) -> Iterator[bytes]:
-    """Each key of a hash, ``size`` bytes long; one that vanishes meanwhile may start it anew."""
+    """Yield each key of a hash, ``size`` bytes long. A key that is removed meanwhile may restart the iteration."""
     following = ctypes.create_string_buffer(size)
     before: Any = None
     while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of the TCP connections there are, through inet_diag: what ss shows, as a table."""
+"""Snapshots of all TCP connections through inet_diag: the data that ss shows, as a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups, inet_diag, interfaces, netns, sockets
 from cwndtrace.records.arrow import CONNECTIONS, address, numbers, texts, values
 
-# Bits of include/net/tcp_states.h; TIME_WAIT, CLOSE, LISTEN, SYN_RECV have no window of interest.
+# Numbers of include/net/tcp_states.h. TIME_WAIT, CLOSE, LISTEN and SYN_RECV have no window of interest.
 _STATES: Final = {
     1: "ESTAB",
     2: "SYN-SENT",
@@ -30,7 +30,7 @@ _STATES: Final = {
     11: "CLOSING",
 }
 _STATE_MASK: Final = sum(1 << state for state in _STATES)
-# Columns that struct tcp_info gives, and what to multiply by: it has some times in ms.
+# Columns that come from struct tcp_info, with its member and a factor: it has some times in ms.
 _OF_INFO: Final = {
     "ca_state": ("ca_state", 1),
     "cwnd": ("snd_cwnd", 1),
@@ -51,7 +51,7 @@ _OF_INFO: Final = {
     "rwnd_limited_us": ("rwnd_limited", 1),
     "sndbuf_limited_us": ("sndbuf_limited", 1),
 }
-# A snapshot may take this share of one CPU: with very many connections they come less often.
+# Snapshots may take this share of one CPU, so they come less often with very many connections.
 _SHARE: Final = 0.05
 _LAST_S: Final = 10.0
 
@@ -60,12 +60,11 @@ _holders: Final = sockets.SocketHolders()
 
 
 def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
-    """The connections that ``filters`` let through, as a table of ``events.CONNECTIONS``.
+    """Return the connections that ``filters`` let through, as a table of ``records.arrow.CONNECTIONS``.
 
-    Namespaces that can't be entered are left out. The interface is the one that the route to the peer
-    goes out of.
+    Namespaces that can't be entered are left out. A filter by interface compares the one of the route to the peer.
     """
-    mine = None if filters.pid is None else sockets.inodes_of(filters.pid)
+    held = None if filters.pid is None else sockets.inodes_of(filters.pid)
     groups = None if filters.cgroup is None else cgroups.ids(filters.cgroup)[0]
     found: list[tuple[netns.Namespace, inet_diag.Sockets, int]] = []
     for namespace in netns.all_reachable():
@@ -86,14 +85,14 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
             keep &= _column(table, "family") == filters.family
         if filters.port is not None:
             keep &= (_column(table, "sport") == filters.port) | (_column(table, "dport") == filters.port)
-        if mine is not None:
-            keep &= np.isin(_column(table, "inode"), list(mine))
+        if held is not None:
+            keep &= np.isin(_column(table, "inode"), list(held))
         if groups is not None:
             keep &= np.array([group in groups for group in dumped.cgroup], dtype=np.bool_)
         if filters.ifindex is not None:
             peers, routes = table["daddr"].combine_chunks(), interfaces.Routes(namespace)
-            there = [routes.index_of(peer) == filters.ifindex for peer in peers.dictionary.to_pylist()]
-            keep &= np.array(there, dtype=np.bool_)[values(peers.indices)]
+            routed = [routes.index_of(peer) == filters.ifindex for peer in peers.dictionary.to_pylist()]
+            keep &= np.array(routed, dtype=np.bool_)[values(peers.indices)]
         tables.append(table if keep.all() else table.take(numbers(pa.int64(), np.flatnonzero(keep))))
     return pa.concat_tables(tables) if tables else pa.Table.from_batches([], CONNECTIONS)
 
@@ -108,9 +107,9 @@ def _table(
     m, info = found.messages, found.info
     saddr, daddr = (_addresses(m["family"], m[name]) for name in ("saddr", "daddr"))
     six = np.array([":" in text for text in daddr.dictionary.to_pylist()], dtype=np.bool_)
-    nobody = (0, "")
-    held = [holders.get(number, nobody) for number in m["inode"].tolist()]
-    told = np.array([size is not None for size in found.sndbuf], dtype=np.bool_)
+    no_holder = (0, "")
+    held = [holders.get(number, no_holder) for number in m["inode"].tolist()]
+    has_sndbuf = np.array([size is not None for size in found.sndbuf], dtype=np.bool_)
     states = [_STATES.get(state, str(state)) for state in m["state"].tolist()]
     columns: dict[str, Any] = {
         "time": np.full(len(m), (now_ns + utc_offset_ns) // 1000, np.int64),
@@ -128,7 +127,7 @@ def _table(
         "pid": np.array([pid for pid, _ in held], np.uint32),
         "comm": texts([comm for _, comm in held]).dictionary_encode(),
         "ca_name": texts([name.decode("ascii", "replace") for name in found.control]).dictionary_encode(),
-        "sndbuf": numbers(pa.uint32(), np.array([size or 0 for size in found.sndbuf], np.uint32), told),
+        "sndbuf": numbers(pa.uint32(), np.array([size or 0 for size in found.sndbuf], np.uint32), has_sndbuf),
         **{name: info[of].astype(np.uint64) * factor for name, (of, factor) in _OF_INFO.items()},
     }
     arrays = []
@@ -141,25 +140,25 @@ def _table(
 
 
 def _addresses(families: np.ndarray, raw: np.ndarray) -> pa.DictionaryArray:
-    """Text of addresses, of which there are fewer than connections."""
+    """Return addresses as text, with a dictionary: there are fewer addresses than connections."""
     places: dict[str, int] = {}
     known: dict[tuple[int, bytes], int] = {}
     indices = []
     for key in zip(families.tolist(), raw.tolist(), strict=True):
         if key not in known:
-            family, each = key
-            text = socket.inet_ntoa(each[:4]) if family == socket.AF_INET else address(each)
+            family, packed = key
+            text = socket.inet_ntoa(packed[:4]) if family == socket.AF_INET else address(packed)
             known[key] = places.setdefault(text, len(places))
         indices.append(known[key])
     return pa.DictionaryArray.from_arrays(numbers(pa.int32(), np.array(indices, np.int32)), texts(list(places)))
 
 
 class Snapshots:
-    """Takes a snapshot at the start, every ``interval_s`` seconds, and on ``finish``.
+    """Snapshots of connections: one at the start, one every ``interval_s`` seconds, and one on ``finish``.
 
-    Those in between are taken on a thread of its own, which the first ``drain`` starts: what power was given up until
-    then, it hasn't either. None is taken while one waits to be drained, or they would pile up behind who stalls.
-    ``take`` gives a table and the seconds of CPU time that it took, or None where there is none.
+    The first ``drain`` starts a thread for those in between, so the thread doesn't have the privileges that the process
+    has dropped before. It takes none while one waits to be drained: they would pile up behind a stalled reader.
+    ``take`` returns a table and the seconds of CPU time that it took, or None where no snapshot could be taken.
     """
 
     def __init__(self, take: Callable[[], tuple[pa.Table, float] | None], interval_s: float = 2.0) -> None:
@@ -170,11 +169,11 @@ class Snapshots:
         self._stop = threading.Event()
         self.error: Exception | None = None
         self.late = False
-        self._one()
+        self._take_one()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
-    def _one(self) -> float:
-        """Take one; its CPU time, since a long wait for it is no reason to let the next one wait."""
+    def _take_one(self) -> float:
+        """Take a snapshot and return its CPU time in seconds: a long wait for it is no reason to delay the next."""
         table, cpu_s = self._take() or (None, 0.0)
         with self._lock:
             self._tables += [] if table is None else [table]
@@ -187,13 +186,13 @@ class Snapshots:
             if self._tables and not last:
                 continue
             try:
-                cpu_s = self._one()
-            except Exception as e:  # must reach the session, not die with the thread
+                cpu_s = self._take_one()
+            except Exception as e:  # drain() raises it in the session's thread
                 self.error = e
                 return
 
     def drain(self) -> Iterator[pa.Table]:
-        """The snapshots that came in since the last call; raises what stopped the thread, if anything did."""
+        """Return the snapshots since the last call. Raises the error that stopped the thread, if there was one."""
         if self.error is not None:
             raise self.error
         if self._thread.ident is None and not self._stop.is_set():
@@ -203,7 +202,10 @@ class Snapshots:
         return iter(tables)
 
     def finish(self) -> Iterator[pa.Table]:
-        """Take a last one and stop; without it, which ``late`` tells, where it isn't there within ten seconds."""
+        """Take a last snapshot, stop, and return the snapshots since the last ``drain``.
+
+        A last snapshot that isn't there within ten seconds is left out, and ``late`` is then true.
+        """
         self._stop.set()
         if self._thread.ident is None:
             self._thread.start()
