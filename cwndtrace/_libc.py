@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C library, for what Python itself has no function for.
+"""Calls into the C library, for functions that Python itself lacks.
 
-What fails raises OSError with the number that the kernel gave.
+A call that fails raises OSError with the kernel's error number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ lib: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result: int) -> int:
-    """Return what a call gave, or raise the error that it left where that is negative."""
+    """Return a call's result. Raises OSError with the number in errno where it is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -37,7 +37,7 @@ def check(result: int) -> int:
 
 
 def syscall(name: str, *arguments: object) -> int:
-    """Make a system call by its name; ENOSYS on a machine whose number for it isn't known here."""
+    """Make a system call by its name. Raises OSError with ENOSYS on a machine whose number for it isn't in _NUMBERS."""
     number = _NUMBERS.get(platform.machine(), {}).get(name)
     if number is None:
         raise OSError(errno.ENOSYS, f"{name}(2) has no known number on {platform.machine()}")

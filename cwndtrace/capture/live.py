@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running kernel as a source of records: what is loaded and attached, its maps and its rings."""
+"""Traces the running kernel: loads and attaches the programs, and reads their maps and ring buffers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cwndtrace.records.layout import bpf_dir, code, event
 
 @dataclass(frozen=True)
 class BlockProgram:
-    """The BPF source that records block I/O, its programs and where they attach, and what it is compiled with."""
+    """The BPF source that records block I/O, with its attachments and the macros that it is compiled with."""
 
     source: Path
     attachments: tuple[ladder.Attachment, ...]
@@ -45,11 +45,12 @@ BLOCK_IO: Final = BlockProgram(
         ladder.Attachment("tp_btf", "block_io_start", "on_block_io_start"),
     ),
 )
-_ASK: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
+_POLICY_REMEDY: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
 _REFRESH: Final = "refresh"
-# What using maps and programs that are loaded may take: nothing since 5.19, CAP_BPF before, if that is shut off.
-_POWERS: Final = (
+# Capabilities for using maps and programs that are already loaded, fewest first. Linux 5.19 and later need none; older
+# kernels need CAP_BPF where unprivileged bpf(2) is disabled.
+_CAPABILITY_CHOICES: Final = (
     frozenset[int](),
     frozenset({privileges.BPF}),
     frozenset({privileges.BPF, privileges.DAC_READ_SEARCH}),
@@ -58,17 +59,17 @@ _POWERS: Final = (
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
 _RING_PAGES: Final = 2048
-# 4 MiB: a reset of each of 10,000 connections at once.
+# 4 MiB, room for one reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
-# Of connections, noted by the probe tcp_probe.
+# The number of connections whose windows the probe tcp_probe can note.
 _WINDOWS: Final = 65536
 _CPUS: Final = "SC_NPROCESSORS_CONF"
-# What is new below a cgroup, and which sockets a process holds, is looked up again this often, and less often where
-# that would take more than this share of the time.
+# The cgroups below a traced one and the sockets of a traced process are looked up this often, and less often where the
+# lookups would take more than _REFRESH_SHARE of the time.
 REFRESH_SECONDS: Final = 1.0
 _REFRESH_SHARE: Final = 0.1
 _SETS: Final = {"cgroups": "cgroups", "pid_sockets": "sockets"}
-"""The maps that a filter fills, and what people call what they hold."""
+"""The maps that a filter fills, and the users' name for their entries, as in ``Counts.left_out``."""
 
 
 def _filter_defines(filters: Filters) -> dict[str, int]:
@@ -85,14 +86,14 @@ def _filter_defines(filters: Filters) -> dict[str, int]:
 
 
 @cache
-def _began_at(name: str) -> int:
-    """Where a record says when what it tells of began: of a window on its way back that is the reset."""
+def _start_offset(name: str) -> int:
+    """Return the offset of a record's start time. A recovery or a sample starts with its reset."""
     fields = event(name).fields
     return next((f.offset for f in fields if f.name == "reset_ts_ns"), fields[0].offset)
 
 
-def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
-    """Recoveries that the end of the trace cut short, as records."""
+def _unfinished_records(followed: list[tuple[int, Any]]) -> bytes:
+    """Return records of the recoveries that the end of the trace cut short."""
     records = np.zeros(len(followed), dtype=event("cwnd_recovery").dtype)
     records["end_ts_ns"] = time.monotonic_ns()
     records["outcome"] = code("outcome", "capture_end")
@@ -104,21 +105,21 @@ def _cut_short(followed: list[tuple[int, Any]]) -> bytes:
 
 
 def check_power() -> None:
-    """Raise CwndtraceError, with cause and cure, where this process can't load programs."""
+    """Raise CwndtraceError, with cause and remedy, where this process can't load programs."""
     permission.check()
     permission.check_files()
     try:
         try_map()
     except OSError as e:
-        raise permission.refused() or KernelLacks(f"bpf(2) is refused: {e.strerror}", _ASK) from e
+        raise permission.refused() or KernelLacks(f"bpf(2) is refused: {e.strerror}", _POLICY_REMEDY) from e
 
 
 class Kernel:
     """The running kernel as a source of records (see source.Source).
 
-    Loads and attaches on construction. Raises BccError, KernelLacks or NoProbe; nothing is left attached then.
-    ``block`` says whether block I/O is traced as well, which ``block_program`` does; ``helper`` reads what other
-    processes hold.
+    The constructor loads and attaches the programs. It raises BccError, KernelLacks, NoProbe or the errors of
+    ``check_power``, and leaves nothing attached then. With ``block``, ``block_program`` traces block I/O too.
+    ``helper`` looks up the sockets and cgroups that the filters name.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Kernel:
             self.close()
             raise
         finally:
-            del self._btf  # some 15 MB
+            del self._btf  # frees some 15 MB
         self.events: tuple[str, ...] = (*_RINGS, *(("block_io",) if block else ()))
 
     def _try(self, probe: str, reason: str) -> str | None:
@@ -214,16 +215,19 @@ class Kernel:
 
     def _open(self, program: Program, table: str, received: Callable[[bytes], None]) -> None:
         program.open_ring(table, received)
-        # By edge: data that nobody was woken for (block I/O: submit() in bpf/block_io.bpf.c) must not end a wait.
+        # Edge-triggered, so that data written without a wakeup (submit() in bpf/block_io.bpf.c) doesn't end a wait.
         self._epoll.register(program.ring_fds[-1], select.EPOLLIN | select.EPOLLET)
 
     def begin(self, mono_ns: int) -> None:
-        """Give and count nothing that began before: programs are attached one after the other, which takes seconds."""
+        """Leave out records that began before ``mono_ns``, and counts from before this call.
+
+        The programs are attached one after the other, which takes seconds.
+        """
         self._before = self.counts()
         self._begin_ns = mono_ns
 
     def _record(self, name: str, raw: bytes) -> None:
-        at = _began_at(name)
+        at = _start_offset(name)
         if int.from_bytes(raw[at : at + 8], sys.byteorder) >= self._begin_ns:
             self._read_so_far.append((name, raw))
 
@@ -241,28 +245,29 @@ class Kernel:
         cgroups = (set(), 0) if self._filters.cgroup is None else self._helper.cgroup_ids()
         inodes = set() if self._filters.pid is None else self._helper.pid_sockets()
         if not self._refresh_at and (cgroups is None or inodes is None):
-            # Without them it would see nothing, or not all.
-            raise CwndtraceError("what is to be traced can't be found: its finder was ended", "start once more")
+            # The filters would let through nothing, or only a part.
+            cause = "the helper process didn't list the sockets or cgroups to trace"
+            raise CwndtraceError(cause, "run the command again")
         if self._filters.cgroup is not None and cgroups is not None:
-            self._hold(self._programs(), "cgroups", *cgroups)
+            self._sync_set(self._programs(), "cgroups", *cgroups)
         if self._filters.pid is not None and inodes is not None:
-            self._hold(self._resets, "pid_sockets", inodes, 0)
+            self._sync_set(self._resets, "pid_sockets", inodes, 0)
         end = time.monotonic()
-        # Whoever is traced decides how much there is to look at.
+        # The traced processes decide how much there is to look up, so the interval grows with it.
         self._refresh_at = end + max(REFRESH_SECONDS, (end - begin) / _REFRESH_SHARE)
 
-    def _hold(self, programs: list[Program], table: str, keys: set[int], unseen: int) -> None:
-        lacking = unseen + max((program.sync_keys(table, keys) for program in programs), default=0)
-        kind = _SETS[table]
-        if lacking > self._left_out.get(kind, 0):
-            self._left_out[kind] = lacking
+    def _sync_set(self, programs: list[Program], table: str, keys: set[int], unseen: int) -> None:
+        left_out = unseen + max((program.sync_keys(table, keys) for program in programs), default=0)
+        name = _SETS[table]
+        if left_out > self._left_out.get(name, 0):
+            self._left_out[name] = left_out
 
     def power_needed(self, user: privileges.User | None) -> frozenset[int]:
-        """The least capabilities with which ``user`` can go on tracing, found by trying."""
-        return privileges.least(self._use_all, user, _POWERS)
+        """Return the fewest capabilities with which ``user`` can go on tracing, found by trying them in turn."""
+        return privileges.least(self._use_all, user, _CAPABILITY_CHOICES)
 
     def _use_all(self) -> None:
-        """Each kind of system call that is still to come; what comes in is kept."""
+        """Make each kind of system call that is still to come. Records that arrive stay in the ring buffers."""
         self.counts()
         self._refresh_sets()
         for program in self._resets:
@@ -273,12 +278,12 @@ class Kernel:
             program.run_everywhere(_REFRESH)
 
     def poll(self, timeout_s: float) -> list[RawRecords]:
-        """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
+        """Return the records that came in, after waiting at most ``timeout_s`` seconds for the first."""
         self._epoll.poll(timeout_s)
         now = time.monotonic()
         if now > self._refresh_at:
             self._refresh_sets()
-        # Not each time: resets may end a thousand waits a second, and this goes to every CPU.
+        # Resets may end a thousand waits a second, and this runs on every CPU, so it is rate-limited.
         if now - self._ticked >= min(timeout_s, TICK_SECONDS):
             self._ticked = now
             if self._block is not None:
@@ -294,9 +299,9 @@ class Kernel:
         return taken
 
     def counts(self) -> Counts:
-        """The counters now; runs that the kernel skipped count as lost, since each may have been a record."""
+        """Return the counters. Runs that the kernel skipped count as lost, since each may have been a record."""
         counts = Counts(left_out=self._left_out.copy())
-        # The kernel is asked for each program, which at each turn would be much of what an idle trace takes.
+        # This makes a system call for each program. At every turn, it would be much of an idle trace's CPU time.
         if time.monotonic() - self._missed_at > REFRESH_SECONDS or self._stopped:
             self._missed_at = time.monotonic()
             self._missed = self.skipped()
@@ -316,17 +321,17 @@ class Kernel:
         return counts
 
     def skipped(self) -> Counter[str]:
-        """Runs that the kernel skipped, by the event of which each may have been a record (see Program.missed)."""
+        """Return the runs that the kernel skipped, by the event that each may have recorded (see Program.missed)."""
         skipped: Counter[str] = Counter()
         for program in self._programs():
             for name, runs in program.missed().items():
-                # One that only follows windows makes no record of a reset.
+                # Programs that only follow windows record no resets.
                 table = "cwnd_sample" if name.endswith("_follow") else "cwnd_reset"
                 skipped["block_io" if program is self._block else table] += runs
         return skipped
 
     def run_times(self) -> dict[str, tuple[int, int]]:
-        """Runs and nanoseconds by program (see Program.run_times); those of one name are added up."""
+        """Return runs and nanoseconds by name (see Program.run_times), summed over programs of the same name."""
         total: dict[str, tuple[int, int]] = {}
         for program in self._programs():
             for name, (runs, spent) in program.run_times().items():
@@ -335,26 +340,26 @@ class Kernel:
         return total
 
     def exhausted(self) -> bool:
-        """Never: a kernel goes on."""
+        """Return False: a running kernel always has more to trace."""
         return False
 
     def stop(self) -> list[RawRecords]:
-        """Detach and return what was still under way."""
+        """Detach the programs and return the records that were still under way."""
         for program in self._programs():
             program.detach()
         self._stopped = True
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER)
-            # Nothing writes there any more. Only a CPU that went offline, where nothing can be run, still has some.
+            # Nothing writes to the slabs now. Only a CPU that went offline still has records: no program can run there.
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)
-        found = self._take()
+        records = self._take()
         rows = (row for program in self._resets for row in program.rows("followed"))
         unfinished = [(sk, f) for sk, f in rows if f["reset_ts_ns"] >= self._begin_ns]
-        return [*found, ("cwnd_recovery", _cut_short(unfinished))]
+        return [*records, ("cwnd_recovery", _unfinished_records(unfinished))]
 
     def close(self) -> None:
-        """Detach and free everything; the counters are gone."""
+        """Detach the programs and free everything, the counters too."""
         for program in self._programs():
             program.close()
         self._epoll.close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at while a trace runs and takes power: other users' processes, other network namespaces.
+"""Reads what takes privileges while a trace runs: other users' processes and other network namespaces.
 
-``PrivilegedHelper`` does it in a process of its own, so that the one that traces, writes and prints can give its power
-up. That process is asked by fixed questions, and reads nothing but what the kernel says.
+``PrivilegedHelper`` does this in a separate process, so that the process that traces, writes and prints can drop its
+privileges. The helper process answers a fixed set of questions, and reads only what the kernel provides.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.errors import CwndtraceError, NotFound
 from cwndtrace.kernel import cgroups, interfaces, netns, sockets
 
-_PATIENCE_S: Final = 5.0
+_JOIN_TIMEOUT_S: Final = 5.0
 _QUICK_S: Final = 5
 _SLOW_S: Final = 30
-"""How long an answer may take: of what the loop that empties the buffers asks, and of a snapshot."""
-_LONGEST_QUESTION: Final = 100
+"""Time limits for an answer, in seconds: to the loop that empties the buffers, and for a snapshot."""
+_QUESTION_BYTES: Final = 100
 
 
 class NoReply(CwndtraceError):
-    """A question got no answer, and the trace can go on without."""
+    """A question got no answer. The trace can go on without it."""
 
 
 class Helper:
-    """Looks with the power of this process.
+    """Answers the questions with the privileges of this process.
 
-    An answer is None where there was none (see ``PrivilegedHelper``); ``lacking`` says then what the trace goes on
-    without.
+    In ``PrivilegedHelper``, a question may get no answer. The result is then None or empty, and ``lacking`` names the
+    parts that the trace goes on without.
     """
 
     lacking: str | None = None
@@ -53,24 +53,27 @@ class Helper:
         self._filters = filters
 
     def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
-        """See ``connections.snapshot``, and the seconds of CPU time that it took."""
+        """Return ``connections.snapshot`` and the seconds of CPU time that it took."""
         begin = time.thread_time()
         table = connections.snapshot(self._filters, utc_offset_ns)
         return table, time.thread_time() - begin
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """See ``netns.settings``."""
+        """Return ``netns.settings``."""
         return netns.settings()
 
     def idle_sysctls(self) -> list[tuple[netns.Namespace, int | None]]:
-        """The network namespace that is traced, or else this process's, and ``netns.idle_sysctl`` there."""
+        """Return the traced network namespace, by default this process's, with its ``netns.idle_sysctl``.
+
+        The list is empty if the namespace can't be reached.
+        """
         inode = self._filters.netns or netns.own().inode
-        # This process's comes first, and looking at all of them is most of what this takes.
-        found = next((n for n in netns.all_reachable() if n.inode == inode), None)
-        return [] if found is None else [(found, netns.idle_sysctl(found))]
+        # This stops at the first match, because visiting all namespaces is slow. This process's comes first.
+        namespace = next((n for n in netns.all_reachable() if n.inode == inode), None)
+        return [] if namespace is None else [(namespace, netns.idle_sysctl(namespace))]
 
     def watched(self) -> tuple[bool, str | None] | None:
-        """Whether the traced network namespace can be reached, and the name of the traced interface if it is there."""
+        """Return whether the traced network namespace is reachable, and the traced interface's name if it is there."""
         if self._filters.netns is None:
             return True, None
         for namespace in netns.all_reachable():
@@ -81,15 +84,15 @@ class Helper:
         return False, None
 
     def pid_sockets(self) -> set[int] | None:
-        """Inodes of the sockets of the process that is traced."""
+        """Return the inodes of the sockets that the traced process holds."""
         return set() if self._filters.pid is None else sockets.inodes_of(self._filters.pid)
 
     def cgroup_ids(self) -> tuple[set[int], int] | None:
-        """Ids of the cgroup that is traced and of those below it, and how many more weren't looked at."""
+        """Return the ids of the traced cgroup and of those below it, and how many more weren't looked at."""
         return (set(), 0) if self._filters.cgroup is None else cgroups.ids(self._filters.cgroup)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this class holds no resources."""
 
 
 _QUESTIONS: Final[dict[str, Callable[[Helper, int], Any]]] = {
@@ -103,47 +106,48 @@ _QUESTIONS: Final[dict[str, Callable[[Helper, int], Any]]] = {
 
 
 class _Channel:
-    """One end of a pair of sockets; questions and answers have numbers, since an interrupt may lose an answer.
+    """One end of a pair of sockets. Questions and answers have numbers, since an interrupt may lose an answer.
 
-    Nothing waits for longer than ``patience_s``, and nobody again until the answer that is late has come.
+    A call waits at most ``timeout_s`` seconds. After a timeout, calls raise NoReply at once until the late answer has
+    come.
     """
 
-    def __init__(self, end: Connection, patience_s: int) -> None:
+    def __init__(self, end: Connection, timeout_s: int) -> None:
         self._end = end
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._number = 0
         self._late = False
-        # For one who is stopped in the midst of sending: such a line is of no use any more.
+        # A process that is stopped in the middle of sending must not block this one. The channel is then closed.
         with socket.socket(fileno=os.dup(end.fileno())) as same:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", patience_s, 0))
+                same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", timeout_s, 0))
 
     def ask(self, question: str, argument: int = 0) -> Any:
-        """The answer, which may be an exception. Raises NoReply; EOFError or OSError where the line is broken."""
+        """Return the answer, which may be an exception. Raises NoReply, or EOFError or OSError for a broken channel."""
         with self._lock:
             try:
                 if self._late:
                     self._receive(time.monotonic())
                 self._number += 1
                 self._end.send_bytes(f"{self._number} {question} {argument}".encode())
-                return self._receive(time.monotonic() + self._patience_s)
+                return self._receive(time.monotonic() + self._timeout_s)
             except (EOFError, OSError):
                 self._end.close()
                 raise
 
     def _receive(self, deadline: float) -> Any:
-        """The answer to the last question."""
+        """Return the answer to the last question. Raises NoReply after ``deadline``, in seconds of CLOCK_MONOTONIC."""
         while True:
             if not self._end.poll(max(0.0, deadline - time.monotonic())):
                 self._late = True
-                raise NoReply(f"didn't answer within {self._patience_s} s")
+                raise NoReply(f"didn't answer within {self._timeout_s} s")
             try:
                 number, answer = self._end.recv()
             except (EOFError, OSError):
                 raise
-            except Exception as e:  # an exception may be packed and not be unpacked
-                raise NoReply(f"had an answer that can't be read: {type(e).__name__}") from e
+            except Exception as e:  # some exceptions can be pickled and not unpickled
+                raise NoReply(f"sent an answer that can't be read: {type(e).__name__}") from e
             if number == self._number:
                 self._late = False
                 return answer
@@ -153,16 +157,16 @@ class _Channel:
 
 
 class PrivilegedHelper(Helper):
-    """A helper in a process of its own, which goes on as ``user`` with ``privileges.LOOKING`` and nothing else.
+    """A helper in a separate process, which runs as ``user`` with the capabilities ``privileges.LOOKING`` only.
 
-    To be made while this process has one thread, which lasts as long as it does, and holds nothing that a copy of it
-    shouldn't. Should that process die or be stopped, answers are None from then on.
+    Construct it while this process has one thread, which must outlive the helper process, and holds nothing that a
+    fork shouldn't inherit. If the helper process ends or is stopped, questions get no answer from then on.
     """
 
     def __init__(self, filters: Filters, user: privileges.User | None) -> None:
         super().__init__(filters)
         context = multiprocessing.get_context("fork")
-        # One for the thread of snapshots, which may take long, and one for the rest, which mustn't wait.
+        # Snapshots may take long. They have a separate channel, so that the other questions don't wait for them.
         pairs = [context.Pipe() for _ in range(2)]
         ours, theirs = ([pair[i] for pair in pairs] for i in range(2))
         self._process = context.Process(
@@ -175,76 +179,76 @@ class PrivilegedHelper(Helper):
 
     @property
     def pid(self) -> int:
-        """Of the process that looks."""
+        """Return the pid of the helper process."""
         return int(self._process.pid or 0)
 
-    def _ask(self, line: _Channel, question: str, argument: int = 0) -> Any:
-        """The answer; None where there was none, after ``lacking`` was set."""
+    def _ask(self, channel: _Channel, question: str, argument: int = 0) -> Any:
+        """Return the answer. If there is none, set ``lacking`` and return None."""
         try:
-            answer = line.ask(question, argument)
+            answer = channel.ask(question, argument)
         except NoReply as e:
             answer = e
         except BlockingIOError:
-            answer = NoReply("was stopped in the midst of an answer")
+            answer = NoReply("was stopped in the middle of an answer")
         except (EOFError, OSError):
-            answer = NoReply("was ended from outside (see dmesg for the reason)")
+            answer = NoReply("ended unexpectedly (see dmesg for the reason)")
         if isinstance(answer, NoReply):
             if self.lacking is None:
-                self.lacking = f"the process that looks at connections for this one {answer.cause}; {self._without()}"
+                self.lacking = f"the helper process {answer.cause}; {self._without()}"
             return None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def _without(self) -> str:
-        lost = ["snapshots of connections", "what became of network settings and interfaces"]
+        missing = ["snapshots of connections", "later changes of network settings and interfaces"]
         if self._filters.pid is not None:
-            lost.append("sockets that the process opened later")
+            missing.append("sockets that the process opens later")
         if self._filters.cgroup is not None:
-            lost.append("cgroups that were made later")
-        return f"the trace goes on without {', '.join(lost)}"
+            missing.append("cgroups that are made later")
+        return f"the trace goes on without {', '.join(missing)}"
 
     def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
-        """As in Helper."""
-        found: tuple[pa.Table, float] | None = self._ask(self._slow, "snapshot", utc_offset_ns)
-        return found
+        """Ask for ``Helper.snapshot``."""
+        answer: tuple[pa.Table, float] | None = self._ask(self._slow, "snapshot", utc_offset_ns)
+        return answer
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """As in Helper."""
-        found: dict[str, dict[str, Any]] | None = self._ask(self._quick, "settings")
-        return found or {}
+        """Ask for ``Helper.settings``."""
+        answer: dict[str, dict[str, Any]] | None = self._ask(self._quick, "settings")
+        return answer or {}
 
     def idle_sysctls(self) -> list[tuple[netns.Namespace, int | None]]:
-        """As in Helper."""
-        found: list[tuple[netns.Namespace, int | None]] | None = self._ask(self._quick, "idle_sysctls")
-        return found or []
+        """Ask for ``Helper.idle_sysctls``."""
+        answer: list[tuple[netns.Namespace, int | None]] | None = self._ask(self._quick, "idle_sysctls")
+        return answer or []
 
     def watched(self) -> tuple[bool, str | None] | None:
-        """As in Helper."""
-        found: tuple[bool, str | None] | None = self._ask(self._quick, "watched")
-        return found
+        """Ask for ``Helper.watched``."""
+        answer: tuple[bool, str | None] | None = self._ask(self._quick, "watched")
+        return answer
 
     def pid_sockets(self) -> set[int] | None:
-        """As in Helper."""
-        found: set[int] | None = self._ask(self._quick, "pid_sockets")
-        return found
+        """Ask for ``Helper.pid_sockets``."""
+        answer: set[int] | None = self._ask(self._quick, "pid_sockets")
+        return answer
 
     def cgroup_ids(self) -> tuple[set[int], int] | None:
-        """As in Helper."""
-        found: tuple[set[int], int] | None = self._ask(self._quick, "cgroup_ids")
-        return found
+        """Ask for ``Helper.cgroup_ids``."""
+        answer: tuple[set[int], int] | None = self._ask(self._quick, "cgroup_ids")
+        return answer
 
     def close(self) -> None:
-        """End the process."""
-        for line in (self._slow, self._quick):
-            line.close()
-        # It holds nothing that an orderly end would be for, and may be stopped.
+        """End the helper process."""
+        for channel in (self._slow, self._quick):
+            channel.close()
+        # SIGKILL ends a stopped process too, and the helper process has nothing to clean up.
         self._process.kill()
-        self._process.join(_PATIENCE_S)
+        self._process.join(_JOIN_TIMEOUT_S)
 
 
 def start_with_signals_blocked(process: BaseProcess) -> None:
-    """Start a process that is to call ``ignore_signals``, so that no signal can come before it has."""
+    """Start a process with signals blocked, so that none reaches it before it calls ``ignore_signals``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         process.start()
@@ -253,8 +257,8 @@ def start_with_signals_blocked(process: BaseProcess) -> None:
 
 
 def ignore_signals() -> None:
-    """For a process that its parent ends: what a group, a terminal or a service gets isn't for it."""
-    # An error of its own still ends it, and it can collect children.
+    """Ignore the signals that a process group, a terminal or a service gets, in a process that its parent ends."""
+    # The process's own faults still end it, and with SIGCHLD at its default it can wait for children.
     own = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
     for number in signal.valid_signals() - own - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         signal.signal(number, signal.SIG_IGN)
@@ -264,15 +268,15 @@ def ignore_signals() -> None:
 def _serve(
     filters: Filters, user: privileges.User | None, parent: int, ends: list[Connection], others: list[Connection]
 ) -> None:
-    """The process that looks: it ends with the one that asks, whatever its group gets."""
+    """Run the helper process until its parent ends. Signals to its process group don't end it."""
     ignore_signals()
     for end in others:
         end.close()
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
-        os.dup2(nowhere, standard)
+        os.dup2(null, standard)
     privileges.drop(user, privileges.LOOKING)
-    # Behind that, since a change of the ids undoes it. It is for a process that is busy when its lines end.
+    # This follows drop(), since a change of ids undoes it. It ends a helper that is busy when its channels close.
     if not _libc.end_with_parent(parent):
         return
     helper = Helper(filters)
@@ -286,8 +290,8 @@ def _serve(
 def _answer(helper: Helper, end: Connection) -> None:
     with end, suppress(EOFError, OSError, ValueError):
         while True:
-            # Never unpickled: who asks has given its power up, and mustn't get this one's.
-            number, question, argument = end.recv_bytes(_LONGEST_QUESTION).decode("ascii").split(" ")
+            # Questions are never unpickled: the asking process has dropped its privileges, and mustn't get this one's.
+            number, question, argument = end.recv_bytes(_QUESTION_BYTES).decode("ascii").split(" ")
             try:
                 answer = _QUESTIONS[question](helper, int(argument))
             except Exception as e:
@@ -296,8 +300,8 @@ def _answer(helper: Helper, end: Connection) -> None:
 
 
 def _packed(number: int, answer: object) -> bytes:
-    """An answer as it is sent; in place of one that can't be, that it can't."""
+    """Return a pickled answer, or a pickled NoReply for an answer that can't be pickled."""
     try:
         return pickle.dumps((number, answer))
     except Exception as e:
-        return pickle.dumps((number, NoReply(f"had an answer that can't be sent: {type(e).__name__}")))
+        return pickle.dumps((number, NoReply(f"couldn't send its answer: {type(e).__name__}")))

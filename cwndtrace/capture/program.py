@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compiled BPF image in the kernel: its maps, and what of it is attached."""
+"""A compiled BPF image in the kernel: its maps and programs, and their attachments."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _INSTRUCTION: Final = np.dtype([("code", "u1"), ("registers", "u1"), ("off", "<i
 
 
 def map_uses(insns: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A program's instructions, writable, and the indices of those whose ``imm`` is a map's descriptor."""
+    """Return a program's instructions, writable, and the indices of those whose ``imm`` is a map's descriptor."""
     code = np.frombuffer(bytearray(insns), _INSTRUCTION)
     return code, np.flatnonzero((code["code"] == _LOAD_IMM64) & (code["registers"] >> 4 == _MAP_FD))
 
 
 class Program:
-    """The maps of ``image``, and of its programs those that ``attach`` or ``load`` asked for."""
+    """The maps of ``image``, and those of its programs that ``attach`` or ``load`` loaded."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
@@ -48,10 +48,10 @@ class Program:
                 self._fds.append(fd)
         except OSError as e:
             self.close()
-            raise KernelLacks(f"making the map {m.name}: {e.strerror}") from e
+            raise KernelLacks(f"the BPF map {m.name} can't be created: {e.strerror}") from e
 
     def attach(self, attachments: tuple[ladder.Attachment, ...], kernel: btf.Btf) -> None:
-        """Load and attach programs; raises KernelLacks with the reason where the kernel refuses one."""
+        """Load and attach programs. Raises KernelLacks, with the reason, where the kernel refuses one."""
         for a in attachments:
             try:
                 self._attach(a, kernel)
@@ -70,7 +70,7 @@ class Program:
         elif a.kind in ("fentry", "fexit"):
             prefix, place = ("kfunc__", bpf.TRACE_FENTRY) if a.kind == "fentry" else ("kretfunc__", bpf.TRACE_FEXIT)
             target = kernel.function_id(a.target) or 0
-            # Newer versions of bcc put the module's name (vmlinux) between the two.
+            # Newer versions of bcc put the module's name (vmlinux) between prefix and function.
             names = (n for n in self._image.programs if n.startswith(prefix) and n.endswith(f"__{a.program}"))
             fd = self._load(a.program, self._image.programs[next(names)], bpf.TRACING, place, target)
             self._links.append(bpf.attach(fd))
@@ -79,21 +79,21 @@ class Program:
             self._kprobes.append(bpf.attach_kprobe(fd, a.target, a.kind == "kretprobe"))
 
     def load(self, program: str) -> int:
-        """The descriptor of a raw tracepoint program, attached or not."""
+        """Return the descriptor of a raw tracepoint program. The first call loads it; it needn't be attached."""
         if program not in self._loaded:
             self._load(program, self._image.programs[program], bpf.RAW_TRACEPOINT)
         return self._loaded[program]
 
-    def _load(self, name: str, insns: bytes, kind: int, attach_type: int = 0, attach_btf_id: int = 0) -> int:
+    def _load(self, name: str, insns: bytes, prog_type: int, attach_type: int = 0, attach_btf_id: int = 0) -> int:
         code, uses = map_uses(insns)
         code["imm"][uses] = np.array(self._fds, dtype=np.int32)[code["imm"][uses]]
-        fd = bpf.load_program(name, kind, code.tobytes(), attach_type, attach_btf_id)
+        fd = bpf.load_program(name, prog_type, code.tobytes(), attach_type, attach_btf_id)
         self._fds.append(fd)
         self._loaded[name] = fd
         return fd
 
     def open_ring(self, table: str, received: Callable[[bytes], None]) -> None:
-        """Have ``consume`` call ``received`` for each entry of the ring buffer."""
+        """Make ``consume`` call ``received`` for each entry of a ring buffer. Raises KernelLacks if mmap fails."""
         fd, m = self._maps[table]
         try:
             self._rings.append((Ring(fd, m.max_entries), received))
@@ -102,13 +102,13 @@ class Program:
         self.ring_fds.append(fd)
 
     def consume(self) -> None:
-        """Hand over what the ring buffers hold."""
+        """Pass each entry of the open ring buffers to its function."""
         for ring, received in self._rings:
             for entry in ring.read():
                 received(entry)
 
     def run_everywhere(self, program: str) -> None:
-        """Run a raw tracepoint program that isn't attached once on each CPU that is online."""
+        """Run a raw tracepoint program that isn't attached, once on each online CPU."""
         fd = self.load(program)
         for cpu in range(os.sysconf(_CPUS)):
             try:
@@ -118,7 +118,7 @@ class Program:
                     raise
 
     def each_cpu(self, table: str) -> list[bytes]:
-        """The first entry of a per-CPU array, for each CPU that the machine can have, offline ones too."""
+        """Return the first entry of a per-CPU array for each CPU that the machine can have, offline CPUs included."""
         fd, m = self._maps[table]
         # The kernel pads each CPU's value to eight bytes.
         size = (m.value_size + 7) & ~7
@@ -126,58 +126,58 @@ class Program:
         return [values[at : at + m.value_size] for at in range(0, len(values), size)]
 
     def totals(self) -> dict[str, int]:
-        """The counters of bpf/counters.h by name, each summed over CPUs."""
+        """Return the counters of bpf/counters.h by name, each summed over CPUs."""
         counters = np.frombuffer(b"".join(self.each_cpu("counters")), self.dtype("counters"))
         return {name: int(counters[name].sum()) for name in counters.dtype.names or ()}
 
     def dtype(self, table: str) -> np.dtype[Any]:
-        """The struct that a map's values are, as C lays it out."""
+        """Return the type of a map's values, a struct as C lays it out."""
         return np.dtype(list(self._maps[table][1].fields))
 
     def offset(self, table: str, member: str) -> int:
-        """Where a member of that struct begins, in bytes."""
+        """Return the offset of a member of that struct, in bytes."""
         fields = self.dtype(table).fields
         assert fields is not None
         return int(fields[member][1])
 
     def rows(self, table: str) -> list[tuple[int, Any]]:
-        """A hash or an array: key and value (a numpy record) of each entry."""
+        """Return key and value (a numpy record) of each entry of a hash or an array."""
         fd, m = self._maps[table]
-        found = [(key, bpf.lookup(fd, key, m.value_size)) for key in bpf.keys(fd, m.key_size)]
+        entries = [(key, bpf.lookup(fd, key, m.value_size)) for key in bpf.keys(fd, m.key_size)]
         dtype = self.dtype(table)
-        return [(int.from_bytes(k, "little"), np.frombuffer(v, dtype)[0]) for k, v in found if v is not None]
+        return [(int.from_bytes(k, "little"), np.frombuffer(v, dtype)[0]) for k, v in entries if v is not None]
 
     def run_times(self) -> dict[str, tuple[int, int]]:
-        """Each loaded program's runs and nanoseconds; counted while kernel.bpf_stats_enabled is 1."""
+        """Return each loaded program's runs and nanoseconds, counted while kernel.bpf_stats_enabled is 1."""
         stats = {name: bpf.program_stats(fd) for name, fd in self._loaded.items()}
         return {name: (runs, spent) for name, (spent, runs, _) in stats.items()}
 
     def missed(self) -> dict[str, int]:
-        """Runs that the kernel skipped because the program was already running on that CPU, by program.
+        """Return, by program, the runs that the kernel skipped because it was already running on that CPU.
 
-        "kprobe" are the calls that no program got to see, since another kprobe was running.
+        The entry "kprobe" counts the calls that no program saw, because another kprobe was running.
         """
         skipped = {name: bpf.program_stats(fd)[2] for name, fd in self._loaded.items()}
         return skipped | {"kprobe": self._kprobes_missed + sum(map(bpf.kprobe_missed, self._kprobes))}
 
     def sync_keys(self, table: str, keys: set[int]) -> int:
-        """Make a hash of u64 keys hold ``keys`` and no other ones; how many it had no room for.
+        """Make a hash of u64 keys hold ``keys`` and no others; return how many it had no room for.
 
-        What it holds already stays, the rest comes in order.
+        Keys that it holds already stay. The others are added in ascending order.
         """
         fd, m = self._maps[table]
         held = self._held.setdefault(table, set())
         for key in held - keys:
             bpf.delete(fd, key.to_bytes(8, "little"))
         held &= keys
-        # Whoever is traced decides how many there are.
+        # The traced processes decide how many keys there are, so they may not all fit.
         for key in sorted(keys - held)[: m.max_entries - len(held)]:
             bpf.update(fd, key.to_bytes(8, "little"), b"\1")
             held.add(key)
         return len(keys) - len(held)
 
     def detach(self) -> None:
-        """Stop all programs; maps and counters stay readable."""
+        """Detach all programs. Maps and counters stay readable."""
         while self._links:
             os.close(self._links.pop())
         while self._kprobes:
@@ -186,7 +186,7 @@ class Program:
             os.close(link)
 
     def close(self) -> None:
-        """Stop all programs and free the maps."""
+        """Detach all programs and free the maps."""
         self.detach()
         while self._rings:
             self._rings.pop()[0].close()

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled BPF programs, and a folder that keeps them between starts. Knows no compiler.
+"""Compiled BPF programs, and a folder that caches them between starts. This module doesn't use the compiler.
 
-What the compiler makes of a text is settled by the text, the flags (all offsets of the running kernel are among
-them), the headers and the compiler itself; the name of a kept image is the SHA-256 of all of these. Whoever may
-write there would have the kernel run what they like, so that nothing is taken from a folder or file that
-somebody other than this user owns or may write.
+The compiler's output depends on the source text, the flags (which hold all offsets of the running kernel), the headers
+and the compiler itself. The name of a cached image is the SHA-256 of all of these. A user who can write to the cache
+can make the kernel run any program, so nothing is read from a folder or file that another user owns or may write to.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True)
 class Map:
-    """One map; sizes in bytes. ``fields`` lays a value out as numpy's dtype does, empty where it is a plain number."""
+    """A BPF map; sizes in bytes. ``fields`` are those of a value's numpy dtype, empty where it is a plain number."""
 
     name: str
     kind: int
@@ -40,14 +39,14 @@ class Map:
 
 @dataclass(frozen=True)
 class Image:
-    """Programs by name, as instructions in which each map's descriptor is its place in ``maps``."""
+    """Compiled programs by name. Their instructions have a map's index in ``maps`` in place of its descriptor."""
 
     programs: dict[str, bytes]
     maps: tuple[Map, ...]
 
 
 def key(*parts: bytes) -> str:
-    """The name of what is made of ``parts``."""
+    """Return the name of the image that is made from ``parts``."""
     digest = hashlib.sha256()
     for part in (str(_FORMAT).encode(), *parts):
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -55,7 +54,7 @@ def key(*parts: bytes) -> str:
 
 
 def load(name: str, folder: Path = FOLDER) -> Image | None:
-    """The image kept under ``name``; None where there is none, or none that can be trusted."""
+    """Return the image stored under ``name``; None where there is none, or none that can be trusted."""
     try:
         if not _ours(folder.lstat()):
             return None
@@ -72,7 +71,7 @@ def load(name: str, folder: Path = FOLDER) -> Image | None:
 
 
 def keep(name: str, image: Image, folder: Path = FOLDER) -> None:
-    """Keep ``image`` for the next start; where that can't be done, the next start compiles again."""
+    """Store ``image`` for the next start. If that fails, the next start compiles again."""
     body = json.dumps(_encode(image)).encode()
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -91,8 +90,8 @@ def keep(name: str, image: Image, folder: Path = FOLDER) -> None:
             old.unlink()
 
 
-def _ours(found: os.stat_result) -> bool:
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+def _ours(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _encode(image: Image) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw records in a file: everything behind the probes can be driven without a kernel or root.
+"""Raw records in a file, with which everything after the probes runs without a kernel or root.
 
-The file begins with one line of JSON (layout, probes, events, counts at the end); then follows what each read gave: an
-event's name, a length, and that many bytes as the kernel wrote them.
+The file begins with one line of JSON: layout (record sizes in bytes by event), probes, tried, and counts at the end of
+the recording. Then follows each read: an event's name, a length, and that many bytes as the kernel wrote them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HEAD: Final = struct.Struct("<16sI")
 
 
 def record(path: Path, source: Source, reads: Iterable[RawRecords]) -> None:
-    """Write ``reads`` that came from ``source`` to ``path``."""
+    """Write ``reads``, which came from ``source``, to ``path``."""
     head = {
         "layout": {name: event(name).size for name in source.events},
         "probes": source.probes,
@@ -38,9 +38,9 @@ def record(path: Path, source: Source, reads: Iterable[RawRecords]) -> None:
 
 
 class Replay:
-    """A recording as a source (see source.Source): one read for each poll, then nothing.
+    """A recording as a source (see source.Source). Each poll returns one read, until none is left.
 
-    Raises CaptureError where the file isn't a recording, is cut off, or has records of another layout.
+    The constructor raises CaptureError where the file isn't a recording, is cut off, or has records of another layout.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class Replay:
         ours = {name: each.size for name, each in header().events.items()}
         for name, size in sizes.items():
             if size != ours.get(name):
-                here = f"has {ours[name]}" if name in ours else "knows none"
+                here = f"has {ours[name]}" if name in ours else "has no such records"
                 cause = f"{path} holds {name} records of {plural(size, 'byte')}, this version {here}"
                 raise CaptureError(cause, "record it again")
         self.events: tuple[str, ...] = tuple(sizes)
@@ -80,28 +80,28 @@ class Replay:
         return reads
 
     def begin(self, mono_ns: int) -> None:
-        """Nothing: a recording is of what was before."""
+        """Do nothing: all records of a recording are from before."""
 
     def poll(self, timeout_s: float) -> list[RawRecords]:  # noqa: ARG002  (nothing to wait for)
-        """What the next read gave, if there is one."""
+        """Return the records of the next read, if there is one."""
         return [self._reads.pop()] if self._reads else []
 
     def counts(self) -> Counts:
-        """The counters as they stood at the end of the recording."""
+        """Return the counters at the end of the recording."""
         return self._counts
 
     def exhausted(self) -> bool:
-        """Whether all reads have been handed out."""
+        """Return whether all reads have been returned."""
         return not self._reads
 
     def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
-        """None: all is read."""
+        """Return no capabilities: the file has been read completely."""
         return frozenset()
 
     def stop(self) -> list[RawRecords]:
-        """What is left."""
+        """Return the remaining reads."""
         left, self._reads = list(reversed(self._reads)), []
         return left
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is open."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tracing session: raw records from a source become batches, losses are dated, all is described."""
+"""A tracing session: turns a source's raw records into batches, dates losses, and describes the trace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Records of one event that came in together, in the order in which the kernel handed them over."""
+    """Records of one event that came in together, in the order in which the kernel delivered them."""
 
     event: str
     rows: pa.Table | arrow.TimedRecords
@@ -41,16 +41,19 @@ class Batch:
 
     @cached_property
     def table(self) -> pa.Table:
-        """The records in Arrow, made when it is asked for."""
+        """Return the records as an Arrow table, which is built on first use."""
         return self.rows.to_arrow() if isinstance(self.rows, arrow.TimedRecords) else self.rows
 
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame, one row a record; columns as in ``arrow.schema(event)``, ``time`` in UTC, texts ``clean``."""
+        """Return a DataFrame with one row per record.
+
+        The columns are those of ``arrow.schema(event)``, ``time`` is in UTC, and texts are made ``clean``.
+        """
         frame: pd.DataFrame = arrow.clean_texts(self.table).to_pandas()
         return frame
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """A dict a record, as ``--json`` prints them."""
+        """Return one dict per record, as ``--json`` prints them."""
         return arrow.table_to_dicts(self.event, self.table)
 
 
@@ -59,7 +62,7 @@ MOST_SPANS: Final = 1000
 
 @dataclass
 class Loss:
-    """Records of one event lost between two moments of CLOCK_MONOTONIC."""
+    """The number of records of one event that were lost between two moments of CLOCK_MONOTONIC."""
 
     event: str
     start_ns: int
@@ -69,9 +72,9 @@ class Loss:
 
 @dataclass
 class Tally:
-    """What was kept and lost so far. ``lossy`` are the spans during which the loss counters moved.
+    """Counts of the records kept and lost so far. ``lossy`` are the spans during which the loss counters moved.
 
-    ``left_out`` are the cgroups and sockets that a filter had no room for, see ``source.Counts``.
+    ``left_out`` counts the cgroups and sockets that a filter had no room for, see ``source.Counts``.
     """
 
     kept: dict[str, int] = field(default_factory=dict)
@@ -82,16 +85,16 @@ class Tally:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def add(self, loss: Loss) -> None:
-        """Note a span. Of more than MOST_SPANS of an event the two that are closest become one: days may be lossy."""
+        """Add a span. Beyond MOST_SPANS per event, merge the two closest spans, since losses may go on for days."""
         self.lossy.append(loss)
-        mine = [each for each in self.lossy if each.event == loss.event]
-        if len(mine) > MOST_SPANS:
-            before, after = min(pairwise(mine), key=lambda pair: pair[1].start_ns - pair[0].end_ns)
+        spans = [span for span in self.lossy if span.event == loss.event]
+        if len(spans) > MOST_SPANS:
+            before, after = min(pairwise(spans), key=lambda pair: pair[1].start_ns - pair[0].end_ns)
             before.end_ns, before.lost = after.end_ns, before.lost + after.lost
-            self.lossy = [each for each in self.lossy if each is not after]
+            self.lossy = [span for span in self.lossy if span is not after]
 
     def meta(self) -> dict[str, Any]:
-        """As it stands in a capture's meta.json."""
+        """Return the tally as a capture's meta.json holds it."""
         names = sorted({*self.kept, *self.lost})
         return {
             "counts": {n: {"kept": self.kept.get(n, 0), "lost": self.lost.get(n, 0)} for n in names},
@@ -103,9 +106,9 @@ class Tally:
 
 
 class Session:
-    """Turns what a source yields into batches.
+    """Turns a source's raw records into batches.
 
-    Use as a context manager; call ``step`` until done, then ``finish`` once. ``tally`` is kept up to date.
+    Use it as a context manager: call ``step`` until done, then ``finish`` once. Both update ``tally``.
     """
 
     def __init__(self, source: Source, snapshots: Snapshots | None = None, helper: Helper | None = None) -> None:
@@ -120,7 +123,7 @@ class Session:
         self._checked_ns = self.start["mono_ns"]
 
     def step(self, timeout_s: float = TICK_SECONDS) -> list[Batch]:
-        """The batches that came in, after waiting at most ``timeout_s`` for the first."""
+        """Return the batches that came in, after waiting at most ``timeout_s`` seconds for the first."""
         raw = self.source.poll(timeout_s)
         self.clock.check()
         batches = self._batches(raw)
@@ -130,13 +133,13 @@ class Session:
         return batches
 
     def turns(self, stop: Callable[[], bool], duration_s: float | None = None) -> Iterator[list[Batch]]:
-        """Step until ``stop`` returns true, the time is over or the source has ended; the batches of each step."""
+        """Yield each step's batches until ``stop`` returns true, ``duration_s`` seconds are over or the source ends."""
         end = math.inf if duration_s is None else time.monotonic() + duration_s
         while not stop() and (left := end - time.monotonic()) > 0 and not self.source.exhausted():
             yield self.step(min(TICK_SECONDS, left))
 
     def finish(self) -> list[Batch]:
-        """Stop the source; the last batches."""
+        """Stop the source and return the last batches."""
         raw = self.source.stop()
         self.clock.check()
         batches = self._batches(raw)
@@ -167,13 +170,13 @@ class Session:
 
     @property
     def lacking(self) -> str | None:
-        """What the trace goes on without, and why."""
+        """Return a sentence that names the parts that the trace goes on without, and why; None where there are none."""
         if self.helper.lacking is None and self.snapshots is not None and self.snapshots.late:
             return "the last snapshot of connections took too long; the trace ends without it"
         return self.helper.lacking
 
     def meta(self) -> dict[str, Any]:
-        """What meta.json says of what was kept, lost and not looked at, as it stands now."""
+        """Return meta.json's entries on kept, lost and missing records, as of now."""
         return {**self.tally.meta(), "lacking": [self.lacking] if self.lacking else []}
 
     def _count(self) -> None:
@@ -193,7 +196,7 @@ class Session:
         self._checked_ns = now
 
     def close(self) -> None:
-        """Free what the source and the helper hold."""
+        """Close the source and the helper."""
         self.source.close()
         self.helper.close()
 
@@ -205,7 +208,7 @@ class Session:
 
 
 def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]:
-    """What a capture's meta.json says of the machine and the request, at the start; the writer adds who it is."""
+    """Return meta.json's entries on the machine and the request, at the start. The writer adds those on itself."""
     here = netns.own()
     session.spaces = netns.settings()
     return {
@@ -228,7 +231,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
 
 
 def devices() -> dict[str, str]:
-    """Block devices there are now: "major:minor" to name, from /proc/partitions."""
+    """Return the present block devices, "major:minor" to name, from /proc/partitions."""
     rows = [line.split() for line in Path("/proc/partitions").read_text(encoding="ascii").splitlines()[2:]]
     return {f"{major}:{minor}": name for major, minor, _, name in rows}
 
@@ -238,14 +241,14 @@ def _clocks(session: Session, end: dict[str, int] | None = None) -> dict[str, An
 
 
 def checkpoint(session: Session) -> dict[str, Any]:
-    """What a killed trace couldn't say any more: its losses, and how the wall clock went."""
+    """Return the entries of meta.json that a killed trace couldn't write at its end: losses and wall clock segments."""
     return {"clock": _clocks(session), **session.meta()}
 
 
 def ending(session: Session) -> dict[str, Any]:
-    """What meta.json says at the end besides the status."""
+    """Return the entries of meta.json that are written at the end, except the status."""
     end = clock()
-    # Those that came later have what they are set to now.
+    # Namespaces that appeared after the start have their settings at the end.
     sysctls = {**session.helper.settings(), **session.spaces}
     return {
         "ended": arrow.iso_time(end["mono_ns"] + end["utc_offset_ns"]),

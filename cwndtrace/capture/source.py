@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source of records is, and what can be asked of it. Knows nothing of BPF."""
+"""The interface of a source of records, with its filters and counters. This module doesn't use BPF."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import Final, Protocol
 from cwndtrace.privileges import User
 
 TICK_SECONDS: Final = 0.15
-"""How long what no CPU hands over by itself may wait; less than the shortest RTO, for the BPF program ``refresh``."""
+"""The period of the BPF programs that run on demand, which bounds how long a record waits in a CPU's buffer.
+
+It is less than the shortest RTO, as the BPF program ``refresh`` needs.
+"""
 
 RawRecords = tuple[str, bytes]
-"""An event's name, and whole records of that event as the kernel wrote them, one after the other."""
+"""An event's name, and complete records of that event as the kernel wrote them, one after the other."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What to trace; everything that is None lets all through. All of it is decided in the kernel.
+    """The filters of a trace, which the kernel applies. A filter that is None lets everything through.
 
-    ``ifindex`` counts in the namespace ``netns`` (an inode), so it never comes without; ``netns_name`` is for people.
-    ``cgroup`` is a folder of cgroup v2; its descendants belong to it. ``min_idle_us`` applies to idle resets alone.
+    ``ifindex`` is an index in the namespace ``netns`` (an inode), so it is never set without ``netns``. ``netns_name``
+    is for messages. ``cgroup`` is a folder of cgroup v2, and includes its descendants. ``min_idle_us`` applies to
+    resets only.
     """
 
     ifindex: int | None = None
@@ -38,9 +42,9 @@ class Filters:
 class Counts:
     """Totals since the start, counted in the kernel.
 
-    ``lost`` are records that could not be kept, per event; ``unchanged`` idle restarts that left the window
-    as it was; ``withdrawn`` restarts that were due and didn't happen. ``left_out`` are the most cgroups and sockets at
-    a time of what was asked for that the filters had no room for, by kind.
+    ``lost`` counts the records that could not be kept, by event; ``unchanged`` the restarts that left the window as it
+    was; ``withdrawn`` the restarts that were due and didn't happen. ``left_out`` is the largest number, at one time, of
+    "cgroups" and of "sockets" that matched the filters and that their maps had no room for.
     """
 
     lost: dict[str, int] = field(default_factory=dict)
@@ -50,29 +54,29 @@ class Counts:
 
 
 class Source(Protocol):
-    """Something that yields raw records: the running kernel (capture.live) or a recording (capture.replay)."""
+    """A source of raw records: the running kernel (capture.live) or a recording (capture.replay)."""
 
     probes: dict[str, str | None]
     tried: dict[str, dict[str, str]]
     events: tuple[str, ...]
 
     def begin(self, mono_ns: int) -> None:
-        """Tracing begins at this moment of CLOCK_MONOTONIC, for all events: nothing is given or counted from before."""
+        """Leave out records and counts from before ``mono_ns``, in nanoseconds of CLOCK_MONOTONIC, for all events."""
 
     def poll(self, timeout_s: float) -> list[RawRecords]:
-        """What came in, waiting at most ``timeout_s`` seconds for the first of it."""
+        """Return the records that came in, after waiting at most ``timeout_s`` seconds for the first."""
 
     def counts(self) -> Counts:
-        """The counters now."""
+        """Return the counters."""
 
     def exhausted(self) -> bool:
-        """Whether nothing can come any more."""
+        """Return whether no more records can come."""
 
     def power_needed(self, user: User | None) -> frozenset[int]:
-        """The least capabilities (numbers) with which ``user`` can go on; None is this process's own user."""
+        """Return the fewest capabilities (numbers) with which ``user`` can go on; None is this process's own user."""
 
     def stop(self) -> list[RawRecords]:
-        """Stop tracing and return all that was still under way. ``counts`` stays callable."""
+        """Stop tracing and return all records that were still under way. ``counts`` stays callable."""
 
     def close(self) -> None:
-        """Free everything; nothing else may be called afterwards."""
+        """Free everything. No other method may be called afterwards."""

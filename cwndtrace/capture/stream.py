@@ -19,9 +19,10 @@ from cwndtrace.kernel import ladder
 
 
 class Stream:
-    """Batches of records as they come in: enter it, then iterate. Ends after ``duration`` or ``stop()``.
+    """An iterator over batches of records as they come in.
 
-    ``probes`` says which probe sees which reason, ``tally`` what was kept and lost so far.
+    Enter it, then iterate. The iteration ends after ``duration`` seconds or ``stop()``. ``probes`` names the probe for
+    each reason, and ``tally`` counts the records kept and lost so far.
     """
 
     def __init__(self, session: Session, duration: float | None) -> None:
@@ -31,16 +32,16 @@ class Stream:
 
     @property
     def probes(self) -> dict[str, str | None]:
-        """Reason to probe, None where nothing sees that reason on this kernel."""
+        """Return the probe for each reason, None where no probe sees that reason on this kernel."""
         return self._session.source.probes
 
     @property
     def tally(self) -> Tally:
-        """What was kept and lost so far."""
+        """Return the counts of the records kept and lost so far."""
         return self._session.tally
 
     def stop(self) -> None:
-        """End the iteration after what has come in until now; may be called from another thread."""
+        """End the iteration after the records that have come in until now. Another thread may call this."""
         self._stopped = True
 
     def __iter__(self) -> Iterator[Batch]:
@@ -69,10 +70,11 @@ def stream(
     probe: str | None = None,
     duration: float | None = None,
 ) -> Stream:
-    """Trace the running kernel and yield batches of ``cwnd_reset``, ``block_io`` and ``connections``.
+    """Trace the running kernel and return a stream of batches, each with the records of one event.
 
-    The filters are those of ``cwndtrace run``; ``min_idle`` and ``duration`` are in seconds. Tracing has
-    begun when this returns. Needs root. Raises the errors of cwndtrace.errors.
+    The events are ``cwnd_reset``, ``cwnd_recovery``, ``cwnd_sample``, ``block_io`` and ``connections``. The filters are
+    those of ``cwndtrace run``; ``min_idle`` and ``duration`` are in seconds. Tracing has begun when this returns. It
+    needs root, and raises the errors of cwndtrace.errors.
     """
     target.need_root("tracing")
     if probe is not None and probe not in ladder.BY_NAME:
@@ -91,10 +93,10 @@ def open_session(
     connections: bool = True,
     privsep: bool = False,
 ) -> Session:
-    """A session over the running kernel; the caller closes it.
+    """Return a session that traces the running kernel. The caller closes it.
 
-    ``privsep`` leaves what takes power to a process of its own (see privsep.PrivilegedHelper), so that the caller can
-    drop it.
+    With ``privsep``, a separate process reads what takes privileges (see privsep.PrivilegedHelper), so that the caller
+    can drop its own.
     """
     clocks.refuse_other_time()
     helper = PrivilegedHelper(filters, privileges.invoking_user()) if privsep else Helper(filters)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person names (eth0, a pid, a namespace) turned into filters; what isn't there is refused here."""
+"""Turns what users name (eth0, a pid, a namespace) into filters, and refuses names of things that don't exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cwndtrace.kernel import cgroups, interfaces, netns
 
 
 def need_root(what: str) -> None:
-    """Raise PermissionNeeded unless this process is root's."""
+    """Raise PermissionNeeded unless this process runs as root."""
     if os.geteuid() != 0:
         raise PermissionNeeded(f"{what} needs root", "prefix the command with sudo")
 
@@ -29,17 +29,17 @@ def resolve(
     family: Literal[4, 6] | None = None,
     min_idle_s: float | None = None,
 ) -> Filters:
-    """The filters for what was named.
+    """Return the filters for these names and numbers.
 
-    An interface counts in ``namespace``, or in this process's own. ``min_idle_s`` is in seconds. Raises
-    NotFound for what doesn't exist, listing what does, and UsageError for numbers out of range.
+    An interface is looked up in ``namespace``, by default in this process's own. ``min_idle_s`` is in seconds. Raises
+    NotFound for a name that doesn't exist, listing those that do, and UsageError for numbers out of range.
     """
     if port is not None and not 0 < port < 65536:
         raise UsageError(f"no port {port}", "ports go from 1 to 65535")
     if min_idle_s is not None and min_idle_s < 0:
         raise UsageError("idle time can't be negative", "give it as 500ms or 2s")
     if pid is not None and not Path(f"/proc/{pid}").exists():
-        raise NotFound(f"no process {pid}", "see ps; to follow what isn't running yet, filter by port or cgroup")
+        raise NotFound(f"no process {pid}", "see ps; to trace one that isn't running yet, filter by port or cgroup")
     where = netns.find(namespace) if namespace is not None else None
     if iface is not None:
         where = where or netns.own()
@@ -56,7 +56,7 @@ def resolve(
 
 
 def named(filters: Filters, iface: str | None = None) -> str:
-    """What is traced, for people: ``eth0, port 443 in network namespace web (inode 4026532281)``."""
+    """Return a description for users: ``eth0, port 443 in network namespace web (inode 4026532281)``."""
     parts = [
         iface,
         f"port {filters.port}" if filters.port is not None else None,

@@ -44,7 +44,7 @@ def assert_in_order(process: subprocess.Popen[str], path: Path, resets: int, cod
     assert process.returncode == code, said
     assert f"kept {resets} reset" in shown
     assert "The capture is in" in said
-    assert not re.search("Traceback|ended from outside", said)
+    assert not re.search("Traceback|ended unexpectedly", said)
     assert_complete(path, resets)
 
 
@@ -99,13 +99,13 @@ def test_the_group_is_told_to_end_while_it_starts(space: tcp.Space, home: Path, 
     assert_in_order(process, path, 0)
 
 
-LACKS = "the process that looks at connections for this one {}; the trace goes on without snapshots of connections"
+LACKS = "the helper process {}; the trace goes on without snapshots of connections"
 
 
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
 def test_the_helper_is_killed(connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:  # noqa: F811
     """The trace goes on, and says once what it lacks, to who looks on and in the capture."""
-    path, why = home / "a.cwnd", LACKS.format("was ended from outside (see dmesg for the reason)")
+    path, why = home / "a.cwnd", LACKS.format("ended unexpectedly (see dmesg for the reason)")
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path, before=before) as run:
         os.kill(helper_of(run), signal.SIGKILL)
         run.wait_for(re.compile(re.escape(f"cwndtrace: {why}")), 20)
@@ -130,7 +130,7 @@ def test_it_is_killed_after_all_was_looked_at(space: tcp.Space, tmp_path: Path) 
         run.process.send_signal(signal.SIGINT)
         run.process.send_signal(signal.SIGCONT)
         code, _, said = run.end(None)
-    assert (code, said.count(LACKS.format("was ended from outside (see dmesg for the reason)"))) == (0, 1), said
+    assert (code, said.count(LACKS.format("ended unexpectedly (see dmesg for the reason)"))) == (0, 1), said
     assert len(json.loads((tmp_path / "a.cwnd" / "meta.json").read_text())["lacking"]) == 1
 
 

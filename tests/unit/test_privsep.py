@@ -53,7 +53,7 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivilegedHelper]:
 def test_what_can_not_be_sent_is_no_answer(helper: PrivilegedHelper) -> None:
     assert helper.settings() == {}
     assert helper.lacking is not None
-    assert "had an answer that can't be sent" in helper.lacking
+    assert "couldn't send its answer" in helper.lacking
     assert helper.idle_sysctls() == []
     # It goes on to answer what can be.
     assert helper.watched() == (True, "eth0")
@@ -93,7 +93,7 @@ def test_one_that_is_stopped_in_the_midst_of_an_answer(helper: PrivilegedHelper)
     stop(helper.pid)
     assert helper.watched() is None
     assert helper.lacking is not None
-    assert "was stopped in the midst of an answer" in helper.lacking
+    assert "was stopped in the middle of an answer" in helper.lacking
     assert helper.watched() is None
 
 
@@ -102,7 +102,7 @@ def test_one_that_is_gone(helper: PrivilegedHelper) -> None:
     assert helper.watched() is None
     assert helper.snapshot(1) is None
     assert helper.lacking is not None
-    assert "was ended from outside" in helper.lacking
+    assert "ended unexpectedly" in helper.lacking
 
 
 def test_what_it_is_asked_is_what_the_helper_answers() -> None:

@@ -302,7 +302,7 @@ def test_records_of_another_layout_are_refused(tmp_path: Path) -> None:
 
 def test_records_that_this_version_does_not_know_are_refused(tmp_path: Path) -> None:
     path = _with_head(tmp_path, layout={"tea_break": 8})
-    with pytest.raises(CaptureError, match="holds tea_break records of 8 bytes, this version knows none"):
+    with pytest.raises(CaptureError, match="holds tea_break records of 8 bytes, this version has no such records"):
         Replay(path)
 
 
