@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Block requests from block_io_start to block_io_done, paired in the kernel and handed over in slabs:
- * user space pays once for SLAB_RECORDS of them.
+ * Traces block requests from block_io_start to block_io_done. Each record covers both ends of a request. Records go
+ * to user space in slabs, so that it handles up to SLAB_RECORDS of them at once.
  */
 #include "counters.h"
 
 #define REQ_OP_BITS 8
-/* From here on commands to the device itself, whose end the kernel need not tell. */
+/* Operations from this one on are commands to the device. The kernel need not trace their end. */
 #define REQ_OP_PASSTHROUGH 32
-#define SLAB_RECORDS 256	/* 20 kB: a per-CPU value may have 32 */
+#define SLAB_RECORDS 256	/* 20 kB; a per-CPU value may have 32 kB */
 #ifndef SLOT_BITS
 #define SLOT_BITS 14
 #endif
 
 BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
 
-/* A request under way, known by its address. */
+/* A request under way, identified by its address. */
 struct flight {
 	u64 rq;
 	u64 start_ns;
@@ -31,15 +31,15 @@ struct flight {
 };
 
 /*
- * A direct-mapped table, because array look-ups are inlined and hash look-ups are calls: on fast devices
- * that is half of the cost. A request whose slot is taken by another goes to the hash. Requests come from
- * a fixed pool per device, so what never finishes (a request merged into another) is overwritten in time.
+ * A direct-mapped table, because array lookups are inlined and hash lookups are calls, which would be half of the
+ * cost on fast devices. A request whose slot holds another one goes to the hash. Requests come from a fixed pool per
+ * device, so the entry of a request that never finishes (because it was merged into another) is overwritten in time.
  */
 BPF_ARRAY(slots, struct flight, 1 << SLOT_BITS);
 BPF_HASH(overflow, u64, struct flight, 65536);
 BPF_ARRAY(overflow_used, u64, 1);
 
-/* The compiler may not move what is between two of these: an interrupt on this CPU looks at it. */
+/* The compiler must not move accesses across this: an interrupt on this CPU may run between any two of them. */
 #define barrier() asm volatile("" ::: "memory")
 
 struct slab {
@@ -97,8 +97,9 @@ static __always_inline struct flight *find(u64 rq)
 }
 
 /*
- * Two CPUs may want the same free slot at the same moment: one of them gets it. clang compiles BPF's
- * compare-and-swap only for a CPU model that it finds out by asking the kernel, which it does on x86-64.
+ * Returns true if the request has its slot. Two CPUs may claim the same free slot at the same moment, and one of them
+ * gets it. clang compiles BPF's compare-and-swap only for a CPU model that it detects by asking the kernel, which it
+ * does on x86-64.
  */
 static __always_inline bool claim(struct flight *f, u64 rq)
 {
@@ -115,9 +116,10 @@ static __always_inline bool claim(struct flight *f, u64 rq)
 }
 
 /*
- * The request begins anew, and it was issued before, so that its end was not seen. The kernel may not run programs
- * over tasks that a policy protects, and an end comes in an interrupt over any task; and it tells no end
- * at all where a device's queue/iostats is 0. A request that was merged into another one is never issued.
+ * Counts a lost record if this address was issued before: the request begins anew, so its end was not seen. The
+ * kernel may not run programs in the context of tasks that a policy protects, and an end comes in an interrupt over any
+ * task. It traces no end at all where a device's queue/iostats is 0. A request that was merged into another one is
+ * never issued.
  */
 static __always_inline void give_up(const struct flight *f, u64 rq)
 {
@@ -125,7 +127,7 @@ static __always_inline void give_up(const struct flight *f, u64 rq)
 		count(lost, 1);
 }
 
-/* For a claimed slot, or one of the hash. */
+/* Fills a claimed slot, or an entry for the hash. */
 static __always_inline void start_request(struct flight *f, u64 request)
 {
 	u64 task = (u64)bpf_get_current_task_btf();
@@ -135,7 +137,7 @@ static __always_inline void start_request(struct flight *f, u64 request)
 	f->issue_ns = 0;
 	f->bytes = 0;
 	f->error = 0;
-	/* A flush sequence clears REQ_PREFLUSH and REQ_FUA later on. */
+	/* The flags are read here, because a flush sequence clears REQ_PREFLUSH and REQ_FUA later. */
 	f->cmd_flags = LOAD(u32, request, request, cmd_flags);
 	f->sector = LOAD(u64, request, request, __sector);
 	f->tgid = LOAD(u32, task, task_struct, tgid);
@@ -143,7 +145,7 @@ static __always_inline void start_request(struct flight *f, u64 request)
 	f->cgroup_id = bpf_get_current_cgroup_id();
 	comm[0] = *(volatile u64 *)AT(task, task_struct, comm);
 	comm[1] = *(volatile u64 *)(AT(task, task_struct, comm) + 8);
-	/* io_uring's workers (iou-wrk-N, iou-sqp-N) belong to the application: call them by its name. */
+	/* io_uring's workers (iou-wrk-N, iou-sqp-N) belong to the application, so its name is recorded. */
 	if (f->comm[0] == 'i' && f->comm[1] == 'o' && f->comm[2] == 'u' && f->comm[3] == '-') {
 		u64 leader = LOAD(u64, task, task_struct, group_leader);
 
@@ -161,7 +163,7 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 	if (!f)
 		return 0;
 	if (!wanted()) {
-		/* What an earlier request of this address left behind must not be taken for this one. */
+		/* An entry of an earlier request at this address must not be taken for this one. */
 		f = find(rq);
 		if (f) {
 			give_up(f, rq);
@@ -187,7 +189,7 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* Merges are over once a request is issued: where it begins and how long it is are right here, and only here. */
+/* Merges are over once a request is issued, so its first sector and its length are final here, and only here. */
 int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 rq = argument(ctx, 0);
@@ -231,8 +233,8 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 }
 
 /*
- * User space looks a few times a second. Between it is woken only when the ring may be a quarter full of slabs
- * that it doesn't know of, or it would be for each.
+ * User space reads the ring a few times a second. In between, it is woken only when unannounced slabs may fill a
+ * quarter of the ring. Otherwise every slab would wake it.
  */
 #define WAKE_EVERY (RING_PAGES * 4096 / 4 / sizeof(struct slab) / CPUS)
 #define NO_WAKEUP 1		/* BPF_RB_* of linux/bpf.h */
@@ -243,7 +245,7 @@ static __always_inline void submit(struct slab *s)
 	u64 flags = NO_WAKEUP;
 	u64 size = SLAB_HEADER + s->count * sizeof(struct block_io);
 
-	/* The compiler knows that it isn't larger, the verifier doesn't. */
+	/* This keeps the compiler from dropping the check below, which only the verifier needs. */
 	asm volatile("" : "+r"(size));
 	if (size > sizeof(*s))
 		return;
@@ -256,7 +258,7 @@ static __always_inline void submit(struct slab *s)
 	s->count = 0;
 }
 
-/* A finished request goes into this CPU's slab. */
+/* Adds a finished request to this CPU's slab. */
 static __always_inline void keep(const struct flight *f, u32 dev)
 {
 	int zero = 0;
@@ -266,7 +268,7 @@ static __always_inline void keep(const struct flight *f, u32 dev)
 	if (!s)
 		return;
 	if (s->busy) {
-		/* This CPU was interrupted while it wrote here: this one goes by itself. */
+		/* This interrupted the CPU while it wrote to the slab, so the record goes out separately. */
 		struct single_slab one = {.count = 1};
 
 		fill_record(&one.rec, f, dev);
@@ -295,7 +297,7 @@ int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
 	struct flight *f;
 	int slot;
 
-	/* The data phase of a flush sequence: the request ends once more when the sequence does. */
+	/* This is the data phase of a flush sequence. The request ends once more when the sequence does. */
 	if (LOAD(u32, request, request, rq_flags) & (1 << ENUMERATOR(rqf_flags____RQF_FLUSH_SEQ, 4)))
 		return 0;
 	f = find(rq);
@@ -312,11 +314,11 @@ int on_block_io_done(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /*
- * User space runs this on each CPU: records go out though no request follows.
+ * User space runs this on each CPU, so that records go out even if no request follows.
  *
- * It must not be one of the attached programs: a run on demand doesn't ask whether the program is already
+ * It must not be one of the attached programs: a run on demand doesn't check whether the program is already
  * running on this CPU, and in kernels where a program has one stack per CPU (6.13 and later) it would
- * overwrite what the interrupted run holds there.
+ * overwrite the stack of the interrupted run.
  */
 int hand_over(struct bpf_raw_tracepoint_args *ctx)
 {

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What each CPU counts beside the records that it hands over. */
+/* Counters that each CPU keeps in addition to its records. */
 #ifndef CWNDTRACE_COUNTERS_H
 #define CWNDTRACE_COUNTERS_H
 
 #include "events.h"
 #include "kernel.h"
 
-/* One entry that holds all of them, so that user space needs one look-up. */
+/* One entry holds all counters, so that user space needs one lookup. */
 struct counters {
 	u64 lost;		/* records for which the ring buffer had no room, or a map no memory */
 	u64 unchanged;		/* calls that left the window as it was */
@@ -23,7 +23,7 @@ static __always_inline struct counters *counters_here(void)
 	return counters.lookup(&zero);
 }
 
-/* Add n to one counter. bcc rewrites no look-up that stands in a macro. */
+/* Adds n to one counter. The lookup is in a function, because bcc doesn't rewrite lookups inside a macro. */
 #define count(counter, n) do {					\
 	struct counters *here_ = counters_here();		\
 								\

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Retransmission timeouts by tcp:tcp_cong_state_set, for the probes sendmsg and tcp_probe. -DPROBE says which. */
+/* Traces retransmission timeouts with tcp:tcp_cong_state_set, for the probes sendmsg and tcp_probe (-DPROBE). */
 #include "reset.h"
 
 /*
- * tcp_set_ca_state(sk, TCP_CA_Loss) is called by tcp_enter_loss() after it lowered the window. On the first
- * timeout of an episode prior_cwnd and prior_ssthresh hold what came before (the latter as
- * tcp_current_ssthresh() gives it); on a repeated one nothing does, and the window is already at its least.
- * tcp_simple_retransmit() comes here too: it lowers no window and clears prior_ssthresh.
+ * tcp_enter_loss() calls tcp_set_ca_state(sk, TCP_CA_Loss) after it has lowered the window. On the first timeout of an
+ * episode, prior_cwnd and prior_ssthresh hold the values from before (prior_ssthresh as tcp_current_ssthresh() returns
+ * it). On a repeated timeout no member holds them, and the window is already at its minimum. tcp_simple_retransmit()
+ * sets this state too: it lowers no window and clears prior_ssthresh.
  */
 int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Resets by fentry and fexit: the window is noted when the kernel's function is entered and compared when it returns. */
+/* Traces resets with fentry and fexit: notes the window on entry to the kernel's function and compares on return. */
 #include "reset.h"
 #include "window_before.h"
 
@@ -11,7 +11,7 @@
 #define FUNCTION tcp_cwnd_application_limited
 #endif
 
-/* The socket is locked between entry and return, so its address is key enough. */
+/* The socket is locked between entry and return, so its address is sufficient as the key. */
 BPF_HASH(entered, u64, struct before, 16384);
 
 static __always_inline int fentry_in(const void *sk)
@@ -30,13 +30,13 @@ static __always_inline int fentry_out(const void *sk)
 
 	if (!b)
 		return 0;
-	/* The copy is a plain number; the verifier allows no arithmetic on the argument itself. */
+	/* b->sk is a plain number; the verifier allows no arithmetic on the argument itself. */
 	emit_fallen((const void *)b->sk, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle);
 	entered.delete(&key);
 	return 0;
 }
 
-/* One more level of macros, so that FUNCTION is expanded before bcc pastes it into the program's name. */
+/* These add a level of macros, so that FUNCTION is expanded before bcc pastes it into the program's name. */
 #define ENTRY_OF(function) KFUNC_PROBE(function, void *sk)
 #define EXIT_OF(function) KRETFUNC_PROBE(function, void *sk)
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Resets by kprobe and kretprobe: the window is noted when the kernel's function is entered and compared when it returns. */
+/* Traces resets with kprobe and kretprobe: notes the window on entry to the kernel's function, compares on return. */
 #include <uapi/linux/ptrace.h>
 
 #include "reset.h"
 #include "window_before.h"
 
 /*
- * A return has no arguments, and an interrupt can enter the same function for another socket on the same
- * thread: the stack pointer tells the calls apart. FRAME_SHIFT is what the return address took of it.
+ * A return has no arguments, and an interrupt can enter the same function for another socket on the same thread, so
+ * the stack pointer distinguishes the calls. FRAME_SHIFT is the number of bytes that the return address takes.
  */
 struct frame {
 	u64 tid;

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Idle resets by tcp:tcp_sendmsg_locked: the kernel's rule is applied before the kernel does it, and what is sent confirms it. */
+/*
+ * Traces idle resets with tcp:tcp_sendmsg_locked: applies the kernel's rule before the kernel does, and has the next
+ * transmit confirm the result.
+ */
 #include "reset.h"
 #include "restart.h"
 
 /*
- * The sender goes on from here to the kernel's own look at the clock: a tick, or the time that another task has
- * the CPU, may fall between. Idle time that is short of the RTO by no more than this (20 ms) may still become one.
+ * The kernel checks the idle time some time after this program. A tick may fall in between, or another task may run on
+ * the CPU. Idle time that is short of the RTO by no more than this (20 ms) may still exceed it then.
  */
 #define LATE_JIFFIES (CWT_HZ / 50)
 
 /*
- * The first half of tcp_slow_start_after_idle_check() of include/net/tcp.h: whether the socket has been idle so long
- * that the kernel may restart its window now. This runs on every send and every ACK.
+ * Does the first half of tcp_slow_start_after_idle_check() of include/net/tcp.h: returns true if the socket has been
+ * idle so long that the kernel may restart its window now. This runs on every send and every ACK.
  */
 static __always_inline bool idle_for_rto(const void *tp)
 {
@@ -21,13 +24,13 @@ static __always_inline bool idle_for_rto(const void *tp)
 	       (s32)LOAD(u32, tp, inet_connection_sock, icsk_rto);
 }
 
-/* tcp_cwnd_restart() of net/ipv4/tcp_output.c: the window after it. */
+/* Returns the window that tcp_cwnd_restart() of net/ipv4/tcp_output.c leaves. */
 static __always_inline u32 restarted_cwnd(u32 cwnd, u32 init_cwnd, s32 idle, s32 rto)
 {
 	u32 floor = init_cwnd < cwnd ? init_cwnd : cwnd;
 	int i;
 
-	/* A window has 32 bits: it can't be halved more often than that. */
+	/* A window has 32 bits, so it can't be halved more often than that. */
 	for (i = 0; i < 32; i++) {
 		idle -= rto;
 		if (idle <= 0 || cwnd <= floor)
@@ -38,7 +41,7 @@ static __always_inline u32 restarted_cwnd(u32 cwnd, u32 init_cwnd, s32 idle, s32
 }
 
 BPF_HASH(pending, u64, struct cwnd_reset, 16384);
-/* How many there are: spares every packet a hash look-up. */
+/* The number of pending restarts. While it is 0, packets need no hash lookup. */
 BPF_ARRAY(pending_count, u64, 1);
 
 static __always_inline void add_pending(s64 n)
@@ -50,7 +53,7 @@ static __always_inline void add_pending(s64 n)
 		__sync_fetch_and_add(c, n);
 }
 
-/* If a restart of this socket was expected: has it come? */
+/* If a restart of this socket is pending, finds out whether it has happened, and forgets it. */
 static __always_inline void settle(const void *sk)
 {
 	int zero = 0;
@@ -65,7 +68,7 @@ static __always_inline void settle(const void *sk)
 	r->cwnd_after = READ(u32, sk, tcp_sock, snd_cwnd);
 	r->ssthresh_after = READ(u32, sk, tcp_sock, snd_ssthresh);
 	if (r->cwnd_after < r->cwnd_before) {
-		/* The kernel saw the first tick behind the RTO, at least. */
+		/* The kernel saw at least the first tick after the RTO. */
 		if (r->idle_us <= r->rto_us)
 			r->idle_us = r->rto_us + jiffies_to_us(1);
 		emit(r);
@@ -76,7 +79,7 @@ static __always_inline void settle(const void *sk)
 	add_pending(-1);
 }
 
-/* For a socket that has been idle. */
+/* Notes the state of a socket that has been idle, if the kernel is going to restart its window. */
 static __always_inline void expect_restart(const void *sk)
 {
 	struct cwnd_reset r = {};
@@ -111,7 +114,7 @@ int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 	if (!tp || !idle_for_rto(tp))
 		return 0;
 	skb = argument(ctx, 2);
-	/* Only a new buffer is checked by the kernel (tcp_skb_entail); this one still takes more. */
+	/* The kernel checks only for a new buffer, in tcp_skb_entail(). This one still takes more. */
 	if (skb && (s32)READ(u32, skb, sk_buff, len) < (s32)ctx->args[3] &&
 	    !READ_BITS(AT(skb, sk_buff, cb), tcp_skb_cb, eor))
 		return 0;
@@ -125,7 +128,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 
 	settle(sk);
 	on_ack(sk);
-	/* Data that a closed window held back: tcp_ack_update_window() checks when it opens. */
+	/* A closed window held data back. The kernel checks when it opens, in tcp_ack_update_window(). */
 	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
 	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && idle_for_rto(tp))
 		expect_restart(sk);

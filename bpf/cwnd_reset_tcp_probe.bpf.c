@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Idle resets by tcp:tcp_probe: the window that the last ACK left is compared with the one that the next burst starts with. */
+/*
+ * Traces idle resets with tcp:tcp_probe: compares the window that the last ACK left with the one that the next burst
+ * starts with.
+ */
 #include "reset.h"
 #include "restart.h"
 
-/* Ports and bytes, because a socket is freed and its memory used for the next one: is it still this connection? */
+/* ports and bytes_acked show whether this is still the same connection: the memory of a freed socket is used again. */
 struct window {
 	u64 bytes_acked;
 	u32 ports;
@@ -11,11 +14,11 @@ struct window {
 	u32 ssthresh;
 	u32 lsndtime;
 };
-/* Not one that evicts, or a window could be forgotten and fall with nobody to tell. How many: capture/live.py. */
+/* Not an LRU hash, which could evict a window whose fall would then go unseen. capture/live.py sets WINDOWS. */
 BPF_HASH(windows, u64, struct window, WINDOWS);
 /*
- * tcp_probe comes before its ACK is worked in: the socket is read again once this CPU has gone on. Two of them,
- * because an ACK that a process works in, from the socket's backlog, can be interrupted by others.
+ * tcp_probe runs before its ACK is processed, so the socket is read again once this CPU has gone on. There are two
+ * members, because other ACKs can interrupt a process that handles an ACK from the socket's backlog.
  */
 struct probed {
 	u64 of_interrupt;
@@ -23,14 +26,14 @@ struct probed {
 };
 BPF_PERCPU_ARRAY(probed, struct probed, 1);
 
-/* The kernel's own numbers. Segments without data have a size of their own: skb_is_tcp_pure_ack(). */
+/* Numbers from the kernel. Segments without data have a special truesize: see skb_is_tcp_pure_ack(). */
 #define TCP_ESTABLISHED 1
 #define TCP_TIME_WAIT 6
 #define TCP_NEW_SYN_RECV 12
 #define TCPHDR_FIN 1
 #define PURE_ACK_TRUESIZE 2
 
-/* Once the ACK is worked in. */
+/* Notes the window after the ACK has been processed. */
 static __always_inline void note_window(u64 key)
 {
 	const void *sk = (const void *)key;
@@ -43,8 +46,8 @@ static __always_inline void note_window(u64 key)
 }
 
 /*
- * Whether this ACK leaves nothing under way, so that idle time may follow. The ACKs of what it leaves come here too,
- * but for those behind a FIN.
+ * Returns true if this ACK leaves nothing in flight, so that idle time may follow. If it leaves data in flight, a later
+ * ACK comes here too, but not behind a FIN.
  */
 static __always_inline bool ends_flight(const void *tp, u64 skb)
 {
@@ -54,7 +57,7 @@ static __always_inline bool ends_flight(const void *tp, u64 skb)
 	       LOAD_BYTE(cb, tcp_skb_cb, tcp_flags) & TCPHDR_FIN;
 }
 
-/* Whether what was noted still holds, with nothing under way: only an undo can change the window then. */
+/* Returns true if the noted window still holds, with nothing in flight: only an undo can change the window then. */
 static __always_inline bool holds(const struct window *w, const void *tp)
 {
 	return w->ports == LOAD(u32, tp, sock_common, skc_portpair) &&
@@ -83,7 +86,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	p = probed.lookup(&zero);
 	if (!p)
 		return 0;
-	/* Not by key, whose address calls were given: some verifiers take it for a pointer no more. */
+	/* This uses sk: calls were given the address of key, and some verifiers don't treat key as a pointer then. */
 	last = LOAD(s32, sk, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
 	if (*last && *last != key)
 		note_window(*last);
@@ -93,7 +96,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	*last = key;
 	if (!w) {
 		if (windows.update(&key, &first)) {
-			/* A window that there is no room to note: idle time may follow that makes it fall unseen. */
+			/* There is no room to note this window, so a reset after idle time would go unseen. */
 			if (restarts(sk) && LOAD(u32, tp, tcp_sock, snd_cwnd) > sk_init_cwnd(sk))
 				count(lost, 1);
 			return 0;
@@ -130,7 +133,7 @@ int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 		note_window(p->of_interrupt);
 		p->of_interrupt = 0;
 	}
-	/* Not while the process is still at it. */
+	/* While a process owns the socket, the ACK may not have been processed yet. */
 	if (p->of_process && !sk_owned((const void *)p->of_process)) {
 		note_window(p->of_process);
 		p->of_process = 0;
@@ -148,8 +151,8 @@ static __always_inline void refresh_one(u64 *key)
 }
 
 /*
- * User space runs this on each CPU, more often than the shortest RTO: an ACK from a backlog is followed by no
- * poll, and one from a TUN device neither. Not an attached program, for the reason that hand_over() gives.
+ * User space runs this on each CPU, more often than the shortest RTO: no NAPI poll follows an ACK from a backlog or
+ * from a TUN device. It isn't an attached program, for the reason given at hand_over() in block_io.bpf.c.
  */
 int refresh(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -175,19 +178,19 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 	sk = LOAD(u64, skb, sk_buff, sk);
 	if (!sk)
 		return 0;
-	/* In these two it is no whole socket: sk_fullsock() of include/net/sock.h. */
+	/* In these two states it isn't a full socket: see sk_fullsock() of include/net/sock.h. */
 	state = LOAD(u8, sk, sock_common, skc_state);
 	if (state == TCP_NEW_SYN_RECV || state == TCP_TIME_WAIT)
 		return 0;
-	/* What is under way waits in this queue for its ACK. From a packet the verifier lets nobody see tcp_sock. */
+	/* Segments in flight wait in this queue. The verifier permits no access to the tcp_sock of a packet's socket. */
 	if (LOAD(u64, sk, sock, tcp_rtx_queue__rb_node))
 		return 0;
-	/* A copy, for the same reason as in on_tcp_probe_ack(). */
+	/* key is a copy of sk, for the same reason as in on_tcp_probe_ack(). */
 	key = sk;
 	w = windows.lookup(&key);
 	if (!w || w->ports != LOAD(u32, sk, sock_common, skc_portpair))
 		return 0;
-	/* No RTO is as short, and lsndtime has just been set. In other states no ACK tells of the window. */
+	/* lsndtime has just been set to now, and no RTO is so short. In other states, no ACK updates the noted window. */
 	lsndtime = jiffies32();
 	if (state == TCP_ESTABLISHED && lsndtime - w->lsndtime < 2) {
 		w->lsndtime = lsndtime;

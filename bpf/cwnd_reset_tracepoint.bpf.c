@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Resets by tcp:tcp_cwnd_reset of kernel-patches/: TP_PROTO(sk, reason, old_cwnd, old_ssthresh, idle). */
+/* Traces resets with tcp:tcp_cwnd_reset of kernel-patches/: TP_PROTO(sk, reason, old_cwnd, old_ssthresh, idle). */
 #include "reset.h"
 
 int on_tcp_cwnd_reset(struct bpf_raw_tracepoint_args *ctx)

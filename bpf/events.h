@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The record layouts: the only place where they are written down.
+ * The layouts of all records. No other file defines them.
  *
  * C includes this file; cwndtrace/records/layout.py parses it. The parser takes fixed-size integers, byte and
  * char arrays and enums, each field on a line of its own with a comment that opens with its unit in
- * brackets. The bracket also names how the field is shown: [addr] text address, [text] a string,
- * [dev] major:minor, [enum NAME] the label after the prefix of that enum. Padding must be explicit:
- * order the fields by size.
+ * brackets. The bracket also says how the field is shown: [addr] text address, [text] a string,
+ * [dev] major:minor, [enum NAME] the label after the prefix of that enum. Padding must be explicit, so
+ * fields are ordered by size.
  */
 #ifndef CWNDTRACE_EVENTS_H
 #define CWNDTRACE_EVENTS_H
@@ -112,7 +112,7 @@ enum outcome {
 	OUTCOME_CAPTURE_END = 4, /* tracing ended first */
 };
 
-/* What became of a window after an idle or application-limited reset. */
+/* How a window recovered from an idle or application-limited reset. */
 struct cwnd_recovery {
 	__u64 reset_ts_ns;	/* [ns] when the window fell, as in cwnd_reset, CLOCK_MONOTONIC */
 	__u64 end_ts_ns;	/* [ns] when following it ended; for regained the ACK that brought the window back */

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* Which sockets are traced: the FILTER_* that the program is compiled with. */
+/* Selects the sockets to trace, by the FILTER_* macros that the program is compiled with. */
 #ifndef CWNDTRACE_FILTER_H
 #define CWNDTRACE_FILTER_H
 
 #include "sock.h"
 
 #ifdef FILTER_PID
-/* Inodes of the sockets that the process holds, kept fresh from user space: timers and ACKs have no process. */
+/* Inodes of the sockets that the process holds, updated from user space, since timers and ACKs have no process. */
 BPF_HASH(pid_sockets, u64, u8, 65536);
 #endif
 #ifdef FILTER_CGROUP
-/* The cgroup that was asked for and those below it, kept fresh from user space. */
+/* The requested cgroup and those below it, updated from user space. */
 BPF_HASH(cgroups, u64, u8, 16384);
 #endif
 

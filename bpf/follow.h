@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Following a socket after a reset, ACK by ACK, until it has its window back.
+ * Follows a socket after a reset, ACK by ACK, until it has regained its window.
  *
- * tcp_probe runs before its ACK is processed: what it shows is the window that the ACK before it left.
+ * tcp_probe runs before its ACK is processed, so it shows the window that the previous ACK left.
  */
 #ifndef CWNDTRACE_FOLLOW_H
 #define CWNDTRACE_FOLLOW_H
@@ -17,24 +17,24 @@ BPF_RINGBUF_OUTPUT(cwnd_samples, RESET_PAGES / 2);
 
 struct followed {
 	u64 reset_ts_ns;
-	u64 acked_ns;		/* the last ACK seen, at first the reset itself */
+	u64 acked_ns;		/* time of the last ACK seen, at first of the reset itself */
 	u64 sampled_ns;
 	u64 bytes_acked;
 	u32 target;
 	u32 cwnd_start;
 	u32 cwnd;
 	u32 acks;
-	/* For user space, which tells of what the end of the trace cut short. */
+	/* User space reads these for the recoveries that the end of the trace cuts short. */
 	u64 sock_cookie;
 	u32 netns_ino;
 	u16 reason;
 	u16 bucket;
 };
 BPF_HASH(followed, u64, struct followed, 16384);
-/* How many sockets are followed, by some bits of their addresses' hash: spares all others the look-up. */
+/* The number of followed sockets, by some bits of the connection's hash. It saves most other sockets a hash lookup. */
 BPF_ARRAY(follow_buckets, u64, 1 << FOLLOW_BUCKET_BITS);
 
-/* The kernel's own hash of a connection's addresses and ports, with which it finds the socket of a packet. */
+/* The argument is the kernel's hash of a connection's addresses and ports, which finds the socket of a packet. */
 #define FOLLOW_BUCKET(hash) ((hash) & ((1 << FOLLOW_BUCKET_BITS) - 1))
 
 static __always_inline u64 *follow_bucket(int bucket)
@@ -96,24 +96,24 @@ static __always_inline void start_following(const struct cwnd_reset *r)
 		__sync_fetch_and_add(n, 1);
 }
 
-/* A socket was reset: from r->cwnd_after it has to get back to r->cwnd_before. */
+/* Follows a socket that was reset, from r->cwnd_after until it is back at r->cwnd_before. */
 static __always_inline void follow(const struct cwnd_reset *r)
 {
 	u64 sk = r->skaddr;
 	struct followed *old = followed.lookup(&sk);
 
 	if (old) {
-		/* The last ACK before this idle time may have done it: nothing came after to show that. */
+		/* The last ACK before this idle time may have regained the window, and no later ACK has shown that. */
 		bool regained = r->cwnd_before >= old->target;
 		u64 end_ns = regained ? old->acked_ns : r->ts_ns;
 
 		end_following(sk, old, regained ? OUTCOME_REGAINED : OUTCOME_RESET_AGAIN, end_ns, r->cwnd_before);
 	}
-	/* By itself, so that it takes the place on the stack that the end took: there is little. */
+	/* A separate function, so that it reuses the space that end_following() took on the small stack. */
 	start_following(r);
 }
 
-/* For a program of type tp_btf: this runs on every ACK. */
+/* Runs on every ACK, in a program of type tp_btf. */
 static __always_inline void on_ack(const void *sock)
 {
 	u64 sk = (u64)sock, now, *n = follow_bucket(FOLLOW_BUCKET(LOAD(u32, sock, sock_common, skc_hash)));
@@ -166,7 +166,7 @@ static __always_inline void forget(const void *sock)
 		end_following(sk, f, OUTCOME_CLOSED, bpf_ktime_get_ns(), READ(u32, sock, tcp_sock, snd_cwnd));
 }
 
-/* For the probes that need these tracepoints for nothing else. */
+/* These two programs serve the probes that need their tracepoints for nothing else. */
 int on_tcp_probe_follow(struct bpf_raw_tracepoint_args *ctx)
 {
 	on_ack((const void *)ctx->args[0]);

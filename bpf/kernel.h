@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Reading kernel structures at offsets that come from the running kernel's BTF.
+ * Reads kernel structures at offsets that come from the running kernel's BTF.
  *
- * A member is named once, where it is read: READ(type, base, struct, member). cwndtrace/kernel/btf.py finds
+ * A member is named once, where it is read: READ(type, base, struct, member). cwndtrace/kernel/offsets.py finds
  * these calls, looks each member up, and passes OFF_<struct>__<member> and SIZE_<struct>__<member> as
- * -D integers. "a__b" walks into the member a of struct. A member that the kernel lacks is an error that
- * names it, except in READ_OPT, which then gives 0.
+ * -D integers. "a__b" is the member b of the member a of struct. A member that the kernel doesn't have is an error
+ * that names it, except in READ_OPT, which then returns 0.
  */
 #ifndef CWNDTRACE_KERNEL_H
 #define CWNDTRACE_KERNEL_H
@@ -30,8 +30,8 @@
 })
 
 /*
- * The same where the verifier knows base's type, as it does for what a tp_btf program is given and for what that leads
- * to: a load, not a call. A fault reads 0.
+ * Does the same where the verifier knows base's type, as it does for a tp_btf program's arguments and the structures
+ * that they lead to. It is a load, not a call. A fault reads 0.
  */
 #define LOAD(T, base, type, member) ({							\
 	_Static_assert(sizeof(T) == SIZE_##type##__##member,				\
@@ -39,12 +39,12 @@
 	*(volatile T *)((const char *)(base) + OFF_##type##__##member);			\
 })
 
-/* The lowest byte of a member that isn't as wide in every kernel. */
+/* Loads the lowest byte of a member whose width differs between kernels. */
 #define LOAD_BYTE(base, type, member) (*(volatile u8 *)AT(base, type, member))
 
 /*
- * What a program is given, as a number: a tp_btf program's arguments are pointers, which the verifier lets nobody
- * calculate with, and which it takes for set even where the kernel may pass none.
+ * Returns an argument of the program as a number. A tp_btf program's arguments are pointers: the verifier allows no
+ * arithmetic on them, and takes them for non-NULL even where the kernel may pass NULL.
  */
 static __always_inline u64 argument(const struct bpf_raw_tracepoint_args *ctx, int n)
 {
@@ -54,17 +54,17 @@ static __always_inline u64 argument(const struct bpf_raw_tracepoint_args *ctx, i
 	return value;
 }
 
-/* A bitfield that lies within one byte, as the kernel's small TCP flags do. */
+/* Reads a bitfield that lies within one byte, as the kernel's small TCP flags do. */
 #define READ_BITS(base, type, member) ({							\
 	u8 byte_ = 0;									\
 	bpf_probe_read_kernel(&byte_, 1, (const char *)(base) + OFF_##type##__##member);	\
 	(byte_ >> SHIFT_##type##__##member) & ((1 << BITS_##type##__##member) - 1);	\
 })
 
-/* The address of an embedded member, to read an array there or to go on from. */
+/* Returns the address of an embedded member, to read an array or further members there. */
 #define AT(base, type, member) ((const char *)(base) + OFF_##type##__##member)
 
-/* The number of an enumerator; FALLBACK where this kernel has no such enum. */
+/* The value of an enumerator, or fallback where this kernel has no such enum. */
 #define ENUMERATOR(name, fallback) ENUM_##name
 
 static __always_inline u32 jiffies32(void)

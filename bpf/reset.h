@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A reset that a probe has found: it is checked, handed to user space and followed. Each probe is a program of its
+ * Checks a reset that a probe has found, passes it to user space and follows its socket. Each probe is a program of its
  * own, cwnd_reset_*.bpf.c, which is compiled once for each reason that it traces, with -DREASON.
  */
 #ifndef CWNDTRACE_RESET_H
@@ -9,7 +9,7 @@
 #include "filter.h"
 #include "follow.h"
 
-/* Room for a reset of each of 10,000 connections at once: how many pages is said in cwndtrace/capture/live.py. */
+/* This has room for one reset of each of 10,000 connections at once. cwndtrace/capture/live.py sets RESET_PAGES. */
 BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
 
 static __always_inline void emit(struct cwnd_reset *r)
@@ -24,12 +24,12 @@ static __always_inline void emit(struct cwnd_reset *r)
 #endif
 	if (cwnd_resets.ringbuf_output(r, sizeof(*r), 0))
 		count(lost, 1);
-	/* After a timeout the window isn't expected to come back to what it was. */
+	/* After a timeout, the window isn't expected to return to its former size. */
 	if (REASON != REASON_RTO_LOSS)
 		follow(r);
 }
 
-/* The window has fallen just now: the socket shows what came after. */
+/* Emits a reset whose window has just fallen, so that the socket has the values from after it. */
 static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before,
 					u32 idle)
 {
@@ -45,7 +45,7 @@ static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_befor
 	r.ssthresh_before = ssthresh_before;
 	if (REASON == REASON_RTO_LOSS) {
 		r.ca_state = TCP_CA_LOSS;
-		/* While a SYN is all that was sent, lsndtime isn't set. */
+		/* lsndtime isn't set while only a SYN has been sent. */
 		if (!READ(u32, sk, tcp_sock, data_segs_out))
 			r.idle_us = 0;
 	}

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* The kernel's own rule of when idle time makes a window restart. */
+/* The kernel's rule for restarting a window after idle time. */
 #ifndef CWNDTRACE_RESTART_H
 #define CWNDTRACE_RESTART_H
 
 #include "sock.h"
 
-/* Whether idle time can cost this socket its window: not where the sysctl is off or the congestion control is exempt. */
+/*
+ * Returns true if idle time can restart this socket's window: the sysctl is on, and its congestion control has no
+ * cong_control.
+ */
 static __always_inline bool restarts(const void *sk)
 {
 	u64 ca_ops = READ(u64, sk, inet_connection_sock, icsk_ca_ops);
@@ -13,7 +16,7 @@ static __always_inline bool restarts(const void *sk)
 
 	if (READ(u64, ca_ops, tcp_congestion_ops, cong_control))
 		return false;
-	/* An int in older kernels, a byte in newer ones. */
+	/* The sysctl is an int in older kernels and a byte in newer ones. */
 	return READ_OPT(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) ||
 	       READ_OPT(u32, net, net, ipv4__sysctl_tcp_slow_start_after_idle);
 }

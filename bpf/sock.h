@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What a record says of a struct sock. */
+/* Reads the fields of a record from a struct sock. */
 #ifndef CWNDTRACE_SOCK_H
 #define CWNDTRACE_SOCK_H
 
@@ -35,7 +35,7 @@ static __always_inline u64 sk_cgroup(const void *sk)
 	return node ? READ_OPT(u64, node, kernfs_node, id) : 0;
 }
 
-/* The inode number of the socket's file, as in /proc/PID/fd and ss. */
+/* Returns the inode number of the socket's file, as in /proc/PID/fd and ss. */
 static __always_inline u64 sk_inode(const void *sk)
 {
 	u64 socket = READ(u64, sk, sock, sk_socket);
@@ -55,13 +55,13 @@ static __always_inline u16 sk_dport(const void *sk)
 	return __builtin_bswap16(READ(u16, sk, sock_common, skc_dport));
 }
 
-/* Whether a process holds the socket lock: if so, current is that process. */
+/* Returns true if a process holds the socket lock. That process is then current. */
 static __always_inline bool sk_owned(const void *sk)
 {
 	return READ(s32, sk, sock, sk_lock__owned) != 0;
 }
 
-/* AF_INET for IPv4-mapped addresses as well: that is what goes over the wire. */
+/* Returns AF_INET for IPv4-mapped addresses as well, since their packets are IPv4. */
 static __always_inline u8 sk_family(const void *sk)
 {
 	u32 daddr[4] = {};
@@ -74,13 +74,13 @@ static __always_inline u8 sk_family(const void *sk)
 	return AF_INET6;
 }
 
-/* Since data was last sent; tp->lsndtime is set when a segment with data is handed to IP. */
+/* Returns jiffies since data was last sent. tp->lsndtime is set when a segment with data is handed to IP. */
 static __always_inline u32 sk_idle(const void *sk)
 {
 	return jiffies32() - READ(u32, sk, tcp_sock, lsndtime);
 }
 
-/* tcp_init_cwnd() of net/ipv4/tcp_input.c: the route's initcwnd, else 10, at most the clamp. */
+/* As tcp_init_cwnd() of net/ipv4/tcp_input.c, returns the route's initcwnd, else 10, but at most the clamp. */
 static __always_inline u32 sk_init_cwnd(const void *sk)
 {
 	u64 dst = READ(u64, sk, sock, sk_dst_cache);
@@ -95,7 +95,7 @@ static __always_inline u32 sk_init_cwnd(const void *sk)
 	return cwnd < clamp ? cwnd : clamp;
 }
 
-/* Everything but the windows before, the reason and the probe. */
+/* Fills in all fields except the windows before, the reason and the probe. */
 static __always_inline void fill_from_sock(struct cwnd_reset *r, const void *sk)
 {
 	u64 ca_ops = READ(u64, sk, inet_connection_sock, icsk_ca_ops);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What a probe on a function notes on entry, to be compared with the socket on return. */
+/* The values that a probe on a function notes on entry and compares with the socket on return. */
 #ifndef CWNDTRACE_WINDOW_BEFORE_H
 #define CWNDTRACE_WINDOW_BEFORE_H
 
