@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts about the running kernel, and what follows from them."""
+"""Facts about the running kernel, and decisions that depend on them."""

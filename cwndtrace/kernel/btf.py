@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the running kernel keeps its structure members: a reader of BTF, its own type information.
+"""Reads the offsets of structure members from BTF, the running kernel's type information.
 
-The format is described in the kernel's Documentation/bpf/btf.rst. Only what offsets need is read.
+The kernel's Documentation/bpf/btf.rst describes the format. This module reads only the parts that offsets need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
 _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 2, 3, 4, 5, 6, 8
 _VOLATILE, _CONST, _RESTRICT, _FUNC, _TYPE_TAG = 9, 10, 11, 12, 18
 _ALIASES: Final = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
-# Words after the three of the header, by kind: fixed, and per element of vlen.
+# The number of 32-bit words after a type's three header words, by kind: a fixed number, and one per element of vlen.
 _TRAILERS, _PER_ELEMENT = np.zeros(32, np.uint32), np.zeros(32, np.uint32)
 _TRAILERS[[1, _ARRAY, 14, 17]] = 1, 3, 1, 1
 _PER_ELEMENT[[_STRUCT, _UNION, _ENUM, 13, 15, 19]] = 3, 3, 2, 2, 3, 3
@@ -30,7 +30,7 @@ _POINTER_SIZE: Final = 8
 
 @dataclass(frozen=True)
 class Member:
-    """Where a member is: byte offset, size in bytes (0 for what has no size), and for a bitfield shift and bits."""
+    """A member's byte offset, its size in bytes (0 for a type without a size), and a bitfield's shift and bits."""
 
     offset: int
     size: int
@@ -58,7 +58,7 @@ class Btf:
 
     @classmethod
     def running(cls, path: Path = VMLINUX) -> Btf:
-        """The running kernel's, raising KernelLacks where it has none."""
+        """Return the running kernel's BTF. Raises KernelLacks where it has none."""
         try:
             return cls(path.read_bytes())
         except OSError as e:
@@ -68,8 +68,8 @@ class Btf:
             ) from e
 
     def _index(self) -> None:
-        # A kernel has 150,000 types of different lengths one after the other. How long a type would be that began
-        # at each word is one calculation over all words, and leaves one look-up a type to do here.
+        # A kernel has 150,000 types of different lengths in sequence. One array operation computes, for every word,
+        # where a type that began there would end, which leaves one lookup per type to the loop.
         words = np.frombuffer(self._types, "<u4", len(self._types) // 4)
         if len(words) < 3:
             return
@@ -87,7 +87,7 @@ class Btf:
         self._names, self._kinds = words[starts], kind[starts]
 
     def _type(self, type_id: int) -> tuple[int, int, int, int, int]:
-        """Kind, vlen, kind flag, size or type, and where the trailer begins."""
+        """Return a type's kind, vlen, kind flag, size or type, and the offset of its trailer."""
         at = int(self._at[type_id])
         _, info, size = struct.unpack_from("<III", self._types, at)
         return info >> 24 & 31, info & 0xFFFF, info >> 31, size, at + 12
@@ -97,30 +97,30 @@ class Btf:
 
     def _find(self, kind: int, name: str) -> int | None:
         if (kind, name) not in self._found:
-            # A name's string is stored once, so its offset names the type.
+            # Each string is stored once, so its offset identifies the name.
             at = self._strings.find(b"\0" + name.encode() + b"\0")
             ids = np.flatnonzero((self._names == at + 1) & (self._kinds == kind)).tolist() if at >= 0 else []
             self._found[kind, name] = int(ids[0]) + 1 if ids else None
         return self._found[kind, name]
 
     def has_function(self, name: str) -> bool:
-        """Whether the kernel has a function ``name`` that kept its own body."""
+        """Return whether the kernel has a function ``name`` that isn't inlined everywhere."""
         return self.function_id(name) is not None
 
     def function_id(self, name: str) -> int | None:
-        """The type id of that function, by which a BPF program says where it goes; None where there is none."""
+        """Return the type id of that function, which names a BPF program's target, or None."""
         return self._find(_FUNC, name)
 
     def has_tracepoint(self, name: str) -> bool:
-        """Whether the kernel itself (no module) has a tracepoint ``name``."""
+        """Return whether the kernel itself, rather than a module, has a tracepoint ``name``."""
         return self.tracepoint_id(name) is not None
 
     def tracepoint_id(self, name: str) -> int | None:
-        """The type id of the tracepoint's arguments, by which a BPF program says where it goes; None where it isn't."""
+        """Return the type id of the tracepoint's arguments, which names a BPF program's target, or None."""
         return self._find(_TYPEDEF, f"btf_trace_{name}")
 
     def enumerator(self, enum: str, name: str) -> int | None:
-        """The value of an enumerator, None where this kernel has no such enum or name."""
+        """Return the value of an enumerator; None where this kernel has no such enum or name."""
         type_id = self._find(_ENUM, enum)
         if type_id is None:
             return None
@@ -132,22 +132,22 @@ class Btf:
         return None
 
     def member(self, struct_name: str, path: str) -> Member | None:
-        """The member ``path`` of a struct ("a.b" walks into a, arrays into their first element), or None."""
+        """Return the member ``path`` of a struct, or None. "a.b" is b in a, or in the first element of an array a."""
         type_id = self._find(_STRUCT, struct_name)
         offset, found = 0, None
-        for step in path.split("."):
+        for name in path.split("."):
             if type_id is None:
                 return None
-            hit = self._step(self._resolve(type_id), step)
-            if hit is None:
+            step = self._step(self._resolve(type_id), name)
+            if step is None:
                 return None
-            type_id, bit, bits = hit
+            type_id, bit, bits = step
             offset += bit
             found = Member(offset // 8, self._size(type_id), offset % 8 if bits else 0, bits)
         return found
 
     def _resolve(self, type_id: int) -> int:
-        """The struct or union behind names, qualifiers and arrays."""
+        """Return the struct or union behind typedefs, qualifiers and arrays."""
         while True:
             kind, _, _, target, at = self._type(type_id)
             if kind in _ALIASES:
@@ -158,7 +158,7 @@ class Btf:
                 return type_id
 
     def _step(self, type_id: int, name: str) -> tuple[int, int, int] | None:
-        """Type, bit offset and bit width of a member, anonymous structs and unions searched too."""
+        """Return type, bit offset and bit width of a member, which may be in an anonymous struct or union."""
         kind, vlen, flag, _, at = self._type(type_id)
         if kind not in (_STRUCT, _UNION):
             return None

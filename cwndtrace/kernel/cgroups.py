@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cgroup v2: finding a folder's ids. A cgroup's id is the inode number of its folder."""
+"""Finds the ids of cgroups (v2). A cgroup's id is the inode number of its folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cwndtrace import _libc
 from cwndtrace.errors import NotFound
 
 _CGROUP2_SUPER_MAGIC: Final = 0x63677270
-# The same number on every architecture.
+# These numbers are the same on every architecture.
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 1, 6
 _MOST_FOLDERS: Final = 65_536
-"""So many are looked at, since whoever is traced may make as many as he likes."""
+"""The largest number of folders that ``ids`` looks at: a traced process may create any number of cgroups."""
 
 
 def mount_point(mounts: Path = Path("/proc/self/mounts")) -> Path:
-    """Where cgroup v2 is mounted; raises NotFound where it isn't."""
+    """Return the mount point of cgroup v2. Raises NotFound where it isn't mounted."""
     for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, where, kind, *_ = line.split()
         if kind == "cgroup2":
@@ -32,24 +32,24 @@ def mount_point(mounts: Path = Path("/proc/self/mounts")) -> Path:
 
 
 def root() -> Path:
-    """Where cgroup v2 can be reached by this process and by those that it forks.
+    """Return a path to the top of cgroup v2 that is valid in this process and in those that it forks.
 
-    ``ip netns exec`` puts another /sys in place of the one with the cgroups: then it is a mount that no folder shows.
-    Raises NotFound where that is refused as well.
+    ``ip netns exec`` replaces the /sys that has the cgroups. This then mounts cgroup v2 without a mount point. Raises
+    NotFound where the kernel refuses that as well.
     """
     try:
         return mount_point()
     except NotFound as e:
         try:
-            return Path(f"/proc/self/fd/{_mount_apart()}")
+            return Path(f"/proc/self/fd/{_mount_detached()}")
         except OSError as refused:
-            cause = f"{e.cause} where this process can see it, and it may not mount it: {refused.strerror}"
+            cause = f"{e.cause} where this process can see it, and this process may not mount it: {refused.strerror}"
             raise NotFound(cause, f"{e.remedy}, as root") from refused
 
 
 @cache
-def _mount_apart() -> int:
-    """A descriptor of cgroup v2's top folder, mounted in no place (fsmount(2), since Linux 5.2)."""
+def _mount_detached() -> int:
+    """Return a descriptor of cgroup v2's top folder, mounted without a mount point (fsmount(2), since Linux 5.2)."""
     context = _libc.syscall("fsopen", b"cgroup2", _FSOPEN_CLOEXEC)
     try:
         _libc.syscall("fsconfig", context, _FSCONFIG_CMD_CREATE, None, None, 0)
@@ -59,12 +59,12 @@ def _mount_apart() -> int:
 
 
 def shown(folder: Path) -> str:
-    """A folder as a person knows it, also where it is reached through a descriptor."""
+    """Return the path of a folder as users know it, also where it is reached through a descriptor."""
     return str(folder) if folder.parts[:4] != ("/", "proc", "self", "fd") else f"/{Path(*folder.parts[5:])}"
 
 
 def find(name: str) -> Path:
-    """The folder of a cgroup, given as a path or relative to the mount point, as in /proc/PID/cgroup.
+    """Return the folder of a cgroup, given as a path or relative to the mount point, as in /proc/PID/cgroup.
 
     Raises NotFound, naming the mount point, where there is none.
     """
@@ -78,20 +78,21 @@ def find(name: str) -> Path:
 
 
 def _open(folder: Path) -> int:
-    """A descriptor of a cgroup's folder. Raises OSError for any other one, however its files are called."""
+    """Return a descriptor of a cgroup's folder. Raises OSError for any other folder, whatever files it has."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     # struct statfs begins with the file system's type, a long.
-    about = ctypes.create_string_buffer(512)
-    if _libc.lib.fstatfs(fd, about) == 0 and ctypes.c_long.from_buffer(about).value == _CGROUP2_SUPER_MAGIC:
+    statfs = ctypes.create_string_buffer(512)
+    if _libc.lib.fstatfs(fd, statfs) == 0 and ctypes.c_long.from_buffer(statfs).value == _CGROUP2_SUPER_MAGIC:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "not a cgroup", str(folder))
 
 
 def ids(folder: Path) -> tuple[set[int], int]:
-    """The ids of a cgroup and of all that are below it now, and how many folders more weren't looked at.
+    """Return the ids of a cgroup and of all cgroups below it, and how many more folders weren't looked at.
 
-    The uppermost come first. One that vanishes meanwhile isn't there; once ``folder`` itself is gone, nothing is.
+    Upper levels are looked at first. A cgroup that vanishes meanwhile is left out. If ``folder`` itself is gone, the
+    result is empty.
     """
     try:
         top = _open(folder)
@@ -107,7 +108,7 @@ def ids(folder: Path) -> tuple[set[int], int]:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as e:
-                # Linux says so of a cgroup that was removed while it is open.
+                # Linux returns ENODEV for a cgroup that was removed while it is open.
                 unseen += e.errno != errno.ENODEV
                 continue
             for inner, inode in below:
@@ -122,7 +123,7 @@ def ids(folder: Path) -> tuple[set[int], int]:
 
 
 def _below(top: int, name: str) -> list[tuple[str, int]]:
-    """Names and inodes of the cgroups right below one."""
+    """Return names and inodes of the cgroups directly below one."""
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
     try:
         with os.scandir(fd) as entries:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the running kernel says of itself: clock rate, lockdown, tracefs, and what the ladder is chosen by."""
+"""Reads facts about the running kernel: timer frequency, lockdown, tracefs, and those that the ladder depends on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cwndtrace.kernel.btf import Btf
 
 TRACEFS: Final = Path("/sys/kernel/tracing")
 KPROBES: Final = Path("/sys/bus/event_source/devices/kprobe/type")
-"""What perf_event_open(2) calls a kprobe."""
+"""A file with the number that perf_event_open(2) takes as the type of a kprobe."""
 _HZ_CHOICES: Final = (100, 250, 300, 1000)
 
 
 def hz(boot: Path = Path("/boot"), proc: Path = Path("/proc")) -> int:
-    """Timer ticks a second (CONFIG_HZ): from the kernel's configuration, else measured on its clock.
+    """Return the timer ticks per second (CONFIG_HZ), from the kernel's configuration or else measured.
 
-    Raises KernelLacks where neither works.
+    The measurement takes 0.3 s. Raises KernelLacks where neither works.
     """
     release = platform.release()
     try:
@@ -59,7 +59,7 @@ def _measured_hz(timer_list: Path) -> int:
 
 
 def ladder_facts(btf: Btf) -> ladder.Facts:
-    """The facts that the ladder is chosen by."""
+    """Return the facts that the ladder depends on."""
     return ladder.Facts(
         tracepoints=frozenset(t for t in ladder.tracepoints() if btf.has_tracepoint(t)),
         functions=frozenset(f for f in ladder.FUNCTIONS.values() if btf.has_function(f)),
@@ -68,7 +68,7 @@ def ladder_facts(btf: Btf) -> ladder.Facts:
 
 
 def lockdown() -> str:
-    """The lockdown level in force ("none", "integrity", "confidentiality"), or "unknown"."""
+    """Return the lockdown level in force ("none", "integrity", "confidentiality"), or "unknown" and the reason."""
     try:
         text = Path("/sys/kernel/security/lockdown").read_text()
     except OSError:
@@ -78,5 +78,5 @@ def lockdown() -> str:
 
 
 def tracefs_mounted() -> bool:
-    """Whether tracefs is where the kernel puts it."""
+    """Return whether tracefs is mounted at its usual place, /sys/kernel/tracing."""
     return (TRACEFS / "events").is_dir()

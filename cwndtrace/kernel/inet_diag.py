@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP sockets as the kernel dumps them (sock_diag(7)), ten thousand at a time: columns, not objects."""
+"""Dumps TCP sockets from the kernel (sock_diag(7)) as columns, since there may be tens of thousands of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ INFO: Final = np.dtype(
 
 @dataclass
 class Sockets:
-    """One entry a socket in each; ``sndbuf`` and ``cgroup`` are None where this kernel doesn't tell."""
+    """Columns with one entry per socket. ``sndbuf`` and ``cgroup`` are None where the kernel doesn't report them."""
 
     messages: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, MESSAGE))
     info: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, INFO))
@@ -56,7 +56,7 @@ class Sockets:
 
 
 def dump(states: int) -> Sockets:
-    """The TCP sockets of this network namespace whose state is a bit of ``states`` and that have a window.
+    """Return the TCP sockets of this network namespace that have a window and whose state is a bit of ``states``.
 
     Raises OSError.
     """
@@ -73,7 +73,7 @@ def dump(states: int) -> Sockets:
 
 
 def _take(data: bytes, found: Sockets, messages: bytearray, info: bytearray) -> bool:
-    """Put what one read gave to the rest; False after the last."""
+    """Append the sockets of one read to ``found``, ``messages`` and ``info``. Return False after the last read."""
     at, header, attribute, body = 0, _HEADER.unpack_from, _ATTRIBUTE.unpack_from, _HEADER.size
     while at + body <= len(data):
         length, kind, _, _, _ = header(data, at)
@@ -84,19 +84,19 @@ def _take(data: bytes, found: Sockets, messages: bytearray, info: bytearray) -> 
             raise OSError(-code, os.strerror(-code))
         begin = at + body
         here, end = at + body + MESSAGE.itemsize, at + length
-        told: dict[int, bytes] = {}
+        payloads: dict[int, bytes] = {}
         while here + 4 <= end:
             size, which = attribute(data, here)
-            told[which] = data[here + 4 : here + size]
+            payloads[which] = data[here + 4 : here + size]
             here += (max(size, 4) + 3) & ~3
         at += (length + 3) & ~3
-        # The kernel keeps no more of a closed connection than its ends, for TIME-WAIT and most of FIN-WAIT-2.
-        if _INFO not in told:
+        # In TIME-WAIT and mostly in FIN-WAIT-2, the kernel keeps only the addresses and ports of a connection.
+        if _INFO not in payloads:
             continue
         messages += data[begin : begin + MESSAGE.itemsize]
-        info += told[_INFO][:SIZE].ljust(SIZE, b"\0")
-        found.control.append(told.get(_CONG, b"").rstrip(b"\0"))
-        memory, group = told.get(_SKMEMINFO, b""), told.get(_CGROUP, b"")
+        info += payloads[_INFO][:SIZE].ljust(SIZE, b"\0")
+        found.control.append(payloads.get(_CONG, b"").rstrip(b"\0"))
+        memory, group = payloads.get(_SKMEMINFO, b""), payloads.get(_CGROUP, b"")
         found.sndbuf.append(int.from_bytes(memory[12:16], "little") if len(memory) >= 16 else None)
         found.cgroup.append(int.from_bytes(group[:8], "little") if len(group) >= 8 else None)
     return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces by name, and which one a connection goes out of."""
+"""Finds interfaces by name, and the interface that a connection sends through."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cwndtrace.kernel import netns
 
 
 def by_name(namespace: netns.Namespace) -> dict[str, int]:
-    """Interface names to their index in a namespace."""
+    """Return the index of each interface in a namespace, by name."""
     return {name: index for index, name in netns.inside(namespace, socket.if_nameindex)}
 
 
 def find(name: str, namespace: netns.Namespace) -> int:
-    """The index of an interface in a namespace.
+    """Return the index of an interface in a namespace.
 
-    Raises NotFound: it says in which other namespace there is one of that name, or lists those there are.
+    Raises NotFound, which names another namespace that has an interface of that name, or else lists those of this one.
     """
     here = by_name(namespace)
     if name in here:
@@ -38,15 +38,15 @@ def find(name: str, namespace: netns.Namespace) -> int:
 
 
 class Routes:
-    """Which interface the kernel sends out of, asked of its routing table once per address."""
+    """The interfaces that the kernel's routing table sends through. Each address is looked up once."""
 
     def __init__(self, namespace: netns.Namespace) -> None:
         self._namespace = namespace
         self.index_of = cache(self._ask)
 
     def _ask(self, daddr: str) -> int:
-        """Interface index towards ``daddr``, 0 where there is no route."""
-        # Here, because it takes 14 MB and much of the start, and only a filter by interface needs it.
+        """Return the index of the interface towards ``daddr``, 0 where there is no route."""
+        # Imported here, because it takes 14 MB and much of the start-up time, and only a filter by interface needs it.
         from pyroute2 import IPRoute
         from pyroute2.netlink.exceptions import NetlinkError
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe ladder: which rung sees which reason on a kernel with given facts. Pure: it loads nothing itself."""
+"""The probe ladder, which selects the best rung for each reason from a kernel's facts. It loads nothing itself."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _TRACEPOINT: Final = frozenset({"raw_tracepoint", "tp_btf"})
 
 @dataclass(frozen=True)
 class Attachment:
-    """One BPF program and where it goes: ``kind`` is raw_tracepoint, tp_btf, fentry, fexit, kprobe or kretprobe.
+    """One BPF program and its target. ``kind`` is raw_tracepoint, tp_btf, fentry, fexit, kprobe or kretprobe.
 
-    With tp_btf it is a raw tracepoint too, but the verifier knows what the arguments point to: it can be loaded.
+    With tp_btf, the target is a raw tracepoint too, but the verifier knows the types that the arguments point to, so
+    the program can load their members directly.
     """
 
     kind: str
@@ -35,10 +36,10 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Facts:
-    """What has to be known of a kernel before anything is loaded.
+    """The facts about a kernel that are needed before anything is loaded.
 
-    ``tracepoints`` and ``functions`` are those of this project's interest that the kernel has, ``functions``
-    the ones that kept a body of their own (weren't inlined).
+    ``tracepoints`` and ``functions`` are those that this project uses and the kernel has; ``functions`` are those that
+    aren't inlined.
     """
 
     tracepoints: frozenset[str] = frozenset()
@@ -48,7 +49,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: the reasons that it can see, each with the programs that this takes, and its exactness."""
+    """One rung: its exactness, and the programs that it attaches for each reason that it can see."""
 
     name: str
     exactness: str
@@ -63,7 +64,7 @@ def _btf(target: str, program: str) -> Attachment:
     return Attachment("tp_btf", target, program)
 
 
-# What follows a socket after its reset, on rungs that need these tracepoints for nothing else.
+# These follow a socket after its reset, on rungs that need their tracepoints for nothing else.
 _FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
 _FOLLOW: Final = (_btf("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
 _FOLLOWED: Final = {"idle": _FOLLOW, "rto_loss": (), "app_limited": _FOLLOW}
@@ -116,23 +117,23 @@ RUNGS: Final = (
         },
     ),
 )
-"""Best first."""
+"""The rungs, best first."""
 
 BY_NAME: Final = {rung.name: rung for rung in RUNGS}
 
 
 def tracepoints() -> frozenset[str]:
-    """Every tracepoint that some rung attaches to."""
+    """Return every tracepoint that some rung attaches to."""
     return frozenset(
-        a.target for rung in RUNGS for each in rung.attachments.values() for a in each if a.kind in _TRACEPOINT
+        a.target for rung in RUNGS for group in rung.attachments.values() for a in group if a.kind in _TRACEPOINT
     )
 
 
 def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
-    """Why ``rung`` can't see ``reason`` on such a kernel, or None where a load is worth trying."""
+    """Return why ``rung`` can't see ``reason`` on such a kernel, or None where it is worth trying to load it."""
     attachments = rung.attachments.get(reason)
     if attachments is None:
-        return f"this rung can't see {reason}"
+        return f"this probe can't see {reason}"
     for a in attachments:
         if a.kind in _TRACEPOINT and a.target not in facts.tracepoints:
             return f"this kernel has no tracepoint {a.target}"
@@ -145,7 +146,7 @@ def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
 
 @dataclass
 class Choice:
-    """What was chosen: the rung per reason (None where nothing sees it), and why each better one was not."""
+    """The chosen rung for each reason (None where no rung sees it), and why each better rung wasn't chosen."""
 
     probes: dict[str, str | None] = field(default_factory=dict)
     tried: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -157,12 +158,12 @@ def choose(
     forced: str | None = None,
     reasons: Iterable[str] = REASONS,
 ) -> Choice:
-    """The best rung for each reason.
+    """Return the best rung for each reason.
 
-    ``trial(rung, reason)`` loads and attaches for real and returns None, or why it failed; it is asked only
-    where the facts allow it, best rung first, until one works. ``forced`` names the only rung to consider.
-    Raises NoProbe, with what was tried, where ``idle`` is asked for and can't be seen, or nothing that is asked for
-    can.
+    ``trial(rung, reason)`` loads and attaches the programs; it returns None, or why that failed. It is called only
+    where the facts allow the rung, best rung first, until one works. ``forced`` names the only rung to consider.
+    Raises NoProbe, with what was tried, where ``reasons`` include ``idle`` and no rung sees it, or where no rung sees
+    any of them.
     """
     choice = Choice()
     for reason in reasons:
@@ -178,5 +179,5 @@ def choose(
     if needed and not any(choice.probes[reason] for reason in needed):
         reason, tried = next((r, choice.tried[r]) for r in choice.probes if r in needed)
         cause = f"no probe can see {reason} resets on this kernel: " + "; ".join(f"{r}: {w}" for r, w in tried.items())
-        raise NoProbe(cause, "cwndtrace doctor lists each lack and the command that mends it", tried)
+        raise NoProbe(cause, "cwndtrace doctor lists what is missing and how to fix it", tried)
     return choice

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network namespaces: finding them, working in them, and what is set in them."""
+"""Finds network namespaces, runs functions in them, and reads their settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cwndtrace.kernel import setns
 from cwndtrace.kernel.sockets import comm, pids
 from cwndtrace.tcp import CONTROL_SYSCTL, IDLE_SYSCTL
 
-# EINVAL is of a file that was a namespace and is a plain one again.
+# EINVAL is for a file that had a namespace mounted on it and is a plain file again.
 _GONE: Final = (errno.ENOENT, errno.ESRCH, errno.ESTALE, errno.EINVAL)
 _NAMED: Final = Path("/run/netns")
 T = TypeVar("T")
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Namespace:
-    """A network namespace: the inode that records carry, a name for people, and a file that opens it."""
+    """A network namespace: the inode that records carry, a name for users, and a file that opens it."""
 
     inode: int
     name: str
@@ -33,33 +33,33 @@ class Namespace:
 
     @property
     def address(self) -> str:
-        """All that another process needs to enter this one and no other: inode and path."""
+        """Return inode and path, which another process needs to enter this namespace and no other."""
         return f"{self.inode}:{self.path}"
 
 
 def own() -> Namespace:
-    """The one that this process is in."""
+    """Return the network namespace that the calling thread is in."""
     path = Path("/proc/thread-self/ns/net")
     return Namespace(path.stat().st_ino, "this", path)
 
 
 def all_reachable() -> Iterator[Namespace]:
-    """Each namespace once: this process's, those of ``ip netns``, and those that some process is in."""
+    """Yield each namespace once: this process's, those of ``ip netns``, and those that other processes are in."""
     seen: set[int] = set()
     device = own().path.stat().st_dev
     for name, path in _candidates():
         try:
-            found = os.stat(path)  # noqa: PTH116
+            status = os.stat(path)  # noqa: PTH116
         except OSError:
             continue
-        inode = found.st_ino
-        if inode not in seen and found.st_dev == device:
+        inode = status.st_ino
+        if inode not in seen and status.st_dev == device:
             seen.add(inode)
             yield Namespace(inode, name or f"{comm(int(path.split('/')[2]))}[{path.split('/')[2]}]", Path(path))
 
 
 def _candidates() -> Iterator[tuple[str, str]]:
-    """Names and paths; no name for processes, of which there are many, and hardly one is in a namespace of its own."""
+    """Yield names and paths. Processes have no name here: there are many, and few have a namespace of their own."""
     yield "this", "/proc/thread-self/ns/net"
     with suppress(OSError):
         for name in sorted(os.listdir(_NAMED)):  # noqa: PTH208
@@ -69,24 +69,24 @@ def _candidates() -> Iterator[tuple[str, str]]:
 
 
 def find(text: str) -> Namespace:
-    """The namespace that a person names: as in ``ip netns``, a process's pid, an inode, or a path.
+    """Return the namespace that ``text`` names: a name in ``ip netns``, a pid, an inode, or a path.
 
-    Raises NotFound, listing those there are.
+    Raises NotFound, which lists the existing namespaces.
     """
     process = Path(f"/proc/{text}/ns/net") if text.isdigit() else None
     for path in (_NAMED / text, process, Path(text)):
         if path is not None and (inode := _inode(path)) is not None:
             return Namespace(inode, f"{comm(int(text))}[{text}]" if path == process else text, path)
     known = list(all_reachable())
-    for each in known:
-        if text.isdigit() and each.inode == int(text):
-            return each
+    for namespace in known:
+        if text.isdigit() and namespace.inode == int(text):
+            return namespace
     names = ", ".join(n.name for n in known[:20])
     raise NotFound(f"no network namespace {text}", f"there are: {names}; or give a pid, an inode or a path")
 
 
 def _inode(path: Path) -> int | None:
-    """The inode of the network namespace that ``path`` opens; None where it opens something else, or nothing."""
+    """Return the inode of the network namespace that ``path`` opens; None where it opens anything else, or nothing."""
     try:
         fd = setns.opened(path)
     except (OSError, ValueError):
@@ -98,19 +98,19 @@ def _inode(path: Path) -> int | None:
 
 
 def inside(namespace: Namespace, work: Callable[[], T]) -> T:
-    """The result of ``work`` run in ``namespace``, on a thread of its own so that no other one moves there.
+    """Run ``work`` in ``namespace`` and return its result.
 
-    In the one that this thread is in already, that takes no power and no thread.
-
-    Raises NotFound where the namespace is gone or may not be entered, and what ``work`` raises.
+    A separate thread enters the namespace, so that no other thread moves there. If the calling thread is in it already,
+    no privileges and no other thread are needed. Raises NotFound where the namespace is gone or may not be entered, and
+    the errors of ``work``.
     """
 
     def enter_and_work() -> T:
         try:
             setns.enter(namespace.path, namespace.inode)
         except OSError as e:
-            what = "is gone" if e.errno in _GONE else "can't be entered"
-            raise NotFound(f"network namespace {namespace.name} {what}: {e.strerror}") from e
+            state = "is gone" if e.errno in _GONE else "can't be entered"
+            raise NotFound(f"network namespace {namespace.name} {state}: {e.strerror}") from e
         return work()
 
     if namespace.inode == own().inode:
@@ -120,9 +120,9 @@ def inside(namespace: Namespace, work: Callable[[], T]) -> T:
 
 
 def settings() -> dict[str, dict[str, Any]]:
-    """What decides about idle resets in each reachable namespace, by inode: as ``sysctls`` of meta.json holds it.
+    """Return the settings that affect idle resets in each reachable namespace, by inode, as ``sysctls`` in meta.json.
 
-    A setting that can't be read is None. ``host`` says whether it is the namespace of process 1.
+    A setting that can't be read is None. ``host`` is true for the namespace of process 1.
     """
     try:
         host = Path("/proc/1/ns/net").stat().st_ino
@@ -145,12 +145,12 @@ def _control(namespace: Namespace) -> str | None:
 
 
 def read_sysctl(name: str) -> int:
-    """A sysctl of the namespace that the calling thread is in."""
+    """Return the value of a sysctl in the namespace that the calling thread is in."""
     return int(Path("/proc/sys", *name.split(".")).read_text())
 
 
 def idle_sysctl(namespace: Namespace) -> int | None:
-    """``net.ipv4.tcp_slow_start_after_idle`` there; None where the namespace can't be entered."""
+    """Return ``net.ipv4.tcp_slow_start_after_idle`` in a namespace; None where it can't be read."""
     try:
         return inside(namespace, lambda: read_sysctl(IDLE_SYSCTL))
     except (NotFound, OSError):

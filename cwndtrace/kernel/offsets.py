@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the members that a BPF source names to the -D integers that it is compiled with (see bpf/kernel.h)."""
+"""Turns the members that a BPF source names into the -D integers that it is compiled with (see bpf/kernel.h)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
 
 
 def active(text: str, defined: Iterable[str]) -> str:
-    """``text`` without the parts that ``#ifdef NAME`` and ``#if defined(NAME) || …`` switch off.
+    """Return ``text`` without the parts that ``#ifdef NAME`` and ``#if defined(NAME) || …`` exclude.
 
-    Header guards (``#ifndef``) count as on. Comments are removed, so that prose never names a member.
+    Header guards (``#ifndef``) count as true. Comments are removed, so that they never name a member.
     """
     names = set(defined)
     text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
@@ -28,8 +28,8 @@ def active(text: str, defined: Iterable[str]) -> str:
     kept: list[str] = []
     for line in text.splitlines():
         if line.startswith("#if"):
-            asked = re.findall(r"defined\((\w+)\)", line) or line.split()[1:2]
-            stack.append(line.startswith("#ifndef") or any(name in names for name in asked))
+            tested = re.findall(r"defined\((\w+)\)", line) or line.split()[1:2]
+            stack.append(line.startswith("#ifndef") or any(name in names for name in tested))
         elif line.startswith("#endif"):
             stack.pop()
         elif all(stack) and not line.startswith("#define"):
@@ -38,7 +38,7 @@ def active(text: str, defined: Iterable[str]) -> str:
 
 
 def _arguments(text: str, at: int) -> list[str]:
-    """The top-level arguments of the call whose opening bracket is right before ``at``."""
+    """Return the top-level arguments of the call whose opening bracket is right before ``at``."""
     depth, parts, part = 0, [], ""
     for c in text[at:]:
         if c == ")" and depth == 0:
@@ -53,7 +53,7 @@ def _arguments(text: str, at: int) -> list[str]:
 
 
 def members(text: str) -> Iterator[tuple[str, str, str, str]]:
-    """(macro, C type or "", struct, member as spelt) for each member that the active ``text`` reads."""
+    """Yield (macro, C type or "", struct, member as spelt) for each member that the active ``text`` reads."""
     for match in _MEMBER.finditer(text):
         macro, arguments = match[1], _arguments(text, match.end())
         ctype = arguments[0] if macro in ("READ", "READ_OPT", "LOAD") else ""
@@ -64,41 +64,41 @@ def members(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _path(spelt: str) -> str:
-    """ "a__b__c" is the path a.b.c; leading underscores belong to the name."""
+    """Return the path of a member as spelt: a.b.c for "a__b__c". Leading underscores belong to the name."""
     body = spelt.lstrip("_")
     return spelt[: len(spelt) - len(body)] + body.replace("__", ".")
 
 
 def defines(btf: Btf, text: str) -> dict[str, int]:
-    """The macros for the active ``text``: OFF_, SIZE_, SHIFT_, BITS_ and ENUM_ names to integers.
+    """Return the macros for the active ``text``: OFF_, SIZE_, SHIFT_, BITS_ and ENUM_ names to integers.
 
     Raises KernelLacks, naming each member, where this kernel lacks one that isn't optional or stores it
-    in another width than the source reads.
+    with another width than the source reads.
     """
-    found: dict[str, int] = {}
+    macros: dict[str, int] = {}
     problems: list[str] = []
     for macro, ctype, struct, spelt in members(text):
         name = f"{struct}__{spelt}"
         member = btf.member(struct, spelt) or btf.member(struct, _path(spelt))
         if macro == "READ_OPT":
-            found[f"OFF_{name}"] = member.offset if member else 0
-            found[f"SIZE_{name}"] = member.size if member else 0
+            macros[f"OFF_{name}"] = member.offset if member else 0
+            macros[f"SIZE_{name}"] = member.size if member else 0
         elif member is None:
             problems.append(f"{struct}.{_path(spelt)} is missing")
         elif ctype and member.size != _WIDTHS[ctype]:
             problems.append(f"{struct}.{_path(spelt)} has {plural(member.size, 'byte')}, not {_WIDTHS[ctype]}")
         elif macro == "READ_BITS" and not 0 < member.shift + member.bits <= 8:
-            problems.append(f"{struct}.{_path(spelt)} is no bitfield within a byte")
+            problems.append(f"{struct}.{_path(spelt)} isn't a bitfield within one byte")
         else:
-            found |= {f"OFF_{name}": member.offset, f"SIZE_{name}": member.size}
-            found |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": member.bits} if macro == "READ_BITS" else {}
+            macros |= {f"OFF_{name}": member.offset, f"SIZE_{name}": member.size}
+            macros |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": member.bits} if macro == "READ_BITS" else {}
     for match in _ENUMERATOR.finditer(text):
         enum, _, enumerator = match[1].partition("__")
         value = btf.enumerator(enum, enumerator)
-        found[f"ENUM_{match[1]}"] = int(match[2]) if value is None else value
+        macros[f"ENUM_{match[1]}"] = int(match[2]) if value is None else value
     if problems:
         raise KernelLacks(
-            "this kernel's structures differ from what is read: " + ", ".join(sorted(set(problems))),
-            "report the kernel's version: an alternative can be added where the member is read (bpf/)",
+            "this kernel's structures differ from those that cwndtrace reads: " + ", ".join(sorted(set(problems))),
+            "report the kernel's version, so that bpf/ can be changed to read its members",
         )
-    return found
+    return macros

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this process may load BPF programs that trace, and if not, what it is that forbids it."""
+"""Checks whether this process may load BPF programs for tracing, and finds out what forbids it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cwndtrace import privileges
 from cwndtrace.errors import MORE_FILES, CwndtraceError, KernelLacks, PermissionNeeded, too_many_files
 from cwndtrace.kernel import facts
 
-_ENOUGH: Final = {privileges.BPF: "CAP_BPF", privileges.PERFMON: "CAP_PERFMON"}
-_SYSTEM: Final = Path("/proc/self")
+_NEEDED: Final = {privileges.BPF: "CAP_BPF", privileges.PERFMON: "CAP_PERFMON"}
+_SELF: Final = Path("/proc/self")
 _DESCRIPTORS: Final = 128
-"""What maps, programs, what is attached, and the compiler take at most."""
+"""The most descriptors that maps, programs, attachments and the compiler take."""
 
 
-def check(process: Path = _SYSTEM, lockdown: str | None = None) -> None:
-    """Raise PermissionNeeded or KernelLacks, with cause and cure, where loading is bound to be refused."""
+def check(process: Path = _SELF, lockdown: str | None = None) -> None:
+    """Raise PermissionNeeded or KernelLacks, with cause and remedy, where the kernel would refuse to load programs."""
     status = (process / "status").read_text(encoding="utf-8", errors="replace")
     held = int(_field(status, "CapEff") or "0", 16)
-    lacking = [] if held >> privileges.SYS_ADMIN & 1 else [name for bit, name in _ENOUGH.items() if not held >> bit & 1]
+    lacking = [] if held >> privileges.SYS_ADMIN & 1 else [name for bit, name in _NEEDED.items() if not held >> bit & 1]
     if (process / "uid_map").read_text(encoding="ascii").split() != ["0", "0", "4294967295"]:
         raise PermissionNeeded(
-            "root in a user namespace, as in a rootless container, is nobody to the kernel's tracing",
+            "root in a user namespace, as in a rootless container, has no right to trace the kernel",
             "trace on the host (it sees the containers' connections too), or in a container of the host's root",
         )
     if lacking:
@@ -35,13 +35,13 @@ def check(process: Path = _SYSTEM, lockdown: str | None = None) -> None:
         )
     if (lockdown if lockdown is not None else facts.lockdown()) == "confidentiality":
         raise KernelLacks(
-            "lockdown=confidentiality keeps BPF from reading what it traces",
+            "lockdown=confidentiality keeps BPF from reading kernel memory",
             "boot with lockdown=integrity, or without lockdown",
         )
 
 
-def check_files(process: Path = _SYSTEM) -> None:
-    """Raise CwndtraceError where this process may not open what tracing takes: the kernel's objects are files too."""
+def check_files(process: Path = _SELF) -> None:
+    """Raise CwndtraceError where this process may open too few files for tracing. BPF objects are descriptors too."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         now = sum(1 for _ in (process / "fd").iterdir())
@@ -51,13 +51,13 @@ def check_files(process: Path = _SYSTEM) -> None:
         raise
     if most != resource.RLIM_INFINITY and most - now < _DESCRIPTORS:
         cause = (
-            f"this process may have {most:,} files open at once, and has {now:,}: tracing takes {_DESCRIPTORS:,} more"
+            f"this process may have {most:,} files open at once and has {now:,}; tracing takes {_DESCRIPTORS:,} more"
         )
         raise CwndtraceError(cause, MORE_FILES)
 
 
-def refused(process: Path = _SYSTEM) -> PermissionNeeded | None:
-    """What a refusal for no visible reason comes from: a seccomp filter, if there is one."""
+def refused(process: Path = _SELF) -> PermissionNeeded | None:
+    """Return the error for a refusal without a visible reason if this process has a seccomp filter, else None."""
     status = (process / "status").read_text(encoding="utf-8", errors="replace")
     if _field(status, "Seccomp") != "2":
         return None

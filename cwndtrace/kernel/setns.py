@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entering a network namespace: opened, looked at and entered on one descriptor, so that no other one is entered."""
+"""Enters network namespaces. One descriptor serves to open, check and enter, so that no other one is entered."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NS_GET_NSTYPE: Final = 0xB703
 
 
 def opened(path: str | Path, inode: int | None = None) -> int:
-    """A descriptor of the network namespace at ``path``, of the one with this ``inode`` if it is said.
+    """Return a descriptor of the network namespace at ``path``. With ``inode``, accept only that namespace.
 
-    Raises OSError for any other file, which is left unopened: to open a device or a pipe may do something.
+    Raises OSError for any other file. It isn't opened then, because opening a device or a pipe may have side effects.
     """
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        # Namespaces are files of a file system of their own.
+        # All namespaces are files of one file system, nsfs.
         if os.fstat(place).st_dev != os.stat("/proc/thread-self/ns/net").st_dev:  # noqa: PTH116
             raise OSError(errno.EINVAL, "not a namespace", str(path))
         fd = os.open(f"/proc/thread-self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)

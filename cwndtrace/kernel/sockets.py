@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process holds which socket, from /proc."""
+"""Finds the processes that hold sockets, from /proc."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def inodes_of(pid: int) -> set[int]:
-    """Inodes of the sockets that a process holds; empty once it is gone."""
+    """Return the inodes of the sockets that a process holds; an empty set once it is gone."""
     found: set[int] = set()
-    # By os, not pathlib, because there may be ten thousands.
+    # This uses os, because pathlib is slow for tens of thousands of descriptors.
     with suppress(OSError):
         folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -28,12 +28,12 @@ def inodes_of(pid: int) -> set[int]:
 
 
 def pids() -> Iterator[int]:
-    """The processes there are now."""
+    """Return the pids of the present processes."""
     return (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
 
 
 def comm(pid: int) -> str:
-    """A process's name, empty once it is gone."""
+    """Return a process's name, empty once it is gone."""
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
     except OSError:
@@ -41,7 +41,7 @@ def comm(pid: int) -> str:
 
 
 def holders() -> dict[int, tuple[int, str]]:
-    """Each socket's inode to a process that holds it: the one with the least pid, and its name."""
+    """Return pid and name of a process that holds each socket, by inode: the process with the lowest pid."""
     held: dict[int, tuple[int, str]] = {}
     for pid in sorted(pids()):
         inodes = inodes_of(pid) - held.keys()
@@ -51,9 +51,10 @@ def holders() -> dict[int, tuple[int, str]]:
 
 
 class SocketHolders:
-    """Who holds which sockets, looked up again only for new ones, and for all of them every half minute.
+    """Which process holds which socket.
 
-    To look is to read the descriptors of every process there is.
+    A lookup reads the descriptors of every process, so it is repeated only for sockets that are new, and every
+    ``refresh_s`` seconds.
     """
 
     def __init__(self, refresh_s: float = 30.0) -> None:
@@ -62,7 +63,10 @@ class SocketHolders:
         self._looked_at = float("-inf")
 
     def of(self, inodes: set[int]) -> dict[int, tuple[int, str]]:
-        """At least these sockets' inodes to process and name; 0 and "" where nobody was found."""
+        """Return pid and name of a process that holds each of these sockets, by inode; (0, "") where no process does.
+
+        The result may hold other sockets too.
+        """
         if time.monotonic() - self._looked_at > self._refresh_s or inodes - self._held.keys() - {0}:
             self._looked_at = time.monotonic()
             self._held = dict.fromkeys(inodes, (0, "")) | holders()

@@ -113,7 +113,7 @@ def test_a_wrong_width_is_named(kernel: Btf) -> None:
 
 def test_what_is_no_small_bitfield_is_named(kernel: Btf) -> None:
     for member in ("flags, wide", "sock, a"):
-        with pytest.raises(KernelLacks, match="is no bitfield within a byte"):
+        with pytest.raises(KernelLacks, match="isn't a bitfield within one byte"):
             offsets.defines(kernel, f"READ_BITS(sk, {member})")
 
 
