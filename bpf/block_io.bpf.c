@@ -116,10 +116,9 @@ static __always_inline bool claim(struct flight *f, u64 rq)
 }
 
 /*
- * Counts a lost record if this address was issued before: the request begins anew, so its end was not seen. The
- * kernel may not run programs in the context of tasks that a policy protects, and an end comes in an interrupt over any
- * task. It traces no end at all where a device's queue/iostats is 0. A request that was merged into another one is
- * never issued.
+ * Counts a lost record if the previous request at this address was issued: its end was not seen. The kernel may not run
+ * programs in the context of tasks that a policy protects, and an end comes in an interrupt over any task. It traces no
+ * end at all where a device's queue/iostats is 0. A request that was merged into another one is never issued.
  */
 static __always_inline void give_up(const struct flight *f, u64 rq)
 {
