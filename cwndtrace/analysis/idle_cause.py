@@ -29,9 +29,6 @@ COLUMNS: Final = {
 }
 """The columns that ``with_cause`` adds to resets."""
 
-BLOCK_COLUMNS: Final = ("start_ns", "done_ns", "tgid", "device")
-"""The columns of ``block_io`` that ``with_cause`` needs."""
-
 _LAST_PID: Final = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
 

@@ -32,8 +32,8 @@ KPROBE, RAW_TRACEPOINT, TRACING = 2, 17, 26
 """Program types (enum bpf_prog_type)."""
 TRACE_RAW_TP, TRACE_FENTRY, TRACE_FEXIT = 23, 24, 25
 """Attach types of TRACING programs (enum bpf_attach_type)."""
-_ARRAY, PERCPU_HASH, PERCPU_ARRAY = 2, 5, 6
-"""Map types (enum bpf_map_type); the last two hold a value for each CPU."""
+_ARRAY: Final = 2
+"""A map type (enum bpf_map_type)."""
 
 
 def _attr(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
