@@ -76,21 +76,21 @@ def experiment(
     now = frames.MONO + frames.SECOND
     for number in range(1, rounds + 1):
         for setting in ("on", "off"):
-            for idle in idle_times:
+            for idle_s in idle_times:
                 for burst in bursts:
-                    start = now + int(idle * 1e9)
-                    idle = idle * 1e3 + float(rng.uniform(0, 12))
+                    start = now + int(idle_s * 1e9)
+                    idle_ms = idle_s * 1e3 + float(rng.uniform(0, 12))
                     before = FULL + int(rng.integers(-60, 60)) if setting == "on" else FULL
-                    after = halved(before, idle) if setting == "on" else before
+                    after = halved(before, idle_ms) if setting == "on" else before
                     known = ON_MS[min(ON_MS, key=lambda size: abs(size - burst))]
-                    on_ms = known[min(known, key=lambda length: abs(length - idle))]
+                    on_ms = known[min(known, key=lambda length: abs(length - idle_s))]
                     base = on_ms if setting == "on" else OFF_MS.get(burst, 112.0)
                     latency = base + float(rng.gamma(1.5, 1.6))
                     end = start + int(latency * 1e6)
                     last = before
                     if after < before:
                         record = frames.pandas(frames.table("cwnd_reset", frames.reset(
-                            idle_us=int(idle * 1e3), cwnd_before=before, cwnd_after=after, rto_us=int(RTO_MS * 1e3),
+                            idle_us=int(idle_ms * 1e3), cwnd_before=before, cwnd_after=after, rto_us=int(RTO_MS * 1e3),
                             srtt_us=100_400, ts_ns=start + 60_000, sport=5001,
                         )))  # fmt: skip
                         records.append(record)
@@ -98,8 +98,8 @@ def experiment(
                         windows["on"] += [(start + int(n * 0.98e8), min(before, after << n)) for n in range(1, trips)]
                         last = min(before, after << trips)
                     rows.append(Measurement(
-                        round=number, setting="on" if setting == "on" else "off", idle_s=idle, burst_bytes=burst,
-                        latency_ms=latency, start_ns=start, end_ns=end, idle_ms=idle, cwnd_before=before,
+                        round=number, setting="on" if setting == "on" else "off", idle_s=idle_s, burst_bytes=burst,
+                        latency_ms=latency, start_ns=start, end_ns=end, idle_ms=idle_ms, cwnd_before=before,
                         cwnd_after=after, cwnd_end=last, ssthresh_before=2**31 - 1, ssthresh_after=2**31 - 1,
                         srtt_ms=100.4, min_rtt_ms=RTT_MS, rto_ms=RTO_MS, mss=MSS, snd_wnd=8_000_000, sndbuf=16_000_000,
                         taken_at_once=burst,

@@ -97,7 +97,7 @@ def test_who_is_in_a_hurry_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> 
     with piped(monkeypatch) as reader:
         with buffered_output(TextView.output_dropped, lambda: True):
             assert isinstance(sys.stdout, output._QueuedStream)
-            thread = sys.stdout._thread_of
+            thread = sys.stdout._output_thread
             for _ in range(2000):
                 click.echo(LINE)
         # It would wait for ever otherwise.
