@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny encoder of BTF, after Documentation/bpf/btf.rst of the kernel."""
+"""An encoder of small BTF blobs, after the kernel's Documentation/bpf/btf.rst."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import struct
 from cwndtrace.kernel.btf import Btf
 
 Members = list[tuple[str, int, int]]
-"""Name, type id and offset in bits, with the width in the top byte where there are bitfields."""
+"""Name, type id and offset in bits of each member; with bitfields the offset's top byte is the width in bits."""
 
 
 class Blob:
-    """Types are added one by one; each call returns the new type's id."""
+    """A BTF blob to which types are added one by one; each call returns the new type's id."""
 
     def __init__(self) -> None:
         self._strings = bytearray(b"\0")
@@ -21,7 +21,7 @@ class Blob:
         self._count = 0
 
     def string(self, text: str) -> int:
-        """The offset of a string, which is stored once."""
+        """Return the offset of a string, which is stored once."""
         if text not in self._known:
             self._known[text] = len(self._strings)
             self._strings += text.encode() + b"\0"
@@ -30,7 +30,7 @@ class Blob:
     def add(
         self, kind: int, name: str, size_or_type: int, *, vlen: int = 0, flag: bool = False, trailer: bytes = b""
     ) -> int:
-        """Any type."""
+        """Add a type of any kind."""
         self._types += struct.pack("<III", self.string(name), flag << 31 | kind << 24 | vlen, size_or_type) + trailer
         self._count += 1
         return self._count
@@ -59,10 +59,10 @@ class Blob:
         return self.add(6, name, 4, vlen=len(values), trailer=trailer)
 
     def alias(self, kind: int, target: int, name: str = "") -> int:
-        """A typedef (8), volatile (9), const (10), restrict (11) or type tag (18)."""
+        """Add a typedef (8), volatile (9), const (10), restrict (11) or type tag (18)."""
         return self.add(kind, name, target)
 
     def btf(self) -> Btf:
-        """All of it, read."""
+        """Return the blob, parsed."""
         header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(self._types), len(self._types), len(self._strings))
         return Btf(header + bytes(self._types) + bytes(self._strings))

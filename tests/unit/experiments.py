@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A believable experiment: what FACTS.md measured over a path of 100 ms, with some noise, and its records."""
+"""A realistic experiment: latencies that were measured over a path of 100 ms, with some noise, and their records."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ ON_MS = {
     1_000_000: {0.15: 108.0, 1.0: 210.0, 2.0: 410.0},
     2_000_000: {0.15: 111.0, 1.0: 315.0, 2.0: 616.0},
 }
-"""Latency with the setting on, by burst and rest."""
+"""Latency in ms with the setting on, by burst in bytes and idle time in s."""
 OFF_MS = {100_000: 102.0, 300_000: 104.0, 1_000_000: 108.0, 2_000_000: 112.0}
 IDLE_S = (0.15, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment leaves: measurements, and for each setting resets and observed windows."""
+    """The results of an experiment: its measurements, and for each setting the resets and the observed windows."""
 
-    taken: pd.DataFrame
+    measured: pd.DataFrame
     resets: dict[str, pd.DataFrame]
     observed: dict[str, pd.DataFrame]
 
     @property
     def summary(self) -> pd.DataFrame:
-        """As ``reproduce`` makes it."""
-        return statistics.summarise(self.taken)
+        """Summarise the measurements as ``reproduce`` does."""
+        return statistics.summarise(self.measured)
 
     @property
     def pairs(self) -> pd.DataFrame:
-        """Predicted beside measured cost of what a reset began."""
+        """Return the predicted and the measured cost of each burst that followed a reset."""
         rng = np.random.default_rng(5)
-        on = self.taken[(self.taken["setting"] == "on") & (self.taken["cwnd_after"] < self.taken["cwnd_before"])]
+        on = self.measured[
+            (self.measured["setting"] == "on") & (self.measured["cwnd_after"] < self.measured["cwnd_before"])
+        ]
         cost = on["latency_ms"] - on["burst_bytes"].map(OFF_MS)
         trips = (cost / RTT_MS).round() + rng.choice([0, 0, 0, 0, 0, 0, 0, 1], len(on))
         return pd.DataFrame(
@@ -57,7 +59,7 @@ class Experiment:
 
 
 def halved(before: int, idle_ms: float, initial: int = 10) -> int:
-    """The kernel's loop, as it is written there."""
+    """Return the window after idle time, by the loop of the kernel's tcp_cwnd_restart()."""
     delta, cwnd, restart = idle_ms - RTO_MS, before, min(initial, before)
     while delta > 0 and cwnd > restart:
         cwnd >>= 1
@@ -68,7 +70,7 @@ def halved(before: int, idle_ms: float, initial: int = 10) -> int:
 def experiment(
     *, rounds: int = 5, bursts: tuple[int, ...] = tuple(ON_MS), idle_times: tuple[float, ...] = IDLE_S, seed: int = 3
 ) -> Experiment:
-    """Rounds of turns with the setting on and off, each of all bursts after all idle_times."""
+    """Make an experiment whose rounds send each burst after each idle time, with the setting on and then off."""
     rng = np.random.default_rng(seed)
     rows: list[Measurement] = []
     records: list[pd.DataFrame] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source that yields what a test says: the protocol's third implementation."""
+"""A source that yields the records that a test gives it, the third implementation of the protocol Source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cwndtrace.privileges import User
 
 
 class FakeSource:
-    """Each poll gives the next of ``polls``; ``count`` holds the counters, which a test moves as it likes."""
+    """A source whose polls return the items of ``polls`` in order; ``count`` holds the counters, which tests set."""
 
     events: tuple[str, ...] = ("cwnd_reset", "block_io")
 

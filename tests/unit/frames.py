@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Realistic records for tests, made from the layouts themselves; nothing here needs root or a kernel."""
+"""Realistic records for tests, built from the parsed layouts; nothing here needs root or BPF."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from cwndtrace.store.meta import Meta
 from cwndtrace.trace import Trace, load
 
 MONO = 5_000_000_000_000
-"""CLOCK_MONOTONIC at the start of each made capture, in nanoseconds."""
+"""CLOCK_MONOTONIC at the start of each capture that is written here, in nanoseconds."""
 OFFSET = 1_795_000_000_000_000_000
-"""What makes UTC of it."""
+"""Nanoseconds that make UTC of CLOCK_MONOTONIC."""
 NETNS = 4026531840
 SECOND = 1_000_000_000
 
 
 def packed(address: str) -> bytes:
-    """The 16 bytes of a record for an address; IPv4 as mapped."""
+    """Return an address as the 16 bytes of a record; IPv4 is mapped into IPv6."""
     ip = ipaddress.ip_address(address)
     return ipaddress.IPv6Address(f"::ffff:{ip}").packed if ip.version == 4 else ip.packed
 
 
 def reset(at_s: float = 1.0, **fields: Any) -> layout.Records:
-    """One cwnd_reset record ``at_s`` seconds after the start; any field by name, addresses and enums as text."""
+    """Return one cwnd_reset record, ``at_s`` seconds after the start; addresses and enums among ``fields`` are text."""
     record = np.zeros(1, dtype=layout.event("cwnd_reset").dtype)
     values: dict[str, Any] = {
         "ts_ns": MONO + int(at_s * SECOND), "sock_cookie": 0x5F, "skaddr": 0xFFFF888012345600, "cgroup_id": 1,
@@ -48,7 +48,7 @@ def reset(at_s: float = 1.0, **fields: Any) -> layout.Records:
 
 
 def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> layout.Records:
-    """One block_io record that starts ``at_s`` seconds after the start and takes ``latency_us``."""
+    """Return one block_io record that starts ``at_s`` seconds after the start and takes ``latency_us``."""
     record = np.zeros(1, dtype=layout.event("block_io").dtype)
     start = MONO + int(at_s * SECOND)
     values: dict[str, Any] = {
@@ -59,7 +59,7 @@ def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> layout
 
 
 def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> layout.Records:
-    """One cwnd_recovery record of ``reset(at_s)``, followed for ``took_s`` seconds until its window was back."""
+    """Return one cwnd_recovery record of ``reset(at_s)``, whose window was regained after ``took_s`` seconds."""
     record = np.zeros(1, dtype=layout.event("cwnd_recovery").dtype)
     began = MONO + int(at_s * SECOND)
     values: dict[str, Any] = {
@@ -85,13 +85,13 @@ def _filled(name: str, record: layout.Records, values: dict[str, Any]) -> layout
 
 
 def table(name: str, *records: layout.Records) -> pa.Table:
-    """An Arrow table of one event from records."""
+    """Return an Arrow table of one event from records."""
     empty = np.zeros(0, dtype=layout.event(name).dtype)
     return arrow.to_arrow(name, np.concatenate([empty, *records]), OFFSET)
 
 
 def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
-    """One row of the table ``connections``, ``at_s`` seconds after the start."""
+    """Return one row of the table ``connections``, ``at_s`` seconds after the start."""
     ts_ns = MONO + int(at_s * SECOND)
     row: dict[str, Any] = dict.fromkeys(arrow.CONNECTIONS.names, 0)
     row |= {
@@ -105,12 +105,12 @@ def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
 
 
 def snapshots(*rows: dict[str, Any]) -> pa.Table:
-    """The table ``connections`` from rows."""
+    """Return the table ``connections`` from rows."""
     return pa.Table.from_pylist(list(rows), schema=arrow.CONNECTIONS)
 
 
 def meta(**values: Any) -> dict[str, Any]:
-    """A complete ``meta.json`` of a capture of 60 s."""
+    """Return a complete ``meta.json`` of a capture of 60 s."""
     return {
         "version": "0.1.0", "host": "web1", "kernel": "6.18.0", "machine": "x86_64", "hz": 250,
         "command": ["cwndtrace", "run", "--iface", "eth0"], "filters": {"iface": "eth0"},
@@ -127,7 +127,7 @@ def meta(**values: Any) -> dict[str, Any]:
 
 
 def about(**values: Any) -> Meta:
-    """The same, checked and typed."""
+    """Return the metadata of ``meta``, checked and typed."""
     return Meta.parse(meta(**values))
 
 
@@ -161,10 +161,9 @@ def story(
     ends: tuple[str, str] = ("10.1.0.1", "10.2.0.9"),
     comm: str = "replica",
 ) -> tuple[pa.Table, pa.Table]:
-    """Resets and snapshots of ``peers`` connections that send bursts with idle times of 0.5 to 5 s between.
+    """Return resets and snapshots of ``peers`` connections that send bursts of 1 MB after idle times of 0.5 to 5 s.
 
-    The window halves once an RTO of idle time, from about 2800 segments down to 10, as the kernel does it. Bursts are 1
-    MB.
+    As in the kernel, the window halves once for each RTO of idle time, from about 2800 segments down to 10.
     """
     rng = np.random.default_rng(seed)
     resets: list[layout.Records] = []
@@ -178,18 +177,18 @@ def story(
         known = {k: v for k, v in shared.items() if k != "skaddr"} | {"comm": comm}
         idle_times: list[tuple[float, float]] = []
         while at < seconds:
-            idle = float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))
-            at += idle
+            idle_s = float(np.exp(rng.uniform(np.log(0.5), np.log(5.0))))
+            at += idle_s
             before, after = full - int(rng.integers(0, 90)), 0
-            after = max(10, before >> int(idle / 0.308))
+            after = max(10, before >> int(idle_s / 0.308))
             if at > seconds:
                 break
-            idle_times.append((at - idle, at))
-            idle = int(idle * 1e6)
-            last_rcv = max(0, idle - 90_000)
+            idle_times.append((at - idle_s, at))
+            idle_us = int(idle_s * 1e6)
+            last_rcv = max(0, idle_us - 90_000)
             resets.append(
                 reset(
-                    at, cwnd_before=before, cwnd_after=after, idle_us=idle, last_rcv_us=last_rcv,
+                    at, cwnd_before=before, cwnd_after=after, idle_us=idle_us, last_rcv_us=last_rcv,
                     comm=comm.encode()[:16], bytes_sent=40_100_000 + 1_000_000 * (len(idle_times) - 1), **shared,
                 )
             )  # fmt: skip
@@ -205,7 +204,7 @@ def story(
 def disk(
     count: int = 3000, seed: int = 2, *, seconds: float = 60.0, slow: tuple[float, float] = (34.0, 39.0)
 ) -> pa.Table:
-    """``count`` reads and writes of 0.1 to 3 ms, ten times slower during ``slow`` (seconds since the start)."""
+    """Return ``count`` reads and writes of 0.1 to 3 ms, 12 times as long during ``slow`` (seconds since the start)."""
     rng = np.random.default_rng(seed)
     at = np.sort(rng.uniform(0, seconds, count))
     latency = np.clip(rng.lognormal(np.log(400), 0.6, count), 90, 3000)
@@ -219,6 +218,6 @@ def disk(
 
 
 def pandas(data: pa.Table) -> pd.DataFrame:
-    """A table as the DataFrame that Arrow makes of it."""
+    """Return a table as the DataFrame that Arrow makes of it."""
     frame: pd.DataFrame = data.to_pandas()
     return frame

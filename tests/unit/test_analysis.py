@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections and block I/O summed up: each figure is worked out by hand from a few records.
+"""Summaries of connections and block I/O equal figures that are computed by hand from a few records.
 
-What matters most is that records of one socket meet and those of two never do.
+Above all, records of one socket get the same key, and records of two sockets never do.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def keys(r: pd.DataFrame, c: pd.DataFrame) -> tuple[list[str], list[str]]:
     return a["connection"].tolist(), b["connection"].tolist()
 
 
-def test_a_cookie_in_a_namespace_is_a_connection() -> None:
+def test_a_cookie_and_a_namespace_identify_a_connection() -> None:
     r = resets(frames.reset(1), frames.reset(2, sock_cookie=0x60), frames.reset(3, netns_ino=7))
     c = snapshots(frames.snapshot(0), frames.snapshot(0, netns_ino=7, sock_cookie=0x60))
     assert keys(r, c) == (["4026531840:5f", "4026531840:60", "7:5f"], ["4026531840:5f", "7:60"])
 
 
-def test_a_reset_from_before_the_cookie_goes_to_the_connection_that_got_it() -> None:
+def test_a_reset_without_a_cookie_joins_the_connection_that_got_one_later() -> None:
     by_reset = resets(frames.reset(1, sock_cookie=0), frames.reset(2))
     assert keys(by_reset, NONE)[0] == ["4026531840:5f"] * 2
     by_snapshot = resets(frames.reset(1, sock_cookie=0))
@@ -53,28 +53,28 @@ def test_a_reset_from_before_the_cookie_goes_to_the_connection_that_got_it() -> 
 @pytest.mark.parametrize(
     "other", [{"netns_ino": 7}, {"sport": 444}, {"dport": 1}, {"saddr": "10.1.0.2"}, {"daddr": "10.2.0.8"}]
 )
-def test_a_reset_without_cookie_goes_to_no_connection_with_other_ends(other: dict[str, Any]) -> None:
+def test_a_reset_without_a_cookie_joins_no_connection_with_other_endpoints(other: dict[str, Any]) -> None:
     (key,), _ = keys(resets(frames.reset(1, sock_cookie=0)), snapshots(frames.snapshot(2, **other)))
     assert key == "4026531840:10.1.0.1:443-10.2.0.9:51324@ffff888012345600"
 
 
-def test_a_reset_without_cookie_goes_to_no_connection_that_ended_before_it() -> None:
-    # A cookie stays once made: what had one before can't be what has none now.
+def test_a_reset_without_a_cookie_joins_no_connection_that_was_last_seen_before_it() -> None:
+    # A socket keeps its cookie, so a socket without one can't have had one before.
     (key,), _ = keys(resets(frames.reset(5, sock_cookie=0)), snapshots(frames.snapshot(2)))
     assert "@" in key
 
 
-def test_two_sockets_that_had_the_same_ports_one_after_the_other_stay_two() -> None:
+def test_two_sockets_that_use_the_same_ports_in_turn_stay_separate() -> None:
     r = resets(frames.reset(1, sock_cookie=0, skaddr=0x1000), frames.reset(9, sock_cookie=0x77, skaddr=0x2000))
     first, second = keys(r, snapshots(frames.snapshot(8, sock_cookie=0x77)))[0]
     assert first.endswith("@1000")
     assert second == "4026531840:77"
-    # The same socket found again behind the other one's snapshot.
+    # The second reset, which comes after the other socket's snapshot, has the first one's skaddr.
     r = resets(frames.reset(1, sock_cookie=0, skaddr=0x1000), frames.reset(3, sock_cookie=0x5F, skaddr=0x1000))
     assert keys(r, snapshots(frames.snapshot(2, sock_cookie=0x77)))[0] == ["4026531840:5f"] * 2
 
 
-def test_identify_keeps_rows_order_and_its_own_work() -> None:
+def test_identify_keeps_the_order_of_rows_and_is_idempotent() -> None:
     r, c = frames.story(peers=3, seconds=20)
     once = connections.identify(frames.pandas(r), frames.pandas(c))
     twice = connections.identify(*once)
@@ -86,7 +86,7 @@ def test_identify_keeps_rows_order_and_its_own_work() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 12))
 def test_the_key_of_a_record_does_not_depend_on_the_order_of_records(random: Any, number: int) -> None:
-    # A cookie is of one socket; what has none may be of any.
+    # A cookie belongs to one socket; a record without a cookie may belong to any.
     sockets = [(5, 0x1000), (0, 0x1000), (0, 0x2000)]
     picked = [(random.randrange(9), *random.choice(sockets)) for _ in range(number)]
     rows = [frames.reset(at, sock_cookie=cookie, skaddr=skaddr) for at, cookie, skaddr in picked]
@@ -98,10 +98,10 @@ def test_the_key_of_a_record_does_not_depend_on_the_order_of_records(random: Any
     assert [straight[i] for i in order] == shuffled
 
 
-# ---- what happened to each ------------------------------------------------------------------------
+# ---- summary of connections -----------------------------------------------------------------------
 
 
-def test_one_connection_summed_by_hand() -> None:
+def test_the_summary_of_a_connection_equals_figures_computed_by_hand() -> None:
     r = resets(
         frames.reset(10, idle_us=2_100_000, cwnd_before=2827, cwnd_after=44, tgid=4242),
         frames.reset(20, idle_us=900_000, cwnd_before=300, cwnd_after=150),
@@ -126,18 +126,18 @@ def test_one_connection_summed_by_hand() -> None:
     assert list(row) == list(connections.COLUMNS)
 
 
-def test_a_connection_that_never_reset_is_there() -> None:
+def test_a_connection_without_resets_is_in_the_summary() -> None:
     (row,) = connections.summary(NO_RESET, snapshots(frames.snapshot(0))).to_dict("records")
     assert (row["resets"], row["idle_total_us"], row["idle_longest_us"], row["cwnd_last_segments"]) == (0, 0, 0, 2827)
 
 
-def test_a_reset_alone_makes_a_connection_without_snapshots() -> None:
+def test_a_connection_without_snapshots_is_in_the_summary() -> None:
     (row,) = connections.summary(resets(frames.reset(1, sock_cookie=0)), NONE).to_dict("records")
     assert (row["sock_cookie"], row["snapshots"], row["state"], row["resets"]) == (0, 0, "", 1)
     assert row["comm"] == "replica"
 
 
-def test_those_that_suffered_most_come_first() -> None:
+def test_connections_with_the_most_resets_and_idle_time_come_first() -> None:
     r = resets(
         frames.reset(1, sock_cookie=1), frames.reset(2, sock_cookie=1),
         frames.reset(3, sock_cookie=2, idle_us=9_000_000), frames.reset(4, sock_cookie=3, idle_us=8_000_000),
@@ -146,21 +146,21 @@ def test_those_that_suffered_most_come_first() -> None:
     assert out["sock_cookie"].tolist() == [1, 2, 3, 4]
 
 
-def test_the_largest_cookies_and_byte_counts_survive() -> None:
+def test_the_largest_cookies_and_byte_counts_are_exact() -> None:
     top = 2**64 - 1
     out = connections.summary(resets(frames.reset(1, sock_cookie=top, bytes_sent=2**62 + 1)), NONE)
     assert out["sock_cookie"].tolist() == [top]
     assert out["bytes_sent"].tolist() == [2**62 + 1]
 
 
-def test_nothing_gives_an_empty_frame_with_the_same_columns_and_types() -> None:
+def test_no_records_give_an_empty_frame_with_the_same_columns_and_types() -> None:
     empty = connections.summary(NO_RESET, NONE)
     full = connections.summary(resets(frames.reset(1)), snapshots(frames.snapshot(0)))
     assert (len(empty), list(empty.columns)) == (0, list(connections.COLUMNS))
     assert empty.dtypes.to_dict() == full.dtypes.to_dict()
 
 
-def test_the_frames_given_stay_as_they_were() -> None:
+def test_summary_does_not_change_its_arguments() -> None:
     r, c = resets(frames.reset(1)), snapshots(frames.snapshot(0))
     before = r.copy(), c.copy()
     connections.summary(r, c)
@@ -175,7 +175,7 @@ def blocks(*rows: Any) -> pd.DataFrame:
     return block_io.with_latency(frames.pandas(frames.table("block_io", *rows)), {"7:0": "loop0"})
 
 
-def test_latencies_are_in_us_with_their_fraction() -> None:
+def test_latencies_keep_fractions_of_a_microsecond() -> None:
     row = frames.block(1, 250.5)
     never_issued = frames.block(2, 10, issue_ns=0, dev=8 << 20 | 17)
     out = blocks(row, never_issued)
@@ -185,7 +185,7 @@ def test_latencies_are_in_us_with_their_fraction() -> None:
     assert out["device"].tolist() == ["loop0", "8:17"]
 
 
-def test_block_figures_by_hand() -> None:
+def test_block_figures_equal_those_computed_by_hand() -> None:
     reads = [frames.block(n, latency, bytes=4096) for n, latency in enumerate(range(100, 201))]
     rows = [*reads, frames.block(200, 5000, op="write", bytes=512, error="ioerr"), frames.block(201, 1, dev=8 << 20)]
     out = block_io.summary(blocks(*rows))
@@ -217,7 +217,7 @@ def test_no_block_io_gives_empty_frames() -> None:
     assert len(block_io.summary(blocks())) == len(block_io.by_submitter(blocks())) == 0
 
 
-def test_queue_and_service_are_told_apart() -> None:
+def test_queue_and_service_times_are_separate() -> None:
     late = frames.block(3, 900, issue_ns=frames.MONO + 3 * frames.SECOND + 800_000)
     out = block_io.summary(blocks(frames.block(1, 104), late, frames.block(5, 50, issue_ns=0)))
     assert out["count"].tolist() == [3]
@@ -229,18 +229,18 @@ def test_queue_and_service_are_told_apart() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["read", "write"]), st.integers(5, 9)), max_size=20))
-def test_figures_are_what_grouping_by_hand_gives(rows: list[tuple[int, str, int]]) -> None:
+def test_block_figures_equal_those_of_grouping_by_hand(rows: list[tuple[int, str, int]]) -> None:
     frame = blocks(*(frames.block(i, us, dev=dev << 20, op=op) for i, (dev, op, us) in enumerate(rows)))
-    found = {(r["device"], r["op"]): r for r in block_io.summary(frame).to_dict("records")}
-    assert found.keys() == {(f"{dev}:0", op) if dev != 7 else ("loop0", op) for dev, op, _ in rows}
-    for (device, op), row in found.items():
+    rows_by_key = {(r["device"], r["op"]): r for r in block_io.summary(frame).to_dict("records")}
+    assert rows_by_key.keys() == {(f"{dev}:0", op) if dev != 7 else ("loop0", op) for dev, op, _ in rows}
+    for (device, op), row in rows_by_key.items():
         mine = [us for dev, o, us in rows if (f"{dev}:0", o) == (device, op)]
         assert (row["count"], row["bytes"], row["latency_total_us"]) == (len(mine), 4096 * len(mine), sum(mine))
         assert row["latency_p95_us"] == pytest.approx(np.quantile(mine, 0.95))
         assert row["latency_max_us"] == max(mine)
 
 
-def test_the_heat_map_counts_each_request_once_where_it_belongs() -> None:
+def test_the_heat_map_counts_each_request_once_in_its_own_cell() -> None:
     frame = blocks(*(frames.block(second, us) for second, us in ((0, 10), (0, 11), (5, 300), (9.99, 5000))))
     cells = block_io.heat_map(frame, slots=10)
     assert cells.to_numpy().sum() == 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the distribution's bcc, telling it from PyPI's package of that name, and the text that it compiles."""
+"""The distribution's bcc is found and distinguished from PyPI's package of that name; headers are expanded for it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cwndtrace.records.layout import bpf_dir
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:  # noqa: ARG001
-    """As in a process that hasn't looked for bcc yet, on a machine without it.
+    """Make this process one that hasn't looked for bcc yet, on a machine without bcc.
 
-    tmp_path comes first: to name it after the user pytest imports what it can't find without a path, and would fall
-    back to a folder that another user may have made.
+    tmp_path is requested first, because pytest imports modules to name it after the user. Without sys.path these
+    imports fail, and pytest falls back to a folder that another user may have created.
     """
     bcc.module.cache_clear()
     bcc._place.cache_clear()
     monkeypatch.setattr(bcc, "_DISTRIBUTION_PACKAGES", ())
-    # Another installation's packages may hold one; what the tests need is imported already.
+    # sys.path may lead to another installation's bcc. The tests have already imported all modules that they need.
     monkeypatch.setattr(sys, "path", [])
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "bcc"}
     yield
@@ -36,72 +36,74 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:  #
 
 
 def package(folder: Path, *, real: bool, text: str = "") -> Path:
-    made = folder / "bcc"
-    made.mkdir(parents=True)
-    (made / "__init__.py").write_text(text or "__version__ = '0.99.0'\nclass BPF: pass\n")
+    bcc_dir = folder / "bcc"
+    bcc_dir.mkdir(parents=True)
+    (bcc_dir / "__init__.py").write_text(text or "__version__ = '0.99.0'\nclass BPF: pass\n")
     if real:
-        (made / "libbcc.py").write_text("")
-    return made
+        (bcc_dir / "libbcc.py").write_text("")
+    return bcc_dir
 
 
-def found(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+def search_in(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     monkeypatch.setattr(bcc, "_DISTRIBUTION_PACKAGES", tuple(str(folder) for folder in folders))
 
 
-def test_by_path_in_the_distributions_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = package(tmp_path / "dist-packages", real=True)
-    found(monkeypatch, tmp_path / "nothing", tmp_path / "dist-packages")
-    assert Path(str(bcc.module().__file__)).parent == made
+def test_bcc_is_found_in_the_distributions_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bcc_dir = package(tmp_path / "dist-packages", real=True)
+    search_in(monkeypatch, tmp_path / "nothing", tmp_path / "dist-packages")
+    assert Path(str(bcc.module().__file__)).parent == bcc_dir
     assert bcc.version() == "0.99.0"
     assert sys.modules["bcc"] is bcc.module()
 
 
-def test_a_pattern_of_several_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_finds_bcc_of_any_python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path / "python3.13" / "site-packages", real=True)
-    found(monkeypatch, tmp_path / "python3*" / "site-packages")
+    search_in(monkeypatch, tmp_path / "python3*" / "site-packages")
     assert bcc.version() == "0.99.0"
 
 
-def test_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bcc_is_found_on_sys_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, real=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert bcc.version() == "0.99.0"
 
 
-def test_the_unrelated_package_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unrelated_package_is_skipped_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path / "venv", real=False, text="raise SystemExit('the unrelated package was imported')")
     package(tmp_path / "dist-packages", real=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "venv")])
-    found(monkeypatch, tmp_path / "dist-packages")
+    search_in(monkeypatch, tmp_path / "dist-packages")
     assert bcc.version() == "0.99.0"
 
 
-def test_the_unrelated_package_alone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = package(tmp_path, real=False)
+def test_the_error_names_the_unrelated_package_if_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bcc_dir = package(tmp_path, real=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(BccError) as caught:
         bcc.module()
-    assert caught.value.cause == f"the bcc in {made} is PyPI's unrelated package of that name"
+    assert caught.value.cause == f"the bcc in {bcc_dir} is PyPI's unrelated package of that name"
     assert "python3-bpfcc" in caught.value.remedy
 
 
-def test_none_at_all() -> None:
+def test_the_error_without_bcc_names_the_packages_to_install() -> None:
     with pytest.raises(BccError, match="bcc isn't installed") as caught:
         bcc.module()
     assert "apt install python3-bpfcc" in caught.value.remedy
     assert "dnf install python3-bcc" in caught.value.remedy
 
 
-def test_one_that_can_not_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = package(tmp_path, real=True, text="raise OSError('libbcc.so.0: cannot open shared object file')")
-    found(monkeypatch, tmp_path)
+def test_a_bcc_that_cannot_be_loaded_raises_bcc_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bcc_dir = package(tmp_path, real=True, text="raise OSError('libbcc.so.0: cannot open shared object file')")
+    search_in(monkeypatch, tmp_path)
     with pytest.raises(BccError) as caught:
         bcc.module()
-    assert caught.value.cause == f"bcc in {made} can't be loaded: libbcc.so.0: cannot open shared object file"
+    assert caught.value.cause == f"bcc in {bcc_dir} can't be loaded: libbcc.so.0: cannot open shared object file"
     assert "bcc" not in sys.modules
 
 
-def test_headers_stand_in_the_text_once_and_lines_keep_their_numbers() -> None:
+def test_headers_are_expanded_once_and_lines_keep_their_numbers() -> None:
     for source in bpf_dir().glob("*.bpf.c"):
         text = bcc.expanded(source)
         assert '#include "' not in text
@@ -109,8 +111,8 @@ def test_headers_stand_in_the_text_once_and_lines_keep_their_numbers() -> None:
         name, number = "", 0
         for line in text.splitlines():
             if line.startswith("#line "):
-                _, said, name = line.split()
-                number = int(said)
+                _, line_number, name = line.split()
+                number = int(line_number)
                 continue
             assert (bpf_dir() / name.strip('"')).read_text(encoding="utf-8").splitlines()[number - 1] == line
             number += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BTF reader on small hand-built blobs, and on the running kernel's against bpftool."""
+"""The BTF reader is right about small blobs that are built by hand, and agrees with bpftool on the running kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blob() -> Blob:
     return Blob()
 
 
-def test_plain_members(blob: Blob) -> None:
+def test_members_are_found_with_offset_and_size(blob: Blob) -> None:
     u8, u32, u64 = blob.integer("u8", 1), blob.integer("u32", 4), blob.integer("u64", 8)
     blob.struct("sock", 24, [("a", u8, 0), ("b", u32, 32), ("c", u64, 64), ("p", blob.pointer(u32), 128)])
     btf = blob.btf()
@@ -34,7 +34,7 @@ def test_plain_members(blob: Blob) -> None:
     assert btf.member("missing", "a") is None
 
 
-def test_embedded_structs_are_walked_into(blob: Blob) -> None:
+def test_members_of_embedded_structs_are_found(blob: Blob) -> None:
     u32 = blob.integer("u32", 4)
     inner = blob.struct("inner", 8, [("x", u32, 0), ("y", u32, 32)])
     blob.struct("outer", 16, [("first", u32, 0), ("in", inner, 64)])
@@ -45,7 +45,7 @@ def test_embedded_structs_are_walked_into(blob: Blob) -> None:
     assert btf.member("outer", "first.y") is None
 
 
-def test_anonymous_unions_and_structs_are_searched(blob: Blob) -> None:
+def test_members_of_anonymous_unions_and_structs_are_found(blob: Blob) -> None:
     u32, u64 = blob.integer("u32", 4), blob.integer("u64", 8)
     deep = blob.struct("", 8, [("deep", u32, 32)])
     union = blob.union("", 8, [("whole", u64, 0), ("", deep, 0)])
@@ -56,7 +56,7 @@ def test_anonymous_unions_and_structs_are_searched(blob: Blob) -> None:
     assert btf.member("sock", "after") == Member(16, 8)
 
 
-def test_names_and_qualifiers_are_looked_through(blob: Blob) -> None:
+def test_typedefs_and_qualifiers_are_resolved(blob: Blob) -> None:
     u32 = blob.integer("u32", 4)
     inner = blob.struct("inner", 8, [("x", u32, 0), ("y", u32, 32)])
     named = blob.alias(8, inner, "inner_t")
@@ -68,7 +68,7 @@ def test_names_and_qualifiers_are_looked_through(blob: Blob) -> None:
     assert btf.member("outer", "m.y") == Member(12, 4)
 
 
-def test_arrays_count_whole_and_are_walked_into_at_their_first_element(blob: Blob) -> None:
+def test_an_array_has_its_whole_size_and_the_members_of_its_first_element(blob: Blob) -> None:
     u32 = blob.integer("u32", 4)
     pair = blob.struct("pair", 8, [("t", u32, 0), ("v", u32, 32)])
     blob.struct("minmax", 32, [("win", u32, 0), ("s", blob.array(pair, 3), 32)])
@@ -77,7 +77,7 @@ def test_arrays_count_whole_and_are_walked_into_at_their_first_element(blob: Blo
     assert btf.member("minmax", "s.v") == Member(8, 4)
 
 
-def test_bitfields(blob: Blob) -> None:
+def test_bitfields_have_a_shift_and_a_width(blob: Blob) -> None:
     u8 = blob.integer("u8", 1)
     fields = [("a", u8, 5 << 24 | 0), ("b", u8, 1 << 24 | 5), ("c", u8, 2 << 24 | 14), ("plain", u8, 16)]
     blob.struct("flags", 3, fields, bitfields=True)
@@ -88,12 +88,12 @@ def test_bitfields(blob: Blob) -> None:
     assert btf.member("flags", "plain") == Member(2, 1)
 
 
-def test_functions_tracepoints_and_enumerators(blob: Blob) -> None:
+def test_functions_tracepoints_and_enumerators_are_found(blob: Blob) -> None:
     proto = blob.add(13, "", 0, vlen=2, trailer=bytes(16))
     blob.add(12, "tcp_cwnd_restart", proto)
     blob.alias(8, blob.pointer(proto), "btf_trace_block_io_start")
     blob.enum("rqf_flags", {"RQF_STARTED": 0, "RQF_FLUSH_SEQ": 3, "RQF_NEGATIVE": -1})
-    # A variable, a section, a float, a tag and a 64-bit enum lie between; their sizes must be known.
+    # A variable, a section, a float, a tag and a 64-bit enum follow; the reader must know their sizes to skip them.
     blob.add(14, "var", proto, trailer=bytes(4))
     blob.add(15, ".data", 0, vlen=2, trailer=bytes(24))
     blob.add(16, "double", 8)
@@ -113,7 +113,7 @@ def test_functions_tracepoints_and_enumerators(blob: Blob) -> None:
     assert btf.member("last", "x") == Member(0, 4)
 
 
-def test_a_struct_is_told_from_a_union_of_the_same_name(blob: Blob) -> None:
+def test_a_struct_is_distinguished_from_a_union_of_the_same_name(blob: Blob) -> None:
     u32 = blob.integer("u32", 4)
     blob.union("thing", 4, [("x", u32, 0)])
     blob.struct("thing", 8, [("x", u32, 32)])
@@ -121,31 +121,33 @@ def test_a_struct_is_told_from_a_union_of_the_same_name(blob: Blob) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\x9f\xeb", b"\xeb\x9f" + bytes(40), b"\x7fELF" + bytes(40)])
-def test_what_is_no_btf_is_refused(data: bytes) -> None:
+def test_other_data_than_btf_is_refused(data: bytes) -> None:
     with pytest.raises(KernelLacks, match="not little-endian BTF"):
         Btf(data)
 
 
-def test_a_kernel_without_btf(tmp_path: Path) -> None:
+def test_the_error_without_btf_names_the_kernel_option(tmp_path: Path) -> None:
     with pytest.raises(KernelLacks, match=r"no BTF: .*No such file") as caught:
         Btf.running(tmp_path / "vmlinux")
     assert "CONFIG_DEBUG_INFO_BTF" in caught.value.remedy
 
 
-def test_the_running_kernel_against_bpftool() -> None:
+def test_btf_of_the_running_kernel_equals_that_of_bpftool() -> None:
     tool = shutil.which("bpftool", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if tool is None:
-        pytest.skip("needs another reader of BTF: apt install bpftool")
+        pytest.skip("needs bpftool, another reader of BTF: apt install bpftool")
     if not os.access(VMLINUX, os.R_OK):
         pytest.skip(f"needs {VMLINUX}: use a kernel with CONFIG_DEBUG_INFO_BTF=y")
     dump = subprocess.run([tool, "btf", "dump", "file", str(VMLINUX), "format", "raw"], capture_output=True, text=True)
     if dump.returncode != 0:
-        pytest.skip(f"needs a bpftool that reads BTF here, which says {dump.stderr.strip()}: sudo make test")
+        pytest.skip(f"needs a bpftool that can read {VMLINUX} ({dump.stderr.strip()}): sudo make test")
     btf, compared = Btf.running(), 0
     for name in ("tcp_sock", "inet_connection_sock", "sock_common", "request", "net_device", "sk_buff"):
-        found = re.search(rf"^\[\d+\] STRUCT '{name}' size=(\d+) vlen=\d+\n((?:\t.*\n)+)", dump.stdout, re.MULTILINE)
-        assert found, name
-        for line in found[2].splitlines():
+        struct_dump = re.search(
+            rf"^\[\d+\] STRUCT '{name}' size=(\d+) vlen=\d+\n((?:\t.*\n)+)", dump.stdout, re.MULTILINE
+        )
+        assert struct_dump, name
+        for line in struct_dump[2].splitlines():
             match = re.match(r"\t'(\w+)' type_id=\d+ bits_offset=(\d+)(?: bitfield_size=(\d+))?", line)
             if match is None or match[1] == "(anon)":
                 continue
@@ -153,6 +155,6 @@ def test_the_running_kernel_against_bpftool() -> None:
             assert member is not None, (name, match[1])
             bit, bits = int(match[2]), int(match[3] or 0)
             assert (member.offset * 8 + member.shift, member.bits) == (bit, bits), (name, match[1])
-            assert member.offset + member.size <= int(found[1]) + 8
+            assert member.offset + member.size <= int(struct_dump[1]) + 8
             compared += 1
     assert compared > 200

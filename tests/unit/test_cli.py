@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line as far as it goes without root: help, options, bad input, exit codes."""
+"""The command line without root: help, options, bad input and exit codes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def call(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not root."""
+    """Run the command as a user who isn't root."""
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
 
 
@@ -46,20 +46,20 @@ def user(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_has_an_example(name: str) -> None:
     result = call(name, "--help")
     assert result.exit_code == 0
-    _, found, examples = result.output.partition("Example")
-    assert found, result.output
+    _, separator, examples = result.output.partition("Example")
+    assert separator, result.output
     assert f"cwndtrace {name} " in f"{examples}".replace("\n", " ")
     assert call(name, "-h").output == result.output
 
 
-def test_the_group_tells_how_to_start() -> None:
+def test_help_names_the_first_commands_to_run() -> None:
     result = call("--help")
     assert result.exit_code == 0
     assert "sudo cwndtrace doctor" in result.output
     assert "sudo cwndtrace run --iface eth0" in result.output
 
 
-def test_version() -> None:
+def test_version_names_the_program() -> None:
     assert call("--version").output.startswith("cwndtrace, version ")
 
 
@@ -70,12 +70,12 @@ def test_version() -> None:
     ("text", "seconds"),
     [("500ms", 0.5), ("2s", 2), ("2", 2), ("1.5m", 90), (".5", 0.5), ("10 min", 600), ("1h", 3600), ("250us", 0.00025)],
 )
-def test_spans(text: str, seconds: float) -> None:
+def test_time_spans_are_parsed(text: str, seconds: float) -> None:
     assert Span().convert(text, None, None) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1s", "1 fortnight", "1e3", "1.2.3s", "s"])
-def test_spans_that_are_none(text: str) -> None:
+def test_other_texts_than_time_spans_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a time span: write 500ms, 2s or 10m"):
         Span().convert(text, None, None)
 
@@ -95,7 +95,7 @@ def test_spans_that_are_none(text: str) -> None:
         (["plot"], "Missing argument"),
     ],
 )
-def test_usage_errors(arguments: list[str], cause: str) -> None:
+def test_usage_errors_exit_with_2_and_name_the_cause(arguments: list[str], cause: str) -> None:
     result = call(*arguments)
     assert result.exit_code == 2
     assert cause in result.stderr
@@ -104,7 +104,7 @@ def test_usage_errors(arguments: list[str], cause: str) -> None:
 
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("command", ["run", "doctor"])
-def test_not_root(command: str) -> None:
+def test_commands_that_need_root_say_so_without_it(command: str) -> None:
     result = call(command)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[1:] == ["  prefix the command with sudo"]
@@ -112,14 +112,14 @@ def test_not_root(command: str) -> None:
     assert result.stdout == ""
 
 
-# ---- reproduce --------------------------------------------------------------------------------------
+# ---- reproduce -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As one who may, in an empty folder.
+    """Skip the check for root, in an empty folder.
 
-    Not by another os.geteuid: what is made here is still the user's own, which is asked too.
+    os.geteuid stays, because files that a test creates still belong to the real user, and their owner is checked.
     """
     monkeypatch.setattr(target, "need_root", lambda _: None)
     monkeypatch.chdir(tmp_path)
@@ -143,25 +143,27 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--allow-sysctl"], "--allow-sysctl needs --against"),
     ],
 )
-def test_reproduce_refuses_what_makes_no_sense(arguments: list[str], cause: str) -> None:
+def test_reproduce_refuses_values_out_of_range_and_options_that_exclude_each_other(
+    arguments: list[str], cause: str
+) -> None:
     result = call("reproduce", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
-    said = result.stderr.splitlines()
-    assert len(said) == 2
-    assert cause in said[0]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert cause in lines[0]
     assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.usefixtures("root")
-def test_reproduce_hands_on_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduce_passes_its_options_to_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Scenario] = []
 
-    def lab(scenario: Scenario, kind: str | None) -> None:
-        assert kind == "relay"
+    def lab(scenario: Scenario, path: str | None) -> None:
+        assert path == "relay"
         asked.append(scenario)
         raise errors.KernelLacks("no lab here")
 
-    # By the module's name: in the package, that of the command hides it.
+    # import_module is needed because the package's attribute of this name is the command.
     monkeypatch.setattr(import_module("cwndtrace.cli.reproduce"), "Lab", lab)
     changes = ["--rtt", "150ms", "--rate", "20M", "--burst", "60k,1.5M", "--idle", "300ms,2s", "--cc", "reno", "-6"]
     result = call("reproduce", *changes, "--path", "relay", "-o", "new")
@@ -183,12 +185,12 @@ def test_reproduce_hands_on_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) 
 # ---- exit codes ------------------------------------------------------------------------------------
 
 
-def test_exit_codes() -> None:
+def test_each_error_has_its_exit_code() -> None:
     assert exit_code(errors.NoProbe("x", "y", {})) == 77
     assert exit_code(errors.KernelLacks("x")) == 77
     assert exit_code(errors.UsageError("x")) == 2
-    for kind in (errors.CaptureError, errors.NotFound, errors.PermissionNeeded, errors.BccError):
-        assert exit_code(kind("x")) == 1
+    for error in (errors.CaptureError, errors.NotFound, errors.PermissionNeeded, errors.BccError):
+        assert exit_code(error("x")) == 1
 
 
 def test_an_error_is_two_lines_without_control_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_plot_writes_and_names_its_file(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
-def test_plot_of_what_is_no_capture(tmp_path: Path) -> None:
+def test_plot_refuses_other_paths_than_captures(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     for name in ("folder", "file", "nothing", "\x1b[2J"):
@@ -224,7 +226,7 @@ def test_plot_of_what_is_no_capture(tmp_path: Path) -> None:
     assert not (tmp_path / "a.png").exists()
 
 
-def test_plot_of_a_newer_capture(tmp_path: Path) -> None:
+def test_plot_of_a_newer_capture_asks_for_an_upgrade(tmp_path: Path) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
     meta = json.loads((capture.path / "meta.json").read_text())
     (capture.path / "meta.json").write_text(json.dumps(meta | {"schema": 999, "version": "9.9"}))
@@ -234,7 +236,7 @@ def test_plot_of_a_newer_capture(tmp_path: Path) -> None:
     assert "Upgrade cwndtrace" in result.stderr
 
 
-def test_plot_of_one_that_is_cut_off_draws_the_rest_and_says_so(tmp_path: Path) -> None:
+def test_plot_of_a_damaged_capture_draws_the_other_records_and_warns(tmp_path: Path) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS, block_io=BLOCKS)
     (part,) = (capture.path / "block_io").glob("*.parquet")
     part.write_bytes(part.read_bytes()[:-100])
@@ -244,7 +246,7 @@ def test_plot_of_one_that_is_cut_off_draws_the_rest_and_says_so(tmp_path: Path) 
     assert (tmp_path / "a.png").exists()
 
 
-def test_plot_into_what_can_not_be_written(tmp_path: Path) -> None:
+def test_plot_names_the_reason_if_its_file_cannot_be_written(tmp_path: Path) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
     (tmp_path / "file").write_text("somebody's")
     (tmp_path / "link.png").symlink_to("file")
@@ -264,7 +266,7 @@ def test_plot_into_what_can_not_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.ps", "a.eps", "a.nonsense", "png", "a.png\n%!.ps"])
-def test_plot_draws_in_three_formats_only(tmp_path: Path, name: str) -> None:
+def test_plot_refuses_other_formats_than_png_svg_and_pdf(tmp_path: Path, name: str) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS)
     result = call("plot", capture.path, "-o", tmp_path / name)
     assert result.exit_code == 2
@@ -274,7 +276,7 @@ def test_plot_draws_in_three_formats_only(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_picture_says_nothing_of_its_name_and_replaces_the_old_one_whole(tmp_path: Path, ending: str) -> None:
+def test_a_picture_does_not_contain_its_file_name_and_replaces_the_old_file(tmp_path: Path, ending: str) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS, block_io=BLOCKS)
     file = tmp_path / f"x\nALL ALL=(ALL) NOPASSWD: ALL\ny.{ending.upper()}"
     file.write_text("the old one")
@@ -285,7 +287,7 @@ def test_a_picture_says_nothing_of_its_name_and_replaces_the_old_one_whole(tmp_p
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_a_file_that_breaks_off_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("the old one")
 
     def fail(file: BinaryIO) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two captures side by side: effects that are there are found and sized, those that aren't are left unsure."""
+"""compare finds and sizes real differences between two captures, and calls others unsure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUMBERS = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
 
 
 @given(NUMBERS, NUMBERS)
-def test_cliffs_delta_is_what_comparing_each_pair_gives(first: list[float], second: list[float]) -> None:
+def test_cliffs_delta_equals_comparing_each_pair(first: list[float], second: list[float]) -> None:
     pairs = [(a > b) - (a < b) for a in first for b in second]
     assert bootstrap.cliffs_delta(values(*first), values(*second)) == pytest.approx(np.mean(pairs))
 
@@ -42,7 +42,7 @@ def test_the_interval_of_means_differs_from_that_of_medians() -> None:
     assert np.isnan(bootstrap.interval(values(1, 2), none)).all()
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_difference_as_often_as_it_claims() -> None:
     rng = np.random.default_rng(3)
     hits = 0
     for seed in range(60):
@@ -55,7 +55,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 
 
 def capture(path: Path, number: int = 20, idle_us: int = 2_000_000, cwnd_after: int = 44, **options: Any) -> Trace:
-    """A connection with ``number`` resets in a minute, each before a burst of 1 MB."""
+    """Write a capture of a connection with ``number`` resets in a minute, each before a burst of 1 MB."""
     sent = [40_100_000 + n * 1_000_000 for n in range(number + 1)]
     resets = [
         frames.reset(2 * n + 1, cwnd_after=cwnd_after + n % 3, bytes_sent=sent[n], idle_us=idle_us)
@@ -75,43 +75,43 @@ def by_measure(before: Trace, after: Trace) -> dict[str, dict[Any, Any]]:
     return {row["measure"]: row for row in out.to_dict("records")}
 
 
-def test_a_cure_is_seen(tmp_path: Path) -> None:
-    found = by_measure(capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0))
-    assert (found["reset_rate"]["before"], found["reset_rate"]["after"]) == (pytest.approx(20), 0)
-    assert found["lost_rate"]["before"] == pytest.approx(20 * 4 * 106_500 / 60)
-    assert found["lost_rate"]["high"] < 0
-    busy = found["busy_per_mb"]
+def test_a_capture_without_resets_shows_less_lost_and_less_busy_time(tmp_path: Path) -> None:
+    rows = by_measure(capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0))
+    assert (rows["reset_rate"]["before"], rows["reset_rate"]["after"]) == (pytest.approx(20), 0)
+    assert rows["lost_rate"]["before"] == pytest.approx(20 * 4 * 106_500 / 60)
+    assert rows["lost_rate"]["high"] < 0
+    busy = rows["busy_per_mb"]
     assert (busy["before"], busy["after"], busy["difference"]) == (250_000, 150_000, -100_000)
     assert (busy["cliffs_delta"], busy["effect"]) == (-1, "large")
-    assert (found["lost"]["n_after"], found["lost"]["effect"]) == (0, "unsure")
+    assert (rows["lost"]["n_after"], rows["lost"]["effect"]) == (0, "unsure")
 
 
-def test_the_same_twice_differs_in_nothing(tmp_path: Path) -> None:
-    found = by_measure(capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd"))
-    assert {row["difference"] for row in found.values()} == {0}
-    assert {row["cliffs_delta"] for row in found.values() if row["centre"] == "median"} == {0}
-    assert {row["effect"] for row in found.values()} <= {"unsure", "none"}
+def test_equal_captures_do_not_differ(tmp_path: Path) -> None:
+    rows = by_measure(capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd"))
+    assert {row["difference"] for row in rows.values()} == {0}
+    assert {row["cliffs_delta"] for row in rows.values() if row["centre"] == "median"} == {0}
+    assert {row["effect"] for row in rows.values()} <= {"unsure", "none"}
 
 
-def test_block_io_by_operation(tmp_path: Path) -> None:
+def test_block_io_latency_is_compared_by_operation(tmp_path: Path) -> None:
     slow, fast = (
         frames.table("block_io", *(frames.block(n, us + n) for n in range(20)), frames.block(30, 5, op="write"))
         for us in (500, 100)
     )
-    found = by_measure(capture(tmp_path / "a.cwnd", block_io=slow), capture(tmp_path / "b.cwnd", block_io=fast))
-    read = found["latency of read"]
+    rows = by_measure(capture(tmp_path / "a.cwnd", block_io=slow), capture(tmp_path / "b.cwnd", block_io=fast))
+    read = rows["latency of read"]
     assert (read["before"], read["after"], read["effect"]) == (509.5, 109.5, "large")
     assert read["low"] <= -400 <= read["high"] < 0
-    assert (found["latency of write"]["n_before"], found["latency of write"]["effect"]) == (1, "unsure")
+    assert (rows["latency of write"]["n_before"], rows["latency of write"]["effect"]) == (1, "unsure")
 
 
-def test_empty_captures_compare_to_nothing_that_differs(tmp_path: Path) -> None:
+def test_empty_captures_do_not_differ(tmp_path: Path) -> None:
     empty = [frames.capture(tmp_path / name) for name in ("a.cwnd", "b.cwnd")]
     assert set(by_measure(*empty)) == {"reset_rate", "lost_rate"}
     assert by_measure(empty[0], capture(tmp_path / "c.cwnd"))["reset_rate"]["effect"] == "large"
 
 
-def test_large_groups_are_sampled() -> None:
+def test_a_large_difference_between_large_groups_is_found() -> None:
     many = np.random.default_rng(1).normal(0, 1, 200_000)
     (row,) = compare.compare({"srtt": many}, {"srtt": many + 10}).to_dict("records")
     assert (row["n_before"], row["effect"]) == (200_000, "large")
@@ -121,7 +121,7 @@ def test_large_groups_are_sampled() -> None:
 # ---- the command ------------------------------------------------------------------------------------
 
 
-def test_the_command_says_both_answers_and_a_table(tmp_path: Path) -> None:
+def test_the_command_prints_both_answers_and_a_table(tmp_path: Path) -> None:
     a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0)
     result = CliRunner().invoke(main, ["compare", str(a.path), str(b.path)])
     assert result.exit_code == 0, result.output
@@ -150,13 +150,13 @@ def test_the_command_says_both_answers_and_a_table(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
-def test_losses_are_said(tmp_path: Path) -> None:
+def test_lost_records_are_a_warning(tmp_path: Path) -> None:
     a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", counts={"cwnd_reset": {"kept": 20, "lost": 3}})
     result = CliRunner().invoke(main, ["compare", str(a.path), str(b.path)])
     assert result.stderr == f"warning: {b.path}: 3 records of cwnd_reset were lost\n"
 
 
-def test_json_has_a_line_a_measure(tmp_path: Path) -> None:
+def test_json_has_one_line_for_each_measure(tmp_path: Path) -> None:
     a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0)
     result = CliRunner().invoke(main, ["compare", "--json", str(a.path), str(b.path)])
     rows = [json.loads(line, parse_constant=lambda text: pytest.fail(text)) for line in result.stdout.splitlines()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reset cost: against a simulation of one burst at a time, and bounds from what the window did afterwards."""
+"""The cost of a reset equals a simulation of one burst, and is bounded by what the window did afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INF = 2_147_483_647
 
 
 def simulated(burst: int, cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, reno: bool) -> int:
-    """The round trips of one burst, one after the other."""
+    """Return the round trips that one burst takes, simulated one at a time."""
     left, limit = math.ceil(burst / mss), max(1, limit_bytes // mss)
     window, trips = float(max(cwnd, 1)), 0
     while left > 0:
@@ -43,13 +43,13 @@ BURST = st.tuples(
 
 
 @given(st.lists(BURST, max_size=8))
-def test_rounds_are_those_of_a_simulation(rows: list[tuple[Any, ...]]) -> None:
+def test_rounds_equal_those_of_a_simulation(rows: list[tuple[Any, ...]]) -> None:
     names = ("burst", "cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
     columns = {n: np.array([row[i] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)}
     assert cost.rounds(**columns).tolist() == [simulated(*row) for row in rows]
 
 
-def test_rounds_leaves_its_arguments_alone() -> None:
+def test_rounds_does_not_change_its_arguments() -> None:
     one = {n: np.array([5]) for n in ("cwnd", "ssthresh", "limit_bytes", "mss", "target")}
     burst = np.array([1000])
     cost.rounds(burst, **one, reno=np.array([True]))
@@ -57,7 +57,7 @@ def test_rounds_leaves_its_arguments_alone() -> None:
 
 
 def regained(cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, reno: bool) -> int:
-    """The round trips in which one window grows to its target, -1 where it never does."""
+    """Return the round trips in which a window grows to its target, -1 if it never does."""
     limit, window, trips = max(1, limit_bytes // mss), float(max(cwnd, 1)), 0
     while window < target:
         if int(window) > limit or trips == 10_000:
@@ -73,7 +73,7 @@ def regained(cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, 
 @given(st.lists(BURST, max_size=8))
 @example([(0, 10, INF, 40 * 1448, 1448, 80, False), (0, 10, INF, 39 * 1448, 1448, 80, False)])
 @example([(0, 1, 1, 10**13, 1448, INF, True), (0, 40, 30, 10**6, 1448, 40, True)])
-def test_windows_come_back_as_in_a_simulation(rows: list[tuple[Any, ...]]) -> None:
+def test_regain_equals_a_simulation(rows: list[tuple[Any, ...]]) -> None:
     names = ("cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
     columns = {
         n: np.array([row[i + 1] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)
@@ -88,15 +88,17 @@ def test_windows_come_back_as_in_a_simulation(rows: list[tuple[Any, ...]]) -> No
         (151, 10, INF, {}, 5),
         (10, 10, INF, {}, 1),
         (0, 10, INF, {}, 0),
-        # 10, 20, 30, 31, 32, 33 and the rest; then with cubic's curve above it 10, 20, 30, 40, 41 and the rest.
+        # reno sends 10, 20, 30, 31, 32, 33 and then 13 segments, cubic 10, 20, 30, 40, 41 and then 29.
         (170, 10, 30, {"reno": True, "target": 40}, 7),
         (170, 10, 30, {"target": 40}, 6),
-        # 10, 20, 25 and the rest.
+        # 10, 20, 25 and the remaining 5.
         (60, 10, INF, {"limit_bytes": 25 * 1448}, 4),
         (3, 10, INF, {"limit_bytes": 100}, 3),
     ],
 )
-def test_round_trips_by_hand(segments: int, cwnd: int, ssthresh: int, more: dict[str, Any], trips: int) -> None:
+def test_rounds_equal_those_computed_by_hand(
+    segments: int, cwnd: int, ssthresh: int, more: dict[str, Any], trips: int
+) -> None:
     path = {"cwnd": cwnd, "ssthresh": ssthresh, "limit_bytes": 10**9, "mss": 1448, "target": 0, "reno": False} | more
     arrays = {name: np.array([value]) for name, value in path.items()}
     assert cost.rounds(np.array([segments * 1448]), **arrays).tolist() == [trips]
@@ -112,34 +114,34 @@ def priced(*resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_
     return out.to_dict("records")
 
 
-def test_a_burst_by_hand() -> None:
-    # 691 segments: 44, 88, 176, 352 and the rest in five round trips; all at once from the window before.
+def test_the_cost_of_a_burst_equals_that_computed_by_hand() -> None:
+    # 691 segments take five round trips of 44, 88, 176, 352 and 31, but only one with the window from before the reset.
     (row,) = priced(frames.reset(1))
     assert (row["burst_bytes"], row["rounds_after"], row["rounds_before"]) == (1_000_000, 5, 1)
     assert (row["rounds_lost"], row["predicted_us"]) == (4, 4 * 106_500)
-    # 44, 88, 176, 352, 704, 1408, 2112 (ssthresh, then half more).
+    # The window grows from 44 to 88, 176, 352, 704, 1408, 2120 (ssthresh) and 2827 in seven round trips.
     assert row["regain_us"] == 7 * 107_000
     assert all(math.isnan(row[name]) for name in cost.MEASURED)
 
 
-def test_the_burst_ends_where_the_next_reset_begins() -> None:
+def test_a_burst_ends_at_the_next_reset() -> None:
     first, last = priced(frames.reset(1), frames.reset(9, bytes_sent=40_100_000 + 5000))
     assert (first["burst_bytes"], first["rounds_lost"]) == (5000, 0)
     assert last["burst_bytes"] == 995_000
 
 
-def test_a_timeout_has_no_price() -> None:
+def test_a_timeout_has_no_predicted_cost() -> None:
     (row,) = priced(frames.reset(1, reason="rto_loss"))
     assert math.isnan(row["predicted_us"])
     assert math.isnan(row["regain_us"])
 
 
-def test_where_nothing_tells_the_burst_nothing_is_predicted() -> None:
+def test_an_unknown_burst_has_no_predicted_cost() -> None:
     (row,) = priced(frames.reset(1), bytes_sent=5)
     assert all(math.isnan(row[name]) for name in ("burst_bytes", "rounds_after", "rounds_lost", "predicted_us"))
 
 
-def test_what_was_acknowledged_while_it_was_followed_is_a_burst_too() -> None:
+def test_bytes_acknowledged_during_the_recovery_are_a_lower_bound_of_the_burst() -> None:
     followed = frames.recovered(1, outcome="closed", bytes_acked=1_000_000)
     (row,) = priced(frames.reset(1), recoveries=[followed], bytes_sent=5)
     assert (row["burst_bytes"], row["rounds_lost"]) == (1_000_000, 4)
@@ -157,45 +159,47 @@ def test_what_was_acknowledged_while_it_was_followed_is_a_burst_too() -> None:
         ("reset_again", 60, 60, 4),
     ],
 )
-def test_a_window_that_hardly_grew_held_nothing_back(outcome: str, end: int, ssthresh_end: int, lost: int) -> None:
+def test_a_window_that_hardly_grew_bounds_the_lost_round_trips(
+    outcome: str, end: int, ssthresh_end: int, lost: int
+) -> None:
     followed = frames.recovered(1, outcome=outcome, cwnd_end=end, ssthresh_end=ssthresh_end, bytes_acked=9)
     (row,) = priced(frames.reset(1), recoveries=[followed])
     assert (row["rounds_lost"], row["predicted_us"]) == (lost, lost * 106_500)
     assert math.isnan(row["measured_us"])
 
 
-def test_the_time_until_the_window_was_back_is_an_upper_bound() -> None:
+def test_the_time_to_regain_the_window_bounds_the_cost() -> None:
     followed = frames.recovered(1, took_s=0.9, bytes_acked=3_000_000)
     (row,) = priced(frames.reset(1), recoveries=[followed])
-    # 2072 segments fit the window before: one round trip.
+    # The 2072 segments fit into the window from before the reset, so they would have taken one round trip.
     assert row["regained_us"] == 900_000
     assert row["measured_us"] == 900_000 - 106_500
 
 
-def test_a_limit_keeps_a_window_from_coming_back() -> None:
+def test_a_window_above_the_receivers_window_is_never_regained() -> None:
     (row,) = priced(frames.reset(1, snd_wnd=1448 * 2000))
     assert math.isnan(row["regain_us"])
 
 
 @pytest.mark.parametrize(("least", "counted"), [(100_000, 100_000), (2**32 - 1, 150_000)])
-def test_the_least_round_trip_counts_where_it_is_known(least: int, counted: int) -> None:
-    """The smoothed one may hold the queue of the burst before the idle time."""
+def test_costs_are_in_minimum_round_trips_where_they_are_known(least: int, counted: int) -> None:
+    """srtt may include the queue that the burst before the idle time built up."""
     (row,) = priced(frames.reset(1, srtt_us=150_000, min_rtt_us=least))
     assert (row["round_us"], row["rounds_lost"], row["predicted_us"]) == (counted, 4, 4 * counted)
     assert row["regain_us"] == 7 * 150_000
 
 
-def test_another_reset_of_the_socket_is_not_this_one() -> None:
+def test_a_recovery_of_another_reset_or_socket_is_not_used() -> None:
     again, other = frames.recovered(2, took_s=0.1), frames.recovered(1, took_s=0.3, skaddr=7)
     (row,) = priced(frames.reset(1), recoveries=[again, other])
     assert math.isnan(row["regained_us"])
 
 
-def test_other_columns_and_rows_stay() -> None:
+def test_price_keeps_other_columns_and_all_rows() -> None:
     r = frames.pandas(frames.story(seed=5)[0]).assign(burst_bytes=5.0)
     out = cost.price(r.sample(frac=1, random_state=1))
     pd.testing.assert_frame_equal(out[r.columns].sort_index(), r)
 
 
-def test_nothing_costs_nothing() -> None:
+def test_no_resets_have_no_costs() -> None:
     assert priced() == []

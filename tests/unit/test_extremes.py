@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values at the ends of their ranges: right figures and whole pages come of them, and no warning of numpy's."""
+"""Values at the ends of their ranges give right figures, complete pages and no warning of numpy's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXTREMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-def test_an_extreme_value(name: str, tmp_path: Path) -> None:
+def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path) -> None:
     fields = EXTREMES[name]
     path = tmp_path / "a.cwnd"
     writer = store.CaptureWriter.create(path, frames.meta())
@@ -54,26 +54,26 @@ def test_an_extreme_value(name: str, tmp_path: Path) -> None:
     assert len(trace.summary()) >= 1
     assert str(trace.host())
     trace.remedies()
-    done = CliRunner().invoke(main, ["report", str(path)])
-    assert done.exit_code == 0, (done.output, done.exception)
+    result = CliRunner().invoke(main, ["report", str(path)])
+    assert result.exit_code == 0, (result.output, result.exception)
 
 
-def test_all_of_them_on_a_page_and_in_a_picture(tmp_path: Path) -> None:
+def test_extreme_values_are_shown_on_a_page_and_in_a_picture(tmp_path: Path) -> None:
     rows = [frames.reset(n, **fields) for n, fields in enumerate(EXTREMES.values(), start=1)]
     path = frames.capture(tmp_path / "a.cwnd", resets=frames.table("cwnd_reset", *rows)).path
     page, picture = tmp_path / "page.html", tmp_path / "a.png"
     for arguments in (["report", str(path), "--json"], ["report", str(path), "--html", str(page)]):
-        done = CliRunner().invoke(main, arguments)
-        assert done.exit_code == 0, (arguments, done.output, done.exception)
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
         if "--json" in arguments:
-            json.loads(done.stdout, parse_constant=pytest.fail)
-    done = CliRunner().invoke(main, ["plot", str(path), "-o", str(picture)])
-    assert done.exit_code == 0, (done.output, done.exception)
+            json.loads(result.stdout, parse_constant=pytest.fail)
+    result = CliRunner().invoke(main, ["plot", str(path), "-o", str(picture)])
+    assert result.exit_code == 0, (result.output, result.exception)
     assert page.stat().st_size > 10_000
     assert picture.stat().st_size > 10_000
 
 
-def test_they_come_through_a_session() -> None:
+def test_extreme_values_pass_through_a_session() -> None:
     raw = b"".join(frames.reset(n, **fields).tobytes() for n, fields in enumerate(EXTREMES.values(), start=1))
     (batch,) = Session(FakeSource([("cwnd_reset", raw)])).step()
     for row, fields in zip(batch.to_dicts(), EXTREMES.values(), strict=True):

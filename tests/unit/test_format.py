@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values as a person reads them."""
+"""Values are formatted for people."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cwndtrace import format as fmt
         (3_600_000_000, "3600 s"),
     ],
 )
-def test_spans(us: float, text: str) -> None:
+def test_spans_have_three_digits_and_a_unit(us: float, text: str) -> None:
     assert fmt.span(us) == text
 
 
@@ -46,43 +46,43 @@ def test_a_span_never_shows_more_than_three_digits(us: float) -> None:
         (5e15, "5000 TB"),
     ],
 )
-def test_sizes(count: float, text: str) -> None:
+def test_sizes_have_decimal_units(count: float, text: str) -> None:
     assert fmt.size(count) == text
 
 
-def test_thresholds() -> None:
+def test_an_infinite_threshold_is_inf() -> None:
     assert fmt.threshold(2120) == "2120"
     assert fmt.threshold(0x7FFFFFFF) == "inf"
 
 
-def test_endpoints() -> None:
+def test_ipv6_addresses_of_endpoints_are_in_brackets() -> None:
     assert fmt.endpoint("10.0.0.1", 443) == "10.0.0.1:443"
     assert fmt.endpoint("2001:db8::1", 443) == "[2001:db8::1]:443"
     row = {"saddr": "10.0.0.1", "sport": 1, "daddr": "::1", "dport": 2}
     assert fmt.connection(row) == "10.0.0.1:1 > [::1]:2"
 
 
-def test_processes() -> None:
+def test_a_process_is_its_name_and_pid_without_control_characters() -> None:
     assert fmt.process("nginx", 7) == "nginx[7]"
     assert fmt.process("", 0) == "-"
     assert fmt.process("\x1b[2Jevil\n", 7) == "?[2Jevil?[7]"
 
 
-def test_what_was_lost() -> None:
+def test_lost_records_are_counted_in_the_right_number() -> None:
     assert fmt.lost(1, "record", "block_io") == "1 record of block_io was lost"
     assert fmt.lost(2345, "block request") == "2,345 block requests were lost"
 
 
-def test_a_number_stays_with_what_it_counts() -> None:
+def test_a_number_and_its_unit_are_joined_by_a_no_break_space() -> None:
     nb = "\u00a0"
     assert fmt.unbroken("saves 11.0 s, 3 of 1,234 connections, 12 %; 2 -> 1") == (
         f"saves 11.0{nb}s, 3{nb}of 1,234{nb}connections, 12{nb}%; 2 -> 1"
     )
-    # What may be pasted into a shell.
+    # A command may be pasted into a shell, so its spaces stay.
     command = "ip netns exec web-1 ip route change 10.0.0.0/24 via 10.0.0.1 dev eth0 proto static; ip -6 addr"
     assert fmt.unbroken(command) == command
 
 
 @pytest.mark.parametrize(("count", "text"), [(16, "16 B"), (100_000, "100 kB"), (1_500_000, "1.5 MB"), (2e9, "2 GB")])
-def test_a_size_that_was_chosen_has_no_zeros(count: float, text: str) -> None:
+def test_a_chosen_size_has_no_trailing_zeros(count: float, text: str) -> None:
     assert fmt.nominal_size(count) == text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guided fuzzer begins with all that tests/fuzz.py has, and holds an input to the same."""
+"""The guided fuzzer starts from every shape of tests/fuzz.py, and applies the same limits to its inputs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_every_shape_is_a_seed(target: Any, tmp_path: Path) -> None:
     assert all((name, raw) in files for _, name, raw in target.shapes)
 
 
-def test_a_shape_is_changed_near_its_end(target: Any) -> None:
+def test_the_changes_of_a_shape_count_from_its_end(target: Any) -> None:
     first = bytes([len(target.names)])
     name, raw, _ = target.file(first)
     assert target.file(first + b"\x02\x00X") == (name, raw[:-3] + b"X" + raw[-2:], fuzz.ALL)
 
 
-def test_what_an_input_put_there_is_gone_in_the_next(target: Any) -> None:
+def test_each_input_starts_from_the_unchanged_capture(target: Any) -> None:
     shape = bytes([len(target.names)])
     for data in (
         shape,
@@ -43,12 +43,12 @@ def test_what_an_input_put_there_is_gone_in_the_next(target: Any) -> None:
         b"\x00" + target.base["meta.json"],
     ):
         target.run(data)
-    found = {str(path.relative_to(target._folder)): path.read_bytes() for path in target._folder.rglob("*.*")}
-    assert found == target.base
+    files = {str(path.relative_to(target._folder)): path.read_bytes() for path in target._folder.rglob("*.*")}
+    assert files == target.base
 
 
 @pytest.mark.parametrize(("bound", "raised"), [("PEAK", fuzz.Greedy), ("SECONDS", TimeoutError)])
-def test_an_input_has_the_bounds_of_a_case(
+def test_an_input_that_exceeds_the_limits_of_a_case_raises(
     target: Any, monkeypatch: pytest.MonkeyPatch, bound: str, raised: type[Exception]
 ) -> None:
     data = bytes([len(target.names) + list(fuzz.SHAPES).index("as much metadata as may be")])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sample capture's figures worked out once more, in plain Python over the rows as --json prints them."""
+"""The figures of the sample capture equal those that plain Python computes from the rows, as --json prints them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def rows() -> dict[str, list[Row]]:
     return {name: arrow.table_to_dicts(name, capture.table(name)) for name in arrow.TABLES}
 
 
-def of_socket(rows: list[Row]) -> dict[tuple[int, int, int], list[Row]]:
-    """Rows by connection (in this capture ports in a namespace are used once), in order of time."""
-    found: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
+def by_socket(rows: list[Row]) -> dict[tuple[int, int, int], list[Row]]:
+    """Group rows by connection, in order of time. In this capture no ports of a namespace are used twice."""
+    groups: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: int(row["ts_ns"])):
-        found[row["netns_ino"], row["sport"], row["dport"]].append(row)
-    return found
+        groups[row["netns_ino"], row["sport"], row["dport"]].append(row)
+    return groups
 
 
 def round_trips(burst: float, cwnd: int, ssthresh: int, reset: Row, limit: float) -> int:
-    """A burst sent round trip by round trip, as the kernel lets it."""
+    """Return the round trips of a burst, simulated by the kernel's rules."""
     left, window, trips = math.ceil(burst / reset["mss"]), float(cwnd), 0
     most = max(1, int(limit // reset["mss"]))
     while left > 0:
@@ -55,7 +55,7 @@ def round_trips(burst: float, cwnd: int, ssthresh: int, reset: Row, limit: float
 
 
 def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: Row | None) -> float:
-    """What one reset cost, estimated."""
+    """Return the estimated cost of one reset, in us."""
     last = max((s["bytes_sent"] for s in snapshots), default=-1)
     end = following["bytes_sent"] if following else last
     burst = max(end - reset["bytes_sent"], recovery["bytes_acked"] if recovery else -1)
@@ -72,25 +72,25 @@ def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: R
     return float(lost * reset["min_rtt_us"])
 
 
-def test_what_each_connection_lost(trace: Trace, rows: dict[str, list[Row]]) -> None:
+def test_the_lost_time_of_each_connection_equals_a_simulation(trace: Trace, rows: dict[str, list[Row]]) -> None:
     recoveries = {(r["skaddr"], r["reset_ts_ns"]): r for r in rows["cwnd_recovery"]}
-    snapshots = of_socket(rows["connections"])
+    snapshots = by_socket(rows["connections"])
     expected: dict[tuple[int, int, int], float] = {}
-    for key, resets in of_socket(rows["cwnd_reset"]).items():
+    for key, resets in by_socket(rows["cwnd_reset"]).items():
         pairs = zip(resets, [*resets[1:], None], strict=True)
         expected[key] = sum(
             lost_us(reset, following, snapshots[key], recoveries.get((reset["skaddr"], reset["ts_ns"])))
             for reset, following in pairs
         )
     summary = trace.summary()
-    found = {(r["netns_ino"], r["sport"], r["dport"]): r["lost_us"] for r in summary.to_dict("records")}
-    assert {key: found[key] for key in expected} == pytest.approx(expected)
-    assert {lost for key, lost in found.items() if key not in expected} == {0.0}
+    by_connection = {(r["netns_ino"], r["sport"], r["dport"]): r["lost_us"] for r in summary.to_dict("records")}
+    assert {key: by_connection[key] for key in expected} == pytest.approx(expected)
+    assert {lost for key, lost in by_connection.items() if key not in expected} == {0.0}
     assert trace.host().lost_us == pytest.approx(sum(expected.values()))
     assert sum(expected.values()) > 5e6
 
 
-def test_why_each_had_rested(trace: Trace, rows: dict[str, list[Row]]) -> None:
+def test_the_cause_of_idle_time_of_each_reset_equals_a_simulation(trace: Trace, rows: dict[str, list[Row]]) -> None:
     expected = []
     for reset in sorted(rows["cwnd_reset"], key=lambda row: int(row["ts_ns"])):
         own = min(reset["last_rcv_us"], reset["idle_us"])
@@ -108,7 +108,7 @@ def test_why_each_had_rested(trace: Trace, rows: dict[str, list[Row]]) -> None:
     assert {cause for cause, _ in expected} == {"peer", "disk"}
 
 
-def test_block_io_percentiles(trace: Trace, rows: dict[str, list[Row]]) -> None:
+def test_block_io_percentiles_equal_those_computed_by_hand(trace: Trace, rows: dict[str, list[Row]]) -> None:
     (row,) = trace.block_summary().to_dict("records")
     for part, first, last in (("latency", "start_ns", "done_ns"), ("service", "issue_ns", "done_ns")):
         values = sorted((b[last] - b[first]) / 1000 for b in rows["block_io"])

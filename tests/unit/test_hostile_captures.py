@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captures from a stranger: only CaptureError comes out, and no more memory or time goes in than a capture is worth.
+"""Untrusted captures raise only CaptureError, and take no more memory and time than their size justifies.
 
 ``python -m tests.fuzz`` is the long form of the first test.
 """
@@ -39,21 +39,21 @@ from tests.unit import frames
 SOME = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def test_mutated_files_in_short(tmp_path: Path) -> None:
-    found = fuzz.batches(len(fuzz.SHAPES), 40, draw_every=39, keep=tmp_path / "case")
-    assert found.failures == []
-    assert found.outcomes.total() == 40
-    # Of each kind something was refused or read, so that the mutations are neither idle nor deadly.
-    assert {name.partition(":")[0] for name in found.outcomes} == {
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    summary = fuzz.batches(len(fuzz.SHAPES), 40, draw_every=39, keep=tmp_path / "case")
+    assert summary.failures == []
+    assert summary.outcomes.total() == 40
+    # Cases of each kind were refused or read, so no kind of mutation goes untested.
+    assert {name.partition(":")[0] for name in summary.outcomes} == {
         "parquet", "plain parquet", "meta bytes", "meta values", "values", "raw", "shape",
     }  # fmt: skip
 
 
-def test_what_asks_for_more_than_it_is_worth(tmp_path: Path) -> None:
-    found = fuzz.batches(0, len(fuzz.SHAPES), draw_every=0, keep=tmp_path / "case")
-    assert found.failures == []
-    assert found.outcomes.total() == len(fuzz.SHAPES)
-    assert found.outcomes["metadata of nothing: refused"] == 1
+def test_shapes_that_ask_for_too_much_stay_within_the_limits(tmp_path: Path) -> None:
+    summary = fuzz.batches(0, len(fuzz.SHAPES), draw_every=0, keep=tmp_path / "case")
+    assert summary.failures == []
+    assert summary.outcomes.total() == len(fuzz.SHAPES)
+    assert summary.outcomes["metadata of nothing: refused"] == 1
 
 
 JSON = st.recursive(
@@ -66,7 +66,7 @@ META = {name: JSON for name in frames.meta() if name != "schema"} | dict.fromkey
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A capture whose meta.json may be written over."""
+    """A capture whose meta.json tests may overwrite."""
     resets, connections = frames.story(seconds=10)
     path = tmp_path_factory.mktemp("hostile") / "a.cwnd"
     return frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(20)).path
@@ -74,14 +74,14 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @SOME
 @given(st.fixed_dictionaries({}, optional=META))
-def test_any_metadata(sample: Path, meta: dict[str, Any]) -> None:
+def test_any_values_in_metadata_are_read_or_refused(sample: Path, meta: dict[str, Any]) -> None:
     (sample / "meta.json").write_text(json.dumps({**frames.meta(), **meta, "schema": 1}))
     use(sample)
 
 
 @SOME
 @given(st.binary(max_size=300))
-def test_any_bytes_in_place_of_a_file(sample: Path, raw: bytes) -> None:
+def test_any_bytes_in_place_of_a_file_are_read_or_refused(sample: Path, raw: bytes) -> None:
     (sample / "meta.json").write_bytes(raw)
     use(sample)
     part = next((sample / "cwnd_reset").glob("*.parquet"))
@@ -98,7 +98,7 @@ def test_any_bytes_in_place_of_a_file(sample: Path, raw: bytes) -> None:
 
 
 def use(path: Path) -> None:
-    """All that is done with a capture in passing."""
+    """Do with a capture what every command does; only a printable CaptureError may be raised."""
     try:
         trace = cwndtrace.load(path)
         repr(trace)
@@ -108,15 +108,15 @@ def use(path: Path) -> None:
         trace.remedies()
         json.dumps(content.as_json(content.report(trace)), allow_nan=False)
     except CaptureError as e:
-        plain = e.cause.isprintable() and e.remedy != ""
+        readable = e.cause.isprintable() and e.remedy != ""
     else:
-        plain = True
-    assert plain
+        readable = True
+    assert readable
 
 
 @SOME
 @given(st.binary(max_size=200), st.integers(0, 40_000))
-def test_any_stream_of_raw_records(tmp_path: Path, raw: bytes, at: int) -> None:
+def test_any_stream_of_raw_records_is_read_or_refused(tmp_path: Path, raw: bytes, at: int) -> None:
     whole = fuzz.RAW.read_bytes()
     at = min(at, len(whole))
     file = tmp_path / "trace.raw"
@@ -146,7 +146,7 @@ def in_place(path: Path, make: Callable[[Path], object]) -> None:
 
 ODD: dict[str, Callable[[Path], object]] = {
     "a link": lambda path: path.symlink_to("/etc/passwd"),
-    "a link to what it was": lambda path: path.symlink_to(f"{path.name}.aside"),
+    "a link to the original": lambda path: path.symlink_to(f"{path.name}.aside"),
     "a pipe": os.mkfifo,
     "a folder": Path.mkdir,
     "a link to a device without end": lambda path: path.symlink_to("/dev/zero"),
@@ -154,7 +154,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_a_part_that_is_no_file(capture: Path, odd: str) -> None:
+def test_a_part_that_is_no_regular_file_is_left_out(capture: Path, odd: str) -> None:
     part = next((capture / "cwnd_reset").glob("*.parquet"))
     in_place(part, ODD[odd])
     begin = time.process_time()
@@ -166,18 +166,18 @@ def test_a_part_that_is_no_file(capture: Path, odd: str) -> None:
     assert missing.endswith(f"records of cwnd_reset are not in the capture; missing: cwnd_reset/{part.name}")
     assert line.startswith(f"cwnd_reset/{part.name} is cut off or corrupt")
     assert "root:" not in line
-    # Of CPU, since others may have the CPUs; what waits for ever is ended by the time limit of each test.
+    # This is CPU time, because other processes may use the CPUs. pytest's timeout ends a read that waits forever.
     assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_metadata_that_is_no_file(capture: Path, odd: str) -> None:
+def test_metadata_that_is_no_regular_file_is_refused(capture: Path, odd: str) -> None:
     in_place(capture / "meta.json", ODD[odd])
     with pytest.raises(CaptureError):
         cwndtrace.load(capture)
 
 
-def test_a_table_that_is_a_link(capture: Path, tmp_path: Path) -> None:
+def test_a_table_that_is_a_symbolic_link_is_left_out(capture: Path, tmp_path: Path) -> None:
     (capture / "cwnd_reset").rename(tmp_path / "elsewhere")
     (capture / "cwnd_reset").symlink_to(tmp_path / "elsewhere")
     trace = cwndtrace.load(capture)
@@ -186,7 +186,7 @@ def test_a_table_that_is_a_link(capture: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../b.cwnd/cwnd_reset", "/etc", "..", ".", "", "cwnd_reset/../cwnd_reset", "a\0b"])
-def test_names_that_lead_out_of_the_capture(capture: Path, name: str) -> None:
+def test_table_names_that_lead_out_of_the_capture_are_refused(capture: Path, name: str) -> None:
     with pytest.raises(KeyError):
         store.open_capture(capture).table(name)
 
@@ -201,7 +201,7 @@ def write(capture: Path, table: pa.Table, **options: Any) -> Path:
 
 
 def refused(capture: Path) -> list[str]:
-    """Why the resets of a capture are left out, of which it says as well that they are missing."""
+    """Return the reasons why a capture's resets are left out. It must warn that they are missing and take < 200 MB."""
     trace = cwndtrace.load(capture)
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert trace.resets.empty
@@ -212,7 +212,7 @@ def refused(capture: Path) -> list[str]:
     return reasons
 
 
-def test_rows_that_take_no_place_in_the_file(capture: Path) -> None:
+def test_too_many_rows_of_a_small_file_are_refused(capture: Path) -> None:
     count = 150_000_000
     batch = pa.table({name: pa.array([1] * 1_000_000, pa.int8()) for name in ("tgid", "tid")})
     part = next((capture / "cwnd_reset").glob("*.parquet"))
@@ -223,14 +223,14 @@ def test_rows_that_take_no_place_in_the_file(capture: Path) -> None:
     assert f"it says that it holds {count:,} rows" in refused(capture)[0]
 
 
-def test_a_page_that_unpacks_to_far_more(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_unpacks_to_far_more_is_refused(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_limits, "MOST_BYTES", 100 << 20)
     part = write(capture, pa.table({"comm": [b"\0" * (40 << 20)] * 3}), use_dictionary=False, compression="zstd")
     assert part.stat().st_size < 100_000
     assert "its pages would unpack to more than" in refused(capture)[0]
 
 
-def test_a_page_that_lies_about_its_size(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_with_a_wrong_size_is_refused(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = write(capture, pa.table({"tgid": list(range(100_000))}), use_dictionary=False, compression="none")
     monkeypatch.setattr(parquet_limits, "MOST_BYTES", 1_000_000)
     with files.parquet(part):
@@ -253,14 +253,14 @@ def test_a_page_that_lies_about_its_size(capture: Path, monkeypatch: pytest.Monk
         (pa.table({f"c{n}": [1] for n in range(300)}), "300 columns in 1 group are too many"),
     ],
 )
-def test_shapes_that_no_capture_has(capture: Path, table: pa.Table, why: str) -> None:
+def test_columns_that_no_capture_has_are_refused(capture: Path, table: pa.Table, why: str) -> None:
     write(capture, table)
     assert why in refused(capture)[0]
 
 
-def test_metadata_without_end(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_without_limit_is_refused(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (capture / "meta.json").open("r+b") as file:
-        file.truncate(1 << 40)  # a hole: it takes no place on the disk
+        file.truncate(1 << 40)  # a sparse file: it takes no space on the disk
     with pytest.raises(CaptureError, match=r"it has 1,099,511,627,776 bytes"):
         cwndtrace.load(capture)
     (capture / "meta.json").write_text("[" * 100_000)
@@ -273,7 +273,7 @@ def test_metadata_without_end(capture: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_any_thrift(seed: int) -> None:
+def test_any_bytes_parse_as_thrift_or_are_refused(seed: int) -> None:
     rng = random.Random(seed)
     thrift = parquet_limits.Thrift(rng.randbytes(rng.randrange(200)))
     with suppress(parquet_limits.UnsafeFile):
@@ -281,7 +281,7 @@ def test_any_thrift(seed: int) -> None:
         assert thrift.at <= 200
 
 
-def test_the_headers_that_pyarrow_writes_are_read_to_their_end(capture: Path) -> None:
+def test_the_page_headers_of_pyarrow_are_read_to_the_last(capture: Path) -> None:
     for options in ({}, {"data_page_version": "2.0"}, {"compression": "none", "write_page_checksum": True}):
         table = frames.disk(5000)
         part = write(capture, table, data_page_size=1000, **options)
@@ -291,7 +291,7 @@ def test_the_headers_that_pyarrow_writes_are_read_to_their_end(capture: Path) ->
             for index, chunk in enumerate(footer[4][0][1]):
                 known = meta.row_group(0).column(index)
                 assert (chunk[3][9], chunk[3][7]) == (known.data_page_offset, known.total_compressed_size)
-                # The footer counts the headers too, so it is a little more.
+                # The footer's size includes the headers, so it is a little larger.
                 work = parquet_limits._Work()
                 parquet_limits._unpacked(file, *parquet_limits._place(size, chunk[3]), work)
                 assert 0 <= known.total_uncompressed_size - work.unpacked < known.total_uncompressed_size * 0.5 + 200
@@ -299,8 +299,8 @@ def test_the_headers_that_pyarrow_writes_are_read_to_their_end(capture: Path) ->
             assert (names, footer[3]) == (meta.schema.names, meta.num_rows)
 
 
-def test_what_arrow_would_not_have_looked_at(capture: Path) -> None:
-    """Text that is no UTF-8, in a column that says it is."""
+def test_text_that_is_not_utf_8_is_left_out(capture: Path) -> None:
+    """A column of type string holds bytes that aren't UTF-8."""
     column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
     write(capture, pa.table({"comm": column}))
     assert "UTF" in refused(capture)[0]
@@ -331,7 +331,7 @@ print(read, len(whole) - footer)
 
 
 def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
-    """pyarrow's view of a group of rows does that: it throws through Python where a statistic has a wrong length."""
+    """pyarrow's metadata of a row group isn't used: its C++ exception ends it if a statistic has a wrong length."""
     part = tmp_path / "part-000001.parquet"
     part.write_bytes(next(raw for name, raw in fuzz.base(True).items() if "cwnd_sample" in name))
     done = subprocess.run(
@@ -343,15 +343,15 @@ def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("table", arrow.TABLES)
-def test_a_part_without_any_one_column_opens_and_nothing_is_concluded_from_it(tmp_path: Path, table: str) -> None:
-    """As an older recording has it. The column is missing values, and the answer says what it lacks."""
+def test_a_part_without_one_column_opens_and_gives_no_verdict(tmp_path: Path, table: str) -> None:
+    """A recording of an older version may lack it. Its values are missing then, and the answer names the column."""
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, table)
     attribute = {"cwnd_reset": "resets", "cwnd_recovery": "recoveries", "cwnd_sample": "samples"}.get(table, table)
     for number, name in enumerate(whole.column_names):
         pq.write_table(whole.drop_columns([name]), part)
         trace = cwndtrace.load(path)
-        if number % 5 == 0:  # an analysis of all tables is behind each frame
+        if number % 5 == 0:  # building a frame analyses all tables, which is slow
             frame = getattr(trace, attribute)
             assert (len(frame), frame[name].isna().sum()) == (len(whole), len(whole))
         why = trace._lacking()
@@ -363,19 +363,19 @@ def test_a_part_without_any_one_column_opens_and_nothing_is_concluded_from_it(tm
 
 
 @pytest.mark.parametrize("table", arrow.TABLES)
-def test_what_no_conclusion_needs_may_lack(tmp_path: Path, table: str) -> None:
+def test_a_column_that_no_verdict_needs_may_be_missing(tmp_path: Path, table: str) -> None:
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, table)
     before = content.as_json(content.report(cwndtrace.load(path)))
     kept = {*arrow.needed(table), *arrow.MAY_BE_NULL}
     pq.write_table(whole.select([name for name in whole.column_names if name in kept]), part)
     after = content.as_json(content.report(cwndtrace.load(path)))
-    assert [{**found, "caveats": []} for found in (before, after)] == [{**before, "caveats": []}] * 2
+    assert [{**report, "caveats": []} for report in (before, after)] == [{**before, "caveats": []}] * 2
 
 
 @pytest.mark.parametrize("table", arrow.TABLES)
-def test_every_command_takes_a_part_of_an_older_recording(tmp_path: Path, table: str) -> None:
-    """Beside one that has all columns: what can be said of that one is."""
+def test_every_command_accepts_a_part_of_an_older_recording(tmp_path: Path, table: str) -> None:
+    """A second part has all columns, and is reported."""
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, table)
     lacks = {"cwnd_reset": "mss", "connections": "bytes_sent", "block_io": "done_ns", "cwnd_recovery": "srtt_us"}
@@ -391,7 +391,7 @@ def test_every_command_takes_a_part_of_an_older_recording(tmp_path: Path, table:
     staircase.staircase(trace.resets)
 
 
-def test_a_time_beyond_all_calendars_makes_a_part_unreadable(tmp_path: Path) -> None:
+def test_a_time_that_pandas_cannot_represent_makes_a_part_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, "cwnd_reset")
     times = whole.column("time").cast(pa.int64()).to_pylist()
@@ -405,7 +405,7 @@ def test_a_time_beyond_all_calendars_makes_a_part_unreadable(tmp_path: Path) -> 
 
 
 def one_part(path: Path, table: str) -> tuple[Path, pa.Table]:
-    """A capture whose resets are harmful; the only part of a table, and what it holds."""
+    """Write a capture whose resets are harmful; return the only part of a table, and its rows."""
     resets, connections = frames.story(seconds=8)
     recoveries = frames.table("cwnd_recovery", frames.recovered(), frames.recovered(2))
     frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(5), recoveries=recoveries)
@@ -417,7 +417,7 @@ def one_part(path: Path, table: str) -> tuple[Path, pa.Table]:
     return part, pq.ParquetFile(part).read()
 
 
-def test_memory_that_runs_out_is_said_as_such(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_raises_an_error_that_says_so(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*_: object) -> None:
         raise pa.ArrowMemoryError("malloc of size 64 failed")
 
@@ -433,8 +433,8 @@ LIBRARIES = (
 )
 
 
-def test_a_report_that_finds_no_memory_says_so(tmp_path: Path) -> None:
-    """In an address space that has room for the libraries, and for too little of the rows."""
+def test_a_report_without_enough_memory_says_so(tmp_path: Path) -> None:
+    """The address space is limited to what the libraries need and a little more, from 8 MiB to enough for all rows."""
     rows = np.repeat(frames.block(), 600_000)
     rows["done_ns"] += np.arange(len(rows), dtype=np.uint64)
     resets, connections = frames.story(seconds=8)
@@ -447,7 +447,7 @@ def test_a_report_that_finds_no_memory_says_so(tmp_path: Path) -> None:
         done = subprocess.run(
             [*limit, *python, "-m", "cwndtrace", "report", str(path)], capture_output=True, text=True, check=False
         )
-        said = done.stderr.splitlines()
-        assert done.returncode == bool(said), (more, done)
-        assert not said or (len(said) == 2 and said[0].startswith("cwndtrace: Memory ran out")), (more, done)
-        assert enough in (None, not said), (more, done)
+        stderr = done.stderr.splitlines()
+        assert done.returncode == bool(stderr), (more, done)
+        assert not stderr or (len(stderr) == 2 and stderr[0].startswith("cwndtrace: Memory ran out")), (more, done)
+        assert enough in (None, not stderr), (more, done)

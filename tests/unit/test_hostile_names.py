@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names from outside (processes, devices, namespaces, cgroups, hosts) on every surface that shows them."""
+"""Untrusted names (of processes, devices, namespaces, cgroups, hosts) do no harm wherever they are shown."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ NAMES = {
     "a formula": "=cmd|' /C calc'!A0",
 }
 DRAWN = ("control characters", "HTML", "mathtext", "256 bytes of UTF-8")
-"""Those that mean something to a page or a picture; drawing takes long."""
+"""Names that a page or a picture could misread. Drawing is slow, so only these are drawn."""
 assert len(NAMES["256 bytes of UTF-8"].encode()) == 257
 
 
 def hostile(path: Path, name: str) -> Trace:
-    """A capture in which all names are one, as far as each has room."""
+    """Write a capture in which every name is ``name``, cut to its field."""
     short = name.encode()[:16]
     resets = frames.table("cwnd_reset", frames.reset(5, comm=short, ca_name=short), frames.reset(7, comm=short))
     seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=name, ca_name=name) for t in (0, 9)]
@@ -57,7 +57,7 @@ def call(*arguments: str) -> str:
 
 
 def assert_harmless(text: str) -> None:
-    """Nothing in it steers a terminal or turns text round."""
+    """Assert that ``text`` has no control or bidi characters."""
     assert [line for line in text.split("\n") if not line.isprintable()] == []
 
 
@@ -66,12 +66,12 @@ def trace(request: pytest.FixtureRequest, tmp_path: Path) -> Trace:
     return hostile(tmp_path / "a.cwnd", NAMES[request.param])
 
 
-def test_the_terminal(trace: Trace) -> None:
+def test_hostile_names_are_harmless_in_a_terminal(trace: Trace) -> None:
     assert_harmless(call("report", str(trace.path)))
     assert_harmless(call("compare", str(trace.path), str(trace.path)))
 
 
-def test_json(trace: Trace) -> None:
+def test_json_of_hostile_names_is_printable_ascii(trace: Trace) -> None:
     for output in (
         call("report", str(trace.path), "--json"),
         call("compare", str(trace.path), str(trace.path), "--json"),
@@ -81,20 +81,20 @@ def test_json(trace: Trace) -> None:
         assert all(isinstance(json.loads(line), dict) for line in output.splitlines())
 
 
-def test_json_says_the_name_to_the_letter() -> None:
+def test_json_keeps_each_character_of_a_name() -> None:
     for name in NAMES.values():
         line = fmt.json_line({"comm": name})
         assert_harmless(line)
         assert json.loads(line) == {"comm": name}
 
 
-def test_reprs_and_frames(trace: Trace) -> None:
+def test_reprs_and_frames_are_harmless(trace: Trace) -> None:
     key = trace.summary()["connection"].iloc[0]
-    shown: list[Any] = [trace, trace.connection(key), trace.connection(key).verdict, trace.host(), trace.explain(0)]
-    for each in shown:
-        assert_harmless(repr(each))
-        assert_harmless(str(each))
-        if html := getattr(each, "_repr_html_", lambda: "")():
+    objects: list[Any] = [trace, trace.connection(key), trace.connection(key).verdict, trace.host(), trace.explain(0)]
+    for item in objects:
+        assert_harmless(repr(item))
+        assert_harmless(str(item))
+        if html := getattr(item, "_repr_html_", lambda: "")():
             assert_harmless(html)
             assert "<img" not in html
     frames_of = (trace.resets, trace.connections, trace.block_io, trace.summary(), trace.verdicts, trace.remedies())
@@ -105,12 +105,12 @@ def test_reprs_and_frames(trace: Trace) -> None:
             assert_harmless(frame.to_html())
 
 
-def test_live_batches() -> None:
+def test_live_batches_are_harmless() -> None:
     for name in NAMES.values():
         table = frames.table("cwnd_reset", frames.reset(5, comm=name.encode()[:16]), frames.reset(6, comm=b"a\x01"))
         batch = Batch("cwnd_reset", table)
         assert_harmless(batch.to_pandas().to_csv())
-        # JSON keeps it, and escapes it.
+        # JSON keeps control characters, and escapes them.
         assert batch.to_dicts()[1]["comm"] == "a\x01"
         assert_harmless("".join(fmt.json_line(row) for row in batch.to_dicts()))
 
@@ -134,22 +134,24 @@ class Markup(HTMLParser):
 
 @pytest.fixture(scope="module")
 def markup(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
-    """What the page of a harmless capture is made of."""
+    """The tags and attributes on the page of a harmless capture."""
     return Markup(page(content.report(hostile(tmp_path_factory.mktemp("plain") / "a.cwnd", "nginx")))).found
 
 
 @pytest.mark.parametrize("name", [*DRAWN, "a format string"])
-def test_the_page(name: str, markup: set[tuple[str, str]], tmp_path: Path) -> None:
+def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
+    name: str, markup: set[tuple[str, str]], tmp_path: Path
+) -> None:
     text = page(content.report(hostile(tmp_path / "a.cwnd", NAMES[name])))
     assert_harmless(text)
     assert Markup(text).found <= markup
-    # The only template is the page's own.
+    # The template in the name isn't evaluated.
     assert "{0}{a.b}49" not in text
 
 
 @pytest.mark.parametrize(("name", "ending"), list(zip(DRAWN, ("svg", "png", "pdf", "png"), strict=True)))
-def test_pictures_and_the_name_of_their_file(name: str, ending: str, tmp_path: Path) -> None:
-    # As bytes, which a file's name is: the locale may lack what they mean.
+def test_pictures_of_hostile_names_are_drawn(name: str, ending: str, tmp_path: Path) -> None:
+    # A file's name is bytes, and the locale may be unable to encode these characters.
     folder = os.fsdecode(NAMES[name].replace("/", "")[:40].encode()) + ".cwnd"
     trace = hostile(tmp_path / folder, NAMES[name])
     output = call("plot", str(trace.path), "-o", str(tmp_path / f"{folder}.{ending}"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module may import which, and what the package shows to the world.
+"""Modules import only those that they may, and the package exports only its public names.
 
-Read from the syntax trees, so that an import inside a function counts as well.
+The tests read syntax trees, so that an import inside a function counts too.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ BELOW = {
     "recorder": LEAVES | {"capture", "store"},
     "lab": LEAVES | {"recorder"} | {"kernel", "store", "analysis", "plot", "capture", "trace", ""},
     "report": LEAVES | {"store", "analysis", "present", "plot", "trace", ""},
-    # The package itself only shows the public names; the commands wire everything.
+    # The package itself only exports the public names; the commands connect all parts.
     "": LEAVES | {"capture", "trace"},
     "cli": LEAVES
     | {"kernel", "store", "analysis", "present", "plot", "capture", "trace", "lab", "report", "recorder"}
     | {""},
     "__main__": {"cli", "isolated"},
 }
-"""What each part of the package may import besides itself; the empty name is ``cwndtrace/__init__.py``."""
+"""The parts of the package that each part may import besides itself; '' is ``cwndtrace/__init__.py``."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def part(module: str) -> str:
-    """The part of the package that a dotted name belongs to."""
+    """Return the part of the package to which a dotted name belongs."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -61,7 +61,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Every module that a file imports, by its full dotted name, with the line."""
+    """Yield each module that a file imports, by its full dotted name, with the line."""
     package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -70,7 +70,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             source = ".".join(piece for piece in (base, node.module or "") if piece)
             for alias in node.names:
-                # "from cwndtrace import events" imports a module, "from cwndtrace import load" a name of the package.
+                # "from cwndtrace import store" imports a module, "from cwndtrace import load" a name of the package.
                 inner = PACKAGE.parent.joinpath(*source.split("."), alias.name)
                 is_module = inner.with_suffix(".py").is_file() or inner.is_dir()
                 yield (f"{source}.{alias.name}" if is_module else source), node.lineno
@@ -81,9 +81,9 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_run_one_way(path: Path) -> None:
+def test_modules_import_only_the_parts_below_them(path: Path) -> None:
     me = part(name_of(path))
-    assert me in BELOW, f"{me} is new: say in this test what it may import"
+    assert me in BELOW, f"{me} is new: add to BELOW what it may import"
     wrong = [
         f"line {line}: {module}"
         for module, line in imports(path)
@@ -94,8 +94,8 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_one_file_imports_bcc(path: Path) -> None:
-    found = [line for module, line in imports(path) if module.split(".")[0] == "bcc"]
-    assert not found or name_of(path) == "cwndtrace.capture.bcc"
+    lines = [line for module, line in imports(path) if module.split(".")[0] == "bcc"]
+    assert not lines or name_of(path) == "cwndtrace.capture.bcc"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -108,22 +108,22 @@ def test_only_commands_print_and_exit(path: Path) -> None:
     checked = [node for node in body if not (runnable and isinstance(node, ast.FunctionDef) and node.name == "main")]
     calls = [node for top in checked for node in ast.walk(top) if isinstance(node, ast.Call)]
     names = ("print", "exit", "quit", "sys.exit", "os._exit")
-    found = [f"line {call.lineno}: {ast.unparse(call.func)}" for call in calls if ast.unparse(call.func) in names]
-    assert found == []
+    lines = [f"line {call.lineno}: {ast.unparse(call.func)}" for call in calls if ast.unparse(call.func) in names]
+    assert lines == []
 
 
-def test_plot_knows_no_state_of_pyplot() -> None:
+def test_plot_does_not_import_pyplot() -> None:
     for path in (PACKAGE / "plot").glob("*.py"):
         assert not [module for module, _ in imports(path) if module.startswith("matplotlib.pyplot")]
 
 
-def test_the_rules_themselves_have_no_way_back() -> None:
+def test_no_two_parts_may_import_each_other() -> None:
     for me, below in BELOW.items():
         for other in below - {""}:
             assert me not in BELOW[other], f"{me} and {other} may import each other"
 
 
-def test_the_walk_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cwndtrace" / "plot"
     folder.mkdir(parents=True)
     for name in ("__init__", "events", "trace", "plot/__init__", "plot/style"):
@@ -140,19 +140,21 @@ def test_the_walk_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.M
     ]  # fmt: skip
 
 
-def test_the_public_surface() -> None:
-    hierarchy = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+def test_the_package_exports_only_its_public_names() -> None:
+    hierarchy = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)
+    }
     assert set(cwndtrace.__all__) == {"Batch", "Stream", "Trace", "load", "stream"} | hierarchy
     assert cwndtrace.__all__ == sorted(cwndtrace.__all__)
     for name in cwndtrace.__all__:
         assert getattr(cwndtrace, name).__doc__
     modules = {name for name in vars(cwndtrace) if f"cwndtrace.{name}" in sys.modules and name not in cwndtrace.__all__}
     public = {name for name in dir(cwndtrace) if not name.startswith("_")}
-    lazily = {"Any", "TYPE_CHECKING", "annotations", "import_module"}
-    assert public - modules - lazily == set(cwndtrace.__all__)
+    lazy = {"Any", "TYPE_CHECKING", "annotations", "import_module"}
+    assert public - modules - lazy == set(cwndtrace.__all__)
 
 
-def test_importing_the_package_loads_neither_bcc_nor_what_only_pictures_need() -> None:
+def test_importing_the_package_imports_no_bcc_matplotlib_or_click() -> None:
     code = "import sys, cwndtrace; print(sorted({'bcc', 'matplotlib', 'click'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the environment reaches a child, and whose settings matplotlib has."""
+"""Child processes get only harmless variables, and a command ignores the user's matplotlib settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from cwndtrace import isolated
 
-PAPER = "import cwndtrace.plot.style, matplotlib, os; print(matplotlib.rcParams['figure.dpi'], os.getcwd())"
+PRINT_DPI = "import cwndtrace.plot.style, matplotlib, os; print(matplotlib.rcParams['figure.dpi'], os.getcwd())"
 
 
 @pytest.mark.parametrize(
@@ -32,22 +32,24 @@ PAPER = "import cwndtrace.plot.style, matplotlib, os; print(matplotlib.rcParams[
         ("HOME", "/tmp", False),
     ],
 )
-def test_a_child_gets_what_is_harmless(monkeypatch: pytest.MonkeyPatch, name: str, value: str, passes: bool) -> None:
+def test_a_child_gets_only_harmless_variables(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, passes: bool
+) -> None:
     monkeypatch.setenv(name, value)
     assert (isolated.environment().get(name) == value) is passes
 
 
-def test_commands_are_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_find_commands_only_in_system_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("/tmp", ""):
         monkeypatch.setenv("PATH", path)
         assert isolated.environment()["PATH"] == "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @pytest.mark.parametrize(("options", "dpi"), [(("-I",), "100.0"), (("-P",), "31.0")])
-def test_settings_are_ours_in_a_command_and_the_users_in_their_program(
+def test_a_command_ignores_the_users_matplotlibrc_and_other_programs_read_it(
     tmp_path: Path, options: tuple[str, ...], dpi: str
 ) -> None:
     (tmp_path / "matplotlibrc").write_text("figure.dpi: 31\n")
-    command = [sys.executable, *options, "-c", PAPER]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [dpi, str(tmp_path)]
+    command = [sys.executable, *options, "-c", PRINT_DPI]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [dpi, str(tmp_path)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's small parts: names and their owners, TCP_INFO, scenarios, the server's manners."""
+"""The lab's small parts: names and their owners, TCP_INFO, scenarios, and the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cwndtrace.lab.scenario import PRESETS, Scenario
 # ---- owners ----------------------------------------------------------------------------------------
 
 
-def test_a_name_tells_its_owner() -> None:
+def test_an_owner_is_read_from_its_names() -> None:
     owner = Owner.new()
     assert Owner.of(owner.name("client")) == owner
     assert Owner.of(owner.name()) == owner
@@ -32,7 +32,7 @@ def test_a_name_tells_its_owner() -> None:
     assert Owner.new() != owner
 
 
-def test_a_pid_that_came_round_again_is_another_owner() -> None:
+def test_a_reused_pid_is_another_owner() -> None:
     owner = Owner.new()
     assert not replace(owner, start=owner.start + 1).alive
     assert not replace(owner, pid=2**22 + 1).alive
@@ -55,7 +55,7 @@ LONG_OFFSETS = {
     "pacing_rate": 104, "bytes_acked": 120, "delivery_rate": 160, "busy_time": 168, "rwnd_limited": 176,
     "sndbuf_limited": 184, "bytes_sent": 200,
 }  # fmt: skip
-"""Where struct tcp_info has them, from a C compiler."""
+"""The offsets in struct tcp_info, from a C compiler."""
 
 
 def raw_info() -> bytes:
@@ -68,14 +68,14 @@ def raw_info() -> bytes:
     return bytes(raw)
 
 
-def test_tcp_info_is_read_where_the_kernel_put_it() -> None:
+def test_tcp_info_is_read_at_the_offsets_of_the_compiler() -> None:
     info = TcpInfo.parse(raw_info())
     assert (info.state, info.ca_state) == (1, 3)
     assert [getattr(info, name) for name in OFFSETS] == list(range(100, 100 + len(OFFSETS)))
     assert [getattr(info, name) for name in LONG_OFFSETS] == list(range(1 << 40, (1 << 40) + len(LONG_OFFSETS)))
 
 
-def test_an_older_kernels_tcp_info_is_shorter() -> None:
+def test_fields_that_an_older_kernel_lacks_are_zero() -> None:
     info = TcpInfo.parse(raw_info()[:192])
     assert info.sndbuf_limited
     assert info.bytes_sent == info.snd_wnd == 0
@@ -83,7 +83,7 @@ def test_an_older_kernels_tcp_info_is_shorter() -> None:
         TcpInfo.parse(bytes(90))
 
 
-def test_tcp_info_of_a_real_socket() -> None:
+def test_tcp_info_of_a_connected_socket_is_plausible() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
         info = TcpInfo.of(sock)
     assert info.state == 1
@@ -95,7 +95,7 @@ def test_tcp_info_of_a_real_socket() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_possible(name: str) -> None:
+def test_presets_are_valid(name: str) -> None:
     PRESETS[name].check()
 
 
@@ -107,7 +107,7 @@ def test_presets_are_possible(name: str) -> None:
         {"sndbuf": 1},
     ],
 )  # fmt: skip
-def test_impossible_scenarios_are_refused_with_a_remedy(change: dict[str, object]) -> None:
+def test_invalid_scenarios_are_refused_with_a_remedy(change: dict[str, object]) -> None:
     with pytest.raises(UsageError) as caught:
         replace(Scenario(), **change).check()  # type: ignore[arg-type]
     assert caught.value.remedy
@@ -138,7 +138,7 @@ def connect(server: serve.Server, opening: bytes) -> socket.socket:
     return sock
 
 
-def test_it_answers_requests(server: serve.Server) -> None:
+def test_the_server_answers_requests(server: serve.Server) -> None:
     with connect(server, wire.HELLO + wire.REPLY) as sock:
         assert wire.receive(sock, 4) == wire.HELLO
         for number, size in enumerate((16, 100_000, 3_000_000)):
@@ -148,7 +148,7 @@ def test_it_answers_requests(server: serve.Server) -> None:
             assert 0 < wire.STAMP.unpack_from(answer)[1] <= time.monotonic_ns()
 
 
-def test_it_takes_bursts_and_says_so(server: serve.Server) -> None:
+def test_the_server_acknowledges_and_counts_bursts(server: serve.Server) -> None:
     with connect(server, wire.HELLO + wire.SINK) as sock:
         assert wire.receive(sock, 4) == wire.HELLO
         for size in (16, 2_000_000):
@@ -159,7 +159,7 @@ def test_it_takes_bursts_and_says_so(server: serve.Server) -> None:
     assert server.totals.bursts_taken == 2
 
 
-def test_it_swallows_what_speaks_otherwise(server: serve.Server) -> None:
+def test_the_server_discards_data_of_other_protocols(server: serve.Server) -> None:
     with connect(server, b"GET / HTTP/1.1\r\n" + bytes(500_000)) as sock:
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""
@@ -177,7 +177,9 @@ def test_it_swallows_what_speaks_otherwise(server: serve.Server) -> None:
         wire.REQUEST.pack(100, 1, 0.0, 2),
     ],
 )
-def test_it_refuses_what_is_out_of_bounds(server: serve.Server, errors: list[CwndtraceError], request_: bytes) -> None:
+def test_the_server_refuses_requests_out_of_bounds(
+    server: serve.Server, errors: list[CwndtraceError], request_: bytes
+) -> None:
     with connect(server, wire.HELLO + wire.REPLY) as sock:
         wire.receive(sock, 4)
         sock.sendall(request_)
@@ -185,7 +187,7 @@ def test_it_refuses_what_is_out_of_bounds(server: serve.Server, errors: list[Cwn
     assert len(errors) == 1
 
 
-def test_it_takes_only_so_many_connections(server: serve.Server) -> None:
+def test_the_server_limits_the_connections_of_a_peer(server: serve.Server) -> None:
     socks = [connect(server, wire.HELLO + wire.REPLY) for _ in range(serve.MAX_OF_ONE_PEER)]
     try:
         for sock in socks:
@@ -198,7 +200,7 @@ def test_it_takes_only_so_many_connections(server: serve.Server) -> None:
             sock.close()
 
 
-def test_whom_an_address_counts_as() -> None:
+def test_ipv6_addresses_of_one_64_bit_prefix_are_one_peer() -> None:
     assert serve.peer_of("192.0.2.7") == serve.peer_of("::ffff:192.0.2.7") == "192.0.2.7"
     assert serve.peer_of("2001:db8::1") == serve.peer_of("2001:db8:0:0:ffff::2") == "2001:db8::/64"
     assert serve.peer_of("fe80::1%eth0") == "fe80::/64"
@@ -208,24 +210,24 @@ def test_whom_an_address_counts_as() -> None:
 @pytest.mark.parametrize(
     "opening",
     [b"", wire.HELLO[:1], b"wrong", wire.HELLO + wire.REPLY + bytes(7), wire.HELLO + wire.SINK + bytes(7)],
-    ids=["nothing", "half a word", "as a plain sink", "half a request", "half a stamp"],
+    ids=["nothing", "half a greeting", "as a plain sink", "half a request", "half a stamp"],
 )
-def test_silence_ends_what_is_in_no_rest(server: serve.Server, opening: bytes) -> None:
+def test_a_connection_that_is_silent_within_a_message_is_closed(server: serve.Server, opening: bytes) -> None:
     server.settings.silence_s = 0.3
     with connect(server, opening) as sock:
         assert sock.recv(5) in (b"", wire.HELLO)
         assert sock.recv(1) == b""
 
 
-def until(found: Callable[[], object]) -> None:
-    """Wait for a condition, within a minute."""
+def until(condition: Callable[[], object]) -> None:
+    """Wait at most a minute for a condition."""
     end = time.monotonic() + 60
-    while not found():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_who_leaves_in_a_rest_keeps_no_place(server: serve.Server) -> None:
+def test_a_client_that_leaves_during_idle_time_frees_its_place(server: serve.Server) -> None:
     with connect(server, wire.HELLO + wire.REPLY) as sock:
         wire.receive(sock, len(wire.HELLO))
         begin = time.monotonic()
@@ -238,7 +240,9 @@ def test_who_leaves_in_a_rest_keeps_no_place(server: serve.Server) -> None:
 
 
 @pytest.mark.parametrize("most", ["MAX_OF_ONE_PEER", "MAX_CONNECTIONS"])
-def test_who_rested_longest_makes_room(server: serve.Server, monkeypatch: pytest.MonkeyPatch, most: str) -> None:
+def test_the_connection_that_is_idle_longest_is_closed_for_a_new_one(
+    server: serve.Server, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
     monkeypatch.setattr(serve, most, 3)
     with ExitStack() as stack:
         socks = [stack.enter_context(connect(server, wire.HELLO + wire.REPLY)) for _ in range(3)]
@@ -261,7 +265,7 @@ def test_who_rested_longest_makes_room(server: serve.Server, monkeypatch: pytest
 
 
 def not_reading(server: serve.Server) -> socket.socket:
-    """A peer that asks for the largest burst and reads nothing of it, with little room of its own."""
+    """Return a peer with a small receive buffer that requests the largest burst and reads nothing of it."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.settimeout(60)
@@ -272,7 +276,7 @@ def not_reading(server: serve.Server) -> socket.socket:
     return sock
 
 
-def test_who_does_not_read_is_let_go(server: serve.Server) -> None:
+def test_a_client_that_does_not_read_is_disconnected(server: serve.Server) -> None:
     server.settings.patience_s = 0.3
     with not_reading(server):
         until(lambda: not server.totals.open)
@@ -281,29 +285,31 @@ def test_who_does_not_read_is_let_go(server: serve.Server) -> None:
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_little_of_a_burst_waits_in_the_kernel(
+def test_a_bounded_server_leaves_little_of_a_burst_unsent_in_the_kernel(
     server: serve.Server, monkeypatch: pytest.MonkeyPatch, bounded: bool
 ) -> None:
-    # Less than any host's limit, which is what the kernel would let it grow to by itself.
+    # This is less than the limit of any host, up to which the kernel would grow the buffer.
     server.settings.sndbuf = 400_000
     monkeypatch.setattr(serve, "UNSENT", 64 << 10)
     server.settings.bounded = bounded
     with not_reading(server):
         (sock,) = server.totals.open
         until(lambda: TcpInfo.of(sock).notsent_bytes and not select.select([], [sock], [], 0)[1])
-        # The last piece that fits before the bound is a whole one of up to 64 KB.
+        # The last piece that the server sends below the limit has up to 64 KB.
         assert (TcpInfo.of(sock).notsent_bytes <= serve.UNSENT + (64 << 10)) == bounded
 
 
-def test_refusals_are_said_now_and_then(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_reported_every_ten_seconds_and_at_the_end(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, refusals, totals = [0.0], reproduce._Refusals(), serve.Totals()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    said = []
+    reports = []
     for clock[0], totals.refused, last in ((0, 0, 0), (1, 1, 0), (2, 5, 0), (11, 5, 0), (30, 5, 0), (31, 6, 1)):
         refusals.tell(totals, last=bool(last))
-        said.append(capfd.readouterr().err)
+        reports.append(capfd.readouterr().err)
     line = "refused so far: {} (too many at once)\n".format
-    assert said == ["", line("1 connection"), "", line("5 connections"), "", line("6 connections")]
+    assert reports == ["", line("1 connection"), "", line("5 connections"), "", line("6 connections")]
 
 
 def test_a_request_may_come_in_pieces(server: serve.Server) -> None:
@@ -312,15 +318,17 @@ def test_a_request_may_come_in_pieces(server: serve.Server) -> None:
         wire.receive(sock, len(wire.HELLO))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(request[:7])
-        # Until the server has taken in the first piece, and not for luck.
-        until = time.monotonic() + 60
-        while TcpInfo.of(sock).unacked and time.monotonic() < until:
+        # Wait until the server's kernel has acknowledged the first piece.
+        deadline = time.monotonic() + 60
+        while TcpInfo.of(sock).unacked and time.monotonic() < deadline:
             time.sleep(0.001)
         sock.sendall(request[7:])
         assert wire.STAMP.unpack(wire.receive(sock, 100)[: wire.STAMP.size])[0] == 3
 
 
-def test_no_room_for_a_thread_ends_one_connection_alone(server: serve.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_ends_only_its_connection(
+    server: serve.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = threading.Thread.start
 
     def refuse(_: threading.Thread) -> None:
@@ -335,13 +343,13 @@ def test_no_room_for_a_thread_ends_one_connection_alone(server: serve.Server, mo
         assert wire.receive(sock, len(wire.HELLO)) == wire.HELLO
 
 
-def test_a_burst_has_to_be_in_within_the_patience(server: serve.Server) -> None:
+def test_a_burst_that_takes_longer_than_patience_s_ends_the_connection(server: serve.Server) -> None:
     server.settings.patience_s = 0.3
 
     def dribble(sock: socket.socket) -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            # Each piece comes well within the time.
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            # Each byte arrives long before any timeout of a single receive.
             sock.sendall(b"x")
             time.sleep(0.05)
 
@@ -353,12 +361,12 @@ def test_a_burst_has_to_be_in_within_the_patience(server: serve.Server) -> None:
 
 
 @pytest.mark.parametrize("done", [0, 1, 15, 16, 17, 1 << 20, (1 << 20) + 15, (3 << 20) + 4])
-def test_a_burst_is_its_stamp_and_zeros(done: int) -> None:
+def test_the_parts_of_a_burst_are_its_stamp_and_zeros(done: int) -> None:
     stamp, size = wire.STAMP.pack(2**64 - 1, 2**63), (3 << 20) + 5
     assert b"".join(wire._parts(stamp, size, done)) == (stamp + bytes(size - len(stamp)))[done:]
 
 
-def test_a_taken_port_is_said(server: serve.Server) -> None:
+def test_a_server_that_cannot_listen_names_the_reason(server: serve.Server) -> None:
     with pytest.raises(UsageError, match="is taken"):
         serve.Server("127.0.0.1", server.port)
     with pytest.raises(UsageError, match="there is no port"):
@@ -367,7 +375,7 @@ def test_a_taken_port_is_said(server: serve.Server) -> None:
         serve.Server("192.0.2.77", 0)
 
 
-def test_an_unknown_congestion_control_is_said() -> None:
+def test_an_unknown_congestion_control_is_refused() -> None:
     with pytest.raises(KernelLacks, match="no congestion control nonesuch") as caught:
         serve.Server("127.0.0.1", 0, serve.Settings(cc="nonesuch"))
     assert "reno" in caught.value.remedy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rung sees which reason, on recorded facts of many kernels."""
+"""The best rung that works is chosen for each reason, by recorded facts of many kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refuses(*probes: str, why: str = POLICY) -> Trial:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Facts of a kernel, and what it chooses: for idle, rto_loss and app_limited."""
+    """The facts of a kernel, and the rungs to choose there for idle, rto_loss and app_limited."""
 
     facts: Facts
     trial: Trial
@@ -71,13 +71,13 @@ def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
     assert tuple(choice.probes[reason] for reason in REASONS) == kernel.expected
     order = [rung.name for rung in ladder.RUNGS]
     for reason, rung in choice.probes.items():
-        # Each better one was considered, and it is said why it was not taken.
+        # Each better rung has a reason why it wasn't chosen.
         better = order[: order.index(rung)] if rung else order
         assert list(choice.tried[reason]) == better
         assert all(choice.tried[reason].values())
 
 
-def test_what_the_facts_rule_out_is_never_tried() -> None:
+def test_a_rung_that_the_facts_rule_out_is_never_tried() -> None:
     asked: list[tuple[str, str]] = []
 
     def trial(rung: str, reason: str) -> str | None:
@@ -88,7 +88,7 @@ def test_what_the_facts_rule_out_is_never_tried() -> None:
     assert asked == [("fentry", "idle"), ("fentry", "rto_loss")]
 
 
-def test_no_rung_at_all_says_what_was_tried() -> None:
+def test_no_probe_names_what_was_tried() -> None:
     with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(), works)
     error = caught.value
@@ -100,7 +100,7 @@ def test_no_rung_at_all_says_what_was_tried() -> None:
     assert "cwndtrace doctor" in error.remedy
 
 
-def test_a_kernel_that_has_all_and_loads_nothing() -> None:
+def test_no_probe_is_raised_if_the_kernel_loads_no_rung() -> None:
     with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), refuses(*ladder.BY_NAME))
     assert set(caught.value.tried.values()) == {POLICY}
@@ -119,11 +119,11 @@ def test_a_forced_rung_that_fails_has_no_substitute() -> None:
     assert caught.value.tried == {"fentry": POLICY}
 
 
-def test_no_reason_needs_no_rung() -> None:
+def test_no_reasons_need_no_rung() -> None:
     assert ladder.choose(Facts(), works, reasons=()).probes == {}
 
 
-def test_kprobes_need_to_be_there() -> None:
+def test_a_kernel_without_kprobes_lacks_the_rung_kprobe() -> None:
     facts = Facts(CURRENT, ALL, False)
     assert ladder.lacks(facts, ladder.BY_NAME["kprobe"], "idle") == "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
 

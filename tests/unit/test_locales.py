@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that a locale can't print, which any user may give: every command under every locale, on each surface."""
+"""Every command works under every locale with names that the locale can't print, which any user may choose."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ for line in os.fsencode(sys.argv.pop(1)).split(b"\\n"):
         os.write(1, b"== %d\\n" % (e.code or 0))
 """
 LATIN = "de_DE.ISO-8859-1"
-"""Made by the test: few machines have it."""
+"""A locale that the tests build, because few machines have it."""
 OLD = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-"""Without what Python does of its own to a C locale; where Python is isolated it does so all the same."""
-WHERE: dict[str, tuple[dict[str, str], str]] = {
+"""Variables that keep Python from replacing the C locale by UTF-8; an isolated Python ignores them."""
+SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "latin-1": ({"LC_ALL": LATIN}, "latin-1"),
     "C": ({"LC_ALL": "C"}, "utf-8"),
     "POSIX and nothing else": ({"LC_ALL": "POSIX", **OLD}, "ascii"),
@@ -50,18 +50,18 @@ def locales(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("locales")
     if shutil.which("localedef") is None:
         pytest.skip("needs localedef: apt install libc-bin")
-    made = subprocess.run(
+    result = subprocess.run(
         ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / LATIN)], capture_output=True, check=False
     )
-    # Without its sources localedef makes an empty folder.
+    # Without the sources, localedef creates an empty folder.
     if not (folder / LATIN / "LC_CTYPE").exists():
-        pytest.skip(f"needs the sources of {LATIN}: apt install locales ({made.stderr!r})")
+        pytest.skip(f"needs the sources of {LATIN}: apt install locales ({result.stderr!r})")
     return folder
 
 
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose names no locale but UTF-8 can print, in a folder whose name is no text at all."""
+    """A capture whose names only UTF-8 can print, in a folder whose name isn't valid text."""
     folder = tmp_path_factory.mktemp("captures")
     resets = frames.table("cwnd_reset", frames.reset(5, comm=COMM), frames.reset(7, comm=NAME.encode()))
     seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=NAME) for t in (0, 9)]
@@ -77,14 +77,14 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("where", "isolated"), [*((where, False) for where in WHERE), ("latin-1", True), ("strict ascii", True)]
+    ("setting", "isolated"), [*((setting, False) for setting in SETTINGS), ("latin-1", True), ("strict ascii", True)]
 )
-def test_every_command(
-    request: pytest.FixtureRequest, capture: Path, tmp_path: Path, where: str, isolated: bool
+def test_every_command_prints_names_as_the_locale_can(
+    request: pytest.FixtureRequest, capture: Path, tmp_path: Path, setting: str, isolated: bool
 ) -> None:
-    variables, encoding = WHERE[where]
+    variables, encoding = SETTINGS[setting]
     if isolated and (OLD.items() <= variables.items() or "PYTHONIOENCODING" in variables):
-        # Python reads no variable of its own then.
+        # An isolated Python ignores its variables.
         encoding = "utf-8"
     if variables["LC_ALL"] == LATIN:
         variables = {**variables, "LOCPATH": str(request.getfixturevalue("locales"))}
@@ -111,9 +111,9 @@ def test_every_command(
         [*map(os.fsencode, command), b"\n".join(b"\t".join(map(os.fsencode, line)) for line in lines)],
         capture_output=True, check=False, timeout=300, env={**kept, **variables}, cwd=tmp_path,
     )  # fmt: skip
-    said = done.stderr.decode(encoding)
-    assert "Traceback" not in said, said
-    assert done.returncode == 0, said
+    stderr = done.stderr.decode(encoding)
+    assert "Traceback" not in stderr, stderr
+    assert done.returncode == 0, stderr
     texts: list[str] = []
     codes: list[int] = []
     for line in done.stdout.decode(encoding).split("\n"):
@@ -122,13 +122,13 @@ def test_every_command(
         else:
             texts.append(line)
             assert line.isprintable()
-    assert codes == [0] * 6 + [1] * 3 + [2] * 5, said
+    assert codes == [0] * 6 + [1] * 3 + [2] * 5, stderr
     assert [line for line in texts if line.startswith("{")]
     for line in texts:
         if line.startswith("{"):
             assert line.isascii()
             json.loads(line)
-    shown = NAME.encode(encoding, "replace").decode(encoding)
-    assert any(shown in line for line in texts if not line.startswith("{")), texts
+    printable = NAME.encode(encoding, "replace").decode(encoding)
+    assert any(printable in line for line in texts if not line.startswith("{")), texts
     assert b"<svg" in (tmp_path / "\udcffé.svg").read_bytes()
     assert NAME in (tmp_path / "\udcffé.html").read_text("utf-8")

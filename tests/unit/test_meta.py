@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""meta.json of any content becomes values of the types that Meta declares, and a real one keeps what it says."""
+"""meta.json of any content becomes values of the types that Meta declares, and that of a capture keeps its values."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ KEYS = [*frames.meta(), "unwritten", "parts", "lacking", "left_out", "lossy"]
 
 
 def shapes(value: Any) -> Any:
-    """A value with each of its leaves replaced by any JSON."""
+    """Return a strategy for ``value`` with each of its leaves replaced by any JSON."""
     if isinstance(value, dict):
         return st.fixed_dictionaries({name: JSON | shapes(inner) for name, inner in value.items()})
     return JSON
 
 
-def test_a_capture_of_now() -> None:
+def test_the_metadata_of_a_capture_keeps_its_values() -> None:
     raw = frames.meta(
         clock={
             "start": {"mono_ns": 5, "utc_offset_ns": 7},
@@ -53,17 +53,17 @@ def test_a_capture_of_now() -> None:
     assert about.probes == raw["probes"]
 
 
-def test_parts_are_listed_as_they_are_read() -> None:
+def test_listed_parts_are_read_back() -> None:
     parts = (Part(2, 20, 8), Part(1, 10, 9))
     assert Meta.parse({"parts": {"block_io": listed(parts)}}).parts == {"block_io": parts}
 
 
-def test_nothing_said_is_nothing_known() -> None:
+def test_empty_metadata_gives_the_defaults() -> None:
     assert Meta.parse({}) == Meta()
 
 
 @given(JSON | shapes(frames.meta()) | st.dictionaries(st.sampled_from(KEYS), JSON))
-def test_any_content_is_checked(raw: Any) -> None:
+def test_any_content_becomes_values_of_the_right_types(raw: Any) -> None:
     about = Meta.parse(raw if isinstance(raw, dict) else {})
     assert about.host.isprintable()
     assert all(number > 0 for number in about.left_out.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Namespaces, cgroups, processes and interfaces by name, as far as it goes without root."""
+"""Namespaces, cgroups and processes are found by name, and the kernel's HZ is read, without root."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cwndtrace.kernel import cgroups, facts, netns, setns, sockets
 from cwndtrace.tcp import IDLE_SYSCTL
 
 
-def test_this_namespace_is_found_by_each_of_its_names() -> None:
+def test_the_own_namespace_is_found_by_each_of_its_names() -> None:
     own = netns.own()
     assert own.inode == Path("/proc/self/ns/net").stat().st_ino
     for text in (str(os.getpid()), "/proc/self/ns/net", str(own.inode)):
         assert netns.find(text).inode == own.inode
-    assert own.inode in {each.inode for each in netns.all_reachable()}
+    assert own.inode in {namespace.inode for namespace in netns.all_reachable()}
 
 
-def test_each_namespace_comes_once() -> None:
-    inodes = [each.inode for each in netns.all_reachable()]
+def test_each_namespace_is_listed_once() -> None:
+    inodes = [namespace.inode for namespace in netns.all_reachable()]
     assert len(inodes) == len(set(inodes))
     assert inodes[0] == netns.own().inode
 
 
 @pytest.mark.parametrize("text", ["nowhere", "4294967295", "/etc/passwd/x", "/etc/passwd", "/proc/self/ns", "", "."])
-def test_a_namespace_that_is_not_there_lists_those_that_are(text: str) -> None:
+def test_an_unknown_namespace_raises_an_error_that_lists_the_known_ones(text: str) -> None:
     with pytest.raises(NotFound, match="no network namespace") as caught:
         netns.find(text)
     assert "there are: this" in caught.value.remedy
 
 
 def test_only_a_network_namespace_is_opened(tmp_path: Path) -> None:
-    """Nothing else is, not even to look what it is: a pipe would have this wait, and a device may act."""
+    """Other files aren't opened even to find their type, because a pipe would block and a device might act."""
     pipe, plain = tmp_path / "pipe", tmp_path / "plain"
     os.mkfifo(pipe)
     plain.touch()
@@ -54,17 +54,17 @@ def test_only_a_network_namespace_is_opened(tmp_path: Path) -> None:
         setns.opened(own.path, own.inode + 1)
 
 
-def test_a_process_is_named_with_its_namespace() -> None:
+def test_a_namespace_found_by_pid_is_named_after_its_process() -> None:
     assert netns.find(str(os.getpid())).name == f"{sockets.comm(os.getpid())}[{os.getpid()}]"
 
 
-def test_a_sysctl() -> None:
+def test_the_idle_sysctl_is_0_or_1() -> None:
     assert netns.read_sysctl(IDLE_SYSCTL) in (0, 1)
 
 
-def test_sockets_of_a_process_and_their_holders() -> None:
-    with socket.socket() as made:
-        inode = os.fstat(made.fileno()).st_ino
+def test_the_sockets_of_a_process_and_their_holders_are_found() -> None:
+    with socket.socket() as sock:
+        inode = os.fstat(sock.fileno()).st_ino
         assert inode in sockets.inodes_of(os.getpid())
         pid, name = sockets.holders()[inode]
         assert pid == os.getpid()
@@ -74,37 +74,37 @@ def test_sockets_of_a_process_and_their_holders() -> None:
     assert sockets.comm(2**22 + 1) == ""
 
 
-# ---- what a person names ---------------------------------------------------------------------------
+# ---- filters of the command line -------------------------------------------------------------------
 
 
-def test_filters_of_nothing_let_all_through() -> None:
+def test_no_arguments_give_empty_filters() -> None:
     assert target.resolve() == Filters()
 
 
-def test_plain_filters() -> None:
+def test_filters_are_in_the_units_of_the_kernel() -> None:
     filters = target.resolve(pid=os.getpid(), port=443, family=6, min_idle_s=0.25)
     assert (filters.pid, filters.port, filters.family, filters.min_idle_us) == (os.getpid(), 443, 10, 250_000)
     assert target.resolve(family=4).family == 2
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
-def test_ports_out_of_range(port: int) -> None:
+def test_ports_out_of_range_are_refused(port: int) -> None:
     with pytest.raises(UsageError, match=f"no port {port}"):
         target.resolve(port=port)
 
 
-def test_a_rest_is_not_negative() -> None:
+def test_a_negative_idle_time_is_refused() -> None:
     with pytest.raises(UsageError, match="can't be negative"):
         target.resolve(min_idle_s=-1)
 
 
-def test_a_process_that_is_not_there() -> None:
+def test_an_unknown_process_is_refused() -> None:
     with pytest.raises(NotFound, match="no process 4194305"):
         target.resolve(pid=2**22 + 1)
 
 
 @pytest.mark.parametrize("pid", [0, -1])
-def test_a_pid_that_is_none(pid: int) -> None:
+def test_a_pid_below_1_is_refused(pid: int) -> None:
     with pytest.raises(NotFound, match=f"no process {pid}"):
         target.resolve(pid=pid)
 
@@ -112,7 +112,7 @@ def test_a_pid_that_is_none(pid: int) -> None:
 # ---- cgroups ---------------------------------------------------------------------------------------
 
 
-def test_where_cgroups_are(tmp_path: Path) -> None:
+def test_the_mount_point_of_cgroups_is_found(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text("proc /proc proc rw 0 0\nnone /a/cgroup2 cgroup2 rw 0 0\n")
     assert cgroups.mount_point(mounts) == Path("/a/cgroup2")
@@ -122,8 +122,8 @@ def test_where_cgroups_are(tmp_path: Path) -> None:
     assert caught.value.remedy.startswith("mount -t cgroup2")
 
 
-def test_a_folder_that_looks_like_a_cgroup_is_none(tmp_path: Path) -> None:
-    """Anybody can make a file of that name."""
+def test_a_folder_that_only_looks_like_a_cgroup_is_refused(tmp_path: Path) -> None:
+    """Any user can create a file of that name."""
     (tmp_path / "cgroup.controllers").touch()
     for name in (str(tmp_path), str(tmp_path / "cgroup.controllers"), "/proc", "nothing", "no\0thing"):
         with pytest.raises(NotFound, match="cgroup"):
@@ -135,17 +135,17 @@ def test_a_folder_that_looks_like_a_cgroup_is_none(tmp_path: Path) -> None:
 # ---- facts -----------------------------------------------------------------------------------------
 
 
-def test_hz_from_the_kernels_configuration(tmp_path: Path) -> None:
+def test_hz_is_read_from_proc_config_gz(tmp_path: Path) -> None:
     (tmp_path / "config.gz").write_bytes(gzip.compress(b"CONFIG_HZ_300=y\nCONFIG_HZ=300\n"))
     assert facts.hz(proc=tmp_path) == 300
 
 
-def test_hz_from_boot(tmp_path: Path) -> None:
+def test_hz_is_read_from_boot_config(tmp_path: Path) -> None:
     (tmp_path / f"config-{os.uname().release}").write_text("CONFIG_HZ=100\n")
     assert facts.hz(boot=tmp_path, proc=tmp_path) == 100
 
 
-def test_hz_that_nothing_tells(tmp_path: Path) -> None:
+def test_an_unknown_hz_raises_kernel_lacks(tmp_path: Path) -> None:
     with pytest.raises(KernelLacks, match="can't tell the kernel's HZ") as caught:
         facts.hz(boot=tmp_path, proc=tmp_path)
     assert "/boot" in caught.value.remedy

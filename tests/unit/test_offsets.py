@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the members that C names to -D integers."""
+"""The members that the C programs read become offsets, sizes and bits, given to the compiler as -D integers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def kernel() -> Btf:
 # ---- active ----------------------------------------------------------------------------------------
 
 
-def test_switched_off_parts_are_left_out() -> None:
+def test_text_of_undefined_conditions_is_removed() -> None:
     text = "one\n#ifdef A\ntwo\n#endif\n#if defined(A) || defined(B)\nthree\n#ifdef C\nfour\n#endif\n#endif\nfive"
     assert offsets.active(text, ()).split() == ["one", "five"]
     assert offsets.active(text, ["A"]).split() == ["one", "two", "three", "five"]
@@ -40,12 +40,12 @@ def test_switched_off_parts_are_left_out() -> None:
     assert offsets.active(text, ["B", "C"]).split() == ["one", "three", "four", "five"]
 
 
-def test_guards_count_as_on_and_definitions_are_no_reads() -> None:
+def test_include_guards_are_kept_and_definitions_are_removed() -> None:
     text = "#ifndef GUARD_H\n#define GUARD_H\n#define READ(T, base, type, member) x\nkept\n#endif"
     assert offsets.active(text, ()).split() == ["kept"]
 
 
-def test_comments_name_nothing() -> None:
+def test_comments_are_removed() -> None:
     text = "a /* READ(u32, sk, sock, gone) */ b\n// READ(u32, sk, sock, gone)\nc /* over\nlines READ(u32, x, y, z) */ d"
     assert offsets.active(text, ()).split() == ["a", "b", "c", "d"]
 
@@ -53,7 +53,7 @@ def test_comments_name_nothing() -> None:
 # ---- members ---------------------------------------------------------------------------------------
 
 
-def test_members_are_found_where_they_are_read() -> None:
+def test_members_are_found_in_each_macro_that_reads_them() -> None:
     text = """
         READ(u32, sk, sock, a); READ_OPT(u64, READ(u64, sk, sock, p), cgroup, kn);
         READ_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
@@ -74,7 +74,7 @@ def test_members_are_found_where_they_are_read() -> None:
     )
 
 
-def test_every_program_of_the_project_reads_members() -> None:
+def test_members_are_found_in_the_projects_programs() -> None:
     for source, least in (("block_io.bpf.c", 10), ("sock.h", 25)):
         text = offsets.active((bpf_dir() / source).read_text(encoding="utf-8"), ())
         assert len(set(offsets.members(text))) >= least
@@ -94,37 +94,37 @@ def test_offsets_sizes_and_bits(kernel: Btf) -> None:
     }  # fmt: skip
 
 
-def test_two_underscores_walk_into_a_member_unless_they_are_its_name(kernel: Btf) -> None:
-    found = offsets.defines(kernel, "READ(u32, sk, sock, m__v) READ(u64, d, odd, __pad) READ(u64, d, odd, _metrics)")
-    assert found["OFF_sock__m__v"] == 20
-    assert found["OFF_odd____pad"] == 0
-    assert found["OFF_odd___metrics"] == 8
+def test_two_underscores_are_a_dot_unless_they_are_part_of_a_name(kernel: Btf) -> None:
+    defines = offsets.defines(kernel, "READ(u32, sk, sock, m__v) READ(u64, d, odd, __pad) READ(u64, d, odd, _metrics)")
+    assert defines["OFF_sock__m__v"] == 20
+    assert defines["OFF_odd____pad"] == 0
+    assert defines["OFF_odd___metrics"] == 8
 
 
-def test_a_missing_member_is_named(kernel: Btf) -> None:
+def test_a_missing_member_is_named_in_the_error(kernel: Btf) -> None:
     with pytest.raises(KernelLacks, match=r"differ from what is read: sock\.gone is missing, sock\.m\.w is missing"):
         offsets.defines(kernel, "READ(u32, sk, sock, gone) READ(u32, sk, sock, m__w) READ(u32, sk, sock, a)")
 
 
-def test_a_wrong_width_is_named(kernel: Btf) -> None:
+def test_a_wrong_width_is_named_in_the_error(kernel: Btf) -> None:
     with pytest.raises(KernelLacks, match=r"sock\.a has 4 bytes, not 8"):
         offsets.defines(kernel, "READ(u64, sk, sock, a)")
 
 
-def test_what_is_no_small_bitfield_is_named(kernel: Btf) -> None:
+def test_another_member_than_a_small_bitfield_is_refused(kernel: Btf) -> None:
     for member in ("flags, wide", "sock, a"):
         with pytest.raises(KernelLacks, match="isn't a bitfield within one byte"):
             offsets.defines(kernel, f"READ_BITS(sk, {member})")
 
 
-def test_an_optional_member_is_nothing_where_it_is_missing(kernel: Btf) -> None:
-    found = offsets.defines(kernel, "READ_OPT(u64, sk, sock, gone) READ_OPT(u32, sk, sock, a)")
-    assert found == {"OFF_sock__gone": 0, "SIZE_sock__gone": 0, "OFF_sock__a": 0, "SIZE_sock__a": 4}
+def test_a_missing_optional_member_has_size_0(kernel: Btf) -> None:
+    defines = offsets.defines(kernel, "READ_OPT(u64, sk, sock, gone) READ_OPT(u32, sk, sock, a)")
+    assert defines == {"OFF_sock__gone": 0, "SIZE_sock__gone": 0, "OFF_sock__a": 0, "SIZE_sock__a": 4}
 
 
 def test_an_enumerator_has_its_value_or_the_fallback(kernel: Btf) -> None:
-    found = offsets.defines(kernel, "ENUMERATOR(rqf__RQF_SEQ, 4) ENUMERATOR(gone__GONE, 9)")
-    assert found == {"ENUM_rqf__RQF_SEQ": 7, "ENUM_gone__GONE": 9}
+    defines = offsets.defines(kernel, "ENUMERATOR(rqf__RQF_SEQ, 4) ENUMERATOR(gone__GONE, 9)")
+    assert defines == {"ENUM_rqf__RQF_SEQ": 7, "ENUM_gone__GONE": 9}
 
 
 @pytest.mark.parametrize("ctype", ["u8", "u16", "u32", "s32", "u64"])
@@ -135,7 +135,7 @@ def test_every_type_has_a_width(ctype: str) -> None:
     assert offsets.defines(blob.btf(), f"READ({ctype}, x, s, m)")["SIZE_s__m"] == size
 
 
-def test_nested_calls_keep_their_arguments_apart() -> None:
+def test_nested_calls_keep_their_own_arguments() -> None:
     depths = ["x", "READ(u64, x, a, b)", "AT(f(x, y) - 3, a, b)"]
     for inner, outer in itertools.product(depths, ("READ(u64, {}, c, d)", "READ_OPT(u64, {}, c, d)")):
         assert outer.split("(")[0] in {m[0] for m in offsets.members(outer.format(inner)) if m[2:] == ("c", "d")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Printing that never waits: nothing is mixed up by it, and what wasn't printed is said."""
+"""Buffered output never blocks, keeps the order of lines, and counts those that weren't printed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE = "x" * 99
 
 
 class Reader(threading.Thread):
-    """Reads all there is, once it is started."""
+    """A thread that, once it is started, reads a pipe to its end."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Reader(threading.Thread):
 
 @contextmanager
 def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
-    """Who is to read stdout and stderr, which are one pipe."""
+    """Make stdout and stderr one pipe, and yield the thread that can read it."""
     descriptor, writer = os.pipe()
     with os.fdopen(writer, "w") as out, os.fdopen(os.dup(writer), "w") as err:
         monkeypatch.setattr(sys, "stdout", out)
@@ -44,15 +44,15 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
         yield Reader(descriptor)
 
 
-def no_hurry() -> bool:
+def not_hurried() -> bool:
     return False
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
+def test_a_late_reader_gets_all_lines_in_order(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
     with piped(monkeypatch) as reader:
         os.set_blocking(sys.stdout.fileno(), blocking)
-        with buffered_output(TextView.output_dropped, no_hurry):
+        with buffered_output(TextView.output_dropped, not_hurried):
             for number in range(2000):
                 with printing():
                     click.echo(f"{number} {LINE}", err=bool(number % 3))
@@ -61,9 +61,9 @@ def test_a_reader_that_comes_late_gets_all_in_its_order(monkeypatch: pytest.Monk
     assert reader.lines == [f"{number} {LINE}" for number in range(2000)]
 
 
-def test_what_is_too_much_is_counted_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_beyond_the_buffer_are_counted_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_MOST_WAITING", 200_000)
-    with piped(monkeypatch) as reader, buffered_output(JsonView.output_dropped, no_hurry):
+    with piped(monkeypatch) as reader, buffered_output(JsonView.output_dropped, not_hurried):
         for number in range(10_000):
             click.echo(json.dumps({"number": number, "text": LINE}))
         reader.start()
@@ -74,14 +74,14 @@ def test_what_is_too_much_is_counted_in_its_place(monkeypatch: pytest.MonkeyPatc
     assert note == {"event": "output_dropped", "lines": 10_000 - len(kept)}
 
 
-def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printing_continues_after_lines_were_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_MOST_WAITING", 200_000)
-    with piped(monkeypatch) as reader, buffered_output(TextView.output_dropped, no_hurry):
+    with piped(monkeypatch) as reader, buffered_output(TextView.output_dropped, not_hurried):
         for _ in range(10_000):
             click.echo(LINE)
         reader.start()
         deadline, turns = time.monotonic() + 30, 0
-        # Until there was room for one.
+        # Print until a line fits into the buffer again.
         while isinstance(sys.stdout, output._QueuedStream) and sys.stdout._dropped and time.monotonic() < deadline:
             click.echo("more")
             turns += 1
@@ -93,50 +93,50 @@ def test_it_goes_on_after_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> 
     assert lines + len(reader.lines) - 1 == 10_000 + turns
 
 
-def test_who_is_in_a_hurry_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hurried_end_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
         with buffered_output(TextView.output_dropped, lambda: True):
             assert isinstance(sys.stdout, output._QueuedStream)
             thread = sys.stdout._output_thread
             for _ in range(2000):
                 click.echo(LINE)
-        # It would wait for ever otherwise.
+        # All output is discarded from now on; otherwise this would block forever.
         click.echo(LINE * 2000)
         sys.stdout.flush()
         os.close(reader.descriptor)
-        # What its thread still has would go into the next file that is opened under this number.
+        # Wait for the thread, which could otherwise write its text into the next file that gets this descriptor.
         assert thread.printed(60)
 
 
-def test_a_reader_that_has_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_raises_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
         os.close(reader.descriptor)
-        with pytest.raises(OutputError) as told, buffered_output(TextView.output_dropped, no_hurry):
+        with pytest.raises(OutputError) as error, buffered_output(TextView.output_dropped, not_hurried):
             click.echo(LINE)
-        assert not told.value.failed
+        assert not error.value.failed
 
 
-def test_what_ends_for_another_reason_shows_no_error_of_printing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_exception_takes_precedence_over_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with piped(monkeypatch) as reader:
         os.close(reader.descriptor)
-        with suppress(KeyError), buffered_output(TextView.output_dropped, no_hurry):
+        with suppress(KeyError), buffered_output(TextView.output_dropped, not_hurried):
             later = sys.stdout
             later.write(LINE)
             raise KeyError
-        # As Python does with garbage; from 3.13 on it shows what that raises.
+        # Python closes the stream like this when it frees it; from 3.13 on, it prints an error of that.
         later.close()
         with pytest.raises(BrokenPipeError):
             later.flush()
 
 
-def test_an_error_of_stderr_ends_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_stderr_raises_no_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as gone:
         monkeypatch.setattr(sys, "stderr", gone)
-        with buffered_output(TextView.output_dropped, no_hurry):
+        with buffered_output(TextView.output_dropped, not_hurried):
             for _ in range(10):
                 with printing():
-                    click.echo("said", err=True)
-                    click.echo("shown")
-    assert capfd.readouterr().out == "shown\n" * 10
+                    click.echo("to stderr", err=True)
+                    click.echo("to stdout")
+    assert capfd.readouterr().out == "to stdout\n" * 10

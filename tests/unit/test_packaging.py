@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user gets: a wheel that is whole and works by itself, licences in each file, commands that exist.
+"""The wheel is complete and works on its own, each file has its licence, and documented commands and links exist.
 
-The wheel is built from this checkout and installed into an empty environment, as pip would do it anywhere.
+The wheel is built from this checkout and installed by pip into an empty environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_NETWORK = re.compile(r"NewConnectionError|ConnectTimeout|ProxyError|name res
 
 
 def _run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # Nothing of the environment that runs the tests may help what is tested.
+    # The environment that runs the tests must not provide anything that the wheel lacks.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return subprocess.run(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -39,13 +39,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path) -> Iterator[Path]:
-    """An environment with the wheel and what it depends on, and nothing else."""
-    # Not one of pytest's folders: it keeps those of the last runs, and this one holds half a gigabyte.
+    """A virtual environment with only the wheel and its dependencies."""
+    # pytest keeps its temporary folders of the last runs, and this one has half a gigabyte.
     with tempfile.TemporaryDirectory(prefix="cwndtrace-wheel-") as name:
         folder = Path(name)
-        made = _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-        assert made.returncode == 0, made.stdout
-        # Little of it is run, so compiling all of it would be most of the time.
+        created = _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+        assert created.returncode == 0, created.stdout
+        # Only a small part is run, so compiling everything would take most of the time.
         into = ("--python", folder / "bin" / "python", "install", "--no-input", "--no-compile")
         done = _run(sys.executable, "-m", "pip", *into, wheel, cwd=folder)
         if done.returncode != 0 and _NO_NETWORK.search(done.stdout):
@@ -54,7 +54,7 @@ def environment(wheel: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_wheel_holds_every_source(wheel: Path) -> None:
+def test_the_wheel_has_every_source_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = [p for p in (ROOT / "cwndtrace").rglob("*") if p.is_file() and p.suffix != ".pyc"]
     python = {p.relative_to(ROOT).as_posix() for p in package}
@@ -64,12 +64,12 @@ def test_wheel_holds_every_source(wheel: Path) -> None:
     assert not (python | bpf | {"cwndtrace/py.typed"}) - names
 
 
-def test_wheel_holds_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_nothing_else(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cwndtrace"}
 
 
-def test_wheel_carries_its_licences(wheel: Path) -> None:
+def test_the_wheel_has_its_licences(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     assert "License-Expression: Apache-2.0 AND GPL-2.0-only\n" in archive.read(metadata).decode()
@@ -81,12 +81,14 @@ def test_wheel_carries_its_licences(wheel: Path) -> None:
     ("arguments", "expected"),
     [(["--version"], "0.1.0"), (["run", "--help"], "--iface"), (["doctor", "--help"], "--json")],
 )
-def test_command_works_where_only_the_wheel_is(environment: Path, arguments: list[str], expected: str) -> None:
+def test_the_command_works_with_only_the_wheel_installed(
+    environment: Path, arguments: list[str], expected: str
+) -> None:
     done = _run(environment / "bin" / "cwndtrace", *arguments, cwd=environment)
     assert (done.returncode, expected in done.stdout) == (0, True), done.stdout
 
 
-def test_installed_package_finds_its_own_bpf(environment: Path) -> None:
+def test_the_installed_package_finds_its_own_bpf_folder(environment: Path) -> None:
     program = "from cwndtrace.records import layout; print(layout.bpf_dir()); layout.header()"
     done = _run(environment / "bin" / "python", "-c", program, cwd=environment)
     assert done.returncode == 0, done.stdout
@@ -94,7 +96,7 @@ def test_installed_package_finds_its_own_bpf(environment: Path) -> None:
 
 
 def _sources() -> Iterator[Path]:
-    """The files that are written by hand: scripts without a suffix are known by their first line."""
+    """Yield the source files that are written by hand; scripts without a suffix are recognised by their first line."""
     for top in ("cwndtrace", "bpf", "kernel-patches", "vagrant", "tests", "tools", "benchmarks", ".ci"):
         for path in sorted((ROOT / top).rglob("*")):
             if path.is_file() and (path.suffix in {".py", ".c", ".h", ".sh", ".toml"} or _is_script(path)):
@@ -114,14 +116,14 @@ def _has_right_licence(path: Path) -> bool:
     return bool(re.search(rf"SPDX-License-Identifier: {expected}( \*/)?$", head, re.MULTILINE))
 
 
-def test_each_source_names_its_licence() -> None:
+def test_each_source_file_names_its_licence() -> None:
     written = [path for path in _sources() if path.stat().st_size]
     assert len(written) > 10
     assert [str(path.relative_to(ROOT)) for path in written if not _has_right_licence(path)] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
-def test_readme_names_only_targets_that_exist(page: str) -> None:
+def test_pages_name_only_make_targets_that_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z][a-z-]+)$", text.replace("`", "\n"), re.MULTILINE))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's page in a real browser: on a phone, on a desk, in the dark and on paper, and by axe-core's rules."""
+"""The report's page in a browser: on a phone, on a desktop, in dark mode and on paper, and by axe-core's rules."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from tests.unit.test_hostile_names import hostile as named
 from tests.unit.test_report import hostile, story
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.cwnd"
-PHONE, DESK, PAPER = 375, 1280, 718
-"""Widths in CSS pixels; the last is A4 with margins of a centimetre."""
+PHONE, DESKTOP, PAPER = 375, 1280, 718
+"""Widths in CSS pixels; PAPER is A4 with margins of 1 cm."""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
+    executable = next((path for path in map(shutil.which, names) if path), None)
+    if executable is None:
         pytest.skip("needs a browser without a screen: make develop, or sudo apt install chromium")
     quiet = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
-        # A browser's own sandbox refuses to run as root.
+        # The browser's sandbox refuses to run as root.
         sandbox = os.geteuid() != 0
-        started = playwright.chromium.launch(executable_path=found, chromium_sandbox=sandbox, args=quiet)
+        started = playwright.chromium.launch(executable_path=executable, chromium_sandbox=sandbox, args=quiet)
         yield started
         started.close()
 
@@ -56,70 +56,70 @@ def written(folder: Path, text: str) -> Path:
 
 
 @contextmanager
-def opened(browser: Browser, file: Path, width: int = DESK, **options: Any) -> Iterator[Page]:
+def opened(browser: Browser, file: Path, width: int = DESKTOP, **options: Any) -> Iterator[Page]:
     with browser.new_context(viewport={"width": width, "height": 900}, **options) as context:
-        shown = context.new_page()
-        shown.goto(file.as_uri())
-        yield shown
+        tab = context.new_page()
+        tab.goto(file.as_uri())
+        yield tab
 
 
-def overflow(shown: Page) -> float:
-    """CSS pixels by which the page is wider than what shows it."""
-    return float(shown.evaluate("document.documentElement.scrollWidth - innerWidth"))
+def overflow(tab: Page) -> float:
+    """Return by how many CSS pixels the page is wider than its window."""
+    return float(tab.evaluate("document.documentElement.scrollWidth - innerWidth"))
 
 
 # ---- its script -------------------------------------------------------------------------------------
 
 
-def test_its_script_runs_and_sorts(browser: Browser, tmp_path: Path) -> None:
+def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> None:
     trace = story(tmp_path / "a.cwnd")
-    with opened(browser, written(tmp_path, page(content.report(trace)))) as shown:
-        head = shown.locator("#connections th button", has_text="Lost")
+    with opened(browser, written(tmp_path, page(content.report(trace)))) as tab:
+        head = tab.locator("#connections th button", has_text="Lost")
         head.click()
         head.click()
-        cells = shown.locator("#connections tbody tr td:nth-child(5)").all()
+        cells = tab.locator("#connections tbody tr td:nth-child(5)").all()
         assert [float(str(cell.get_attribute("data-sort"))) for cell in cells] == pytest.approx(
             sorted(trace.summary()["lost_us"])
         )
-        assert shown.locator("#connections th[aria-sort=ascending]").inner_text().startswith("Lost")
+        assert tab.locator("#connections th[aria-sort=ascending]").inner_text().startswith("Lost")
 
 
-def test_the_page_alone_runs(browser: Browser, tmp_path: Path) -> None:
+def test_scripts_forms_and_bases_that_are_injected_have_no_effect(browser: Browser, tmp_path: Path) -> None:
     text = page(content.report(hostile(tmp_path / "a.cwnd")))
     evil = "<base href='https://example.org/'><form action='/'></form><script>document.title = 'owned'</script>"
-    with opened(browser, written(tmp_path, text.replace("</body>", f"{evil}</body>"))) as shown:
-        assert "owned" not in shown.title()
-        assert shown.locator("th button", has_text="Remedy").count() == 1
-        assert shown.evaluate("document.baseURI").startswith("file:")
+    with opened(browser, written(tmp_path, text.replace("</body>", f"{evil}</body>"))) as tab:
+        assert "owned" not in tab.title()
+        assert tab.locator("th button", has_text="Remedy").count() == 1
+        assert tab.evaluate("document.baseURI").startswith("file:")
 
 
-# ---- what it looks like -----------------------------------------------------------------------------
+# ---- layout and colours -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_axe_finds_nothing(browser: Browser, sample: Path, width: int, scheme: str) -> None:
-    # Its script isn't the page's own.
-    with opened(browser, sample, width, color_scheme=scheme, bypass_csp=True) as shown:
-        found = Axe().run(shown).response["violations"]
-    assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in found] == []
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_axe_finds_no_violation(browser: Browser, sample: Path, width: int, scheme: str) -> None:
+    # The page's policy would block axe-core, which isn't a script of its own.
+    with opened(browser, sample, width, color_scheme=scheme, bypass_csp=True) as tab:
+        violations = Axe().run(tab).response["violations"]
+    assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in violations] == []
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_nothing_sticks_out_and_verdicts_have_room(browser: Browser, sample: Path, width: int) -> None:
-    with opened(browser, sample, width) as shown:
-        assert overflow(shown) <= 0
-        verdicts = shown.locator("td.verdict").all()
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_nothing_overflows_and_verdicts_have_room(browser: Browser, sample: Path, width: int) -> None:
+    with opened(browser, sample, width) as tab:
+        assert overflow(tab) <= 0
+        verdicts = tab.locator("td.verdict").all()
         assert len(verdicts) == 9
         for verdict in verdicts:
             box = verdict.bounding_box()
             assert box
             assert box["width"] > 180
-            # In view without scrolling.
+            # The verdict is visible without scrolling.
             assert box["x"] + box["width"] <= width
         lines = "e => Math.round(e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight))"
         assert all(verdict.locator(".v").evaluate(lines) <= 2 for verdict in verdicts)
-        for region in shown.locator(".scroll").all():
+        for region in tab.locator(".scroll").all():
             region.focus()
             assert region.evaluate("e => e === document.activeElement && e.ariaLabel.length > 0")
             assert width == PHONE or region.evaluate("e => e.scrollWidth <= e.clientWidth")
@@ -140,66 +140,66 @@ BROKEN_UNITS = r"""() => {
 }"""
 
 
-def test_no_unit_stands_alone_on_a_line(browser: Browser, sample: Path) -> None:
-    with opened(browser, sample) as shown:
+def test_no_line_breaks_between_a_number_and_its_unit(browser: Browser, sample: Path) -> None:
+    with opened(browser, sample) as tab:
         for width in range(320, 700, 20):
-            shown.set_viewport_size({"width": width, "height": 900})
-            assert shown.evaluate(BROKEN_UNITS) == []
+            tab.set_viewport_size({"width": width, "height": 900})
+            assert tab.evaluate(BROKEN_UNITS) == []
 
 
 @pytest.mark.parametrize("name", ["256 bytes of UTF-8", "HTML", "mathtext"])
-def test_no_name_makes_it_wider(browser: Browser, name: str, tmp_path: Path) -> None:
+def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Path) -> None:
     text = page(content.report(named(tmp_path / "a.cwnd", NAMES[name] * 3)))
-    with opened(browser, written(tmp_path, text), PHONE) as shown:
-        assert overflow(shown) <= 0
+    with opened(browser, written(tmp_path, text), PHONE) as tab:
+        assert overflow(tab) <= 0
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_its_pictures_follow_light_and_dark(browser: Browser, tmp_path: Path, dark: bool) -> None:
+def test_pictures_follow_light_and_dark_mode(browser: Browser, tmp_path: Path, dark: bool) -> None:
     file = written(tmp_path, page(content.report(story(tmp_path / "a.cwnd"))))
-    with opened(browser, file, 1200, color_scheme="dark" if dark else "light") as shown:
-        pixels = imread(BytesIO(shown.screenshot(full_page=True)))[:, :, :3]
+    with opened(browser, file, 1200, color_scheme="dark" if dark else "light") as tab:
+        pixels = imread(BytesIO(tab.screenshot(full_page=True)))[:, :, :3]
     assert (pixels[5, 5].mean() < 0.2) == dark
-    # Nearly all of the page is its paper.
+    # Most of the page is background.
     assert (abs(pixels - pixels[5, 5]).max(axis=2) < 0.02).mean() > 0.6
     assert pixels.std() > 0.05
 
 
-def test_on_paper_it_is_light_and_whole(browser: Browser, sample: Path) -> None:
-    with opened(browser, sample, PAPER, color_scheme="dark") as shown:
-        shown.emulate_media(media="print", color_scheme="dark")
-        assert overflow(shown) <= 0
+def test_on_paper_the_page_is_light_and_complete(browser: Browser, sample: Path) -> None:
+    with opened(browser, sample, PAPER, color_scheme="dark") as tab:
+        tab.emulate_media(media="print", color_scheme="dark")
+        assert overflow(tab) <= 0
         # Paper doesn't scroll.
-        assert shown.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
-        pixels = imread(BytesIO(shown.screenshot(full_page=True)))[:, :, :3]
+        assert tab.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+        pixels = imread(BytesIO(tab.screenshot(full_page=True)))[:, :, :3]
         assert pixels[5, 5].min() == 1
         assert (pixels.min(axis=2) < 0.2).mean() < 0.1
-        printed = shown.pdf(format="A4")
+        printed = tab.pdf(format="A4")
     assert printed.startswith(b"%PDF-")
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 8
 
 
-# ---- what a screen reader says ----------------------------------------------------------------------
+# ---- screen readers ---------------------------------------------------------------------------------
 
 
-def test_pictures_and_regions_are_told_apart(browser: Browser, sample: Path) -> None:
-    with opened(browser, sample) as shown:
-        for what in ("img => img.alt", "region => region.ariaLabel"):
-            selector = "img" if what.startswith("img") else ".scroll"
-            texts = shown.eval_on_selector_all(selector, f"all => all.map({what})")
+def test_pictures_and_regions_have_distinct_labels(browser: Browser, sample: Path) -> None:
+    with opened(browser, sample) as tab:
+        for label in ("img => img.alt", "region => region.ariaLabel"):
+            selector = "img" if label.startswith("img") else ".scroll"
+            texts = tab.eval_on_selector_all(selector, f"all => all.map({label})")
             assert len(texts) > 3
             assert len(set(texts)) == len(texts)
             assert all(texts)
-        assert shown.locator("main").count() == 1
-        assert shown.locator("th:not([scope])").count() == 0
+        assert tab.locator("main").count() == 1
+        assert tab.locator("th:not([scope])").count() == 0
 
 
-def test_one_is_one(browser: Browser, tmp_path: Path) -> None:
+def test_a_single_item_is_in_the_singular(browser: Browser, tmp_path: Path) -> None:
     seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000) for t in (0, 9)]
     resets, blocks = frames.table("cwnd_reset", frames.reset(5)), frames.table("block_io", frames.block(1))
     trace = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=frames.snapshots(*seen), block_io=blocks)
-    with opened(browser, written(tmp_path, page(content.report(trace)))) as shown:
-        text = shown.inner_text("body") + " ".join(shown.eval_on_selector_all("img", "all => all.map(i => i.alt)"))
+    with opened(browser, written(tmp_path, page(content.report(trace)))) as tab:
+        text = tab.inner_text("body") + " ".join(tab.eval_on_selector_all("img", "all => all.map(i => i.alt)"))
     assert "with 1 reset" in text
     assert "of 1 request" in text
     many = "requests|resets|connections|segments|bursts|records|times|block I/Os|snapshots|recoveries"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What forbids tracing to a process is told from what /proc says of it."""
+"""The reason why a process may not trace is found in /proc."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from cwndtrace import errors
 from cwndtrace.errors import CwndtraceError, KernelLacks, PermissionNeeded
 from cwndtrace.kernel import permission
 
-WHOLE = "         0          0 4294967295\n"
+ALL_UIDS = "         0          0 4294967295\n"
 
 
-def process(folder: Path, capabilities: int, *, seccomp: int = 0, uid_map: str = WHOLE) -> Path:
+def process(folder: Path, capabilities: int, *, seccomp: int = 0, uid_map: str = ALL_UIDS) -> Path:
     (folder / "status").write_text(f"Name:\tx\nCapEff:\t{capabilities:016x}\nSeccomp:\t{seccomp}\n")
     (folder / "uid_map").write_text(uid_map)
     return folder
 
 
 @pytest.mark.parametrize("held", [1 << 21, 1 << 38 | 1 << 39, (1 << 41) - 1])
-def test_what_is_enough(tmp_path: Path, held: int) -> None:
+def test_sufficient_capabilities_pass_the_check(tmp_path: Path, held: int) -> None:
     permission.check(process(tmp_path, held), "integrity")
     assert permission.refused(tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    ("held", "lockdown", "uid_map", "kind", "cause"),
+    ("held", "lockdown", "uid_map", "error", "cause"),
     [
-        (0, "none", WHOLE, PermissionNeeded, "lacks CAP_BPF and CAP_PERFMON"),
-        (1 << 39, "none", WHOLE, PermissionNeeded, "lacks CAP_PERFMON"),
+        (0, "none", ALL_UIDS, PermissionNeeded, "lacks CAP_BPF and CAP_PERFMON"),
+        (1 << 39, "none", ALL_UIDS, PermissionNeeded, "lacks CAP_PERFMON"),
         ((1 << 41) - 1, "none", "0 1000 1\n", PermissionNeeded, "user namespace"),
-        ((1 << 41) - 1, "confidentiality", WHOLE, KernelLacks, "lockdown=confidentiality"),
+        ((1 << 41) - 1, "confidentiality", ALL_UIDS, KernelLacks, "lockdown=confidentiality"),
     ],
 )
-def test_what_is_not(
-    tmp_path: Path, held: int, lockdown: str, uid_map: str, kind: type[CwndtraceError], cause: str
+def test_insufficient_permission_raises_an_error_with_a_remedy(
+    tmp_path: Path, held: int, lockdown: str, uid_map: str, error: type[CwndtraceError], cause: str
 ) -> None:
-    with pytest.raises(kind, match=cause) as caught:
+    with pytest.raises(error, match=cause) as caught:
         permission.check(process(tmp_path, held, uid_map=uid_map), lockdown)
     assert caught.value.remedy
 
 
-def test_a_filter_is_named(tmp_path: Path) -> None:
-    found = permission.refused(process(tmp_path, (1 << 41) - 1, seccomp=2))
-    assert found is not None
-    assert "seccomp" in found.cause
+def test_a_seccomp_filter_is_named(tmp_path: Path) -> None:
+    error = permission.refused(process(tmp_path, (1 << 41) - 1, seccomp=2))
+    assert error is not None
+    assert "seccomp" in error.cause
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_a_filter_is_named(tmp_path: Path) -> None:
     [(errno.EMFILE, "this process may have", "ulimit -n 1024"), (errno.ENFILE, "this machine has", "fs.file-max")],
 )
 def test_a_limit_of_open_files_is_named(number: int, cause: str, cure: str) -> None:
-    found = errors.too_many_files(OSError(number, os.strerror(number)))
-    assert found is not None
-    assert found.cause.startswith(cause)
-    assert cure in found.remedy
+    error = errors.too_many_files(OSError(number, os.strerror(number)))
+    assert error is not None
+    assert error.cause.startswith(cause)
+    assert cure in error.remedy
     assert errors.too_many_files(OSError(errno.ENOENT, "")) is None
 
 
-def test_room_for_what_tracing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_limit_of_open_files_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     open_now = len(list(Path("/proc/self/fd").iterdir()))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (open_now + 100, 4096))
     with pytest.raises(errors.CwndtraceError, match="128 more") as caught:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: each artist stands where the records say, labels keep clear of each other, no text is taken for markup.
+"""In pictures of a capture, marks are where the records say, texts don't overlap, and no text is taken for markup.
 
-The figures are really drawn, so that what only fails while drawing fails here.
+The figures are drawn, so that errors that only drawing raises are found.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ LOSSY = [
 ]
 
 
-def figure(trace: Trace, **options: Any) -> Figure:
+def timeline_of(trace: Trace, **options: Any) -> Figure:
     return timeline(trace.resets, trace.connections, trace.block_io, about=trace.about, **options)
 
 
-def draw(made: Figure) -> np.ndarray:
+def draw(figure: Figure) -> np.ndarray:
     file = BytesIO()
-    made.savefig(file, format="png")
+    figure.savefig(file, format="png")
     file.seek(0)
     pixels: np.ndarray = imread(file, format="png")
     return pixels
 
 
-def texts(made: Figure) -> list[str]:
-    return [text.get_text() for text in made.findobj(Text) if text.get_text()]
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
-def legend(made: Figure) -> list[str]:
-    return [text.get_text() for each in made.legends for text in each.get_texts()]
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for box in figure.legends for text in box.get_texts()]
 
 
 def labels(axes: Axes) -> list[Text]:
@@ -68,60 +68,66 @@ def story(path: Path, **values: Any) -> Trace:
 
 
 @pytest.fixture
-def at(tmp_path: Path) -> Path:
+def path(tmp_path: Path) -> Path:
     return tmp_path / "a.cwnd"
 
 
-def test_marks_stand_where_the_records_say(at: Path) -> None:
+def test_marks_are_where_the_records_say(path: Path) -> None:
     resets = frames.table("cwnd_reset", frames.reset(12.5, idle_us=2_500_000, srtt_us=500_000))
     seen = frames.snapshots(frames.snapshot(5, cwnd=100), frames.snapshot(20, cwnd=900))
-    made = figure(
-        frames.capture(at, resets=resets, connections=seen, block_io=frames.table("block_io", frames.block(7)))
+    figure = timeline_of(
+        frames.capture(path, resets=resets, connections=seen, block_io=frames.table("block_io", frames.block(7)))
     )
-    draw(made)
-    window, disk = made.axes
+    draw(figure)
+    window, disk = figure.axes
     assert window.get_xlim() == disk.get_xlim() == (0, 60)
     line = next(item for item in window.lines if len(np.asarray(item.get_xdata())) == 5)
-    # The window is known at the snapshots, from a round trip and a jiffy into the rest to its end, and after it.
+    # The window is known at the snapshots, from a round trip and a jiffy into the idle time to its end, and then.
     points = list(zip(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(), strict=True))
     assert points == [(5, 100), (10.51, 2827), (12.5, 2827), (12.5, 44), (20, 900)]
     arrows = [item for item in window.lines if item.get_marker() == "v"]
     assert [(list(item.get_xdata()), list(item.get_ydata())) for item in arrows] == [([12.5], [44])]  # type: ignore[arg-type]
-    bars = [patch for each in window.collections for patch in each.get_paths() if each.get_zorder() == 0.5]
-    (extents,) = [path.get_extents() for path in bars]
+    spans = [
+        patch for collection in window.collections for patch in collection.get_paths() if collection.get_zorder() == 0.5
+    ]
+    (extents,) = [span.get_extents() for span in spans]
     assert (extents.x0, extents.x1) == (10, 12.5)
     assert [text.get_text() for text in labels(window)] == ["2827 → 44 after 2.5 s"]
-    (dots,) = [each for each in disk.collections if len(np.asarray(each.get_offsets())) == 1 and each.get_zorder() == 3]
+    (dots,) = [
+        collection
+        for collection in disk.collections
+        if len(np.asarray(collection.get_offsets())) == 1 and collection.get_zorder() == 3
+    ]
     assert np.asarray(dots.get_offsets()).tolist() == [[7.0, 0.25]]
 
 
-def test_titles_tell_the_ends_the_congestion_control_and_the_rung(at: Path) -> None:
-    made = figure(story(at))
-    said = " ".join(texts(made))
+def test_titles_name_the_endpoints_the_congestion_control_and_the_probe(path: Path) -> None:
+    figure = timeline_of(story(path))
+    text = " ".join(texts(figure))
     for part in ("10.1.0.1:443  →  10.2.0.9:20000", "cubic", "replica (pid 4242)", "21 resets", "seen by sendmsg"):
-        assert part in said
-    assert "0 s is 2026-11-18 12:30:00.000 UTC on web1, Linux 6.18.0" in said
+        assert part in text
+    assert "0 s is 2026-11-18 12:30:00.000 UTC on web1, Linux 6.18.0" in text
 
 
 @pytest.mark.parametrize(("dark", "paper"), [(False, style.LIGHT.paper), (True, style.DARK.paper)])
-def test_light_and_dark(at: Path, dark: bool, paper: str) -> None:
-    trace = story(at, lossy=LOSSY)
+def test_light_and_dark_colours_are_used_and_settings_restored(path: Path, dark: bool, paper: str) -> None:
+    trace = story(path, lossy=LOSSY)
     before = dict(mpl.rcParams)
     with style.use(dark) as colours:
-        made = figure(trace)
+        figure = timeline_of(trace)
     assert colours.paper == paper
-    pixels = draw(made)
+    pixels = draw(figure)
     assert to_hex(pixels[2, 2]) == paper
-    # Enough contrast to be read: the ink against the paper.
+    # There is enough contrast between text and background.
     assert abs(float(np.mean(pixels[2, 2, :3])) - float(np.mean(mpl.colors.to_rgb(colours.ink)))) > 0.7
     assert dict(mpl.rcParams) == before
     assert style.palette() is style.LIGHT
 
 
-def everything(made: Figure) -> list[Bbox]:
-    found = [extent(text) for axes in made.axes for text in axes.texts]
-    found += [extent(text) for text in made.texts]
-    return found + [extent(each) for each in made.legends]
+def everything(figure: Figure) -> list[Bbox]:
+    boxes = [extent(text) for axes in figure.axes for text in axes.texts]
+    boxes += [extent(text) for text in figure.texts]
+    return boxes + [extent(box) for box in figure.legends]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -147,160 +153,160 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_text_leaves_the_picture_or_covers_another(at: Path, name: str) -> None:
-    made = figure(story(at, **CASES[name]))
-    draw(made)
-    boxes = everything(made)
-    width, height = made.bbox.width, made.bbox.height
+def test_no_text_leaves_the_picture_or_covers_another_one(path: Path, name: str) -> None:
+    figure = timeline_of(story(path, **CASES[name]))
+    draw(figure)
+    boxes = everything(figure)
+    width, height = figure.bbox.width, figure.bbox.height
     for box in boxes:
         assert -0.5 <= box.x0 < box.x1 <= width + 0.5
         assert -0.5 <= box.y0 < box.y1 <= height + 0.5
     for n, box in enumerate(boxes):
         for other in boxes[:n]:
-            # A line's box has slack above and below its letters: two points of it may meet.
-            slack = 2 * made.dpi / 72
-            apart = box.x1 <= other.x0 or other.x1 <= box.x0
-            assert apart or box.y1 - slack <= other.y0 or other.y1 - slack <= box.y0
+            # A line's box is higher than its letters, so two boxes may overlap by two points.
+            slack = 2 * figure.dpi / 72
+            side_by_side = box.x1 <= other.x0 or other.x1 <= box.x0
+            assert side_by_side or box.y1 - slack <= other.y0 or other.y1 - slack <= box.y0
 
 
-def test_many_resets_keep_some_labels_and_say_how_many(at: Path) -> None:
+def test_of_many_resets_some_are_labelled_and_counted(path: Path) -> None:
     resets, connections = frames.story(seconds=600)
-    trace = frames.capture(at, resets=resets, connections=connections)
-    made = figure(trace, span=(0, 600))
-    number = len(labels(made.axes[0]))
+    trace = frames.capture(path, resets=resets, connections=connections)
+    figure = timeline_of(trace, span=(0, 600))
+    number = len(labels(figure.axes[0]))
     assert 5 <= number < len(trace.resets)
-    assert any(f"{len(trace.resets)} resets, {number} labelled" in text for text in texts(made))
+    assert any(f"{len(trace.resets)} resets, {number} labelled" in text for text in texts(figure))
 
 
-def test_lossy_spans_are_hatched_where_they_were_and_counted(at: Path) -> None:
-    made = figure(story(at, lossy=LOSSY))
-    window, disk = made.axes
+def test_lossy_spans_are_hatched_and_counted(path: Path) -> None:
+    figure = timeline_of(story(path, lossy=LOSSY))
+    window, disk = figure.axes
     (short,) = [patch.get_extents().transformed(window.transData.inverted()) for patch in window.patches]
     (long,) = [patch.get_extents().transformed(disk.transData.inverted()) for patch in disk.patches]
     assert (round(long.x0, 6), round(long.x1, 6)) == (46, 48)
     assert round(short.x0, 6) == 20
     assert short.x1 - short.x0 > 0.05  # wide enough to be seen
     assert all(patch.get_hatch() for patch in [*window.patches, *disk.patches])
-    assert "records lost: 1,237" in legend(made)
-    assert not any("lost" in text for text in legend(figure(story(at.with_name("b.cwnd")))))
+    assert "records lost: 1,237" in legend(figure)
+    assert not any("lost" in text for text in legend(timeline_of(story(path.with_name("b.cwnd")))))
 
 
 @pytest.mark.parametrize(
     "lossy", [None, 5, "x", [1], [{}], [{"start_ns": "a", "end_ns": 2, "lost": 1}], [{**LOSSY[0], "lost": 0}]]
 )
-def test_lossy_spans_that_make_no_sense_are_passed_over(at: Path, lossy: object) -> None:
-    assert not any("lost" in text for text in legend(figure(story(at, lossy=lossy))))
+def test_invalid_lossy_spans_are_ignored(path: Path, lossy: object) -> None:
+    assert not any("lost" in text for text in legend(timeline_of(story(path, lossy=lossy))))
 
 
-def test_without_block_io_there_is_no_panel_for_it(at: Path) -> None:
-    trace = story(at, block_io=None)
+def test_without_block_io_there_is_no_panel_for_it(path: Path) -> None:
+    trace = story(path, block_io=None)
     for block_io in (trace.block_io, None):
-        made = timeline(trace.resets, trace.connections, block_io, about=trace.about)
-        assert len(made.axes) == 1
-        assert any("no block I/O recorded" in text for text in texts(made))
+        figure = timeline(trace.resets, trace.connections, block_io, about=trace.about)
+        assert len(figure.axes) == 1
+        assert any("no block I/O recorded" in text for text in texts(figure))
 
 
-def test_without_resets_or_connections_it_says_so(at: Path) -> None:
-    made = figure(story(at, resets=None))
-    assert "no reset in this capture" in texts(made)
-    assert any("watched by sendmsg" in text for text in texts(made))
-    assert "no connection was seen" in texts(figure(frames.capture(at.with_name("b.cwnd"))))
-    blind = story(at.with_name("c.cwnd"), resets=None, probes={"idle": None})
-    assert any("no probe saw idle resets here" in text for text in texts(figure(blind)))
+def test_a_picture_without_resets_or_connections_says_so(path: Path) -> None:
+    figure = timeline_of(story(path, resets=None))
+    assert "no reset in this capture" in texts(figure)
+    assert any("watched by sendmsg" in text for text in texts(figure))
+    assert "no connection was seen" in texts(timeline_of(frames.capture(path.with_name("b.cwnd"))))
+    blind = story(path.with_name("c.cwnd"), resets=None, probes={"idle": None})
+    assert any("no probe saw idle resets here" in text for text in texts(timeline_of(blind)))
 
 
-def test_of_many_connections_the_four_with_most_resets_are_shown(at: Path) -> None:
+def test_the_four_connections_with_most_resets_are_shown(path: Path) -> None:
     resets, connections = frames.story(peers=200, seconds=20)
-    trace = frames.capture(at, resets=resets, connections=connections)
-    made = figure(trace)
-    assert len(made.axes) == 4
+    trace = frames.capture(path, resets=resets, connections=connections)
+    figure = timeline_of(trace)
+    assert len(figure.axes) == 4
     counts = trace.resets["connection"].value_counts()
-    ports = [int(text.rsplit(":", 1)[1]) for text in texts(made) if text.startswith("10.1.0.1:443")]
+    ports = [int(text.rsplit(":", 1)[1]) for text in texts(figure) if text.startswith("10.1.0.1:443")]
     shown = [counts[trace.resets.set_index("dport")["connection"].loc[[port]].iloc[0]] for port in ports]
     assert shown == sorted(counts, reverse=True)[:4]
-    assert any("4 of 200 connections" in text for text in texts(made))
+    assert any("4 of 200 connections" in text for text in texts(figure))
 
 
-def test_one_connection_by_its_key(at: Path) -> None:
+def test_one_connection_is_shown_by_its_key(path: Path) -> None:
     resets, connections = frames.story(peers=5, seconds=20)
-    trace = frames.capture(at, resets=resets, connections=connections)
+    trace = frames.capture(path, resets=resets, connections=connections)
     key = trace.resets.loc[trace.resets["dport"] == 20003, "connection"].iloc[0]
-    made = figure(trace, connection=key)
-    assert len(made.axes) == 1
-    assert any(":20003" in text for text in texts(made))
+    figure = timeline_of(trace, connection=key)
+    assert len(figure.axes) == 1
+    assert any(":20003" in text for text in texts(figure))
     with pytest.raises(UsageError, match="There is no connection 1:2") as caught:
-        figure(trace, connection="1:2")
+        timeline_of(trace, connection="1:2")
     assert key in caught.value.remedy
 
 
-def test_a_span_shows_what_is_in_it(at: Path) -> None:
-    trace = story(at)
-    made = figure(trace, span=(30, 42))
-    draw(made)
-    assert made.axes[0].get_xlim() == (30, 42)
+def test_a_span_shows_only_the_resets_within_it(path: Path) -> None:
+    trace = story(path)
+    figure = timeline_of(trace, span=(30, 42))
+    draw(figure)
+    assert figure.axes[0].get_xlim() == (30, 42)
     inside = trace.resets[(trace.resets["ts_ns"] - frames.MONO).astype("int64").between(30 * 10**9, 42 * 10**9)]
-    assert any(f"  {len(inside)} resets" in text for text in texts(made))
-    for text in labels(made.axes[0]):
+    assert any(f"  {len(inside)} resets" in text for text in texts(figure))
+    for text in labels(figure.axes[0]):
         assert int(text.get_text().split(" → ")[0]) in set(inside["cwnd_before"])
     with pytest.raises(UsageError, match="empty"):
-        figure(trace, span=(3, 3))
+        timeline_of(trace, span=(3, 3))
 
 
-def test_many_requests_become_percentiles(at: Path) -> None:
-    made = figure(story(at, block_io=frames.disk(panels.SCATTER_MAX + 1)))
-    assert f"median of {panels.SCATTER_MAX + 1:,} I/Os" in legend(made)
-    disk = made.axes[1]
+def test_many_requests_are_shown_as_percentiles(path: Path) -> None:
+    figure = timeline_of(story(path, block_io=frames.disk(panels.SCATTER_MAX + 1)))
+    assert f"median of {panels.SCATTER_MAX + 1:,} I/Os" in legend(figure)
+    disk = figure.axes[1]
     median = next(line for line in disk.lines if line.get_marker() == "None" and len(np.asarray(line.get_xdata())) > 9)
     x, y = np.asarray(median.get_xdata()), np.asarray(median.get_ydata())
     slow = (x > 34.5) & (x < 38.5)
     quiet = (x < 33.5) | (x > 39.5)
     assert y[slow].min() > 3 > 0.6 > y[quiet].max()
-    few = figure(story(at.with_name("b.cwnd"), block_io=frames.disk(panels.SCATTER_MAX)))
+    few = timeline_of(story(path.with_name("b.cwnd"), block_io=frames.disk(panels.SCATTER_MAX)))
     assert "read" in legend(few)
 
 
-def test_failed_requests_are_marked_and_counted(at: Path) -> None:
+def test_failed_requests_are_marked_and_counted(path: Path) -> None:
     block_io = frames.table("block_io", frames.block(1), frames.block(2, 500, error="medium"))
-    made = figure(story(at, block_io=block_io))
-    assert "I/O error: 1" in legend(made)
-    crosses = next(line for line in made.axes[1].lines if line.get_marker() == "x")
+    figure = timeline_of(story(path, block_io=block_io))
+    assert "I/O error: 1" in legend(figure)
+    crosses = next(line for line in figure.axes[1].lines if line.get_marker() == "x")
     assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([2.0], [0.5])  # type: ignore[arg-type]
 
 
-def test_the_window_axis_is_logarithmic_only_where_that_shows_more(at: Path) -> None:
-    assert figure(story(at)).axes[0].get_yscale() == "log"
+def test_the_window_axis_is_logarithmic_only_for_a_wide_range(path: Path) -> None:
+    assert timeline_of(story(path)).axes[0].get_yscale() == "log"
     narrow = frames.table("cwnd_reset", frames.reset(1, cwnd_before=68, cwnd_after=10))
-    made = figure(frames.capture(at.with_name("b.cwnd"), resets=narrow))
-    assert made.axes[0].get_yscale() == "linear"
-    assert made.axes[0].get_ylim()[0] == 0
+    figure = timeline_of(frames.capture(path.with_name("b.cwnd"), resets=narrow))
+    assert figure.axes[0].get_yscale() == "linear"
+    assert figure.axes[0].get_ylim()[0] == 0
 
 
 EVIL = ["a$b_c^{x}$", "$\\frac{1}{", r"\$x$", "$$", "\x1b[31mred\x07", "\u202eright", "长连接", "{}%s<b>", "$" * 15]
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_hostile_names_are_drawn_to_the_letter(at: Path, evil: str) -> None:
+def test_hostile_names_are_drawn_character_by_character(path: Path, evil: str) -> None:
     resets, connections = frames.story(comm=evil, seconds=20)
     trace = frames.capture(
-        at, resets=resets, connections=connections, host=evil, kernel=evil * 40, probes={"idle": evil},
+        path, resets=resets, connections=connections, host=evil, kernel=evil * 40, probes={"idle": evil},
         lossy=[{**LOSSY[0], "event": evil}],
     )  # fmt: skip
     with mpl.rc_context({"text.usetex": True}):
-        made = figure(trace)
-    draw(made)
-    for text in made.findobj(Text):
+        figure = timeline_of(trace)
+    draw(figure)
+    for text in figure.findobj(Text):
         assert isinstance(text, Text)
         assert not text.get_usetex()
         if any("$" in part for part in text.get_text().split("\\$")):
             assert text._preprocess_math(text.get_text())[1] is False  # type: ignore[attr-defined]
-    assert all(text.isprintable() for text in texts(made))
+    assert all(text.isprintable() for text in texts(figure))
     shown = evil.encode()[:16].decode("utf-8", "ignore")
     expected = style.plain(shown)
-    assert any(expected in text for text in texts(made))
+    assert any(expected in text for text in texts(figure))
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=300))
-def test_plain_text_is_never_mathtext_and_never_endless(text: str) -> None:
+def test_plain_text_is_never_mathtext_and_has_a_limited_length(text: str) -> None:
     line = style.plain(text, 50)
     shown, math = Text()._preprocess_math(line)  # type: ignore[attr-defined]
     assert math is False
@@ -311,16 +317,16 @@ def test_plain_text_is_never_mathtext_and_never_endless(text: str) -> None:
         assert shown in (ascii_only, ascii_only[:49] + "…")
 
 
-def test_long_addresses_fit_the_picture(at: Path) -> None:
+def test_long_addresses_fit_into_the_picture(path: Path) -> None:
     ends = ("2001:db8:85a3:1234:5678:8a2e:3700:7334", "fd12:3456:789a:bcde:f012:3456:789a:bcde")
     resets, connections = frames.story(ends=ends, comm="W" * 15)
-    made = figure(frames.capture(at, resets=resets, connections=connections, kernel="6.18" + "y" * 400))
-    draw(made)
-    for text in [*made.axes[0].texts, *made.texts]:
+    figure = timeline_of(frames.capture(path, resets=resets, connections=connections, kernel="6.18" + "y" * 400))
+    draw(figure)
+    for text in [*figure.axes[0].texts, *figure.texts]:
         box = extent(text)
         assert box.x0 >= 0
-        assert box.x1 <= made.bbox.width
-    assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in texts(made))
+        assert box.x1 <= figure.bbox.width
+    assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in texts(figure))
 
 
 @settings(max_examples=10, deadline=None)
@@ -342,44 +348,44 @@ def test_records_of_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFac
         tmp_path_factory.mktemp("any") / "a.cwnd", resets=frames.table("cwnd_reset", *rows),
         block_io=frames.table("block_io", *requests), connections=frames.snapshots(*seen),
     )  # fmt: skip
-    draw(figure(trace))
+    draw(timeline_of(trace))
 
 
-def test_a_capture_without_its_clock_starts_with_its_first_record(at: Path) -> None:
+def test_a_capture_without_its_clock_starts_with_its_first_record(path: Path) -> None:
     resets = frames.table("cwnd_reset", frames.reset(7), frames.reset(9))
-    made = figure(frames.capture(at, resets=resets, clock={}))
-    assert made.axes[0].get_xlim() == (0, 2)
-    assert any(text.startswith("on web1") for text in texts(made))
+    figure = timeline_of(frames.capture(path, resets=resets, clock={}))
+    assert figure.axes[0].get_xlim() == (0, 2)
+    assert any(text.startswith("on web1") for text in texts(figure))
 
 
-def test_tables_of_other_frames_can_be_drawn_too(at: Path) -> None:
+def test_frames_with_categories_can_be_drawn(path: Path) -> None:
     # Arrow's own frames have categories where a Trace has text.
     resets, connections = frames.story(seconds=20)
     key = pa.array(["k"] * len(resets))
     a = frames.pandas(resets.append_column("connection", key))
     b = frames.pandas(connections.append_column("connection", pa.array(["k"] * len(connections))))
     draw(timeline(a, b, frames.pandas(frames.disk(50)), about=frames.about()))
-    assert not at.exists()
+    assert not path.exists()
 
 
 # ---- the heat map ---------------------------------------------------------------------------------
 
 
-def test_the_heat_map_draws_every_request_and_hatches_losses(at: Path) -> None:
-    trace = story(at, lossy=LOSSY)
+def test_the_heat_map_draws_every_request_and_hatches_losses(path: Path) -> None:
+    trace = story(path, lossy=LOSSY)
     cells = heat_map(trace.block_io)
-    made = heat(cells, zero_ns=frames.MONO, about=trace.about)
-    draw(made)
-    (mesh,) = made.axes[0].collections
+    figure = heat(cells, zero_ns=frames.MONO, about=trace.about)
+    draw(figure)
+    (mesh,) = figure.axes[0].collections
     assert np.ma.sum(np.ma.asarray(mesh.get_array())) == len(trace.block_io) == 3000
-    assert made.axes[0].get_xlim()[0] == pytest.approx((trace.block_io["start_ns"].min() - frames.MONO) / 1e9)
-    assert any("3,000 requests" in text for text in texts(made))
-    assert any("1,234 requests lost" in text for text in texts(made))
+    assert figure.axes[0].get_xlim()[0] == pytest.approx((trace.block_io["start_ns"].min() - frames.MONO) / 1e9)
+    assert any("3,000 requests" in text for text in texts(figure))
+    assert any("1,234 requests lost" in text for text in texts(figure))
 
 
-def test_no_request_makes_an_empty_heat_map_that_says_so(at: Path) -> None:
-    trace = frames.capture(at, host="<b>\x1b[1m$x^2$")
-    made = heat(heat_map(trace.block_io), zero_ns=0, about=trace.about)
-    draw(made)
-    assert "no block I/O recorded" in texts(made)
-    assert any(r"on <b>?[1m\$x^2\$" in text for text in texts(made))
+def test_a_heat_map_without_requests_says_so(path: Path) -> None:
+    trace = frames.capture(path, host="<b>\x1b[1m$x^2$")
+    figure = heat(heat_map(trace.block_io), zero_ns=0, about=trace.about)
+    draw(figure)
+    assert "no block I/O recorded" in texts(figure)
+    assert any(r"on <b>?[1m\$x^2\$" in text for text in texts(figure))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would make a trace wait in vain, and doctor's table."""
+"""run warns if no idle reset can occur, and doctor prints its findings as a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def warnings(sysctls: dict[int, int | None], controls: set[str], *namespaces: Na
     return preflight.warnings(controls, [(namespace, sysctls[namespace.inode]) for namespace in namespaces], "eth0")
 
 
-def test_nothing_to_warn_of() -> None:
+def test_no_warning_if_idle_resets_can_occur() -> None:
     assert warnings({1: 1}, CUBIC, THIS) == []
 
 
@@ -32,23 +32,23 @@ def test_nothing_to_warn_of() -> None:
         (NAMED, "in network namespace blue", "(ip netns exec blue sysctl -w net.ipv4.tcp_slow_start_after_idle=1 "),
     ],
 )
-def test_the_setting_is_off(namespace: Namespace, where: str, command: str) -> None:
+def test_a_setting_that_is_off_is_a_warning_with_a_command(namespace: Namespace, where: str, command: str) -> None:
     (line,) = warnings({namespace.inode: 0}, CUBIC, namespace)
     assert where in line
     assert command in line
 
 
-def test_the_setting_is_on_somewhere() -> None:
+def test_no_warning_if_the_setting_is_on_in_one_namespace() -> None:
     assert warnings({1: 0, 3: 1}, CUBIC, THIS, POD) == []
     assert warnings({1: 0, 3: None}, CUBIC, THIS, POD) == []
 
 
-def test_no_connection() -> None:
+def test_a_warning_says_that_there_is_no_connection() -> None:
     (line,) = warnings({1: 1}, set(), THIS)
     assert line == "eth0 carries no TCP connection now"
 
 
-def test_all_exempt() -> None:
+def test_a_warning_says_that_all_connections_are_exempt() -> None:
     (line,) = warnings({1: 1}, {"bbr"}, THIS)
     assert line.startswith("every connection on eth0 uses bbr, which is exempt")
 
@@ -56,16 +56,16 @@ def test_all_exempt() -> None:
 # ---- doctor ----------------------------------------------------------------------------------------
 
 
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_an_aligned_table_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     facts = [
         Fact("kernel", "Linux 6"),
         Fact("probe fentry", "refused", LACK, "ask for it"),
         Fact("sysctl in \x1b[2J\x07evil", "\x07x", BAD, "fix \x1b it"),
     ]
     _print(Findings(facts, {"idle": "sendmsg"}))
-    shown = capsys.readouterr().out
-    lines = shown.splitlines()
-    assert all(c.isprintable() or c == "\n" for c in shown)
+    stdout = capsys.readouterr().out
+    lines = stdout.splitlines()
+    assert all(c.isprintable() or c == "\n" for c in stdout)
     assert lines[1].startswith("ok ")
     assert lines[2].startswith("-  ")
     assert lines[3].strip() == "fix: ask for it"
@@ -74,6 +74,6 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "sudo cwndtrace run --iface NAME will work here."
 
 
-def test_nothing_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_says_that_nothing_can_be_traced(capsys: pytest.CaptureFixture[str]) -> None:
     _print(Findings([Fact("BTF", "none", BAD)], None))
     assert "Nothing here can trace idle resets." in capsys.readouterr().out

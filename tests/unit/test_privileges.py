@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whom sudo works for, and what is tried before privileges are given up.
+"""The user who called sudo is found, and the fewest capabilities that suffice.
 
-What needs root is in tests/live/test_privileges.py.
+The tests that need root are in tests/live/test_privileges.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def invoked(
     return privileges.invoking_user()
 
 
-def test_whom_sudo_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_who_called_sudo_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privileges, "held", lambda: frozenset({privileges.SETUID, privileges.SETGID}))
     assert invoked(monkeypatch, "54321", "54322") == privileges.User(54321, 54322, (54322,), "54321")
     known = invoked(monkeypatch, "65534", "65534")
@@ -42,7 +42,7 @@ def test_whom_sudo_works_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("uid", "gid"), [(None, None), ("0", "0"), ("0", None)])
-def test_what_says_root_itself(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None) -> None:
+def test_root_without_sudo_is_no_user(monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None) -> None:
     assert invoked(monkeypatch, uid, gid) is None
 
 
@@ -53,31 +53,31 @@ def test_what_says_root_itself(monkeypatch: pytest.MonkeyPatch, uid: str | None,
         ("99999999999", "5"), ("54321", "4294967295"), ("1e3", "5"), ("5\n", "5"), (" 5", "5"), ("²", "5"), ("5", "x"),
     ],
 )  # fmt: skip
-def test_what_names_nobody_is_no_leave_to_go_on_as_root(
+def test_sudo_variables_that_name_no_user_are_refused(
     monkeypatch: pytest.MonkeyPatch, uid: str | None, gid: str | None
 ) -> None:
     with pytest.raises(PermissionError, match="name no user"):
         invoked(monkeypatch, uid, gid)
 
 
-def test_whom_this_process_may_not_become_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_whom_the_process_may_not_become_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privileges, "held", lambda: frozenset({privileges.SETGID}))
     with pytest.raises(PermissionError, match="user 54321, whom this process may not become"):
         invoked(monkeypatch, "54321", "54322")
 
 
-def test_without_root_sudo_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_root_the_sudo_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoked(monkeypatch, "54321", "54322", euid=54321) is None
 
 
-def test_acting_as_nobody_in_particular_changes_nothing() -> None:
+def test_acting_as_none_changes_nothing() -> None:
     before = Path("/proc/thread-self/status").read_text().splitlines()[8:10]
     with privileges.acting_as(None):
         assert Path("/proc/thread-self/status").read_text().splitlines()[8:10] == before
 
 
 @pytest.mark.parametrize("groups", [True, False])
-def test_who_may_not_is_told(groups: bool) -> None:
+def test_acting_as_a_user_without_the_right_raises_permission_error(groups: bool) -> None:
     script = (
         "from cwndtrace import privileges\n"
         f"if not {groups}: privileges._set_groups = lambda _: None\n"
@@ -90,12 +90,12 @@ def test_who_may_not_is_told(groups: bool) -> None:
     if nobody:
         need_readable_checkout()
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, user=nobody)
-    assert done.stdout == "refused\n"
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, user=nobody)
+    assert result.stdout == "refused\n"
 
 
-def test_the_least_that_is_enough() -> None:
-    """Each choice is tried on a thread that has no more, and that is gone before anything else happens."""
+def test_least_returns_the_first_capabilities_that_suffice() -> None:
+    """Each set of capabilities is tried on a thread with no others, which ends before ``least`` returns."""
     script = (
         "import os\n"
         "from pathlib import Path\n"
@@ -115,20 +115,20 @@ def test_the_least_that_is_enough() -> None:
         "except ZeroDivisionError:\n"
         "    print('as it should be')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "as it should be\n"), done.stderr
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "as it should be\n"), result.stderr
 
 
-def test_no_library_starts_a_thread_when_the_command_is_loaded() -> None:
-    """Capabilities are a thread's own: what has one at the start would keep root's when run drops them."""
+def test_importing_the_commands_starts_no_thread() -> None:
+    """Each thread has its own capabilities, so such a thread would keep root's when ``run`` drops them."""
     script = "from cwndtrace.cli import main; import os; print(os.listdir('/proc/self/task').__len__())"
     environment = {n: v for n, v in os.environ.items() if n not in ("OPENBLAS_NUM_THREADS", "JE_ARROW_MALLOC_CONF")}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "1\n"
 
 
-def test_threads_that_end_while_they_are_looked_at() -> None:
+def test_still_powerful_tolerates_threads_that_end() -> None:
     stopped = threading.Event()
 
     def churn() -> None:

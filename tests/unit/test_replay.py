@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole path behind the probes, driven by raw bytes that a real trace left (tests/record.py)."""
+"""Everything after the probes works on raw bytes that were recorded from a real trace (tests/record.py)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESETS = CONNECTIONS * BURSTS
 
 
 def start_of(session: Session) -> dict[str, Any]:
-    """A capture's metadata without what needs root to be known."""
+    """Return a capture's metadata without the values that only root can read."""
     started = session.start["mono_ns"] + session.start["utc_offset_ns"]
     return {
         "version": cwndtrace.__version__,
@@ -51,7 +51,7 @@ Played = tuple[cwndtrace.Trace, Session]
 
 
 def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = False) -> Played:
-    """``cwndtrace run`` on ``source``, from the first record to the summary."""
+    """Run ``cwndtrace run`` on ``source``, from the first record to the summary."""
     with Session(source) as session:
         writer = CaptureWriter.create(folder / "x.cwnd", start_of(session))
         view: TextView | JsonView
@@ -71,35 +71,35 @@ def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = F
     return capture, session
 
 
-def test_the_recording_is_of_this_layout() -> None:
+def test_the_recording_has_the_current_layout() -> None:
     source = Replay(FILE)
     assert source.probes["idle"]
     assert {"cwnd_reset", "block_io"} <= set(source.events)
 
 
-def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_view_prints_aligned_resets_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture, session = played(Replay(FILE), tmp_path, as_json=False)
-    shown, said = capsys.readouterr()
-    assert said == ""
-    header, *lines = shown.splitlines()
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""
+    header, *lines = stdout.splitlines()
     assert re.split(" {2,}", header) == [column.title for column in RESETS_SHOWN]
     resets = [line for line in lines if " -> " in line]
     assert len(resets) == RESETS
-    # Aligned: what stands above each column begins or ends where its values do.
+    # Each heading begins or ends where its column's values do.
     for line in resets:
         assert line.index("127.0.0.1:") == header.index("CONNECTION")
         assert line.index(" idle ") + 1 == header.index("REASON")
-    assert f"kept {RESETS} resets, {2 * BLOCKS} block I/Os; lost 0 resets, 0 block I/Os" in shown
-    assert "No TCP connection" not in shown
+    assert f"kept {RESETS} resets, {2 * BLOCKS} block I/Os; lost 0 resets, 0 block I/Os" in stdout
+    assert "No TCP connection" not in stdout
     assert capture.status == "complete"
     assert session.tally.kept["cwnd_reset"] == RESETS
 
 
-def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_view_prints_each_record_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture, _ = played(Replay(FILE), tmp_path, as_json=True, print_block=True)
-    shown, said = capsys.readouterr()
-    assert said == ""
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in shown.splitlines()]
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in stdout.splitlines()]
     by_event: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_event.setdefault(row["event"], []).append(row)
@@ -120,19 +120,19 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("read", BLOCKS, BLOCKS * 4096),
         ("write", BLOCKS, BLOCKS * 4096),
     }
-    # What was printed is what lies on disk.
+    # The printed records equal those on disk.
     assert [row["ts_ns"] for row in by_event["cwnd_reset"]] == list(capture.resets["ts_ns"])
     assert all(row["time"].endswith("Z") for row in rows)
 
 
-def test_block_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_block_requests_are_printed_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     played(Replay(FILE), tmp_path, as_json=False, print_block=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "  block_io  " in line]
     assert len(lines) == 2 * BLOCKS
     assert all(" sector " in line and "4.10 kB" in line for line in lines)
 
 
-def test_the_capture_holds_what_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_capture_has_each_recorded_reset_and_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture, _ = played(Replay(FILE), tmp_path, as_json=False)
     capsys.readouterr()
     resets = capture.resets
@@ -149,7 +149,7 @@ def test_the_capture_holds_what_was_recorded(tmp_path: Path, capsys: pytest.Capt
     assert sorted(summary["resets"]) == [BURSTS] * CONNECTIONS
 
 
-def test_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_capture_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture, _ = played(Replay(FILE), tmp_path, as_json=False)
     capsys.readouterr()
     figure = timeline(capture.resets, capture.connections, capture.block_io, about=capture.about)
@@ -157,7 +157,7 @@ def test_it_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "x.png").stat().st_size > 20_000
 
 
-def test_losses_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = FakeSource([("block_io", frames.block().tobytes())], [])
     source.count.lost["block_io"] = 1234
     capture, _ = played(source, tmp_path, as_json=True)
@@ -171,10 +171,10 @@ def test_losses_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_losses_are_shown_now_and_then_and_at_the_end(
+def test_losses_are_printed_every_ten_seconds_and_at_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    """A machine that loses records for a minute: at once, every ten seconds, and what came last."""
+    """If records are lost for a minute, the first loss, one every ten seconds and the last are shown."""
     session = Session(FakeSource(*[[] for _ in range(602)]))
     view = JsonView(session, print_block=False) if as_json else TextView(session, print_block=False, quiet=False)
     now = 1000.0
@@ -189,69 +189,69 @@ def test_losses_are_shown_now_and_then_and_at_the_end(
     session.step()
     view.tick("", last=True)
     view.tick("", last=True)
-    shown, said = capsys.readouterr()
+    stdout, stderr = capsys.readouterr()
     if as_json:
-        rows = [json.loads(line) for line in shown.splitlines()]
+        rows = [json.loads(line) for line in stdout.splitlines()]
         assert sum(row["lost"] for row in rows if row["of"] == "block_io") == 1202
         assert [row["lost"] for row in rows if row["of"] == "cwnd_reset"] == [1]
         spans = [(row["start_ns"], row["end_ns"]) for row in rows if row["of"] == "block_io"]
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert len(spans) in (7, 8)
     else:
-        lines = said.splitlines()
+        lines = stderr.splitlines()
         assert lines[0] == "lost so far: 2 block_io (counted in the kernel)"
         assert lines[-1] == "lost so far: 1 cwnd_reset, 1,202 block_io (counted in the kernel)"
         assert len(lines) in (7, 8)
 
 
-def test_what_stderr_says_fits_its_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole words, and two cells for an ideograph; one line each where stderr is no terminal."""
+def test_lines_on_stderr_fit_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines break between words, and an ideograph is two cells wide; without a terminal each text is one line."""
     session = Session(FakeSource())
-    what = "connections of \u65e5\u672c\u8a9e, " * 5 + "and more"
+    target = "connections of \u65e5\u672c\u8a9e, " * 5 + "and more"
     warned = ["no window is reset after idle time, in any namespace, " * 3 + "whatever comes"]
     monkeypatch.setattr("cwndtrace.cli.preflight.warnings", lambda *_: warned)
     batch = Batch("connections", frames.snapshots(frames.snapshot()))
 
-    def said(width: str) -> tuple[list[str], str]:
+    def printed(width: str) -> tuple[list[str], str]:
         monkeypatch.setenv("COLUMNS", width)
-        _print_probes(session, what, verbose=False)
+        _print_probes(session, target, verbose=False)
         view = TextView(session, print_block=False, quiet=False)
         watch = InterfaceWatch(session, Filters(), None)
-        console = Console(view, session, watch, what=what, quiet=False, stop_when_refused=False)
+        console = Console(view, session, watch, what=target, quiet=False, stop_when_refused=False)
         console._warn_of_settings(batch)
         lines = capsys.readouterr().err.splitlines()
-        view.tick(what)
+        view.tick(target)
         return lines, capsys.readouterr().err.removeprefix("\r\x1b[K")
 
-    whole, status = said("60")
+    whole, status = printed("60")
     assert len(whole) == 2
     assert status == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    lines, status = said("60")
+    lines, status = printed("60")
     assert " ".join(line.strip() for line in lines) == " ".join(line.strip() for line in whole)
     assert max(map(cells, lines)) <= 60
     assert 55 < cells(status) <= 59
 
 
-def test_one_of_each_is_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_records_are_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = FakeSource([("cwnd_reset", frames.reset().tobytes()), ("block_io", frames.block().tobytes())], [])
     source.count.unchanged = 1
     played(source, tmp_path, as_json=False)
-    shown = capsys.readouterr().out
-    assert "kept 1 reset, 1 block I/O; lost 0 resets, 0 block I/Os; 1 restart left the window as it was" in shown
+    stdout = capsys.readouterr().out
+    assert "kept 1 reset, 1 block I/O; lost 0 resets, 0 block I/Os; 1 restart left the window as it was" in stdout
     assert TextView.output_dropped(1).startswith("1 line wasn't printed")
 
 
-def test_hostile_names_never_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_names_never_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evil = b"\x1b]0;p\x07\x9b1m\r\n\xff"
     reset, block = frames.reset(comm=evil, ca_name=evil), frames.block(comm=evil)
     source = FakeSource([("cwnd_reset", reset.tobytes()), ("block_io", block.tobytes())], [])
     played(source, tmp_path, as_json=False, print_block=True)
-    shown = capsys.readouterr().out
-    assert all(c.isprintable() or c == "\n" for c in shown)
-    assert "]0;p" in shown
+    stdout = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in stdout)
+    assert "]0;p" in stdout
 
 
 # ---- recordings ------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_recording_can_be_written_and_read(tmp_path: Path) -> None:
     assert replay.poll(0) == []
 
 
-def test_a_replay_does_not_wait() -> None:
+def test_a_replay_does_not_wait_for_records() -> None:
     source, begin = Replay(FILE), time.monotonic()
     while not source.exhausted():
         source.poll(10)
@@ -286,28 +286,28 @@ def test_a_recording_that_is_cut_off_is_refused(tmp_path: Path, cut: int) -> Non
         Replay(tmp_path / "a.raw")
 
 
-def _with_head(folder: Path, **changes: Any) -> Path:
+def with_header(folder: Path, **changes: Any) -> Path:
     first, _, body = FILE.read_bytes().partition(b"\n")
-    head = json.loads(first) | changes
-    (folder / "a.raw").write_bytes(json.dumps(head).encode() + b"\n" + body)
+    header = json.loads(first) | changes
+    (folder / "a.raw").write_bytes(json.dumps(header).encode() + b"\n" + body)
     return folder / "a.raw"
 
 
 def test_records_of_another_layout_are_refused(tmp_path: Path) -> None:
-    path = _with_head(tmp_path, layout={"block_io": 72, "cwnd_reset": 200})
+    path = with_header(tmp_path, layout={"block_io": 72, "cwnd_reset": 200})
     with pytest.raises(CaptureError, match=r"holds block_io records of 72 bytes, this version has \d+") as caught:
         Replay(path)
     assert caught.value.remedy == "record it again"
 
 
-def test_records_that_this_version_does_not_know_are_refused(tmp_path: Path) -> None:
-    path = _with_head(tmp_path, layout={"tea_break": 8})
+def test_records_of_an_unknown_event_are_refused(tmp_path: Path) -> None:
+    path = with_header(tmp_path, layout={"tea_break": 8})
     with pytest.raises(CaptureError, match="holds tea_break records of 8 bytes, this version has no such records"):
         Replay(path)
 
 
-def test_a_read_of_an_event_that_was_not_declared_is_refused(tmp_path: Path) -> None:
-    path = _with_head(tmp_path, layout={})
+def test_records_of_an_undeclared_event_are_refused(tmp_path: Path) -> None:
+    path = with_header(tmp_path, layout={})
     with pytest.raises(CaptureError, match="is damaged after 0 reads"):
         Replay(path)
 
@@ -316,12 +316,12 @@ def test_a_read_of_an_event_that_was_not_declared_is_refused(tmp_path: Path) -> 
     "content",
     [b"", b"no json\n", b"[]\n", b"{}\n", b'{"layout": {}}\n', b"\xff\xfe\n", b'{"layout": 5}\n', b"[" * 100_000],
 )
-def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_than_recordings_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.raw").write_bytes(content)
     with pytest.raises(CaptureError, match="isn't a recording of raw records"):
         Replay(tmp_path / "a.raw")
 
 
-def test_a_recording_that_is_missing_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="No such file"):
         Replay(tmp_path / "a.raw")

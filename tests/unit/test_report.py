@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: the answer first, its page harmless whatever a capture holds, and read by a real browser."""
+"""The report begins with the answer, and its page is harmless whatever a capture contains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSSY = {"event": "block_io", "start_ns": frames.MONO, "end_ns": frames.MONO + 1
 
 
 def story(path: Path, **values: Any) -> Trace:
-    """Two connections whose application is idle, and block I/O."""
+    """Write a capture of two connections whose application is idle, and block I/O."""
     resets, connections = frames.story(peers=2, seconds=30)
     return frames.capture(
         path, **({"resets": resets, "connections": connections, "block_io": frames.disk(400, seconds=30)} | values)
@@ -35,7 +35,7 @@ def story(path: Path, **values: Any) -> Trace:
 
 
 @pytest.fixture
-def at(tmp_path: Path) -> Path:
+def path(tmp_path: Path) -> Path:
     return tmp_path / "a.cwnd"
 
 
@@ -48,8 +48,8 @@ def call(trace: Trace, *options: str) -> Result:
 # ---- terminal and JSON ------------------------------------------------------------------------------
 
 
-def test_the_screen_leads_with_the_answer_and_ends_with_what_to_do(at: Path) -> None:
-    trace = story(at)
+def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) -> None:
+    trace = story(path)
     lines = call(trace).stdout.splitlines()
     assert lines[0] == trace.host().text
     assert lines[0].startswith("Idle resets cost ")
@@ -63,17 +63,17 @@ def test_the_screen_leads_with_the_answer_and_ends_with_what_to_do(at: Path) -> 
     assert "(estimated)" in lines[last + 1]
 
 
-def test_json_is_one_object_with_the_same_figures(at: Path) -> None:
-    trace = story(at)
-    found = json.loads(call(trace, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
-    assert found["event"] == "report"
-    assert found["answer"]["text"] == trace.host().text
-    assert len(found["connections"]) == 2
-    assert sum(row["lost_us"] for row in found["connections"]) == pytest.approx(found["answer"]["lost_us"])
-    assert found["remedies"][0]["remedy"] == "sysctl"
-    assert found["namespaces"][0]["slow_start_after_idle"] == 1
-    assert found["connections"][0]["first_seen"].endswith("+00:00")
-    assert sum(row["count"] for row in found["block_io_by_process"]) == 400
+def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
+    trace = story(path)
+    report = json.loads(call(trace, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
+    assert report["event"] == "report"
+    assert report["answer"]["text"] == trace.host().text
+    assert len(report["connections"]) == 2
+    assert sum(row["lost_us"] for row in report["connections"]) == pytest.approx(report["answer"]["lost_us"])
+    assert report["remedies"][0]["remedy"] == "sysctl"
+    assert report["namespaces"][0]["slow_start_after_idle"] == 1
+    assert report["connections"][0]["first_seen"].endswith("+00:00")
+    assert sum(row["count"] for row in report["block_io_by_process"]) == 400
 
 
 @pytest.mark.parametrize(
@@ -85,41 +85,43 @@ def test_json_is_one_object_with_the_same_figures(at: Path) -> None:
         ({"block_io": None, "counts": {"cwnd_reset": {"kept": 5}}}, "Block I/O wasn't recorded"),
     ],
 )
-def test_what_a_capture_lacks_is_said_everywhere(at: Path, values: dict[str, Any], caveat: str) -> None:
-    trace = story(at, **values)
+def test_gaps_of_a_capture_are_in_the_text_in_json_and_on_the_page(
+    path: Path, values: dict[str, Any], caveat: str
+) -> None:
+    trace = story(path, **values)
     assert f"! {caveat}" in call(trace).stdout.replace("! Resets of ", "! ")
     assert caveat in " ".join(call(trace, "--json").stdout.split())
     assert caveat in unescape(page(content.report(trace))).replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize("kind", ["empty", "block I/O only", "interrupted", "cut off"])
-def test_captures_that_lack_much_are_reported(at: Path, kind: str) -> None:
+def test_incomplete_captures_are_reported(path: Path, kind: str) -> None:
     if kind == "empty":
-        trace = frames.capture(at)
+        trace = frames.capture(path)
     elif kind == "block I/O only":
-        trace = frames.capture(at, block_io=frames.disk(50))
+        trace = frames.capture(path, block_io=frames.disk(50))
     else:
-        trace = story(at)
+        trace = story(path)
         if kind == "interrupted":
-            meta = json.loads((at / "meta.json").read_text())
-            (at / "meta.json").write_text(json.dumps(meta | {"status": "running", "ended": None, "pid": 0}))
+            meta = json.loads((path / "meta.json").read_text())
+            (path / "meta.json").write_text(json.dumps(meta | {"status": "running", "ended": None, "pid": 0}))
         else:
-            (part,) = (at / "cwnd_reset").glob("*.parquet")
+            (part,) = (path / "cwnd_reset").glob("*.parquet")
             part.write_bytes(part.read_bytes()[:-50])
-    result = call(trace, "--html", str(at.parent / "a.html"))
-    text = (at.parent / "a.html").read_text(encoding="utf-8")
-    said = {
+    result = call(trace, "--html", str(path.parent / "a.html"))
+    text = (path.parent / "a.html").read_text(encoding="utf-8")
+    expected = {
         "empty": "No TCP connection was seen.", "block I/O only": "No TCP connection was seen.",
         "interrupted": "! The capture is interrupted", "cut off": "! cwnd_reset/part-000001.parquet is cut off",
     }[kind]  # fmt: skip
-    assert said in result.stdout
-    assert said.removeprefix("! ") in text
+    assert expected in result.stdout
+    assert expected.removeprefix("! ") in text
     assert ("Heat map" in text) == (kind != "empty")
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
 
 
-def test_a_page_that_can_not_be_written(at: Path) -> None:
-    result = CliRunner().invoke(main, ["report", str(frames.capture(at).path), "--html", str(at / "no" / "a.html")])
+def test_the_error_says_that_a_page_cannot_be_written(path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(frames.capture(path).path), "--html", str(path / "no" / "a.html")])
     assert result.exit_code == 1
     assert "can't be written" in result.stderr
 
@@ -128,7 +130,7 @@ def test_a_page_that_can_not_be_written(at: Path) -> None:
 
 
 class Tags(HTMLParser):
-    """Collects what a browser would take for markup."""
+    """A parser that collects the tags and attributes that a browser would see."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -139,12 +141,12 @@ class Tags(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def of(self, attribute: str) -> list[str]:
-        """The values of an attribute, wherever it stands."""
+        """Return the values of an attribute, of all tags."""
         return [str(attrs[attribute]) for _, attrs in self.tags if attribute in attrs]
 
 
 def hostile(path: Path) -> Trace:
-    """A capture in which every text is an attack."""
+    """Write a capture in which every text is an attack."""
     resets = frames.table("cwnd_reset", frames.reset(5, comm=EVIL.encode()[:16], ca_name=b"</td><b>\x1b[1m"))
     seen = [
         frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=EVIL, state=EVIL, ca_name=EVIL) for t in (0, 9)
@@ -157,8 +159,8 @@ def hostile(path: Path) -> Trace:
     )  # fmt: skip
 
 
-def test_no_text_of_a_capture_does_harm(tmp_path: Path) -> None:
-    # As bytes, which a file's name is: the locale may lack what they mean.
+def test_no_text_of_a_capture_is_taken_for_markup_or_controls_a_terminal(tmp_path: Path) -> None:
+    # A file's name is bytes, and the locale may be unable to encode these characters.
     trace = hostile(tmp_path / os.fsdecode("<b>\x1b[2J\u202e.cwnd".encode()))
     screen = call(trace).stdout
     assert all(line.isprintable() for line in screen.splitlines())
@@ -175,8 +177,8 @@ def test_no_text_of_a_capture_does_harm(tmp_path: Path) -> None:
         assert not [e for e in drawn.iter() if e.tag.endswith(("script", "foreignObject", "}a"))]
 
 
-def test_the_page_asks_for_nothing_from_outside(at: Path) -> None:
-    tags = Tags(page(content.report(story(at))))
+def test_the_page_loads_nothing_from_outside(path: Path) -> None:
+    tags = Tags(page(content.report(story(path))))
     asked = [value for name in ("src", "srcset", "href", "data", "action") for value in tags.of(name)]
     assert asked
     assert all(value.startswith(("data:image/svg+xml;base64,", "#")) for value in asked)
@@ -185,8 +187,8 @@ def test_the_page_asks_for_nothing_from_outside(at: Path) -> None:
     assert {"t0", "t1", "connections"} <= anchors
 
 
-def test_the_page_forbids_all_but_its_own(at: Path) -> None:
-    tags = Tags(page(content.report(frames.capture(at))))
+def test_the_pages_policy_allows_only_its_own_script_and_styles(path: Path) -> None:
+    tags = Tags(page(content.report(frames.capture(path))))
     (policy,) = (
         str(attrs["content"]) for _, attrs in tags.tags if attrs.get("http-equiv") == "Content-Security-Policy"
     )
@@ -197,14 +199,14 @@ def test_the_page_forbids_all_but_its_own(at: Path) -> None:
     assert len(rules) == 6
 
 
-def test_the_same_capture_gives_the_same_page(at: Path) -> None:
-    trace = story(at)
+def test_the_same_capture_gives_the_same_page(path: Path) -> None:
+    trace = story(path)
     assert page(content.report(trace)) == page(content.report(trace))
 
 
-def test_a_page_of_very_much_stays_small(at: Path) -> None:
+def test_the_page_of_a_large_capture_stays_small(path: Path) -> None:
     resets, connections = frames.story(peers=210, seconds=10)
-    trace = frames.capture(at, resets=resets, connections=connections, block_io=frames.disk(19_000))
+    trace = frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(19_000))
     text = page(content.report(trace))
     assert len(text) < 8_000_000
     assert "And 10 more that lost less." in text

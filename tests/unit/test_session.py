@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session: raw records into batches, losses into dated spans, signals into a request to stop."""
+"""A session turns raw records into batches and losses into dated spans; signals ask it to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit import frames
 from tests.unit.fake_source import FakeSource
 
 
-def test_chunks_of_one_poll_become_one_batch_an_event() -> None:
+def test_chunks_of_one_poll_become_one_batch_for_each_event() -> None:
     a, b = frames.reset(1.0).tobytes(), frames.reset(2.0).tobytes()
     io = frames.block(1.5).tobytes()
     session = Session(FakeSource([("cwnd_reset", a), ("block_io", io), ("cwnd_reset", b)]))
@@ -31,13 +31,13 @@ def test_chunks_of_one_poll_become_one_batch_an_event() -> None:
     assert list(batches[0].to_pandas()["ts_ns"]) == [frames.MONO + frames.SECOND, frames.MONO + 2 * frames.SECOND]
 
 
-def test_empty_chunks_are_no_batch() -> None:
+def test_empty_chunks_give_no_batch() -> None:
     session = Session(FakeSource([("block_io", b"")]))
     assert session.step() == []
     assert session.tally.kept == {"cwnd_reset": 0, "block_io": 0}
 
 
-def test_what_is_left_at_the_end_counts() -> None:
+def test_records_left_at_the_end_are_counted() -> None:
     source = FakeSource(last=[("block_io", frames.block().tobytes() * 3)])
     with Session(source) as session:
         assert [len(batch) for batch in session.finish()] == [3]
@@ -46,13 +46,13 @@ def test_what_is_left_at_the_end_counts() -> None:
     assert source.closed
 
 
-def test_broken_records_are_refused() -> None:
+def test_a_partial_record_is_refused() -> None:
     session = Session(FakeSource([("block_io", frames.block().tobytes()[:-1])]))
     with pytest.raises(ValueError, match="multiple"):
         session.step()
 
 
-def test_losses_are_dated_and_adjacent_ones_joined() -> None:
+def test_losses_are_dated_and_adjacent_ones_are_joined() -> None:
     source = FakeSource(*[[] for _ in range(6)])
     session = Session(source)
     session.step()
@@ -63,7 +63,7 @@ def test_losses_are_dated_and_adjacent_ones_joined() -> None:
     source.count.lost["block_io"] = 10
     session.step()
     after = time.monotonic_ns()
-    session.step()  # nothing lost here, so that the next loss is a span of its own
+    session.step()  # nothing is lost here, so the next loss is a separate span
     source.count.lost["block_io"] = 11
     source.count.lost["cwnd_reset"] = 2
     session.step()
@@ -78,7 +78,7 @@ def test_losses_are_dated_and_adjacent_ones_joined() -> None:
     assert meta["clock"]["end"]["mono_ns"] >= meta["clock"]["start"]["mono_ns"]
 
 
-def test_many_losses_stay_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_losses_become_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cwndtrace.capture.session.MOST_SPANS", 4)
     source = FakeSource()
     session = Session(source)
@@ -92,7 +92,7 @@ def test_many_losses_stay_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans))
 
 
-def test_what_changed_nothing_is_counted() -> None:
+def test_unchanged_and_withdrawn_resets_are_counted() -> None:
     source = FakeSource([])
     source.count.unchanged, source.count.withdrawn = 5, 3
     session = Session(source)
@@ -100,7 +100,7 @@ def test_what_changed_nothing_is_counted() -> None:
     assert (session.tally.unchanged, session.tally.withdrawn) == (5, 3)
 
 
-def test_times_are_on_the_wall_clock() -> None:
+def test_batches_have_wall_clock_times() -> None:
     now = np.zeros(1, dtype=layout.event("block_io").dtype)
     now["start_ns"] = time.monotonic_ns()
     session = Session(FakeSource([("block_io", now.tobytes())]))
@@ -109,8 +109,8 @@ def test_times_are_on_the_wall_clock() -> None:
     assert abs(utc_offset_ns() - (time.time_ns() - time.monotonic_ns())) < 10_000_000
 
 
-def test_the_wall_clock_is_stepped_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records keep their order; each has the UTC of its own segment."""
+def test_each_record_has_the_offset_of_its_time_when_the_wall_clock_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records keep their order, and each has the UTC of its own segment."""
     wall, hour = time.time_ns, 3_600_000_000_000
     steps = {0: 0, 1: 5 * hour, 2: -2 * hour}
 
@@ -124,7 +124,7 @@ def test_the_wall_clock_is_stepped_either_way(monkeypatch: pytest.MonkeyPatch) -
     for number, step in steps.items():
         monkeypatch.setattr(time, "time_ns", lambda step=step: wall() + step)
         for late in (False, True):
-            # A step is known from the first poll behind it on.
+            # The first poll after a step notices it.
             session.step()
             source._polls.append(record())
             (batch,) = session.step()
@@ -135,22 +135,22 @@ def test_the_wall_clock_is_stepped_either_way(monkeypatch: pytest.MonkeyPatch) -
     assert [round(offset / hour, 6) for offset in offsets] == [0, 5, -2]
     starts = [segment["mono_ns"] for segment in session.clock.all]
     assert starts == sorted(starts)
-    # Also for what comes late: a moment before the first step has the first offset.
+    # A record that is read late still has the offset of its time: before the first step the first one.
     early = np.array([starts[0] + 1, starts[1] + 1, starts[2] + 1])
     assert list(session.clock.offsets(early)) == [segment["utc_offset_ns"] for segment in session.clock.all]
 
 
 @pytest.mark.parametrize("first", [False, True])
 def test_a_slow_reading_of_the_clocks_is_no_step(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
-    """Neither where later ones are slow nor where the first was, as on a machine that stalls within each."""
+    """That holds for a slow first reading and for slow later ones, as on a machine that stalls within each."""
     wall = time.time_ns
 
     def late() -> int:
         deadline = time.monotonic_ns() + 5_000_000
-        told = wall()
+        before = wall()
         while time.monotonic_ns() < deadline:
             pass
-        return told
+        return before
 
     monkeypatch.setattr(time, "time_ns", late if first else wall)
     segments = Segments()
@@ -160,7 +160,7 @@ def test_a_slow_reading_of_the_clocks_is_no_step(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_asks_to_stop_a_second_one_hurries_and_a_third_insists(number: signal.Signals) -> None:
+def test_a_second_signal_hurries_and_a_third_interrupts(number: signal.Signals) -> None:
     old = signal.getsignal(number)
     with Interrupt(together_s=0) as interrupt:
         seen = [interrupt.requested]
@@ -175,8 +175,8 @@ def test_a_signal_asks_to_stop_a_second_one_hurries_and_a_third_insists(number: 
     assert signal.getsignal(number) is old
 
 
-def test_what_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from timeout(1), which sends it to the process and to its group; another one, or a later one, is a second."""
+def test_the_same_signal_twice_at_once_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timeout(1) sends a signal to the process and to its group. Another signal, or a later one, counts as a second."""
     now = 100.0
     monkeypatch.setattr("cwndtrace.capture.session.time.monotonic", lambda: now)
     with Interrupt() as interrupt:
@@ -192,7 +192,7 @@ def test_what_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
         assert interrupt.hurried
 
 
-def test_a_hang_up_that_nohup_shut_off_stays_so() -> None:
+def test_an_ignored_sighup_stays_ignored() -> None:
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interrupt() as interrupt:
@@ -202,10 +202,10 @@ def test_a_hang_up_that_nohup_shut_off_stays_so() -> None:
         signal.signal(signal.SIGHUP, old)
 
 
-def test_settings_at_the_start_stay_and_later_namespaces_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}}
-    monkeypatch.setattr("cwndtrace.kernel.netns.settings", lambda: dict(found))
+def test_settings_of_the_start_are_kept_and_later_namespaces_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}}
+    monkeypatch.setattr("cwndtrace.kernel.netns.settings", lambda: dict(settings))
     session = Session(FakeSource([]))
-    assert describe(session, Filters(), "0")["sysctls"] == found
-    found |= {"1": {"name": "this", tcp.IDLE_SYSCTL: 0}, "2": {"name": "pod", tcp.IDLE_SYSCTL: 1}}
-    assert ending(session)["sysctls"] == {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}, "2": found["2"]}
+    assert describe(session, Filters(), "0")["sysctls"] == settings
+    settings |= {"1": {"name": "this", tcp.IDLE_SYSCTL: 0}, "2": {"name": "pod", tcp.IDLE_SYSCTL: 1}}
+    assert ending(session)["sysctls"] == {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}, "2": settings["2"]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no source of this project may do, read from the syntax trees."""
+"""No source of this project uses a shell, runs text or counts without plural(). The tests read syntax trees."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNS_TEXT = {"eval", "exec", "pickle.load", "pickle.loads", "marshal.loads", "sh
 
 
 def offences(text: str) -> Iterator[str]:
-    """Calls by which text could become a command or a program, with their line."""
+    """Yield the calls that could run text as a command or as a program, with their line."""
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
             continue
@@ -43,11 +43,11 @@ def offences(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_shell_and_nothing_that_runs_text(path: Path) -> None:
+def test_no_source_uses_a_shell_or_runs_text(path: Path) -> None:
     assert list(offences(path.read_text(encoding="utf-8"))) == []
 
 
-def test_the_rule_sees_what_it_forbids() -> None:
+def test_offences_finds_each_forbidden_call() -> None:
     assert len(SOURCES) > 100
     assert {"vm", "build"} <= {path.name for path in SOURCES}
     text = "run(x, shell=True)\nrun(x, shell=y)\nrun(x, shell=False)\nos.system(x)\neval(x)\nliteral_eval(x)\n"
@@ -59,12 +59,12 @@ COUNTED = re.compile(
     r"|rounds|rows|segments|sizes|snapshots|times|windows)\b"
 )
 
-WORDS = {"name", "reason"}
-"""Values that are no numbers."""
+NOT_NUMBERS = {"name", "reason"}
+"""Names of values that aren't numbers."""
 
 
 def counted_by_hand(text: str) -> Iterator[str]:
-    """Where a value stands right before the plural of what it counts: "1 bursts". A constant is known to be many."""
+    """Yield the f-strings with a value right before a plural, as in "1 bursts". Constants, which are many, may be."""
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.JoinedStr):
             continue
@@ -73,15 +73,15 @@ def counted_by_hand(text: str) -> Iterator[str]:
                 continue
             name = ast.unparse(value.value).rpartition(".")[2]
             counts = isinstance(after, ast.Constant) and isinstance(after.value, str) and COUNTED.match(after.value)
-            if counts and name not in WORDS and not name.isupper():
+            if counts and name not in NOT_NUMBERS and not name.isupper():
                 yield f"line {node.lineno}: {{{name}}}{ast.literal_eval(after)}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cwndtrace").rglob("*.py")), ids=lambda path: path.name)
-def test_what_is_counted_goes_through_plural(path: Path) -> None:
+def test_counts_use_plural(path: Path) -> None:
     assert list(counted_by_hand(path.read_text(encoding="utf-8"))) == []
 
 
-def test_the_rule_sees_what_is_counted_by_hand() -> None:
+def test_counted_by_hand_finds_counts_without_plural() -> None:
     text = "f'{n} bursts'\nf'{n:,} of {m.of} records fit'\nf'{_MOST:,} rows'\nf'{plural(n, x)} bursts'\nf'{n} ms'\n"
     assert list(counted_by_hand(text)) == ["line 1: {n} bursts", "line 2: {of} records fit"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes it fast, held by counting: no time is measured here (benchmarks/ does that)."""
+"""Properties that make tracing fast are tested by counting calls and imports; benchmarks/ measures time."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def calls(work: Callable[[], object]) -> int:
-    """How many calls of Python functions ``work`` makes."""
+    """Return how many calls of Python functions ``work`` makes."""
     number = 0
 
     def profile(_frame: object, event: str, _argument: object) -> None:
         nonlocal number
         number += event == "call"
 
-    # What others left must not be cleared away, by calls of its own, in the midst of it.
+    # A collection of garbage from other tests would add its own calls.
     gc.collect()
     gc.disable()
     sys.setprofile(profile)
@@ -59,43 +59,43 @@ def requests(number: int) -> bytes:
     return records.tobytes()
 
 
-def test_no_python_is_run_per_event(tmp_path: Path) -> None:
+def test_no_python_function_runs_for_each_event(tmp_path: Path) -> None:
     places = (tmp_path / f"{number}.cwnd" for number in count())
 
     def through(number: int) -> int:
         raw, figures = requests(number), BlockFigures()
-        made = CaptureWriter.create(next(places), {})
+        capture_writer = CaptureWriter.create(next(places), {})
 
         def work() -> None:
             rows = arrow.TimedRecords("block_io", raw, np.zeros(number, np.int64))
             figures.add(Batch("block_io", rows))
             figures.count()
-            made.add("block_io", rows)
-            made.flush(force=True)
+            capture_writer.add("block_io", rows)
+            capture_writer.flush(force=True)
 
         number_of_calls = calls(work)
-        made.close()
+        capture_writer.close()
         return number_of_calls
 
-    through(64)  # what is imported and cached once
+    through(64)  # imports and fills caches
     assert through(16_384) == through(64_000 + 1) == through(128_000)
 
 
-def test_what_writing_itself_makes_is_in_no_hurry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle trace would else write down twice a second that it wrote."""
+def test_requests_of_the_tracer_itself_are_written_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise an idle trace would write twice a second, only to record its own last write."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    made = CaptureWriter.create(tmp_path / "a.cwnd", {})
+    capture_writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
 
     def add(tgid: int) -> int:
         records = np.zeros(3, dtype=layout.event("block_io").dtype)
         records["tgid"] = tgid
-        made.add("block_io", arrow.TimedRecords("block_io", records.tobytes(), np.zeros(3, np.int64)))
+        capture_writer.add("block_io", arrow.TimedRecords("block_io", records.tobytes(), np.zeros(3, np.int64)))
         return on_disk()
 
     def on_disk() -> int:
-        made.flush()
-        return len(made.capture().table("block_io"))
+        capture_writer.flush()
+        return len(capture_writer.capture().table("block_io"))
 
     assert add(os.getpid()) == 0
     now += writer.OWN_SECONDS - 0.1
@@ -105,17 +105,15 @@ def test_what_writing_itself_makes_is_in_no_hurry(tmp_path: Path, monkeypatch: p
     assert add(os.getpid()) == add(7) == 6
     now += writer.FLUSH_SECONDS
     assert on_disk() == 12
-    made.close()
+    capture_writer.close()
 
 
-def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
+def test_records_become_arrow_once_for_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversions: list[int] = []
     real = arrow.to_arrow
 
     def to_arrow(name: str, records: layout.Records, utc_offset_ns: np.ndarray) -> object:
-        made.append(len(records))
+        conversions.append(len(records))
         return real(name, records, utc_offset_ns)
 
     monkeypatch.setattr(arrow, "to_arrow", to_arrow)
@@ -126,12 +124,12 @@ def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
         batch = Batch("block_io", arrow.TimedRecords("block_io", requests(number), np.full(number, number * 1000)))
         writer.add(batch.event, batch.rows)
     writer.flush()
-    assert made == [25]
+    assert conversions == [25]
     (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
     assert pq.read_metadata(part).row_group(0).column(0).compression == "UNCOMPRESSED"
     writer.add("block_io", batch.rows)
     writer.close()
-    assert made == [25, 20]
+    assert conversions == [25, 20]
     assert pq.read_metadata(part).row_group(0).column(0).compression == "ZSTD"
     table = open_capture(tmp_path / "a.cwnd").table("block_io")
     offsets = np.repeat([5, 4, 1, 20, 20], [3, 4, 1, 20, 20])
@@ -141,7 +139,7 @@ def test_what_came_in_since_the_last_part_becomes_arrow_at_once(
         writer.add("cwnd_reset", batch.rows)
 
 
-def test_block_figures_are_those_of_each_request() -> None:
+def test_block_figures_equal_those_of_each_request() -> None:
     records = layout.decode("block_io", requests(300)).copy()
     records["dev"], records["op"] = np.arange(300) % 2 + (7 << 20), np.arange(300) // 2 % 2
     records["error"], records["bytes"] = np.arange(300) == 3, 512
@@ -156,7 +154,7 @@ def test_block_figures_are_those_of_each_request() -> None:
     assert (figures.all.count, figures.all.max_us) == (300, 0.5)
 
 
-def test_reading_a_part_takes_no_python_per_row(tmp_path: Path) -> None:
+def test_reading_a_part_runs_no_python_function_for_each_row(tmp_path: Path) -> None:
     import cwndtrace
 
     places = (tmp_path / f"{number}.cwnd" for number in count())
@@ -170,7 +168,7 @@ def test_reading_a_part_takes_no_python_per_row(tmp_path: Path) -> None:
         return calls(lambda: trace.block_columns("latency_us", "device"))
 
     read(64)
-    # Each page's header is looked at, and a page has thousands of rows.
+    # Python reads each page's header, and a page has thousands of rows.
     assert read(100_000) - read(64) < 100_000 / 20
 
 
@@ -194,16 +192,16 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path, monkeypatch: pytest
     assert set(frame["latency_us"]) == {0.5}
 
 
-def test_clocks_are_stored_as_differences(tmp_path: Path) -> None:
+def test_times_are_stored_as_differences(tmp_path: Path) -> None:
     writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
     writer.add("block_io", arrow.to_arrow("block_io", layout.decode("block_io", requests(10_000)), 0))
     writer.close()
     (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
     group = pq.read_metadata(part).row_group(0)
-    found = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
+    encodings = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
     for name in ("time", "start_ns", "issue_ns", "done_ns"):
-        assert "DELTA_BINARY_PACKED" in found[name]
-    assert not {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} & set(found["sector"])
+        assert "DELTA_BINARY_PACKED" in encodings[name]
+    assert not {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} & set(encodings["sector"])
     assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 10_000
 
 
@@ -214,7 +212,7 @@ def test_clocks_are_stored_as_differences(tmp_path: Path) -> None:
         ("import cwndtrace.cli.run", "pandas matplotlib jinja2 bcc"),
     ],
 )
-def test_starting_imports_nothing_heavy(code: str, heavy: str) -> None:
+def test_starting_a_command_imports_no_heavy_library(code: str, heavy: str) -> None:
     code = f"import sys; {code}; print(sorted(set({heavy!r}.split()) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -231,9 +229,9 @@ from cwndtrace.store import CaptureWriter
 
 listener = socket.create_server(("127.0.0.1", 0))
 client = socket.create_connection(listener.getsockname())
-look = Helper(Filters(port=listener.getsockname()[1], family=2, pid=os.getpid()))
+helper = Helper(Filters(port=listener.getsockname()[1], family=2, pid=os.getpid()))
 writer, figures = CaptureWriter.create(sys.argv[1], {}), BlockFigures()
-writer.add("connections", look.snapshot(0)[0])
+writer.add("connections", helper.snapshot(0)[0])
 for name in ("cwnd_reset", "block_io"):
     records = numpy.zeros(300, layout.event(name).dtype).tobytes()
     batch = Batch(name, arrow.TimedRecords(name, records, numpy.zeros(300, numpy.int64)))
@@ -248,14 +246,14 @@ print(writer.capture().rows("connections"), "pandas" in sys.modules)
 """
 
 
-def test_a_trace_needs_no_pandas_before_its_summary(tmp_path: Path) -> None:
-    """pyarrow imports it where it is asked for arrays of anything, or for numpy's: 0.1 s and 40 MB."""
+def test_a_trace_does_not_import_pandas_before_its_summary(tmp_path: Path) -> None:
+    """pyarrow imports pandas, which takes 0.1 s and 40 MB, when it converts untyped sequences or makes numpy arrays."""
     command = [sys.executable, "-c", A_TRACE, str(tmp_path / "a.cwnd")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
 
 
-def test_the_list_of_commands_is_that_of_their_modules() -> None:
+def test_the_list_of_commands_agrees_with_their_modules() -> None:
     listed = CliRunner().invoke(cli.main, ["--help"]).output
     for name, (_, text) in cli.COMMANDS.items():
         command = cli.main.get_command(cli.main.make_context("cwndtrace", [], resilient_parsing=True), name)
@@ -270,7 +268,7 @@ def body(function: str) -> str:
     return re.split(rf"\w+ {function}\(.*\)\n", source)[1].partition("\n}\n")[0]
 
 
-def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
+def test_code_that_runs_for_every_packet_loads_members_without_calls() -> None:
     for function in ("idle_for_rto", "ends_flight", "holds"):
         assert "LOAD(" in body(function)
         assert "READ(" not in body(function)
@@ -281,46 +279,48 @@ def test_what_every_packet_runs_into_is_loaded_without_calls() -> None:
         ("on_tcp_probe_ack", "ends_flight("),
         ("on_net_dev_queue_first", "windows.lookup"),
     ):
-        before, found, _ = body(function).partition(until)
-        assert found
+        before, separator, _ = body(function).partition(until)
+        assert separator
         assert "READ(" not in before
         assert "argument(" not in before
-    kinds = {a.program: a.kind for rung in ladder.RUNGS for each in rung.attachments.values() for a in each}
+    kinds = {
+        a.program: a.kind for probe in ladder.RUNGS for attachments in probe.attachments.values() for a in attachments
+    }
     loading = ["sendmsg_locked", "probe", "probe_ack", "probe_follow"]
     assert {kinds[f"on_tcp_{name}"] for name in loading} | {kinds["on_net_dev_queue_first"]} == {"tp_btf"}
 
 
-def test_slabs_are_handed_over_whole() -> None:
+def test_block_io_submits_whole_slabs() -> None:
     source = (layout.bpf_dir() / "block_io.bpf.c").read_text(encoding="utf-8")
     assert source.count("ringbuf_output(") == 2
     assert "ringbuf_output(s, size, flags)" in source
-    # The other one is for a request that ends while its CPU hands a slab over.
+    # The other call is for a request that completes while its CPU is submitting a slab.
     assert "ringbuf_output(&one" in re.split(r"\n\tif \(s->busy\) {\n", source)[1].partition("\n\t}\n")[0]
     assert int(source.partition("#define SLAB_RECORDS ")[2].split()[0]) >= 64
 
 
-def test_who_holds_a_socket_is_looked_up_for_new_ones_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[int] = []
+def test_holders_are_looked_up_only_for_new_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups: list[int] = []
 
-    def look() -> dict[int, tuple[int, str]]:
-        looks.append(1)
+    def lookup() -> dict[int, tuple[int, str]]:
+        lookups.append(1)
         return {7: (1, "init")}
 
-    monkeypatch.setattr(sockets, "holders", look)
+    monkeypatch.setattr(sockets, "holders", lookup)
     held = sockets.SocketHolders()
     assert held.of({7, 8, 0})[7] == (1, "init")
     assert held.of({8})[8] == (0, "")
-    assert len(looks) == 1
+    assert len(lookups) == 1
     held.of({7, 9})
-    assert len(looks) == 2
+    assert len(lookups) == 2
 
 
-# ---- compiled programs that are kept ---------------------------------------------------------------
+# ---- the cache of compiled programs ---------------------------------------------------------------
 
 IMAGE = Image({"on_x": bytes(range(64))}, (Map("m", 1, 4, 8, 16, 0), Map("n", 1, 8, 12, 1, 0, (("a", "<u8"),))))
 
 
-def test_an_image_comes_back_as_it_was_kept(tmp_path: Path) -> None:
+def test_a_cached_program_is_loaded_unchanged(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     assert program_cache.load("a", folder) is None
     program_cache.keep("a", IMAGE, folder)
@@ -329,20 +329,22 @@ def test_an_image_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "folder for all", "file for all", "link", "nonsense"])
-def test_an_image_that_others_may_have_touched_is_not_taken(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["cut", "changed", "folder writable by all", "file writable by all", "link", "nonsense"]
+)
+def test_a_cached_program_that_others_may_have_changed_is_not_loaded(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "kept"
     program_cache.keep("a", IMAGE, folder)
     file = folder / "a.json"
-    if harm == "cut":
+    if damage == "cut":
         os.truncate(file, 100)
-    elif harm == "changed":
+    elif damage == "changed":
         file.write_bytes(file.read_bytes().replace(b'"m"', b'"o"'))
-    elif harm == "folder for all":
+    elif damage == "folder writable by all":
         folder.chmod(0o777)
-    elif harm == "file for all":
+    elif damage == "file writable by all":
         file.chmod(0o666)
-    elif harm == "link":
+    elif damage == "link":
         file.rename(tmp_path / "elsewhere")
         file.symlink_to(tmp_path / "elsewhere")
     else:
@@ -350,7 +352,7 @@ def test_an_image_that_others_may_have_touched_is_not_taken(tmp_path: Path, harm
     assert program_cache.load("a", folder) is None
 
 
-def test_what_goes_into_an_image_settles_its_name() -> None:
+def test_the_cache_key_depends_on_each_part() -> None:
     names = {
         program_cache.key(b"a", b"bc"),
         program_cache.key(b"ab", b"c"),
@@ -360,13 +362,13 @@ def test_what_goes_into_an_image_settles_its_name() -> None:
     assert len(names) == 4
 
 
-def test_where_nothing_can_be_kept_nothing_is(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_stays_empty(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     program_cache.keep("a", IMAGE, tmp_path / "file")
     assert program_cache.load("a", tmp_path / "file") is None
 
 
-def test_a_folder_is_kept_small(tmp_path: Path) -> None:
+def test_the_cache_has_a_limited_number_of_files(tmp_path: Path) -> None:
     for number in range(program_cache._KEPT + 5):
         program_cache.keep(str(number), IMAGE, tmp_path / "kept")
     assert len(list((tmp_path / "kept").iterdir())) == program_cache._KEPT

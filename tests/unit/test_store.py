@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A capture on disk: what is there is whole and readable, whatever became of its writer or of its disk.
+"""A capture on disk stays consistent and readable, whatever happens to its writer or its disk.
 
-Writers are killed, disks filled and files damaged for real; nothing waits for luck, each step answers the one before.
+The tests really kill writers, fill disks and damage files. No step depends on timing: each waits for the one before.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def some(first: int, count: int = 3) -> pa.Table:
-    """Rows whose ``sector`` counts up from ``first``."""
+    """Return rows whose ``sector`` counts up from ``first``."""
     return frames.table("block_io", *(frames.block(n / 1000, sector=n) for n in range(first, first + count)))
 
 
 def sectors(path: Path) -> list[int]:
-    found: list[int] = store.open_capture(path).table("block_io").column("sector").to_pylist()
-    return found
+    values: list[int] = store.open_capture(path).table("block_io").column("sector").to_pylist()
+    return values
 
 
 def make(path: Path, **values: Any) -> store.CaptureWriter:
@@ -61,10 +61,10 @@ def hidden(path: Path) -> list[str]:
     return [p.name for p in path.rglob(".*")]
 
 
-# ---- what goes in comes out -----------------------------------------------------------------------
+# ---- tables ---------------------------------------------------------------------------------------
 
 
-def test_every_table_comes_back_with_its_schema_and_units(tmp_path: Path) -> None:
+def test_every_table_is_read_with_its_schema_and_units(tmp_path: Path) -> None:
     resets, connections = frames.story(seconds=20)
     writer = make(tmp_path / "a.cwnd", host="web1")
     writer.add("cwnd_reset", resets)
@@ -83,7 +83,7 @@ def test_every_table_comes_back_with_its_schema_and_units(tmp_path: Path) -> Non
     assert hidden(tmp_path) == []
 
 
-def test_other_readers_open_a_table_as_it_is(tmp_path: Path) -> None:
+def test_pandas_and_pyarrow_open_a_table(tmp_path: Path) -> None:
     frames.capture(tmp_path / "host=web1.cwnd", block_io=some(0, 5))
     frame = pd.read_parquet(tmp_path / "host=web1.cwnd" / "block_io")
     assert frame["sector"].tolist() == [0, 1, 2, 3, 4]
@@ -128,7 +128,7 @@ def test_rows_of_another_table_or_schema_are_refused(tmp_path: Path) -> None:
 # ---- when parts are written -----------------------------------------------------------------------
 
 
-def test_a_part_is_due_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_written_by_age_by_size_or_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(writer_module, "PART_ROWS", 10)
@@ -168,11 +168,11 @@ def test_a_part_grows_until_it_is_large_or_old(tmp_path: Path, monkeypatch: pyte
         writer.flush()
         parts.append(len(list((tmp_path / "a.cwnd" / "block_io").iterdir())))
         assert sectors(tmp_path / "a.cwnd") == list(range(first + 3))
-    # Seven rows are reached by the third; the fifth finds a part begun 70 s ago.
+    # The third flush exceeds seven rows, so the fourth begins a part, which is 70 s old at the fifth.
     assert parts == [1, 1, 1, 2, 2, 3]
 
 
-def test_metadata_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_metadata_is_replaced_atomically(tmp_path: Path) -> None:
     writer = make(tmp_path / "a.cwnd", command=["run", "\udcff\n"])
     writer.update_meta(counts={"block_io": {"kept": 3}}, hz=1000)
     before = (tmp_path / "a.cwnd" / "meta.json").read_bytes()
@@ -185,7 +185,7 @@ def test_metadata_changes_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (meta["hz"], meta["counts"], meta["command"]) == (1000, {"block_io": {"kept": 3}}, ["run", "\udcff\n"])
 
 
-def test_closing_twice_is_closing_once(tmp_path: Path) -> None:
+def test_closing_twice_has_no_effect(tmp_path: Path) -> None:
     writer = make(tmp_path / "a.cwnd")
     writer.close()
     writer.close(status="failed")
@@ -216,7 +216,7 @@ def start(path: Path, batches: int) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_a_capture_whose_writer_lives_is_running_and_readable(tmp_path: Path) -> None:
+def test_a_capture_whose_writer_is_alive_is_running_and_readable(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with start(path, 2) as child:
         assert child.stdout
@@ -225,42 +225,42 @@ def test_a_capture_whose_writer_lives_is_running_and_readable(tmp_path: Path) ->
         assert sectors(path) == list(range(14))
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        # Dead, its exit status not yet collected: its /proc entry is still there.
+        # The child is a zombie, so its /proc entry still exists.
         assert Path(f"/proc/{child.pid}/stat").exists()
         assert store.open_capture(path).status == "interrupted"
     assert store.open_capture(path).status == "interrupted"
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_writer_killed_at_any_moment_leaves_whole_rows(tmp_path: Path, seed: int) -> None:
+def test_a_writer_killed_at_any_moment_leaves_whole_batches(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "a.cwnd"
     chance = random.Random(seed)
     with start(path, 1_000_000) as child:
         assert child.stdout
-        footer = 0
+        reported = 0
         for _ in range(chance.randrange(1, 12)):
             line = child.stdout.readline()
-            footer = int(line) if line != "ready\n" else 0
-        until = time.perf_counter() + chance.random() * 0.02
-        while time.perf_counter() < until:
+            reported = int(line) if line != "ready\n" else 0
+        deadline = time.perf_counter() + chance.random() * 0.02
+        while time.perf_counter() < deadline:
             pass
         child.send_signal(signal.SIGKILL)
-        idle = child.stdout.read().split()
-        footer = max([footer, *map(int, idle)])
+        remaining = child.stdout.read().split()
+        reported = max([reported, *map(int, remaining)])
     capture = store.open_capture(path)
     assert capture.status == "interrupted"
-    found = capture.table("block_io").column("sector").to_pylist()
-    assert found == list(range(len(found)))
-    assert len(found) % 7 == 0
-    assert footer <= len(found) <= footer + 7
+    numbers = capture.table("block_io").column("sector").to_pylist()
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) % 7 == 0
+    assert reported <= len(numbers) <= reported + 7
     assert capture.warnings == []
     kept = capture.meta["counts"]["block_io"]["kept"]
-    assert len(found) - 7 <= kept <= len(found)
-    if found:
-        assert pd.read_parquet(path / "block_io")["sector"].tolist() == found
+    assert len(numbers) - 7 <= kept <= len(numbers)
+    if numbers:
+        assert pd.read_parquet(path / "block_io")["sector"].tolist() == numbers
 
 
-def test_another_process_with_the_old_ones_number_is_not_its_writer(tmp_path: Path) -> None:
+def test_another_process_with_the_writers_pid_is_not_the_writer(tmp_path: Path) -> None:
     make(tmp_path / "a.cwnd")
     file = tmp_path / "a.cwnd" / "meta.json"
     meta = json.loads(file.read_text())
@@ -274,9 +274,7 @@ def test_another_process_with_the_old_ones_number_is_not_its_writer(tmp_path: Pa
         assert store.open_capture(tmp_path / "a.cwnd").status == expected
 
 
-def test_a_capture_closed_between_two_looks_is_not_taken_for_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_capture_that_closes_while_it_is_opened_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = make(tmp_path / "a.cwnd")
 
     def gone(_: int) -> None:
@@ -322,8 +320,8 @@ print(json.dumps([failures, full, test_store.sectors(path), store.open_capture(p
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small tmpfs: sudo make test"
 )
-def test_a_full_disk_is_named_and_what_is_on_it_stays_and_nothing_is_lost_once_it_has_room(tmp_path: Path) -> None:
-    # In a mount namespace of its own, so that no mount is left whatever happens.
+def test_a_full_disk_is_named_and_rows_are_written_once_it_has_room(tmp_path: Path) -> None:
+    # A separate mount namespace ensures that no mount is left behind.
     script = f'mount -t tmpfs -o size=256k none "{tmp_path}" && exec "$0" -c "$1" "{tmp_path}"'
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable, FULL], cwd=ROOT, text=True, capture_output=True
@@ -358,7 +356,7 @@ except CaptureError as error:
 """
 
 
-def test_rows_given_up_at_the_end_are_counted_and_the_capture_says_failed(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_written_at_the_end_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     done = subprocess.run([sys.executable, "-c", LIMITED, path], cwd=ROOT, text=True, capture_output=True, check=True)
     assert "File too large" in done.stdout
@@ -371,9 +369,9 @@ def test_rows_given_up_at_the_end_are_counted_and_the_capture_says_failed(tmp_pa
 
 
 @pytest.mark.parametrize("broken", ["write_table", "fsync", "rename", "sync_directory"])
-@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
-def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, kind: type[BaseException]
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_flush_that_fails_at_any_step_writes_each_row_once_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, error: type[BaseException]
 ) -> None:
     path = tmp_path / "a.cwnd"
     writer = make(path)
@@ -384,7 +382,7 @@ def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
     fsync = os.fsync
 
     def fail(*_: object, **__: object) -> None:
-        raise kind(errno.EIO, os.strerror(errno.EIO))
+        raise error(errno.EIO, os.strerror(errno.EIO))
 
     def fail_for_folders(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -399,7 +397,7 @@ def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
             "sync_directory": (os, "fsync", fail_for_folders),
         }[broken]
         patch.setattr(*target)
-        with pytest.raises(CaptureError if kind is OSError else kind, match="Input/output error"):
+        with pytest.raises(CaptureError if error is OSError else error, match="Input/output error"):
             writer.flush(force=True)
     assert sectors(path) == [0, 1, 2]
     assert hidden(path) == []
@@ -407,7 +405,7 @@ def test_a_flush_that_fails_at_any_step_writes_each_row_once_in_the_end(
     assert sectors(path) == list(range(6))
 
 
-def test_each_file_is_on_the_device_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, steps = tmp_path / "a.cwnd", list[str]()
     fsync, rename = os.fsync, os.rename
 
@@ -458,9 +456,7 @@ def test_a_failed_flush_is_tried_again_only_after_a_while(
     assert tries == 2
 
 
-def test_memory_stays_bounded_while_the_disk_refuses_and_the_rest_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_beyond_the_buffer_are_counted_as_unwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "BUFFER_ROWS", 10)
     writer = make(tmp_path / "a.cwnd")
     for first in range(0, 15, 3):
@@ -485,7 +481,7 @@ def three_parts(path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", None])
-def test_a_damaged_part_is_named_and_the_others_load(tmp_path: Path, damage: bytes | None) -> None:
+def test_a_damaged_part_is_named_and_the_others_are_read(tmp_path: Path, damage: bytes | None) -> None:
     parts = three_parts(tmp_path / "a.cwnd")
     whole = parts[1].read_bytes()
     parts[1].write_bytes(whole[: len(whole) // 2] if damage is None else damage)
@@ -500,7 +496,7 @@ def test_a_damaged_part_is_named_and_the_others_load(tmp_path: Path, damage: byt
 @pytest.mark.parametrize("region", ["pages", "footer"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_flipped_byte_spoils_no_more_than_its_part(tmp_path: Path, region: str, data: st.DataObject) -> None:
+def test_a_flipped_byte_damages_only_its_part(tmp_path: Path, region: str, data: st.DataObject) -> None:
     path = tmp_path / "a.cwnd"
     parts = [path / "block_io" / f"part-{n:06}.parquet" for n in (1, 2, 3)] if path.exists() else three_parts(path)
     whole = parts[1].read_bytes()
@@ -510,16 +506,16 @@ def test_a_flipped_byte_spoils_no_more_than_its_part(tmp_path: Path, region: str
     try:
         parts[1].write_bytes(damaged)
         capture = store.open_capture(path)
-        found = capture.table("block_io").column("sector").to_pylist()
-        assert (found[:3], found[-3:]) == ([0, 1, 2], [6, 7, 8])
-        assert bool(capture.warnings) == (len(found) == 6)
-        if region == "pages":  # these carry checksums; a footer may still lose a column's name
-            assert found[3:-3] in ([], [3, 4, 5])
+        rows = capture.table("block_io").column("sector").to_pylist()
+        assert (rows[:3], rows[-3:]) == ([0, 1, 2], [6, 7, 8])
+        assert bool(capture.warnings) == (len(rows) == 6)
+        if region == "pages":  # pages have checksums; a damaged footer may still change a column's name
+            assert rows[3:-3] in ([], [3, 4, 5])
     finally:
         parts[1].write_bytes(whole)
 
 
-def test_no_byte_of_a_column_can_change_its_values_unnoticed(tmp_path: Path) -> None:
+def test_no_changed_byte_of_a_column_changes_its_values(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     parts = three_parts(path)
     whole = parts[1].read_bytes()
@@ -531,7 +527,7 @@ def test_no_byte_of_a_column_can_change_its_values_unnoticed(tmp_path: Path) -> 
         assert sectors(path) in ([0, 1, 2, 6, 7, 8], list(range(9)))
 
 
-def test_columns_and_tables_of_a_later_version_are_kept_and_of_an_earlier_one_missing(tmp_path: Path) -> None:
+def test_columns_of_a_later_version_are_kept_and_absent_ones_are_null(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     parts = three_parts(path)
     table = pq.ParquetFile(parts[0]).read()
@@ -541,10 +537,10 @@ def test_columns_and_tables_of_a_later_version_are_kept_and_of_an_earlier_one_mi
     pq.write_table(pa.table({"word": ["x"]}), path / "gossip" / "part-000001.parquet")
     (path / "block_io" / ".part-000009.parquet.tmp").write_bytes(b"half")
     capture = store.open_capture(path)
-    found = capture.table("block_io")
-    assert found.column_names == [*arrow.schema("block_io").names, "mood"]
-    assert found.column("mood").to_pylist() == ["good"] * 3 + [None] * 6
-    assert found.column("comm").to_pylist() == ["fio"] * 3 + [None] * 3 + ["fio"] * 3
+    table_read = capture.table("block_io")
+    assert table_read.column_names == [*arrow.schema("block_io").names, "mood"]
+    assert table_read.column("mood").to_pylist() == ["good"] * 3 + [None] * 6
+    assert table_read.column("comm").to_pylist() == ["fio"] * 3 + [None] * 3 + ["fio"] * 3
     assert capture.table("gossip").to_pydict() == {"word": ["x"]}
     assert capture.warnings == []
 
@@ -557,7 +553,7 @@ def refusal(path: str | Path) -> CaptureError:
     return caught.value
 
 
-def test_what_is_not_a_capture_is_refused_with_the_way_to_one(tmp_path: Path) -> None:
+def test_other_paths_than_captures_are_refused_with_a_suggestion(tmp_path: Path) -> None:
     frames.capture(tmp_path / "a.cwnd", block_io=some(0))
     (tmp_path / "fleet").mkdir()
     frames.capture(tmp_path / "fleet" / "b.cwnd")
@@ -578,21 +574,19 @@ def test_what_is_not_a_capture_is_refused_with_the_way_to_one(tmp_path: Path) ->
     assert "\x1b" not in str(refusal(tmp_path / "\x1b[2J"))
 
 
-def test_a_folder_of_very_many_entries_is_not_walked_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_for_captures_stops_after_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         for below in range(10):
             (tmp_path / f"{number}").mkdir(exist_ok=True)
             frames.capture(tmp_path / f"{number}" / f"{below}.cwnd")
     assert "holds 100 captures" in refusal(tmp_path).cause
     monkeypatch.setattr("cwndtrace.store.reader._MOST_LOOKED_AT", 50)
-    found = re.search(r"holds (\d+) captures", refusal(tmp_path).cause)
-    assert found is not None
-    assert 30 <= int(found[1]) <= 40
+    count = re.search(r"holds (\d+) captures", refusal(tmp_path).cause)
+    assert count is not None
+    assert 30 <= int(count[1]) <= 40
 
 
-def test_a_part_given_by_a_relative_name_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_recognised_by_its_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames.capture(tmp_path / "a.cwnd", block_io=some(0))
     monkeypatch.chdir(tmp_path / "a.cwnd" / "block_io")
     assert refusal("part-000001.parquet").remedy == f"Open {tmp_path / 'a.cwnd'}."
@@ -636,7 +630,7 @@ def create_refusal(path: Path) -> CaptureError:
     return caught.value
 
 
-def test_a_capture_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+def test_a_capture_that_cannot_be_created_names_the_reason(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("")
     assert "exists already" in create_refusal(tmp_path / "there").cause
@@ -675,7 +669,7 @@ def as_nobody() -> Callable[[Callable[[], None]], None]:
     return run
 
 
-def test_places_without_permission_are_named(tmp_path: Path, as_nobody: Callable[[Callable[[], None]], None]) -> None:
+def test_missing_permission_is_named(tmp_path: Path, as_nobody: Callable[[Callable[[], None]], None]) -> None:
     for folder in [tmp_path, *tmp_path.parents[:-2]]:
         folder.chmod(0o755)
     frames.capture(tmp_path / "a.cwnd")
@@ -716,12 +710,12 @@ def shorten(part: Path) -> None:
 
 @pytest.mark.parametrize("old", [False, True], ids=["", "without a list of parts"])
 @pytest.mark.parametrize(
-    ("do", "lacking"),
+    ("damage", "lacking"),
     [(Path.unlink, 5), (cut, 5), (shorten, 3), (lambda part: shutil.rmtree(part.parent), -1)],
     ids=["one is deleted", "one is cut off", "one has fewer rows", "the folder is gone"],
 )
-def test_what_is_missing_is_said_first_and_nothing_else_is_claimed(
-    resets_in_parts: Path, do: Callable[[Path], object], lacking: int, old: bool
+def test_missing_records_are_the_first_warning_and_no_verdict_is_given(
+    resets_in_parts: Path, damage: Callable[[Path], object], lacking: int, old: bool
 ) -> None:
     meta = json.loads((resets_in_parts / "meta.json").read_text())
     kept = meta["counts"]["cwnd_reset"]["kept"]
@@ -730,32 +724,32 @@ def test_what_is_missing_is_said_first_and_nothing_else_is_claimed(
         del meta["parts"]
         (resets_in_parts / "meta.json").write_text(json.dumps(meta))
     assert load(resets_in_parts).warnings == []
-    do(resets_in_parts / "cwnd_reset" / "part-000002.parquet")
+    damage(resets_in_parts / "cwnd_reset" / "part-000002.parquet")
     trace = load(resets_in_parts)
-    found = content.report(trace)
-    warnings, answer = trace.warnings, found.host.text
+    report = content.report(trace)
+    warnings, answer = trace.warnings, report.host.text
     number = kept if lacking < 0 else lacking
     assert warnings[0].startswith(f"{number} of {kept} records of cwnd_reset are not in the capture")
-    assert click.unstyle(lines(found)[0]) == f"! {warnings[0]}."
+    assert click.unstyle(lines(report)[0]) == f"! {warnings[0]}."
     claim = "Can't tell whether the congestion window is the cause"
     assert answer.startswith(f"{claim}, because {number} of {kept} resets are not in")
     assert "The congestion window is not the cause" not in answer
-    assert found.host.verdict == "unknown"
-    assert "no_reset" not in set(found.connections["verdict"])
-    if not old and do is Path.unlink:
+    assert report.host.verdict == "unknown"
+    assert "no_reset" not in set(report.connections["verdict"])
+    if not old and damage is Path.unlink:
         assert warnings[0].endswith("; missing: cwnd_reset/part-000002.parquet")
 
 
-def test_parts_that_are_not_the_ones_written_are_named(resets_in_parts: Path) -> None:
+def test_replaced_and_added_parts_are_named(resets_in_parts: Path) -> None:
     parts = [resets_in_parts / "cwnd_reset" / f"part-{number:06}.parquet" for number in (1, 2)]
-    shutil.copy(parts[0], parts[1])  # as many rows, others
+    shutil.copy(parts[0], parts[1])  # the same number of rows, but other ones
     shutil.copy(parts[0], resets_in_parts / "cwnd_reset" / "part-000099.parquet")
     assert load(resets_in_parts).warnings == [
         "these parts aren't as the trace wrote them: cwnd_reset/part-000002.parquet and 1 other part"
     ]
 
 
-def test_nothing_is_said_to_be_missing_while_the_trace_runs_or_of_what_it_gave_up(tmp_path: Path) -> None:
+def test_running_traces_and_unwritten_rows_miss_no_records(tmp_path: Path) -> None:
     writer = make(tmp_path / "a.cwnd")
     writer.update_meta(counts={"block_io": {"kept": 9}})
     writer.add("block_io", some(0))
@@ -766,7 +760,7 @@ def test_nothing_is_said_to_be_missing_while_the_trace_runs_or_of_what_it_gave_u
     assert load(tmp_path / "a.cwnd").warnings == []
 
 
-def test_more_rows_than_are_to_be_read_are_refused(resets_in_parts: Path) -> None:
+def test_more_rows_than_max_rows_are_refused(resets_in_parts: Path) -> None:
     rows = sum(store.open_capture(resets_in_parts).rows(name) for name in arrow.TABLES)
     assert len(load(resets_in_parts, max_rows=rows).resets)
     with pytest.raises(CaptureError, match=f"holds {rows} rows, and the limit is {rows - 1}") as caught:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and prose in terminals of every width, with names of every script, and all of it in a pipe."""
+"""Tables and prose fit terminals of any width, with names of any script; a pipe gets them uncut."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ LEFT_OUT = "A wider terminal or pipe has them."
 
 @contextmanager
 def terminal(columns: int, encoding: str = "utf-8") -> Iterator[Callable[[], list[str]]]:
-    """Stdout is a terminal of so many columns while it is entered; afterwards what it gives are the lines there."""
+    """Make stdout a terminal of ``columns`` columns; yield a function that returns its lines after the exit."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    read: list[bytes] = []
+    chunks: list[bytes] = []
 
     def drain() -> None:
-        # Up to a mark, with the other end still open: a read as that closes may fail although text is left
-        # (n_tty_read in drivers/tty/n_tty.c asks for text first, then whether it was closed).
-        while not (read and read[-1].endswith(END)):
-            read.append(os.read(master, 65536))
+        # Read up to a mark while the other end is still open. A read while it closes may fail although text is left,
+        # because n_tty_read() in drivers/tty/n_tty.c checks for text first, and then whether the other end is closed.
+        while not (chunks and chunks[-1].endswith(END)):
+            chunks.append(os.read(master, 65536))
 
     def lines() -> list[str]:
-        printed = b"".join(read).removesuffix(END).decode(encoding)
-        return click.unstyle(printed).replace("\r\n", "\n").split("\n")[:-1]
+        text = b"".join(chunks).removesuffix(END).decode(encoding)
+        return click.unstyle(text).replace("\r\n", "\n").split("\n")[:-1]
 
     reader = threading.Thread(target=drain)
     reader.start()
@@ -84,8 +84,8 @@ def terminal(columns: int, encoding: str = "utf-8") -> Iterator[Callable[[], lis
             os.close(master)
 
 
-def shown(columns: int, print_it: Callable[[], object], encoding: str = "utf-8") -> list[str]:
-    """The lines that ``print_it`` prints in such a terminal; none is wider."""
+def printed_lines(columns: int, print_it: Callable[[], object], encoding: str = "utf-8") -> list[str]:
+    """Return the lines that ``print_it`` prints in such a terminal, and assert that none is wider."""
     with terminal(columns, encoding) as lines:
         print_it()
     assert lines()
@@ -105,26 +105,26 @@ def echo(lines: Iterable[str]) -> None:
     ("text", "width"),
     [("abc", 3), ("é", 1), ("e\u0301", 1), ("日本", 4), ("ﾊﾝｶｸ", 4), ("\U0001f4a9", 2), ("각", 2), ("a\u200bb", 2)],
 )  # fmt: skip
-def test_cells(text: str, width: int) -> None:
+def test_cells_counts_wide_and_combining_characters(text: str, width: int) -> None:
     assert cells(text) == width
 
 
 @given(st.text(max_size=40), st.integers(0, 50))
-def test_nothing_shortened_is_wider_than_asked(text: str, most: int) -> None:
+def test_shortened_texts_are_never_wider_than_asked(text: str, most: int) -> None:
     for shorten in (cut, cut_process, cut_connection):
-        for each in (text, f"{text}[123]", f"[{text}]:1 > {text}:65535"):
-            found = shorten(each, most)
-            assert cells(found) <= most
-            assert cells(each) > most or shorten is cut_connection or found == each
+        for name in (text, f"{text}[123]", f"[{text}]:1 > {text}:65535"):
+            shortened = shorten(name, most)
+            assert cells(shortened) <= most
+            assert cells(name) > most or shorten is cut_connection or shortened == name
 
 
-def test_what_is_shortened_keeps_what_identifies_it() -> None:
+def test_shortened_texts_keep_the_identifying_parts() -> None:
     assert cut("harmful", 5) == "har.."
     assert cut(WIDE, 7) == "日本.."
     assert cut_process("postgres-checkpointer[12345]", 16) == "postgre..[12345]"
     long = "[2001:db8:1:2:3:4:5:6]:443 > [2001:db8:a:b:c:d:e:f]:53060"
     assert cut_connection(long, 45) == "[2001:db..:4:5:6]:443 > [2001:d..d:e:f]:53060"
-    # A short end leaves its room to the other.
+    # A short endpoint leaves its unused width to the other one.
     assert cut_connection("10.0.0.1:1 > [2001:db8:a:b:c:d:e:f]:53060", 36).startswith("10.0.0.1:1 > [2001")
 
 
@@ -139,18 +139,18 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
     assert [click.unstyle(line) for line in lines] == ["NAME      N", "a         1", "longer  100"]
 
 
-def test_a_pipe_gets_all_of_it() -> None:
+def test_a_pipe_gets_uncut_tables_and_prose() -> None:
     lines = [*table(COLUMNS, [("x" * 200, "1", "y" * 200, "z" * 200)])]
     assert len(lines) == 2
     assert [len(part) for part in lines[1].split()] == [200, 1, 200, 200]
     assert prose("a " * 200, None, indent=2) == ["a " * 200]
 
 
-def test_what_matters_least_is_left_out_first_and_named() -> None:
+def test_the_least_important_columns_are_left_out_and_named() -> None:
     rows = [("short", "1", "y" * 10, "z" * 10)]
 
     def lines(columns: int) -> list[str]:
-        return shown(columns, lambda: echo(table(COLUMNS, rows)))
+        return printed_lines(columns, lambda: echo(table(COLUMNS, rows)))
 
     assert lines(32) == ["NAME   N  MORE              MOST", "short  1  yyyyyyyyyy  zzzzzzzzzz"]
     assert lines(31)[:2] == ["NAME   N  MORE", "short  1  yyyyyyyyyy"]
@@ -159,27 +159,27 @@ def test_what_matters_least_is_left_out_first_and_named() -> None:
     assert " ".join(lines(19)[2:]) == f"Left out: MORE, MOST. {LEFT_OUT}"
 
 
-def test_texts_are_shortened_to_what_they_need_and_no_further() -> None:
+def test_texts_are_shortened_no_more_than_needed() -> None:
     columns = (Column("A", least=5), Column("B", least=5))
-    lines = shown(20, lambda: echo(table(columns, [("a" * 12, "b" * 12), ("c", "d")])))
+    lines = printed_lines(20, lambda: echo(table(columns, [("a" * 12, "b" * 12), ("c", "d")])))
     assert lines == ["A             B", "aaaaaaaaaaaa  bbbb..", "c             d"]
 
 
-def test_wide_characters_align() -> None:
+def test_wide_characters_are_aligned() -> None:
     rows = [(WIDE, "1"), ("e\u0301\u0301", "2"), ("\U0001f4a9" * 5, "3"), ("ascii", "4")]
     for line, (name, number) in zip([*table(COLUMNS[:2], rows)][1:], rows, strict=True):
         assert cells(line) == cells(WIDE) + 3
         assert line == f"{name}{' ' * (cells(WIDE) + 2 - cells(name))}{number}"
 
 
-def test_a_locale_that_can_not_say_a_name_aligns_too() -> None:
+def test_names_that_the_locale_cannot_print_are_aligned() -> None:
     rows = [(WIDE, "1"), ("é", "2")]
-    lines = shown(40, lambda: echo(table(COLUMNS[:2], rows)), "latin-1")
+    lines = printed_lines(40, lambda: echo(table(COLUMNS[:2], rows)), "latin-1")
     assert lines == ["NAME      N", "????????  1", "é         2"]
 
 
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=200), st.integers(4, 90))
-def test_prose_is_broken_between_words_and_keeps_all(text: str, width: int) -> None:
+def test_prose_is_broken_between_words_and_keeps_all_text(text: str, width: int) -> None:
     lines = prose(text, width, indent=2)
     assert all(cells(line) <= width for line in lines)
     assert "".join("".join(lines).split()) == "".join(text.split())
@@ -190,20 +190,20 @@ def test_prose_keeps_numbers_with_their_units() -> None:
     assert prose("    mend: it is", 12, indent=6) == ["    mend: it", "      is"]
 
 
-# ---- what the commands print ------------------------------------------------------------------------
+# ---- output of the commands -------------------------------------------------------------------------
 
 
-def test_report() -> None:
-    found = content.report(cwndtrace.load(SAMPLE))
+def test_report_fits_its_terminal_and_keeps_keys_and_verdicts() -> None:
+    summary = content.report(cwndtrace.load(SAMPLE))
 
     def print_it() -> None:
-        echo(report.lines(found))
+        echo(report.lines(summary))
 
-    whole = shown(300, print_it)
-    lines = shown(80, print_it)
+    whole = printed_lines(300, print_it)
+    lines = printed_lines(80, print_it)
     assert LEFT_OUT not in " ".join(whole)
     assert LEFT_OUT in " ".join(lines)
-    # A connection's line has all that tells it from others, and the verdict.
+    # A connection's line has its full key, and the verdict.
     keys = [re.split(r"\s{2,}", line)[0] for line in whole if " > " in line and "ROUTE" not in line]
     assert keys
     assert [line for line in lines if line.startswith(tuple(keys))] != []
@@ -212,39 +212,39 @@ def test_report() -> None:
         assert line.endswith(("  harmful", "  never reset"))
         assert "  python[" in line
     for columns in (40, 60, 100, 132):
-        shown(columns, print_it)
+        printed_lines(columns, print_it)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_names_at_80_columns(name: str, tmp_path: Path) -> None:
+def test_hostile_names_fit_into_80_columns(name: str, tmp_path: Path) -> None:
     trace = hostile(tmp_path / "a.cwnd", NAMES[name])
-    found = content.report(trace)
-    shown(80, lambda: echo(report.lines(found)))
-    shown(80, lambda: compare.compare.main([str(trace.path), str(trace.path)], standalone_mode=False))
+    summary = content.report(trace)
+    printed_lines(80, lambda: echo(report.lines(summary)))
+    printed_lines(80, lambda: compare.compare.main([str(trace.path), str(trace.path)], standalone_mode=False))
 
 
-def test_ipv6_at_80_columns(tmp_path: Path) -> None:
+def test_ipv6_endpoints_fit_into_80_columns(tmp_path: Path) -> None:
     ends = {"family": 6, "saddr": "2001:db8:1111:2222:3333:4444:5555:6666", "daddr": "2001:db8:a:b:c:d:e:ffff"}
     seen = [frames.snapshot(t, bytes_sent=t * 100_000, comm=WIDE, **ends) for t in (0, 9)]
-    found = content.report(frames.capture(tmp_path / "a.cwnd", connections=frames.snapshots(*seen)))
-    lines = shown(80, lambda: echo(report.lines(found)))
+    summary = content.report(frames.capture(tmp_path / "a.cwnd", connections=frames.snapshots(*seen)))
+    lines = printed_lines(80, lambda: echo(report.lines(summary)))
     assert any(re.match(r"\[2001:d\S*\.\.\S*6666\]:443 > \[2001:d\S*\.\.\S*ffff\]:\d+ ", line) for line in lines)
 
 
-def test_compare() -> None:
+def test_compare_fits_its_terminal() -> None:
     def print_it() -> None:
         compare.compare.main([str(SAMPLE), str(SAMPLE)], standalone_mode=False)
 
-    lines = shown(80, print_it)
+    lines = printed_lines(80, print_it)
     assert any(line.split()[0] == "reset_rate" and line.endswith("unsure") for line in lines if line)
     assert f"Left out: 95 % INTERVAL, VALUES. {LEFT_OUT}" in lines
 
 
-def test_run_and_its_summary(tmp_path: Path) -> None:
+def test_run_and_its_summary_fit_their_terminal(tmp_path: Path) -> None:
     def print_it() -> None:
         played(Replay(FILE), tmp_path, as_json=False, print_block=True)
 
-    header, *lines = shown(80, print_it)
+    header, *lines = printed_lines(80, print_it)
     assert header.split() == ["TIME", "REASON", "CONNECTION", "CWND", "(segments)"]
     assert " ".join(lines[:2]).startswith("Left out: PROCESS, IDLE, RTO, SSTHRESH, SRTT. A wider")
     resets = [line for line in lines if " idle " in line]
@@ -255,7 +255,7 @@ def test_run_and_its_summary(tmp_path: Path) -> None:
     assert lines[summary].split()[:3] == ["CONNECTION", "PROCESS", "RESETS"]
 
 
-def test_run_follows_its_terminal() -> None:
+def test_run_follows_a_change_of_the_terminals_width() -> None:
     batch = Batch("cwnd_reset", frames.table("cwnd_reset", frames.reset(5)))
     with Session(Replay(FILE)) as session, terminal(80) as lines:
         view = TextView(session, print_block=False, quiet=True)
@@ -268,32 +268,32 @@ def test_run_follows_its_terminal() -> None:
     assert [len(header) for header in headers] == [5, 10]
 
 
-def test_doctor() -> None:
+def test_doctor_fits_its_terminal_and_leaves_nothing_out() -> None:
     facts = [
         doctor.Fact("probe sendmsg", "sees idle, rto_loss (computed by the kernel's rule, confirmed on transmit)" * 2),
         doctor.Fact(f"sysctl in {WIDE * 4}", "can't be read", doctor.LACK, "boot a kernel " * 12),
         doctor.Fact("bcc", "/" + "very/long/path/" * 12, doctor.BAD),
     ]
-    found = doctor.Findings(facts, None)
-    lines = shown(80, lambda: doctor._print(found))
+    findings = doctor.Findings(facts, None)
+    lines = printed_lines(80, lambda: doctor._print(findings))
     text = "".join(" ".join(lines).split())
-    # Nothing is left out of it.
+    # The table is complete.
     for fact in facts:
         for part in (*fact.name.split(), *fact.value.split(), *fact.remedy.split()):
             assert part in text or WIDE in part
     assert text.count("日") == 4
 
 
-def test_reproduce() -> None:
+def test_reproduce_fits_its_terminal() -> None:
     summary = summarise(pd.read_parquet(DATA / "sample-measurements.parquet"))
-    lines = shown(80, lambda: echo(reproduce.costs_of(summary)))
+    lines = printed_lines(80, lambda: echo(reproduce.costs_of(summary)))
     assert lines[0].split()[:2] == ["BURST", "IDLE"]
     assert "COST" in lines[0]
     assert LEFT_OUT in " ".join(lines)
 
 
-def test_a_real_terminal() -> None:
-    """The installed command with a terminal of 80 columns, and with a pipe."""
+def test_the_command_fits_a_terminal_and_leaves_nothing_out_of_a_pipe() -> None:
+    """The command is run as a process, with a terminal of 80 columns and with a pipe."""
     command = [sys.executable, "-I", "-m", "cwndtrace", "report", str(SAMPLE)]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     with terminal(80) as lines:

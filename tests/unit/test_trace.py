@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trace: frames as promised, and one screen of text that no capture can abuse."""
+"""A Trace has the documented frames, and a text of one screen that is harmless whatever a capture contains."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_frames_begin_with_utc_time_in_order(trace: Trace) -> None:
     assert first["time"] == pd.Timestamp(int(first["ts_ns"]) + clock["utc_offset_ns"], tz="UTC").floor("us")
 
 
-def test_rows_written_out_of_order_come_in_order(tmp_path: Path) -> None:
+def test_rows_written_out_of_order_are_sorted(tmp_path: Path) -> None:
     block_io = frames.table("block_io", frames.block(3), frames.block(1), frames.block(2))
-    found = frames.capture(tmp_path / "a.cwnd", block_io=block_io).block_io
-    assert (found["start_ns"] - frames.MONO).tolist() == [10**9, 2 * 10**9, 3 * 10**9]
+    block_io_read = frames.capture(tmp_path / "a.cwnd", block_io=block_io).block_io
+    assert (block_io_read["start_ns"] - frames.MONO).tolist() == [10**9, 2 * 10**9, 3 * 10**9]
 
 
-def test_text_can_be_joined_and_block_io_stays_small(trace: Trace) -> None:
+def test_text_columns_are_strings_and_those_of_block_io_categories(trace: Trace) -> None:
     ends = trace.resets["saddr"] + ":" + trace.resets["sport"].astype(str)
     assert set(ends) == {"10.1.0.1:443"}
     assert not any(isinstance(kind, pd.CategoricalDtype) for kind in trace.resets.dtypes)
@@ -60,27 +60,27 @@ def test_frames_are_read_once(trace: Trace) -> None:
     assert trace.block_io is trace.block_io
 
 
-def test_the_summary_leaves_block_io_on_the_disk(tmp_path: Path) -> None:
+def test_the_summary_reads_no_block_io(tmp_path: Path) -> None:
     resets, connections = frames.story(seconds=30)
     fresh = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=connections, block_io=frames.disk(9))
     key = fresh.summary()["connection"].iloc[0]
-    for told in (fresh.host(), fresh.remedies(), fresh.remedies(key), fresh.audit(), fresh.explain(0), repr(fresh)):
-        assert len(str(told)) > 9
+    for answer in (fresh.host(), fresh.remedies(), fresh.remedies(key), fresh.audit(), fresh.explain(0), repr(fresh)):
+        assert len(str(answer)) > 9
     assert "block_io" not in vars(fresh)
     assert set(fresh.verdicts["cause"]) == {"application"}
 
 
-def test_a_connection_has_one_key_everywhere(trace: Trace) -> None:
+def test_a_connection_has_the_same_key_in_all_frames(trace: Trace) -> None:
     assert set(trace.summary()["connection"]) == set(trace.resets["connection"]) == set(trace.connections["connection"])
     assert trace.summary()["resets"].sum() == len(trace.resets)
 
 
-def test_block_summary_names_devices(trace: Trace) -> None:
+def test_the_block_summary_names_devices(trace: Trace) -> None:
     assert trace.block_summary()["device"].unique().tolist() == ["loop0"]
     assert trace.block_summary()["count"].sum() == 500
 
 
-def test_repr_tells_the_capture_on_one_screen(trace: Trace) -> None:
+def test_repr_describes_the_capture_on_one_screen(trace: Trace) -> None:
     lines = repr(trace).splitlines()
     assert len(lines) <= 12
     text = repr(trace)
@@ -98,7 +98,7 @@ def test_repr_tells_the_capture_on_one_screen(trace: Trace) -> None:
 
 
 class Tags(HTMLParser):
-    """Collects what a browser would take for markup."""
+    """A parser that collects the tags that a browser would see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Tags(HTMLParser):
         self.names.add(tag)
 
 
-def test_no_text_of_a_capture_becomes_markup_or_steers_a_terminal(tmp_path: Path) -> None:
+def test_no_text_of_a_capture_becomes_markup_or_controls_a_terminal(tmp_path: Path) -> None:
     evil = frames.capture(
         tmp_path / "<b>\x1b[2J.cwnd",
         resets=frames.table("cwnd_reset", frames.reset(1, comm=b"<i>x\x1b[1m")),
@@ -130,7 +130,7 @@ def test_no_text_of_a_capture_becomes_markup_or_steers_a_terminal(tmp_path: Path
 
 
 @pytest.mark.parametrize("value", [None, 5, [], "", {}, {"start": 3}, [{"a": 1}]])
-def test_metadata_of_any_shape_still_shows(tmp_path: Path, value: object) -> None:
+def test_metadata_of_any_shape_is_shown(tmp_path: Path, value: object) -> None:
     names = ("host", "kernel", "started", "ended", "probes", "filters", "unchanged", "counts", "unwritten", "devices")
     trace = frames.capture(
         tmp_path / "a.cwnd", block_io=frames.table("block_io", frames.block()), **dict.fromkeys(names, value)
@@ -140,7 +140,7 @@ def test_metadata_of_any_shape_still_shows(tmp_path: Path, value: object) -> Non
     assert trace.block_io["device"].tolist() == ["7:0"]
 
 
-def test_damage_is_told(tmp_path: Path) -> None:
+def test_damaged_parts_are_named_and_counted(tmp_path: Path) -> None:
     trace = frames.capture(tmp_path / "a.cwnd", block_io=frames.table("block_io", frames.block()))
     for n in range(2, 10):
         (trace.path / "block_io" / f"part-{n:06}.parquet").write_bytes(b"PAR1")
@@ -159,7 +159,7 @@ def test_an_empty_capture_has_all_its_columns(tmp_path: Path) -> None:
     assert "0 resets" in repr(trace)
 
 
-def test_what_is_not_a_capture_is_refused(tmp_path: Path) -> None:
+def test_a_missing_capture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="There is no"):
         load(tmp_path / "nothing.cwnd")
 
@@ -167,7 +167,7 @@ def test_what_is_not_a_capture_is_refused(tmp_path: Path) -> None:
 # ---- what Jupyter shows -----------------------------------------------------------------------------
 
 
-def test_frames_know_their_units(trace: Trace) -> None:
+def test_frames_have_their_units_in_attrs(trace: Trace) -> None:
     assert trace.resets.attrs["units"]["cwnd_before"] == "segments"
     assert trace.resets.attrs["units"]["idle_us"] == "us"
     assert trace.connections.attrs["units"]["busy_us"] == "us"
@@ -176,7 +176,7 @@ def test_frames_know_their_units(trace: Trace) -> None:
         assert set(arrow.schema(name).names) == set(frame.attrs["units"])
 
 
-def test_a_connection_shows_itself(trace: Trace) -> None:
+def test_a_connection_shows_its_figures_and_verdict(trace: Trace) -> None:
     row = trace.summary().iloc[0]
     one = trace.connection(row["connection"])
     assert len(one.resets) == row["resets"] == len(trace.resets[trace.resets["connection"] == row["connection"]])
@@ -191,7 +191,7 @@ def test_a_connection_shows_itself(trace: Trace) -> None:
         trace.connection("1:1")
 
 
-def test_a_verdict_shows_itself(trace: Trace) -> None:
+def test_a_verdict_shows_its_sentence(trace: Trace) -> None:
     row = trace.verdicts.iloc[2]
     one = trace.explain(2)
     assert one.verdict == row["verdict"]
@@ -202,28 +202,28 @@ def test_a_verdict_shows_itself(trace: Trace) -> None:
         trace.explain(len(trace.resets))
 
 
-def test_a_hostile_connection_shows_itself_harmlessly(tmp_path: Path) -> None:
+def test_a_hostile_connection_is_shown_harmlessly(tmp_path: Path) -> None:
     resets = frames.table("cwnd_reset", frames.reset(1, comm=b"<i>x\x1b[1m", ca_name=b"<u>\x1b[2J"))
     seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 10**6, comm=EVIL, state=EVIL, ca_name=EVIL) for t in (0, 9)]
     trace = frames.capture(tmp_path / "a.cwnd", resets=resets, connections=frames.snapshots(*seen))
     one = trace.connection(trace.resets["connection"].item())
-    for shown in (one, one.verdict, trace.explain(0), trace.host()):
-        assert repr(shown).replace("\n", "").isprintable()
-        page = shown._repr_html_()
+    for item in (one, one.verdict, trace.explain(0), trace.host()):
+        assert repr(item).replace("\n", "").isprintable()
+        page = item._repr_html_()
         assert page.isprintable()
         tags = Tags()
         tags.feed(page)
         assert tags.names <= {"div", "b", "code", "table", "tr", "th", "td", "br", "bdi"}
 
 
-def test_what_is_left_of_a_closed_connection_has_no_window(tmp_path: Path) -> None:
-    """Older recordings have rows of it, whose numbers are all 0; it is no snapshot of a window."""
-    ends = {"sport": 443, "sock_cookie": 7}
-    remains = dict.fromkeys(("cwnd", "ssthresh", "mss", "rto_us", "srtt_us", "min_rtt_us", "snd_wnd", "bytes_sent"), 0)
+def test_rows_of_a_closed_connection_are_left_out(tmp_path: Path) -> None:
+    """Older recordings have rows of closed connections, with only zeros; these aren't snapshots of a window."""
+    socket = {"sport": 443, "sock_cookie": 7}
+    zeros = dict.fromkeys(("cwnd", "ssthresh", "mss", "rto_us", "srtt_us", "min_rtt_us", "snd_wnd", "bytes_sent"), 0)
     rows = frames.snapshots(
-        frames.snapshot(1.0, cwnd=40, **ends),
-        frames.snapshot(3.0, cwnd=44, **ends),
-        frames.snapshot(5.0, state="FIN-WAIT-2", **remains, **ends),
+        frames.snapshot(1.0, cwnd=40, **socket),
+        frames.snapshot(3.0, cwnd=44, **socket),
+        frames.snapshot(5.0, state="FIN-WAIT-2", **zeros, **socket),
     )
     trace = frames.capture(tmp_path / "a.cwnd", connections=rows)
     assert trace.connections["cwnd"].tolist() == [40, 44]
@@ -233,14 +233,14 @@ def test_what_is_left_of_a_closed_connection_has_no_window(tmp_path: Path) -> No
     assert row["srtt_us"] > 0
 
 
-def test_what_a_filter_had_no_room_for(tmp_path: Path) -> None:
-    told = {"cgroups": 117, "sockets": 0, "<b>": 5}
-    trace = frames.capture(tmp_path / "a.cwnd", left_out=told)
+def test_targets_that_a_filter_had_no_room_for_are_shown(tmp_path: Path) -> None:
+    counts = {"cgroups": 117, "sockets": 0, "<b>": 5}
+    trace = frames.capture(tmp_path / "a.cwnd", left_out=counts)
     assert trace.left_out == {"cgroups": 117}
     assert ("left out", fmt.left_out("cgroups", 117)) in trace.facts()
     assert "117 cgroups" in repr(trace)
-    stranges: tuple[object, ...] = (None, [], {"cgroups": "many"}, {"cgroups": -1})
-    for strange in stranges:
-        hostile = frames.capture(tmp_path / f"{len(str(strange))}{strange is None}.cwnd", left_out=strange)
+    invalid: tuple[object, ...] = (None, [], {"cgroups": "many"}, {"cgroups": -1})
+    for value in invalid:
+        hostile = frames.capture(tmp_path / f"{len(str(value))}{value is None}.cwnd", left_out=value)
         assert hostile.left_out == {}
         assert repr(hostile)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verdicts: for each reset, each connection and the host, on records made so that the answer is known."""
+"""The verdicts on resets, connections and the host are right for records whose answer is known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def capture(path: Path, resets: list[Any], snapshots: list[Any], **options: Any)
 
 
 def snapshots(burst: int, **last: Any) -> list[dict[str, Any]]:
-    """Before and after a reset at 10 s that began a burst."""
+    """Return the snapshots before and after a reset at 10 s that preceded a burst of ``burst`` bytes."""
     return [frames.snapshot(0, bytes_sent=SENT), frames.snapshot(20, bytes_sent=SENT + burst, **last)]
 
 
@@ -48,7 +48,7 @@ RESETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("label", RESETS)
-def test_one_reset(tmp_path: Path, label: str) -> None:
+def test_each_verdict_is_given_to_one_reset(tmp_path: Path, label: str) -> None:
     fields, seen = RESETS[label]
     trace = capture(tmp_path, [frames.reset(10, **fields)], seen)
     (row,) = trace.verdicts.to_dict("records")
@@ -57,9 +57,9 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
     assert (trace.summary()["verdict"].tolist(), trace.host().verdict) == ([label], label)
     assert trace.host().text.startswith("It is unclear ") == (label == "unknown")
     assert "1 of 1" not in trace.summary()["why"].item()
-    said = in_words.reset(row)
-    assert said.startswith(f"{row['cwnd_before']} -> 44 segments")
-    assert "nan" not in said
+    sentence = in_words.reset(row)
+    assert sentence.startswith(f"{row['cwnd_before']} -> 44 segments")
+    assert "nan" not in sentence
     assert "nan" not in trace.summary()["why"].item()
 
 
@@ -70,7 +70,7 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
         ({}, {"rwnd_limited_us": 500_000}, "harmful"),
         ({}, {"sndbuf_limited_us": 500_000}, "harmful"),
         ({"tgid": 0, "unsent_bytes": 1}, {}, "receiver_window"),
-        # 691 segments by 100 at a time: 9 round trips, of which 2 are due to the reset; by 400 at a time, 3 of 5.
+        # 691 segments take 9 round trips of at most 100, 2 of them due to the reset, or 5 of at most 400, 3 due to it.
         ({}, {"sndbuf": 144_800}, "send_buffer"),
         ({}, {"sndbuf": 579_200}, "harmful"),
         ({"snd_wnd": 144_800}, {}, "receiver_window"),
@@ -81,18 +81,20 @@ def test_one_reset(tmp_path: Path, label: str) -> None:
         ({"cwnd_after": 1000}, {}, "burst_fits"),
     ],
 )
-def test_what_decides(tmp_path: Path, fields: dict[str, Any], last: dict[str, Any], label: str) -> None:
+def test_limits_and_windows_decide_the_verdict(
+    tmp_path: Path, fields: dict[str, Any], last: dict[str, Any], label: str
+) -> None:
     trace = capture(tmp_path, [frames.reset(10, **fields)], snapshots(1_000_000, **SLOW, **last))
     assert trace.verdicts["verdict"].tolist() == [label]
 
 
-def test_a_window_that_never_grew_was_never_full(tmp_path: Path) -> None:
+def test_a_window_that_did_not_grow_was_never_full(tmp_path: Path) -> None:
     followed = frames.table("cwnd_recovery", frames.recovered(10, outcome="capture_end", cwnd_end=44))
     trace = capture(tmp_path, [frames.reset(10)], snapshots(1_000_000), recoveries=followed)
     assert trace.verdicts["verdict"].tolist() == ["never_full"]
 
 
-def test_shares_are_of_the_time_around_the_reset(tmp_path: Path) -> None:
+def test_limited_shares_are_of_the_time_around_the_reset(tmp_path: Path) -> None:
     seen = [
         frames.snapshot(at, busy_us=busy, rwnd_limited_us=limited, bytes_sent=SENT + sent)
         for at, busy, limited, sent in (
@@ -118,7 +120,7 @@ def test_a_capture_of_an_older_version_has_no_shares(tmp_path: Path) -> None:
     assert "busy time" not in in_words.connection(rows.iloc[0].to_dict())
 
 
-def test_a_connection_that_came_later_was_watched_all_its_life(tmp_path: Path) -> None:
+def test_all_traffic_of_a_connection_that_began_later_counts(tmp_path: Path) -> None:
     seen = [
         frames.snapshot(0, sock_cookie=1, bytes_sent=5_000, busy_us=50),
         frames.snapshot(2, sock_cookie=2, bytes_sent=7_000, busy_us=70, total_retrans=1),
@@ -149,7 +151,9 @@ def test_a_connection_that_came_later_was_watched_all_its_life(tmp_path: Path) -
         ("no_reset", {}, {"sysctls": {str(frames.NETNS): {"name": "pod", tcp.IDLE_SYSCTL: None}, "7": 3}}),
     ],
 )
-def test_no_reset(tmp_path: Path, label: str, fields: dict[str, Any], meta: dict[str, Any]) -> None:
+def test_each_verdict_is_given_to_a_connection_without_resets(
+    tmp_path: Path, label: str, fields: dict[str, Any], meta: dict[str, Any]
+) -> None:
     trace = capture(
         tmp_path,
         [],
@@ -167,13 +171,13 @@ def test_no_reset(tmp_path: Path, label: str, fields: dict[str, Any], meta: dict
 # ---- connections ------------------------------------------------------------------------------------
 
 
-def test_a_connection_without_snapshots_sent_its_bursts(tmp_path: Path) -> None:
+def test_a_connection_without_snapshots_has_sent_its_known_bursts(tmp_path: Path) -> None:
     resets = [frames.reset(at, bytes_sent=SENT + sent) for at, sent in ((10, 0), (20, 300_000), (30, 700_000))]
     trace = capture(tmp_path, resets, [])
     assert trace.summary()["sent_bytes"].tolist() == [700_000]
 
 
-def test_a_connection_by_hand(tmp_path: Path) -> None:
+def test_the_figures_of_a_connection_equal_those_computed_by_hand(tmp_path: Path) -> None:
     resets = [
         frames.reset(10, bytes_sent=SENT, idle_us=616_000),
         frames.reset(21, bytes_sent=SENT + 1_000_000, idle_us=308_000 * 4),
@@ -187,7 +191,7 @@ def test_a_connection_by_hand(tmp_path: Path) -> None:
         )
     ]  # fmt: skip
     (row,) = capture(tmp_path, resets, seen).summary().to_dict("records")
-    # Three idle resets, and the spans up to 5 s and 19 s; up to 40 s nothing was sent.
+    # The bursts are three after idle resets, and those of the spans up to 5 s and 19 s; up to 40 s nothing was sent.
     assert (row["bursts"], row["after_reset_share"]) == (5, 0.6)
     assert (row["idle_per_rto_p50"], row["idle_per_rto_max"]) == (4.0, pytest.approx(2_100_000 / 308_000))
     assert (row["sent_bytes"], row["busy_us"], row["retrans_segments"]) == (1_000_919, 2_000_000, 1)
@@ -196,7 +200,7 @@ def test_a_connection_by_hand(tmp_path: Path) -> None:
     assert list(row) == [*connections.COLUMNS, *verdict.CONNECTION_COLUMNS, "why"]
 
 
-def test_those_that_lost_most_come_first_and_the_host_adds_up(tmp_path: Path) -> None:
+def test_connections_are_sorted_by_lost_time_and_the_host_adds_them_up(tmp_path: Path) -> None:
     resets = [frames.reset(10, sock_cookie=c, bytes_sent=SENT) for c in (1, 2, 3)]
     resets += [frames.reset(20, sock_cookie=3, bytes_sent=SENT)]
     seen = [
@@ -219,7 +223,7 @@ def test_those_that_lost_most_come_first_and_the_host_adds_up(tmp_path: Path) ->
     )
 
 
-def test_nothing_to_judge(tmp_path: Path) -> None:
+def test_an_empty_capture_has_no_verdicts(tmp_path: Path) -> None:
     trace = capture(tmp_path, [], [])
     assert trace.host().text == "No TCP connection was seen."
     assert (len(trace.verdicts), len(trace.summary())) == (0, 0)
@@ -229,7 +233,7 @@ def test_nothing_to_judge(tmp_path: Path) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4))
-def test_every_reset_has_a_verdict_and_connections_add_up(seed: int, peers: int) -> None:
+def test_every_reset_has_a_verdict_and_connections_add_them_up(seed: int, peers: int) -> None:
     r, c = (frames.pandas(t) for t in frames.story(seed, seconds=20, peers=peers))
     r, c = connections.identify(r, c)
     from cwndtrace.analysis import cost
@@ -243,6 +247,6 @@ def test_every_reset_has_a_verdict_and_connections_add_up(seed: int, peers: int)
     assert all("nan" not in in_words.reset(row) for row in judged.to_dict("records"))
 
 
-def test_rows_stay_in_order(tmp_path: Path) -> None:
+def test_verdicts_keep_the_order_of_resets(tmp_path: Path) -> None:
     trace = capture(tmp_path, [frames.reset(at, sock_cookie=c) for at, c in ((3, 2), (1, 1), (2, 2))], snapshots(5))
     pd.testing.assert_frame_equal(trace.verdicts[trace.resets.columns], trace.resets)

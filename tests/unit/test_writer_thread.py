@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing behind the back of who traces: nothing is lost by it, and what goes wrong is said."""
+"""Writing on a separate thread loses no rows, never blocks the tracer, and reports errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rows(number: int) -> pa.Table:
     return arrow.to_arrow("block_io", np.zeros(number, dtype=layout.event("block_io").dtype), 0)
 
 
-def test_all_that_was_added_is_on_disk_after_close(tmp_path: Path) -> None:
+def test_all_added_rows_are_on_disk_after_close(tmp_path: Path) -> None:
     writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     for number in (1, 20, 300):
         writer.add("block_io", rows(number))
@@ -30,7 +30,7 @@ def test_all_that_was_added_is_on_disk_after_close(tmp_path: Path) -> None:
     assert (capture.rows("block_io"), capture.status, capture.meta["ended"]) == (321, "complete", "now")
 
 
-def test_one_that_got_nothing_starts_no_thread(tmp_path: Path) -> None:
+def test_a_writer_without_rows_starts_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
     writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     writer.flush()
@@ -39,22 +39,24 @@ def test_one_that_got_nothing_starts_no_thread(tmp_path: Path) -> None:
     assert open_capture(tmp_path / "a.cwnd").status == "complete"
 
 
-def test_who_adds_never_waits_and_what_is_too_much_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_never_waits_and_rows_beyond_the_buffer_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer_thread, "BUFFER_ROWS", 100)
-    held, inner = threading.Event(), CaptureWriter.create(tmp_path / "a.cwnd", {})
+    may_add, inner = threading.Event(), CaptureWriter.create(tmp_path / "a.cwnd", {})
     real = inner.add
-    monkeypatch.setattr(inner, "add", lambda table, data: (held.wait(30), real(table, data)))
+    monkeypatch.setattr(inner, "add", lambda table, data: (may_add.wait(30), real(table, data)))
     writer = ThreadedWriter(inner)
     for _ in range(3):
         writer.add("block_io", rows(40))
-    held.set()
+    may_add.set()
     writer.close()
     capture = open_capture(tmp_path / "a.cwnd")
     assert capture.rows("block_io") == 80
     assert capture.meta["unwritten"] == {"block_io": 40}
 
 
-def test_a_disk_that_refuses_is_told_until_it_takes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flush_raises_the_error_of_the_disk_until_it_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = CaptureWriter.create(tmp_path / "a.cwnd", {}, flush_seconds=0)
     real, refused = inner.flush, threading.Event()
 
@@ -67,23 +69,23 @@ def test_a_disk_that_refuses_is_told_until_it_takes_again(tmp_path: Path, monkey
     writer.add("block_io", rows(5))
     assert refused.wait(30)
     refused.clear()
-    assert refused.wait(30)  # a second time, so that the first is noted
+    assert refused.wait(30)  # the first error has been stored once there is a second
     with pytest.raises(CaptureError, match="full"):
         writer.flush()
     monkeypatch.setattr(inner, "flush", real)
-    deadline, told = time.monotonic() + 30, True
-    while told and time.monotonic() < deadline:
+    deadline, failing = time.monotonic() + 30, True
+    while failing and time.monotonic() < deadline:
         try:
             writer.flush()
-            told = False
+            failing = False
         except CaptureError:
             time.sleep(0.01)
-    assert not told
+    assert not failing
     writer.close()
     assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 5
 
 
-def test_what_is_no_fault_of_the_disk_ends_the_trace(tmp_path: Path) -> None:
+def test_another_error_than_one_of_the_disk_ends_the_trace(tmp_path: Path) -> None:
     writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     writer.add("nothing of ours", rows(1))
     with pytest.raises(ValueError, match="isn't a table"):

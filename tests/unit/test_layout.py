@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records: what Python parsed from bpf/events.h is what a C compiler makes of it, and nothing else passes.
+"""The layouts that Python parses from bpf/events.h are those of a C compiler, and Arrow tables keep all values.
 
-A field that sits elsewhere than Python thinks gives plausible wrong numbers, so the compiler is the witness.
+A field at another offset than Python assumes would give wrong numbers that look plausible.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ HEADER = (layout.bpf_dir() / "events.h").read_text(encoding="utf-8")
 SIGNED = {"__s8", "__s16", "__s32", "__s64"}
 
 
-def _ask_compiler(folder: Path) -> dict[str, str]:
-    """Each expression and what a compiled program prints for it."""
+def _compiled(folder: Path) -> dict[str, str]:
+    """Return what a compiled program prints for each size, offset and enumerator, by C expression."""
     parsed = layout.header()
-    asked = {f"sizeof(struct {e.name})": "" for e in parsed.events.values()}
+    expressions = {f"sizeof(struct {e.name})": "" for e in parsed.events.values()}
     for event in parsed.events.values():
         for member in event.fields:
             where = f"struct {event.name}, {member.name}"
-            asked[f"offsetof({where})"] = ""
-            asked[f"sizeof(((struct {event.name} *)0)->{member.name})"] = ""
+            expressions[f"offsetof({where})"] = ""
+            expressions[f"sizeof(((struct {event.name} *)0)->{member.name})"] = ""
     for enum, labels in parsed.enums.items():
-        asked |= {f"{enum.upper()}_{label.upper()}": "" for label in labels.values()}
-    prints = "\n".join(f'printf("%lu\\n", (unsigned long)({expression}));' for expression in asked)
+        expressions |= {f"{enum.upper()}_{label.upper()}": "" for label in labels.values()}
+    prints = "\n".join(f'printf("%lu\\n", (unsigned long)({expression}));' for expression in expressions)
     source = folder / "layout.c"
     source.write_text(
         f'#include <stddef.h>\n#include <stdio.h>\n#include "{layout.bpf_dir()}/events.h"\n'
@@ -47,28 +47,28 @@ def _ask_compiler(folder: Path) -> dict[str, str]:
         encoding="utf-8",
     )
     subprocess.run(["cc", "-Wall", "-Werror", "-Wpadded", "-o", folder / "layout", source], check=True)
-    answers = subprocess.run([folder / "layout"], check=True, capture_output=True, text=True).stdout.split()
-    return dict(zip(asked, answers, strict=True))
+    output = subprocess.run([folder / "layout"], check=True, capture_output=True, text=True).stdout.split()
+    return dict(zip(expressions, output, strict=True))
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler: apt-get install gcc libc6-dev")
-def test_layout_is_what_the_compiler_makes_of_the_header(tmp_path: Path) -> None:
-    said = {expression: int(answer) for expression, answer in _ask_compiler(tmp_path).items()}
+def test_layouts_equal_those_of_the_compiler(tmp_path: Path) -> None:
+    compiled = {expression: int(answer) for expression, answer in _compiled(tmp_path).items()}
     for event in layout.header().events.values():
-        assert event.dtype.itemsize == event.size == said[f"sizeof(struct {event.name})"]
+        assert event.dtype.itemsize == event.size == compiled[f"sizeof(struct {event.name})"]
         for member in event.fields:
             dtype, offset = event.dtype.fields[member.name][:2]  # type: ignore[index]
-            assert offset == member.offset == said[f"offsetof(struct {event.name}, {member.name})"]
-            assert dtype.itemsize == said[f"sizeof(((struct {event.name} *)0)->{member.name})"]
+            assert offset == member.offset == compiled[f"offsetof(struct {event.name}, {member.name})"]
+            assert dtype.itemsize == compiled[f"sizeof(((struct {event.name} *)0)->{member.name})"]
             if member.count == 1:
                 assert dtype.kind == ("i" if member.ctype in SIGNED else "u")
     for enum, labels in layout.header().enums.items():
         for value, label in labels.items():
-            assert value == said[f"{enum.upper()}_{label.upper()}"]
+            assert value == compiled[f"{enum.upper()}_{label.upper()}"]
 
 
-def test_every_line_of_the_header_became_a_field_or_a_label() -> None:
-    # A member that the parser overlooked would not change offsets if it stood last in tail room.
+def test_every_member_and_enumerator_of_the_header_is_parsed() -> None:
+    # If the parser skipped a last member that lies in the struct's tail padding, no offset would change.
     members = sum("/* [" in line for line in HEADER.splitlines())
     labels = sum(" = " in line for line in HEADER.splitlines())
     assert sum(len(e.fields) for e in layout.header().events.values()) == members
@@ -90,7 +90,7 @@ struct one {
 """
 
 
-def test_a_small_header_parses() -> None:
+def test_a_small_header_is_parsed() -> None:
     parsed = layout.parse_layout(GOOD)
     assert parsed.enums == {"kind": {0: "a", 7: "b"}}
     assert [(f.name, f.offset, f.size, f.unit) for f in parsed.events["one"].fields] == [
@@ -126,7 +126,7 @@ def test_a_small_header_parses() -> None:
         ("__u32 n;", "#ifdef X", 9),
     ],
 )
-def test_what_is_outside_the_subset_is_refused_with_its_line(old: str, new: str, line: int) -> None:
+def test_c_outside_the_subset_is_refused_with_its_line(old: str, new: str, line: int) -> None:
     assert GOOD.count(old) == 1
     with pytest.raises(layout.LayoutError, match=rf"^line {line}: "):
         layout.parse_layout(GOOD.replace(old, new))
@@ -138,7 +138,7 @@ def test_an_empty_struct_is_refused() -> None:
 
 
 @given(st.data())
-def test_a_field_with_damaged_punctuation_never_parses_to_something_else(data: st.DataObject) -> None:
+def test_a_field_with_damaged_punctuation_never_parses_to_another_field(data: st.DataObject) -> None:
     lines = GOOD.splitlines()
     number = data.draw(st.sampled_from([7, 8, 9, 10]))
     at = data.draw(st.sampled_from([i for i, c in enumerate(lines[number]) if c in ";[]/*"]))
@@ -147,7 +147,7 @@ def test_a_field_with_damaged_punctuation_never_parses_to_something_else(data: s
         parsed = layout.parse_layout("\n".join(lines))
     except layout.LayoutError:
         return
-    # Only the description may have been hit.
+    # Then the damage was in the description.
     assert [(f.name, f.ctype, f.count) for f in parsed.events["one"].fields] == [
         ("ts_ns", "__u64", 1),
         ("n", "__u32", 1),
@@ -157,7 +157,7 @@ def test_a_field_with_damaged_punctuation_never_parses_to_something_else(data: s
 
 
 @given(st.ip_addresses())
-def test_addresses_read_as_the_standard_library_writes_them(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+def test_addresses_are_written_as_in_the_standard_library(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     assert arrow.address(frames.packed(str(ip))) == str(mapped or ip)
 
@@ -167,7 +167,7 @@ def test_a_mapped_address_is_shown_as_ipv4() -> None:
 
 
 @given(st.text())
-def test_clean_text_cannot_steer_a_terminal(text: str) -> None:
+def test_clean_text_has_no_control_characters_and_keeps_its_length(text: str) -> None:
     cleaned = fmt.clean(text)
     assert cleaned.isprintable()
     assert len(cleaned) == len(text)
@@ -179,7 +179,7 @@ def _raw(name: str) -> st.SearchStrategy[bytes]:
     return st.integers(0, 6).flatmap(lambda n: st.binary(min_size=n * size, max_size=n * size))
 
 
-def test_texts_that_differ_behind_their_end_are_one() -> None:
+def test_texts_end_at_their_first_nul() -> None:
     records = np.zeros(3, dtype=layout.event("cwnd_reset").dtype)
     records["comm"] = [b"a\0x", b"a", b"b"]
     column = arrow.to_arrow("cwnd_reset", records, 0).column("comm").chunk(0)
@@ -189,7 +189,7 @@ def test_texts_that_differ_behind_their_end_are_one() -> None:
 @pytest.mark.parametrize("name", ["cwnd_reset", "block_io"])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_any_bytes_come_back_from_parquet_as_they_went_in(name: str, data: st.DataObject) -> None:
+def test_any_records_survive_arrow_and_parquet(name: str, data: st.DataObject) -> None:
     raw = data.draw(_raw(name))
     records = layout.decode(name, raw)
     assert records.tobytes() == raw
@@ -221,26 +221,26 @@ def test_a_header_that_ends_too_early_is_refused(lines: int) -> None:
         layout.parse_layout("\n".join(GOOD.splitlines()[:lines]))
 
 
-def test_half_a_record_is_refused() -> None:
+def test_a_partial_record_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple"):
         layout.decode("cwnd_reset", bytes(layout.event("cwnd_reset").size + 1))
 
 
-def test_time_is_the_first_field_on_the_wall_clock_to_the_microsecond() -> None:
+def test_the_column_time_is_the_first_field_in_utc_microseconds() -> None:
     table = frames.table("cwnd_reset", frames.reset(ts_ns=123_456_789_001))
     assert table.column_names[0] == "time"
     assert table.schema.field("time").type == pa.timestamp("us", tz="UTC")
     assert table.column("time").cast(pa.int64()).to_pylist() == [(123_456_789_001 + frames.OFFSET) // 1000]
 
 
-def test_every_column_says_its_unit() -> None:
+def test_every_column_has_a_unit_and_a_description() -> None:
     for table in arrow.TABLES:
         for column in arrow.schema(table):
             assert column.metadata[b"unit"]
             assert column.metadata[b"description"]
 
 
-def test_dicts_carry_the_event_the_time_and_the_fields_as_text() -> None:
+def test_dicts_have_the_event_the_time_and_the_fields_as_text() -> None:
     (row,) = arrow.table_to_dicts("cwnd_reset", frames.table("cwnd_reset", frames.reset(2.5)))
     assert list(row)[:3] == ["event", "time", "ts_ns"]
     assert row["event"] == "cwnd_reset"
@@ -258,7 +258,7 @@ def test_iso_time_is_exact_to_the_microsecond(ns: int) -> None:
     assert len(fraction) == 6
 
 
-def test_codes_and_labels_are_each_others_inverse() -> None:
+def test_code_is_the_inverse_of_a_label() -> None:
     for enum, labels in layout.header().enums.items():
         assert {layout.code(enum, label): label for label in labels.values()} == labels
     with pytest.raises(KeyError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The relay's arithmetic: when packets come out, which never do, and how late they were."""
+"""A simulated path delays and drops packets as its settings say, and the relay measures its own lateness."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from cwndtrace.lab.relay import Lateness, wire_size
 MS = 1_000_000
 
 
-def test_without_a_rate_only_the_delay_counts() -> None:
+def test_without_a_rate_packets_are_only_delayed() -> None:
     lane = Lane(Link(rtt_ms=100), seed=1)
     assert lane.offer(0, 1500) == 50 * MS
     assert lane.offer(7, 64_000) == 50 * MS + 7
 
 
-def test_a_rate_sends_one_packet_after_the_other() -> None:
+def test_with_a_rate_packets_leave_one_after_the_other() -> None:
     # 12 Mbit/s: 1,500 bytes take a millisecond.
     lane = Lane(Link(rtt_ms=20, rate=12e6), seed=1)
     assert [lane.offer(0, 1500) for _ in range(3)] == [11 * MS, 12 * MS, 13 * MS]
-    # After idle time the line is free at once, and the rest isn't credited.
+    # After idle time the line is free at once, and unused time isn't credited.
     assert lane.offer(100 * MS, 1500) == 111 * MS
 
 
-def test_a_full_queue_drops() -> None:
+def test_a_full_queue_drops_packets() -> None:
     lane = Lane(Link(rtt_ms=20, rate=12e6, queue_bytes=3000), seed=1)
     taken = [lane.offer(0, 1500) for _ in range(5)]
     assert taken == [11 * MS, 12 * MS, None, None, None]
     assert lane.dropped == 3
-    # Half a millisecond on, half a packet is out, which is no room for a whole one; at one millisecond there is.
+    # After 0.5 ms half a packet has left, so another one doesn't fit; after 1 ms it does.
     assert lane.offer(MS // 2, 1500) is None
     assert lane.offer(MS, 1500) == 13 * MS
 
 
-def test_an_idle_line_takes_a_packet_bigger_than_the_queue() -> None:
+def test_an_idle_line_accepts_a_packet_larger_than_the_queue() -> None:
     lane = Lane(Link(rtt_ms=20, rate=12e6, queue_bytes=3000), seed=1)
     assert lane.offer(0, 60_000) == 50 * MS
     assert lane.offer(0, 60_000) is None
 
 
-def test_losses_are_repeatable_and_as_many_as_asked_for() -> None:
+def test_losses_are_repeatable_and_as_frequent_as_set() -> None:
     def pattern(seed: int) -> list[bool]:
         lane = Lane(Link(rtt_ms=20, loss=0.1), seed)
         return [lane.offer(0, 100) is None for _ in range(10_000)]
 
     assert pattern(3) == pattern(3)
     assert pattern(3) != pattern(4)
-    # Five standard deviations either side.
+    # The bounds are five standard deviations from the mean.
     assert 850 < sum(pattern(3)) < 1150
 
 
@@ -62,7 +62,7 @@ def test_losses_are_repeatable_and_as_many_as_asked_for() -> None:
     queue=st.integers(3000, 1_000_000),
     packets=st.lists(st.tuples(st.integers(0, 10**9), st.integers(40, 65_536)), max_size=60),
 )
-def test_nothing_overtakes_and_nothing_comes_early(
+def test_no_packet_overtakes_another_or_arrives_early(
     rate: float | None, queue: int, packets: list[tuple[int, int]]
 ) -> None:
     link = Link(rtt_ms=10, rate=rate, queue_bytes=queue)
@@ -92,13 +92,13 @@ def test_nothing_overtakes_and_nothing_comes_early(
         Link(rtt_ms=10, queue_bytes=10),
     ],
 )
-def test_what_no_path_can_be_is_refused(link: Link) -> None:
+def test_an_impossible_path_is_refused(link: Link) -> None:
     with pytest.raises(UsageError) as caught:
         link.check()
     assert caught.value.remedy
 
 
-def test_packets_cross_one_by_one_where_losing_many_at_once_would_matter() -> None:
+def test_super_segments_are_split_with_a_low_rate_or_losses() -> None:
     assert not Link(rtt_ms=10).segmented
     assert not Link(rtt_ms=10, rate=1e9).segmented
     assert Link(rtt_ms=10, rate=1e8).segmented
@@ -106,20 +106,20 @@ def test_packets_cross_one_by_one_where_losing_many_at_once_would_matter() -> No
 
 
 def tcp_packet(payload: int, gso_type: int, segment: int) -> bytes:
-    """A virtio header, 20 bytes of IPv4, 32 of TCP with options, and a payload."""
-    # hdr_len is a hint that may count data as well: 1,000 here.
+    """Return a virtio header, 20 bytes of IPv4, 32 bytes of TCP with options, and a payload."""
+    # hdr_len is a hint that may include data, so it is 1,000 here.
     virtio = struct.pack("=BBHHHH", 1, gso_type, 1000, segment, 20, 16)
     return virtio + bytes(20) + bytes(12) + bytes([8 << 4]) + bytes(19) + bytes(payload)
 
 
-def test_a_super_segment_takes_the_line_for_all_its_headers() -> None:
+def test_wire_size_counts_the_headers_of_each_segment() -> None:
     assert wire_size(tcp_packet(1448, 0, 0)) == 1500
     assert wire_size(tcp_packet(1448, 1, 1448)) == 1500
     assert wire_size(tcp_packet(1449, 1, 1448)) == 1449 + 2 * 52
     assert wire_size(tcp_packet(14_480, 1, 1448)) == 15_000
 
 
-def test_lateness() -> None:
+def test_lateness_has_quantiles_and_a_maximum() -> None:
     late = Lateness()
     assert late.quantile_ms(0.99) == 0
     for _ in range(99):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medians, intervals and verdicts, on measurements whose answer is known."""
+"""Medians, intervals and verdicts are right for measurements whose answer is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cwndtrace.lab.wire import Sent
 
 
 def row(setting: Setting, latency_ms: float, burst: int = 1_000_000, idle: float = 1.0, **over: Any) -> Measurement:
-    """A burst of 50 ms of RTT; the window falls when the setting is on."""
+    """Return one burst over an RTT of 50 ms; with the setting on, idle time has reset its window."""
     before = TcpInfo(snd_cwnd=1392, rtt=51_000, min_rtt=50_000, rto=252_000, snd_mss=1448, snd_wnd=2_000_000)
     after = TcpInfo(snd_cwnd=174 if setting == "on" else 1392)
     end = TcpInfo(snd_cwnd=1392, sndbuf_limited=over.get("sndbuf_limited", 0), rwnd_limited=over.get("rwnd_limited", 0))
@@ -38,7 +38,7 @@ def table(on: list[float], off: list[float], **over: Any) -> pd.DataFrame:
     return frame([row("on", v, **over) for v in on] + [row("off", v, **over) for v in off])
 
 
-def test_a_clear_cost() -> None:
+def test_a_clear_cost_has_an_interval_and_a_verdict() -> None:
     summary = statistics.summarise(table([150, 152, 151, 153], [50, 51, 52, 50]))
     assert len(summary) == 1
     cell = summary.iloc[0]
@@ -52,13 +52,13 @@ def test_a_clear_cost() -> None:
     assert "cost up to 101 ms" in statistics.overall(summary)
 
 
-def test_no_difference_costs_nothing() -> None:
+def test_equal_latencies_cost_nothing() -> None:
     summary = statistics.summarise(table([50, 51, 52, 53], [50, 51, 52, 53]))
     assert "cost nothing" in summary.iloc[0]["verdict"]
     assert "cost nothing" in statistics.overall(summary)
 
 
-def test_the_interval_is_repeatable_and_covers() -> None:
+def test_the_interval_is_repeatable_and_covers_the_difference() -> None:
     random = np.random.default_rng(5)
     hits = 0
     for _ in range(100):
@@ -66,41 +66,41 @@ def test_the_interval_is_repeatable_and_covers() -> None:
         low, high = bootstrap.interval(on, off, resamples=500)
         hits += low <= 10 <= high
     assert (low, high) == bootstrap.interval(on, off, resamples=500)
-    # 95 of 100 are meant to cover; fewer than 85 would be a one in thousands accident.
+    # 95 of 100 intervals should cover the difference; fewer than 85 would be a chance of one in thousands.
     assert hits >= 85
 
 
-def test_too_few_rounds_are_said() -> None:
+def test_too_few_rounds_give_no_interval() -> None:
     summary = statistics.summarise(table([150, 150], [50, 50]))
     assert np.isnan(summary.iloc[0]["cost_low_ms"])
     assert "too few rounds" in summary.iloc[0]["verdict"]
     assert "too few rounds" in statistics.overall(summary)
 
 
-def test_one_setting_only() -> None:
+def test_measurements_with_one_setting_give_no_cost() -> None:
     summary = statistics.summarise(table([150, 150, 150], []))
     assert summary.iloc[0]["verdict"].endswith("measured with one setting only")
     assert "only one setting" in statistics.overall(summary)
 
 
-def test_cells_are_kept_apart_and_sorted() -> None:
+def test_bursts_and_idle_times_are_separate_and_sorted() -> None:
     both = pd.concat([table([9, 9, 9], [9, 9, 9], burst=b, idle=r) for r in (2.0, 0.5) for b in (300_000, 100_000)])
     summary = statistics.summarise(both)
     cells = list(zip(summary["burst_bytes"], summary["idle_s"], strict=True))
     assert cells == [(100_000, 0.5), (100_000, 2.0), (300_000, 0.5), (300_000, 2.0)]
 
 
-def test_a_saving_is_said_as_one() -> None:
+def test_a_negative_cost_is_called_a_saving() -> None:
     assert "saved 50 ms" in statistics.summarise(table([50, 50, 50], [100, 100, 100])).iloc[0]["verdict"]
 
 
-def test_an_empty_frame_has_the_columns() -> None:
+def test_an_empty_frame_has_the_same_columns() -> None:
     assert list(frame([]).columns) == list(frame([row("on", 1)]).columns)
 
 
-def test_other_limits_than_the_window_are_said() -> None:
+def test_other_limits_than_the_congestion_window_are_named() -> None:
     assert limits([row("on", 100)]) == []
-    said = limits([row("on", 100, first=400_000, sndbuf_limited=70_000), row("off", 100, rwnd_limited=60_000)])
-    assert len(said) == 2
-    assert "bigger than the send buffer, which took 400,000 bytes at once and delayed it for 70 ms" in said[0]
-    assert "receiver's window of 2,000,000 bytes for 60 ms" in said[1]
+    reasons = limits([row("on", 100, first=400_000, sndbuf_limited=70_000), row("off", 100, rwnd_limited=60_000)])
+    assert len(reasons) == 2
+    assert "bigger than the send buffer, which took 400,000 bytes at once and delayed it for 70 ms" in reasons[0]
+    assert "receiver's window of 2,000,000 bytes for 60 ms" in reasons[1]
