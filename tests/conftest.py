@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: tests that need root are skipped without it, with the command that would run them."""
+"""The setup of all tests. Tests that need root are skipped without it, and name the command that runs them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import pytest
 
 from cwndtrace.cli import user
 
-# No database of examples: the checkout may be somebody else's. No deadline: the machine may be busy.
+# There is no database of examples because the checkout may belong to another user, and no deadline because the machine
+# may be busy.
 hypothesis.settings.register_profile("cwndtrace", database=None, deadline=None)
 hypothesis.settings.load_profile("cwndtrace")
 
-# Under nohup it is ignored, which what the tests start would inherit: a handler is not.
+# nohup ignores SIGHUP, and child processes inherit that. They don't inherit a handler.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
-# By sudo make test they would be set: root's tests are root's, and those of sudo say for whom it works.
+# sudo make test sets these. Tests run as root without an invoking user, and tests of sudo set the variables themselves.
 for _name in ("SUDO_UID", "SUDO_GID"):
     os.environ.pop(_name, None)
 
@@ -28,7 +29,7 @@ _NEEDS_ROOT = {"live": "sudo make test", "chroot": "sudo make test-distributions
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip before any fixture is made."""
+    """Skip a test that needs root, before its fixtures are set up."""
     if os.geteuid() == 0:
         return
     for marker, command in _NEEDS_ROOT.items():
@@ -37,10 +38,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def power_stays() -> Iterator[None]:
-    """A command that is called within the tests' own process would take its power for good, and with it the tests'.
+def keep_privileges() -> Iterator[None]:
+    """Keep commands that tests call in their own process from dropping its privileges, which can't be regained.
 
-    That each command does so is shown by those that are started as processes, in tests/live.
+    The tests in tests/live start commands as processes, and check that each drops its privileges.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(user, "give_up_power", lambda: None)

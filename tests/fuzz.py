@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captures that a stranger broke, and what may come of opening them: CaptureError, or what is left to read.
+"""A fuzzer of captures: opening a damaged capture may only raise CaptureError or return the readable rows.
 
-``python -m tests.fuzz`` mutates more than 20,000 files and reads each capture, in processes that it starts, so that a
-crash is seen as well; it prints what it found and how much memory and time it took. Case N is the same on each run:
-``--first N --count 1 --keep FOLDER`` leaves its capture to look at.
+``python -m tests.fuzz`` mutates more than 20,000 files and reads each capture, in processes that it starts, so that it
+notices crashes too. It prints the outcomes, and how much memory and time the captures took. Case N is the same in each
+run: ``--first N --count 1 --keep FOLDER`` keeps its capture.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLE: Final = ROOT / "tests/data/sample.cwnd"
 RAW: Final = ROOT / "tests/data/trace.raw"
 BATCH: Final = 200
-TOGETHER: Final = {"parquet": 8, "plain parquet": 8, "values": 4}
-"""Parts, of ten, that are mutated in one capture, by kind; one file for the other kinds."""
+MUTATED_PARTS: Final = {"parquet": 8, "plain parquet": 8, "values": 4}
+"""The number of parts, of ten, that are mutated in one capture, by kind of case; other kinds mutate one file."""
 SECONDS: Final = 10
-"""Of CPU, the most that a case may take."""
+"""The limit of CPU time of a case."""
 PEAK: Final = 1 << 30
-"""Most memory that a case may take, on top of what its process began with."""
+"""The limit of memory of a case, in bytes, in addition to the memory of its process at the start."""
 MEMORY: Final = 3 << 30
-"""Address space of a process, on top of what it begins with, so that no case takes the machine down."""
+"""The limit of address space of a process, in bytes, in addition to that at its start. It protects the machine."""
 
 Files = dict[str, bytes]
 
@@ -81,7 +81,7 @@ ODD: Final[tuple[Any, ...]] = (
 
 @cache
 def base(plain: bool) -> Files:
-    """The files of a small capture; ``plain`` without compression and checksums, so that a mutation gets further."""
+    """Return the files of a small capture; with ``plain`` no compression and no checksums hide a mutation."""
     files = {"meta.json": (SAMPLE / "meta.json").read_bytes()}
     for table in arrow.TABLES:
         for part in sorted((SAMPLE / table).glob("*.parquet"))[1:3]:
@@ -96,11 +96,11 @@ def packed(table: pa.Table, **options: Any) -> bytes:
     return out.getvalue()
 
 
-# ---- shapes that ask for more than they are worth -------------------------------------------------------------------
+# ---- shapes that ask for too much time or memory ---------------------------------------------------------------------
 
 
 def compact(value: Any) -> bytes:
-    """A struct (a dict by field number), list, text or number in Thrift's compact protocol; numbers are i32."""
+    """Return a struct (a dict by field number), list, text or number in Thrift's compact protocol; numbers are i32."""
     if isinstance(value, dict):
         fields, last = b"", 0
         for field, inner in value.items():
@@ -118,12 +118,12 @@ def thrift_kind(value: Any) -> int:
 
 
 def varint(number: int) -> bytes:
-    low, idle = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + varint(idle) if idle else bytes([low])
+    low, high = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + varint(high) if high else bytes([low])
 
 
 def shared_pages(columns: int, groups: int, pages: int, *, shared: bool = True) -> bytes:
-    """A part of this project's shape whose columns all lie in one run of pages that hold nothing."""
+    """Return a part whose columns consist of empty pages; if ``shared``, all columns share one run of pages."""
     header = compact({1: 0, 2: 0, 3: 0, 5: {1: 0, 2: 0, 3: 3, 4: 3}})
     run = len(header) * pages
     schema: list[Any] = [{4: b"schema", 5: columns}, *({1: 1, 3: 0, 4: b"c%d" % n} for n in range(columns))]
@@ -141,7 +141,7 @@ def shared_pages(columns: int, groups: int, pages: int, *, shared: bool = True) 
 
 
 def equal_rows(count: int) -> bytes:
-    """A part of a few bytes a column whose rows are all alike."""
+    """Return a part with equal rows, which takes a few bytes per column."""
     column = pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), ["x" * 100])
     columns = {f.name: column if pa.types.is_dictionary(f.type) else None for f in arrow.schema("cwnd_reset")}
     numbers = {
@@ -162,21 +162,21 @@ SHAPES: Final[dict[str, Callable[[], tuple[str, bytes]]]] = {
     "as much metadata as may be": lambda: ("meta.json", b'{"schema": 1, "a": [' + b"{}," * 490_000 + b"{}]}"),
     "deep metadata": lambda: ("meta.json", b'{"schema": 1, "a": ' + b"[" * 900 + b"]" * 900 + b"}"),
 }
-"""The first cases of all: each is whole, and asks for more time or memory than it is worth."""
+"""The first cases: each is undamaged, but asks for much more time or memory than its size justifies."""
 
 
 def shape(number: int) -> tuple[str, Files]:
-    """The capture of one of ``SHAPES``, by number."""
+    """Return the capture of one of ``SHAPES``, by number."""
     name, make = list(SHAPES.items())[number]
     where, raw = make()
     return name, {**base(True), where: raw}
 
 
-# ---- mutations ------------------------------------------------------------------------------------------------------
+# ---- mutations -------------------------------------------------------------------------------------------------------
 
 
 def mutate_bytes(rng: random.Random, raw: bytes, other: bytes = b"") -> bytes:
-    """``raw`` with a few changes, most of them where Parquet keeps its footer or a page begins."""
+    """Return ``raw`` with a few changes, many of them in Parquet's footer."""
     data = bytearray(raw)
     footer = int.from_bytes(data[-8:-4], "little") if raw[-4:] == b"PAR1" else 0
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
@@ -215,7 +215,7 @@ def mutate_bytes(rng: random.Random, raw: bytes, other: bytes = b"") -> bytes:
 
 
 def mutate_json(rng: random.Random, raw: bytes) -> bytes:
-    """meta.json with values in it replaced by others, of any type, or taken away."""
+    """Return meta.json with some values removed, or replaced by values of any type."""
     top = json.loads(raw)
     for _ in range(rng.choice((1, 1, 2, 5))):
         node, parent, key = top, cast(Any, None), cast(Any, None)
@@ -234,7 +234,7 @@ def mutate_json(rng: random.Random, raw: bytes) -> bytes:
 
 
 def mutate_table(rng: random.Random, raw: bytes) -> bytes:
-    """A whole Parquet file whose rows hold what no kernel would say."""
+    """Return an undamaged Parquet file with values that no kernel gives."""
     table = pq.ParquetFile(io.BytesIO(raw)).read()
     for _ in range(rng.choice((1, 1, 2, 4))):
         index = rng.randrange(table.num_columns)
@@ -256,7 +256,7 @@ def mutate_table(rng: random.Random, raw: bytes) -> bytes:
         else:
             try:
                 values = table.column(index).to_pylist()
-            except OverflowError:  # a time that an earlier change put beyond Python's
+            except OverflowError:  # an earlier change made a time too large for Python
                 continue
             texts = pa.types.is_dictionary(field.type)
             for row in range(len(values)):
@@ -271,7 +271,7 @@ def mutate_table(rng: random.Random, raw: bytes) -> bytes:
 
 
 def case(number: int) -> tuple[str, Files]:
-    """A kind of mutation and the files it left, always the same for a number."""
+    """Return the kind and the files of a case, always the same for a number."""
     if number < len(SHAPES):
         return shape(number)
     rng = random.Random(number)
@@ -289,8 +289,8 @@ def case(number: int) -> tuple[str, Files]:
         mutate: Callable[[random.Random, bytes], bytes] = mutate_json if kind == "meta values" else mutate_bytes
         files["meta.json"] = mutate(rng, files["meta.json"])
     else:
-        # Several, since each is read by itself.
-        for name in rng.sample(tables, TOGETHER[kind]):
+        # Several parts are mutated, because each is read separately.
+        for name in rng.sample(tables, MUTATED_PARTS[kind]):
             if kind == "values":
                 files[name] = mutate_table(rng, files[name])
             else:
@@ -299,7 +299,7 @@ def case(number: int) -> tuple[str, Files]:
 
 
 def lay(files: Files, folder: Path) -> Path:
-    """The files in a new folder."""
+    """Write the files into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, raw in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -308,11 +308,11 @@ def lay(files: Files, folder: Path) -> Path:
 
 
 TABLES, FRAMES, ALL, PAGE = range(4)
-"""How much is done with a case: damaged bytes are met in the first, values that make no sense in the others."""
+"""The levels of use of a case. The first meets damaged bytes, the others meet nonsensical values."""
 
 
 def effort(number: int, kind: str, draw_every: int) -> int:
-    """How much to do with a case."""
+    """Return the level of use of a case."""
     if number < len(SHAPES):
         return TABLES if "rows" in kind else ALL
     if draw_every > 0 and number % draw_every == 0:
@@ -323,7 +323,7 @@ def effort(number: int, kind: str, draw_every: int) -> int:
 
 
 def use(folder: Path, much: int) -> None:
-    """Read what lies in ``folder``, and do with it what a user can do. Raises CaptureError only."""
+    """Read the capture in ``folder``, and use it as a user can, up to level ``much``. Raises only CaptureError."""
     if (folder / "trace.raw").exists():
         source = Replay(folder / "trace.raw")
         for name, raw in source.stop():
@@ -344,49 +344,49 @@ def use(folder: Path, much: int) -> None:
     trace._repr_html_()
     for frame in (trace.verdicts, trace.block_summary(), trace.compare(trace)):
         repr(frame)
-    found = content.report(trace)
-    list(lines(found))
-    json.dumps(content.as_json(found), allow_nan=False)
+    report = content.report(trace)
+    list(lines(report))
+    json.dumps(content.as_json(report), allow_nan=False)
     for key in trace.summary()["connection"].head(2):
         repr(trace.connection(key))
         trace.connection(key)._repr_html_()
     if much == PAGE:
-        page(found)
+        page(report)
 
 
 def peak_kb() -> int:
-    """The most memory that this process had since it last asked for that to be forgotten."""
+    """Return the peak memory of this process in KiB, since its last reset by /proc/self/clear_refs."""
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 
 
 class Greedy(Exception):
-    """A case took more memory than one may."""
+    """A case took more memory than ``PEAK``."""
 
 
 @dataclass
 class Spent:
-    """What a case took: seconds of CPU, and memory on top of what its process had before."""
+    """The cost of a case: seconds of CPU time, and memory in addition to that of its process before."""
 
     s: float = 0.0
     peak_kb: int = 0
 
 
 def bound_process() -> None:
-    """Bound the address space of this process, so that no case takes the machine down."""
+    """Limit the address space of this process, so that no case exhausts the machine's memory."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
 @contextmanager
 def bounded() -> Iterator[Spent]:
-    """What every case is held to. Raises TimeoutError within one that takes too long, Greedy at its end."""
+    """Apply the limits to a case and yield its cost. Raises TimeoutError within a slow case, Greedy at a case's end."""
 
     def too_long(*_: object) -> None:
         raise TimeoutError(f"longer than {SECONDS} s")
 
-    Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is this case's
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
     spent, begun, begin = Spent(), peak_kb(), time.process_time()
-    # Of CPU, so that it says the same on a busy machine.
+    # The limit is of CPU time, so that a busy machine gives the same outcome.
     signal.signal(signal.SIGPROF, too_long)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -395,13 +395,13 @@ def bounded() -> Iterator[Spent]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         spent.s, spent.peak_kb = time.process_time() - begin, peak_kb() - begun
         if spent.s > SECONDS:
-            too_long()  # again: what reads takes it for an error of the file, as it is an OSError
+            too_long()  # again: TimeoutError is an OSError, which readers take for an error of the file
         if spent.peak_kb * 1024 > PEAK:
             raise Greedy(f"took {spent.peak_kb >> 10:,} MiB")
 
 
 def run(first: int, count: int, folder: Path, draw_every: int) -> None:
-    """Work through cases and print a line of JSON for each."""
+    """Run cases, and print two lines of JSON for each: the case and its outcome."""
     faulthandler.enable()
     bound_process()
     for number in range(first, first + count):
@@ -425,23 +425,23 @@ def run(first: int, count: int, folder: Path, draw_every: int) -> None:
 
 
 @dataclass
-class Found:
-    """What came of many cases: outcomes by kind, failures in words, and by place where rows made no sense."""
+class Results:
+    """The results of many cases: outcomes by kind, failures as text, and the places where rows made no sense."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     nonsense: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     longest_s: float = 0.0
     peak_kb: int = 0
-    """The most memory that a process took above what it began with."""
+    """The highest peak memory of a case, in KiB, in addition to that of its process before."""
 
     @property
     def files(self) -> int:
-        """How many files were mutated."""
-        return sum(number * TOGETHER.get(name.partition(":")[0], 1) for name, number in self.outcomes.items())
+        """The number of files that were mutated."""
+        return sum(number * MUTATED_PARTS.get(name.partition(":")[0], 1) for name, number in self.outcomes.items())
 
     def add(self, case: dict[str, Any], line: dict[str, Any]) -> None:
-        """Count what a case came to."""
+        """Count the outcome of a case."""
         self.outcomes[f"{case['kind']}: {line['outcome']}"] += 1
         self.longest_s, self.peak_kb = max(self.longest_s, line["s"]), max(self.peak_kb, line["peak_kb"])
         if line["outcome"] == "makes no sense":
@@ -450,61 +450,63 @@ class Found:
             self.failures.append(f"case {case['case']} ({case['kind']}): {line['why']}")
 
 
-def batches(first: int, count: int, draw_every: int, keep: Path | None = None, into: Found | None = None) -> Found:
-    """Work through cases in processes of their own."""
-    found, at = Found() if into is None else into, first
+def batches(first: int, count: int, draw_every: int, keep: Path | None = None, into: Results | None = None) -> Results:
+    """Run cases in child processes, ``BATCH`` cases in each."""
+    results, number = Results() if into is None else into, first
     with tempfile.TemporaryDirectory(prefix="cwndtrace-fuzz-") as temporary:
         folder = keep or Path(temporary) / "case"
-        while at < first + count:
-            some = min(BATCH, first + count - at)
-            command = [sys.executable, "-m", "tests.fuzz", "--child", "--first", str(at), "--count", str(some)]
+        while number < first + count:
+            some = min(BATCH, first + count - number)
+            command = [sys.executable, "-m", "tests.fuzz", "--child", "--first", str(number), "--count", str(some)]
             command += ["--keep", str(folder), "--draw-every", str(draw_every)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-            case_now: dict[str, Any] = {"case": at, "kind": "start"}
+            case_now: dict[str, Any] = {"case": number, "kind": "start"}
             for line in map(json.loads, done.stdout.splitlines()):
                 if "case" in line:
                     case_now = line
                 else:
-                    found.add(case_now, line)
-                    at = case_now["case"] + 1
+                    results.add(case_now, line)
+                    number = case_now["case"] + 1
             if done.returncode:
-                found.outcomes[f"{case_now['kind']}: CRASHED"] += 1
+                results.outcomes[f"{case_now['kind']}: CRASHED"] += 1
                 which = f"case {case_now['case']} ({case_now['kind']})"
-                found.failures.append(f"{which} ended with {done.returncode}: {done.stderr[-1500:]}")
-                at = case_now["case"] + 1
-    return found
+                results.failures.append(f"{which} ended with {done.returncode}: {done.stderr[-1500:]}")
+                number = case_now["case"] + 1
+    return results
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=4_000, help="captures; most have eight mutated files")
+    parser.add_argument(
+        "--count", type=int, default=4_000, help="number of captures; half of them have eight mutated files"
+    )
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--draw-every", type=int, default=100, help="the HTML page of each Nth case")
+    parser.add_argument("--draw-every", type=int, default=100, help="draw the HTML page of each Nth case")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         run(options.first, options.count, options.keep, options.draw_every)
         return
     begin = time.monotonic()
-    found, whole = Found(), False
-    # Cut short, it says what it has.
+    results, finished = Results(), False
+    # On SIGTERM it prints the results so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
-        batches(options.first, options.count, options.draw_every, options.keep, found)
-        whole = True
-    for counts in (found.outcomes, found.nonsense):
+        batches(options.first, options.count, options.draw_every, options.keep, results)
+        finished = True
+    for counts in (results.outcomes, results.nonsense):
         for name, number in sorted(counts.items()):
             print(f"{number:>7,}  {name}")
-    for line in found.failures[:200]:
+    for line in results.failures[:200]:
         print(line)
     print(
-        f"{found.files:,} mutated files in {found.outcomes.total():,} captures, {time.monotonic() - begin:.0f} s, "
-        f"{len(found.failures)} failures; the longest capture took {found.longest_s:.2f} s, "
-        f"the most memory was {found.peak_kb / 1024:.0f} MiB above the start"
+        f"{results.files:,} mutated files in {results.outcomes.total():,} captures, {time.monotonic() - begin:.0f} s, "
+        f"{len(results.failures)} failures; the longest capture took {results.longest_s:.2f} s, "
+        f"the most memory was {results.peak_kb / 1024:.0f} MiB above the start"
     )
-    sys.exit(bool(found.failures) or not whole)
+    sys.exit(bool(results.failures) or not finished)
 
 
 if __name__ == "__main__":

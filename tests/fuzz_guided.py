@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/fuzz.py promises, under a fuzzer that keeps what reached code that nothing before it did (atheris).
+"""A fuzzer of captures that is guided by coverage (atheris). Its inputs have the limits of the cases of tests/fuzz.py.
 
-``python -m tests.fuzz_guided`` runs until something but CaptureError comes out, or for --seconds; what broke it is left
-in --keep, and given as an argument it is run once more. Each input is one file of a small capture: its first byte says
-which, the rest is its content, or, for one of ``fuzz.SHAPES``, what is changed in it. An input is held to what a case
-of tests/fuzz.py is held to.
+``python -m tests.fuzz_guided`` runs until another exception than CaptureError is raised, or for --seconds. The input
+that raised it is stored in --keep; if it is given as an argument, it is run again. Each input is one file of a small
+capture: its first byte selects the file, and the other bytes are its content, or the changes in it for one of
+``fuzz.SHAPES``.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ with atheris.instrument_imports(include=["cwndtrace"]):
 
 LONGEST: Final = 64 << 10
 STUCK_S: Final = 120
-"""Of the clock, after which the fuzzer ends what never came back from C, where no signal reaches Python."""
+"""The limit of wall-clock time, after which the fuzzer ends an input that hangs in C, where Python gets no signal."""
 STREAM: Final = "trace.raw"
 
 
 def small() -> fuzz.Files:
-    """meta.json and one part of each table, uncompressed."""
+    """Return meta.json and one part of each table, uncompressed."""
     whole = fuzz.base(plain=True)
     parts = {table: next(name for name in whole if name.startswith(f"{table}/")) for table in arrow.TABLES}
     return {name: whole[name] for name in ("meta.json", *parts.values())}
 
 
 def effort(data: bytes) -> int:
-    """How much to do with an input, always the same for one: reading takes 20 ms, and all that a report does 200 ms."""
+    """Return the level of use of an input, always the same for it. Reading takes 20 ms, a whole report 200 ms."""
     chance = zlib.crc32(data)
     return fuzz.ALL if chance % 16 == 0 else fuzz.FRAMES if chance % 4 == 0 else fuzz.TABLES
 
 
 def changed(raw: bytes, changes: bytes) -> bytes:
-    """``raw`` with other bytes near its end, three bytes a change: how far from it, and the value."""
+    """Return ``raw`` with changes near its end, each from three bytes: two of distance from the end, and the value."""
     data = bytearray(raw)
     for at in range(0, len(changes) - 2, 3):
         distance = int.from_bytes(changes[at : at + 2], "little") % len(data)
@@ -55,19 +55,19 @@ def changed(raw: bytes, changes: bytes) -> bytes:
 
 
 class Target:
-    """What the fuzzer calls: it lays a capture with one file of its making, and reads it."""
+    """The target that the fuzzer calls: it writes a capture with one file from the input, and reads it."""
 
     def __init__(self, folder: Path) -> None:
         self.base = small()
         self.names = (*self.base, STREAM)
-        # They are far longer than an input may be.
+        # Shapes are much longer than an input may be, so an input contains only changes.
         self.shapes = [(kind, *make()) for kind, make in fuzz.SHAPES.items()]
         self._folder = fuzz.lay(self.base, folder)
         self._stream = Path(tempfile.mkdtemp(dir=folder.parent)) / STREAM
         self._written = "meta.json"
 
     def seeds(self, folder: Path) -> Path:
-        """The files as they are, for the fuzzer to begin with."""
+        """Write the unchanged files as the inputs with which the fuzzer begins, and return their folder."""
         folder.mkdir()
         for number, name in enumerate(self.names):
             raw = fuzz.RAW.read_bytes()[:4000] if name == STREAM else self.base[name]
@@ -77,7 +77,7 @@ class Target:
         return folder
 
     def file(self, data: bytes) -> tuple[str, bytes, int]:
-        """An input's file, what is in it, and how much to do with it."""
+        """Return an input's file, the content of that file, and the level of use."""
         number = data[0] % (len(self.names) + len(self.shapes))
         if number < len(self.names):
             return self.names[number], data[1:], effort(data)
@@ -86,7 +86,7 @@ class Target:
         return name, changed(raw, data[1:]), fuzz.effort(number, kind, 0)
 
     def run(self, data: bytes) -> None:
-        """One input; lets nothing through but what is an error."""
+        """Run one input. Raises every exception but CaptureError."""
         if not data:
             return
         name, raw, much = self.file(data)
@@ -105,7 +105,7 @@ class Target:
             fuzz.use(self._folder, much)
 
     def mutate(self, data: bytes, most: int, seed: int) -> bytes:
-        """Half of the time the fuzzer's own way; else one that knows how such a file is made."""
+        """Mutate an input, half of the time as atheris does, otherwise as tests/fuzz.py mutates this file."""
         rng = random.Random(seed)
         number = data[0] % (len(self.names) + len(self.shapes)) if data else 0
         if len(data) < 2 or number >= len(self.names) or rng.random() < 0.5:
@@ -125,12 +125,14 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz_guided", description=__doc__)
     parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()), help="where to leave what broke it")
-    parser.add_argument("inputs", nargs="*", type=Path, help="what broke it once: run these and no others")
+    parser.add_argument(
+        "--keep", type=Path, default=Path(tempfile.gettempdir()), help="folder for the input that failed"
+    )
+    parser.add_argument("inputs", nargs="*", type=Path, help="run only these inputs")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.folder:
-        # The fuzzer ends its process by itself, and would leave the folder behind.
+        # The fuzzer exits its process directly, which would leave the folder behind.
         with tempfile.TemporaryDirectory(prefix="cwndtrace-fuzz-") as folder:
             command = [sys.executable, "-m", "tests.fuzz_guided", *sys.argv[1:], "--folder", folder]
             sys.exit(subprocess.run(command, check=False).returncode)

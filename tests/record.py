@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record raw bytes of a real trace for the unit tests: ``sudo python -m tests.record`` writes tests/data/trace.raw.
 
-Four cubic connections rest six times each, while this process reads and writes a loop device. Only this process is
-traced. Record again when bpf/events.h changes; the tests say so then.
+Four cubic connections are idle six times each, and this process reads and writes a loop device. Only this process is
+traced. A recording is needed again when bpf/events.h changes; the tests fail with a message that says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCKS: Final = 150
 
 
 def work(space: tcp.Space, drain: tcp.Drain, device: disk.Disk) -> None:
-    """What is recorded."""
+    """Do the work that is recorded: bursts after idle time, then block I/O."""
     connections = [tcp.connect(space, drain) for _ in range(CONNECTIONS)]
     for _ in range(BURSTS):
         for connection in connections:
@@ -40,7 +40,7 @@ def work(space: tcp.Space, drain: tcp.Drain, device: disk.Disk) -> None:
 
 
 def main() -> None:
-    """Trace ``work`` and write what came in, as it came in."""
+    """Trace ``work`` and write its raw records as they arrived."""
     reads: list[RawRecords] = []
     space, drain = tcp.Space(f"cwt-record-{os.getpid()}"), tcp.Drain()
     try:
