@@ -28,7 +28,7 @@ from benchmarks.common import (
     status,
 )
 from cwndtrace.capture import program_cache
-from tests.live.test_overload import children
+from tests.harness.processes import children
 
 _WANTED = {
     "cwndtrace --help": "at most 0.15 s",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``cwndtrace`` as a process of its own, as the live tests start it."""
+"""The command ``cwndtrace`` as a process, as the live tests start it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ CHECKOUT = str(Path(__file__).resolve().parents[2])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
 ATTACHED = re.compile(r"^Tracing .+: idle by \w+")
 LONG_S = 300 if EMULATED else 60
-"""How long a start may take."""
-
+"""The time that a start may take."""
 
 Done = subprocess.CompletedProcess[str]
 
 
 def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...] = (), seconds: float = 120) -> Done:
-    """Run the command to its end, for so long at most; ``before`` stands before it, as sudo would."""
+    """Run the command to its end, with ``before`` in front, such as sudo; raise TimeoutExpired after ``seconds``."""
     command = [*before, *COMMAND, *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=seconds, env=ENVIRONMENT, cwd=cwd
@@ -37,39 +36,42 @@ def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...
 
 
 class Running:
-    """``cwndtrace run`` in the background, attached once this has been made, unless it says nothing (``said``)."""
+    """``cwndtrace run`` in the background; ``stderr`` has its stderr as far as ``wait_for`` has read it.
+
+    The constructor waits until the probes are attached; ``wait=False`` is for a trace that doesn't report that.
+    """
 
     def __init__(
         self,
         *arguments: str | Path,
         before: tuple[str, ...] = (),
         stdout: int | None = None,
-        said: bool = True,
+        wait: bool = True,
         python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),
     ) -> None:
         command = [*before, sys.executable, *python, "run", *map(str, arguments)]
         out = subprocess.PIPE if stdout is None else stdout
         self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        self.said = ""
-        if said:
+        self.stderr = ""
+        if wait:
             self.wait_for(ATTACHED)
 
     def wait_for(self, pattern: re.Pattern[str], seconds: float = LONG_S) -> None:
-        """Read its stderr until a line of it matches."""
+        """Read its stderr until a line matches ``pattern``."""
         assert self.process.stderr is not None
         fd, deadline = self.process.stderr.fileno(), time.monotonic() + seconds
-        while not any(pattern.search(line) for line in self.said.splitlines()):
+        while not any(pattern.search(line) for line in self.stderr.splitlines()):
             ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
             more = os.read(fd, 65536).decode() if ready else ""
-            assert more, f"{pattern.pattern} never came: {self.said} (exit code {self.process.poll()})"
-            self.said += more
+            assert more, f"{pattern.pattern} never came: {self.stderr} (exit code {self.process.poll()})"
+            self.stderr += more
 
     def end(self, number: signal.Signals | None = signal.SIGINT) -> tuple[int, str, str]:
-        """Send a signal; its exit code, what it printed and what it said."""
+        """Send a signal, unless it is None, wait for the end, and return the exit code, stdout and stderr."""
         if number is not None:
             self.process.send_signal(number)
-        stdout, stderr = self.process.communicate(timeout=LONG_S)
-        return self.process.returncode, stdout or "", self.said + stderr
+        stdout, rest = self.process.communicate(timeout=LONG_S)
+        return self.process.returncode, stdout or "", self.stderr + rest
 
 
 @contextmanager
@@ -77,29 +79,30 @@ def running(
     *arguments: str | Path,
     before: tuple[str, ...] = (),
     stdout: int | None = None,
-    said: bool = True,
+    wait: bool = True,
     python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),
 ) -> Iterator[Running]:
-    made = Running(*arguments, before=before, stdout=stdout, said=said, python=python)
+    """Start ``cwndtrace run`` as Running does; kill it on exit if it still runs."""
+    run = Running(*arguments, before=before, stdout=stdout, wait=wait, python=python)
     try:
-        yield made
+        yield run
     finally:
-        if made.process.poll() is None:
-            made.process.kill()
-            made.process.communicate()
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.communicate()
 
 
-def read_until(fd: int, pattern: bytes, shown: bytes = b"") -> bytes:
-    """``shown`` and what else a terminal shows, until ``pattern`` is in it."""
+def read_until(fd: int, pattern: bytes, output: bytes = b"") -> bytes:
+    """Read a terminal's output until ``pattern`` is in it, and return all of it, ``output`` first."""
     deadline = time.monotonic() + LONG_S
-    while not re.search(pattern, shown, re.MULTILINE):
-        assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], shown
-        shown += os.read(fd, 65536)
-    return shown
+    while not re.search(pattern, output, re.MULTILINE):
+        assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], output
+        output += os.read(fd, 65536)
+    return output
 
 
 def send_after_idle(connection: tcp.Connection) -> tcp.Send:
-    """A reset that is known."""
+    """Let a connection be idle for longer than the RTO, and return the send that then resets its window."""
     connection.grow()
     time.sleep(connection.info().rto_us / 1e6 + 0.15)
     send = connection.send()
@@ -108,11 +111,12 @@ def send_after_idle(connection: tcp.Connection) -> tcp.Send:
 
 
 def within(space: tcp.Space) -> tuple[str, ...]:
+    """Return what stands before a command that runs in a network namespace."""
     return ("ip", "netns", "exec", space.name)
 
 
 def assert_short(done: Done, code: int, *patterns: str) -> None:
-    """One or two lines on stderr, nothing on stdout, no traceback, the right exit code."""
+    """Assert this exit code, one or two lines on stderr that match all patterns, and nothing on stdout."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loop devices over memory, what the kernel itself counts of them, and a trace of what they do."""
+"""Loop devices over memory, the kernel's own counters of them, and traces of their requests."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from cwndtrace.capture.program import Program
 from cwndtrace.capture.session import Batch, Session, Tally
 from cwndtrace.capture.source import Filters
 from cwndtrace.records.layout import bpf_dir
-from tests.harness.tcp import until
+from tests.harness.tcp import run, until
 
 SECTOR: Final = 512
 BLOCK: Final = 4096
 SLAB: Final = int((bpf_dir() / "block_io.bpf.c").read_text().partition("#define SLAB_RECORDS ")[2].split()[0])
-"""How many records a CPU hands over at once."""
+"""The number of records that a CPU hands over at once."""
 _BLKFLSBUF: Final = 0x1261
 _BLKDISCARD: Final = 0x1277
 
 
 @dataclass(frozen=True)
 class Stat:
-    """What /sys/block/NAME/stat counts: finished requests and their sectors, by kind."""
+    """The counters of /sys/block/NAME/stat: finished requests and their sectors of 512 bytes, by operation."""
 
     reads: int
     read_sectors: int
@@ -60,12 +60,12 @@ class Disk:
 
     @property
     def dev(self) -> str:
-        """Major and minor number, as records show them."""
+        """The major and minor number, as in records."""
         number = self.path.stat().st_rdev
         return f"{os.major(number)}:{os.minor(number)}"
 
     def stat(self) -> Stat:
-        """The kernel's own counters now."""
+        """Return the kernel's counters."""
         # Documentation/block/stat.rst: ios, merges, sectors and ticks for reads and for writes; three of the
         # queue; ios, merges, sectors and ticks for discards.
         columns = [int(text) for text in (Path("/sys/block") / self.path.name / "stat").read_text().split()]
@@ -73,7 +73,7 @@ class Disk:
 
     @contextmanager
     def opened(self, flags: int = os.O_RDWR) -> Iterator[int]:
-        """A file descriptor of it, direct and read-write if nothing else is said."""
+        """Yield a file descriptor of the device, by default for direct I/O, read and write."""
         fd = os.open(self.path, flags | (os.O_DIRECT if flags == os.O_RDWR else 0))
         try:
             yield fd
@@ -82,9 +82,9 @@ class Disk:
 
     @contextmanager
     def counted(self, requests: int) -> Iterator[None]:
-        """Leaving it waits until the kernel has counted so many more reads and writes.
+        """Wait on exit until the kernel has counted this many more reads and writes.
 
-        It wakes who waits for a request before it counts it and calls block_io_done.
+        The kernel wakes the task that waits for a request before it counts the request and calls block_io_done.
         """
         before = self.stat()
         yield
@@ -108,14 +108,14 @@ class Disk:
             fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", start, length))
 
     def forget(self) -> None:
-        """Drop what the page cache holds of it."""
+        """Drop the device's pages from the page cache."""
         with self.opened(os.O_RDONLY) as fd:
             fcntl.ioctl(fd, _BLKFLSBUF, 0)
 
 
 @contextmanager
 def aligned(size: int) -> Iterator[mmap.mmap]:
-    """A buffer that direct I/O takes."""
+    """Yield a buffer that is aligned for direct I/O."""
     with mmap.mmap(-1, size) as buffer:
         yield buffer
 
@@ -134,8 +134,10 @@ sys.stdin.readline()
 
 @contextmanager
 def reader(disk: Disk, reads: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that has opened ``disk`` and reads so many blocks when told to: by ``go``, or to its end by a line
-    that ``communicate`` sends it."""
+    """Yield a process that has opened ``disk`` and reads this many blocks once it gets a line on stdin.
+
+    ``go`` sends the line and leaves the process running; with ``communicate`` the process ends after the reads.
+    """
     command = [sys.executable, "-c", _READER, str(disk.path), str(reads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -147,7 +149,7 @@ def reader(disk: Disk, reads: int) -> Iterator[subprocess.Popen[str]]:
 
 
 def go(process: subprocess.Popen[str]) -> None:
-    """Have a ``reader`` read; it has when this returns, and lives on."""
+    """Make a ``reader`` read, and return when it has; it keeps running."""
     assert process.stdin is not None
     assert process.stdout is not None
     print(file=process.stdin, flush=True)
@@ -156,20 +158,20 @@ def go(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def loop(size: int = 64 << 20) -> Iterator[Disk]:
-    """A loop device of ``size`` bytes; it goes when the block is left, and so does its memory."""
+    """Yield a loop device of ``size`` bytes; remove it and free its memory on exit."""
     backing = os.memfd_create("cwndtrace-test")
     try:
         os.ftruncate(backing, size)
-        made = subprocess.run(
+        done = subprocess.run(
             ["losetup", "--find", "--show", f"/proc/{os.getpid()}/fd/{backing}"],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert made.returncode == 0, f"losetup failed, perhaps for lack of the module (modprobe loop): {made.stderr}"
-        disk = Disk(Path(made.stdout.strip()), backing, size)
+        assert done.returncode == 0, f"losetup failed; the kernel module may be missing (modprobe loop): {done.stderr}"
+        disk = Disk(Path(done.stdout.strip()), backing, size)
         try:
-            # udev reads a device that is new or was written to, but not one that somebody has locked.
+            # udev reads a device that is new or was written to, unless it is locked.
             with disk.opened(os.O_RDONLY) as locked:
                 fcntl.flock(locked, fcntl.LOCK_EX)
                 yield disk
@@ -179,14 +181,26 @@ def loop(size: int = 64 << 20) -> Iterator[Disk]:
         os.close(backing)
 
 
+@contextmanager
+def file_system(disk: Disk, path: Path, *, make: str = "", mount: str = "") -> Iterator[Path]:
+    """Make an ext4 file system on a disk and mount it at ``path`` until exit; ``make`` and ``mount`` are options."""
+    path.mkdir()
+    run("mkfs.ext4", "-q", *make.split(), str(disk.path))
+    run("mount", *mount.split(), str(disk.path), str(path))
+    try:
+        yield path
+    finally:
+        run("umount", "-l", str(path))
+
+
 @dataclass
 class Traced:
-    """Block I/O traced while it is entered. Leave it before you look at ``records``; ``seen`` may be read before.
+    """A trace of block I/O while it is entered. ``records`` has all of them after exit; ``seen`` grows until then.
 
-    ``unfinished`` is how many requests had been issued and had no end when it was left.
+    ``unfinished`` is the number of requests that were issued and hadn't ended at exit.
     """
 
-    made: ClassVar[list[Traced]] = []
+    instances: ClassVar[list[Traced]] = []
 
     filters: Filters = field(default_factory=Filters)
     poll: bool = True
@@ -196,7 +210,7 @@ class Traced:
     def __enter__(self) -> Self:
         self._kernel = Kernel(self.filters, reasons=())
         self.session = Session(self._kernel)
-        self.made.append(self)
+        self.instances.append(self)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         if self.poll:
@@ -220,50 +234,50 @@ class Traced:
 
     @property
     def block(self) -> Program:
-        """What is in the kernel for it."""
+        """The loaded BPF program."""
         assert self._kernel._block is not None
         return self._kernel._block
 
     @property
     def tally(self) -> Tally:
-        """What was kept and lost."""
+        """The counts of kept and lost records."""
         return self.session.tally
 
     @property
     def lost(self) -> int:
-        """Records counted as lost."""
+        """The number of records that count as lost."""
         return self.tally.lost["block_io"]
 
     def records(self, *disks: Disk) -> pd.DataFrame:
-        """The records of ``disks``, in the order in which they were handed over."""
+        """Return the records of ``disks``, in the order in which they came from the kernel."""
         frames = [batch.to_pandas() for batch in self.seen]
         rows = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"dev": []})
         return rows[rows["dev"].isin([disk.dev for disk in disks])].reset_index(drop=True)
 
 
 def again_if_hidden(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test again, twice at most, if it failed and the kernel hid the end of a request from its trace.
+    """Run a test again, at most twice, if it failed and the kernel hid the end of a request from its trace.
 
-    Some kernels don't run programs over tasks that a policy protects, and an end may come in an interrupt over
-    one. The trace counts these requests, as lost or as unfinished; one that is neither is a failure at once.
+    Some kernels run no programs while a task runs that a security policy protects, and a request may end in an
+    interrupt of such a task. The trace counts it as lost or unfinished; without such a count, the test fails at once.
     """
 
     @functools.wraps(test)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         for left in (2, 1, 0):
-            Traced.made.clear()
+            Traced.instances.clear()
             try:
                 test(*args, **kwargs)
                 return
             except AssertionError:
-                if not left or not any(traced.lost + traced.unfinished for traced in Traced.made):
+                if not left or not any(traced.lost + traced.unfinished for traced in Traced.instances):
                     raise
 
     return wrapped
 
 
 def accounted(traced: Traced, counted: Stat, *disks: Disk) -> None:
-    """Each request that the kernel counted has one record, or its end was hidden and it counts as that."""
+    """Assert that each request that the kernel counted has one record, or counts as lost or unfinished."""
     short = counted - stat_of(traced.records(*disks))
     requests = short.reads, short.writes, short.discards
     assert min(*requests, short.read_sectors, short.write_sectors, short.discard_sectors) >= 0, short
@@ -271,17 +285,17 @@ def accounted(traced: Traced, counted: Stat, *disks: Disk) -> None:
 
 
 def stat_of(records: pd.DataFrame) -> Stat:
-    """Records summed up as the kernel counts requests."""
+    """Return the sums of records in the form of the kernel's counters."""
 
-    def kind(op: str) -> tuple[int, int]:
+    def sums(op: str) -> tuple[int, int]:
         rows = records[records["op"] == op]
         return len(rows), int(rows["bytes"].sum()) // SECTOR
 
-    return Stat(*kind("read"), *kind("write"), *kind("discard"))
+    return Stat(*sums("read"), *sums("write"), *sums("discard"))
 
 
 def fio(disk: Disk, *options: str) -> None:
-    """Run fio on ``disk``: 4 KiB direct reads at random unless ``options`` say otherwise."""
+    """Run fio on ``disk``; without ``options``, it reads random blocks of 4 KiB directly."""
     base = ["--name=test", f"--filename={disk.path}", f"--size={disk.size}", "--bs=4k", "--direct=1", "--rw=randread"]
     done = subprocess.run(["fio", "--minimal", *base, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

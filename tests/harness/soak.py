@@ -1,39 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much the tests marked ``soak`` do: a little in ``make test``, all of it in ``make soak``; and a steady load."""
+"""Loads for long tests. Tests marked ``soak`` do little in ``make test``, and all of their work in ``make soak``."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
 from tests.harness import tcp
+from tests.harness.command import within
 from tests.harness.disk import BLOCK, Disk, aligned
 
 SECONDS: Final = float(os.environ.get("CWNDTRACE_SOAK_SECONDS", "0"))
-"""How long the longest test of ``make soak`` runs; 0 in ``make test``."""
+"""The duration of the longest test of ``make soak``; 0 in ``make test``."""
 
 
 def amount(short: int, full: int) -> int:
-    """``full`` in ``make soak``, ``short`` else."""
+    """Return ``full`` in ``make soak``, and ``short`` otherwise."""
     return full if SECONDS else short
 
 
 @dataclass(frozen=True)
 class Read:
-    """One block read: CLOCK_MONOTONIC before and after it, in nanoseconds."""
+    """CLOCK_MONOTONIC before and after one block read, in nanoseconds."""
 
     begin_ns: int
     end_ns: int
 
 
-class Load:
-    """Block reads at a steady rate, and connections that are idle and are reset, on threads, while it is entered.
+def without_row(rows: pd.DataFrame, disk: Disk, reads: list[Read]) -> NDArray[np.bool_]:
+    """Return for each of these reads of this process whether it has no block I/O row."""
+    mine = rows[(rows["dev"] == disk.dev) & (rows["tgid"] == os.getpid())]
+    starts = np.sort(mine["start_ns"].to_numpy(dtype=np.int64))
+    begins, ends = (np.array([getattr(r, name) for r in reads], dtype=np.int64) for name in ("begin_ns", "end_ns"))
+    counts = np.searchsorted(starts, ends, side="right") - np.searchsorted(starts, begins, side="left")
+    assert (counts <= 1).all()
+    return np.asarray(counts == 0)
 
-    ``reads`` and the connections' ``sends`` are the truth that a capture is held against.
+
+class Load:
+    """A load that runs on threads while it is entered: block reads at a steady rate, and connections that get resets.
+
+    Captures are compared with ``reads`` and with the connections' ``sends``.
     """
 
     def __init__(self, disk: Disk, connections: list[tcp.Connection], reads_per_s: int) -> None:
@@ -73,7 +90,7 @@ class Load:
                 connection.send()
 
     def resets(self) -> list[tcp.Send]:
-        """The sends so far that reset a window after idle time."""
+        """Return the sends so far that reset a window after idle time."""
         return [s for c in self.connections for s in list(c.sends) if s.reason == "idle"]
 
     def __enter__(self) -> Self:
@@ -87,3 +104,50 @@ class Load:
             thread.join()
         if self.errors and error is None:
             raise self.errors[0]
+
+
+CHURN: Final = """
+import socket, struct, sys, time
+rate, listener = int(sys.argv[1]), socket.create_server(("127.0.0.1", 0), backlog=1000)
+abort, made, begin = struct.pack("ii", 1, 0), 0, time.monotonic()
+print("ready", flush=True)
+while True:
+    with socket.socket() as a:
+        a.connect(listener.getsockname())
+        b, _ = listener.accept()
+        with b:
+            a.send(b"x" * 3000)
+            b.recv(10000)
+            # This avoids TIME_WAIT, which would soon use up the ports.
+            a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
+    made += 1
+    if made % 100 == 0:
+        print(made, flush=True)
+        time.sleep(max(0.0, begin + made / rate - time.monotonic()))
+"""
+
+
+class Churn:
+    """A load that opens and aborts ``rate`` connections per second in a namespace while it is entered."""
+
+    def __init__(self, space: tcp.Space, rate: int = 2000) -> None:
+        command = [*within(space), sys.executable, "-c", CHURN, str(rate)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.made = 0
+        self._thread = threading.Thread(target=self._count)
+        self._thread.start()
+
+    def _count(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self.made = int(line) if line != "ready\n" else 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        assert self._process.stdout
+        self._process.stdout.close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections of which everything is known: TCP_INFO is read right before and right after each send.
+"""Connections whose state is known: TCP_INFO is read right before and right after each send.
 
-What a small send does to the window is the kernel's doing at that very moment: it is too little to make the
-window grow, and all that came before it is acknowledged. So a window that is smaller after it was reset by it.
+A small send is too little to make the window grow, and all earlier data is acknowledged. So a window that is smaller
+after such a send was reset in it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,27 @@ from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups, netns
 
 INIT_CWND: Final = 10
+IDLE_S: Final = 0.45
+"""Idle time of two retransmission timeouts of a short path (200 ms)."""
+NO_TASK: Final = (0, 0, "")
+"""The tgid, tid and name of a send that a timer or an ACK makes."""
 PREFIX: Final = "cwt-test-"
-"""How the names of the tests' network namespaces begin."""
+"""The beginning of the names of the tests' network namespaces."""
 CORK: Final = socket.TCP_CORK
 MSG_ZEROCOPY: Final = 0x4000000
 _SO_ZEROCOPY: Final = 60
 _SO_COOKIE: Final = 57
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
-# An Ethernet's: with loopback's own 64 KiB a window of ten segments would be more than a burst.
+# Ethernet's MTU. With loopback's own 64 KiB, a window of ten segments would be larger than a burst.
 _MTU: Final = 1500
-# Less than the receiver's buffer, so that a receiver that is slow never closes the window.
+# This is less than the receiver's buffer, so a slow receiver never closes the window.
 _BURST: Final = 300_000
 _BUFFER: Final = 4_000_000
 
 
 def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Return once ``condition`` holds; fails with ``what`` was waited for once ``seconds`` are over."""
+    """Return once ``condition`` holds; fail after ``seconds`` with a message that names ``what``."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
@@ -52,12 +56,12 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
 
 
 def stop(pid: int) -> None:
-    """Stop a process, and return once it stands still: until then it may finish the system calls that it is in."""
+    """Stop a process and return once all its threads have stopped; until then they may finish system calls."""
     os.kill(pid, signal.SIGSTOP)
     threads = Path(f"/proc/{pid}/task")
 
     def stopped() -> bool:
-        # A thread that ended meanwhile is missing in the next look.
+        # A thread may end meanwhile; the next call doesn't see it.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             return all((t / "stat").read_text().rpartition(") ")[2].startswith("T") for t in threads.iterdir())
         return False
@@ -66,7 +70,7 @@ def stop(pid: int) -> None:
 
 
 def run(*command: str) -> str:
-    """What a command printed; fails with what it had to say where it fails."""
+    """Run a command and return its stdout; fail with its stderr if its exit code isn't 0."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
     return done.stdout
@@ -76,7 +80,7 @@ def run(*command: str) -> str:
 
 
 class Info(NamedTuple):
-    """The members of struct tcp_info that are compared with records; 0 where this kernel doesn't tell one."""
+    """The members of struct tcp_info that are compared with records; 0 for members that this kernel doesn't have."""
 
     ca_state: int
     retransmits: int
@@ -118,7 +122,7 @@ _U64: Final = {"bytes_acked": 120, "bytes_received": 128, "bytes_sent": 200}
 
 
 def info(sock: socket.socket) -> Info:
-    """TCP_INFO of ``sock`` now; times in microseconds (the kernel gives the idle times in milliseconds)."""
+    """Return TCP_INFO of ``sock``, with times in microseconds (the kernel gives idle times in milliseconds)."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE).ljust(_SIZE, b"\0")
     values = {name: struct.unpack_from("=I", raw, at)[0] for name, at in _U32.items()}
     values |= {name: struct.unpack_from("=Q", raw, at)[0] for name, at in _U64.items()}
@@ -132,25 +136,25 @@ def info(sock: socket.socket) -> Info:
 
 
 LISTEN = "0A"
-"""A state in /proc/net/tcp."""
+"""The state of a listener in /proc/net/tcp."""
 
 
 def listening() -> set[tuple[str, int]]:
-    """Addresses and ports of all TCP listeners of the namespace that the calling thread is in."""
-    found = set()
+    """Return addresses and ports of all TCP listeners in the calling thread's network namespace."""
+    listeners = set()
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]:
             local, state = line.split()[1], line.split()[3]
             if state == LISTEN:
                 raw, port = local.split(":")
-                # Words of the host's order, each printed as a number.
+                # The address is printed as words of 32 bits in host byte order.
                 words = [int(raw[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(raw), 8)]
-                found.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
-    return found
+                listeners.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
+    return listeners
 
 
 class Here:
-    """The network namespace that the tests run in: nothing is changed in it, and others use it too."""
+    """The network namespace that the tests run in. Tests change nothing in it, because other programs use it too."""
 
     private = False
 
@@ -159,16 +163,16 @@ class Here:
         self.inode = netns.own().inode
 
     def enter(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives when it runs in this namespace."""
+        """Call ``work`` in this namespace and return its result."""
         return work()
 
     def index(self, device: str) -> int:
-        """The index of one of its interfaces."""
+        """Return the index of an interface in this namespace."""
         return int(self.enter(lambda: socket.if_nametoindex(device)))
 
 
 class Space(Here):
-    """A network namespace of the test's own, with loopback up at an Ethernet's MTU."""
+    """A network namespace that the tests made, with loopback up at Ethernet's MTU."""
 
     private = True
 
@@ -179,14 +183,14 @@ class Space(Here):
             self._namespace = netns.find(name)
             self.inode = self._namespace.inode
             self.ip("link", "set", "lo", "mtu", str(_MTU), "up")
-            # Nothing learnt on one connection shall start another one's threshold.
+            # The kernel must not start a connection with the ssthresh of an earlier one.
             self.sysctl("net.ipv4.tcp_no_metrics_save", "1")
         except BaseException:
             self.close()
             raise
 
     def ip(self, *arguments: str) -> str:
-        """``ip`` in this namespace."""
+        """Run ``ip`` in this namespace and return its stdout."""
         return run("ip", "-n", self.name, *arguments)
 
     def sysctl(self, name: str, value: str) -> None:
@@ -194,16 +198,16 @@ class Space(Here):
         self.enter(lambda: Path("/proc/sys", *name.split(".")).write_text(value))
 
     def enter(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives when it runs in this namespace, on a thread of its own."""
+        """Call ``work`` in this namespace, on a separate thread, and return its result."""
         return netns.inside(self._namespace, work)
 
     def close(self) -> None:
-        """Delete it; its interfaces go with it."""
+        """Delete the namespace and its interfaces."""
         subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
 
 
 def delete_left_behind() -> None:
-    """Delete the namespaces of test runs that were killed: their names hold the pid."""
+    """Delete the namespaces of test runs that were killed; a name has the pid of its run."""
     for line in run("ip", "netns", "list").splitlines():
         name = line.split()[0]
         pid = name.removeprefix(PREFIX).split("-")[0]
@@ -212,7 +216,7 @@ def delete_left_behind() -> None:
 
 
 def join(a: Space, b: Space, name: str, a_addresses: list[str], b_addresses: list[str]) -> None:
-    """A veth pair called ``name`` at both ends, up, with addresses like 10.0.0.1/24."""
+    """Add a veth pair called ``name`` at both ends, up, with addresses such as 10.0.0.1/24."""
     a.ip("link", "add", name, "mtu", str(_MTU), "type", "veth", "peer", "name", name, "netns", b.name)
     for space, addresses in ((a, a_addresses), (b, b_addresses)):
         for address in addresses:
@@ -224,7 +228,7 @@ def join(a: Space, b: Space, name: str, a_addresses: list[str], b_addresses: lis
 
 
 class Drain:
-    """One thread that reads all that comes in on the sockets it was given."""
+    """A thread that reads all data that comes in on its sockets."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -239,7 +243,7 @@ class Drain:
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
     def pause(self, sock: socket.socket) -> None:
-        """Read it no longer; what is being read just now still is."""
+        """Stop reading ``sock``; a read that is under way is finished."""
         with contextlib.suppress(OSError):
             self._epoll.unregister(sock.fileno())
 
@@ -265,7 +269,7 @@ class Drain:
 
 @dataclass(frozen=True)
 class Send:
-    """One send: TCP_INFO and CLOCK_MONOTONIC before and after it, and who sent."""
+    """A send: TCP_INFO and CLOCK_MONOTONIC before and after it, and the task that sent."""
 
     before: Info
     after: Info
@@ -277,10 +281,10 @@ class Send:
 
     @property
     def reason(self) -> str | None:
-        """What made the window fall in it, if it did.
+        """The reason why the window fell in this send; None if it didn't.
 
-        A restart halves at least once, down to the initial window at most; the other place that lowers a
-        window in a send, tcp_cwnd_application_limited(), takes less than half of it.
+        A restart halves the window at least once, but not below the initial window. The only other function that
+        lowers a window in a send, tcp_cwnd_application_limited(), takes less than half of it.
         """
         if self.after.cwnd >= self.before.cwnd:
             return None
@@ -289,7 +293,7 @@ class Send:
 
 @dataclass
 class Connection:
-    """A connection over whose sending end ``sock`` everything is known; ``peer`` only takes."""
+    """A connection whose sending end ``sock`` is observed; ``peer`` only receives."""
 
     space: Here
     sock: socket.socket
@@ -302,7 +306,7 @@ class Connection:
     init_cwnd: int = INIT_CWND
     sends: list[Send] = field(default_factory=list)
     blind: list[tuple[int, int]] = field(default_factory=list)
-    """Spans of CLOCK_MONOTONIC in which the window may have been cut unseen, because the machine stalled."""
+    """Spans of CLOCK_MONOTONIC in which a reset may have gone unnoticed here, because the machine stalled."""
     saddr: str = ""
     daddr: str = ""
     sport: int = 0
@@ -315,25 +319,25 @@ class Connection:
 
     @property
     def key(self) -> tuple[int, str, int, str, int]:
-        """What tells it from every other connection."""
+        """The key that no other connection has."""
         return self.space.inode, self.saddr, self.sport, self.daddr, self.dport
 
     def info(self) -> Info:
-        """TCP_INFO of the sending end."""
+        """Return TCP_INFO of the sending end."""
         return info(self.sock)
 
     def fill(self) -> Info:
-        """Send, with the other end not reading, until its window is closed and a little is left; TCP_INFO then.
+        """Send until the window of the peer, which doesn't read, is closed and some data is left; return TCP_INFO.
 
-        The sends are noted: on a slow machine there may be idle time between them.
+        The sends are recorded in ``sends``, because on a slow machine there may be idle time between them.
         """
         self.drain.pause(self.peer)
         for _ in range(10_000):
             window = self.info().snd_wnd
-            # The last of the window in one piece: what doesn't fit in whole would wait for the probe timer.
+            # The last of the window is one piece, since a piece that doesn't fit whole would wait for the probe timer.
             piece = bytes(min(window, 4 * _MTU) or 100)
             self.send(lambda data=piece: self.sock.send(data, socket.MSG_EOR))  # type: ignore[misc]
-            # The other end shall not wait with its ACK for more.
+            # The peer must not delay its ACK.
             self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             if not window:
                 return self.until(lambda i: not i.unacked and bool(i.unsent) and not i.snd_wnd, "a closed window")
@@ -341,11 +345,11 @@ class Connection:
         raise AssertionError(f"the peer's window never closed: {self.info()}")
 
     def cookie(self) -> int:
-        """Its cookie; the kernel makes one where there is none yet."""
+        """Return the socket's cookie; the kernel makes one if there is none yet."""
         return int(struct.unpack("=Q", self.sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
 
     def until(self, condition: Callable[[Info], bool], what: str) -> Info:
-        """TCP_INFO once ``condition`` holds for it."""
+        """Return TCP_INFO once ``condition`` holds for it; fail after 20 s."""
         seen: list[Info] = []
 
         def holds() -> bool:
@@ -356,17 +360,17 @@ class Connection:
         return seen[0]
 
     def quiet(self) -> Info:
-        """TCP_INFO once all is sent and acknowledged."""
+        """Return TCP_INFO once all data is sent and acknowledged."""
         return self.until(lambda i: not i.unacked and not i.unsent, "all data acknowledged")
 
     def idle(self, seconds: float) -> Info:
-        """TCP_INFO once no data was sent for so long, and for longer than the RTO, which is long on a slow machine."""
+        """Return TCP_INFO after idle time of ``seconds`` and of more than the RTO, which is long on a slow machine."""
         return self.until(lambda i: i.last_snd_us > max(seconds * 1e6, i.rto_us + 2e4), "idle time longer than the RTO")
 
     def send(self, how: Callable[[], Any] | None = None, by: tuple[int, int, str] | None = None) -> Send:
-        """A small send, noted; ``how`` does it in another way, ``by`` says which other task does."""
+        """Send a little and record it in ``sends``; ``how`` sends in another way, ``by`` is the task that does so."""
         me = by or (os.getpid(), threading.get_native_id(), thread_name())
-        # The clock is read around both looks, so that whatever comes between is within it.
+        # The send lies between the two readings of the clock, so its reset does too.
         start, before = time.monotonic_ns(), self.info()
         if how is None:
             self.sock.send(b"x" * 100)
@@ -377,16 +381,17 @@ class Connection:
         return self.sends[-1]
 
     def grow(self, least: int = 24, burst: int = _BURST) -> Info:
-        """Send bursts of so many bytes until the window holds at least ``least`` segments; TCP_INFO after the last.
+        """Send bursts of this many bytes until the window has at least ``least`` segments; return TCP_INFO then.
 
-        Starts with a small send that is noted: no burst begins after idle time, where a reset would go unseen.
+        A recorded small send comes before each burst, so no burst begins after idle time, where a reset would go
+        unnoticed.
         """
         for _ in range(200):
             small = self.send()
             self.sock.send(bytes(1000))
             self.sock.sendall(bytes(burst))
             now = time.monotonic_ns()
-            # An emulated machine may take longer over this than the RTO, and so rest within it.
+            # An emulated machine may take longer for this than the RTO, so there may be idle time within it.
             if now - small.start_ns > small.before.rto_us * 1000:
                 self.blind.append((small.end_ns, now))
             last = self.quiet()
@@ -395,15 +400,39 @@ class Connection:
         raise AssertionError(f"the window never grew to {least}: {last}")
 
     def close(self) -> None:
-        """Close both ends; a second time it does nothing."""
+        """Close both ends; a second call does nothing."""
         if self.peer.fileno() >= 0:
             self.drain.pause(self.peer)
         self.sock.close()
         self.peer.close()
 
+    def reopen(self) -> Send:
+        """Let the peer read again; return the recorded send that the opened window allows.
+
+        This waits by TCP_INFO of the peer. A getsockopt on the sender holds the socket's lock, and if the ACK came
+        then, the send would be made by the calling task.
+        """
+
+        def received() -> int:
+            return info(self.peer).bytes_received
+
+        total = received() + self.info().unsent
+
+        def opened() -> None:
+            self.drain.add(self.peer)
+            until(lambda: received() == total, 20, "the remaining data")
+
+        send = self.send(opened, NO_TASK)
+        self.quiet()
+        return send
+
+
+Connect = Callable[..., Connection]
+"""The type of the fixture ``connect``."""
+
 
 def own_cgroup() -> int:
-    """The id of this process's cgroup v2: the inode of its folder. 0 where cgroup v2 isn't mounted."""
+    """Return the id of this process's cgroup v2, the inode of its folder; 0 if cgroup v2 isn't mounted."""
     path = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     try:
         return (cgroups.mount_point() / path.lstrip("/")).stat().st_ino
@@ -412,7 +441,7 @@ def own_cgroup() -> int:
 
 
 def thread_name() -> str:
-    """The calling thread's, as the kernel knows it."""
+    """Return the name of the calling thread in the kernel."""
     return Path("/proc/thread-self/comm").read_text("utf-8", "replace").rstrip("\n")
 
 
@@ -432,9 +461,9 @@ def connect(
     read_buffer: int = _BUFFER,
     by: Holder | None = None,
 ) -> Connection:
-    """A connection to ``address`` in ``to`` (the same namespace by default).
+    """Return a connection from ``space`` to ``address`` in ``to``, by default the same namespace.
 
-    The end in ``space`` sends, or with ``from_server`` the end that accepted (then both are in ``space``).
+    The end in ``space`` sends; with ``from_server``, the end that accepted does (both are in ``space`` then).
     ``mapped`` uses IPv6 sockets with IPv4-mapped addresses; ``by`` is the process that makes the sending end.
     """
     v6 = mapped or ":" in address
@@ -447,7 +476,7 @@ def connect(
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, ca.encode())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not space.private:
-            # Loopback's own MTU is large.
+            # Loopback's default MTU is 64 KiB.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _MTU)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, read_buffer)
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
@@ -475,10 +504,9 @@ def connect(
         listener.close()
     sock, peer = (server, client) if from_server else (client, server)
     drain.add(peer)
-    shown = int(socket.AF_INET6 if v6 and not mapped else socket.AF_INET)
-    return Connection(
-        space, sock, peer, drain, shown, ca, space.index(device), by.cgroup_id if by else own_cgroup(), init_cwnd
-    )
+    shown_family = int(socket.AF_INET6 if v6 and not mapped else socket.AF_INET)
+    cgroup_id = by.cgroup_id if by else own_cgroup()
+    return Connection(space, sock, peer, drain, shown_family, ca, space.index(device), cgroup_id, init_cwnd)
 
 
 _HOLDER: Final = """
@@ -502,7 +530,7 @@ while command := control.recv(100).decode().split():
 class Holder:
     """Another process, in a namespace and a cgroup (a folder of cgroup v2), that makes and holds connections.
 
-    The tests hold them too, to look at them.
+    The tests hold the same sockets, to read TCP_INFO.
     """
 
     def __init__(self, space: Space, cgroup: Path) -> None:
@@ -517,30 +545,30 @@ class Holder:
         self.cgroup_id = cgroup.stat().st_ino
 
     def connect(self, address: str, port: int, *_: object) -> socket.socket:
-        """A cubic connection to an IPv4 address, made by it."""
+        """Make the process open a cubic connection to an IPv4 address, and return its socket."""
         self._control.send(f"connect {address} {port}".encode())
         received = socket.recv_fds(self._control, 100, 1)
         return socket.socket(fileno=received[1][0])
 
     def send(self, number: int) -> None:
-        """Have it send on the connection that it made as this one, counted from 0."""
+        """Make the process send on its connection with this number, counted from 0."""
         self._control.send(f"send {number}".encode())
         assert self._control.recv(100) == b"done"
 
     @property
     def who(self) -> tuple[int, int, str]:
-        """Its tgid, tid and name."""
+        """The tgid, tid and name of the process."""
         return self.pid, self.pid, Path(f"/proc/{self.pid}/comm").read_text().rstrip("\n")
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._control.close()
         self._process.wait()
 
 
 @contextmanager
 def corked(sock: socket.socket) -> Iterator[None]:
-    """While it is entered, small data waits for more."""
+    """Set TCP_CORK meanwhile, so that the kernel holds small pieces back."""
     sock.setsockopt(socket.IPPROTO_TCP, CORK, 1)
     try:
         yield
@@ -549,12 +577,12 @@ def corked(sock: socket.socket) -> Iterator[None]:
 
 
 def allow_zerocopy(sock: socket.socket) -> None:
-    """Let MSG_ZEROCOPY be asked for."""
+    """Set SO_ZEROCOPY, which MSG_ZEROCOPY needs."""
     sock.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
 
 
 class Child:
-    """A process that sends on a socket which it inherited, each time it is told to."""
+    """A process that sends on an inherited socket each time ``send`` is called."""
 
     def __init__(self, sock: socket.socket) -> None:
         script = "while read -r line; do printf %100s .; echo sent >&2; done"
@@ -564,7 +592,7 @@ class Child:
         self.pid = self._process.pid
 
     def send(self) -> None:
-        """Have it send, and wait until it has."""
+        """Make the process send, and return when it has."""
         assert self._process.stdin is not None
         assert self._process.stderr is not None
         self._process.stdin.write("\n")
@@ -573,11 +601,11 @@ class Child:
 
     @property
     def who(self) -> tuple[int, int, str]:
-        """Its tgid, tid and name."""
+        """The tgid, tid and name of the process."""
         return self.pid, self.pid, Path(f"/proc/{self.pid}/comm").read_text().rstrip("\n")
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
     def __enter__(self) -> Self:

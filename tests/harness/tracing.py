@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tracer on a thread of its own, and how what it saw is compared with what is known."""
+"""A tracer on a separate thread, and comparisons of its records with the sends of known connections."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, Final, Literal, Self
 
 from cwndtrace.capture import target
@@ -14,7 +15,8 @@ from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Session, Tally
-from cwndtrace.kernel import facts, ladder
+from cwndtrace.errors import NoProbe
+from cwndtrace.kernel import btf, facts, ladder
 from tests.harness.tcp import Connection, Send, until
 
 Record = dict[str, Any]
@@ -23,11 +25,32 @@ EMULATED: Final = "CWNDTRACE_VM" in os.environ
 MISSED_US: Final = 300_000
 
 EXACT: Final = ("tracepoint", "fentry", "kprobe")
-"""The rungs that see the kernel's own change of the window; the others infer it."""
+"""The probes that see the kernel's own change of the window; the others infer it."""
+
+
+@cache
+def left_out() -> dict[str, str]:
+    """Return the probes that this machine can't have, with reasons: the kernel lacks a feature, or a policy refuses.
+
+    A probe that fails to load for another reason is not among them, so its tests fail.
+    """
+    here = facts.ladder_facts(btf.Btf.running())
+    reasons = {probe.name: ladder.lacks(here, probe, "idle") or _refused(probe) for probe in ladder.RUNGS}
+    return {name: why for name, why in reasons.items() if why}
+
+
+def _refused(probe: ladder.Rung) -> str | None:
+    if all(a.kind in ("raw_tracepoint", "tp_btf") for a in probe.attachments["idle"]):
+        return None
+    try:
+        Kernel(probe=probe.name, block=False, reasons=("idle",)).close()
+    except NoProbe as e:
+        return e.tried[probe.name] if "policy" in str(e) else None
+    return None
 
 
 class Tracer:
-    """Collects what a session yields, from construction on."""
+    """A session whose batches are collected on a thread, from construction until ``close``."""
 
     def __init__(
         self,
@@ -46,13 +69,13 @@ class Tracer:
         filters = target.resolve(
             iface=iface, pid=pid, port=port, namespace=netns, cgroup=cgroup, family=family, min_idle_s=min_idle
         )
-        # One reason takes half as long to load.
+        # The programs for one reason load in half the time.
         reasons = ("idle",) if idle_only else ladder.REASONS
         self._kernel = Kernel(filters, probe=probe, block=False, reasons=reasons)
         self._session = Session(self._kernel)
-        looked = Helper(filters)
+        helper = Helper(filters)
         if connections:
-            self._session.snapshots = Snapshots(lambda: looked.snapshot(0))
+            self._session.snapshots = Snapshots(lambda: helper.snapshot(0))
         self.lets: Callable[[Connection, Send], bool] = lambda _connection, _send: True
         self.probes = self._session.source.probes
         self.probe = str(self.probes["idle"])
@@ -68,19 +91,19 @@ class Tracer:
 
     @property
     def tally(self) -> Tally:
-        """What was counted until the last step."""
+        """The counts up to the last step."""
         return self._session.tally
 
     @property
     def dropped(self) -> int:
-        """Resets for which there was no room: what counts as lost, but for the runs that the kernel skipped.
+        """The number of resets for which there was no room: all that count as lost, minus the kernel's skipped runs.
 
-        Those are a packet here and there on a busy machine; one that was a reset is missing from the records.
+        On a busy machine the kernel skips a run now and then. A skipped run that was a reset has no record.
         """
         return self.tally.lost["cwnd_reset"] - self._kernel.skipped()["cwnd_reset"]
 
     def sees(self, reason: str) -> bool:
-        """Whether its rung sees this reason."""
+        """Return true if the tracer's probe sees resets for this reason."""
         return self.probes.get(reason) is not None
 
     def _run(self) -> None:
@@ -104,31 +127,31 @@ class Tracer:
                 kept[batch.event] += batch.to_dicts()
 
     def settle(self) -> None:
-        """Return once all that the kernel has handed over until now is in ``records``, and counted in ``tally``."""
+        """Return once all records that the kernel has passed on so far are in ``records``, and counted in ``tally``."""
         seen = self._steps
         until(lambda: self.error or self._steps > seen + 1, 20, "the tracer's next step")
         if self.error:
             raise self.error
 
     def of(self, *connections: Connection) -> list[Record]:
-        """The records of these connections' sending ends, in the order in which they happened."""
+        """Return the records of these connections' sending ends, in order of time."""
         self.settle()
         return self.taken(*connections)
 
     def taken(self, *connections: Connection) -> list[Record]:
-        """Those of them that are here already, without waiting for more; none of a moment when nothing is known."""
+        """Return those that have been read already, without those in ``blind`` spans, where sends are unknown."""
         by_key = {c.key: c for c in connections}
         mine = ((by_key.get(key(r)), r) for r in self.records)
         known = (r for c, r in mine if c and not any(start < r["ts_ns"] < end for start, end in c.blind))
         return sorted(known, key=lambda r: int(r["ts_ns"]))
 
     def within(self, *inodes: int, since_ns: int = 0) -> list[Record]:
-        """The records of these network namespaces from a moment of CLOCK_MONOTONIC on."""
+        """Return the records of these network namespaces from this time of CLOCK_MONOTONIC on."""
         self.settle()
         return [r for r in self.records if r["netns_ino"] in inodes and r["ts_ns"] >= since_ns]
 
     def close(self) -> None:
-        """Stop it; raises what it died of, if it did."""
+        """Stop the tracer; raise the error that ended its thread, if there was one."""
         self._stopped = True
         self._thread.join()
         self._session.close()
@@ -143,30 +166,30 @@ class Tracer:
 
 
 def key(record: Record) -> tuple[int, str, int, str, int]:
-    """What tells its connection from every other one."""
+    """Return the key of the record's connection, as Connection.key."""
     return record["netns_ino"], record["saddr"], record["sport"], record["daddr"], record["dport"]
 
 
 def expected(connection: Connection, tracer: Tracer) -> list[Send]:
-    """The sends of a connection that reset its window for a reason that the tracer sees, and pass its filter."""
+    """Return the sends that reset the window for a reason that the tracer sees, and that pass its filter."""
     return [s for s in connection.sends if s.reason and tracer.sees(s.reason) and tracer.lets(connection, s)]
 
 
 def check(tracer: Tracer, *connections: Connection) -> int:
-    """Compare every field of every record of these connections with what is known; how many resets there were.
+    """Compare every field of these connections' records with their sends; return the number of resets.
 
-    Nothing else in their network namespaces may have one since the first of their sends.
+    No other connection in their network namespaces may have a record since the first of these sends.
     """
     total, keys = 0, {c.key for c in connections}
     start = min((s.start_ns for c in connections for s in c.sends), default=time.monotonic_ns())
     inodes = {c.space.inode for c in connections if c.space.private}
-    strangers = [r for r in tracer.within(*inodes, since_ns=start) if key(r) not in keys]
-    assert not strangers
+    others = [r for r in tracer.within(*inodes, since_ns=start) if key(r) not in keys]
+    assert not others
     for connection in connections:
         sends, records = expected(connection, tracer), tracer.taken(connection)
-        found = [(r["reason"], r["cwnd_before"], r["cwnd_after"]) for r in records]
+        recorded = [(r["reason"], r["cwnd_before"], r["cwnd_after"]) for r in records]
         known = [(s.reason, s.before.cwnd, s.after.cwnd) for s in sends]
-        assert found == known, connection.key
+        assert recorded == known, connection.key
         for send, record in zip(sends, records, strict=True):
             differing = differences(tracer, connection, send, record)
             assert not differing, (differing, send, record)
@@ -174,8 +197,14 @@ def check(tracer: Tracer, *connections: Connection) -> int:
     return total
 
 
+def expect_one(tracer: Tracer, connection: Connection) -> None:
+    """Assert that a connection's last send, and none before, reset its window, and that the record is right."""
+    assert [s.reason for s in connection.sends[-2:]] == [None, "idle"]
+    assert check(tracer, connection) == 1
+
+
 def differences(tracer: Tracer, connection: Connection, send: Send, record: Record) -> dict[str, tuple[Any, Any]]:
-    """The fields of a record that aren't what TCP_INFO before and after the send says: name to (record, truth)."""
+    """Return the fields in which a record differs from TCP_INFO before and after the send: name to (record, truth)."""
     before, after = send.before, send.after
     truth: Record = {
         "event": "cwnd_reset",
@@ -212,32 +241,32 @@ def differences(tracer: Tracer, connection: Connection, send: Send, record: Reco
     if before.snd_wnd:
         truth["snd_wnd"] = before.snd_wnd
     if record["sock_cookie"]:
-        # Asked for only now: asking makes one.
+        # The cookie is read only now, because getsockopt makes one.
         truth["sock_cookie"] = connection.cookie()
     if truth["probe"] == "tcp_probe" or send.reason == "app_limited":
-        # Seen with the first packet under way, which then counts as sent or as being sent.
+        # The probe runs when the first packet is under way, so that packet may count as sent already.
         sent = after.bytes_sent - before.bytes_sent
         truth["bytes_sent"] = min(max(record["bytes_sent"], before.bytes_sent), after.bytes_sent)
         truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)
-    found = {name: (record[name], value) for name, value in truth.items() if record[name] != value}
+    differing = {name: (record[name], value) for name, value in truth.items() if record[name] != value}
     if not send.start_ns <= record["ts_ns"] <= send.end_ns:
-        found["ts_ns"] = (record["ts_ns"], (send.start_ns, send.end_ns))
+        differing["ts_ns"] = (record["ts_ns"], (send.start_ns, send.end_ns))
     for name, since in (("idle_us", before.last_snd_us), ("last_rcv_us", before.last_rcv_us)):
         if send.reason == "idle" and not since <= record[name] <= latest_idle_us(since, send):
-            found[name] = (record[name], (since, latest_idle_us(since, send)))
-    return found
+            differing[name] = (record[name], (since, latest_idle_us(since, send)))
+    return differing
 
 
 def jiffy_us() -> int:
-    """One tick of the kernel's clock of idle times."""
+    """Return the length of a jiffy, the unit of the kernel's idle times, in microseconds."""
     return 1_000_000 // facts.hz()
 
 
 def latest_idle_us(idle_us: int, send: Send) -> int:
-    """The longest that idle time which had lasted ``idle_us`` before a send can have lasted by the time it happened.
+    """Return the longest idle time that a record of a send can have, if it was ``idle_us`` before the send.
 
-    Both are whole ticks of one clock, so a record may be later by the ticks that fell into the send: those that
-    fit into its time, and one. An emulated machine misses ticks and makes up for them later.
+    Both are whole jiffies, so the record may have as many more as passed during the send: those that fit into its
+    time, and one. An emulated machine misses jiffies and makes up for them later.
     """
     ticks = (send.end_ns - send.start_ns) // 1000 // jiffy_us() + 1
     return idle_us + ticks * jiffy_us() + (MISSED_US if EMULATED else 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the live tests share: the rungs, tracers, network namespaces and connections; other distributions' roots."""
+"""Fixtures of the live tests: tracers by probe, network namespaces, connections, and roots of other distributions."""
 
 from __future__ import annotations
 
@@ -8,45 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from itertools import count
+from pathlib import Path
 
 import pytest
 
-from cwndtrace.capture.live import Kernel
-from cwndtrace.errors import NoProbe
-from cwndtrace.kernel import btf, facts, ladder
+from cwndtrace.kernel import ladder
 
-pytest.register_assert_rewrite("tests.harness.tcp", "tests.harness.tracing")
+pytest.register_assert_rewrite("tests.harness")
 
-from tests import chroot  # noqa: E402
-from tests.harness.tracing import Tracer  # noqa: E402
-from tests.live import tcp  # noqa: E402
-
-
-@cache
-def left_out() -> dict[str, str]:
-    """The rungs that this machine can't have, and why: its kernel lacks something, or its policy refuses them.
-
-    One that fails to load for another reason isn't left out, so that its tests fail.
-    """
-    here = facts.ladder_facts(btf.Btf.running())
-    reasons = {rung.name: ladder.lacks(here, rung, "idle") or _refused(rung) for rung in ladder.RUNGS}
-    return {name: why for name, why in reasons.items() if why}
-
-
-def _refused(rung: ladder.Rung) -> str | None:
-    if all(a.kind in ("raw_tracepoint", "tp_btf") for a in rung.attachments["idle"]):
-        return None
-    try:
-        Kernel(probe=rung.name, block=False, reasons=("idle",)).close()
-    except NoProbe as e:
-        return e.tried[rung.name] if "policy" in str(e) else None
-    return None
+from tests.harness import chroot, tcp  # noqa: E402
+from tests.harness.link import Link  # noqa: E402
+from tests.harness.tracing import Tracer, left_out  # noqa: E402
+from tests.harness.users import GID, UID, home_of  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what uses a tracer on each rung that there is; CWNDTRACE_PROBES="fentry kprobe" says on which."""
+    """Run tests that use ``tracer`` with each probe that this machine has, or with those in CWNDTRACE_PROBES."""
     if "tracer" in metafunc.fixturenames:
-        names = [rung.name for rung in ladder.RUNGS]
+        names = [probe.name for probe in ladder.RUNGS]
         if os.geteuid() == 0:
             names = os.environ.get("CWNDTRACE_PROBES", "").split() or [n for n in names if n not in left_out()]
         metafunc.parametrize("tracer", names, indirect=True, scope="session")
@@ -54,88 +33,98 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
-    """A tracer of everything, on one rung of the ladder."""
-    with Tracer(request.param) as made:
-        yield made
+    """A tracer without filters, with one probe."""
+    with Tracer(request.param) as running:
+        yield running
 
 
 NUMBERS = count()
-"""Of namespaces: a name isn't used twice in a run."""
+"""The numbers in the names of namespaces, so that no name is used twice in a run."""
 
 
 @pytest.fixture(scope="session")
 def make_space() -> Iterator[Callable[[], tcp.Space]]:
-    """Makes network namespaces, and deletes them in the end; those too that a killed run has left."""
-    made: list[tcp.Space] = []
+    """A function that makes network namespaces; they are deleted at the end, those of killed runs at the start."""
+    spaces: list[tcp.Space] = []
     tcp.delete_left_behind()
 
     def make() -> tcp.Space:
-        made.append(tcp.Space(f"{tcp.PREFIX}{os.getpid()}-{next(NUMBERS)}"))
-        return made[-1]
+        spaces.append(tcp.Space(f"{tcp.PREFIX}{os.getpid()}-{next(NUMBERS)}"))
+        return spaces[-1]
 
     try:
         yield make
     finally:
-        for space in made:
+        for space in spaces:
             space.close()
 
 
 @pytest.fixture(scope="session")
 def space(make_space: Callable[[], tcp.Space]) -> tcp.Space:
-    """One for the tests to share."""
+    """A network namespace that the tests share."""
     return make_space()
 
 
 @pytest.fixture(scope="session")
 def drain() -> Iterator[tcp.Drain]:
-    """Reads what the connections send."""
-    made = tcp.Drain()
+    """A thread that reads all data that the connections send."""
+    reader = tcp.Drain()
     try:
-        yield made
+        yield reader
     finally:
-        made.close()
-
-
-Connect = Callable[..., tcp.Connection]
+        reader.close()
 
 
 @pytest.fixture
-def connect(space: tcp.Space, drain: tcp.Drain) -> Iterator[Connect]:
-    """Makes connections as ``tcp.connect`` does, in the shared namespace unless told; closes them in the end."""
-    made: list[tcp.Connection] = []
+def connect(space: tcp.Space, drain: tcp.Drain) -> Iterator[tcp.Connect]:
+    """A function that makes connections as tcp.connect does, by default in ``space``; they are closed at the end."""
+    connections: list[tcp.Connection] = []
 
     def make(where: tcp.Here | None = None, **options: object) -> tcp.Connection:
-        made.append(tcp.connect(where or space, drain, **options))  # type: ignore[arg-type]
-        return made[-1]
+        connections.append(tcp.connect(where or space, drain, **options))  # type: ignore[arg-type]
+        return connections[-1]
 
     try:
         yield make
     finally:
-        for connection in made:
+        for connection in connections:
             connection.close()
 
 
 @pytest.fixture(scope="session")
 def counted_space(make_space: Callable[[], tcp.Space]) -> tcp.Space:
-    """The namespace that ``counter`` watches."""
+    """The network namespace that ``counter`` traces."""
     return make_space()
 
 
 @pytest.fixture(scope="session")
 def counter(tracer: Tracer, counted_space: tcp.Space) -> Iterator[Tracer]:
-    """A second tracer on the same rung that sees one namespace only, so that its counters are known too."""
-    with Tracer(tracer.probe, netns=counted_space.name) as made:
-        yield made
+    """A tracer with the same probe that sees one namespace only, so that tests know its counters too."""
+    with Tracer(tracer.probe, netns=counted_space.name) as running:
+        yield running
 
 
-# ---- other distributions' roots ----
+@pytest.fixture(scope="module")
+def link(make_space: Callable[[], tcp.Space]) -> Link:
+    """A link that can drop packets."""
+    return Link(make_space)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder of the user who calls sudo."""
+    with home_of(UID, GID) as folder:
+        yield folder
+
+
+# ---- roots of other distributions ----
 
 
 @pytest.fixture(scope="session")
 def root_of() -> Iterator[Callable[[str], chroot.Root]]:
-    """Gives the root of a suite that all modules share, since the set-up in it takes longest; the first call makes it.
+    """A function that returns the root of a suite, which all modules share because its set-up takes longest.
 
-    What a test needs in it, a fixture of its own makes, whatever other tests have left there.
+    The first call makes it. Fixtures of the tests prepare it, whatever state other tests have left it in.
     """
     with ExitStack() as stack:
 
@@ -155,6 +144,6 @@ def root(request: pytest.FixtureRequest, root_of: Callable[[str], chroot.Root]) 
 
 @pytest.fixture(scope="module")
 def installed(root: chroot.Root) -> chroot.Root:
-    """The same, once root has typed ``make install``: where that is done already it changes nothing."""
+    """The root of each suite after ``make install``, which changes nothing if it was run before."""
     root.make("install")
     return root

@@ -11,51 +11,25 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
 
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from tests.harness import tcp
-from tests.harness.tcp import until
+from tests.harness.link import Link
+from tests.harness.tcp import Connect, until
 from tests.harness.tracing import EMULATED, EXACT, Record, Tracer, check
-from tests.live.conftest import Connect
 
 pytestmark = pytest.mark.live
-
-LONG = 0.45
-NOBODY = (0, 0, "")
-"""Who sends when a timer or an ACK does."""
-
-
-def reopen(connection: tcp.Connection) -> tcp.Send:
-    """Let the other end read again; the send that the opened window allows, noted.
-
-    It is watched from the other end: a look at the sender would hold its lock when the ACK comes, and the send would be
-    the looker's.
-    """
-
-    def received() -> int:
-        return tcp.info(connection.peer).bytes_received
-
-    total = received() + connection.info().unsent
-
-    def opened() -> None:
-        connection.drain.add(connection.peer)
-        until(lambda: received() == total, 20, "the rest of the data")
-
-    send = connection.send(opened, NOBODY)
-    connection.quiet()
-    return send
 
 
 def test_a_closed_window_that_opens(tracer: Tracer, connect: Connect) -> None:
     connection = connect(read_buffer=200_000)
     connection.grow()
     closed = connection.fill()
-    connection.idle(LONG)
-    send = reopen(connection)
+    connection.idle(tcp.IDLE_S)
+    send = connection.reopen()
     assert (send.reason, send.before.snd_wnd, closed.unsent > 0) == ("idle", 0, True)
     check(tracer, connection)
 
@@ -77,12 +51,12 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
         with pytest.raises(BlockingIOError):
             connection.sock.send(b"x" * 100_000, socket.MSG_DONTWAIT)
 
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     send = connection.send(blocked)
     assert send.reason is None
     assert send.before.last_snd_us > send.before.rto_us
     seen = check(counter, connection)
-    assert reopen(connection).reason == "idle"
+    assert connection.reopen().reason == "idle"
     assert check(counter, connection) == seen + 1
     if counter.probe == "sendmsg":
         assert counter.tally.withdrawn > before
@@ -100,7 +74,7 @@ def test_data_queued_behind_a_closed_window(tracer: Tracer, connect: Connect) ->
     assert [s.reason for s in connection.sends[-3:]] == ["idle"] * 3
     windows = [s.before.cwnd for s in connection.sends[-3:]] + [connection.info().cwnd]
     assert windows == sorted(windows, reverse=True)
-    reopen(connection)
+    connection.reopen()
     if tracer.probe == "tcp_probe":
         # Nothing is sent between these falls: it sees where they began and ended, or nothing after a probe's ACK.
         assert all(r["cwnd_before"] in windows for r in tracer.of(connection))
@@ -115,7 +89,7 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
     counter.settle()
     before = counter.tally.unchanged
     for connection in connections:
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
     for connection in connections:
         connection.send()
         assert connection.sends[-1].before.cwnd == connection.sends[-1].after.cwnd == tcp.INIT_CWND
@@ -129,7 +103,7 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
 def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
     connection = connect(counted_space)
     connection.grow()
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     before = counter.tally.withdrawn
     with tcp.corked(connection.sock):
         connection.send()
@@ -148,7 +122,7 @@ def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: 
 def test_a_connection_that_is_aborted_with_data_corked(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     connection.sock.setsockopt(socket.IPPROTO_TCP, tcp.CORK, 1)
     send = connection.send()
     assert (send.reason, send.after.unsent) == ("idle", 100)
@@ -175,43 +149,6 @@ def test_a_new_connection_in_the_memory_of_an_old_one(tracer: Tracer, connect: C
 
 
 # ---- retransmission timeouts ------------------------------------------------------------------------------
-
-
-class Link:
-    """A veth pair between two namespaces; what goes from ``a`` to 10.9.0.2 can be made to vanish."""
-
-    def __init__(self, make_space: Callable[[], tcp.Space]) -> None:
-        self.a, self.b = make_space(), make_space()
-        tcp.join(self.a, self.b, "cwt0", ["10.9.0.1/24"], ["10.9.0.2/24"])
-        self._mac = tcp.run("ip", "-n", self.b.name, "-o", "link", "show", "cwt0").split("link/ether ")[1].split()[0]
-        self._send_to(self._mac)
-
-    def _send_to(self, mac: str) -> None:
-        self.a.ip("neigh", "replace", "10.9.0.2", "lladdr", mac, "dev", "cwt0", "nud", "permanent")
-
-    @contextlib.contextmanager
-    def cut(self) -> Iterator[None]:
-        """While it is entered, frames go to an address that nobody has: the sender isn't told."""
-        self._send_to("02:00:00:00:00:99")
-        try:
-            yield
-        finally:
-            self._send_to(self._mac)
-
-    def timeouts(self) -> int:
-        """How many retransmission timeouts there were in ``a``."""
-
-        def read() -> int:
-            with open("/proc/thread-self/net/netstat") as file:  # noqa: PTH123
-                names, values = [line.split() for line in file if line.startswith("TcpExt:")]
-            return int(values[names.index("TCPTimeouts")])
-
-        return int(self.a.enter(read))
-
-
-@pytest.fixture(scope="session")
-def link(make_space: Callable[[], tcp.Space]) -> Link:
-    return Link(make_space)
 
 
 def test_retransmission_timeouts(tracer: Tracer, link: Link, connect: Connect) -> None:

@@ -20,10 +20,8 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups
 from tests.harness import tcp
-from tests.harness.tcp import Connection, Send, until
+from tests.harness.tcp import Connect, Connection, Send, until
 from tests.harness.tracing import Tracer, check, differences, key
-from tests.live.conftest import Connect
-from tests.live.test_endings import NOBODY, reopen
 
 pytestmark = pytest.mark.live
 
@@ -164,7 +162,7 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
                 if name == "held":
                     connection.send(lambda: world.holder.send(0), world.holder.who)
                 elif name == "closed":
-                    reopen(connection)
+                    connection.reopen()
                 else:
                     connection.send()
             reasons = {name: c.sends[-1].reason for name, c in world.named.items()}
@@ -179,7 +177,7 @@ def _close_grown(connection: Connection) -> None:
         if connection.fill().cwnd > tcp.INIT_CWND:
             return
         # On a slow machine it had been idle between two sends, and was cut already.
-        reopen(connection)
+        connection.reopen()
     raise AssertionError(f"the window is always cut before the other one is closed: {connection.info()}")
 
 
@@ -207,7 +205,7 @@ def test_snapshots(watched: dict[str, Tracer], world: World, name: str) -> None:
 
 def test_a_reset_that_no_process_made_passes_its_holder(watched: dict[str, Tracer], world: World) -> None:
     records = watched["pid"].of(world.named["closed"])
-    assert [r["tgid"] for r in records].count(NOBODY[0]) >= 2
+    assert [r["tgid"] for r in records].count(tcp.NO_TASK[0]) >= 2
 
 
 def test_what_a_snapshot_says(tracer: Tracer, world: World) -> None:

@@ -28,7 +28,7 @@ from cwndtrace.kernel import cgroups
 from cwndtrace.report.content import report
 from tests.harness import tcp
 from tests.harness.command import LONG_S, call, running, send_after_idle, within
-from tests.live.conftest import Connect
+from tests.harness.tcp import Connect
 
 pytestmark = pytest.mark.live
 

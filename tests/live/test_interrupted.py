@@ -16,32 +16,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
-from numpy.typing import NDArray
 
 import cwndtrace
 from tests.harness import tcp
+from tests.harness.captures import assert_complete, block_io_rows
 from tests.harness.command import COMMAND, ENVIRONMENT, call, read_until, running, send_after_idle
-from tests.harness.disk import Disk, Traced, go, loop, reader
-from tests.harness.soak import Load, Read, amount
-from tests.live.conftest import Connect
+from tests.harness.disk import Traced, file_system, go, loop, reader
+from tests.harness.soak import Load, amount, without_row
+from tests.harness.tcp import Connect
 
 pytestmark = pytest.mark.live
 
 AT_ONCE = 5
 SECOND = 1_000_000_000
-
-
-def missing(rows: pd.DataFrame, disk: Disk, reads: list[Read]) -> NDArray[np.bool_]:
-    """Of each of these reads whether it has no row."""
-    mine = rows[(rows["dev"] == disk.dev) & (rows["tgid"] == os.getpid())]
-    starts = np.sort(mine["start_ns"].to_numpy(dtype=np.int64))
-    begins, ends = (np.array([getattr(r, name) for r in reads], dtype=np.int64) for name in ("begin_ns", "end_ns"))
-    found = np.searchsorted(starts, ends, side="right") - np.searchsorted(starts, begins, side="left")
-    assert (found <= 1).all()
-    return np.asarray(found == 0)
 
 
 def waited_ns(pid: int) -> int:
@@ -82,7 +70,7 @@ def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: 
     # A security policy may hide the end of a request from every tracer: of these the witness has no row either, and
     # a tracer counts one only when the request's memory is used again.
     reads, seen, checked, too_old = load.reads, witness.records(disk), [0, 0], dict[str, list[int]]()
-    hidden = missing(seen, disk, reads)
+    hidden = without_row(seen, disk, reads)
     for name, (attached, end, owed) in killed.items():
         trace = cwndtrace.load(name)
         rows = trace.block_io, trace.resets, trace.connections, trace.samples, trace.recoveries
@@ -92,7 +80,7 @@ def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: 
         last = end - SECOND - owed
         due = [r for r, unseen in zip(reads, hidden, strict=True) if not unseen]
         due = [r for r in due if r.begin_ns > attached and r.end_ns < last]
-        gone = [r for r, without in zip(due, missing(rows[0], disk, due), strict=True) if without]
+        gone = [r for r, without in zip(due, without_row(rows[0], disk, due), strict=True) if without]
         if gone:
             too_old[f"{name.name} after {(end - attached) / 1e9:.2f} s"] = [(end - r.end_ns) // 1_000_000 for r in gone]
         sends = [s for s in load.resets() if s.start_ns > attached and s.end_ns < last]
@@ -120,13 +108,6 @@ def start(stack: contextlib.ExitStack, *arguments: str | Path) -> subprocess.Pop
 
 
 # ---- told to end ---------------------------------------------------------------------------------------
-
-
-def assert_complete(path: Path, resets: int) -> None:
-    trace = cwndtrace.load(path)
-    assert (trace.status, len(trace.resets), trace.warnings) == ("complete", resets, [])
-    assert trace.meta["ended"]
-    assert not list(path.rglob(".*"))
 
 
 ENDS: dict[str, tuple[signal.Signals, ...]] = {
@@ -284,10 +265,6 @@ def small_disk(path: Path) -> Iterator[Path]:
         tcp.run("umount", "-l", str(path))
 
 
-def rows_of(path: Path) -> int:
-    return len(cwndtrace.load(path).block_io)
-
-
 def test_a_disk_that_becomes_read_only(space: tcp.Space, tmp_path: Path) -> None:
     """One trace waits until it may write again, the other one stops; what was written stays readable."""
     with small_disk(tmp_path / "small") as small, loop() as disk:
@@ -298,7 +275,7 @@ def test_a_disk_that_becomes_read_only(space: tcp.Space, tmp_path: Path) -> None
         ):
             disk.read(*range(100))
             for path in (waits, stops):
-                tcp.until(lambda path=path: (path / "block_io").exists() and rows_of(path) >= 100, 20, "the rows")  # type: ignore[misc]
+                tcp.until(lambda path=path: (path / "block_io").exists() and block_io_rows(path) >= 100, 20, "the rows")  # type: ignore[misc]
             tcp.until(lambda: remount(small, "ro"), 10, "the disk to be read-only")
             disk.read(*range(500))
             one.wait_for(re.compile("Read-only file system"), 20)
@@ -306,10 +283,10 @@ def test_a_disk_that_becomes_read_only(space: tcp.Space, tmp_path: Path) -> None
             assert code == 1
             assert "Read-only file system" in said
             assert "Traceback" not in said
-            assert rows_of(stops) >= 100
+            assert block_io_rows(stops) >= 100
             assert one.process.poll() is None
             assert remount(small, "rw")
-            tcp.until(lambda: rows_of(waits) >= 600, 20, "the rows that waited")
+            tcp.until(lambda: block_io_rows(waits) >= 600, 20, "the rows that waited")
             code, _, said = one.end()
         assert (code, said.count("Read-only file system")) == (0, 1)
         trace = cwndtrace.load(waits)
@@ -322,18 +299,6 @@ def remount(path: Path, how: str) -> bool:
     return (
         subprocess.run(["mount", "-o", f"remount,{how}", str(path)], check=False, capture_output=True).returncode == 0
     )
-
-
-@contextlib.contextmanager
-def file_system(disk: Disk, path: Path, *, make: str = "", mount: str = "") -> Iterator[Path]:
-    """An ext4 on this disk; ``make`` and ``mount`` are options."""
-    path.mkdir()
-    tcp.run("mkfs.ext4", "-q", *make.split(), str(disk.path))
-    tcp.run("mount", *mount.split(), str(disk.path), str(path))
-    try:
-        yield path
-    finally:
-        tcp.run("umount", "-l", str(path))
 
 
 @contextlib.contextmanager
@@ -381,7 +346,7 @@ def test_the_folder_is_removed(space: tcp.Space, tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with loop() as disk, running("-n", space.name, "-o", path) as run:
         disk.read(*range(100))
-        tcp.until(lambda: (path / "block_io").exists() and rows_of(path) >= 100, 20, "the rows")
+        tcp.until(lambda: (path / "block_io").exists() and block_io_rows(path) >= 100, 20, "the rows")
         tcp.run("rm", "-rf", str(path))
         disk.read(*range(100))
         run.wait_for(re.compile("No such file or directory"), 20)

@@ -17,10 +17,9 @@ import pytest
 from cwndtrace.analysis.connections import identify
 from cwndtrace.records.arrow import CONNECTIONS
 from tests.harness import tcp
-from tests.harness.tracing import EXACT, Tracer, key
-from tests.live.conftest import Connect
-from tests.live.test_endings import Link
-from tests.live.test_resets import LONG, expect_one
+from tests.harness.link import Link
+from tests.harness.tcp import Connect
+from tests.harness.tracing import EXACT, Tracer, expect_one, key
 
 pytestmark = pytest.mark.live
 
@@ -52,11 +51,6 @@ class Maker:
         return sock
 
 
-@pytest.fixture(scope="session")
-def link(make_space: Callable[[], tcp.Space]) -> Link:
-    return Link(make_space)
-
-
 def test_fast_open(tracer: Tracer, make_space: Callable[[], tcp.Space], connect: Connect) -> None:
     """Data goes with the SYN, before there is a connection."""
     space = make_space()
@@ -68,7 +62,7 @@ def test_fast_open(tracer: Tracer, make_space: Callable[[], tcp.Space], connect:
     # The first one fetches a cookie, the second one uses it.
     for connection in [connect(space, by=Maker(space, fast)) for _ in range(2)]:
         connection.grow()
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
         connection.send()
         expect_one(tracer, connection)
     assert fast_opens(space) >= 1
@@ -109,7 +103,7 @@ def test_a_syn_that_is_sent_again(tracer: Tracer, link: Link, connect: Connect) 
     if tracer.probe in EXACT and tracer.sees("rto_loss"):
         assert first
     connection.grow()
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     connection.send()
     assert [r["reason"] for r in tracer.of(connection)][len(first) :] == ["idle"]
 
@@ -151,7 +145,7 @@ def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> N
         for end in ("saddr", "daddr"):
             setattr(connection, end, getattr(connection, end).split("%")[0])
         connection.grow()
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
         connection.send()
         expect_one(tracer, connection)
         assert tracer.of(connection)[0]["daddr"] == address
@@ -170,7 +164,7 @@ def test_tls_in_the_kernel(tracer: Tracer, connect: Connect) -> None:
     keys = struct.pack("=HH8s16s4s8s", TLS_1_2, AES_GCM_128, *(os.urandom(n) for n in (8, 16, 4)), bytes(8))
     connection.sock.setsockopt(SOL_TLS, TLS_TX, keys)
     connection.grow()
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     connection.send()
     expect_one(tracer, connection)
 
@@ -194,7 +188,7 @@ def test_multipath(tracer: Tracer, make_space: Callable[[], tcp.Space]) -> None:
             begin = time.monotonic_ns()
             for _ in range(3):
                 sock.sendall(bytes(300_000))
-                time.sleep(LONG)
+                time.sleep(tcp.IDLE_S)
             sock.send(b"x" * 100)
             found = tracer.within(space.inode, since_ns=begin)
         finally:
@@ -213,7 +207,7 @@ def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, co
         connection.cookie = lambda: 0  # type: ignore[method-assign]
         connection.grow(least)
         for _ in range(2):
-            connection.idle(LONG)
+            connection.idle(tcp.IDLE_S)
             connection.send()
             connection.grow(least)
         assert check_since(tracer, connection) >= 2
@@ -247,7 +241,7 @@ def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
             connection.sock.sendall(chunk)
         connection.quiet()
         connection.grow()
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
         assert connection.send().reason == "idle"
     assert connection.info().bytes_acked > 1 << 32
     # A burst that takes longer than an RTO may hide another cut: what was noted is what counts.

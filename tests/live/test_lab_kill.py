@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cwndtrace.lab import cleanup, disk
+from cwndtrace.lab import cleanup
 from cwndtrace.lab.namespaces import namespace
 from cwndtrace.lab.owner import Owner, started
+from tests.harness.lab import eventually, leftovers_of, processes_of, tcp_sysctls
 
 pytestmark = pytest.mark.live
 
@@ -34,56 +33,9 @@ with Lab(scenario) as lab:
 """
 
 
-def sysctls() -> dict[str, str]:
-    """What of the host's TCP settings can be read; some change by themselves."""
-    folder = Path("/proc/sys/net/ipv4")
-    return {f.name: f.read_text() for f in folder.glob("tcp_*") if os.access(f, os.R_OK) and "key" not in f.name}
-
-
-def processes_of(pid: int) -> list[int]:
-    """Processes of the lab that a parent started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if any(part.startswith(b"cwndtrace.lab.") for part in command) and str(pid).encode() in command:
-                found.append(int(entry.name))
-    return found
-
-
-def things_of(pid: int) -> list[str]:
-    """All else that carries a run's name: namespaces, cgroups, devices, notes, loop devices."""
-    prefix = f"cwt-{pid}-"
-    folders = [
-        Path("/run/netns"),
-        disk.CONFIGFS,
-        cleanup.NOTES,
-        *Path("/sys/fs/cgroup").glob("*"),
-        Path("/sys/fs/cgroup"),
-    ]
-    found = [str(entry) for folder in folders if folder.is_dir() for entry in folder.iterdir() if prefix in entry.name]
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        if prefix in backing.read_text():
-            found.append(str(backing))
-    return found
-
-
-def eventually(done: Callable[[], bool], seconds: float = 10) -> bool:
-    """Whether ``done`` comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 @pytest.mark.parametrize("preset", ["quick", "disk"])
 def test_killed_at_random_moments(preset: str) -> None:
-    before = sysctls()
+    before = tcp_sysctls()
     seen = 0
     moments = random.Random(11)
     for _ in range(3):
@@ -99,11 +51,11 @@ def test_killed_at_random_moments(preset: str) -> None:
             run.stdout.close()
         # The kernel ends the children with their parent, before any sweep.
         assert eventually(lambda pid=run.pid: not processes_of(pid))  # type: ignore[misc]
-        seen += bool(things_of(run.pid))
+        seen += bool(leftovers_of(run.pid))
         cleanup.sweep()
-        assert eventually(lambda pid=run.pid: not things_of(pid)), things_of(run.pid)  # type: ignore[misc]
+        assert eventually(lambda pid=run.pid: not leftovers_of(pid)), leftovers_of(run.pid)  # type: ignore[misc]
         assert cleanup.sweep() == []
-        assert sysctls() == before
+        assert tcp_sysctls() == before
     assert seen, "no kill hit a lab that was up"
 
 

@@ -12,8 +12,8 @@ from cwndtrace.kernel import netns
 from cwndtrace.lab import demo
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.scenario import PRESETS
+from tests.harness.lab import started
 from tests.harness.tcp import listening
-from tests.live.test_reproduce import started
 
 pytestmark = pytest.mark.live
 

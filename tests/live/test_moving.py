@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import pytest
 
 import cwndtrace
 from tests.harness import tcp
-from tests.harness.command import LONG_S, call, running, send_after_idle
-from tests.live.conftest import Connect
+from tests.harness.command import call, running, send_after_idle
+from tests.harness.tcp import Connect
+from tests.harness.wall_clock import follow_steps
 
 pytestmark = pytest.mark.live
 
@@ -63,7 +63,6 @@ time.time_ns = stepped
 from cwndtrace.cli import main
 main()
 """
-HOUR = 3_600_000_000_000
 
 
 def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
@@ -77,40 +76,6 @@ def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path:
         whole.rename(flag)
 
     follow_steps(space, connect(), tmp_path / "a.cwnd", step, python=("-c", STEPPED, str(flag)))
-
-
-def follow_steps(
-    space: tcp.Space,
-    connection: tcp.Connection,
-    path: Path,
-    step: Callable[[int], None],
-    python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),
-) -> None:
-    """A trace over which ``step`` sets the wall clock so many nanoseconds off what it was: times are in order, and UTC
-    right before and after each step."""
-    right = time.time_ns() - time.monotonic_ns()
-    known: list[float] = []
-    with running("-n", space.name, "--no-block", "-o", path, python=python) as run:
-        for ns in (0, 5 * HOUR, -3 * HOUR):
-            before = len(cwndtrace.load(path).meta["clock"].get("segments") or ())
-            step(ns)
-            if ns:
-                tcp.until(lambda n=before: len(cwndtrace.load(path).meta["clock"]["segments"]) > n, LONG_S, "a segment")  # type: ignore[misc]
-            send_after_idle(connection)
-            sent = [s.start_ns for s in connection.sends if s.reason == "idle"][len(known) :]
-            known += [(right + at + ns) / 1e9 for at in sent]
-            # A record that is read after the next step would have the UTC of that.
-            number = len(known)
-            tcp.until(lambda n=number: len(cwndtrace.load(path).resets) == n, LONG_S, "the records")  # type: ignore[misc]
-        code, _, said = run.end()
-    assert code == 0, said
-    trace = cwndtrace.load(path)
-    assert list(trace.resets["ts_ns"]) == sorted(trace.resets["ts_ns"])
-    told = [time.timestamp() for time in trace.resets["time"]]
-    assert all(abs(a - b) < 5 for a, b in zip(told, known, strict=True)), (told, known)
-    assert len(trace.meta["clock"]["segments"]) == 3
-    assert "stepped by +18,000.000 s, -28,800.000 s" in repr(trace)
-    assert 0 < float(trace.summary()["seen_s"].max()) < 5 * LONG_S
 
 
 def test_a_time_namespace_is_refused(space: tcp.Space, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import cwndtrace
 from tests.harness import tcp
 from tests.harness.command import running, send_after_idle
 from tests.harness.disk import go, loop, reader
-from tests.live.conftest import Connect
+from tests.harness.tcp import Connect
 
 pytestmark = pytest.mark.live
 

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 import pytest
 
@@ -24,10 +21,10 @@ from cwndtrace.capture import bpf_syscall, live
 from tests.harness import tcp
 from tests.harness.command import running, within
 from tests.harness.disk import go, loop, reader
-from tests.harness.soak import amount
-from tests.harness.tcp import until
+from tests.harness.processes import descriptors, resident
+from tests.harness.soak import Churn, amount
+from tests.harness.tcp import Connect, until
 from tests.harness.tracing import Tracer
-from tests.live.conftest import Connect
 
 pytestmark = pytest.mark.live
 
@@ -98,75 +95,6 @@ def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, spac
         assert counts[name]["kept"] + counts[name]["lost"] == all_of_them[name]["kept"]
     assert all_of_them["cwnd_reset"]["kept"] == resets
     assert len(trace.resets) == counts["cwnd_reset"]["kept"]
-
-
-CHURN = """
-import socket, struct, sys, time
-rate, listener = int(sys.argv[1]), socket.create_server(("127.0.0.1", 0), backlog=1000)
-abort, made, begin = struct.pack("ii", 1, 0), 0, time.monotonic()
-print("ready", flush=True)
-while True:
-    with socket.socket() as a:
-        a.connect(listener.getsockname())
-        b, _ = listener.accept()
-        with b:
-            a.send(b"x" * 3000)
-            b.recv(10000)
-            # No TIME_WAIT, or the ports would soon be used up.
-            a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
-    made += 1
-    if made % 100 == 0:
-        print(made, flush=True)
-        time.sleep(max(0.0, begin + made / rate - time.monotonic()))
-"""
-
-
-class Churn:
-    """Connections made and aborted in a namespace, so many a second, while it is entered."""
-
-    def __init__(self, space: tcp.Space, rate: int = 2000) -> None:
-        command = [*within(space), sys.executable, "-c", CHURN, str(rate)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.made = 0
-        self._thread = threading.Thread(target=self._count)
-        self._thread.start()
-
-    def _count(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self.made = int(line) if line != "ready\n" else 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._thread.join()
-        assert self._process.stdout
-        self._process.stdout.close()
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory of a process and its children."""
-    own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    return own + sum(resident(child) for child in children(pid))
-
-
-def children(pid: int) -> list[int]:
-    """The processes that this one started. Not every kernel lists them below /proc/PID/task."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        # One that ends just now has none.
-        with contextlib.suppress(OSError):
-            if path.read_text().rpartition(")")[2].split()[1] == str(pid):
-                found.append(int(path.parent.name))
-    return found
-
-
-def descriptors(pid: int) -> int:
-    """How many files a process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
 
 
 @contextmanager

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,89 +23,25 @@ from cwndtrace.cli import COMMANDS, NEED_ROOT
 from cwndtrace.kernel import ladder
 from cwndtrace.records.layout import bpf_dir
 from tests.harness import tcp
-from tests.harness.command import CHECKOUT, COMMAND, ENVIRONMENT, Running, call, running, send_after_idle
-from tests.harness.tcp import listening, until
-from tests.live.conftest import Connect, left_out
-from tests.others import need_readable_checkout
+from tests.harness.command import CHECKOUT, COMMAND, ENVIRONMENT, call, running, send_after_idle
+from tests.harness.processes import children
+from tests.harness.tcp import Connect, listening, until
+from tests.harness.tracing import left_out
+from tests.harness.users import BY_ROOT, BY_SUDO, GID, UID, assert_owned, assert_privileges, helper_of, thread_status
 
 pytestmark = pytest.mark.live
-
-UID, GID = 54321, 54322
-FOR_SOMEBODY = ("env", f"SUDO_UID={UID}", f"SUDO_GID={GID}")
-FOR_NOBODY = ("env", "-u", "SUDO_UID", "-u", "SUDO_GID")
-
-
-@contextmanager
-def home_of(uid: int, gid: int) -> Iterator[Path]:
-    """A folder of a user's, on a way that they can walk."""
-    need_readable_checkout()
-    made = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
-    os.chown(made, uid, gid)
-    made.chmod(0o755)
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """A folder of the invoking user's."""
-    with home_of(UID, GID) as made:
-        yield made
-
-
-def threads(pid: int) -> list[dict[str, str]]:
-    """What /proc says of each thread of a process."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        lines = (task / "status").read_text().splitlines()
-        found.append({name: value.strip() for name, _, value in (line.partition(":") for line in lines)})
-    return found
-
-
-def assert_holds(pid: int, uid: int, gid: int, capabilities: frozenset[int]) -> None:
-    """Every thread has these ids, these capabilities, no way to others, and never will have."""
-    mask = f"{sum(1 << number for number in capabilities):016x}"
-    for thread in threads(pid):
-        assert thread["Uid"].split() == [str(uid)] * 4, thread
-        assert thread["Gid"].split() == [str(gid)] * 4, thread
-        for which in ("CapPrm", "CapEff", "CapBnd"):
-            assert thread[which] == mask, (thread["Name"], which, thread[which])
-        assert (int(thread["CapInh"], 16), int(thread["CapAmb"], 16), thread["NoNewPrivs"]) == (0, 0, "1"), thread
-        if uid:
-            assert thread["Groups"].split() == [str(gid)], thread
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def helper_of(run: Running) -> int:
-    (pid,) = children(run.process.pid)
-    return pid
-
-
-def assert_owned(capture: Path, uid: int, gid: int) -> None:
-    """All of a capture is one user's, and nobody else may read it."""
-    paths = [capture, *capture.rglob("*")]
-    assert len(paths) > 3
-    for path in paths:
-        found = path.lstat()
-        assert (found.st_uid, found.st_gid) == (uid, gid), path
-        assert stat.S_IMODE(found.st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_power_goes_after_attaching_and_nothing_is_missed(
     connect: Connect, space: tcp.Space, make_space: Callable[[], tcp.Space], home: Path
 ) -> None:
     capture, before = home / "a.cwnd", listening()
-    with running("-n", space.name, "-o", capture, before=FOR_SOMEBODY) as run:
+    with running("-n", space.name, "-o", capture, before=BY_SUDO) as run:
         # The helper is spoken to by a pair of sockets.
         assert listening() <= before
-        assert_holds(run.process.pid, UID, GID, frozenset())
+        assert_privileges(run.process.pid, UID, GID, frozenset())
         helper = helper_of(run)
-        assert_holds(helper, UID, GID, privileges.LOOKING)
+        assert_privileges(helper, UID, GID, privileges.LOOKING)
         # Of Python's descriptors the helper has its two ends, and no BPF object.
         kinds = {str(fd.readlink()) for fd in Path(f"/proc/{helper}/fd").iterdir()}
         assert not [kind for kind in kinds if "bpf" in kind or "anon" in kind]
@@ -116,7 +50,7 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
         send = send_after_idle(connection)
         # Once more with all threads that writing and reading may start.
         until(lambda: (capture / "cwnd_reset").exists(), 20, "the first part")
-        assert_holds(run.process.pid, UID, GID, frozenset())
+        assert_privileges(run.process.pid, UID, GID, frozenset())
         code, shown, said = run.end()
     assert code == 0, said
     assert "Traceback" not in said
@@ -137,8 +71,8 @@ def test_power_goes_after_attaching_and_nothing_is_missed(
 
 def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> None:
     """Its sockets are found in /proc, which only the helper may read; these are opened after the drop."""
-    with running("-p", str(os.getpid()), "-o", home / "a.cwnd", "--json", before=FOR_SOMEBODY) as run:
-        assert_holds(run.process.pid, UID, GID, frozenset())
+    with running("-p", str(os.getpid()), "-o", home / "a.cwnd", "--json", before=BY_SUDO) as run:
+        assert_privileges(run.process.pid, UID, GID, frozenset())
         connection = connect()
         send_after_idle(connection)
         code, shown, said = run.end()
@@ -150,12 +84,12 @@ def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> No
 
 
 @pytest.mark.parametrize("probe", ladder.BY_NAME)
-def test_each_rung_goes_on_without_power(probe: str, space: tcp.Space, connect: Connect, home: Path) -> None:
+def test_each_probe_works_without_privileges(probe: str, space: tcp.Space, connect: Connect, home: Path) -> None:
     """Reading maps, running programs and detaching: what each rung still does, it may."""
     if probe in left_out():
         pytest.skip(f"this kernel has no rung {probe} ({left_out()[probe]}): make vm-test has one")
-    with running("-n", space.name, "--probe", probe, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
-        assert_holds(run.process.pid, UID, GID, frozenset())
+    with running("-n", space.name, "--probe", probe, "-o", home / "a.cwnd", before=BY_SUDO) as run:
+        assert_privileges(run.process.pid, UID, GID, frozenset())
         send_after_idle(connect())
         code, _, said = run.end()
     assert (code, "Traceback" in said) == (0, False), said
@@ -163,9 +97,9 @@ def test_each_rung_goes_on_without_power(probe: str, space: tcp.Space, connect: 
 
 
 def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    with running("-n", space.name, "-o", tmp_path / "a.cwnd", before=FOR_NOBODY) as run:
-        assert_holds(run.process.pid, 0, 0, frozenset())
-        assert_holds(helper_of(run), 0, 0, privileges.LOOKING)
+    with running("-n", space.name, "-o", tmp_path / "a.cwnd", before=BY_ROOT) as run:
+        assert_privileges(run.process.pid, 0, 0, frozenset())
+        assert_privileges(helper_of(run), 0, 0, privileges.LOOKING)
         connection = connect()
         send_after_idle(connection)
         code, _, said = run.end()
@@ -176,9 +110,11 @@ def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Sp
 
 def test_root_can_stay_what_it_is(connect: Connect, space: tcp.Space, home: Path) -> None:
     connect()
-    with running("-n", space.name, "-o", home / "a.cwnd", "--stay-root", before=FOR_SOMEBODY) as run:
-        assert {t["CapEff"] for t in threads(run.process.pid)} == {t["CapEff"] for t in threads(os.getpid())}
-        assert {t["NoNewPrivs"] for t in threads(run.process.pid)} == {"0"}
+    with running("-n", space.name, "-o", home / "a.cwnd", "--stay-root", before=BY_SUDO) as run:
+        assert {t["CapEff"] for t in thread_status(run.process.pid)} == {
+            t["CapEff"] for t in thread_status(os.getpid())
+        }
+        assert {t["NoNewPrivs"] for t in thread_status(run.process.pid)} == {"0"}
         assert children(run.process.pid) == []
         code, _, said = run.end()
     assert code == 0, said
@@ -197,7 +133,7 @@ def test_where_the_user_may_not_write_nothing_is_made(command: str, how: tuple[s
     closed.chmod(0o700)
     said = set()
     for name in ("new", "there", "folder/new", "missing/new", "there/new"):
-        done = call(command, *how, "-o", closed / name, before=FOR_SOMEBODY)
+        done = call(command, *how, "-o", closed / name, before=BY_SUDO)
         assert (done.returncode, done.stdout) == (1, "")
         assert "can't be made: Permission denied" in done.stderr
         assert "with -o" in done.stderr
@@ -215,7 +151,7 @@ def test_an_installation_that_the_user_can_not_read_is_refused(home: Path) -> No
     os.chown(closed, 0, 0)
     for arguments in (("run", "-o", "a.cwnd"), ("reproduce",), ("report", "a.cwnd"), ("compare", "a", "b"), ("serve",)):
         done = subprocess.run(
-            [*FOR_SOMEBODY, f"PYTHONPATH={closed}", sys.executable, "-P", "-m", "cwndtrace", *arguments],
+            [*BY_SUDO, f"PYTHONPATH={closed}", sys.executable, "-P", "-m", "cwndtrace", *arguments],
             cwd=home, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, ""), (arguments, done.stderr)
@@ -231,7 +167,7 @@ def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(connect: Connect,
     closed.mkdir()
     os.chown(closed, UID, GID)
     connect()
-    with running("-n", space.name, "-o", closed / "a.cwnd", before=FOR_SOMEBODY) as run:
+    with running("-n", space.name, "-o", closed / "a.cwnd", before=BY_SUDO) as run:
         os.chown(closed, 0, 0)
         closed.chmod(0o700)
         code, shown, said = run.end()
@@ -240,7 +176,7 @@ def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(connect: Connect,
 
 
 def test_the_helper_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
-    with running("-n", space.name, "-o", home / "a.cwnd", before=FOR_SOMEBODY) as run:
+    with running("-n", space.name, "-o", home / "a.cwnd", before=BY_SUDO) as run:
         helper = helper_of(run)
         run.process.kill()
         run.process.communicate()
@@ -260,15 +196,15 @@ def test_what_a_container_may_have_left(
     had: tuple[str, ...], owner: int, connect: Connect, home: Path, tmp_path: Path
 ) -> None:
     """Root with few capabilities: it traces with what there is, and keeps none of that."""
-    capture, whose = (home / "a.cwnd", FOR_SOMEBODY) if owner else (tmp_path / "a.cwnd", FOR_NOBODY)
+    capture, whose = (home / "a.cwnd", BY_SUDO) if owner else (tmp_path / "a.cwnd", BY_ROOT)
     few = ("setpriv", "--inh-caps=-all", f"--bounding-set=-all,{','.join(f'+{name}' for name in had)}")
     mine = tcp.Here()
     connection = connect(mine)
     with running("-P", str(connection.sport), "-o", capture, before=(*whose, *few)) as run:
-        for thread in threads(run.process.pid):
+        for thread in thread_status(run.process.pid):
             assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
             assert thread["Uid"].split() == [str(owner)] * 4
-        for thread in threads(helper_of(run)):
+        for thread in thread_status(helper_of(run)):
             assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in privileges.LOOKING) == 0
         send_after_idle(connection)
         code, _, said = run.end()
@@ -282,13 +218,13 @@ def test_what_a_container_may_have_left(
 def test_who_may_not_become_the_user_does_nothing(home: Path) -> None:
     few = ("setpriv", "--inh-caps=-all", "--bounding-set=-all,+bpf,+perfmon")
     for arguments in (("run", "-o", home / "a.cwnd"), ("plot", home / "a.cwnd"), ("reproduce", "-o", home / "a")):
-        done = call(*arguments, before=(*FOR_SOMEBODY, *few))
+        done = call(*arguments, before=(*BY_SUDO, *few))
         assert (done.returncode, done.stdout) == (1, "")
         assert f"SUDO_UID names user {UID}, whom this process may not become." in done.stderr
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize(("whose", "uid", "gid"), [(FOR_SOMEBODY, UID, GID), (FOR_NOBODY, 0, 0)], ids=["sudo", "root"])
+@pytest.mark.parametrize(("whose", "uid", "gid"), [(BY_SUDO, UID, GID), (BY_ROOT, 0, 0)], ids=["sudo", "root"])
 def test_what_needs_no_root_gives_it_up(whose: tuple[str, ...], uid: int, gid: int, home: Path) -> None:
     """serve stands for all such commands, because it waits."""
     serve = [*whose, *COMMAND, "serve", "--port", "0"]
@@ -296,7 +232,7 @@ def test_what_needs_no_root_gives_it_up(whose: tuple[str, ...], uid: int, gid: i
         try:
             assert process.stderr is not None
             assert process.stderr.readline().startswith("Listening")
-            assert_holds(process.pid, uid, gid, frozenset())
+            assert_privileges(process.pid, uid, gid, frozenset())
         finally:
             process.kill()
 
@@ -317,7 +253,7 @@ def test_power_goes_before_anything_else(command: str, home: Path) -> None:
     )
     of_root = ("HOME=/root", "MPLCONFIGDIR=/root/m", "XDG_CONFIG_HOME=/root/c", "XDG_CACHE_HOME=/root/d", "PATH=/bin")
     done = subprocess.run(
-        [*FOR_SOMEBODY, *of_root, sys.executable, "-c", script, command],
+        [*BY_SUDO, *of_root, sys.executable, "-c", script, command],
         cwd=home, env={"PYTHONPATH": CHECKOUT}, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.stdout == f"{UID} []\n[] /\n", done.stderr
@@ -326,7 +262,7 @@ def test_power_goes_before_anything_else(command: str, home: Path) -> None:
 def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
     """What reads the user's capture and draws is a process of its own."""
     short = ("--rtt", "20ms", "--burst", "20k", "--idle", "0s", "--rounds", "1")
-    command = [*FOR_SOMEBODY, *COMMAND, "reproduce", *short, "-o", str(home / "a")]
+    command = [*BY_SUDO, *COMMAND, "reproduce", *short, "-o", str(home / "a")]
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -339,7 +275,7 @@ def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
                 for child in children(process.pid):
                     with suppress(OSError):
                         if "matplotlib" in Path(f"/proc/{child}/maps").read_text():
-                            assert_holds(child, UID, GID, frozenset())
+                            assert_privileges(child, UID, GID, frozenset())
                             return True
                 return False
 

@@ -15,15 +15,15 @@ import pytest
 
 import cwndtrace
 from tests.harness import tcp
+from tests.harness.captures import assert_complete
 from tests.harness.command import COMMAND, ENVIRONMENT, LONG_S, running, send_after_idle
-from tests.harness.tcp import stop, until
-from tests.live.conftest import Connect
-from tests.live.test_interrupted import assert_complete
-from tests.live.test_privileges import FOR_SOMEBODY, children, helper_of, home  # noqa: F401  (a fixture)
+from tests.harness.processes import children
+from tests.harness.tcp import Connect, stop, until
+from tests.harness.users import BY_SUDO, helper_of
 
 pytestmark = pytest.mark.live
 
-KINDS = [(), FOR_SOMEBODY]
+KINDS = [(), BY_SUDO]
 """Root's own trace, and one whose processes are the invoking user's once they have begun."""
 IDS = ["root", "sudo"]
 
@@ -57,7 +57,7 @@ def begun(path: Path) -> None:
 def test_the_group_is_told_to_end(
     connect: Connect,
     space: tcp.Space,
-    home: Path,  # noqa: F811
+    home: Path,
     before: tuple[str, ...],
     number: signal.Signals,
 ) -> None:
@@ -86,7 +86,7 @@ def test_timeout_ends_it(space: tcp.Space, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
-def test_the_group_is_told_to_end_while_it_starts(space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:  # noqa: F811
+def test_the_group_is_told_to_end_while_it_starts(space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:
     path = home / "a.cwnd"
     process = group_of("-n", space.name, "--no-block", "-o", path, before=before)
     try:
@@ -103,7 +103,7 @@ LACKS = "the helper process {}; the trace goes on without snapshots of connectio
 
 
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
-def test_the_helper_is_killed(connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:  # noqa: F811
+def test_the_helper_is_killed(connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:
     """The trace goes on, and says once what it lacks, to who looks on and in the capture."""
     path, why = home / "a.cwnd", LACKS.format("ended unexpectedly (see dmesg for the reason)")
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path, before=before) as run:

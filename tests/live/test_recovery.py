@@ -21,16 +21,14 @@ from cwndtrace.kernel import netns
 from cwndtrace.lab.link import Link as Delay
 from cwndtrace.lab.path import End, open_path
 from tests.harness import tcp
+from tests.harness.link import Link
+from tests.harness.tcp import Connect
 from tests.harness.tracing import Record, Tracer
-from tests.live.conftest import Connect
-from tests.live.test_endings import Link
 
 pytestmark = pytest.mark.live
 
-LONG = 0.45
 
-
-def idle(connection: tcp.Connection, seconds: float = LONG) -> tcp.Send:
+def idle(connection: tcp.Connection, seconds: float = tcp.IDLE_S) -> tcp.Send:
     """Idle time that ends in a reset; the send."""
     connection.idle(seconds)
     send = connection.send()
@@ -210,16 +208,11 @@ def test_reset_again(tracer: Tracer, connect: Connect) -> None:
     assert last["outcome"] == "closed"
 
 
-@pytest.fixture(scope="module")
-def link(make_space: Callable[[], tcp.Space]) -> Link:
-    return Link(make_space)
-
-
 @pytest.mark.parametrize("kind", ["timeout", "duplicate ACKs"])
 def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
     connection = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
     connection.grow(80)
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     with link.cut():
         send = connection.send(lambda: connection.sock.send(bytes(3 * 1448)))
         assert send.reason == "idle"

@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import random
 import re
-import select
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +27,9 @@ from cwndtrace.format import plural
 from cwndtrace.kernel import netns
 from cwndtrace.tcp import IDLE_SYSCTL
 from tests.harness import tcp
-from tests.harness.command import COMMAND, ENVIRONMENT, Done, assert_short, call, within
-from tests.live.test_lab_kill import eventually, processes_of, sysctls, things_of
-from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, assert_owned, home_of
+from tests.harness.command import Done, assert_short, call, within
+from tests.harness.lab import eventually, leftovers_of, processes_of, serving, started, tcp_sysctls, unrecorded
+from tests.harness.users import BY_SUDO, GID, UID, assert_owned, home_of
 from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live
@@ -41,70 +39,6 @@ HEADER = re.compile(r"^ROUND +SETTING", re.MULTILINE)
 ROW = re.compile(r"^ +\d+ +(on|off) ", re.MULTILINE)
 # The shortest that there is, for what only has to start.
 SHORT = ("--rtt", "20ms", "--burst", "20k", "--idle", "0s", "--rounds", "1")
-
-
-class Started:
-    """A command in the background; what it printed, stderr too, is in ``said`` as far as ``wait_for`` read it."""
-
-    def __init__(self, *arguments: str | Path, before: tuple[str, ...] = ()) -> None:
-        command = [*before, *COMMAND, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-        self.said = ""
-
-    def wait_for(self, pattern: re.Pattern[str], seconds: float = 60) -> re.Match[str]:
-        """Read on until ``pattern`` is there."""
-        assert self.process.stdout is not None
-        fd, deadline = self.process.stdout.fileno(), time.monotonic() + seconds
-        while not (found := pattern.search(self.said)):
-            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-            more = os.read(fd, 65536).decode() if ready else ""
-            assert more, f"{pattern.pattern} never came: {self.said}"
-            self.said += more
-        return found
-
-    def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
-        """Send a signal, if any; the exit code and all that it said."""
-        if number is not None:
-            self.process.send_signal(number)
-        idle, _ = self.process.communicate(timeout=90)
-        self.said += idle.decode()
-        return self.process.returncode, self.said
-
-    def child(self, role: bytes) -> int:
-        """The lab's process with ``role`` among its arguments, once it is there."""
-        found: list[int] = []
-
-        def there() -> bool:
-            for pid in processes_of(self.process.pid):
-                with suppress(OSError):
-                    if role in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                        found.append(pid)
-            return bool(found) or self.process.poll() is not None
-
-        tcp.until(there, 60, f"the lab's {role.decode()}")
-        assert found, self.end()
-        return found[0]
-
-
-@contextmanager
-def started(*arguments: str | Path, before: tuple[str, ...] = ()) -> Iterator[Started]:
-    made = Started(*arguments, before=before)
-    try:
-        yield made
-    finally:
-        if made.process.poll() is None:
-            made.process.kill()
-            made.process.communicate()
-
-
-@contextmanager
-def serving(before: tuple[str, ...] = ()) -> Iterator[tuple[Started, str]]:
-    """``cwndtrace serve`` on a free port of loopback, and what ``--against`` takes for it."""
-    with started("serve", "--host", "127.0.0.1", "--port", "0", before=before) as server:
-        port = server.wait_for(
-            re.compile(r"^Listening on 127\.0\.0\.1 port (\d+); press Ctrl-C to stop\.$", re.MULTILINE)
-        )[1]
-        yield server, f"127.0.0.1:{port}"
 
 
 @contextmanager
@@ -132,18 +66,6 @@ def held_up(pid: int, stopped_s: float, running_s: float) -> Iterator[None]:
         os.close(fd)
 
 
-def missing(taken: pd.DataFrame, resets: pd.DataFrame) -> list[tuple[str, int]]:
-    """The bursts whose window fell, by the sender's TCP_INFO, without a record of the same windows."""
-    idle = resets[resets["reason"] == "idle"]
-    found = []
-    for row in taken[taken["cwnd_after"] < taken["cwnd_before"]].itertuples():
-        during = idle[(idle["ts_ns"] >= row.start_ns) & (idle["ts_ns"] <= row.end_ns) & (idle["sport"] == row.sport)]
-        windows = list(zip(during["cwnd_before"], during["cwnd_after"], strict=True))
-        if windows != [(row.cwnd_before, row.cwnd_after)]:
-            found.append((str(row.setting), int(str(row.burst_bytes))))
-    return found
-
-
 def assert_opens(folder: Path) -> cwndtrace.Trace:
     """All that a run writes is there and can be read; the capture."""
     for name in PICTURES:
@@ -157,7 +79,7 @@ def assert_opens(folder: Path) -> cwndtrace.Trace:
 
 def of_the_host() -> tuple[list[str], dict[str, str]]:
     """Its interfaces, and its settings of TCP."""
-    return sorted(name for _, name in socket.if_nameindex()), sysctls()
+    return sorted(name for _, name in socket.if_nameindex()), tcp_sysctls()
 
 
 # ---- the whole story -------------------------------------------------------------------------------
@@ -180,7 +102,7 @@ def quick() -> Iterator[Run]:
     with home_of(UID, GID) as home:
         folder, load = home / "quick", os.getloadavg()[0]
         before, begin = of_the_host(), time.monotonic()
-        done = call("reproduce", "--preset", "quick", "-o", folder, before=FOR_SOMEBODY, seconds=300)
+        done = call("reproduce", "--preset", "quick", "-o", folder, before=BY_SUDO, seconds=300)
         took_s = time.monotonic() - begin
         assert done.returncode == 0, done.stderr
         assert of_the_host() == before
@@ -224,12 +146,12 @@ def test_quick_shows_a_megabyte_twice_as_slow_after_a_rest(quick: Run) -> None:
 
 def test_quick_has_every_reset_in_the_capture(quick: Run) -> None:
     taken, trace = pd.read_parquet(quick.folder / "measurements.parquet"), assert_opens(quick.folder)
-    assert missing(taken, trace.resets) == []
+    assert unrecorded(taken, trace.resets) == []
     assert "0 that TCP_INFO saw are missing from the capture" in quick.done.stdout
     # On a busy machine the kernel skips a run here and there, which counts, since it may have been a record.
     assert trace.meta["counts"]["cwnd_reset"]["lost"] <= 2
     # What the check itself is worth: without a record it finds the burst.
-    assert len(missing(taken, trace.resets.iloc[:0])) == 8
+    assert len(unrecorded(taken, trace.resets.iloc[:0])) == 8
 
 
 def test_predicted_and_measured_stand_side_by_side(quick: Run) -> None:
@@ -245,7 +167,7 @@ def test_predicted_and_measured_stand_side_by_side(quick: Run) -> None:
 
 def test_its_capture_can_be_drawn_again(quick: Run) -> None:
     picture = quick.folder.with_name("again.png")
-    done = call("plot", quick.folder / "capture.cwnd", "-o", picture, before=FOR_SOMEBODY)
+    done = call("plot", quick.folder / "capture.cwnd", "-o", picture, before=BY_SUDO)
     assert done.returncode == 0, done.stderr
     assert matplotlib.image.imread(picture).size
     assert picture.stat().st_uid == UID
@@ -258,7 +180,7 @@ def test_ctrl_c_reports_what_there_is(tmp_path: Path) -> None:
         code, said = run.end(signal.SIGINT)
         assert code == 0, said
         assert not processes_of(run.process.pid)
-        assert not things_of(run.process.pid)
+        assert not leftovers_of(run.process.pid)
     taken = pd.read_parquet(tmp_path / "a" / "measurements.parquet")
     assert 1 <= len(taken) == len(ROW.findall(said)) < 1000
     assert "nan" not in said
@@ -285,7 +207,7 @@ def test_against_a_server_the_sysctl_stays(tmp_path: Path) -> None:
     assert f"Sending to {where}; only this side is traced." in done.stderr
     assert "only one setting was measured" in done.stdout.splitlines()[-2]
     assert "nan" not in done.stdout
-    assert missing(taken, assert_opens(tmp_path / "a").resets) == []
+    assert unrecorded(taken, assert_opens(tmp_path / "a").resets) == []
     assert code == 0, said
     # Each burst is preceded by what warms the connection.
     assert re.search(r"^1 connection; received \d+ bursts? \([\d.]+ [kM]?B\), sent 0 bursts$", said, re.MULTILINE)
@@ -325,7 +247,7 @@ def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space],
             tcp.until(lambda: value() == 0, 60, "the setting to be off")
             run.end(signal.SIGKILL)
         left = value()
-        (note,) = things_of(run.process.pid)
+        (note,) = leftovers_of(run.process.pid)
         # Not this namespace's business, and so not touched and not told.
         other = call("reproduce", "--cc", "nonesuch", "-o", tmp_path / "b")
         assert other.returncode == 77
@@ -336,7 +258,7 @@ def test_the_sysctl_comes_back_after_a_kill(make_space: Callable[[], tcp.Space],
     assert f"cleaned up after an earlier run: sysctl of {Path(note).name}" in done.stderr
     assert left in (0, 1)
     assert value() == 1
-    assert not things_of(run.process.pid)
+    assert not leftovers_of(run.process.pid)
     assert netns.read_sysctl(IDLE_SYSCTL) == host
 
 
@@ -372,7 +294,7 @@ def test_what_a_kill_leaves_the_next_start_cleans(tmp_path: Path) -> None:
         pid = run.process.pid
         # The kernel ends the children with their parent, before any sweep.
         assert eventually(lambda pid=pid: not processes_of(pid))  # type: ignore[misc]
-        left = things_of(pid)
+        left = leftovers_of(pid)
         seen += bool(left)
         if number < 2:
             # It is refused, and cleans up all the same.
@@ -383,7 +305,7 @@ def test_what_a_kill_leaves_the_next_start_cleans(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
         for name in (Path(thing).name for thing in left):
             assert f"cleaned up after an earlier run: namespace {name}\n" in done.stderr
-        assert not things_of(pid), left
+        assert not leftovers_of(pid), left
         assert of_the_host() == before
         if measuring:
             assert left
@@ -493,4 +415,4 @@ def test_the_labs_own_server_goes_away(tmp_path: Path) -> None:
     taken = pd.read_parquet(tmp_path / "a" / "measurements.parquet")
     assert len(taken) == len(ROW.findall(said)) >= 1
     assert_opens(tmp_path / "a")
-    assert not things_of(run.process.pid)
+    assert not leftovers_of(run.process.pid)

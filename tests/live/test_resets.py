@@ -25,14 +25,10 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import ladder
 from tests.harness import tcp
 from tests.harness.disk import loop
-from tests.harness.tcp import until
-from tests.harness.tracing import Tracer, check, expected
-from tests.live.conftest import Connect, left_out
+from tests.harness.tcp import Connect, until
+from tests.harness.tracing import Tracer, check, expect_one, expected, left_out
 
 pytestmark = pytest.mark.live
-
-LONG = 0.45
-"""Idle time of two retransmission timeouts of a short path (200 ms), in seconds."""
 
 KINDS: tuple[dict[str, object], ...] = (
     {"ca": "cubic"},
@@ -97,14 +93,8 @@ def was_idle(connect: Connect, **options: object) -> tcp.Connection:
     """A connection that has grown its window and then been idle for long."""
     connection = connect(**options)
     connection.grow()
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     return connection
-
-
-def expect_one(tracer: Tracer, connection: tcp.Connection) -> None:
-    """Its last send, and no other one, reset its window."""
-    assert [s.reason for s in connection.sends[-2:]] == [None, "idle"]
-    assert check(tracer, connection) == 1
 
 
 def test_sendfile(tracer: Tracer, connect: Connect) -> None:
@@ -145,7 +135,7 @@ def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
     with tcp.Child(connection.sock) as child:
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
         send = connection.send(child.send, child.who)
     assert send.comm == "sh"
     assert send.tgid != os.getpid()
@@ -182,7 +172,7 @@ def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Conne
     connection = connect()
     cookie = connection.cookie()
     connection.grow()
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     connection.send()
     expect_one(tracer, connection)
     assert tracer.of(connection)[0]["sock_cookie"] == cookie != 0
@@ -191,13 +181,13 @@ def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Conne
 def test_when_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
-    time.sleep(LONG / 2)
+    time.sleep(tcp.IDLE_S / 2)
     connection.peer.send(b"a request")
-    connection.idle(LONG)
+    connection.idle(tcp.IDLE_S)
     connection.send()
     expect_one(tracer, connection)
     record = tracer.of(connection)[0]
-    assert LONG / 3 < record["last_rcv_us"] / 1e6 < record["idle_us"] / 1e6 - LONG / 3
+    assert tcp.IDLE_S / 3 < record["last_rcv_us"] / 1e6 < record["idle_us"] / 1e6 - tcp.IDLE_S / 3
 
 
 def test_a_route_that_sets_the_initial_window(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
@@ -219,10 +209,10 @@ def test_namespaces_with_the_same_addresses_and_ports(
     assert pair[0].key[1:] == pair[1].key[1:]
     for connection in pair:
         connection.grow()
-    pair[0].idle(LONG)
+    pair[0].idle(tcp.IDLE_S)
     pair[0].send()
     pair[1].grow()
-    pair[1].idle(LONG)
+    pair[1].idle(tcp.IDLE_S)
     pair[1].send()
     assert check(tracer, *pair) == 3
     assert [len(tracer.of(c)) for c in pair] == [1, 2]
@@ -250,7 +240,7 @@ def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
     before = counter.tally.unchanged, counter.tally.withdrawn
     for _ in range(2):
         connection.grow(11)
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
         send = connection.send()
         assert send.before.last_snd_us > send.before.rto_us
         assert send.reason is None
@@ -281,7 +271,7 @@ def test_two_hundred_connections_at_once(tracer: Tracer, connect: Connect) -> No
     for connection in connections:
         connection.grow(burst=60_000)
     for connection in connections:
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
     for connection in connections:
         connection.send()
     assert all(c.sends[-1].reason == "idle" for c in connections)
@@ -292,7 +282,7 @@ def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     with cwndtrace.stream(port=connection.sport, block=False, probe=tracer.probe) as batches:
         connection.grow()
-        connection.idle(LONG)
+        connection.idle(tcp.IDLE_S)
         connection.send()
         batches.stop()
         frames = [b.to_pandas() for b in batches if b.event == "cwnd_reset"]
@@ -311,13 +301,13 @@ def test_tracing_begins_at_one_moment_for_all(tracer: Tracer, connect: Connect, 
         kernel = Kernel(filters, probe=tracer.probe)
         try:
             connection.grow()
-            connection.idle(LONG)
+            connection.idle(tcp.IDLE_S)
             early = connection.send()
             connection.grow()
             disk.read(1)
             session = Session(kernel)
             begin = session.start["mono_ns"]
-            connection.idle(LONG)
+            connection.idle(tcp.IDLE_S)
             late = connection.send()
             disk.read(2)
             batches = session.step()

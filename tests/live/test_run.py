@@ -37,7 +37,8 @@ from tests.harness.command import (
     within,
 )
 from tests.harness.disk import loop
-from tests.live.conftest import Connect, left_out
+from tests.harness.tcp import Connect
+from tests.harness.tracing import left_out
 from tests.others import need_readable_checkout
 
 pytestmark = pytest.mark.live

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cwndtrace.lab import serve, wire
+from tests.harness.lab import Started, serving
 from tests.harness.tcp import until
-from tests.live.test_reproduce import Started, serving
 
 pytestmark = pytest.mark.live
 

@@ -17,11 +17,10 @@ import cwndtrace
 from tests.harness import tcp
 from tests.harness.command import running
 from tests.harness.disk import loop
-from tests.harness.soak import SECONDS, Load
+from tests.harness.processes import descriptors, resident
+from tests.harness.soak import SECONDS, Churn, Load, without_row
+from tests.harness.tcp import Connect
 from tests.harness.tracing import EMULATED
-from tests.live.conftest import Connect
-from tests.live.test_interrupted import missing
-from tests.live.test_overload import Churn, descriptors, resident
 
 pytestmark = pytest.mark.live
 
@@ -67,7 +66,7 @@ def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -
     assert {name for name, each in counts.items() if each["lost"]} <= may_lose
     assert max(counts[name]["lost"] for name in ("cwnd_reset", "cwnd_sample")) <= len(sends) / 1000
     assert (
-        missing(trace.block_io, disk, [r for r in load.reads if r.begin_ns > begin]).sum()
+        without_row(trace.block_io, disk, [r for r in load.reads if r.begin_ns > begin]).sum()
         <= lost
         <= len(load.reads) / 1000
     )

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.vm.test_tool import PATCHES, loaded
+from tests.harness.scripts import PATCHES, load_script
 
 pytestmark = pytest.mark.vm
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vm
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
     """kernel-patches/build as a module."""
-    return loaded(PATCHES / "build")
+    return load_script(PATCHES / "build")
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -20,8 +20,8 @@ import pytest
 
 from tests.harness import tcp
 from tests.harness.disk import BLOCK, SLAB, Disk, Traced, aligned, loop, stat_of
+from tests.harness.guest import in_guest
 from tests.harness.tracing import Tracer, check
-from tests.vm.conftest import in_guest
 
 pytestmark = pytest.mark.vm
 

@@ -18,13 +18,13 @@ import pytest
 
 import cwndtrace
 from tests.harness import tcp
+from tests.harness.captures import block_io_rows
 from tests.harness.command import LONG_S, Done, assert_short, call, running, send_after_idle
-from tests.harness.disk import loop
-from tests.live.conftest import Connect
-from tests.live.test_interrupted import file_system, rows_of
-from tests.live.test_moving import HOUR, follow_steps
-from tests.live.test_privileges import FOR_SOMEBODY, GID, UID, home_of
-from tests.vm.conftest import in_guest
+from tests.harness.disk import file_system, loop
+from tests.harness.guest import in_guest
+from tests.harness.tcp import Connect
+from tests.harness.users import BY_SUDO, GID, UID, home_of
+from tests.harness.wall_clock import HOUR_NS, follow_steps
 
 pytestmark = pytest.mark.vm
 
@@ -89,7 +89,7 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
                 if frozen > 4_000_000_000:
                     break
             assert frozen > 4_000_000_000
-            time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + HOUR)
+            time.clock_settime_ns(time.CLOCK_REALTIME, time.time_ns() + HOUR_NS)
             connection.idle(0)
             was_idle = connection.send()
             assert was_idle.reason == "idle"
@@ -108,7 +108,7 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
     assert len(trace.meta["clock"]["segments"]) == 2
     offset = time.time() - time.monotonic()
     told = [at.timestamp() - stamp / 1e9 - offset for at, stamp in zip(trace.resets["time"], stamps, strict=True)]
-    assert all(abs(off + HOUR / 1e9) < 1 for off in told[:early]), told
+    assert all(abs(off + HOUR_NS / 1e9) < 1 for off in told[:early]), told
     assert abs(told[-1]) < 1, told
 
 
@@ -132,18 +132,18 @@ def test_a_quota_is_used_up(space: tcp.Space) -> None:
     ):
         os.chown(folder, UID, GID)
         path, ballast = folder / "a.cwnd", folder / "ballast"
-        with running("-n", space.name, "-o", path, before=FOR_SOMEBODY) as run:
+        with running("-n", space.name, "-o", path, before=BY_SUDO) as run:
             disk.read(*range(100))
-            tcp.until(lambda: (path / "block_io").exists() and rows_of(path) >= 100, LONG_S, "the first rows")
+            tcp.until(lambda: (path / "block_io").exists() and block_io_rows(path) >= 100, LONG_S, "the first rows")
             ballast.write_bytes(bytes(1 << 20))
             os.chown(ballast, UID, GID)
             set_quota(limited.path, UID, 1024)
             disk.read(*range(500))
             run.wait_for(re.compile("Disk quota exceeded"))
-            assert rows_of(path) >= 100
+            assert block_io_rows(path) >= 100
             assert run.process.poll() is None
             set_quota(limited.path, UID, 0)
-            tcp.until(lambda: rows_of(path) >= 600, LONG_S, "the rows that waited")
+            tcp.until(lambda: block_io_rows(path) >= 600, LONG_S, "the rows that waited")
             code, _, said = run.end()
         assert (code, said.count("Disk quota exceeded"), "Traceback" in said) == (0, 1, False), said
         trace = cwndtrace.load(path)

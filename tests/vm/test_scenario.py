@@ -17,9 +17,10 @@ from cwndtrace.lab.measurement import frame
 from cwndtrace.lab.recording import Recording, costs
 from cwndtrace.lab.scenario import PRESETS
 from tests.harness import tcp
-from tests.live.conftest import Connect
-from tests.live.test_reproduce import missing
-from tests.vm.test_rungs import KERNEL, PATCHED, leave_unused
+from tests.harness.guest import KERNEL, PATCHED
+from tests.harness.lab import unrecorded
+from tests.harness.netem import leave_unused
+from tests.harness.tcp import Connect
 
 pytestmark = pytest.mark.vm
 
@@ -41,7 +42,7 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     assert list(taken["cwnd_after"] < taken["cwnd_before"]) == list(taken["setting"] == "on")
     medians = taken[taken["burst_bytes"] == 1_000_000].groupby("setting")["latency_ms"].median()
     assert medians["on"] >= 2 * medians["off"]
-    assert missing(taken, trace.resets) == []
+    assert unrecorded(taken, trace.resets) == []
     assert set(trace.resets["probe"]) == {"tracepoint" if PATCHED else "fentry"}
     assert (trace.status, trace.warnings) == ("complete", [])
     priced = costs(taken, trace.resets)

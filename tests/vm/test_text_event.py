@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from cwndtrace.capture.live import Kernel
+from tests.harness.guest import PATCHED
+from tests.harness.tcp import Connect
 from tests.harness.tracing import Tracer
-from tests.live.conftest import Connect
-from tests.vm.test_rungs import PATCHED
 
 pytestmark = pytest.mark.vm
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,30 +11,15 @@ from types import ModuleType
 
 import pytest
 
+from tests.harness.scripts import CHECKOUT, load_script
+
 pytestmark = pytest.mark.vm
-
-
-CHECKOUT = Path(__file__).parents[2]
-PATCHES = CHECKOUT / "kernel-patches"
-
-
-def loaded(script: Path) -> ModuleType:
-    """A script without a suffix, as a module."""
-    if "CWNDTRACE_VM" in os.environ:
-        pytest.skip("this is a guest; the host runs it: make vm-test")
-    loader = importlib.machinery.SourceFileLoader(f"script_{script.name}", str(script))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[loader.name] = module
-    loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """tools/vm as a module."""
-    return loaded(CHECKOUT / "tools/vm")
+    return load_script(CHECKOUT / "tools/vm")
 
 
 def test_a_guest_that_panics_fails(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:

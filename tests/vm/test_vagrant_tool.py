@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from tests.harness import tcp
-from tests.vm.test_tool import CHECKOUT, loaded
+from tests.harness.scripts import CHECKOUT, load_script
 
 pytestmark = [
     pytest.mark.vm,
@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """tools/vagrant as a module."""
-    return loaded(CHECKOUT / "tools/vagrant")
+    return load_script(CHECKOUT / "tools/vagrant")
 
 
 @pytest.fixture

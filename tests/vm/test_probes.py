@@ -8,10 +8,7 @@ that holds ACKs back.
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,13 +19,13 @@ from cwndtrace.cli.doctor import Findings, examine
 from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
 from tests.harness import tcp
+from tests.harness.guest import KERNEL, PATCHED
+from tests.harness.netem import drop_until_a_timeout, leave_unused
+from tests.harness.tcp import Connect
 from tests.harness.tracing import EXACT, Tracer
-from tests.live.conftest import Connect
 
 pytestmark = pytest.mark.vm
 
-KERNEL = os.environ.get("CWNDTRACE_VM", "")
-PATCHED = bool(KERNEL) and "unpatched" not in KERNEL
 LONG = 0.6
 
 # What a rung that sees the window only with the first packet under way can't tell as the others do.
@@ -84,63 +81,6 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     for tracer in tracers.values():
         tracer.settle()
     return made
-
-
-@contextmanager
-def netem(space: tcp.Space, *how: str) -> Iterator[Callable[[], None]]:
-    """Gives what makes packets of the namespace's loopback meet with this, until it is left.
-
-    tc waits for that when it is entered: by software emulation it takes an RTO to start.
-    """
-    tc_there = ("tc", "-n", space.name)
-    with subprocess.Popen([*tc_there, "-batch", "-"], stdin=subprocess.PIPE, text=True) as tc:
-        assert tc.stdin is not None
-        tell = partial(print, file=tc.stdin, flush=True)
-        tell("qdisc replace dev lo root pfifo")
-        try:
-            tcp.until(lambda: "pfifo" in tcp.run(*tc_there, "qdisc", "show", "dev", "lo"), 20, "tc to start")
-            yield lambda: tell("qdisc replace dev lo root netem", *how)
-        finally:
-            tell("qdisc del dev lo root")
-            tc.stdin.close()
-    assert tc.returncode == 0
-
-
-def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
-    """Have tcp_cwnd_application_limited() take back half of what went unused of the window.
-
-    It asks for an RTO since the last ACK, with no idle time of an RTO before the send: so there must be data under way
-    whose ACK is late, but not so late that it is sent again.
-    """
-    for _ in range(20):
-        with netem(space, "delay", "80ms") as begin:
-            connection.grow(40)
-            begin()
-            connection.until(lambda i: i.last_snd_us >= 0.8 * i.rto_us, "idle time")
-            connection.send()
-            connection.until(lambda i: i.last_ack_us > i.rto_us, "an RTO since the last ACK")
-            send = connection.send()
-            connection.quiet()
-        if send.reason == "app_limited":
-            return
-    raise AssertionError(f"no send took back what went unused: {connection.sends[-8:]}")
-
-
-def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.Connection]) -> None:
-    """Drop all packets of the namespace's loopback until each connection has had a retransmission timeout."""
-    with netem(space, "loss", "100%") as begin:
-        begin()
-
-        def lost() -> bool:
-            # What goes out before the first packet is dropped is acknowledged.
-            for connection in connections:
-                if not connection.info().unacked:
-                    connection.sock.send(b"x" * 5000)
-            return all(c.info().retransmits for c in connections)
-
-        tcp.until(lost, 60, "a retransmission timeout of each")
-    for connection in connections:
-        connection.quiet()
 
 
 def records(tracer: Tracer, connections: list[tcp.Connection], reason: str) -> list[dict[str, Any]]:
