@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does ``cwndtrace run``, as installed, record just the resets that TCP_INFO shows? Run in the Vagrant VM, as root.
+"""Check that the installed ``cwndtrace run`` records exactly the resets that TCP_INFO shows.
 
     python -m tests.vm.known_resets [RESETS]
 
-A connection in a network namespace of its own is idle so often, and goes on without idle time as often. Exit code 1
-where the records and the resets differ.
+This runs in the Vagrant VM, as root. A connection in a separate network namespace is idle RESETS times, and after each
+reset sends once more without idle time. The exit code is 1 if the records and the resets differ.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ IDLE_S = 0.8
 
 
 def trace(space: tcp.Space, connection: tcp.Connection, resets: int) -> list[dict[str, Any]]:
-    """The reset records of a trace while the connection is idle ``resets`` times."""
+    """Trace while the connection is idle ``resets`` times, and return the reset records."""
     command = ["cwndtrace", "run", "--json", "--no-block", "--netns", space.name, "--port", str(connection.sport)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/tmp") as tracer:
         assert tracer.stderr is not None
         try:
-            said = ""
+            stderr = ""
             for line in tracer.stderr:
-                said += line
+                stderr += line
                 if line.startswith("Tracing "):
                     break
             else:
-                sys.exit(f"cwndtrace run ended early: {said}")
+                sys.exit(f"cwndtrace run ended early: {stderr}")
             for _ in range(resets):
                 connection.grow()
                 time.sleep(IDLE_S)
@@ -47,7 +47,7 @@ def trace(space: tcp.Space, connection: tcp.Connection, resets: int) -> list[dic
 
 
 def main(resets: int) -> int:
-    """Compare, and print both sides; the exit code."""
+    """Compare the resets with their records, print both, and return the exit code."""
     space, drain = tcp.Space(f"{tcp.PREFIX}{os.getpid()}-known"), tcp.Drain()
     try:
         connection = tcp.connect(space, drain)
@@ -56,18 +56,19 @@ def main(resets: int) -> int:
         connection.blind.clear()
         records = trace(space, connection, resets)
         known = [send for send in connection.sends if send.reason]
-        told = [(send.reason, send.before.cwnd, send.after.cwnd) for send in known]
+        expected = [(send.reason, send.before.cwnd, send.after.cwnd) for send in known]
         connection.close()
     finally:
         drain.close()
         space.close()
-    # A stalled machine is idle where nobody looked.
+    # On a machine that stalls, a connection may be idle where no TCP_INFO is read.
     seen = [r for r in records if not any(start <= r["ts_ns"] <= end for start, end in connection.blind)]
     traced = [(r["reason"], r["cwnd_before"], r["cwnd_after"]) for r in seen]
     probes = {r["probe"] for r in records}
-    print(f"TCP_INFO:  {told}\ncwndtrace: {traced} by {', '.join(sorted(probes))}")
-    fine = traced == told and len(told) >= resets
-    print(f"{len(traced)} resets traced, {len(told)} known of at least {resets}: {'exact' if fine else 'NOT THE SAME'}")
+    print(f"TCP_INFO:  {expected}\ncwndtrace: {traced} by {', '.join(sorted(probes))}")
+    fine = traced == expected and len(expected) >= resets
+    verdict = "exact" if fine else "NOT THE SAME"
+    print(f"{len(traced)} resets traced, {len(expected)} known of at least {resets}: {verdict}")
     return 0 if fine else 1
 
 

@@ -1,14 +1,15 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Looks at tcp:tcp_cwnd_reset as docs/vm.md does, by tracefs, perf and bpftrace at once, while known_resets.py has
-# cwndtrace record it. Run in the Vagrant VM, as root: tests/vm/peers.sh RESETS. Ends with how often each saw it.
+# Traces tcp:tcp_cwnd_reset by tracefs, perf and bpftrace at the same time, as docs/vm.md describes, while
+# known_resets.py makes resets and records them with cwndtrace. Run it in the Vagrant VM, as root:
+# tests/vm/peers.sh RESETS. The last line has the number of events that each of the three saw.
 set -eu
 cd "$(dirname "$0")/../.."
 tracing=/sys/kernel/tracing
 out=$(mktemp -d)
 started='' cat=''
 end() {
-    # What a shell starts in the background ignores SIGINT unless it handles it, as perf and bpftrace do; cat doesn't.
+    # A shell starts background processes with SIGINT ignored. perf and bpftrace handle it nevertheless, cat doesn't.
     for pid in $started; do
         kill -INT "$pid" 2>/dev/null || :
     done

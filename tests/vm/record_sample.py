@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record the sample capture that unit tests, docs and notebooks use: tools/vm sample.
 
-A service over a path of 200 ms answers with small and large bursts after idle times, with the sysctl on and off in
-turns. Then another one, at 50 ms, is idle because it reads from a slow disk before it answers. Runs in the patched
-kernel, so that every reset comes from the tracepoint.
+A service over a path with an RTT of 200 ms answers with small and large bursts after idle times, with the sysctl on and
+off in turns. Then a service at 50 ms is idle because it reads from a slow disk before it answers. This runs in the
+patched kernel, so every reset comes from the tracepoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCENARIOS = (
 
 
 def main(out: Path) -> None:
-    """Record into ``out``: sample.cwnd and sample-measurements.parquet, replacing what is there."""
+    """Record sample.cwnd and sample-measurements.parquet in ``out``, and replace earlier ones."""
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         capture = Path(folder) / "sample.cwnd"
@@ -49,6 +49,6 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    # What a capture says of its command ships with it; where the checkout lay is nobody's business.
+    # A capture stores its command, so the path of this checkout is kept out of it.
     sys.argv = ["tests/vm/record_sample.py", "tests/data"]
     main(target)

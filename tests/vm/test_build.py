@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kernel-patches/build, on the host: what it says of bad input, and where it looks for a source."""
+"""Tests of kernel-patches/build on the host: its errors for bad input, and the mirrors that it chooses."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ pytestmark = pytest.mark.vm
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    """kernel-patches/build as a module."""
+    """The script kernel-patches/build as a module."""
     return load_script(PATCHES / "build")
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script as a user starts it."""
+    """Run the script as a user starts it."""
     command = [sys.executable, str(PATCHES / "build"), *words]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_a_line_without_a_series(tmp_path: Path) -> None:
+def test_a_version_without_a_series_is_refused(tmp_path: Path) -> None:
     done = run("--version", "9.9", "--cache", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert "no series for Linux 9.9; there are 6.1, 6.12, 7.2." in done.stderr
@@ -42,7 +42,7 @@ def test_the_nearest_series_is_named(version: str, nearest: str, build: ModuleTy
         build.find_series(all_series, version)
 
 
-def test_built_in_is_as_good_as_a_module(build: ModuleType) -> None:
+def test_a_built_in_option_satisfies_a_module(build: ModuleType) -> None:
     fragment = "CONFIG_VETH=m\nCONFIG_TUN=m\nCONFIG_IFB=m\nCONFIG_BPF=y\n"
     config = "CONFIG_VETH=y\nCONFIG_TUN=m\n# CONFIG_IFB is not set\nCONFIG_BPF=m\n"
     assert build.missing_options(fragment, config) == ["CONFIG_IFB=m", "CONFIG_BPF=y"]
@@ -57,24 +57,24 @@ def test_built_in_is_as_good_as_a_module(build: ModuleType) -> None:
         "make[3]: *** [debian/rules:76: build-arch] Error 2",
     ],
 )
-def test_the_first_cause_of_a_failed_build(failure: str, build: ModuleType) -> None:
+def test_the_error_names_the_first_cause_of_a_failed_build(failure: str, build: ModuleType) -> None:
     output = f"  CC      tools/objtool/str_error_r.o\n  {failure}\nmake: *** [Makefile:236: __sub-make] Error 2\n"
     assert build.first_cause(output) == failure
 
 
-def test_what_is_no_version(tmp_path: Path) -> None:
+def test_an_invalid_version_is_refused(tmp_path: Path) -> None:
     done = run("--version", "newest", "--cache", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert "'newest' is not a kernel version; write it like 6.12." in done.stderr
 
 
-def test_what_is_no_source(tmp_path: Path) -> None:
+def test_a_folder_without_a_source_tree_is_refused(tmp_path: Path) -> None:
     done = run("--version", "6.12", "--base", str(tmp_path), "--cache", str(tmp_path / "cache"))
     assert done.returncode == 2
     assert "is neither a kernel's source tree nor a tarball of one" in done.stderr
 
 
-def test_missing_tools_name_their_packages(tmp_path: Path) -> None:
+def test_the_error_names_the_packages_of_missing_tools(tmp_path: Path) -> None:
     gcc = shutil.which("gcc")
     assert gcc
     (tmp_path / "gcc").symlink_to(gcc)
@@ -85,7 +85,7 @@ def test_missing_tools_name_their_packages(tmp_path: Path) -> None:
     assert "libelf-dev" not in done.stderr
 
 
-def test_a_base_that_the_series_does_not_fit(tmp_path: Path) -> None:
+def test_a_base_that_the_series_does_not_fit_is_refused(tmp_path: Path) -> None:
     base = tmp_path / "linux"
     (base / "net/ipv4").mkdir(parents=True)
     (base / "Kbuild").touch()
@@ -99,7 +99,7 @@ def test_a_base_that_the_series_does_not_fit(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache/kernels").iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_a_disk_that_is_too_full(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_full_is_refused(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(build.DISK_NEEDED, "tree", 1 << 60)
     with pytest.raises(build.BuildError, match=r"1073741824 GiB are needed, .* GiB are free") as caught:
         build.check_disk(tmp_path, "tree")
@@ -121,6 +121,8 @@ deb https://elsewhere.example/debian-tools any main
         ("bookworm-security", "https://mirror.example/debian-security", "http://deb.debian.org/debian-security"),
     ],
 )
-def test_the_mirror_of_a_suite(build: ModuleType, suite: str, mirror: str, without: str) -> None:
+def test_the_mirror_of_a_suite_comes_from_the_sources_list(
+    build: ModuleType, suite: str, mirror: str, without: str
+) -> None:
     assert build.debian_mirror([LISTS], suite) == mirror
     assert build.debian_mirror(["deb https://elsewhere.example/debian-tools any main"], suite) == without

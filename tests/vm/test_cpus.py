@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracing on each CPU of a guest, and while CPUs go and come back: what isn't kept is counted, and every reset is kept.
+"""Tests of tracing on each CPU of a guest, and while CPUs go offline and come back.
 
-Only a guest of tools/vm has its CPUs switched, whatever the environment says.
+Every reset is kept, and each record of block I/O is kept or counted as lost. Only a guest of tools/vm has its CPUs
+switched, whatever the environment says.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LONG_S: Final = 120
 
 @pytest.fixture(scope="module", autouse=True)
 def guest() -> Iterator[None]:
-    """These tests switch CPUs: nowhere but in a guest, and all are back in the end."""
+    """Skip the tests outside of a guest, because they switch CPUs; bring all CPUs online at the end."""
     if not in_guest():
         pytest.skip("needs a guest of its own: make vm-test")
     yield
@@ -43,39 +44,39 @@ def guest() -> Iterator[None]:
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
-    """Its requests end on the CPU that they began on, so that each CPU has some."""
-    with loop() as made:
-        (Path("/sys/block") / made.path.name / "queue/rq_affinity").write_text("2")
-        yield made
+    """A loop device whose requests end on the CPU that they began on, so each CPU has some."""
+    with loop() as device:
+        (Path("/sys/block") / device.path.name / "queue/rq_affinity").write_text("2")
+        yield device
 
 
 def switch(cpu: int, on: bool) -> None:
-    """Take a CPU offline or online; it is when this returns."""
+    """Bring a CPU online, or take it offline, and return when that is done."""
     path = Path(f"/sys/devices/system/cpu/cpu{cpu}/online")
     path.write_text(str(int(on)))
     assert path.read_text().strip() == str(int(on))
 
 
 class Worker(threading.Thread):
-    """Reads blocks, and has a connection rest and send, on a CPU of its own as long as that is online."""
+    """A thread that reads blocks and lets a connection be idle and send, on one CPU as long as that is online."""
 
     def __init__(self, cpu: int, disk: Disk, connection: tcp.Connection) -> None:
         super().__init__(daemon=True)
         self.cpu = cpu
         self.reads = 0
         self.rounds: Counter[bool] = Counter()
-        """How many times it did both: on its CPU, and elsewhere while that was offline."""
+        """The number of rounds on its CPU (True), and on others while that was offline (False)."""
         self.error: BaseException | None = None
         self.ended = threading.Event()
         self._disk = disk
         self._connection = connection
 
     def run(self) -> None:
-        """Work until told to end."""
+        """Work until ``ended`` is set."""
         try:
             with self._disk.opened() as fd, aligned(BLOCK) as buffer:
                 while not self.ended.is_set():
-                    here = self._go_there()
+                    here = self._move()
                     self._connection.grow()
                     for block in range(READS):
                         assert os.preadv(fd, [buffer], block * BLOCK) == BLOCK
@@ -88,7 +89,7 @@ class Worker(threading.Thread):
         except BaseException as e:
             self.error = e
 
-    def _go_there(self) -> bool:
+    def _move(self) -> bool:
         with suppress(OSError):
             os.sched_setaffinity(0, {self.cpu})
             return True
@@ -96,13 +97,13 @@ class Worker(threading.Thread):
 
 
 class Load:
-    """A worker for each CPU, while it is entered."""
+    """A worker for each CPU; they run while it is entered."""
 
     def __init__(self, disk: Disk, connections: list[tcp.Connection]) -> None:
         self.workers = [Worker(cpu, disk, connection) for cpu, connection in zip(CPUS, connections, strict=True)]
 
     def until_busy(self, cpu: int, here: bool) -> None:
-        """Wait until the CPU's worker has done another round, on it or (not ``here``) elsewhere."""
+        """Wait until the CPU's worker has done another round, on its CPU if ``here``, else on another one."""
         worker = self.workers[cpu]
         before = worker.rounds[here]
         tcp.until(lambda: worker.error or worker.rounds[here] > before, LONG_S, f"CPU {cpu}'s worker")
@@ -125,11 +126,13 @@ class Load:
 
 
 @pytest.mark.parametrize("moving", [False, True], ids=["still", "moving"])
-def test_nothing_is_lost_unseen(moving: bool, disk: Disk, space: tcp.Space, drain: tcp.Drain) -> None:
-    """Reads and resets on each CPU; ``moving``: one comes after tracing began, and each goes and comes back."""
+def test_no_reset_is_lost_and_reads_are_kept_or_counted(
+    moving: bool, disk: Disk, space: tcp.Space, drain: tcp.Drain
+) -> None:
+    """With ``moving``, one CPU comes online after tracing began, and each CPU goes offline and comes back."""
     assert str(len(CPUS)) == os.environ["CWNDTRACE_VM_CPUS"]
     if moving and len(CPUS) == 1:
-        pytest.skip("the only CPU can't go")
+        pytest.skip("the only CPU can't go offline")
     if moving:
         switch(CPUS[-1], False)
     connections = [tcp.connect(space, drain) for _ in CPUS]
@@ -168,16 +171,16 @@ def test_nothing_is_lost_unseen(moving: bool, disk: Disk, space: tcp.Space, drai
     assert stat_of(records).writes == 0
     assert set(by_cpu) == set(CPUS)
     assert resets >= len(CPUS) * ROUNDS
-    # A skipped run of the program that follows windows counts as a sample.
+    # A skipped run of the program that follows windows counts as a lost sample.
     assert not any(number for name, number in lost.items() if name != "cwnd_sample")
 
 
-def test_what_an_offline_cpu_still_holds_is_taken_at_the_end(disk: Disk) -> None:
+def test_records_on_an_offline_cpu_are_read_at_the_end(disk: Disk) -> None:
     if len(CPUS) == 1:
-        pytest.skip("the only CPU can't go")
+        pytest.skip("the only CPU can't go offline")
     last = CPUS[-1]
     everywhere = os.sched_getaffinity(0)
-    # Two full slabs, and one with the last of them.
+    # These fill two slabs, and one record of a third.
     reads = 2 * SLAB + 1
     with Traced(poll=False) as traced:
         os.sched_setaffinity(0, {last})

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be done to a machine as a whole only where it is a guest of tools/vm: its clock stepped, its tasks frozen
-as for a suspend, a quota used up, and, last, the kernel locked down, which holds until it ends.
+"""Tests that change a whole machine, so they run only in a guest of tools/vm.
+
+They step its clock, freeze its tasks as for a suspend, use up a quota, and lock the kernel down. The last can't be
+undone.
 """
 
 from __future__ import annotations
@@ -34,27 +36,27 @@ LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 Q_SETQUOTA: Final = 0x800008
 QIF_BLIMITS: Final = 1
 SYS_QUOTACTL: Final = 179
-"""On x86-64."""
+"""The system call's number on x86-64."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def guest() -> None:
-    """Nowhere but in a guest."""
+    """Skip the tests outside of a guest."""
     if not in_guest():
         pytest.skip("needs a guest of its own: make vm-test")
 
 
 @pytest.fixture
 def wall_clock() -> Iterator[None]:
-    """Right again in the end."""
+    """Set the wall clock right again at the end."""
     offset = time.time_ns() - time.monotonic_ns()
     yield
     time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + offset)
 
 
 @pytest.mark.usefixtures("wall_clock")
-def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
-    """By hours either way, for all of the machine."""
+def test_a_step_of_the_wall_clock_is_recorded(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """The step is of hours in either direction, and all of the machine sees it."""
     right = time.time_ns() - time.monotonic_ns()
 
     def step(ns: int) -> None:
@@ -64,8 +66,8 @@ def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path:
 
 
 @pytest.mark.usefixtures("wall_clock")
-def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
-    """The kernel freezes every task, as its first step to a suspend, and UTC is an hour later when they go on."""
+def test_a_trace_survives_being_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """The kernel freezes every task, its first step of a suspend, and UTC is an hour later when they continue."""
     path = tmp_path / "a.cwnd"
     PM_TEST.write_text("freezer")
     try:
@@ -79,11 +81,11 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
         with running("-n", space.name, "--no-block", "-o", path) as run:
             send_after_idle(connection)
             early = len(known())
-            # Five seconds, which a guest that gets no CPU meanwhile may miss: its clock said 0.15 s once.
+            # The freeze lasts five seconds. A guest that gets no CPU meanwhile may miss them: one measured 0.15 s.
             for _ in range(3):
                 connection.grow()
                 before, begin = connection.quiet(), time.monotonic_ns()
-                # Back when they are over: who writes this isn't frozen, but waits for it.
+                # The writing task isn't frozen; write() returns when the freeze is over.
                 Path("/sys/power/state").write_text("freeze")
                 frozen = time.monotonic_ns() - begin
                 if frozen > 4_000_000_000:
@@ -97,24 +99,24 @@ def test_frozen_as_for_a_suspend(space: tcp.Space, connect: Connect, tmp_path: P
             known()
             send_after_idle(connection)
             sends = known()
-            code, _, said = run.end()
+            code, _, stderr = run.end()
     finally:
         PM_TEST.write_text("none")
-    assert (code, "Traceback" in said) == (0, False), said
+    assert (code, "Traceback" in stderr) == (0, False), stderr
     trace = cwndtrace.load(path)
     assert (trace.status, trace.warnings) == ("complete", [])
     stamps = list(trace.resets["ts_ns"])
     assert all(s.start_ns <= stamp <= s.end_ns for s, stamp in zip(sends, stamps, strict=True))
     assert len(trace.meta["clock"]["segments"]) == 2
     offset = time.time() - time.monotonic()
-    told = [at.timestamp() - stamp / 1e9 - offset for at, stamp in zip(trace.resets["time"], stamps, strict=True)]
-    assert all(abs(off + HOUR_NS / 1e9) < 1 for off in told[:early]), told
-    assert abs(told[-1]) < 1, told
+    errors_s = [at.timestamp() - stamp / 1e9 - offset for at, stamp in zip(trace.resets["time"], stamps, strict=True)]
+    assert all(abs(off + HOUR_NS / 1e9) < 1 for off in errors_s[:early]), errors_s
+    assert abs(errors_s[-1]) < 1, errors_s
 
 
 def set_quota(device: Path, uid: int, blocks: int) -> None:
-    """Let a user have so many KiB on the file system of this device; 0 is no limit."""
-    # struct if_dqblk: hard and soft limit of blocks, space; the same of inodes; two times; which of them are meant.
+    """Set a user's quota on the file system of this device, in KiB; 0 is no limit. Raises OSError."""
+    # struct if_dqblk: hard and soft limit of blocks, space; the same for inodes; two times; a mask of valid members.
     limits = struct.pack("=8QI4x", blocks, blocks, 0, 0, 0, 0, 0, 0, QIF_BLIMITS)
     command = Q_SETQUOTA << 8  # of users
     libc = ctypes.CDLL(None, use_errno=True)
@@ -122,8 +124,8 @@ def set_quota(device: Path, uid: int, blocks: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(device))
 
 
-def test_a_quota_is_used_up(space: tcp.Space) -> None:
-    """Said once; what was written stays readable, the rest waits, and is written once there is room again."""
+def test_a_quota_that_is_used_up_is_reported_once(space: tcp.Space) -> None:
+    """The rows that were written stay readable, and the others wait until there is room again."""
     with (
         home_of(UID, GID) as home,
         loop() as limited,
@@ -144,15 +146,15 @@ def test_a_quota_is_used_up(space: tcp.Space) -> None:
             assert run.process.poll() is None
             set_quota(limited.path, UID, 0)
             tcp.until(lambda: block_io_rows(path) >= 600, LONG_S, "the rows that waited")
-            code, _, said = run.end()
-        assert (code, said.count("Disk quota exceeded"), "Traceback" in said) == (0, 1, False), said
+            code, _, stderr = run.end()
+        assert (code, stderr.count("Disk quota exceeded"), "Traceback" in stderr) == (0, 1, False), stderr
         trace = cwndtrace.load(path)
         assert (trace.status, trace.warnings) == ("complete", [])
         assert len(trace.block_io) == trace.meta["counts"]["block_io"]["kept"]
 
 
-def test_locked_down(space: tcp.Space, tmp_path: Path) -> None:
-    """The last one: nothing takes a lockdown back."""
+def test_lockdown_refuses_new_traces_and_not_running_ones(space: tcp.Space, tmp_path: Path) -> None:
+    """This is the last test, because a lockdown can't be undone."""
 
     def briefly(name: str) -> Done:
         return call("run", "-n", space.name, "-d", "1s", "-o", tmp_path / name, seconds=LONG_S)
@@ -163,7 +165,7 @@ def test_locked_down(space: tcp.Space, tmp_path: Path) -> None:
         LOCKDOWN.write_text("confidentiality")
         assert_short(briefly("no.cwnd"), 77, "lockdown=confidentiality keeps BPF from reading", "lockdown=integrity")
         assert not (tmp_path / "no.cwnd").exists()
-        code, _, said = run.end()
-    # What was attached before goes on.
-    assert (code, "Traceback" in said) == (0, False), said
+        code, _, stderr = run.end()
+    # A trace that was attached before goes on.
+    assert (code, "Traceback" in stderr) == (0, False), stderr
     assert cwndtrace.load(tmp_path / "before.cwnd").status == "complete"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole stories that need netem or the tracepoint; tests/live has the others.
+"""Tests of whole experiments that need netem or the tracepoint; tests/live has the others.
 
-Without the commands around them, whose pictures tests/live looks at: to draw text takes minutes by software emulation.
+They don't run the commands, whose pictures tests/live checks, because drawing text takes minutes under software
+emulation.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from tests.harness.tcp import Connect
 
 pytestmark = pytest.mark.vm
 
-# Of the preset's five minutes: the two sizes and the rest that tell, twice each.
+# The whole preset takes five minutes. These two sizes and this idle time show the cost, with two rounds each.
 SHORT = PRESETS["blog"].changed(bursts=(300_000, 1_000_000), idle_times=(2.0,), rounds=2)
 
 
 @pytest.mark.skipif(not KERNEL, reason="needs one of the project's kernels: make vm-test")
-def test_a_long_path_by_netem(tmp_path: Path) -> None:
-    """``reproduce --preset blog`` in short: as slow as told, and all of it in the capture."""
+def test_a_long_path_by_netem_is_slow_and_all_resets_are_in_the_capture(tmp_path: Path) -> None:
+    """This is a short form of ``reproduce --preset blog``."""
     with Lab(SHORT) as lab:
         assert (lab.path.kind, lab.path.why) == ("netem", "this kernel has netem")
         filters = Filters(netns=lab.path.server.namespace.inode)
@@ -48,13 +49,13 @@ def test_a_long_path_by_netem(tmp_path: Path) -> None:
     priced = costs(taken, trace.resets)
     off_by = (priced["predicted_ms"] - priced["measured_ms"]).abs()
     assert len(priced) == 4
-    # Not the worst of them: an emulated machine may stand still for a round trip.
+    # The median is compared, because an emulated machine may stall for a round trip.
     assert off_by.median() < SHORT.link.rtt_ms / 2
 
 
 @pytest.mark.skipif(not PATCHED, reason="needs a kernel with kernel-patches/: make vm-test")
 def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Space, connect: Connect) -> None:
-    """An application that trickles: half of what it leaves unused is taken back, and it never misses that."""
+    """The kernel takes back half of the window's unused part, which costs the application nothing."""
     with Recording(tmp_path / "a.cwnd", Filters(netns=space.inode), cwndtrace.__version__) as recording:
         connection = connect()
         leave_unused(space, connection)
@@ -64,5 +65,5 @@ def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Spa
     judged = recording.trace().verdicts
     (last,) = judged[judged["reason"] == "app_limited"].tail(1).to_dict("records")
     assert (last["probe"], last["lost_us"]) == ("tracepoint", 0)
-    # The last piece may have gone out just before the window fell.
+    # The last piece may have been sent just before the window fell.
     assert last["verdict"] in ("burst_fits", "nothing_sent")

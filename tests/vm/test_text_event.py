@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tracepoint as tracefs prints it, against the BPF record of the same reset; and the kernel's own selftest."""
+"""Tests of the tracepoint's text in tracefs against the BPF record of the same reset, and the kernel's selftest."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TRACE = Path("/sys/kernel/tracing/trace")
 
 @pytest.fixture(autouse=True)
 def patched() -> None:
-    """Only a kernel with the patches has the event."""
+    """Skip the tests on a kernel without the patches, which doesn't have the event."""
     if not PATCHED:
         pytest.skip("needs a kernel with kernel-patches/: make vm-test")
 
 
 @pytest.fixture
 def text() -> Iterator[Path]:
-    """The event is printed into tracefs while this is in use."""
+    """The trace file of tracefs, with the event enabled."""
     TRACE.write_text("")
     (EVENT / "enable").write_text("1")
     try:
@@ -43,12 +43,12 @@ def text() -> Iterator[Path]:
 
 
 def parse(line: str) -> dict[str, str]:
-    """The name=value pairs of one line of the trace."""
+    """Return the name=value pairs in a line of the trace."""
     return dict(re.findall(r"(\w+)=(\S+)", line.partition("tcp_cwnd_reset: ")[2]))
 
 
 @pytest.mark.parametrize("kind", [{}, {"address": "::1"}, {"mapped": True}], ids=["IPv4", "IPv6", "mapped"])
-def test_text_and_record_agree(text: Path, connect: Connect, kind: dict[str, Any]) -> None:
+def test_the_text_and_the_record_agree(text: Path, connect: Connect, kind: dict[str, Any]) -> None:
     with Tracer("tracepoint") as tracer:
         connection = connect(**kind)
         connection.grow()
@@ -56,16 +56,16 @@ def test_text_and_record_agree(text: Path, connect: Connect, kind: dict[str, Any
         connection.send()
         (record,) = [r for r in tracer.of(connection) if r["reason"] == "idle"]
     lines = [line for line in text.read_text().splitlines() if f"sport={connection.sport} " in line]
-    (said,) = [parse(line) for line in lines if "reason=idle" in line]
+    (printed,) = [parse(line) for line in lines if "reason=idle" in line]
     for name in ("cwnd_before", "cwnd_after", "ssthresh_before", "ssthresh_after", "rto_us", "srtt_us", "mss", "dport"):
-        assert int(said[name]) == record[name], name
-    # The event counts idle times in whole milliseconds.
-    assert int(said["idle_us"]) == record["idle_us"] // 1000 * 1000
+        assert int(printed[name]) == record[name], name
+    # The event has idle times in whole milliseconds.
+    assert int(printed["idle_us"]) == record["idle_us"] // 1000 * 1000
     native = "address" in kind
-    assert said["family"] == ("AF_INET6" if kind else "AF_INET")
-    assert said["saddr"] == ("0.0.0.0" if native else record["saddr"])
-    assert said["saddrv6"] == (record["saddr"] if native else f"::ffff:{record['saddr']}")
-    assert int(said["sock_cookie"], 16) == connection.cookie()
+    assert printed["family"] == ("AF_INET6" if kind else "AF_INET")
+    assert printed["saddr"] == ("0.0.0.0" if native else record["saddr"])
+    assert printed["saddrv6"] == (record["saddr"] if native else f"::ffff:{record['saddr']}")
+    assert int(printed["sock_cookie"], 16) == connection.cookie()
 
 
 def test_nothing_is_printed_where_the_window_did_not_fall(text: Path, connect: Connect) -> None:
@@ -87,8 +87,8 @@ def test_the_selftest_passes() -> None:
     assert "SKIP" not in done.stdout
 
 
-def test_what_an_event_costs(connect: Connect) -> None:
-    # By the kernel's own counters. Under software emulation the figure is for comparison only.
+def test_the_time_of_a_program_run_is_measured(connect: Connect) -> None:
+    # The kernel counts the time itself. Under software emulation the figure is only good for comparisons.
     switch = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = switch.read_text()
     switch.write_text("1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/vm itself, on the host: a guest that dies or hangs fails, with the end of its console."""
+"""Tests of tools/vm on the host: a guest that panics or hangs fails, and the end of its console is shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vm
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    """tools/vm as a module."""
+    """The script tools/vm as a module."""
     return load_script(CHECKOUT / "tools/vm")
 
 
@@ -31,7 +31,7 @@ def test_a_guest_that_panics_fails(tool: ModuleType, capfd: pytest.CaptureFixtur
 
 
 def test_a_guest_that_hangs_fails(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
-    # Five seconds are less than it takes to boot.
+    # Booting takes longer than five seconds.
     guest = replace(tool.GUESTS[0], deadline_s=5)
     head, *console = tool.test(guest, tool.kernel(guest))
     assert "6.12: not done in time; the end of its console" in head
@@ -39,8 +39,8 @@ def test_a_guest_that_hangs_fails(tool: ModuleType, capfd: pytest.CaptureFixture
     assert "6.12: FAILED" in capfd.readouterr().out
 
 
-def test_what_failed_stands_at_the_end(tool: ModuleType, tmp_path: Path) -> None:
-    """What tools/vm repeats of a guest's output, with pytest's own as it is today."""
+def test_failures_are_repeated_at_the_end(tool: ModuleType, tmp_path: Path) -> None:
+    """The input is the output of the installed pytest."""
     (tmp_path / "test_two.py").write_text("def test_right(): pass\n\ndef test_wrong():\n    assert 6 * 7 == 54\n")
     command = [sys.executable, "-m", "pytest", "-v", "--durations=8", "-p", "no:cacheprovider", "--rootdir=."]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
