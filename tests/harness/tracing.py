@@ -76,7 +76,7 @@ class Tracer:
         helper = Helper(filters)
         if connections:
             self._session.snapshots = Snapshots(lambda: helper.snapshot(0))
-        self.lets: Callable[[Connection, Send], bool] = lambda _connection, _send: True
+        self.passes: Callable[[Connection, Send], bool] = lambda _connection, _send: True
         self.probes = self._session.source.probes
         self.probe = str(self.probes["idle"])
         self.records: list[Record] = []
@@ -172,7 +172,7 @@ def key(record: Record) -> tuple[int, str, int, str, int]:
 
 def expected(connection: Connection, tracer: Tracer) -> list[Send]:
     """Return the sends that reset the window for a reason that the tracer sees, and that pass its filter."""
-    return [s for s in connection.sends if s.reason and tracer.sees(s.reason) and tracer.lets(connection, s)]
+    return [s for s in connection.sends if s.reason and tracer.sees(s.reason) and tracer.passes(connection, s)]
 
 
 def check(tracer: Tracer, *connections: Connection) -> int:

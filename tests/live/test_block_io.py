@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block I/O on loop devices of the tests' own, against what the kernel itself counts (diskstats).
+"""Tests of block I/O records on loop devices, against the kernel's own counters (diskstats).
 
-Every request that the kernel counts has one record, with the right length, place, times and submitter.
+Every request that the kernel counts has one record, with the right length, sector, times and submitter.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio: a
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
-    with loop() as made:
-        yield made
+    with loop() as device:
+        yield device
 
 
 def mine(records: pd.DataFrame) -> pd.DataFrame:
@@ -60,12 +60,12 @@ def mine(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def assert_sound(records: pd.DataFrame) -> None:
-    """What holds for every record of a loop device."""
+    """Assert the order of times that every record of a loop device must have."""
     assert (records["start_ns"] <= records["issue_ns"]).all()
     assert (records["issue_ns"] < records["done_ns"]).all()
 
 
-# ---- what a record says ----------------------------------------------------------------------------
+# ---- the fields of a record ----------------------------------------------------------------------------
 
 
 @again_if_hidden
@@ -97,7 +97,7 @@ def test_each_direct_request_has_one_record(disk: Disk) -> None:
 
 
 @again_if_hidden
-def test_a_thread_is_named_as_itself(disk: Disk) -> None:
+def test_a_request_has_the_name_of_its_thread(disk: Disk) -> None:
     tids: list[int] = []
 
     def work() -> None:
@@ -127,7 +127,7 @@ def test_lengths_are_those_of_the_kernel(disk: Disk, length: int) -> None:
 
 
 @again_if_hidden
-def test_two_devices_at_once() -> None:
+def test_requests_of_two_devices_are_told_apart() -> None:
     with loop() as one, loop() as two:
         before = one.stat(), two.stat()
         with Traced() as traced:
@@ -146,7 +146,7 @@ def test_two_devices_at_once() -> None:
 
 
 @again_if_hidden
-def test_discard(disk: Disk) -> None:
+def test_a_discard_is_recorded(disk: Disk) -> None:
     before = disk.stat()
     with Traced() as traced:
         disk.discard(1 << 20, 3 << 20)
@@ -160,7 +160,7 @@ def test_discard(disk: Disk) -> None:
 @again_if_hidden
 def test_an_error_is_recorded(disk: Disk) -> None:
     disk.write(0, 1)
-    # The loop driver finds nothing there any more.
+    # From here on the loop driver can't read the second block.
     os.ftruncate(disk.backing, BLOCK)
     before = disk.stat()
     with Traced() as traced:
@@ -173,7 +173,7 @@ def test_an_error_is_recorded(disk: Disk) -> None:
     assert list(records["sector"]) == [0, BLOCK // SECTOR]
 
 
-# ---- who did it ------------------------------------------------------------------------------------
+# ---- the submitter ------------------------------------------------------------------------------------
 
 
 @again_if_hidden
@@ -188,7 +188,7 @@ def test_buffered_reads_belong_to_the_reader(disk: Disk) -> None:
 
 
 @again_if_hidden
-def test_page_faults_belong_to_who_faults(disk: Disk) -> None:
+def test_page_faults_belong_to_the_faulting_thread(disk: Disk) -> None:
     disk.forget()
     shared = mmap.MAP_SHARED
     with Traced() as traced, disk.opened(os.O_RDONLY) as fd, mmap.mmap(fd, disk.size, shared, mmap.PROT_READ) as memory:
@@ -222,11 +222,11 @@ print("done", flush=True)
 
 
 @again_if_hidden
-def test_a_file_system_is_attributed_to_who_writes(disk: Disk, tmp_path: Path) -> None:
-    """fsync writes data itself and has the journal commit; write-back is done by a kworker."""
-    # Nothing is left to be written later on by itself.
+def test_a_file_systems_requests_belong_to_the_writing_task(disk: Disk, tmp_path: Path) -> None:
+    """fsync() writes data in the calling task and lets jbd2 commit the journal; a kworker does the write-back."""
+    # Without the lazy initialisation no kernel thread writes later.
     subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(disk.path)], check=True)
-    # In a mount namespace of its own, so that nothing stays mounted whatever happens.
+    # In a separate mount namespace nothing can stay mounted.
     command = ["unshare", "--mount", sys.executable, "-c", _IN_A_FILE_SYSTEM, str(disk.path), str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         try:
@@ -244,7 +244,7 @@ def test_a_file_system_is_attributed_to_who_writes(disk: Disk, tmp_path: Path) -
     accounted(traced, counted, disk)
     assert_sound(records[records["bytes"] > 0])
     writes = records[records["op"] == "write"]
-    # After the last fsync of a block, its data has been written by whoever called it.
+    # Each fsync() has written its block in the calling task.
     assert len(writes[writes["tgid"] == writer.pid]) >= 20
     assert set(writes[writes["tgid"] == writer.pid]["comm"]) == {Path(sys.executable).name[:15]}
     assert writes["comm"].str.startswith("jbd2/").any()
@@ -265,9 +265,9 @@ def _uring_refused() -> str | None:
 @pytest.mark.parametrize("mode", ["", "--force_async=1", "--sqthread_poll=1"], ids=["inline", "workers", "sqpoll"])
 @again_if_hidden
 def test_io_uring_belongs_to_the_application(disk: Disk, mode: str) -> None:
-    why = _uring_refused()
-    if why:
-        pytest.skip(why)
+    refusal = _uring_refused()
+    if refusal:
+        pytest.skip(refusal)
     before = disk.stat()
     with Traced() as traced:
         fio(disk, "--ioengine=io_uring", "--iodepth=8", "--number_ios=2000", *([mode] if mode else []))
@@ -282,12 +282,12 @@ def test_io_uring_belongs_to_the_application(disk: Disk, mode: str) -> None:
         assert len(workers) >= 1000, "the kernel's workers did no I/O"
 
 
-# ---- at a high rate, and when there is no room -----------------------------------------------------
+# ---- at a high rate, and without room -----------------------------------------------------
 
 
 @needs_fio
 @again_if_hidden
-def test_a_flood_is_kept_or_counted(disk: Disk) -> None:
+def test_requests_of_a_flood_are_kept_or_counted(disk: Disk) -> None:
     before = disk.stat()
     with Traced() as traced:
         fio(disk, "--ioengine=libaio", "--iodepth=32", "--norandommap", "--io_size=500m")
@@ -298,15 +298,15 @@ def test_a_flood_is_kept_or_counted(disk: Disk) -> None:
     assert len(records) > 0.99 * counted.reads
     assert_sound(records)
     assert set(records["bytes"]) == {BLOCK}
-    # No request is under way twice at the same time with itself: an address, a start.
+    # No request has two records: start and sector together are unique.
     assert not records.duplicated(["start_ns", "sector"]).any()
 
 
 @needs_fio
 @pytest.mark.parametrize("bits", [1, 4])
 @again_if_hidden
-def test_a_crowded_table_chains(disk: Disk, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    """With two or sixteen slots nearly every request finds its slot taken."""
+def test_a_crowded_table_of_requests_loses_none(disk: Disk, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """With two or sixteen slots, the slot of nearly every request is taken, so requests are chained."""
     real = live._filter_defines
     monkeypatch.setattr(live, "_filter_defines", lambda filters: {**real(filters), "SLOT_BITS": bits})
     before = disk.stat()
@@ -321,7 +321,7 @@ def test_a_crowded_table_chains(disk: Disk, monkeypatch: pytest.MonkeyPatch, bit
 
 
 @again_if_hidden
-def test_a_full_buffer_is_counted(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_without_room_in_the_buffer_count_as_lost(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_RING_PAGES", 2)
     before = disk.stat()
     with Traced(poll=False) as traced:
@@ -335,7 +335,7 @@ def test_a_full_buffer_is_counted(disk: Disk, monkeypatch: pytest.MonkeyPatch) -
 
 
 @again_if_hidden
-def test_a_few_records_come_soon_though_nothing_follows(disk: Disk) -> None:
+def test_a_few_records_arrive_soon_without_more_requests(disk: Disk) -> None:
     with Traced(poll=False) as traced:
         disk.read(5)
         done = time.monotonic()
@@ -349,7 +349,7 @@ def test_a_few_records_come_soon_though_nothing_follows(disk: Disk) -> None:
 
 @pytest.mark.parametrize("count", [1, SLAB - 1, SLAB, SLAB + 1, 2 * SLAB + 1])
 @again_if_hidden
-def test_nothing_is_left_behind_at_the_end(disk: Disk, count: int) -> None:
+def test_all_records_are_read_at_the_end(disk: Disk, count: int) -> None:
     with Traced(poll=False) as traced:
         disk.read(*range(count))
     assert len(mine(traced.records(disk))) == count
@@ -358,10 +358,8 @@ def test_nothing_is_left_behind_at_the_end(disk: Disk, count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, SLAB, 2 * SLAB + 1])
 @again_if_hidden
-def test_nothing_is_left_behind_on_cpus_that_went_offline(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    """What the kernel answers for one that is offline, for each: this machine's CPUs stay as they are."""
+def test_records_of_offline_cpus_are_read_at_the_end(disk: Disk, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The kernel's error for an offline CPU is simulated for each CPU; this machine's CPUs stay online."""
 
     def offline(*_: int) -> None:
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
@@ -374,8 +372,8 @@ def test_nothing_is_left_behind_on_cpus_that_went_offline(
 
 
 @again_if_hidden
-def test_a_request_that_ends_in_the_midst_of_a_slab_goes_by_itself(disk: Disk) -> None:
-    """As when an interrupt comes upon a CPU that hands its slab over: here all of them are said to do that for ever."""
+def test_a_request_that_ends_while_a_slab_is_copied_has_a_separate_entry(disk: Disk) -> None:
+    """Such a request ends in an interrupt of the copying CPU; here all CPUs are marked as copying for ever."""
     with Traced(poll=False) as traced:
         fd, slab = traced.block._maps["slabs"]
         busy = (1 << 32).to_bytes(8, "little").ljust((slab.value_size + 7) & ~7, b"\0")
@@ -413,7 +411,7 @@ def test_filter_by_cgroup(disk: Disk) -> None:
                 for process in (outside, direct, deeper):
                     process.communicate("go\n")
         records = pd.concat([batch.to_pandas() for batch in traced.seen])
-        # Threads of a process that ends may still read something: its page faults.
+        # Threads of a process that ends may still cause page faults, which read other devices.
         ours = records[records["dev"] == disk.dev]
         assert ours["tgid"].value_counts().to_dict() == {direct.pid: 71, deeper.pid: 53}
         assert set(ours[ours["tgid"] == deeper.pid]["cgroup_id"]) == {below.stat().st_ino}
@@ -443,11 +441,11 @@ def test_a_cgroup_made_later_is_followed(disk: Disk) -> None:
         folder.rmdir()
 
 
-# ---- side by side ----------------------------------------------------------------------------------
+# ---- several traces ----------------------------------------------------------------------------------
 
 
 @again_if_hidden
-def test_two_traces_see_the_same(disk: Disk) -> None:
+def test_two_traces_record_the_same_requests(disk: Disk) -> None:
     with Traced() as one, Traced() as two:
         disk.read(*range(83))
     a, b = (mine(traced.records(disk)) for traced in (one, two))
@@ -456,8 +454,7 @@ def test_two_traces_see_the_same(disk: Disk) -> None:
 
 
 @again_if_hidden
-def test_stopping_frees_the_probes(disk: Disk) -> None:
-    """After close the kernel runs none of the programs any more."""
+def test_no_program_runs_after_the_end(disk: Disk) -> None:
     kernel = live.Kernel(reasons=())
     session = Session(kernel)
     disk.read(1)

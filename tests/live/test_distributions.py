@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project on a bare Debian 12 and a bare Debian 13, as a new user would try it.
+"""Tests of the project on a bare Debian 12 and a bare Debian 13, as a new user would try it.
 
-bcc is another release in each (0.26 and 0.31), so this also shows that the BPF sources load with both. The
-kernel is this machine's own. What the demo does there, test_readme.py shows, as a user with sudo.
+They have different releases of bcc (0.26 and 0.31), so the tests also show that the BPF sources load with both. The
+kernel is this machine's. test_readme.py tests the demo there, as a user with sudo.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ pytestmark = [pytest.mark.chroot, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def bare(root: chroot.Root) -> Iterator[chroot.Root]:
-    """A root without Python, bcc and sudo: the shared one, or one of its own where another test came first."""
+    """A root without Python, bcc and sudo: the shared one, or a separate one if another test has installed them."""
     if not (root.has("python3") or root.has("sudo")):
         yield root
     else:
-        with chroot.cloned(root.suite) as made:
-            yield made
+        with chroot.cloned(root.suite) as another:
+            yield another
 
 
-def test_without_sudo_the_demo_says_how_to_become_root(bare: chroot.Root) -> None:
-    clone = "/tmp/clone"  # /root is closed to users
+def test_without_sudo_the_demo_explains_how_to_become_root(bare: chroot.Root) -> None:
+    clone = "/tmp/clone"  # users may not enter /root
     chroot.clone(bare, clone, NOBODY)
     done = bare.run("setpriv", f"--reuid={NOBODY}", "--clear-groups", "make", "demo", cwd=clone)
     assert done.returncode != 0
@@ -61,18 +61,18 @@ def test_install_changes_nothing_the_second_time(installed: chroot.Root) -> None
     assert time.monotonic() - start < 5
 
 
-def test_bpf_sources_load_and_attach(installed: chroot.Root) -> None:
+def test_the_bpf_sources_load_and_attach(installed: chroot.Root) -> None:
     program = (
         "from cwndtrace.capture import bcc, live; kernel = live.Kernel(block=True); "
         "print(bcc.version(), kernel.probes['idle'], *kernel.events); kernel.close()"
     )
-    version, rung, *events = installed.good("/opt/cwndtrace/bin/python", "-P", "-c", program).split()
+    version, probe, *events = installed.good("/opt/cwndtrace/bin/python", "-P", "-c", program).split()
     assert version.startswith(BCC[installed.suite])
-    assert rung != "None"
+    assert probe != "None"
     assert {"cwnd_reset", "block_io"} <= set(events)
 
 
-def test_doctor_finds_a_rung(installed: chroot.Root) -> None:
+def test_doctor_finds_a_probe(installed: chroot.Root) -> None:
     installed.good("cwndtrace", "doctor", "--json")
 
 
@@ -80,11 +80,11 @@ def test_doctor_finds_a_rung(installed: chroot.Root) -> None:
     "CWNDTRACE_NEWCOMER" not in os.environ, reason="runs all tests again: CWNDTRACE_NEWCOMER=1 make test-distributions"
 )
 @pytest.mark.timeout(3600)
-def test_newcomer_runs_the_tests(installed: chroot.Root) -> None:
+def test_the_tests_pass_there(installed: chroot.Root) -> None:
     print(installed.good("make", "test", cwd=chroot.CLONE, timeout=3500))
 
 
-def test_uninstall_takes_it_away(installed: chroot.Root) -> None:
+def test_uninstall_removes_everything(installed: chroot.Root) -> None:
     installed.make("uninstall")
     assert not (installed.path / "opt/cwndtrace").exists()
     assert installed.run("sh", "-c", "command -v cwndtrace").returncode != 0

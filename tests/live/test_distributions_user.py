@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make test`` by a user without root, on a bare Debian 12 in UTF-8 and a bare Debian 13 in latin-1.
+"""Tests of ``make test`` by a user without root, on a bare Debian 12 in UTF-8 and a bare Debian 13 in latin-1.
 
-With CWNDTRACE_NEWCOMER=1 the two swap locales as well.
-
-In roots of their own: what other tests install meanwhile would change what runs here and what is skipped.
+With CWNDTRACE_NEWCOMER=1 each runs in the other's locale too. The roots are separate, because packages that other tests
+install would change which tests run and which are skipped.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ SWAPPED = pytest.mark.skipif(
     pytest.param("bookworm", LATIN, "ISO-8859-1", marks=SWAPPED),
     pytest.param("trixie", "C.UTF-8", "UTF-8", marks=SWAPPED),
 ])  # fmt: skip
-def test_a_user_runs_the_tests(suite: str, locale: str, characters: str) -> None:
+def test_the_unit_tests_pass_for_a_user(suite: str, locale: str, characters: str) -> None:
     chroot.need_tools()
     with chroot.cloned(suite) as root:
-        # What the user can't add: the distribution's packages that a capture needs, Python among them, and a locale.
+        # The user can't install the distribution's packages that a capture needs, such as Python, nor a locale.
         root.good("tools/setup", "packages", "run", cwd=chroot.CLONE)
         if locale == LATIN:
             root.add("locales")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows that fall, or that were due to and didn't, where it isn't a plain send that decides.
+"""Tests of resets, and of expected resets that don't happen, other than by a plain send.
 
-A closed window that opens again, a send that blocks, a retransmission timeout, a window that goes unused, and
-connections that end in between.
+These are a closed window that opens again, a send that blocks, a retransmission timeout, a window that goes unused, and
+connections that end meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.harness.tracing import EMULATED, EXACT, Record, Tracer, check
 pytestmark = pytest.mark.live
 
 
-def test_a_closed_window_that_opens(tracer: Tracer, connect: Connect) -> None:
+def test_a_closed_window_that_opens_is_reset(tracer: Tracer, connect: Connect) -> None:
     connection = connect(read_buffer=200_000)
     connection.grow()
     closed = connection.fill()
@@ -39,9 +39,9 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
     connection.grow()
     connection.fill()
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    # Where it is long until here, the first of these ends idle time.
+    # If the machine is slow, the first of these sends ends idle time.
     with contextlib.suppress(BlockingIOError):
-        # In small pieces: the last one may be as large as it likes.
+        # The pieces are small, because the kernel takes the last one whole, whatever its size.
         while True:
             connection.send(lambda: connection.sock.send(b"x", socket.MSG_DONTWAIT | socket.MSG_EOR))
     counter.settle()
@@ -62,13 +62,13 @@ def test_a_send_that_blocks_is_withdrawn(counter: Tracer, counted_space: tcp.Spa
         assert counter.tally.withdrawn > before
 
 
-def test_data_queued_behind_a_closed_window(tracer: Tracer, connect: Connect) -> None:
-    """Each new buffer is another restart, as long as nothing can be sent."""
+def test_each_send_behind_a_closed_window_is_a_reset(tracer: Tracer, connect: Connect) -> None:
+    """As long as nothing can be sent, each new buffer is another restart."""
     connection = connect(read_buffer=200_000)
     connection.grow(80)
     connection.fill()
     connection.idle(0.25)
-    # One after the other, because each ends its buffer.
+    # MSG_EOR ends the buffer of each send.
     for _ in range(3):
         connection.send(lambda: connection.sock.send(b"x", socket.MSG_EOR))
     assert [s.reason for s in connection.sends[-3:]] == ["idle"] * 3
@@ -76,13 +76,14 @@ def test_data_queued_behind_a_closed_window(tracer: Tracer, connect: Connect) ->
     assert windows == sorted(windows, reverse=True)
     connection.reopen()
     if tracer.probe == "tcp_probe":
-        # Nothing is sent between these falls: it sees where they began and ended, or nothing after a probe's ACK.
+        # Nothing is sent between these falls, so tcp_probe sees only the first and last window, or none after a
+        # window probe's ACK.
         assert all(r["cwnd_before"] in windows for r in tracer.of(connection))
     else:
         check(tracer, connection)
 
 
-def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
+def test_a_window_at_the_initial_window_stays(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
     connections = [connect(counted_space) for _ in range(3)]
     for connection in connections:
         connection.send()
@@ -95,7 +96,7 @@ def test_a_window_at_its_floor(counter: Tracer, counted_space: tcp.Space, connec
         assert connection.sends[-1].before.cwnd == connection.sends[-1].after.cwnd == tcp.INIT_CWND
     assert check(counter, *connections) == 0
     counter.settle()
-    # The tracepoint is silent where the window stays, and tcp_probe only compares windows: they have seen nothing.
+    # The tracepoint fires only if the window falls, and tcp_probe only compares windows, so both count nothing.
     seen = 0 if counter.probe in ("tracepoint", "tcp_probe") else len(connections)
     assert counter.tally.unchanged - before == seen
 
@@ -119,7 +120,7 @@ def test_appending_to_corked_data_is_no_restart(counter: Tracer, counted_space: 
         assert check(counter, connection) == 1
 
 
-def test_a_connection_that_is_aborted_with_data_corked(tracer: Tracer, connect: Connect) -> None:
+def test_a_reset_of_corked_data_is_kept_if_the_connection_is_aborted(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
     connection.idle(tcp.IDLE_S)
@@ -135,8 +136,8 @@ def test_a_connection_that_is_aborted_with_data_corked(tracer: Tracer, connect: 
         assert check(tracer, connection) == 1
 
 
-def test_a_new_connection_in_the_memory_of_an_old_one(tracer: Tracer, connect: Connect) -> None:
-    """Nothing of a connection with a large window may be held against the next one whose socket lies there."""
+def test_a_new_connection_in_the_memory_of_an_old_one_has_no_reset(tracer: Tracer, connect: Connect) -> None:
+    """The state of a connection with a large window must not be taken for that of the next socket at its address."""
     first = [connect() for _ in range(20)]
     for connection in first:
         connection.grow()
@@ -151,7 +152,7 @@ def test_a_new_connection_in_the_memory_of_an_old_one(tracer: Tracer, connect: C
 # ---- retransmission timeouts ------------------------------------------------------------------------------
 
 
-def test_retransmission_timeouts(tracer: Tracer, link: Link, connect: Connect) -> None:
+def test_retransmission_timeouts_are_resets(tracer: Tracer, link: Link, connect: Connect) -> None:
     kinds = [("cubic", 1), ("reno", 1), ("cubic", 20), ("reno", 20)]
     connections = [connect(link.a, to=link.b, address="10.9.0.2", device="cwt0", ca=ca) for ca, _ in kinds]
     for connection in connections:
@@ -159,15 +160,15 @@ def test_retransmission_timeouts(tracer: Tracer, link: Link, connect: Connect) -
     with link.cut():
         timeouts = link.timeouts()
         for connection, (_, segments) in zip(connections, kinds, strict=True):
-            # Where cutting the link took long, this ends idle time: what it leaves is what the timeout takes.
+            # If cutting the link took long, this send ends idle time; the timeout lowers the window that it leaves.
             connection.send(lambda c=connection, n=segments: c.sock.send(bytes(1448 * n)))  # type: ignore[misc]
-        # Not TCP_INFO: a look at a connection would hold its lock, and the timeout would be the looker's.
+        # getsockopt(TCP_INFO) would hold the socket's lock, and the timeout would then run in the calling task.
         until(lambda: link.timeouts() >= timeouts + len(kinds), 20, "the retransmission timeouts")
         afters = [c.info() for c in connections]
     for connection, after in zip(connections, afters, strict=True):
         check_timeout(tracer, connection, connection.sends[-1].after, after)
     for connection in connections:
-        # Getting over it is no reset, and in the end no retransmission is left for the next test to see.
+        # Recovery is no reset. After it, no retransmission is left for the next test to see.
         connection.quiet()
     assert len(timeouts_of(tracer, *connections)) == (len(kinds) if tracer.sees("rto_loss") else 0)
 
@@ -182,7 +183,7 @@ def check_timeout(tracer: Tracer, connection: tcp.Connection, before: tcp.Info, 
         assert not timeouts_of(tracer, connection)
         return
     (record,) = timeouts_of(tracer, connection)
-    # prior_ssthresh, all that the tracepoint shows, is what tcp_current_ssthresh() makes of it.
+    # The tracepoint shows only prior_ssthresh, which comes from tcp_current_ssthresh().
     before_ssthresh = before.ssthresh
     if tracer.probe not in EXACT:
         before_ssthresh = max(before.ssthresh, (before.cwnd >> 1) + (before.cwnd >> 2))
@@ -210,24 +211,26 @@ def check_timeout(tracer: Tracer, connection: tcp.Connection, before: tcp.Info, 
 
 
 @pytest.mark.skipif(
-    EMULATED, reason="a tick is too short for an emulated machine; tests/vm/test_rungs.py has netem for it"
+    EMULATED, reason="a jiffy is too short for an emulated machine; tests/vm/test_probes.py uses netem for this"
 )
-def test_a_rest_of_exactly_the_timeout(tracer: Tracer, connect: Connect) -> None:
-    """It is no restart yet, but long enough for tcp_cwnd_application_limited(): half of what went unused is lost."""
+def test_idle_time_of_exactly_the_rto_costs_half_of_the_unused_window(tracer: Tracer, connect: Connect) -> None:
+    """It is too short for a restart, but long enough for tcp_cwnd_application_limited()."""
     connections = [connect(ca=ca) for ca in ("cubic", "reno")]
     for connection in connections * 3:
         connection.grow(60)
-        connection.until(lambda i: i.last_snd_us >= i.rto_us, "the rest to last that long")
+        connection.until(lambda i: i.last_snd_us >= i.rto_us, "idle time of an RTO")
         connection.send()
     reasons = [s.reason for c in connections for s in c.sends]
     assert "app_limited" in reasons
     check(tracer, *connections)
 
 
-def test_what_is_left_of_a_closed_connection_is_no_snapshot(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
-    """The kernel keeps its ends alone, with no window: a mini socket, in FIN-WAIT-2 and in TIME-WAIT."""
+def test_snapshots_have_no_mini_sockets_of_closed_connections(
+    tracer: Tracer, space: tcp.Space, connect: Connect
+) -> None:
+    """In FIN-WAIT-2 and TIME-WAIT the kernel keeps only a mini socket, which has addresses and no window."""
     tracer.settle()
-    # For no longer than that a mini socket takes over at once.
+    # With a tcp_fin_timeout of 60 s or less, a mini socket replaces the socket at once.
     space.sysctl("net.ipv4.tcp_fin_timeout", "60")
     half, whole, closed = connect(), connect(), connect()
     half.sock.shutdown(socket.SHUT_WR)
@@ -241,16 +244,16 @@ def test_what_is_left_of_a_closed_connection_is_no_snapshot(tracer: Tracer, spac
 
     until(remains, 20, "a mini socket in FIN-WAIT-2")
     rows = [row for row in snapshot(Filters(), 0).to_pylist() if row["netns_ino"] == space.inode]
-    found = {row["sport"]: row for row in rows if row["sport"] in ports and row["dport"] == ports[row["sport"]].dport}
-    assert {(found[c.sport]["state"], found[c.sport]["cwnd"] > 0) for c in (half, whole)} == {
+    by_port = {row["sport"]: row for row in rows if row["sport"] in ports and row["dport"] == ports[row["sport"]].dport}
+    assert {(by_port[c.sport]["state"], by_port[c.sport]["cwnd"] > 0) for c in (half, whole)} == {
         ("FIN-WAIT-2", True),
         ("ESTAB", True),
     }
-    assert closed.sport not in found
+    assert closed.sport not in by_port
     assert all(row["cwnd"] > 0 and row["mss"] > 0 for row in rows)
 
 
 def tcp_state(connection: tcp.Connection) -> str:
-    """As a person knows it."""
+    """Return the state of the sending end by its usual name."""
     raw = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
     return {1: "ESTAB", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2"}.get(raw[0], str(raw[0]))

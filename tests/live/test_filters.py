@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each filter lets through exactly its own: resets as they happen, and the connections of the snapshots.
+"""Tests that each filter passes exactly the resets and the connections in snapshots that it should.
 
-Connections of every kind that a filter tells apart send at the same times, and one tracer for each filter watches.
+Connections of every kind that a filter distinguishes send at the same times, and each filter has a tracer.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.live
 
 SHORT, LONG = 0.45, 0.9
 MIN_IDLE: Final = 0.7
-"""Between the two idle times, in seconds."""
+"""An idle time between SHORT and LONG, in seconds."""
 
 
 @pytest.fixture(scope="module")
 def cgroup() -> Iterator[Path]:
-    """A cgroup below one of the test's own; both are removed."""
+    """A cgroup below another one; both are removed at the end."""
     try:
         outer = cgroups.mount_point() / f"{tcp.PREFIX}{os.getpid()}"
     except NotFound as e:
@@ -54,7 +54,7 @@ def _removed(folder: Path) -> bool:
 
 @dataclass
 class World:
-    """Two namespaces with two links between them, another process, and a connection of each kind by name."""
+    """Two namespaces with two links between them, another process, and a connection of each kind, by name."""
 
     a: tcp.Space
     b: tcp.Space
@@ -67,24 +67,24 @@ class World:
         return list(self.named.values())
 
     def names(self, keys: list[Any]) -> list[str]:
-        """The names of the connections with these keys."""
+        """Return the names of the connections with these keys, in order."""
         by_key = {c.key: name for name, c in self.named.items()}
         return sorted(by_key[k] for k in keys if k in by_key)
 
 
 @pytest.fixture(scope="module")
 def world(tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain, cgroup: Path) -> Iterator[World]:
-    # New for each rung: idle time that began before a tracer did is not for it to see.
+    # A new one is made for each probe, because a tracer doesn't see idle time that began before it.
     tracer.settle()
     a, b = make_space(), make_space()
     tcp.join(a, b, "cwt1", ["10.1.0.1/24"], ["10.1.0.2/24"])
     tcp.join(a, b, "cwt2", ["10.2.0.1/24", "fd00:2::1/64"], ["10.2.0.2/24", "fd00:2::2/64"])
-    # The first to cross a new IPv6 link may wait for it, and have a long timeout for that.
+    # The first connection over a new IPv6 link may have to wait, which makes its RTO long.
     tcp.connect(a, drain, to=b, address="fd00:2::2", device="cwt2").close()
     holder = tcp.Holder(a, cgroup)
-    made = World(a, b, holder, cgroup)
+    connected = World(a, b, holder, cgroup)
     try:
-        made.named = {
+        connected.named = {
             "first": tcp.connect(a, drain, to=b, address="10.1.0.2", device="cwt1"),
             "second": tcp.connect(a, drain, to=b, address="10.2.0.2", device="cwt2"),
             "second6": tcp.connect(a, drain, to=b, address="fd00:2::2", device="cwt2", ca="reno"),
@@ -96,18 +96,18 @@ def world(tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain,
             "held": tcp.connect(a, drain, by=holder),
             "closed": tcp.connect(a, drain, by=holder, read_buffer=200_000),
         }
-        yield made
+        yield connected
     finally:
-        for connection in made.all:
+        for connection in connected.all:
             connection.close()
         holder.close()
 
 
 @dataclass(frozen=True)
 class Case:
-    """A filter as it is asked for, and the connections whose resets pass it."""
+    """A filter, as arguments of Tracer, and the names of the connections whose resets pass it."""
 
-    ask: Callable[[World], dict[str, Any]]
+    arguments: Callable[[World], dict[str, Any]]
     names: str
     min_idle: float = 0.0
 
@@ -143,13 +143,15 @@ CASES: Final = {
 
 @pytest.fixture(scope="module")
 def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
-    """The tracer of each case, after every connection has been idle short and long."""
+    """The tracer of each case, after every connection has had a short and a long idle time."""
     with contextlib.ExitStack() as stack:
         tracers = {}
         for name, case in CASES.items():
-            made = stack.enter_context(Tracer(tracer.probe, connections=True, idle_only=True, **case.ask(world)))
-            made.lets = _lets(world, case)
-            tracers[name] = made
+            watcher = stack.enter_context(
+                Tracer(tracer.probe, connections=True, idle_only=True, **case.arguments(world))
+            )
+            watcher.passes = _passes(world, case)
+            tracers[name] = watcher
         for idle in (SHORT, LONG):
             for connection in world.all:
                 connection.grow()
@@ -157,7 +159,7 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
             for connection in world.all:
                 connection.idle(idle)
             for name, connection in world.named.items():
-                # On a slow machine its turn may come about when the filter starts to let it pass: not within that.
+                # On a slow machine a connection may send close to min_idle; it then waits until the case is clear.
                 connection.until(lambda i: not MIN_IDLE - 0.2 < i.last_snd_us / 1e6 < MIN_IDLE + 0.05, "a clear case")
                 if name == "held":
                     connection.send(lambda: world.holder.send(0), world.holder.who)
@@ -171,45 +173,44 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
 
 
 def _close_grown(connection: Connection) -> None:
-    """Close the other end's window with the own one still so large that idle time cuts it."""
+    """Close the peer's window while the sender's window is still so large that idle time resets it."""
     for _ in range(20):
         connection.grow()
         if connection.fill().cwnd > tcp.INIT_CWND:
             return
-        # On a slow machine it had been idle between two sends, and was cut already.
+        # On a slow machine idle time between two sends has reset it already.
         connection.reopen()
-    raise AssertionError(f"the window is always cut before the other one is closed: {connection.info()}")
+    raise AssertionError(f"the window is always reset before the peer's is closed: {connection.info()}")
 
 
-def _lets(world: World, case: Case) -> Callable[[Connection, Send], bool]:
+def _passes(world: World, case: Case) -> Callable[[Connection, Send], bool]:
     passing = {world.named[name].key for name in case.names.split()}
     return lambda c, s: c.key in passing and s.before.last_snd_us >= case.min_idle * 1e6
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_resets(watched: dict[str, Tracer], world: World, name: str) -> None:
+def test_a_filter_passes_its_resets(watched: dict[str, Tracer], world: World, name: str) -> None:
     resets = check(watched[name], *world.all)
     case = CASES[name]
-    # On a slow machine idle time is longer than it was meant to be, and there may be another one.
+    # On a slow machine idle times are longer, and there may be more of them.
     assert resets >= len(case.names.split()) * (1 if case.min_idle else 2)
     assert watched[name].dropped <= 0
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_snapshots(watched: dict[str, Tracer], world: World, name: str) -> None:
-    """The rest of a connection isn't known beforehand, so that min_idle counts for resets only."""
+def test_a_filter_passes_its_connections_in_snapshots(watched: dict[str, Tracer], world: World, name: str) -> None:
+    """min_idle applies only to resets, because a connection's later idle times aren't known in advance."""
     watched[name].settle()
-    found = {key(row) for row in watched[name].snapshots}
-    assert world.names(list(found)) == sorted(CASES[name].names.split())
+    keys = {key(row) for row in watched[name].snapshots}
+    assert world.names(list(keys)) == sorted(CASES[name].names.split())
 
 
-def test_a_reset_that_no_process_made_passes_its_holder(watched: dict[str, Tracer], world: World) -> None:
+def test_a_reset_without_a_task_passes_the_filter_by_process(watched: dict[str, Tracer], world: World) -> None:
     records = watched["pid"].of(world.named["closed"])
     assert [r["tgid"] for r in records].count(tcp.NO_TASK[0]) >= 2
 
 
-def test_what_a_snapshot_says(tracer: Tracer, world: World) -> None:
-    """All of it, against TCP_INFO and /proc."""
+def test_a_snapshot_agrees_with_tcp_info_and_proc(tracer: Tracer, world: World) -> None:
     tracer.settle()
     infos = {name: connection.quiet() for name, connection in world.named.items()}
     cookies = {name: connection.cookie() for name, connection in world.named.items()}
@@ -246,8 +247,8 @@ def test_what_a_snapshot_says(tracer: Tracer, world: World) -> None:
     assert {rows[world.named["mapped"].key]["saddr"]} == {"10.1.0.1"}
 
 
-def test_a_process_that_takes_a_socket_over_later(tracer: Tracer, connect: Connect, world: World) -> None:
-    """Which sockets a process holds is looked up again while it is traced."""
+def test_a_socket_that_a_process_opens_later_is_traced(tracer: Tracer, connect: Connect, world: World) -> None:
+    """The sockets of a traced process are looked up again and again."""
     with Tracer(tracer.probe, idle_only=True, pid=world.holder.pid) as watching:
         late = connect(world.a, by=world.holder)
         for _ in range(6):
@@ -256,6 +257,6 @@ def test_a_process_that_takes_a_socket_over_later(tracer: Tracer, connect: Conne
             late.send()
             if watching.of(late):
                 break
-        # On a slow machine the send that begins to grow it may have ended idle time too.
+        # On a slow machine the first send of grow() may have ended idle time too.
         record = watching.of(late)[-1]
         assert not differences(watching, late, late.sends[-1], record)

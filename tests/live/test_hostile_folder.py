@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Root writes a capture where another user replaces folders and files by symbolic links as fast as it can.
+"""Tests in which root writes a capture where another user keeps replacing folders and files by symbolic links.
 
-Nothing outside the capture may be made, changed, replaced or given away. The attacker is a process of another user.
+Nothing outside of the capture may be created, changed, replaced or given to another user. The attacker is a process of
+another user.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def swap(kind, path, target):
                 pass
 
 def plant(path, target):
-    # A link where a file is about to be written.
+    # Put a link where a file will be written.
     try:
         os.symlink(target, path)
         done["file"] += 1
@@ -84,30 +85,30 @@ print(json.dumps(done), flush=True)
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder with a ``victim`` of root's and a ``home`` of the attacker's."""
+    """A folder with ``victim``, which belongs to root, and ``home``, which belongs to the attacker."""
     need_readable_checkout()
-    made = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
-    made.chmod(0o755)
-    (made / "victim").mkdir()
-    (made / "victim/file").write_text("root's")
-    (made / "home").mkdir()
-    os.chown(made / "home", UID, GID)
+    folder = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    (folder / "victim").mkdir()
+    (folder / "victim/file").write_text("root's")
+    (folder / "home").mkdir()
+    os.chown(folder / "home", UID, GID)
     try:
-        yield made
+        yield folder
     finally:
-        shutil.rmtree(made)
+        shutil.rmtree(folder)
 
 
 def state(folder: Path) -> dict[str, tuple[int, ...]]:
-    """All that could be changed of what isn't the attacker's."""
+    """Return inode, owner, group, mode, size and mtime in ns of a folder and of everything in it."""
     paths = [folder, *(p for p in folder.rglob("*"))]
-    found = {str(p): p.lstat() for p in paths}
-    return {name: (s.st_ino, s.st_uid, s.st_gid, s.st_mode, s.st_size, s.st_mtime_ns) for name, s in found.items()}
+    states = {str(p): p.lstat() for p in paths}
+    return {name: (s.st_ino, s.st_uid, s.st_gid, s.st_mode, s.st_size, s.st_mtime_ns) for name, s in states.items()}
 
 
 @contextmanager
 def attacked(place: Path, capture: Path) -> Iterator[dict[str, int]]:
-    """An attacker at work; what it did is in the dict afterwards."""
+    """Run the attacker meanwhile; the yielded dict has the counts of its actions afterwards."""
     stop = place / "stop"
     command = [sys.executable, "-c", ATTACK, str(capture), str(place / "victim"), ",".join(TABLES), str(stop)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, user=UID, group=GID, extra_groups=[])
@@ -130,7 +131,7 @@ def rows(number: int) -> pa.Table:
 
 
 def write(writer: CaptureWriter, path: Path, victim: Path) -> tuple[int, int, int]:
-    """Write parts for some seconds: parts written, refusals, and how often the path led to the victim."""
+    """Write parts for some seconds; return the counts of parts, refusals, and times that the path led to the victim."""
     written = refused = led = 0
     begin = time.monotonic()
     while (spent := time.monotonic() - begin) < SECONDS or (not led and spent < 20 * SECONDS):
@@ -147,7 +148,7 @@ def write(writer: CaptureWriter, path: Path, victim: Path) -> tuple[int, int, in
 
 
 @pytest.mark.parametrize("user", [None, ATTACKER], ids=["root's capture", "the attacker's own capture"])
-def test_links_in_place_of_folders_and_files(user: privileges.User | None, place: Path) -> None:
+def test_links_in_place_of_folders_and_files_lead_nowhere(user: privileges.User | None, place: Path) -> None:
     victim, path = place / "victim", place / "home/a.cwnd"
     before = state(victim)
     writer = CaptureWriter.create(path, {}, user=user)
@@ -157,9 +158,9 @@ def test_links_in_place_of_folders_and_files(user: privileges.User | None, place
     assert state(victim) == before
     assert (victim / "file").read_text() == "root's"
     assert done["capture"] > 50
-    assert led > 0, "the attacker never got in between"
+    assert led > 0, "the attacker never won the race"
     if user is None:
-        # Inside root's capture the attacker may do nothing, and moving all of it is no hindrance.
+        # The attacker can't change anything inside root's capture, and moving the whole capture does no harm.
         assert refused == 0
         writer.close()
         assert sum(writer.capture().rows(table) for table in TABLES) == written
@@ -169,31 +170,31 @@ def test_links_in_place_of_folders_and_files(user: privileges.User | None, place
         assert with_owner == {UID}
 
 
-def test_where_the_capture_is_made(place: Path) -> None:
-    """The folder above it becomes a link while captures are made: they land in it or nowhere."""
+def test_captures_are_made_in_the_given_folder_or_nowhere(place: Path) -> None:
+    """The folder above becomes a link while captures are made."""
     victim, folder = place / "victim", place / "home/folder"
     folder.mkdir()
     os.chown(folder, UID, GID)
     before = state(victim)
-    made = refused = 0
+    created = refused = 0
     reasons = set[str]()
     with attacked(place, folder) as done:
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             try:
-                CaptureWriter.create(folder / f"{made}.cwnd", {}).close()
-                made += 1
+                CaptureWriter.create(folder / f"{created}.cwnd", {}).close()
+                created += 1
             except CaptureError as e:
                 refused += 1
                 reasons.add(e.cause.split(".cwnd ")[-1])
-    print(f"{made} captures made, {refused} refused, attacker: {done}, {reasons}")
+    print(f"{created} captures made, {refused} refused, attacker: {done}, {reasons}")
     assert state(victim) == before
-    assert (made > 0, refused > 0) == (True, True)
+    assert (created > 0, refused > 0) == (True, True)
     assert any("symbolic link" in reason for reason in reasons), reasons
-    assert sum(1 for _ in (place / "home").rglob("meta.json")) == made
+    assert sum(1 for _ in (place / "home").rglob("meta.json")) == created
 
 
-def test_a_link_of_roots_is_followed_and_a_strangers_is_not(place: Path) -> None:
+def test_a_link_of_roots_is_followed_and_an_untrusted_one_is_not(place: Path) -> None:
     (place / "rooted").symlink_to(place / "victim")
     (place / "home/planted").symlink_to(place / "victim")
     os.lchown(place / "home/planted", UID, GID)
@@ -202,13 +203,13 @@ def test_a_link_of_roots_is_followed_and_a_strangers_is_not(place: Path) -> None
     with pytest.raises(CaptureError, match=f"a symbolic link in the path belongs to user {UID}") as caught:
         CaptureWriter.create(place / "home/planted/b.cwnd", {})
     assert "-o" in caught.value.remedy
-    # Whose link it is may follow it with their own rights, which don't reach there: root then makes nothing.
+    # With the rights of the link's owner the link can't be followed, so root makes nothing.
     with pytest.raises(CaptureError):
         CaptureWriter.create(place / "home/planted/b.cwnd", {}, user=ATTACKER)
     assert not (place / "victim/b.cwnd").exists()
 
 
-def test_acting_as_somebody_is_this_threads_alone(place: Path) -> None:
+def test_only_the_calling_thread_acts_as_the_user(place: Path) -> None:
     entered, leave, seen = threading.Event(), threading.Event(), list[int]()
 
     def act() -> None:
@@ -231,7 +232,7 @@ def test_acting_as_somebody_is_this_threads_alone(place: Path) -> None:
     assert (owners, seen) == ({"mine": UID, "others": 0, "roots": 0}, [0])
     with privileges.acting_as(ATTACKER), pytest.raises(PermissionError):
         (place / "victim/x").touch()
-    # By which run finds out whether it can go on as somebody: an installation may be root's alone.
+    # run uses this to find out whether it can continue as the user, who may not be able to read the installation.
     open_, closed = place / "victim/file", place / "closed"
     closed.touch(mode=0o600)
     assert privileges.unreadable(ATTACKER, [open_, place / "home/mine"]) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is traced makes more than a filter holds, takes it away as it is looked at, or hides where it is."""
+"""Tests of processes and cgroups with more members than a filter holds, with changing members, or hidden ones."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tests.harness.tcp import Connect
 pytestmark = pytest.mark.live
 
 ROOM: Final = 16_384
-"""In the kernel's map of cgroups."""
+"""The size of the map of cgroups in the kernel."""
 SOCKETS: Final = 65_536
-"""In that of a process's sockets."""
+"""The size of the map of a process's sockets."""
 
 
 def remove(folder: Path) -> None:
-    """Remove a cgroup and all below it, however deep; its processes have ended."""
+    """Remove a cgroup without processes, and all cgroups below it, however deep."""
     at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in [entry.name for entry in os.scandir(at) if entry.is_dir(follow_symlinks=False)]:
@@ -71,7 +71,7 @@ def cgroup() -> Iterator[Path]:
         remove(folder)
 
 
-def test_a_cgroup_by_its_names(cgroup: Path) -> None:
+def test_a_cgroup_is_found_by_each_form_of_its_name(cgroup: Path) -> None:
     inner = cgroup / "nginx.service"
     inner.mkdir()
     relative = inner.relative_to(cgroups.mount_point())
@@ -83,7 +83,7 @@ def test_a_cgroup_by_its_names(cgroup: Path) -> None:
     assert str(cgroups.mount_point()) in caught.value.remedy
 
 
-def test_cgroups_that_vanish_as_they_are_looked_at(cgroup: Path) -> None:
+def test_cgroups_that_vanish_meanwhile_do_no_harm(cgroup: Path) -> None:
     stopped = threading.Event()
     rounds = [0]
 
@@ -99,45 +99,47 @@ def test_cgroups_that_vanish_as_they_are_looked_at(cgroup: Path) -> None:
     thread = threading.Thread(target=churn)
     thread.start()
     try:
-        looks = 0
+        reads = 0
         deadline = time.monotonic() + 60
-        while (rounds[0] < 20 or looks < 200) and time.monotonic() < deadline:
-            found, unseen = cgroups.ids(cgroup)
-            assert cgroup.stat().st_ino in found
+        while (rounds[0] < 20 or reads < 200) and time.monotonic() < deadline:
+            ids, unseen = cgroups.ids(cgroup)
+            assert cgroup.stat().st_ino in ids
             assert unseen == 0
-            looks += 1
+            reads += 1
     finally:
         stopped.set()
         thread.join()
     assert rounds[0] >= 20
-    assert looks >= 200
+    assert reads >= 200
 
 
-def test_cgroups_deeper_than_python_recurses(cgroup: Path) -> None:
+def test_cgroups_deeper_than_the_recursion_limit_are_found(cgroup: Path) -> None:
     depth = sys.getrecursionlimit() + 200
-    folder, made = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY), 0
+    folder, levels = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY), 0
     try:
         for _ in range(depth):
             try:
                 os.mkdir("d", dir_fd=folder)
             except OSError:
                 break
-            made += 1
+            levels += 1
             below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
             os.close(folder)
             folder = below
-        found, unseen = cgroups.ids(cgroup)
-        assert made == depth
-        assert (len(found), unseen) == (depth + 1, 0)
+        ids, unseen = cgroups.ids(cgroup)
+        assert levels == depth
+        assert (len(ids), unseen) == (depth + 1, 0)
     finally:
         os.close(folder)
-        # From below, because a path that long may have no name.
-        for level in range(made, 0, -1):
+        # Only an empty cgroup can be removed, so the deepest comes first.
+        for level in range(levels, 0, -1):
             (cgroup / "/".join(["d"] * level)).rmdir()
 
 
-def test_more_cgroups_than_the_filter_holds(cgroup: Path, space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
-    """It is said, in the capture too, and the trace goes on with those that there is room for."""
+def test_more_cgroups_than_the_filter_holds_are_reported(
+    cgroup: Path, space: tcp.Space, connect: Connect, tmp_path: Path
+) -> None:
+    """The trace goes on with the cgroups for which there is room, and the capture has the number of the others."""
     holder = tcp.Holder(space, cgroup)
     try:
         connection = connect(by=holder)
@@ -146,11 +148,11 @@ def test_more_cgroups_than_the_filter_holds(cgroup: Path, space: tcp.Space, conn
                 (cgroup / str(number)).mkdir()
             run.wait_for(re.compile(r"^warning: at least [\d,]+ requested cgroups aren't traced"), LONG_S)
             send_after_idle(connection)
-            code, _, said = run.end()
+            code, _, stderr = run.end()
     finally:
         holder.close()
-    assert code == 0, said
-    assert said.count("aren't traced") == 1
+    assert code == 0, stderr
+    assert stderr.count("aren't traced") == 1
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     assert trace.status == "complete"
     assert len(trace.resets) >= 1
@@ -170,7 +172,7 @@ sys.stdin.read()
 """
 
 
-def test_more_sockets_than_the_filter_holds(tmp_path: Path) -> None:
+def test_more_sockets_than_the_filter_holds_are_reported(tmp_path: Path) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < SOCKETS + 400:
         pytest.skip(f"a process may open {most} files at once: ulimit -Hn {SOCKETS + 400}, as root")
@@ -182,17 +184,17 @@ def test_more_sockets_than_the_filter_holds(tmp_path: Path) -> None:
         assert holder.stdout.readline() == "made\n"
         with running("-p", str(holder.pid), "--no-block", "-o", tmp_path / "a.cwnd") as run:
             run.wait_for(re.compile(r"^warning: at least 300 requested sockets aren't traced"), LONG_S)
-            code, _, said = run.end(signal.SIGINT)
+            code, _, stderr = run.end(signal.SIGINT)
     finally:
         holder.kill()
         holder.communicate()
-    assert code == 0, said
+    assert code == 0, stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     assert (trace.status, trace.left_out) == ("complete", {"sockets": 300})
 
 
 class Crowded(Helper):
-    """As if the process that is traced held the sockets ``inodes``: no limit of open files is in the way."""
+    """A helper that reports the sockets ``inodes`` for the traced process, without a limit of open files."""
 
     inodes = frozenset(range(1, SOCKETS + 301))
 
@@ -200,28 +202,28 @@ class Crowded(Helper):
         return set(self.inodes)
 
 
-def test_sockets_come_and_go_in_a_full_filter() -> None:
+def test_a_full_filter_takes_new_sockets_for_closed_ones() -> None:
     filters = Filters(pid=os.getpid())
-    look = Crowded(filters)
-    kernel = Kernel(filters, block=False, reasons=("idle",), helper=look)
+    helper = Crowded(filters)
+    kernel = Kernel(filters, block=False, reasons=("idle",), helper=helper)
     try:
         assert kernel.counts().left_out == {"sockets": 300}
         first, *_ = kernel._resets
         held = {int.from_bytes(key, "little") for key in bpf_syscall.keys(first._maps["pid_sockets"][0], 8)}
         assert held == set(range(1, SOCKETS + 1))
-        look.inodes = frozenset(range(SOCKETS, SOCKETS + 1000))
+        helper.inodes = frozenset(range(SOCKETS, SOCKETS + 1000))
         kernel._refresh_sets()
         held = {int.from_bytes(key, "little") for key in bpf_syscall.keys(first._maps["pid_sockets"][0], 8)}
-        assert held == set(look.inodes)
+        assert held == set(helper.inodes)
         assert kernel.counts().left_out == {"sockets": 300}
     finally:
         kernel.close()
 
 
-def test_a_cgroup_under_ip_netns_exec(
+def test_a_cgroup_is_found_under_ip_netns_exec(
     cgroup: Path, make_space: Callable[[], tcp.Space], drain: tcp.Drain, tmp_path: Path
 ) -> None:
-    """It puts another /sys in place, with no cgroups in it."""
+    """ip netns exec mounts another /sys, which has no cgroups."""
     space = make_space()
     holder = tcp.Holder(space, cgroup)
     try:
@@ -229,11 +231,11 @@ def test_a_cgroup_under_ip_netns_exec(
         name = str(cgroup.relative_to(cgroups.mount_point()))
         with running("-c", name, "--no-block", "-o", tmp_path / "a.cwnd", before=within(space)) as run:
             send_after_idle(connection)
-            code, _, said = run.end()
+            code, _, stderr = run.end()
         connection.close()
     finally:
         holder.close()
-    assert code == 0, said
+    assert code == 0, stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     assert len(trace.resets) >= 1
     assert trace.meta["filters"]["cgroup"] == f"/{name}"
@@ -242,18 +244,20 @@ def test_a_cgroup_under_ip_netns_exec(
     assert "no cgroup nothing" in done.stderr
 
 
-def test_which_namespace_a_pid_is_in_is_said(make_space: Callable[[], tcp.Space], cgroup: Path, tmp_path: Path) -> None:
+def test_the_header_names_the_namespace_of_a_pid(
+    make_space: Callable[[], tcp.Space], cgroup: Path, tmp_path: Path
+) -> None:
     space = make_space()
     holder = tcp.Holder(space, cgroup)
     pid = holder.pid
     try:
         with running("-n", str(pid), "-P", "443", "--no-block", "-o", tmp_path / "a.cwnd") as run:
-            code, _, said = run.end()
+            code, _, stderr = run.end()
     finally:
         holder.close()
-    assert code == 0, said
-    comm = said.partition("in network namespace ")[2].partition("[")[0]
-    assert f"Tracing port 443 in network namespace {comm}[{pid}] (inode {space.inode}): " in said
+    assert code == 0, stderr
+    comm = stderr.partition("in network namespace ")[2].partition("[")[0]
+    assert f"Tracing port 443 in network namespace {comm}[{pid}] (inode {space.inode}): " in stderr
     assert comm
     named = cwndtrace.load(tmp_path / "a.cwnd").meta["filters"]
     assert (named["netns"], named["netns_name"]) == (space.inode, f"{comm}[{pid}]")

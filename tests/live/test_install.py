@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make install` refuses, and how soon: places that it can't use, folders that it didn't make, no network.
+"""Tests of what `make install` refuses: unusable paths, folders that it didn't make, and a missing network.
 
-What it does where all is well, test_distributions.py shows in bare roots.
+test_distributions.py tests successful installations in bare roots.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.live
 
-# A route that leads nowhere: what is sent is lost, and nothing says so.
+# Packets over this route are lost without an error.
 BLACK_HOLE = """
 ip link add here type veth peer name there
 ip address add 192.0.2.1/24 dev here
@@ -34,8 +34,8 @@ NO_ANSWER = ("unshare", "--net", "sh", "-ec", BLACK_HOLE, "sh")
 def make(
     goal: str, prefix: str | Path, bindir: str | Path, before: tuple[str, ...] = NO_ROUTE, *more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Without a network, so that nothing is ever really installed."""
-    # Not this machine's own settings of pip, which may name an index on its disk.
+    """Run a make goal, by default without a network, so nothing can be installed."""
+    # This machine's pip settings are ignored, because they may name an index on its disk.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     env["PIP_CONFIG_FILE"] = os.devnull
     env["LC_ALL"] = "C.UTF-8"
@@ -51,7 +51,7 @@ def make(
 
 @pytest.fixture(autouse=True)
 def logs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the set-up keeps of a step that failed goes with the test's own folders."""
+    """Let the set-up write the logs of failed steps into a folder of the test."""
     monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("logs")))
 
 
@@ -62,7 +62,7 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("goal", ["install", "uninstall", "demo"])
 @pytest.mark.parametrize("name", ["relp", "./relp", "two words", "-rf", "", "/tmp/a\nb", "it's relative"])
-def test_a_place_that_depends_on_the_folder_or_has_a_line_break(tmp_path: Path, goal: str, name: str) -> None:
+def test_a_relative_path_or_one_with_a_line_break_is_refused(tmp_path: Path, goal: str, name: str) -> None:
     for prefix, bindir in ((name, str(tmp_path / "bin")), (str(tmp_path / "prefix"), name)):
         done = make(goal, prefix, bindir)
         assert done.returncode != 0
@@ -78,13 +78,13 @@ def test_a_place_that_depends_on_the_folder_or_has_a_line_break(tmp_path: Path, 
 
 @pytest.mark.parametrize("name", ["/", "/etc"])
 @pytest.mark.parametrize("goal", ["install", "uninstall"])
-def test_a_folder_that_make_install_did_not_make(places: tuple[Path, Path], goal: str, name: str) -> None:
+def test_a_folder_that_make_install_did_not_make_is_refused(places: tuple[Path, Path], goal: str, name: str) -> None:
     done = make(goal, name, places[1])
     assert done.returncode != 0
     assert "it stays untouched" in done.stdout
 
 
-def test_the_python_in_anothers_environment_never_runs(places: tuple[Path, Path]) -> None:
+def test_the_python_of_another_environment_never_runs(places: tuple[Path, Path]) -> None:
     prefix, bindir = places
     (prefix / "bin").mkdir(parents=True)
     ran = prefix / "ran"
@@ -93,7 +93,7 @@ def test_the_python_in_anothers_environment_never_runs(places: tuple[Path, Path]
     python.chmod(0o755)
     (prefix / "pyvenv.cfg").write_text("home = /usr/bin\n")
     for stamp in (False, True):
-        if stamp:  # one that another user made, to look like root's
+        if stamp:  # another user made it, to look like root's
             (prefix / ".cwndtrace-setup").touch()
             os.chown(prefix, 65534, 65534)
         before = sorted(prefix.rglob("*"))
@@ -107,7 +107,7 @@ def test_the_python_in_anothers_environment_never_runs(places: tuple[Path, Path]
 
 @pytest.mark.parametrize("before", [NO_ROUTE, NO_ANSWER], ids=["no route", "no answer"])
 def test_without_a_network_it_ends_within_15_s(places: tuple[Path, Path], before: tuple[str, ...]) -> None:
-    # Ahead of all else that runs here, because the bound is meant for a machine that isn't busy.
+    # It runs at real-time priority, because the limit is meant for a machine that isn't busy.
     begin = time.monotonic()
     done = make("install", *places, before=("chrt", "--rr", "1", *before))
     assert time.monotonic() - begin < 15
@@ -119,16 +119,16 @@ def test_without_a_network_it_ends_within_15_s(places: tuple[Path, Path], before
 
 
 @pytest.mark.parametrize("name", ["it's", 'a "b', "`touch ran`", "; touch ran", "a b*"])
-def test_no_character_is_the_shells(places: tuple[Path, Path], name: str) -> None:
+def test_no_character_has_a_meaning_in_the_shell(places: tuple[Path, Path], name: str) -> None:
     done = make("install", *places, NO_ROUTE, f"PYTHON={name}")
     assert f"no Python 3.11 or newer with venv is here ({name} is none)." in done.stdout
-    # What isn't "no" asks the package manager, which has no network here.
+    # With any value but "no", make asks the package manager, which has no network here.
     assert "unexpected EOF" not in make("uninstall", *places, NO_ROUTE, f"PACKAGES={name}").stdout
     assert not (ROOT / "ran").exists()
     assert not any(place.exists() for place in places)
 
 
-# In folders of its own; the last line says what is left in them.
+# Each folder is a separate tmpfs; the last line of the output lists their contents.
 INSTALLED = """
 mount -t tmpfs none /opt
 mount -t tmpfs none /var/cache
@@ -146,13 +146,13 @@ echo left: /opt/* /var/cache/cwndtrace/*
         ("/opt/cwndtrace", "/opt/other /var/cache/cwndtrace/kernels"),
     ],
 )
-def test_uninstall_takes_its_own_alone(tmp_path: Path, prefix: str, left: str) -> None:
+def test_uninstall_removes_only_its_own_files(tmp_path: Path, prefix: str, left: str) -> None:
     done = make("uninstall", prefix, tmp_path / "bin", ("unshare", "--mount", "sh", "-ec", INSTALLED, "sh"))
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1] == f"left: {left}"
 
 
-def test_help_says_whose_code_runs() -> None:
+def test_help_warns_that_root_runs_this_checkouts_code() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("make install "))
     assert "runs this checkout's code as root" in line

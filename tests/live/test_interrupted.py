@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace that is cut short: killed, told to end in every way, or with nobody left to read what it prints."""
+"""Tests of traces that end early: by SIGKILL, by each signal, without a reader of the output, and on a failing disk."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ SECOND = 1_000_000_000
 
 
 def waited_ns(pid: int) -> int:
-    """How long a process's threads have waited for a CPU so far: what this machine owes it."""
+    """Return the time for which a process's threads have waited for a CPU so far, in ns."""
     total = 0
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # The thread ended meanwhile.
             total += int((thread / "schedstat").read_text().split()[1])
     return total
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    """SIGKILL under load loses no row that is a second old, and nothing that is there is unreadable.
+def test_a_trace_killed_at_random_moments_loses_only_the_last_second(
+    connect: Connect, space: tcp.Space, tmp_path: Path
+) -> None:
+    """SIGKILL under load loses no row that is a second old, and leaves no unreadable part.
 
-    For as long as the trace waited for a CPU it could save nothing: that comes on top of the second.
+    While the trace waits for a CPU it can't save rows, so that time is added to the second.
     """
     chance, killed = random.Random(8), dict[Path, tuple[int, int, int]]()
     connections = [connect() for _ in range(4)]
@@ -67,8 +69,8 @@ def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: 
                 killed[name] = attached, time.monotonic_ns(), waited_ns(runs[name].pid) - waited[name]
                 runs[name].kill()
                 runs[name].wait()
-    # A security policy may hide the end of a request from every tracer: of these the witness has no row either, and
-    # a tracer counts one only when the request's memory is used again.
+    # A security policy may hide the end of a request from every tracer. The witness has no row of it either. A tracer
+    # counts it only when the request's memory is used again.
     reads, seen, checked, too_old = load.reads, witness.records(disk), [0, 0], dict[str, list[int]]()
     hidden = without_row(seen, disk, reads)
     for name, (attached, end, owed) in killed.items():
@@ -98,7 +100,7 @@ def test_killed_at_random_moments(connect: Connect, space: tcp.Space, tmp_path: 
 
 
 def start(stack: contextlib.ExitStack, *arguments: str | Path) -> subprocess.Popen[str]:
-    """``cwndtrace run``, not waited for; it is gone once the stack is."""
+    """Start ``cwndtrace run`` without waiting; it is killed when the stack is closed."""
     process = subprocess.Popen(
         [*COMMAND, "run", *map(str, arguments)], stdout=subprocess.DEVNULL, env=ENVIRONMENT, text=True
     )
@@ -107,19 +109,19 @@ def start(stack: contextlib.ExitStack, *arguments: str | Path) -> subprocess.Pop
     return process
 
 
-# ---- told to end ---------------------------------------------------------------------------------------
+# ---- signals and closed outputs -------------------------------------------------------------------------
 
 
 ENDS: dict[str, tuple[signal.Signals, ...]] = {
     "term": (signal.SIGTERM,),
     "hup": (signal.SIGHUP,),
     "int": (signal.SIGINT,),
-    # Both wait for the process to run again, so that the second one finds it at work on the first.
+    # The process gets both when it continues, so the second signal comes while it handles the first.
     "int twice": (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT),
 }
 
 
-def test_signals_end_it_cleanly(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_signals_end_a_trace_cleanly(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         runs = {
             name: stack.enter_context(running("-n", space.name, "--no-block", "-o", tmp_path / f"{name}.cwnd"))
@@ -129,17 +131,17 @@ def test_signals_end_it_cleanly(connect: Connect, space: tcp.Space, tmp_path: Pa
         for name, numbers in ENDS.items():
             for number in numbers:
                 runs[name].process.send_signal(number)
-            code, shown, said = runs[name].end(None)
-            assert code == 0, (name, said)
-            assert "The capture is in" in said
-            # Who insists doesn't want to wait for a summary.
-            assert ("kept 1 reset, 0 block I/Os" in shown) == (name != "int twice")
-            assert "Traceback" not in said
+            code, stdout, stderr = runs[name].end(None)
+            assert code == 0, (name, stderr)
+            assert "The capture is in" in stderr
+            # After a second signal there is no summary.
+            assert ("kept 1 reset, 0 block I/Os" in stdout) == (name != "int twice")
+            assert "Traceback" not in stderr
             assert_complete(tmp_path / f"{name}.cwnd", 1)
 
 
-def test_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    """As when ssh is cut: SIGHUP comes, and what is printed from then on fails."""
+def test_a_trace_ends_when_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """As when an ssh connection breaks, SIGHUP comes, and writing to the terminal fails from then on."""
     master, slave = os.openpty()
 
     def lead() -> None:
@@ -165,12 +167,14 @@ def test_the_terminal_hangs_up(connect: Connect, space: tcp.Space, tmp_path: Pat
 
 
 @pytest.mark.parametrize("insist", [False, True])
-def test_the_terminal_is_stopped(connect: Connect, space: tcp.Space, tmp_path: Path, insist: bool) -> None:
-    """As by Ctrl-S: resets are saved although none can be printed, and the end waits only for who doesn't insist."""
+def test_a_trace_goes_on_while_the_terminal_is_stopped(
+    connect: Connect, space: tcp.Space, tmp_path: Path, insist: bool
+) -> None:
+    """Ctrl-S stops a terminal. Resets are saved although none can be printed; a second signal ends the wait for it."""
     path = tmp_path / "a.cwnd"
     master, slave = os.openpty()
     command = [*COMMAND, "run", "-n", space.name, "--no-block", "-o", str(path)]
-    shown = b""
+    output = b""
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
         try:
             read_until(master, rb"waiting for idle time")
@@ -182,18 +186,18 @@ def test_the_terminal_is_stopped(connect: Connect, space: tcp.Space, tmp_path: P
             tcp.until(lambda: cwndtrace.load(path).status == "complete", 20, "the end")
             assert process.poll() is None
             if insist:
-                # Another one: the same within a second would count as the first.
+                # This is another signal, because the same one within a second would count as the first.
                 process.send_signal(signal.SIGTERM)
             else:
                 termios.tcflow(slave, termios.TCOON)
-                shown = read_until(master, rb"These commands read it")
+                output = read_until(master, rb"These commands read it")
             assert process.wait(20) == 0
         finally:
             process.kill()
             os.close(master)
             os.close(slave)
-    assert len(re.findall(rb"\d+ -> \d+", shown)) == (0 if insist else 3)
-    assert (b"kept 3 resets" in shown) != insist
+    assert len(re.findall(rb"\d+ -> \d+", output)) == (0 if insist else 3)
+    assert (b"kept 3 resets" in output) != insist
     assert_complete(path, 3)
 
 
@@ -204,8 +208,8 @@ time.sleep(1000)
 """
 
 
-def test_the_parent_is_killed(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    """Nobody reads any more, and nothing is printed that would show it."""
+def test_a_trace_ends_when_its_parent_is_killed(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """No process reads the output any more, and the trace prints nothing that would fail."""
     path = tmp_path / "a.cwnd"
     command = [*COMMAND, "run", "-n", space.name, "--no-block", "-o", str(path)]
     with subprocess.Popen(
@@ -221,19 +225,19 @@ def test_the_parent_is_killed(connect: Connect, space: tcp.Space, tmp_path: Path
     assert_complete(path, 1)
 
 
-def test_what_is_printed_finds_no_room(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_full_disk_for_stdout_is_reported(space: tcp.Space, tmp_path: Path) -> None:
     with (
         Path("/dev/full").open("w") as full,
         running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=full.fileno()) as run,
     ):
-        code, _, said = run.end(None)
+        code, _, stderr = run.end(None)
     assert code == 1
-    assert said.count("the output can't be written: No space left on device") == 1
-    assert "Traceback" not in said
+    assert stderr.count("the output can't be written: No space left on device") == 1
+    assert "Traceback" not in stderr
     assert_complete(tmp_path / "a.cwnd", 0)
 
 
-def test_stderr_is_closed(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_trace_runs_when_stderr_is_closed(space: tcp.Space, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     command = [*COMMAND, "run", "-n", space.name, "--no-block", "-d", "1s", "-o", str(tmp_path / "a.cwnd")]
     os.close(reader)
@@ -244,15 +248,15 @@ def test_stderr_is_closed(space: tcp.Space, tmp_path: Path) -> None:
     assert_complete(tmp_path / "a.cwnd", 0)
 
 
-def test_nothing_to_print_to(space: tcp.Space, tmp_path: Path) -> None:
-    """Descriptors that are closed from the start: what is printed must not go into the capture's files."""
+def test_a_trace_runs_when_all_standard_descriptors_are_closed(space: tcp.Space, tmp_path: Path) -> None:
+    """Output must not go into the capture's files, which may get these descriptors."""
     closed = ("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')
     done = call("run", "-n", space.name, "--no-block", "-d", "1s", "-o", tmp_path / "a.cwnd", before=closed)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert_complete(tmp_path / "a.cwnd", 0)
 
 
-# ---- a disk that refuses -------------------------------------------------------------------------------
+# ---- a disk that fails -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -265,8 +269,8 @@ def small_disk(path: Path) -> Iterator[Path]:
         tcp.run("umount", "-l", str(path))
 
 
-def test_a_disk_that_becomes_read_only(space: tcp.Space, tmp_path: Path) -> None:
-    """One trace waits until it may write again, the other one stops; what was written stays readable."""
+def test_a_disk_that_becomes_read_only_makes_a_trace_wait_or_stop(space: tcp.Space, tmp_path: Path) -> None:
+    """One trace waits until it may write again, the other one stops; the rows so far stay readable."""
     with small_disk(tmp_path / "small") as small, loop() as disk:
         waits, stops = small / "waits.cwnd", small / "stops.cwnd"
         with (
@@ -279,23 +283,23 @@ def test_a_disk_that_becomes_read_only(space: tcp.Space, tmp_path: Path) -> None
             tcp.until(lambda: remount(small, "ro"), 10, "the disk to be read-only")
             disk.read(*range(500))
             one.wait_for(re.compile("Read-only file system"), 20)
-            code, _, said = two.end(None)
+            code, _, stderr = two.end(None)
             assert code == 1
-            assert "Read-only file system" in said
-            assert "Traceback" not in said
+            assert "Read-only file system" in stderr
+            assert "Traceback" not in stderr
             assert block_io_rows(stops) >= 100
             assert one.process.poll() is None
             assert remount(small, "rw")
             tcp.until(lambda: block_io_rows(waits) >= 600, 20, "the rows that waited")
-            code, _, said = one.end()
-        assert (code, said.count("Read-only file system")) == (0, 1)
+            code, _, stderr = one.end()
+        assert (code, stderr.count("Read-only file system")) == (0, 1)
         trace = cwndtrace.load(waits)
         assert (trace.status, trace.warnings) == ("complete", [])
         assert len(trace.block_io) == trace.meta["counts"]["block_io"]["kept"]
 
 
 def remount(path: Path, how: str) -> bool:
-    """Whether it could be: a part that is being written stands in the way."""
+    """Return true if remounting succeeded; it fails while a part is being written."""
     return (
         subprocess.run(["mount", "-o", f"remount,{how}", str(path)], check=False, capture_output=True).returncode == 0
     )
@@ -303,7 +307,7 @@ def remount(path: Path, how: str) -> bool:
 
 @contextlib.contextmanager
 def hanging(path: Path) -> Iterator[None]:
-    """Nothing can be written to this file system, and who tries has to wait."""
+    """Freeze a file system meanwhile, so that every write to it blocks."""
     tcp.run("fsfreeze", "--freeze", str(path))
     try:
         yield
@@ -312,13 +316,13 @@ def hanging(path: Path) -> Iterator[None]:
 
 
 def waits_for_a_disk(pid: int) -> bool:
-    """Whether a thread of the process does."""
+    """Return true if a thread of the process is in uninterruptible sleep."""
     stats = Path(f"/proc/{pid}/task").glob("*/stat")
     return any(stat.read_text().rpartition(")")[2].split()[0] == "D" for stat in stats)
 
 
-def test_a_disk_that_hangs(tmp_path: Path) -> None:
-    """Only the thread that writes waits with it; what comes meanwhile is kept or counted, and all ends well."""
+def test_a_disk_that_hangs_blocks_only_the_writing_thread(tmp_path: Path) -> None:
+    """Records that come meanwhile are kept or counted, and the trace ends cleanly afterwards."""
     reads = 140_000
     with (
         loop() as slow,
@@ -332,8 +336,8 @@ def test_a_disk_that_hangs(tmp_path: Path) -> None:
                 go(child)
             tcp.until(lambda: waits_for_a_disk(run.process.pid), 20, "the trace to wait for the disk")
             run.process.send_signal(signal.SIGINT)
-        code, _, said = run.end(None)
-        assert (code, "Traceback" in said) == (0, False), said
+        code, _, stderr = run.end(None)
+        assert (code, "Traceback" in stderr) == (0, False), stderr
         trace = cwndtrace.load(folder / "a.cwnd")
         counts = trace.meta["counts"]["block_io"]
         print(f"{reads} reads while the disk hung: {counts}")
@@ -342,7 +346,7 @@ def test_a_disk_that_hangs(tmp_path: Path) -> None:
         assert counts["kept"] + counts["lost"] == reads
 
 
-def test_the_folder_is_removed(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_trace_fails_when_its_folder_is_removed(space: tcp.Space, tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with loop() as disk, running("-n", space.name, "-o", path) as run:
         disk.read(*range(100))
@@ -351,10 +355,10 @@ def test_the_folder_is_removed(space: tcp.Space, tmp_path: Path) -> None:
         disk.read(*range(100))
         run.wait_for(re.compile("No such file or directory"), 20)
         assert run.process.poll() is None
-        code, shown, said = run.end()
+        code, stdout, stderr = run.end()
     assert code == 1
-    assert re.search(r"cwndtrace: [\d,]+ rows of \w+.* never reached .*a\.cwnd: No such file or directory", said)
-    # Once when it was found, and once for what is lost by it.
-    assert said.count("No such file or directory") == 2
-    assert "Traceback" not in said + shown
+    assert re.search(r"cwndtrace: [\d,]+ rows of \w+.* never reached .*a\.cwnd: No such file or directory", stderr)
+    # The error is reported once when it occurs, and once at the end, with the lost rows.
+    assert stderr.count("No such file or directory") == 2
+    assert "Traceback" not in stderr + stdout
     assert not path.exists()

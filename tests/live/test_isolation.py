@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the current folder, a home and the environment hold is neither run nor read: by no command, by no child of one.
+"""Tests that no command, and no child of one, runs or reads files that others put into a folder or the environment.
 
-The kernel itself says (inotify) whether any of the planted files was opened.
+The files are planted in the current folder, a home, and folders that variables name. The kernel reports by inotify
+whether any of them was opened.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Opened:
-    """Files that are watched, and which of them somebody opened."""
+    """Watched files, and those of them that a process has opened."""
 
     def __init__(self) -> None:
         self.fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -45,19 +46,19 @@ class Opened:
         self._names[number] = str(file)
 
     def take(self) -> set[str]:
-        """Those that were opened since the last call."""
-        found = set()
+        """Return the files that were opened since the last call."""
+        names = set()
         while select.select([self.fd], [], [], 0)[0]:
             data = os.read(self.fd, 65536)
             while data:
                 number, length = int.from_bytes(data[:4], sys.byteorder), int.from_bytes(data[12:16], sys.byteorder)
-                found.add(self._names[number])
+                names.add(self._names[number])
                 data = data[16 + length :]
-        return found
+        return names
 
 
 class Planted:
-    """Folders of somebody else's, with what Python, matplotlib and a search for commands would take from there."""
+    """Folders with files that Python, matplotlib, a compiler and a search of PATH would use."""
 
     def __init__(self, root: Path) -> None:
         self.opened = Opened()
@@ -93,7 +94,7 @@ class Planted:
         self.opened.watch(file)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run it to its end from the planted folder; nothing that is planted was opened."""
+        """Run a command to its end in the planted folder, and assert that it opened no planted file."""
         self.opened.take()
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=200
@@ -104,12 +105,12 @@ class Planted:
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Iterator[Planted]:
-    made = Planted(tmp_path)
-    yield made
-    os.close(made.opened.fd)
+    folders = Planted(tmp_path)
+    yield folders
+    os.close(folders.opened.fd)
 
 
-def test_the_watch_sees_what_an_open_python_reads(planted: Planted) -> None:
+def test_the_watch_sees_what_a_python_without_isolation_reads(planted: Planted) -> None:
     def read(code: str) -> set[str]:
         planted.opened.take()
         command = [sys.executable, "-c", code]
@@ -157,7 +158,7 @@ def test_serve_reads_nothing_that_is_planted(planted: Planted) -> None:
     ) as server:
         try:
             assert server.stdout is not None
-            assert select.select([server.stdout], [], [], 30)[0], "it never said that it listens"
+            assert select.select([server.stdout], [], [], 30)[0], "serve never reported that it listens"
             assert re.match(rb"Listening on 127\.0\.0\.1 ", server.stdout.readline())
         finally:
             server.terminate()

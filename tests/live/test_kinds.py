@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that begin, are addressed or are named in unusual ways: right, or not covered and said so."""
+"""Tests of unusual connections: their records are right, or docs/kernels.md says that they aren't covered."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ TLS_1_2 = 0x0303
 AES_GCM_128 = 51
 FAST_OPEN_BOTH = 0x003
 REUSE = 0x400
-"""Of net.ipv4.tcp_fastopen: a server without setsockopt()."""
+"""A flag of net.ipv4.tcp_fastopen, for servers that don't set TCP_FASTOPEN."""
 
 
 class Maker:
-    """Makes the sending end as ``how`` does, in a namespace."""
+    """A maker of connections in a namespace, for tcp.connect; ``how`` connects the socket."""
 
     cgroup_id = tcp.own_cgroup()
 
@@ -43,7 +43,7 @@ class Maker:
         self._space, self._how, self._kind = space, how, kind
 
     def connect(self, address: str, port: int, *_: object) -> socket.socket:
-        """A cubic connection to an IPv4 address."""
+        """Return a cubic connection to an IPv4 address."""
         sock: socket.socket = self._space.enter(lambda: socket.socket(proto=self._kind))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -51,15 +51,17 @@ class Maker:
         return sock
 
 
-def test_fast_open(tracer: Tracer, make_space: Callable[[], tcp.Space], connect: Connect) -> None:
-    """Data goes with the SYN, before there is a connection."""
+def test_resets_after_a_fast_open_are_right(
+    tracer: Tracer, make_space: Callable[[], tcp.Space], connect: Connect
+) -> None:
+    """The SYN carries data, before the connection exists."""
     space = make_space()
     space.sysctl("net.ipv4.tcp_fastopen", str(FAST_OPEN_BOTH | REUSE))
 
     def fast(sock: socket.socket, to: tuple[str, int]) -> None:
         sock.sendto(b"x" * 500, socket.MSG_FASTOPEN, to)
 
-    # The first one fetches a cookie, the second one uses it.
+    # The first connection gets a cookie, the second one uses it.
     for connection in [connect(space, by=Maker(space, fast)) for _ in range(2)]:
         connection.grow()
         connection.idle(tcp.IDLE_S)
@@ -77,8 +79,8 @@ def fast_opens(space: tcp.Space) -> int:
     return int(space.enter(read))
 
 
-def test_a_syn_that_is_sent_again(tracer: Tracer, link: Link, connect: Connect) -> None:
-    """Its timeout lowers the window to 1, and the connection begins with that."""
+def test_resets_after_a_retransmitted_syn_are_right(tracer: Tracer, link: Link, connect: Connect) -> None:
+    """The timeout of the SYN lowers the window to 1, and the connection begins with that."""
     started: list[float] = []
 
     def late(sock: socket.socket, to: tuple[str, int]) -> None:
@@ -108,8 +110,8 @@ def test_a_syn_that_is_sent_again(tracer: Tracer, link: Link, connect: Connect) 
     assert [r["reason"] for r in tracer.of(connection)][len(first) :] == ["idle"]
 
 
-def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> None:
-    """Its scope is the interface: the record has its number."""
+def test_a_reset_over_a_link_local_address_has_its_interface(tracer: Tracer, link: Link, connect: Connect) -> None:
+    """The scope of such an address is the interface, whose number the record has."""
 
     def local(space: tcp.Space) -> str:
         lines = space.ip("-6", "-o", "addr", "show", "dev", "cwt0", "scope", "link").splitlines()
@@ -121,17 +123,17 @@ def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> N
     there = link.b.index("cwt0")
 
     def listen() -> socket.socket:
-        made = socket.socket(socket.AF_INET6)
-        made.bind((address, 0, 0, there))
-        made.listen()
-        return made
+        sock = socket.socket(socket.AF_INET6)
+        sock.bind((address, 0, 0, there))
+        sock.listen()
+        return sock
 
     def call(port: int) -> socket.socket:
-        made = socket.socket(socket.AF_INET6)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.connect((address, port, 0, index))
-        return made
+        sock = socket.socket(socket.AF_INET6)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.connect((address, port, 0, index))
+        return sock
 
     shared = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
     with link.b.enter(listen) as listener:
@@ -153,14 +155,14 @@ def test_a_link_local_address(tracer: Tracer, link: Link, connect: Connect) -> N
         connection.close()
 
 
-def test_tls_in_the_kernel(tracer: Tracer, connect: Connect) -> None:
-    """What the kernel encrypts takes another way to the socket, and the same one from there."""
+def test_resets_with_tls_in_the_kernel_are_right(tracer: Tracer, connect: Connect) -> None:
+    """Data that the kernel encrypts comes to the socket by other functions, and leaves it by the same."""
     connection = connect()
     try:
         connection.sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
     except OSError as e:
         pytest.skip(f"needs CONFIG_TLS: {e}")
-    # struct tls12_crypto_info_aes_gcm_128: iv, key, salt, number of the record.
+    # struct tls12_crypto_info_aes_gcm_128: iv, key, salt, record number.
     keys = struct.pack("=HH8s16s4s8s", TLS_1_2, AES_GCM_128, *(os.urandom(n) for n in (8, 16, 4)), bytes(8))
     connection.sock.setsockopt(SOL_TLS, TLS_TX, keys)
     connection.grow()
@@ -169,8 +171,10 @@ def test_tls_in_the_kernel(tracer: Tracer, connect: Connect) -> None:
     expect_one(tracer, connection)
 
 
-def test_multipath(tracer: Tracer, make_space: Callable[[], tcp.Space]) -> None:
-    """Probe ``sendmsg`` sees no reset of a subflow (docs/kernels.md); the other probes see a window that fell."""
+def test_resets_of_mptcp_subflows_are_seen_except_by_sendmsg(
+    tracer: Tracer, make_space: Callable[[], tcp.Space]
+) -> None:
+    """Probe ``sendmsg`` sees no reset of a subflow (docs/kernels.md)."""
     space = make_space()
     try:
         listener, sock = space.enter(lambda: [socket.socket(proto=MPTCP) for _ in range(2)])
@@ -190,16 +194,18 @@ def test_multipath(tracer: Tracer, make_space: Callable[[], tcp.Space]) -> None:
                 sock.sendall(bytes(300_000))
                 time.sleep(tcp.IDLE_S)
             sock.send(b"x" * 100)
-            found = tracer.within(space.inode, since_ns=begin)
+            records = tracer.within(space.inode, since_ns=begin)
         finally:
             drain.close()
             peer.close()
-    assert bool(found) == (tracer.probe != "sendmsg")
-    assert all(r["cwnd_after"] < r["cwnd_before"] for r in found)
+    assert bool(records) == (tracer.probe != "sendmsg")
+    assert all(r["cwnd_after"] < r["cwnd_before"] for r in records)
 
 
-def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
-    """Two connections with the same ends, without cookies and perhaps in the same memory, stay two."""
+def test_the_same_ports_one_after_the_other_are_two_connections(
+    tracer: Tracer, space: tcp.Space, connect: Connect
+) -> None:
+    """The two connections have no cookies, and perhaps sockets at the same address."""
     ends: dict[str, object] = {"source": ("127.0.0.1", 40011), "port": 40012}
     records = []
     for least in (200, 24):
@@ -212,7 +218,7 @@ def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, co
             connection.grow(least)
         assert check_since(tracer, connection) >= 2
         records.append(len([r for r in tracer.records if key(r) == connection.key]))
-        # No TIME_WAIT.
+        # This avoids TIME_WAIT.
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
     mine = [r for r in tracer.records if key(r) == connection.key]
@@ -224,16 +230,16 @@ def test_the_same_ports_one_after_the_other(tracer: Tracer, space: tcp.Space, co
 
 
 def check_since(tracer: Tracer, connection: tcp.Connection) -> int:
-    """How many resets of its sends have their record, and no other record since its first send."""
+    """Assert that each reset since the first send has a record, and no record is without one; return their number."""
     sends = [s for s in connection.sends if s.reason == "idle"]
-    found = [r for r in tracer.of(connection) if r["ts_ns"] >= connection.sends[0].start_ns and r["reason"] == "idle"]
-    assert [(r["cwnd_before"], r["cwnd_after"]) for r in found] == [(s.before.cwnd, s.after.cwnd) for s in sends]
-    return len(found)
+    records = [r for r in tracer.of(connection) if r["ts_ns"] >= connection.sends[0].start_ns and r["reason"] == "idle"]
+    assert [(r["cwnd_before"], r["cwnd_after"]) for r in records] == [(s.before.cwnd, s.after.cwnd) for s in sends]
+    return len(records)
 
 
 @pytest.mark.long
-def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
-    """More than 4 GiB on one connection, with idle times all along: each is right, before the wrap and behind it."""
+def test_resets_are_right_when_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
+    """More than 4 GiB go over one connection, with idle times before and after the wrap."""
     connection = connect()
     chunk = bytes(1 << 20)
     for _ in range(18):
@@ -244,5 +250,5 @@ def test_sequence_numbers_wrap(tracer: Tracer, connect: Connect) -> None:
         connection.idle(tcp.IDLE_S)
         assert connection.send().reason == "idle"
     assert connection.info().bytes_acked > 1 << 32
-    # A burst that takes longer than an RTO may hide another cut: what was noted is what counts.
+    # A burst that takes longer than an RTO may hide another reset, so only those of recorded sends are compared.
     assert check_since(tracer, connection) >= 18

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiment tells what the setting costs, over the lab's path and against a server, and says what goes wrong.
+"""Tests of the experiment: it measures the cost of the setting, over the lab's path and against a server.
 
-In namespaces that the test makes, or on loopback.
+They run in namespaces that they make, or on loopback, and check the errors too.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.live
 SHORT = replace(PRESETS["quick"], bursts=(1_000_000,), rounds=3)
 
 
-def test_a_burst_after_a_rest_is_twice_as_slow_with_the_setting_on() -> None:
-    # A machine that stalls makes the path's packets late, and says so.
+def test_a_burst_after_idle_time_is_twice_as_slow_with_the_setting_on() -> None:
+    # If the machine stalls, packets on the path are late, and a note says so.
     for _ in range(3):
         with Lab(SHORT) as lab:
             rows = list(lab.rows())
@@ -51,7 +51,7 @@ def test_a_burst_after_a_rest_is_twice_as_slow_with_the_setting_on() -> None:
         assert row.idle_ms > row.rto_ms
         assert (row.sport, row.netns_ino) == (port, inode)
         assert row.cwnd_before * row.mss >= row.burst_bytes
-    # One connection for each setting, and never a new one.
+    # There is one connection for each setting.
     assert len({r.sock_cookie for r in rows}) == 2
     cell = statistics.summarise(frame(rows)).iloc[0]
     assert cell["median_on_ms"] > 2 * cell["median_off_ms"]
@@ -60,32 +60,31 @@ def test_a_burst_after_a_rest_is_twice_as_slow_with_the_setting_on() -> None:
     assert notes == []
 
 
-def test_a_rest_shorter_than_the_rto_costs_nothing() -> None:
+def test_idle_time_shorter_than_the_rto_costs_nothing() -> None:
     with Lab(replace(SHORT, idle_times=(0.05,), rounds=1)) as lab:
         rows = list(lab.rows())
     assert not any(row.reset for row in rows)
 
 
 @pytest.mark.parametrize("cc", ["reno", "bbr"])
-def test_other_congestion_controls(cc: str) -> None:
+def test_reno_is_reset_and_bbr_is_exempt(cc: str) -> None:
     try:
         with Lab(replace(SHORT, cc=cc, rounds=1)) as lab:
             rows = list(lab.rows())
     except KernelLacks as e:
         pytest.skip(e.cause)
-    # BBR is exempt from the reset.
     assert [row.reset for row in rows] == [cc == "reno", False]
 
 
-def test_push_over_ipv6() -> None:
+def test_pushed_bursts_over_ipv6_are_measured() -> None:
     with Lab(replace(SHORT, mode="push", family=6, rounds=1)) as lab:
         rows = list(lab.rows())
     assert [row.reset for row in rows] == [True, False]
-    # From its first byte, without the request: half a round trip at least, less than a whole one.
+    # The latency counts from the first byte, without a request: between half an RTT and a whole one.
     assert 25 <= rows[1].latency_ms < 50
 
 
-def test_a_rest_on_a_slow_disk() -> None:
+def test_idle_time_by_a_slow_disk_resets_the_window() -> None:
     scenario = replace(PRESETS["disk"], rounds=1)
     try:
         with Lab(scenario) as lab:
@@ -99,7 +98,7 @@ def test_a_rest_on_a_slow_disk() -> None:
     assert [row.reset for row in rows] == [True, False]
 
 
-def test_a_burst_bigger_than_the_send_buffer_is_said() -> None:
+def test_a_burst_bigger_than_the_send_buffer_is_noted() -> None:
     scenario = replace(SHORT, link=Link(rtt_ms=50), sndbuf=200_000, idle_times=(0.3,), rounds=1)
     with Lab(scenario) as lab:
         rows = list(lab.rows())
@@ -108,7 +107,7 @@ def test_a_burst_bigger_than_the_send_buffer_is_said() -> None:
     assert any("bigger than the send buffer" in note for note in notes)
 
 
-def test_a_server_that_dies_is_an_error_and_what_was_measured_stays() -> None:
+def test_measurements_stay_when_the_labs_server_is_killed() -> None:
     with Lab(replace(SHORT, link=Link(rtt_ms=50), idle_times=(0.0,), rounds=50)) as lab:
         rows = lab.rows()
         next(rows)
@@ -128,7 +127,7 @@ def test_an_unknown_congestion_control_is_refused() -> None:
 
 
 def test_an_rtt_that_cannot_be_held_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two tenths of a millisecond are forgiven, and the relay may need less than that.
+    # The default tolerance is 0.2 ms, and the relay may need less than that.
     monkeypatch.setattr(experiment, "_RTT_SLACK_MS", 0.0)
     impossible = replace(SHORT, link=Link(rtt_ms=0.001))
     with pytest.raises(CwndtraceError, match="can't be held here") as caught, Lab(impossible):
@@ -155,7 +154,7 @@ AGAINST = Scenario(bursts=(100_000,), idle_times=(0.0, 0.4), rounds=2)
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_against_a_server(plain: bool) -> None:
+def test_bursts_against_a_server_are_measured(plain: bool) -> None:
     current = netns.read_sysctl(IDLE_SYSCTL)
     with served() as server, Remote("127.0.0.1", server.port, AGAINST, plain=plain) as remote:
         rows = list(remote.rows())
@@ -166,7 +165,7 @@ def test_against_a_server(plain: bool) -> None:
     assert "one setting only" in statistics.summarise(frame(rows)).iloc[0]["verdict"]
 
 
-def test_against_both_settings_in_a_namespace_of_its_own() -> None:
+def test_both_settings_are_measured_against_a_server_in_a_namespace() -> None:
     from cwndtrace.lab.namespaces import namespace
 
     def work() -> tuple[list[Setting], int, int]:
@@ -191,7 +190,7 @@ def open_loopback() -> Iterator[None]:
     yield
 
 
-def test_a_server_that_goes_away_is_an_error_and_what_was_measured_stays() -> None:
+def test_measurements_stay_when_a_remote_server_goes_away() -> None:
     with served() as server, Remote("127.0.0.1", server.port, replace(AGAINST, rounds=1000)) as remote:
         rows = remote.rows()
         next(rows)
@@ -201,7 +200,7 @@ def test_a_server_that_goes_away_is_an_error_and_what_was_measured_stays() -> No
         assert "1 burst;" in caught.value.remedy or len(remote.taken) > 1
 
 
-def test_no_server_is_said() -> None:
+def test_a_missing_server_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(NotFound, match=r"no server at 127\.0\.0\.1") as caught, Remote("127.0.0.1", port, AGAINST):
@@ -209,7 +208,7 @@ def test_no_server_is_said() -> None:
     assert "cwndtrace serve" in caught.value.remedy
 
 
-def test_a_plain_sink_taken_for_ours_is_said() -> None:
+def test_a_server_that_is_not_cwndtrace_serve_is_reported() -> None:
     def close_at_once() -> None:
         peer, _ = listener.accept()
         peer.close()
@@ -229,8 +228,8 @@ def _idle_sysctl() -> str:
     return Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").read_text().strip()
 
 
-def test_notes_that_are_not_ours_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A note may name nothing but the value of the one sysctl; a link, a pipe or somebody else's file is none."""
+def test_untrusted_notes_change_no_sysctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note may only have a value of one sysctl. Links, pipes and other users' files are no notes."""
     from cwndtrace.lab.namespaces import namespace
 
     notes, target = tmp_path / "notes", tmp_path / "target"
@@ -248,7 +247,7 @@ def test_notes_that_are_not_ours_change_nothing(tmp_path: Path, monkeypatch: pyt
         (notes / names[2]).write_text(json.dumps({**wanted, "value": "7"}))
         (notes / names[3]).write_text(json.dumps(wanted))
         os.chown(notes / names[3], 65534, 65534)
-        # As an older version wrote it, with the name of the sysctl, which could lead anywhere.
+        # This is an older format, which names the sysctl, so it could name any.
         forged = {"name": "net.ipv4.tcp_congestion_control", "value": "reno", "netns": here}
         (notes / names[4]).write_text(json.dumps(forged))
         (notes / names[5]).write_text("[" * 100_000)
@@ -298,10 +297,10 @@ def test_a_folder_of_notes_that_others_may_write_to_is_refused(tmp_path: Path, m
         netns.inside(where, work)
 
 
-def test_a_namespace_in_the_place_of_another_is_not_entered(make_space: Callable[[], tcp.Space]) -> None:
+def test_a_namespace_that_replaced_another_is_not_entered(make_space: Callable[[], tcp.Space]) -> None:
     space = make_space()
     before = netns.find(space.name)
-    # As long as it is held, no other one gets its number.
+    # While it is open, no other namespace gets its inode number.
     held = os.open(before.path, os.O_RDONLY)
     try:
         tcp.run("ip", "netns", "del", space.name)
@@ -322,7 +321,7 @@ def test_the_hosts_sysctl_is_put_back_by_the_next_start() -> None:
     from cwndtrace.lab.namespaces import namespace
 
     def work() -> tuple[int, list[str], int]:
-        # As a killed run leaves it: changed, and noted under the name of an owner that is gone.
+        # A killed run leaves the sysctl changed, and a note with the name of an owner that has ended.
         old = netns.read_sysctl(IDLE_SYSCTL)
         dead = replace(Owner.new(), pid=2**22 + 7)
         with cleanup.host_sysctl(dead, str(1 - old)):

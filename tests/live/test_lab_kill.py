@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lab killed at any moment leaves nothing that the next start doesn't clean, and the host's settings as they were."""
+"""Tests of killed labs: the next start removes their leftovers, and the host's settings are unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with Lab(scenario) as lab:
 
 
 @pytest.mark.parametrize("preset", ["quick", "disk"])
-def test_killed_at_random_moments(preset: str) -> None:
+def test_leftovers_of_a_lab_killed_at_a_random_moment_are_removed(preset: str) -> None:
     before = tcp_sysctls()
     seen = 0
     moments = random.Random(11)
@@ -43,36 +43,36 @@ def test_killed_at_random_moments(preset: str) -> None:
         assert run.stdout is not None
         try:
             assert run.stdout.readline() == b"begin\n"
-            # Not waiting for something: the moment is the point.
+            # The kill comes at a random moment, so there is no event to wait for.
             time.sleep(moments.uniform(0, 3))
         finally:
             run.send_signal(signal.SIGKILL)
             run.wait()
             run.stdout.close()
-        # The kernel ends the children with their parent, before any sweep.
+        # The kernel kills the children with their parent, before any cleanup.
         assert eventually(lambda pid=run.pid: not processes_of(pid))  # type: ignore[misc]
         seen += bool(leftovers_of(run.pid))
         cleanup.sweep()
         assert eventually(lambda pid=run.pid: not leftovers_of(pid)), leftovers_of(run.pid)  # type: ignore[misc]
         assert cleanup.sweep() == []
         assert tcp_sysctls() == before
-    assert seen, "no kill hit a lab that was up"
+    assert seen, "no kill came while a lab was running"
 
 
-def test_what_belongs_to_the_living_and_to_others_is_left_alone() -> None:
+def test_objects_of_running_labs_and_of_others_stay() -> None:
     with namespace(Owner.new().name("test")) as mine:
-        stranger = Path("/run/netns/cwt-stranger")
-        stranger.touch()
+        foreign = Path("/run/netns/cwt-foreign")
+        foreign.touch()
         try:
             cleanup.sweep()
             assert mine.path.exists()
-            assert stranger.exists()
+            assert foreign.exists()
         finally:
-            stranger.unlink()
+            foreign.unlink()
 
 
-def test_a_leftover_process_is_ended() -> None:
-    """One that outlived its parent, as where the kernel's signal at a parent's death was lost."""
+def test_a_leftover_process_is_killed() -> None:
+    """A process may outlive its parent if the kernel's signal at the parent's death is lost."""
     gone = subprocess.Popen(["true"])
     start = started(gone.pid)
     gone.wait()

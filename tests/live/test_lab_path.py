@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The path is as long, as wide and as lossy as asked for, and carries bytes unharmed.
+"""Tests of the lab's path: it has the requested RTT, rate and losses, and delivers bytes unchanged.
 
-In namespaces that the test makes. Bounds leave room for a busy machine where being late is no error.
+They run in namespaces that they make. Where lateness is no error, the limits allow for a busy machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEGMENTED = Link(rtt_ms=20, rate=100e6)
 
 @contextmanager
 def connection(path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Both ends of a TCP connection from the client's namespace to the server's."""
+    """Yield both ends of a TCP connection from the client's namespace to the server's."""
     family = socket.AF_INET6 if ":" in path.server.address else socket.AF_INET
     listener = netns.inside(
         path.server.namespace, lambda: socket.create_server((path.server.address, 0), family=family)
@@ -45,14 +45,14 @@ def connection(path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
         client = netns.inside(path.client.namespace, lambda: socket.create_connection(where, 30))
         server, _ = listener.accept()
     server.settimeout(60)
-    # The default here may be BBR, whose pace is no measure of the path.
+    # The default here may be BBR, whose pacing would hide the path's rate.
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
     with client, server:
         yield client, server
 
 
 def transfer(server: socket.socket, client: socket.socket, data: bytes) -> tuple[bytes, float]:
-    """What came in of ``data``, and the seconds it took."""
+    """Send ``data``, and return the received bytes and the time in s."""
     sender = threading.Thread(target=server.sendall, args=(data,))
     begin = time.monotonic()
     sender.start()
@@ -80,7 +80,7 @@ def test_the_rtt_is_held(family: Literal[4, 6], rtt_ms: float) -> None:
             reached = least_rtt_ms(path)
             warned = path.warnings()
         assert rtt_ms <= reached < rtt_ms * 1.05 + 1
-        # Where the machine is busy a packet may be late, and the path says so.
+        # On a busy machine a packet may be late, which the path reports.
         if not left:
             assert warned == []
         elif not warned:
@@ -89,21 +89,21 @@ def test_the_rtt_is_held(family: Literal[4, 6], rtt_ms: float) -> None:
 
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("link", [Link(rtt_ms=20), SEGMENTED], ids=["whole", "segmented"])
-def test_bytes_arrive_unharmed(family: Literal[4, 6], link: Link) -> None:
+def test_bytes_arrive_unchanged(family: Literal[4, 6], link: Link) -> None:
     data = random.Random(7).randbytes(5_000_000)
     with open_path(link, family) as path, connection(path) as (client, server):
         received, _ = transfer(server, client, data)
         figures, warned = path.figures(), path.warnings()
     assert hashlib.sha256(received).digest() == hashlib.sha256(data).digest()
     if path.kind == "relay":
-        # Whole super-segments, where allowed, and packets of an MTU otherwise.
+        # The relay forwards whole GSO packets if the link allows it, and packets of an MTU otherwise.
         assert (figures["to_client"]["packets"] < 2000) == (not link.segmented)
         assert figures["to_client"]["bytes"] >= len(data)
         assert [line for line in warned if "refused" in line] == []
 
 
 def test_the_rate_is_held() -> None:
-    # A queue that never overflows, so that nothing but the rate counts.
+    # The queue never overflows, so only the rate limits the transfer.
     link = Link(rtt_ms=20, rate=40e6, queue_bytes=4_000_000)
     with open_path(link) as path, connection(path) as (client, server):
         data = bytes(3_000_000)
@@ -136,7 +136,7 @@ def test_losses_happen_as_often_as_asked() -> None:
         assert 0.01 < there["lost"] / (there["lost"] + there["packets"]) < 0.035
 
 
-def test_a_forced_kind_is_used_or_refused() -> None:
+def test_a_requested_kind_is_used_or_refused() -> None:
     with open_path(Link(rtt_ms=20), force="relay") as path:
         assert path.kind == "relay"
         assert least_rtt_ms(path) >= 20
@@ -152,7 +152,7 @@ def test_a_forced_kind_is_used_or_refused() -> None:
 
 
 def stop_for_a_while(relay: int, client: socket.socket, server: socket.socket) -> None:
-    """Send a byte and hold the relay up for 0.3 s, during which it can't arrive."""
+    """Stop the relay for 0.3 s, and assert that a byte arrives only afterwards."""
     client.sendall(b"?")
     stop(relay)
     try:
@@ -165,23 +165,23 @@ def stop_for_a_while(relay: int, client: socket.socket, server: socket.socket) -
     assert server.recv(1) == b"?"
 
 
-def test_a_relay_that_falls_behind_says_by_how_much() -> None:
+def test_a_relay_that_falls_behind_reports_its_delay() -> None:
     with open_path(Link(rtt_ms=20), force="relay") as path, connection(path) as (client, server):
         assert path.relay is not None
         assert path.warnings() == []
-        # What it hadn't taken in when it was stopped isn't late by its own clock: then again.
+        # A relay that is stopped before it has read the packet doesn't count it as late, so this may need repeating.
         for _ in range(10):
             stop_for_a_while(path.relay.pid, client, server)
             figures = path.figures()
             if figures["to_server"]["late_max_ms"] > 200:
                 break
-        said = path.warnings()
+        warnings = path.warnings()
     assert figures["to_server"]["late_max_ms"] > 200
-    assert len(said) == 1
-    assert "the path was not held" in said[0]
+    assert len(warnings) == 1
+    assert "the path was not held" in warnings[0]
 
 
-def test_without_netem_and_tun_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_netem_and_tun_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     from cwndtrace.lab import path as module
 
     def refused(*_: Any) -> None:
@@ -208,7 +208,7 @@ def test_without_netem_and_tun_both_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.remedy
 
 
-def test_nothing_is_left_and_the_host_is_untouched() -> None:
+def test_nothing_is_left_and_the_host_is_unchanged() -> None:
     def host() -> tuple[list[str], dict[str, str]]:
         sysctls = {str(f): f.read_text() for f in File("/proc/sys/net/ipv4").glob("tcp_*") if f.stat().st_mode & 0o400}
         return sorted(name for _, name in socket.if_nameindex()), sysctls

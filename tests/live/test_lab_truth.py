@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every reset that the sender's own TCP_INFO tells of is in the capture, with the same windows; and no other one.
+"""Tests that a capture has exactly the resets that the sender's TCP_INFO shows, with the same windows.
 
-On whatever rungs this kernel has, in namespaces that the test makes.
+They use the best probe of this kernel, and run in namespaces that they make.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cwndtrace.lab.scenario import PRESETS
 pytestmark = pytest.mark.live
 
 
-def test_the_capture_has_what_tcp_info_tells() -> None:
+def test_the_capture_has_the_resets_that_tcp_info_shows() -> None:
     scenario = replace(PRESETS["quick"], bursts=(100_000, 1_000_000), idle_times=(0.1, 0.6), rounds=2)
     batches: list[Batch] = []
     with Lab(scenario) as lab:
@@ -49,11 +49,11 @@ def test_the_capture_has_what_tcp_info_tells() -> None:
         assert record["sock_cookie"] in (row.sock_cookie, 0)
         assert (record["cwnd_before"], record["cwnd_after"]) == (row.cwnd_before, row.cwnd_after)
         assert record["ssthresh_after"] == row.ssthresh_after
-        # TCP_INFO counts in milliseconds, the records in ticks of the kernel.
+        # TCP_INFO has idle times in milliseconds, records in jiffies.
         assert abs(record["idle_us"] / 1e3 - row.idle_ms) < 12
 
 
-def test_a_rest_on_a_slow_disk_is_covered_by_the_servers_own_block_io() -> None:
+def test_idle_time_by_a_slow_disk_is_covered_by_the_servers_block_io() -> None:
     batches: list[Batch] = []
     try:
         with Lab(replace(PRESETS["disk"], rounds=1)) as lab:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the lab's servers listen: in their own network namespaces, or on loopback, unless somebody says otherwise."""
+"""Tests that the lab's servers listen only in their network namespaces, or on loopback unless told otherwise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.harness.tcp import listening
 pytestmark = pytest.mark.live
 
 
-def test_the_reader_sees_a_listener() -> None:
+def test_listening_sees_a_listener() -> None:
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with socket.create_server((address, 0), family=family) as server:
             assert (address, server.getsockname()[1]) in listening()
 
 
-def test_the_labs_server_listens_in_its_namespace_alone() -> None:
+def test_the_labs_server_listens_only_in_its_namespace() -> None:
     before = listening()
     with Lab(PRESETS["quick"].changed(rounds=1)) as lab:
         assert listening() <= before

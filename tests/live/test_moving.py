@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is traced changes its name, moves or goes while it is traced; and the wall clock is stepped."""
+"""Tests of interfaces and namespaces that are renamed, moved or removed while traced, and of a stepped wall clock."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.harness.wall_clock import follow_steps
 pytestmark = pytest.mark.live
 
 
-def test_interfaces_and_namespaces_that_go(
+def test_interfaces_and_namespaces_that_vanish_are_reported(
     make_space: Callable[[], tcp.Space], connect: Connect, tmp_path: Path
 ) -> None:
-    """Renamed, removed, moved, and with its namespace deleted: each is said, and what there still is, is seen."""
+    """Interfaces are renamed, moved and removed, and their namespace is deleted; the traces go on."""
     a, b, other = make_space(), make_space(), make_space()
     tcp.join(a, b, "cwt0", ["10.9.1.1/24"], ["10.9.1.2/24"])
     tcp.join(a, b, "cwt1", ["10.9.2.1/24"], ["10.9.2.2/24"])
@@ -45,8 +45,8 @@ def test_interfaces_and_namespaces_that_go(
             run.wait_for(re.compile("warning: the traced network namespace has no name and no process"), 20)
             assert run.process.poll() is None
         for run in (renamed, moved):
-            code, _, said = run.end()
-            assert (code, "Traceback" in said) == (0, False)
+            code, _, stderr = run.end()
+            assert (code, "Traceback" in stderr) == (0, False)
     for name, resets in (("0.cwnd", 2), ("1.cwnd", 0)):
         trace = cwndtrace.load(tmp_path / name)
         assert (trace.status, len(trace.resets)) == ("complete", resets)
@@ -65,21 +65,21 @@ main()
 """
 
 
-def test_the_wall_clock_is_stepped(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
-    """By hours either way, for the tracer alone."""
+def test_a_step_of_the_wall_clock_is_recorded(space: tcp.Space, connect: Connect, tmp_path: Path) -> None:
+    """The step is of hours in either direction, and only the tracer sees it."""
     flag = tmp_path / "flag"
 
     def step(ns: int) -> None:
-        # Whole at once: a file that is written in place is empty for a moment.
-        whole = tmp_path / "whole"
-        whole.write_text(str(ns))
-        whole.rename(flag)
+        # The rename is atomic; a file that is written in place is empty for a moment.
+        new = tmp_path / "new"
+        new.write_text(str(ns))
+        new.rename(flag)
 
     follow_steps(space, connect(), tmp_path / "a.cwnd", step, python=("-c", STEPPED, str(flag)))
 
 
 def test_a_time_namespace_is_refused(space: tcp.Space, tmp_path: Path) -> None:
-    """Its clock isn't the one that records are stamped by."""
+    """The clock of a time namespace differs from the one in records."""
     before = ("unshare", "--fork", "--time", "--monotonic", "100000")
     done = call("run", "-n", space.name, "-d", "1s", "-o", tmp_path / "a.cwnd", before=before)
     if "unshare" in done.stderr:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More than a trace can take, and more connections than it ever saw: what isn't kept is counted, and nothing grows."""
+"""Tests of more records and connections than a trace can take: those not kept are counted, and no memory grows."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.live
 STOPPED_S: Final = 5
 
 
-def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path) -> None:
-    """Each request of a process is kept or counted as lost, none twice."""
+def test_a_stopped_trace_counts_lost_block_requests(tmp_path: Path) -> None:
+    """Each request of a process is kept or counted as lost, and none twice."""
     reads = 140_000
     with loop() as disk, reader(disk, reads) as child, running("-p", str(child.pid), "-o", tmp_path / "a.cwnd") as run:
         begin, before = time.monotonic(), disk.stat()
@@ -42,8 +42,8 @@ def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path
         assert (disk.stat() - before).reads == reads
         time.sleep(max(0.0, begin + STOPPED_S - time.monotonic()))
         run.process.send_signal(signal.SIGCONT)
-        code, shown, said = run.end()
-    assert code == 0, said
+        code, stdout, stderr = run.end()
+    assert code == 0, stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     counts = trace.meta["counts"]["block_io"]
     print(f"{reads} reads: {counts}")
@@ -51,22 +51,22 @@ def test_a_reader_that_is_stopped_under_a_flood_of_block_requests(tmp_path: Path
     assert counts["lost"] > 10_000
     assert counts["kept"] + counts["lost"] == reads
     assert sum(span["lost"] for span in trace.meta["lossy"] if span["event"] == "block_io") == counts["lost"]
-    assert f"lost so far: {counts['lost']:,} block_io" in said
-    assert "; lost 0 resets, " in shown
+    assert f"lost so far: {counts['lost']:,} block_io" in stderr
+    assert "; lost 0 resets, " in stdout
 
 
 SMALL = ("-c", "from cwndtrace.capture import live; live._RESET_PAGES = 64; from cwndtrace.cli import main; main()")
-"""The command with room for 700 resets between kernel and reader, in place of 11,000."""
+"""Arguments that start the command with a buffer for 700 resets, instead of 11,000."""
 
 
-def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    """Each reset is kept or counted as lost; so is how each window came back."""
+def test_a_stopped_trace_counts_lost_resets(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """Each reset is kept or counted as lost, and so is each recovery of a window."""
     connections = [connect(read_buffer=1_000_000) for _ in range(150)]
     for connection in connections:
         connection.grow(160)
     with (
-        running("-n", space.name, "--no-block", "-q", "-o", tmp_path / "a.cwnd", said=False, python=SMALL) as stopped,
-        running("-n", space.name, "--no-block", "-q", "-o", tmp_path / "b.cwnd", said=False) as other,
+        running("-n", space.name, "--no-block", "-q", "-o", tmp_path / "a.cwnd", wait=False, python=SMALL) as stopped,
+        running("-n", space.name, "--no-block", "-q", "-o", tmp_path / "b.cwnd", wait=False) as other,
     ):
         for path in (tmp_path / "a.cwnd", tmp_path / "b.cwnd"):
             tcp.until(lambda path=path: (path / "meta.json").exists(), 60, "both attached")  # type: ignore[misc]
@@ -83,8 +83,8 @@ def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, spac
                 connection.send()
             resets = sum(s.reason == "idle" for c in connections for s in c.sends[first[c.key] :])
         stopped.process.send_signal(signal.SIGCONT)
-        code, _, said = stopped.end()
-        assert code == 0, said
+        code, _, stderr = stopped.end()
+        assert code == 0, stderr
         assert other.end()[0] == 0
     trace, whole = (cwndtrace.load(tmp_path / name) for name in ("a.cwnd", "b.cwnd"))
     counts, all_of_them = trace.meta["counts"], whole.meta["counts"]
@@ -99,7 +99,7 @@ def test_a_reader_that_is_stopped_under_a_flood_of_resets(connect: Connect, spac
 
 @contextmanager
 def room_for_files(number: int) -> Iterator[None]:
-    """So many may be open, if the hard limit allows."""
+    """Raise the limit of open files to ``number`` meanwhile; raises ValueError if the hard limit is lower."""
     old = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(number, soft), hard))
     try:
@@ -126,7 +126,7 @@ while True:
 
 @contextmanager
 def sink(space: tcp.Space) -> Iterator[tuple[str, int]]:
-    """An address in a namespace where all is taken: by a process, as one may have only so many files."""
+    """Yield the address of a server in a namespace that reads all data; it is a process, because files are limited."""
     command = [*within(space), sys.executable, "-c", SINK]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -137,7 +137,7 @@ def sink(space: tcp.Space) -> Iterator[tuple[str, int]]:
 
 
 def connected(address: tuple[str, int]) -> socket.socket:
-    """A cubic connection to there."""
+    """Return a cubic connection to an address."""
     sock = socket.socket()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -147,8 +147,8 @@ def connected(address: tuple[str, int]) -> socket.socket:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None:
-    """A reset of each of 10,000 connections at once is kept, while others come and go; nothing grows, nothing stays."""
+def test_resets_of_very_many_connections_are_kept(counted_space: tcp.Space, tmp_path: Path) -> None:
+    """Each of 10,000 connections is reset at once, while others come and go; memory and maps don't grow."""
     number, seconds = amount(1000, 10_000), amount(5, 90)
     socks = list[socket.socket]()
     try:
@@ -185,29 +185,29 @@ def test_very_many_connections(counted_space: tcp.Space, tmp_path: Path) -> None
                 assert not programs[0].rows("pending")
                 fd, about = programs[0]._maps["pending_count"]
                 assert not any(bpf_syscall.lookup(fd, bytes(4), about.value_size) or b"")
-            code, _, said = run.end()
+            code, _, stderr = run.end()
     finally:
         for sock in socks:
             sock.close()
-    assert code == 0, said
+    assert code == 0, stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     grown = (last - first) / 1e6
     print(f"{number} connections: {resets} resets; {made} more at {made / took:.0f}/s; memory grew by {grown:.1f} MB")
     assert resets == number
     counts = trace.meta["counts"]["cwnd_reset"]
-    # Of those that come and go one may rest as well, if the machine is busy.
+    # On a busy machine, one of the short connections may have idle time too.
     mine = trace.resets[trace.resets["dport"] == address[1]]
     assert len(mine) == mine["sport"].nunique() == resets <= counts["kept"] == len(trace.resets)
-    # Runs that the kernel skipped count, though none was a reset.
+    # Skipped runs of a program count as lost, although none was a reset.
     assert counts["lost"] <= resets / 1000
-    # In the short form the allocator's own warming up is most of it.
+    # In the short form, most of this is the allocator's warm-up.
     assert last - first < 20e6
 
 
-def test_more_windows_than_there_is_room_for(
+def test_resets_of_more_windows_than_the_map_holds_are_counted(
     monkeypatch: pytest.MonkeyPatch, make_space: Callable[[], tcp.Space], drain: tcp.Drain
 ) -> None:
-    """Each reset by rung tcp_probe is kept or counted as lost, and what closes makes room."""
+    """With probe tcp_probe each reset is kept or counted as lost, and a connection that closes makes room."""
     monkeypatch.setattr(live, "_WINDOWS", 8)
     space = make_space()
     with Tracer("tcp_probe", netns=space.name, idle_only=True) as tracer:
@@ -225,9 +225,9 @@ def test_more_windows_than_there_is_room_for(
                 assert resets == len(connections)
                 tracer.settle()
                 kept, lost = (len(tracer.records) - before[0], tracer.tally.lost["cwnd_reset"] - before[1])
-                # Both ends of a connection are in the namespace, and each has a window.
+                # Both ends of a connection are in the namespace, and each end has a window.
                 assert 1 <= kept <= 8
-                # A window without room is counted at each end of a flight: a reset may follow each.
+                # A window without room counts at each end of a flight, because a reset may follow each.
                 assert kept + lost >= resets
             finally:
                 for connection in connections:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What power a trace has once it is attached, whose its capture is, and that it sees no less for it.
-
-The user for whom sudo works is one that no passwd file knows: SUDO_UID and SUDO_GID are all that counts.
-"""
+"""Tests of a trace's privileges once it is attached, of the owner of its capture, and that it still sees everything."""
 
 from __future__ import annotations
 
@@ -32,52 +29,53 @@ from tests.harness.users import BY_ROOT, BY_SUDO, GID, UID, assert_owned, assert
 pytestmark = pytest.mark.live
 
 
-def test_power_goes_after_attaching_and_nothing_is_missed(
+def test_privileges_are_dropped_after_attaching_and_nothing_is_missed(
     connect: Connect, space: tcp.Space, make_space: Callable[[], tcp.Space], home: Path
 ) -> None:
     capture, before = home / "a.cwnd", listening()
     with running("-n", space.name, "-o", capture, before=BY_SUDO) as run:
-        # The helper is spoken to by a pair of sockets.
+        # The trace talks to the helper over a socket pair, so nothing listens.
         assert listening() <= before
         assert_privileges(run.process.pid, UID, GID, frozenset())
         helper = helper_of(run)
         assert_privileges(helper, UID, GID, privileges.LOOKING)
-        # Of Python's descriptors the helper has its two ends, and no BPF object.
-        kinds = {str(fd.readlink()) for fd in Path(f"/proc/{helper}/fd").iterdir()}
-        assert not [kind for kind in kinds if "bpf" in kind or "anon" in kind]
+        # The helper has no descriptor of a BPF object.
+        links = {str(fd.readlink()) for fd in Path(f"/proc/{helper}/fd").iterdir()}
+        assert not [link for link in links if "bpf" in link or "anon" in link]
         later = make_space()
         connection = connect()
         send = send_after_idle(connection)
-        # Once more with all threads that writing and reading may start.
+        # Writing and reading may have started more threads by now.
         until(lambda: (capture / "cwnd_reset").exists(), 20, "the first part")
         assert_privileges(run.process.pid, UID, GID, frozenset())
-        code, shown, said = run.end()
-    assert code == 0, said
-    assert "Traceback" not in said
+        code, stdout, stderr = run.end()
+    assert code == 0, stderr
+    assert "Traceback" not in stderr
     assert_owned(capture, UID, GID)
     assert not Path(f"/proc/{helper}").exists()
     trace = cwndtrace.load(capture)
     assert trace.status == "complete"
     mine = trace.resets[trace.resets["sport"] == connection.sport].to_dict("records")
     assert [(r["cwnd_before"], r["cwnd_after"]) for r in mine] == [(send.before.cwnd, send.after.cwnd)]
-    # Snapshots of another namespace, with another user's process that holds the socket; settings of one made later.
+    # Snapshots have the connection in another namespace, and the process of another user that holds its socket. The
+    # capture has the settings of a namespace that was made later.
     seen = trace.connections[trace.connections["sport"] == connection.sport]
     assert len(seen) >= 1
     assert set(seen["pid"]) == {os.getpid()}
     assert str(later.inode) in trace.meta["sysctls"]
     assert trace.meta["sysctls"][str(later.inode)]["net.ipv4.tcp_slow_start_after_idle"] == 1
-    assert f":{connection.sport}" in shown
+    assert f":{connection.sport}" in stdout
 
 
-def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> None:
-    """Its sockets are found in /proc, which only the helper may read; these are opened after the drop."""
+def test_new_sockets_of_a_process_are_found_without_privileges(connect: Connect, home: Path) -> None:
+    """Only the helper may read them from /proc, and they are opened after privileges are dropped."""
     with running("-p", str(os.getpid()), "-o", home / "a.cwnd", "--json", before=BY_SUDO) as run:
         assert_privileges(run.process.pid, UID, GID, frozenset())
         connection = connect()
         send_after_idle(connection)
-        code, shown, said = run.end()
-    assert code == 0, said
-    rows = [json.loads(line) for line in shown.splitlines()]
+        code, stdout, stderr = run.end()
+    assert code == 0, stderr
+    rows = [json.loads(line) for line in stdout.splitlines()]
     assert [r["sport"] for r in rows if r["event"] == "cwnd_reset"] == [connection.sport]
     assert rows[-1]["event"] == "summary"
     assert rows[-1]["capture"] == str(home / "a.cwnd")
@@ -85,30 +83,32 @@ def test_a_process_is_followed_without_power(connect: Connect, home: Path) -> No
 
 @pytest.mark.parametrize("probe", ladder.BY_NAME)
 def test_each_probe_works_without_privileges(probe: str, space: tcp.Space, connect: Connect, home: Path) -> None:
-    """Reading maps, running programs and detaching: what each rung still does, it may."""
+    """Reading maps, running programs and detaching need no privileges that were dropped."""
     if probe in left_out():
-        pytest.skip(f"this kernel has no rung {probe} ({left_out()[probe]}): make vm-test has one")
+        pytest.skip(f"this kernel has no probe {probe} ({left_out()[probe]}): make vm-test has one")
     with running("-n", space.name, "--probe", probe, "-o", home / "a.cwnd", before=BY_SUDO) as run:
         assert_privileges(run.process.pid, UID, GID, frozenset())
         send_after_idle(connect())
-        code, _, said = run.end()
-    assert (code, "Traceback" in said) == (0, False), said
+        code, _, stderr = run.end()
+    assert (code, "Traceback" in stderr) == (0, False), stderr
     assert len(cwndtrace.load(home / "a.cwnd").resets) >= 1
 
 
-def test_root_itself_keeps_its_name_and_no_power(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_root_without_sudo_keeps_its_uid_and_no_capabilities(
+    connect: Connect, space: tcp.Space, tmp_path: Path
+) -> None:
     with running("-n", space.name, "-o", tmp_path / "a.cwnd", before=BY_ROOT) as run:
         assert_privileges(run.process.pid, 0, 0, frozenset())
         assert_privileges(helper_of(run), 0, 0, privileges.LOOKING)
         connection = connect()
         send_after_idle(connection)
-        code, _, said = run.end()
-    assert (code, "warning: root" in said) == (0, False), said
+        code, _, stderr = run.end()
+    assert (code, "warning: root" in stderr) == (0, False), stderr
     assert_owned(tmp_path / "a.cwnd", 0, 0)
     assert connection.sport in set(cwndtrace.load(tmp_path / "a.cwnd").connections["sport"])
 
 
-def test_root_can_stay_what_it_is(connect: Connect, space: tcp.Space, home: Path) -> None:
+def test_stay_root_keeps_all_privileges(connect: Connect, space: tcp.Space, home: Path) -> None:
     connect()
     with running("-n", space.name, "-o", home / "a.cwnd", "--stay-root", before=BY_SUDO) as run:
         assert {t["CapEff"] for t in thread_status(run.process.pid)} == {
@@ -116,34 +116,34 @@ def test_root_can_stay_what_it_is(connect: Connect, space: tcp.Space, home: Path
         }
         assert {t["NoNewPrivs"] for t in thread_status(run.process.pid)} == {"0"}
         assert children(run.process.pid) == []
-        code, _, said = run.end()
-    assert code == 0, said
+        code, _, stderr = run.end()
+    assert code == 0, stderr
     assert_owned(home / "a.cwnd", UID, GID)
 
 
 @pytest.mark.parametrize("how", [(), ("--stay-root",)], ids=["", "stay-root"])
 @pytest.mark.parametrize("command", ["run", "reproduce"])
-def test_where_the_user_may_not_write_nothing_is_made(command: str, how: tuple[str, ...], home: Path) -> None:
-    """Neither is told what lies where they may not look."""
+def test_nothing_is_made_where_the_user_may_not_write(command: str, how: tuple[str, ...], home: Path) -> None:
+    """The error doesn't tell which files exist in a folder that the user may not read."""
     if how and command != "run":
-        pytest.skip("it has no such option")
+        pytest.skip("the command doesn't have this option")
     closed = home / "closed"
     (closed / "folder").mkdir(parents=True)
     (closed / "there").touch()
     closed.chmod(0o700)
-    said = set()
+    errors = set()
     for name in ("new", "there", "folder/new", "missing/new", "there/new"):
         done = call(command, *how, "-o", closed / name, before=BY_SUDO)
         assert (done.returncode, done.stdout) == (1, "")
         assert "can't be made: Permission denied" in done.stderr
         assert "with -o" in done.stderr
-        said.add(done.stderr.replace(str(closed / name), ""))
-    assert len(said) == 1
+        errors.add(done.stderr.replace(str(closed / name), ""))
+    assert len(errors) == 1
     assert sorted(p.name for p in closed.rglob("*")) == ["folder", "there"]
 
 
-def test_an_installation_that_the_user_can_not_read_is_refused(home: Path) -> None:
-    """Its modules are read as it goes, and root's rights to read them would be all that there is."""
+def test_an_installation_that_the_user_cannot_read_is_refused(home: Path) -> None:
+    """Modules are imported after the privileges are dropped too, so the user must be able to read them."""
     closed = home / "closed"
     shutil.copytree(Path(cwndtrace.__file__).parent, closed / "cwndtrace")
     shutil.copytree(bpf_dir(), closed / "bpf")
@@ -161,8 +161,10 @@ def test_an_installation_that_the_user_can_not_read_is_refused(home: Path) -> No
     assert [p.name for p in home.iterdir()] == ["closed"]
 
 
-def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(connect: Connect, space: tcp.Space, home: Path) -> None:
-    """The way is shut after the capture was made: its summary is read all the same."""
+def test_a_capture_whose_folder_was_closed_meanwhile_is_summarised(
+    connect: Connect, space: tcp.Space, home: Path
+) -> None:
+    """Only root can walk to the capture after it was made; its summary is read nevertheless."""
     closed = home / "closed"
     closed.mkdir()
     os.chown(closed, UID, GID)
@@ -170,9 +172,9 @@ def test_a_place_that_only_root_can_walk_to_is_read_at_the_end(connect: Connect,
     with running("-n", space.name, "-o", closed / "a.cwnd", before=BY_SUDO) as run:
         os.chown(closed, 0, 0)
         closed.chmod(0o700)
-        code, shown, said = run.end()
-    assert code == 0, said
-    assert "kept " in shown
+        code, stdout, stderr = run.end()
+    assert code == 0, stderr
+    assert "kept " in stdout
 
 
 def test_the_helper_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
@@ -192,30 +194,28 @@ def test_the_helper_ends_with_the_trace(space: tcp.Space, home: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_what_a_container_may_have_left(
+def test_a_container_with_few_capabilities_traces_and_drops_them(
     had: tuple[str, ...], owner: int, connect: Connect, home: Path, tmp_path: Path
 ) -> None:
-    """Root with few capabilities: it traces with what there is, and keeps none of that."""
-    capture, whose = (home / "a.cwnd", BY_SUDO) if owner else (tmp_path / "a.cwnd", BY_ROOT)
+    capture, caller = (home / "a.cwnd", BY_SUDO) if owner else (tmp_path / "a.cwnd", BY_ROOT)
     few = ("setpriv", "--inh-caps=-all", f"--bounding-set=-all,{','.join(f'+{name}' for name in had)}")
-    mine = tcp.Here()
-    connection = connect(mine)
-    with running("-P", str(connection.sport), "-o", capture, before=(*whose, *few)) as run:
+    connection = connect(tcp.Here())
+    with running("-P", str(connection.sport), "-o", capture, before=(*caller, *few)) as run:
         for thread in thread_status(run.process.pid):
             assert (int(thread["CapPrm"], 16), int(thread["CapEff"], 16), thread["NoNewPrivs"]) == (0, 0, "1")
             assert thread["Uid"].split() == [str(owner)] * 4
         for thread in thread_status(helper_of(run)):
             assert int(thread["CapPrm"], 16) & ~sum(1 << number for number in privileges.LOOKING) == 0
         send_after_idle(connection)
-        code, _, said = run.end()
-    assert (code, "Traceback" in said) == (0, False), said
+        code, _, stderr = run.end()
+    assert (code, "Traceback" in stderr) == (0, False), stderr
     trace = cwndtrace.load(capture)
     assert list(trace.resets["sport"]) == [connection.sport]
     assert connection.sport in set(trace.connections["sport"])
     assert capture.stat().st_uid == owner
 
 
-def test_who_may_not_become_the_user_does_nothing(home: Path) -> None:
+def test_commands_that_may_not_become_the_user_do_nothing(home: Path) -> None:
     few = ("setpriv", "--inh-caps=-all", "--bounding-set=-all,+bpf,+perfmon")
     for arguments in (("run", "-o", home / "a.cwnd"), ("plot", home / "a.cwnd"), ("reproduce", "-o", home / "a")):
         done = call(*arguments, before=(*BY_SUDO, *few))
@@ -224,10 +224,10 @@ def test_who_may_not_become_the_user_does_nothing(home: Path) -> None:
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize(("whose", "uid", "gid"), [(BY_SUDO, UID, GID), (BY_ROOT, 0, 0)], ids=["sudo", "root"])
-def test_what_needs_no_root_gives_it_up(whose: tuple[str, ...], uid: int, gid: int, home: Path) -> None:
-    """serve stands for all such commands, because it waits."""
-    serve = [*whose, *COMMAND, "serve", "--port", "0"]
+@pytest.mark.parametrize(("caller", "uid", "gid"), [(BY_SUDO, UID, GID), (BY_ROOT, 0, 0)], ids=["sudo", "root"])
+def test_commands_that_need_no_root_drop_privileges(caller: tuple[str, ...], uid: int, gid: int, home: Path) -> None:
+    """serve is tested for all such commands, because it keeps running."""
+    serve = [*caller, *COMMAND, "serve", "--port", "0"]
     with subprocess.Popen(serve, cwd=home, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         try:
             assert process.stderr is not None
@@ -238,11 +238,11 @@ def test_what_needs_no_root_gives_it_up(whose: tuple[str, ...], uid: int, gid: i
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - NEED_ROOT))
-def test_power_goes_before_anything_else(command: str, home: Path) -> None:
-    """Before what is large is imported, and with HOME and its like away from root's."""
+def test_privileges_are_dropped_before_large_imports(command: str, home: Path) -> None:
+    """HOME and similar variables don't name folders of root afterwards."""
     script = (
         "import os, sys\n"
-        "from cwndtrace import cli, power\n"
+        "from cwndtrace import cli, privileges\n"
         "real = privileges.drop\n"
         "def drop(user):\n"
         "    print(user.uid, [n for n in ('numpy', 'pyarrow', 'pandas', 'matplotlib') if n in sys.modules])\n"
@@ -259,8 +259,8 @@ def test_power_goes_before_anything_else(command: str, home: Path) -> None:
     assert done.stdout == f"{UID} []\n[] /\n", done.stderr
 
 
-def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
-    """What reads the user's capture and draws is a process of its own."""
+def test_reproduce_reports_and_draws_without_privileges(home: Path) -> None:
+    """A separate process reads the user's capture and draws."""
     short = ("--rtt", "20ms", "--burst", "20k", "--idle", "0s", "--rounds", "1")
     command = [*BY_SUDO, *COMMAND, "reproduce", *short, "-o", str(home / "a")]
     with subprocess.Popen(
@@ -280,9 +280,9 @@ def test_reproduce_reports_and_draws_without_power(home: Path) -> None:
                 return False
 
             until(drawing, 120, "matplotlib to be loaded")
-            said, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     assert_owned(home / "a", UID, GID)
     assert len(list((home / "a").glob("*.png"))) == 4

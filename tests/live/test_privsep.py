@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals to all processes of a trace at once, and a process that looks which dies or stands still."""
+"""Tests of signals to all processes of a trace at once, and of a helper process that is killed or stopped."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ from tests.harness.users import BY_SUDO, helper_of
 pytestmark = pytest.mark.live
 
 KINDS = [(), BY_SUDO]
-"""Root's own trace, and one whose processes are the invoking user's once they have begun."""
+"""A trace by root, and one by sudo, whose processes become the invoking user."""
 IDS = ["root", "sudo"]
 
 
 def group_of(*arguments: str | Path, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """``cwndtrace run`` and what it starts, in a process group of their own."""
+    """Start ``cwndtrace run`` in a new process group."""
     command = [*before, *COMMAND, "run", *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, process_group=0)
 
 
-def assert_in_order(process: subprocess.Popen[str], path: Path, resets: int, code: int = 0) -> None:
-    """It ends by itself, with all that an end has."""
+def assert_ends_cleanly(process: subprocess.Popen[str], path: Path, resets: int, code: int = 0) -> None:
+    """Assert that a trace ends with this exit code, a summary and a complete capture."""
     try:
-        shown, said = process.communicate(timeout=LONG_S)
+        stdout, stderr = process.communicate(timeout=LONG_S)
     finally:
         process.kill()
-    assert process.returncode == code, said
-    assert f"kept {resets} reset" in shown
-    assert "The capture is in" in said
-    assert not re.search("Traceback|ended unexpectedly", said)
+    assert process.returncode == code, stderr
+    assert f"kept {resets} reset" in stdout
+    assert "The capture is in" in stderr
+    assert not re.search("Traceback|ended unexpectedly", stderr)
     assert_complete(path, resets)
 
 
-def begun(path: Path) -> None:
+def wait_until_attached(path: Path) -> None:
     until(lambda: (path / "meta.json").exists(), LONG_S, "a trace under way")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
-def test_the_group_is_told_to_end(
+def test_a_signal_to_the_group_ends_a_trace_cleanly(
     connect: Connect,
     space: tcp.Space,
     home: Path,
     before: tuple[str, ...],
     number: signal.Signals,
 ) -> None:
-    """As by ``kill -TERM -- -PGID``, a terminal, and systemctl stop, which tells each process of a cgroup."""
+    """``kill -TERM -- -PGID`` and terminals signal a group, and systemctl stop each process of a cgroup."""
     path = home / "a.cwnd"
     process = group_of("-n", space.name, "--no-block", "-o", path, before=before)
     try:
-        begun(path)
+        wait_until_attached(path)
         send_after_idle(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "the reset")
         (helper,) = children(process.pid)
@@ -73,20 +73,22 @@ def test_the_group_is_told_to_end(
     except BaseException:
         process.kill()
         raise
-    assert_in_order(process, path, 1)
+    assert_ends_cleanly(process, path, 1)
     assert not Path(f"/proc/{helper}").exists()
 
 
-def test_timeout_ends_it(space: tcp.Space, tmp_path: Path) -> None:
-    """It tells the process and then its group: that is no second signal, which would cost the summary."""
+def test_timeout_ends_a_trace_cleanly(space: tcp.Space, tmp_path: Path) -> None:
+    """timeout(1) signals the process and then its group; this must not count as a second signal."""
     path = tmp_path / "a.cwnd"
-    # At work by then, or still starting: both end in order.
+    # The trace may run by then or still be starting; both end cleanly.
     process = group_of("-n", space.name, "--no-block", "-o", path, before=("timeout", "8"))
-    assert_in_order(process, path, 0, code=124)
+    assert_ends_cleanly(process, path, 0, code=124)
 
 
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
-def test_the_group_is_told_to_end_while_it_starts(space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:
+def test_a_signal_to_the_group_while_a_trace_starts_ends_it_cleanly(
+    space: tcp.Space, home: Path, before: tuple[str, ...]
+) -> None:
     path = home / "a.cwnd"
     process = group_of("-n", space.name, "--no-block", "-o", path, before=before)
     try:
@@ -96,46 +98,47 @@ def test_the_group_is_told_to_end_while_it_starts(space: tcp.Space, home: Path, 
     except BaseException:
         process.kill()
         raise
-    assert_in_order(process, path, 0)
+    assert_ends_cleanly(process, path, 0)
 
 
 LACKS = "the helper process {}; the trace goes on without snapshots of connections"
 
 
 @pytest.mark.parametrize("before", KINDS, ids=IDS)
-def test_the_helper_is_killed(connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]) -> None:
-    """The trace goes on, and says once what it lacks, to who looks on and in the capture."""
+def test_a_trace_goes_on_when_its_helper_is_killed(
+    connect: Connect, space: tcp.Space, home: Path, before: tuple[str, ...]
+) -> None:
+    """The trace reports the missing parts once on stderr, and in the capture."""
     path, why = home / "a.cwnd", LACKS.format("ended unexpectedly (see dmesg for the reason)")
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path, before=before) as run:
         os.kill(helper_of(run), signal.SIGKILL)
         run.wait_for(re.compile(re.escape(f"cwndtrace: {why}")), 20)
         send_after_idle(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
-        code, shown, said = run.end()
-    assert code == 0, said
-    assert "kept 1 reset" in shown
-    assert said.count("the trace goes on without") == 1
+        code, stdout, stderr = run.end()
+    assert code == 0, stderr
+    assert "kept 1 reset" in stdout
+    assert stderr.count("the trace goes on without") == 1
     trace = cwndtrace.load(path)
     assert (trace.status, len(trace.resets)) == ("complete", 1)
     assert [line.startswith(why) for line in trace.meta["lacking"]] == [True]
     assert trace.warnings == trace.meta["lacking"]
 
 
-def test_it_is_killed_after_all_was_looked_at(space: tcp.Space, tmp_path: Path) -> None:
-    """What it was asked for last is said to be lacking too."""
+def test_a_helper_killed_before_the_last_snapshot_is_reported(space: tcp.Space, tmp_path: Path) -> None:
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
-        # It is stopped first, so that it finds out nothing of what happens between.
+        # The trace is stopped first, so it notices nothing before it ends.
         stop(run.process.pid)
         os.kill(helper_of(run), signal.SIGKILL)
         run.process.send_signal(signal.SIGINT)
         run.process.send_signal(signal.SIGCONT)
-        code, _, said = run.end(None)
-    assert (code, said.count(LACKS.format("ended unexpectedly (see dmesg for the reason)"))) == (0, 1), said
+        code, _, stderr = run.end(None)
+    assert (code, stderr.count(LACKS.format("ended unexpectedly (see dmesg for the reason)"))) == (0, 1), stderr
     assert len(json.loads((tmp_path / "a.cwnd" / "meta.json").read_text())["lacking"]) == 1
 
 
-def test_the_helper_stands_still(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    """A question waits for a while, none after it does, and neither does the end."""
+def test_a_trace_goes_on_when_its_helper_is_stopped(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """The first question waits for an answer until a time limit; later questions and the end don't wait."""
     path = tmp_path / "a.cwnd"
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path) as run:
         helper = helper_of(run)
@@ -144,19 +147,18 @@ def test_the_helper_stands_still(connect: Connect, space: tcp.Space, tmp_path: P
         send_after_idle(connect())
         until(lambda: (path / "cwnd_reset").exists(), 20, "a reset that came later")
         begin = time.monotonic()
-        code, shown, said = run.end()
+        code, stdout, stderr = run.end()
         took = time.monotonic() - begin
-    assert (code, said.count("the trace goes on without")) == (0, 1), said
-    assert "kept 1 reset" in shown
+    assert (code, stderr.count("the trace goes on without")) == (0, 1), stderr
+    assert "kept 1 reset" in stdout
     trace = cwndtrace.load(path)
     assert (trace.status, len(trace.resets), len(trace.warnings)) == ("complete", 1, 1)
-    # A summary takes a few seconds where the machine is busy; the last snapshot at most ten.
+    # A summary takes a few seconds on a busy machine, and the trace waits at most ten for the last snapshot.
     assert took < 30
     assert not Path(f"/proc/{helper}").exists()
 
 
-def test_it_answers_again(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
-    """What was stopped and goes on is asked anew."""
+def test_a_helper_that_answers_again_is_asked_again(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with running("-n", space.name, "-i", "lo", "--no-block", "-o", path) as run:
         stop(helper_of(run))
@@ -165,5 +167,5 @@ def test_it_answers_again(connect: Connect, space: tcp.Space, tmp_path: Path) ->
         connection = connect()
         seen = lambda: connection.sport in set(cwndtrace.load(path).connections["sport"])  # noqa: E731
         until(seen, 60, "the new connection in a snapshot")
-        code, _, said = run.end()
-    assert (code, said.count("the trace goes on without")) == (0, 1), said
+        code, _, stderr = run.end()
+    assert (code, stderr.count("the trace goes on without")) == (0, 1), stderr

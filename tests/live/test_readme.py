@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each command of the README and of the pages on installing and Python runs on a bare Debian 12 and a bare Debian 13.
+"""Tests of each command in the README and the pages on installing and Python, on a bare Debian 12 and 13.
 
-It is typed as a user with sudo pastes it.
+A user with sudo types the commands as they are in the pages.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ CLONE = f"/home/{USER}/cwndtrace"
 PAGES = ("README.md", "docs/start.md", "docs/python.md")
 PIPX = "sudo env PIPX_HOME=/opt/pipx PIPX_BIN_DIR=/usr/local/bin pipx install ."
 
-# Each command of the pages, what is typed for it ("" where that is the command itself), and what it says then.
+# Each command of the pages, the line that is typed for it ("" for the command itself), and a part of its output.
 TABLE = [
     ("sudo cwndtrace doctor", "", "will work here."),
-    # The demo has just measured in full.
+    # One round is enough, because the demo measures in full.
     ("sudo cwndtrace reproduce", "sudo cwndtrace reproduce --rounds 1", "Picture:"),
     ("cwndtrace run --help", "", "--iface"),
     ("cwndtrace report CAPTURE", "cwndtrace report demo-*.cwnd", "idle"),
     ("cwndtrace plot CAPTURE", "cwndtrace plot demo-*.cwnd", ""),
     ("cwndtrace compare A B", "cwndtrace compare demo-*.cwnd demo-*.cwnd", ""),
-    # timeout(1) ends with 124 where it had to end it: serve goes on until then.
+    # serve runs until timeout(1) ends it, with exit code 124.
     ("cwndtrace serve --host ::", "timeout -s INT 5 cwndtrace serve --host :: || test $? = 124", ""),
 ]
-# The order of these counts.
+# These depend on their order.
 PIPX_STEPS = [
     ("sudo make uninstall", "", "removed /opt/cwndtrace"),
     ("sudo apt install pipx python3-bpfcc", "sudo apt -y install pipx python3-bpfcc", ""),
@@ -45,16 +45,16 @@ PIPX_STEPS = [
 JUPYTER_STEPS = [
     ("python3 -m venv ~/cwndtrace-jupyter", "", ""),
     ("~/cwndtrace-jupyter/bin/pip install '.[jupyter]'", "", "Successfully installed"),
-    # It would serve until it is ended.
+    # Jupyter Lab itself would run until it is ended.
     ("~/cwndtrace-jupyter/bin/jupyter lab notebooks", "~/cwndtrace-jupyter/bin/jupyter lab --version", ""),
 ]
 RUN = "sudo cwndtrace run --iface eth0"
 INSTALL = "sudo make install"
 ELSEWHERE = {
-    "make test": "in test_distributions_user.py",
-    "make bench": "measures for twenty minutes",
-    "sudo make vm-shell": "builds a kernel; tests/vm does",
-    "cd vagrant && vagrant up && vagrant ssh -c 'sudo cwndtrace reproduce'": "make vagrant-test does",
+    "make test": "test_distributions_user.py runs it",
+    "make bench": "it measures for twenty minutes",
+    "sudo make vm-shell": "it builds a kernel; tests/vm tests that",
+    "cd vagrant && vagrant up && vagrant ssh -c 'sudo cwndtrace reproduce'": "make vagrant-test tests it",
 }
 
 pytestmark = [pytest.mark.chroot, pytest.mark.timeout(1800)]
@@ -62,7 +62,7 @@ pytestmark = [pytest.mark.chroot, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def with_user(root: chroot.Root) -> Iterator[chroot.Root]:
-    """A root with a user who may become root by sudo, and has a clone of the checkout; both are gone at the end."""
+    """A root with a user who has sudo and a clone of the checkout; the user is removed at the end."""
     rule = root.path / f"etc/sudoers.d/{USER}"
     if not root.has("sudo"):
         root.add("sudo")
@@ -78,21 +78,21 @@ def with_user(root: chroot.Root) -> Iterator[chroot.Root]:
 
 @pytest.fixture(scope="module")
 def demo(with_user: chroot.Root) -> str:
-    """What ``make demo`` says where cwndtrace isn't installed, nor a package that it needs."""
+    """The output of ``make demo`` in a root without cwndtrace and bcc's Python package."""
     with_user.make("uninstall")
     with_user.good("dpkg", "--remove", "python3-bpfcc")
     return type_in(with_user, "umask 077; make demo")
 
 
 @pytest.fixture(scope="module")
-def shown(with_user: chroot.Root, demo: str) -> chroot.Root:
-    """A root in which the demo was made."""
+def demo_root(with_user: chroot.Root, demo: str) -> chroot.Root:
+    """A root in which the demo has run."""
     assert demo
     return with_user
 
 
 def type_in(root: chroot.Root, line: str, *, before: tuple[str, ...] = ()) -> str:
-    """Run a line in the clone as the user, who comes with root's variables only where they name a proxy."""
+    """Run a line in the clone as the user, who gets only the proxy variables of root, and return its output."""
     as_user = (
         "setpriv",
         f"--reuid={USER}",
@@ -105,20 +105,20 @@ def type_in(root: chroot.Root, line: str, *, before: tuple[str, ...] = ()) -> st
     return root.good(*before, *as_user, "bash", "-c", line, cwd=CLONE)
 
 
-def test_the_readme_has_no_other_command() -> None:
+def test_the_pages_have_no_untested_command() -> None:
     text = "\n".join((CHECKOUT / page).read_text(encoding="utf-8") for page in PAGES)
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-    found = {line for kind, block in fenced.findall(text) if kind == "sh" for line in block.splitlines()}
-    found |= set(re.findall(r"`((?:sudo|make|pip|pipx|python3|cwndtrace|~\S*) (?!-E)[^`]+)`", fenced.sub("", text)))
+    commands = {line for kind, block in fenced.findall(text) if kind == "sh" for line in block.splitlines()}
+    commands |= set(re.findall(r"`((?:sudo|make|pip|pipx|python3|cwndtrace|~\S*) (?!-E)[^`]+)`", fenced.sub("", text)))
     tried = {command for command, *_ in TABLE + PIPX_STEPS + JUPYTER_STEPS} | {"make demo", INSTALL, RUN}
-    assert found == tried | set(ELSEWHERE)
+    assert commands == tried | set(ELSEWHERE)
 
 
-def test_the_demo_as_a_user_with_sudo(shown: chroot.Root, demo: str) -> None:
+def test_the_demo_works_for_a_user_with_sudo(demo_root: chroot.Root, demo: str) -> None:
     for step in ("apt-get install", "installing Python packages into /opt/cwndtrace", "compiling them"):
         assert re.search(rf"^set-up: {step} \.\.\. \d+ s$", demo, re.MULTILINE)
-    # Whatever root made of it is the user's who asked for it.
-    home = shown.path / f"home/{USER}"
+    # All files that root made belong to the user.
+    home = demo_root.path / f"home/{USER}"
     uid = home.stat().st_uid
     assert [str(path) for path in home.rglob("*") if path.lstat().st_uid != uid] == []
     (capture,) = (home / "cwndtrace").glob("demo-*.cwnd")
@@ -130,39 +130,39 @@ def test_the_demo_as_a_user_with_sudo(shown: chroot.Root, demo: str) -> None:
     assert list(capture.glob("block_io/*.parquet"))
 
 
-def test_the_set_up_changes_nothing_after_the_demo(shown: chroot.Root) -> None:
-    assert "installing" not in type_in(shown, INSTALL)
+def test_the_set_up_changes_nothing_after_the_demo(demo_root: chroot.Root) -> None:
+    assert "installing" not in type_in(demo_root, INSTALL)
 
 
-def test_an_interface_called_eth0(shown: chroot.Root) -> None:
+def test_an_interface_called_eth0_is_traced(demo_root: chroot.Root) -> None:
     veth = "ip link add eth0 type veth peer name eth1; ip link set lo up; ip link set eth0 up; ip link set eth1 up"
     before = ("unshare", "--net", "sh", "-ec", f'{veth}; exec "$@"', "sh")
-    output = type_in(shown, f"{RUN} -d 2s -o eth0.cwnd", before=before)
+    output = type_in(demo_root, f"{RUN} -d 2s -o eth0.cwnd", before=before)
     assert "Tracing eth0" in output
     assert "The capture is in eth0.cwnd." in output
 
 
-@pytest.mark.parametrize(("command", "typed", "said"), TABLE, ids=[command for command, *_ in TABLE])
-def test_the_table(shown: chroot.Root, command: str, typed: str, said: str) -> None:
-    assert said in type_in(shown, typed or command)
+@pytest.mark.parametrize(("command", "typed", "expected"), TABLE, ids=[command for command, *_ in TABLE])
+def test_a_command_works_as_typed(demo_root: chroot.Root, command: str, typed: str, expected: str) -> None:
+    assert expected in type_in(demo_root, typed or command)
 
 
 def only_in(suite: str, root: chroot.Root) -> None:
-    """Leave the other root out: each of these takes minutes, and pip does the same in both."""
+    """Skip the test in the other root, because it takes minutes and pip does the same in both."""
     if root.suite != suite and "CWNDTRACE_NEWCOMER" not in os.environ:
         pytest.skip(f"runs in {suite}; in both by CWNDTRACE_NEWCOMER=1 make test-distributions")
 
 
-def test_jupyter(shown: chroot.Root) -> None:
-    only_in("trixie", shown)
-    for command, typed, said in JUPYTER_STEPS:
-        assert said in type_in(shown, typed or command)
+def test_the_jupyter_steps_work(demo_root: chroot.Root) -> None:
+    only_in("trixie", demo_root)
+    for command, typed, expected in JUPYTER_STEPS:
+        assert expected in type_in(demo_root, typed or command)
 
 
-def test_pipx(shown: chroot.Root) -> None:
-    only_in("bookworm", shown)
+def test_the_pipx_steps_work(demo_root: chroot.Root) -> None:
+    only_in("bookworm", demo_root)
     try:
-        for command, typed, said in PIPX_STEPS:
-            assert said in type_in(shown, typed or command)
+        for command, typed, expected in PIPX_STEPS:
+            assert expected in type_in(demo_root, typed or command)
     finally:
-        shown.good("rm", "-rf", "/opt/pipx", "/usr/local/bin/cwndtrace")
+        demo_root.good("rm", "-rf", "/opt/pipx", "/usr/local/bin/cwndtrace")

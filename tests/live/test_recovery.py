@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a window after a reset: each outcome, against what TCP_INFO says of the socket meanwhile.
+"""Tests of each outcome of a window after a reset, against TCP_INFO of the socket meanwhile.
 
-A window is followed on ACKs. The looks at TCP_INFO are timed, and each has the socket's lock: of two looks with an ACK
-between them, the record of that ACK lies between them too.
+The programs follow a window on ACKs. Each getsockopt(TCP_INFO) is timed and holds the socket's lock, so if an ACK comes
+between two of them, the time of its record lies between them too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.live
 
 
 def idle(connection: tcp.Connection, seconds: float = tcp.IDLE_S) -> tcp.Send:
-    """Idle time that ends in a reset; the send."""
+    """Let a connection be idle, and return the send that then resets its window."""
     connection.idle(seconds)
     send = connection.send()
     assert send.reason == "idle", send
@@ -37,19 +37,19 @@ def idle(connection: tcp.Connection, seconds: float = tcp.IDLE_S) -> tcp.Send:
 
 
 def recovery(tracer: Tracer, reset: Record) -> Record:
-    """The record of what became of the window after a reset; there is one, and only one."""
+    """Return the record of the recovery after a reset, and assert that there is exactly one."""
 
-    def found() -> list[Record]:
+    def matching() -> list[Record]:
         tracer.settle()
         return [r for r in tracer.recoveries if (r["skaddr"], r["reset_ts_ns"]) == (reset["skaddr"], reset["ts_ns"])]
 
-    tcp.until(found, 20, "the record of a recovery")
-    (record,) = found()
+    tcp.until(matching, 20, "the record of a recovery")
+    (record,) = matching()
     return record
 
 
 def check(tracer: Tracer, connection: tcp.Connection, send: tcp.Send) -> tuple[Record, Record]:
-    """The reset that a send was and its recovery, in which all that the reset fixes is right."""
+    """Return the records of a send's reset and of its recovery, and compare the fields that both have."""
     (reset,) = (r for r in tracer.of(connection) if send.start_ns <= r["ts_ns"] <= send.end_ns)
     record = recovery(tracer, reset)
     truth = {
@@ -60,16 +60,16 @@ def check(tracer: Tracer, connection: tcp.Connection, send: tcp.Send) -> tuple[R
     }
     assert {name: record[name] for name in truth} == truth
     if connection.sock.fileno() >= 0:
-        # Asked for only now: asking makes one.
+        # The cookie is read only now, because getsockopt makes one.
         assert record["sock_cookie"] in (0, connection.cookie())
     return reset, record
 
 
-# ---- over a path on which a round trip takes a while ----------------------------------------------
+# ---- over a path with a long round trip ----------------------------------------------
 
 
 class LabEnd(tcp.Here):
-    """One end of the lab's path, as a place for connections."""
+    """An end of the lab's path, for connections."""
 
     private = True
 
@@ -78,11 +78,11 @@ class LabEnd(tcp.Here):
         self._end = end
 
     def enter(self, work: Callable[[], object]) -> object:
-        """What ``work`` gives in its namespace."""
+        """Call ``work`` in this namespace and return its result."""
         return netns.inside(self._end.namespace, work)
 
     def limit(self, to: LabEnd, drain: tcp.Drain, ssthresh: int) -> None:
-        """Have new connections to another end begin with a slow start threshold, in segments."""
+        """Make new connections to another end begin with this slow start threshold, in segments."""
 
         def write() -> None:
             Path("/proc/sys/net/ipv4/tcp_no_ssthresh_metrics_save").write_text("0")
@@ -97,23 +97,23 @@ class LabEnd(tcp.Here):
             connection.close()
             return tcp.run("ip", "-n", self.name, "tcp_metrics", "show")
 
-        # The kernel looks for a route's metrics where an earlier connection left its own, which one whose timer has
-        # run off doesn't (tcp_update_metrics() in net/ipv4/tcp_metrics.c).
+        # The kernel uses a route's metrics only once an earlier connection has left some. A connection whose
+        # retransmission timer has expired leaves none (tcp_update_metrics() in net/ipv4/tcp_metrics.c).
         tcp.until(leave_metrics, 60, "the metrics of a route")
 
 
 @contextmanager
 def far(rtt_ms: float) -> Iterator[tuple[LabEnd, LabEnd]]:
-    """Two ends with so long a path between them."""
+    """Yield both ends of a path with this RTT."""
     with open_path(Delay(rtt_ms=rtt_ms)) as path:
         yield LabEnd(path.client), LabEnd(path.server)
 
 
-def looks_until_regained(connection: tcp.Connection, target: int) -> tuple[int, int, tcp.Info]:
-    """A moment before the ACK that brought the window back to ``target``, one after it, and what was seen then.
+def watch_until_regained(connection: tcp.Connection, target: int) -> tuple[int, int, tcp.Info]:
+    """Return a time before the ACK that brought the window back to ``target``, one after it, and TCP_INFO then.
 
-    The record is stamped when that ACK comes in, and the window grows once the kernel has worked it in: the last look
-    that shows less may begin between the two, so the look before it is the one that surely came earlier.
+    The record has the time at which that ACK comes in, and the window grows after the kernel has processed it. The last
+    TCP_INFO with a smaller window may begin between the two, so the one before it is used as the earlier time.
     """
     before_ns, last_ns, deadline = 0, 0, time.monotonic() + 20
     while True:
@@ -126,15 +126,15 @@ def looks_until_regained(connection: tcp.Connection, target: int) -> tuple[int, 
 
 
 def regain_once(tracer: Tracer, connection: tcp.Connection) -> float | None:
-    """A reset and the way back from it, its record held against the looks; by how much the prediction of it was off.
+    """Make a reset, follow its recovery, and check its record; return the error of the predicted time, in round trips.
 
-    In round trips; more where it took longer. None where something was retransmitted, for want of time on this machine.
+    The error is positive if the recovery took longer. Returns None if a stalled machine caused retransmissions.
     """
-    # No further than it has to be: reno wins back the last quarter one by one.
+    # The window is no larger than necessary, because reno grows by one segment a round trip in the last quarter.
     connection.grow(40, burst=100_000)
     send = idle(connection, 1.0)
     connection.sock.sendall(bytes(1_500_000))
-    below_ns, back_ns, back = looks_until_regained(connection, send.before.cwnd)
+    below_ns, back_ns, back = watch_until_regained(connection, send.before.cwnd)
     end = connection.quiet()
     if end.total_retrans:
         return None
@@ -142,7 +142,7 @@ def regain_once(tracer: Tracer, connection: tcp.Connection) -> float | None:
     assert send.after.cwnd <= send.before.cwnd // 2
     assert record["outcome"] == "regained"
     assert below_ns <= record["end_ts_ns"] <= back_ns
-    # What the ACK left that brought it back; the look may have come some ACKs later.
+    # The record has the window after the ACK that brought it back, and TCP_INFO may have come some ACKs later.
     assert send.before.cwnd <= record["cwnd_end"] <= back.cwnd
     assert record["ssthresh_end"] == back.ssthresh
     assert 0 < record["bytes_acked"] <= end.bytes_acked - reset["bytes_acked"]
@@ -164,17 +164,19 @@ def regain_once(tracer: Tracer, connection: tcp.Connection) -> float | None:
     [
         ("cubic", 0, -1, 1),
         ("reno", 30, -2, 2),
-        # Soon after cubic has left slow start it grows by a twentieth a round trip, not by half.
+        # Soon after slow start, cubic grows by a twentieth per round trip, not by half.
         ("cubic", 30, -1, 8),
     ],
     ids=["slow start", "reno", "cubic"],
 )
-def test_regained(tracer: Tracer, drain: tcp.Drain, ca: str, ssthresh: int, least: int, most: int) -> None:
-    """In slow start all the way, or from a threshold on as the congestion control grows a window."""
+def test_a_regained_window_is_recorded(
+    tracer: Tracer, drain: tcp.Drain, ca: str, ssthresh: int, least: int, most: int
+) -> None:
+    """The window grows in slow start all the way, or by the congestion control's rule from a threshold on."""
     with far(40) as (here, there):
         if ssthresh:
             here.limit(there, drain, ssthresh)
-        # A machine that stalls makes packets late, and so one way back longer, not three.
+        # If the machine stalls, packets are late and a recovery takes longer, but not three in a row.
         for _ in range(3):
             connection = tcp.connect(here, drain, to=there, address=there.address, device="lab0", ca=ca)
             try:
@@ -190,12 +192,12 @@ def test_regained(tracer: Tracer, drain: tcp.Drain, ca: str, ssthresh: int, leas
 # ---- on loopback -----------------------------------------------------------------------------------
 
 
-def test_reset_again(tracer: Tracer, connect: Connect) -> None:
+def test_a_second_reset_ends_the_recovery(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow(80)
     first = idle(connection)
     second = idle(connection)
-    # A small send makes no window grow: the second fall begins where the first one ended.
+    # A small send makes no window grow, so the second reset begins where the first one ended.
     assert second.before.cwnd == first.after.cwnd > second.after.cwnd
     reset, record = check(tracer, connection, first)
     again = tracer.of(connection)[-1]
@@ -209,7 +211,7 @@ def test_reset_again(tracer: Tracer, connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("kind", ["timeout", "duplicate ACKs"])
-def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
+def test_a_loss_ends_the_recovery(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
     connection = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
     connection.grow(80)
     connection.idle(tcp.IDLE_S)
@@ -220,7 +222,7 @@ def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
             lost = connection.until(lambda i: i.ca_state == 4, "a retransmission timeout")
             lost_ns = time.monotonic_ns()
     if kind == "duplicate ACKs":
-        # What follows arrives, and tells that something is missing before it.
+        # These segments arrive, and their ACKs report the missing ones.
         connection.sock.send(bytes(12 * 1448))
     end = connection.quiet()
     assert end.total_retrans > send.before.total_retrans
@@ -231,13 +233,13 @@ def test_loss(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
     assert send.end_ns < record["end_ts_ns"] <= done_ns
     assert 0 <= record["bytes_acked"] <= end.bytes_acked - send.before.bytes_acked
     if kind == "timeout":
-        # Nothing came back while the link was cut, and the first ACK found the window at what the timeout left.
+        # No ACK came while the link was cut, and the first one found the window that the timeout had left.
         assert record["end_ts_ns"] > lost_ns
         assert (record["acks"], record["bytes_acked"]) == (0, 0)
         assert (record["cwnd_end"], record["ssthresh_end"]) == (lost.cwnd, lost.ssthresh)
 
 
-def test_closed(tracer: Tracer, connect: Connect) -> None:
+def test_closing_the_connection_ends_the_recovery(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow(80)
     send = idle(connection)
@@ -248,11 +250,13 @@ def test_closed(tracer: Tracer, connect: Connect) -> None:
     assert (record["outcome"], record["sock_cookie"]) == ("closed", cookie)
     assert begin_ns < record["end_ts_ns"] <= time.monotonic_ns()
     assert (record["cwnd_end"], record["ssthresh_end"]) == (before.cwnd, before.ssthresh)
-    # The small send, and the FIN.
+    # These are the bytes of the small send, and perhaps the FIN.
     assert record["bytes_acked"] in (100, 101)
 
 
-def test_the_capture_ends(tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain) -> None:
+def test_the_end_of_the_capture_ends_the_recovery(
+    tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain
+) -> None:
     space = make_space()
     connection = tcp.connect(space, drain)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resets after idle time, against TCP_INFO: every one is found, none is invented, every field is right.
+"""Tests of resets after idle time, against TCP_INFO: each has a record, no record is false, and every field is right.
 
-Each way in which a program can send, each kind of address, congestion control and route that matters to the
-kernel's rule is here, on each rung of the ladder that this kernel has.
+They cover each way to send, and each kind of address, congestion control and route that matters to the kernel's rule,
+with each probe that this kernel has.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ KINDS: tuple[dict[str, object], ...] = (
     {"ca": "reno", "mapped": True, "from_server": True},
     {"ca": "cubic", "address": "127.1.2.3", "from_server": True},
 )
-"""A prime number of connections, so that no two of them stay in step."""
+"""The number of connections is prime, so no two of them stay in step."""
 
 IDLE_RTO = (0.3, 0.6, 0.96, 0.98, 1.0, 1.02, 1.04, 1.1, 1.5, 2.1, 3.2)
-"""In retransmission timeouts, most of them around one."""
+"""Idle times in retransmission timeouts; most are near one."""
 
 
-@pytest.mark.parametrize("rung", [rung.name for rung in ladder.RUNGS])
-def test_the_rung_is_there(rung: str) -> None:
-    why = left_out().get(rung)
+@pytest.mark.parametrize("probe", [probe.name for probe in ladder.RUNGS])
+def test_the_probe_works_here(probe: str) -> None:
+    why = left_out().get(probe)
     if why:
-        pytest.skip(f"probe {rung}: {why}; the kernels of tests/vm have it")
+        pytest.skip(f"probe {probe}: {why}; the kernels of tests/vm have it")
 
 
 def idle_and_send(connections: list[tcp.Connection]) -> None:
-    """Each connection sends a burst and is idle, over and over, in an order of its own."""
+    """Let each connection send bursts with idle times between them, in a random order of times."""
     order = random.Random(7)
     idle_times = {i: order.sample(IDLE_RTO, len(IDLE_RTO)) for i in range(len(connections))}
     due: list[tuple[float, int]] = []
@@ -72,14 +72,14 @@ def idle_and_send(connections: list[tcp.Connection]) -> None:
         burst(i)
 
 
-def test_every_reset_is_found_and_none_invented(tracer: Tracer, connect: Connect) -> None:
+def test_every_reset_has_a_record_and_no_record_is_false(tracer: Tracer, connect: Connect) -> None:
     connections = [connect(**kind) for kind in KINDS]
     idle_and_send(connections)
     resets = check(tracer, *connections)
     sends = sum(len(c.sends) for c in connections)
     idle = [r["idle_us"] - s.before.last_snd_us for c in connections for s, r in idle_pairs(tracer, c)]
-    print(f"{tracer.probe}: {resets} resets in {sends} sends; rest less TCP_INFO's, in us: {sorted(set(idle))}")
-    # Four in eleven idle times are longer than any delay makes the short ones.
+    print(f"{tracer.probe}: {resets} resets in {sends} sends; idle time minus TCP_INFO's, in us: {sorted(set(idle))}")
+    # Four of eleven idle times are longer than delays can make the short ones.
     assert resets >= 4 * len(connections)
     assert sends - resets >= 2 * len(connections)
 
@@ -90,14 +90,14 @@ def idle_pairs(tracer: Tracer, connection: tcp.Connection) -> list[tuple[tcp.Sen
 
 
 def was_idle(connect: Connect, **options: object) -> tcp.Connection:
-    """A connection that has grown its window and then been idle for long."""
+    """Return a connection that has grown its window and has then been idle."""
     connection = connect(**options)
     connection.grow()
     connection.idle(tcp.IDLE_S)
     return connection
 
 
-def test_sendfile(tracer: Tracer, connect: Connect) -> None:
+def test_sendfile_causes_a_reset(tracer: Tracer, connect: Connect) -> None:
     connection = was_idle(connect)
     with tempfile.TemporaryFile() as file:
         file.write(b"x" * 100)
@@ -106,20 +106,20 @@ def test_sendfile(tracer: Tracer, connect: Connect) -> None:
     expect_one(tracer, connection)
 
 
-def test_zerocopy(tracer: Tracer, connect: Connect) -> None:
+def test_a_zero_copy_send_causes_a_reset(tracer: Tracer, connect: Connect) -> None:
     connection = was_idle(connect)
     tcp.allow_zerocopy(connection.sock)
     connection.send(lambda: connection.sock.send(b"x" * 1000, tcp.MSG_ZEROCOPY))
     expect_one(tracer, connection)
 
 
-def test_gathered_write(tracer: Tracer, connect: Connect) -> None:
+def test_a_gathered_write_causes_a_reset(tracer: Tracer, connect: Connect) -> None:
     connection = was_idle(connect)
     connection.send(lambda: connection.sock.sendmsg([b"x" * 50] * 20))
     expect_one(tracer, connection)
 
 
-def test_cork_resets_once_when_the_first_piece_is_queued(tracer: Tracer, connect: Connect) -> None:
+def test_corked_pieces_cause_one_reset_when_the_first_is_queued(tracer: Tracer, connect: Connect) -> None:
     connection = was_idle(connect)
 
     def in_pieces() -> None:
@@ -131,7 +131,7 @@ def test_cork_resets_once_when_the_first_piece_is_queued(tracer: Tracer, connect
     expect_one(tracer, connection)
 
 
-def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
+def test_a_record_names_the_child_that_writes(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
     with tcp.Child(connection.sock) as child:
@@ -142,7 +142,7 @@ def test_a_child_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
     expect_one(tracer, connection)
 
 
-def test_a_thread_that_writes_is_named(tracer: Tracer, connect: Connect) -> None:
+def test_a_record_names_the_thread_that_writes(tracer: Tracer, connect: Connect) -> None:
     connection = was_idle(connect)
     ready, go, sent = threading.Event(), threading.Event(), threading.Event()
     who: list[tuple[int, int, str]] = []
@@ -168,7 +168,7 @@ def test_a_thread_that_writes_is_named(tracer: Tracer, connect: Connect) -> None
     expect_one(tracer, connection)
 
 
-def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Connect) -> None:
+def test_a_record_has_the_cookie_that_getsockopt_returned(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     cookie = connection.cookie()
     connection.grow()
@@ -178,7 +178,7 @@ def test_the_cookie_is_the_one_that_was_given_out(tracer: Tracer, connect: Conne
     assert tracer.of(connection)[0]["sock_cookie"] == cookie != 0
 
 
-def test_when_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
+def test_a_record_has_the_time_since_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
     time.sleep(tcp.IDLE_S / 2)
@@ -190,10 +190,10 @@ def test_when_data_last_came_in(tracer: Tracer, connect: Connect) -> None:
     assert tcp.IDLE_S / 3 < record["last_rcv_us"] / 1e6 < record["idle_us"] / 1e6 - tcp.IDLE_S / 3
 
 
-def test_a_route_that_sets_the_initial_window(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
+def test_the_initial_window_of_a_route_is_the_lower_limit(tracer: Tracer, space: tcp.Space, connect: Connect) -> None:
     space.ip("route", "replace", "local", "127.9.9.9", "dev", "lo", "table", "local", "initcwnd", "20")
     connection = connect(address="127.9.9.9", init_cwnd=20)
-    # Twice the initial window, or more: half of less would be below it, and tell nothing of what halved it.
+    # The window is at least twice the initial one, since half of less would be below that and look the same.
     connection.grow(40)
     connection.idle(1.3)
     send = connection.send()
@@ -201,7 +201,7 @@ def test_a_route_that_sets_the_initial_window(tracer: Tracer, space: tcp.Space, 
     expect_one(tracer, connection)
 
 
-def test_namespaces_with_the_same_addresses_and_ports(
+def test_namespaces_with_the_same_addresses_and_ports_are_told_apart(
     tracer: Tracer, make_space: Callable[[], tcp.Space], connect: Connect
 ) -> None:
     same: dict[str, object] = {"source": ("127.0.0.1", 40001), "port": 40002}
@@ -218,7 +218,9 @@ def test_namespaces_with_the_same_addresses_and_ports(
     assert [len(tracer.of(c)) for c in pair] == [1, 2]
 
 
-def test_nothing_where_the_sysctl_is_off(counter: Tracer, counted_space: tcp.Space, connect: Connect) -> None:
+def test_nothing_is_recorded_where_the_sysctl_is_off(
+    counter: Tracer, counted_space: tcp.Space, connect: Connect
+) -> None:
     counted_space.sysctl("net.ipv4.tcp_slow_start_after_idle", "0")
     try:
         expect_nothing(counter, connect(counted_space))
@@ -226,7 +228,7 @@ def test_nothing_where_the_sysctl_is_off(counter: Tracer, counted_space: tcp.Spa
         counted_space.sysctl("net.ipv4.tcp_slow_start_after_idle", "1")
 
 
-def test_nothing_for_a_congestion_control_that_is_exempt(
+def test_nothing_is_recorded_for_an_exempt_congestion_control(
     counter: Tracer, counted_space: tcp.Space, connect: Connect
 ) -> None:
     if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
@@ -235,7 +237,7 @@ def test_nothing_for_a_congestion_control_that_is_exempt(
 
 
 def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
-    """A connection that is idle is never reset, nor taken for one that would be."""
+    """Assert that an idle connection has no reset, and that no counter expects one."""
     counter.settle()
     before = counter.tally.unchanged, counter.tally.withdrawn
     for _ in range(2):
@@ -261,12 +263,12 @@ def test_a_large_write_is_one_reset(tracer: Tracer, connect: Connect) -> None:
 
 
 def restarted(cwnd: int, idle_us: int, rto_us: int) -> int:
-    """tcp_cwnd_restart() in words: half for each whole timeout of idle time, down to ten."""
+    """Return the window after tcp_cwnd_restart(): half for each whole RTO of idle time, but not below ten."""
     halvings = -(-idle_us // rto_us) - 1
     return max(cwnd >> halvings, min(cwnd, tcp.INIT_CWND))
 
 
-def test_two_hundred_connections_at_once(tracer: Tracer, connect: Connect) -> None:
+def test_two_hundred_connections_are_traced_at_once(tracer: Tracer, connect: Connect) -> None:
     connections = [connect(ca=("cubic", "reno")[i % 2]) for i in range(200)]
     for connection in connections:
         connection.grow(burst=60_000)
@@ -278,7 +280,7 @@ def test_two_hundred_connections_at_once(tracer: Tracer, connect: Connect) -> No
     assert check(tracer, *connections) == 200
 
 
-def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
+def test_the_public_stream_yields_a_reset(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     with cwndtrace.stream(port=connection.sport, block=False, probe=tracer.probe) as batches:
         connection.grow()
@@ -293,8 +295,8 @@ def test_the_public_stream(tracer: Tracer, connect: Connect) -> None:
     ]
 
 
-def test_tracing_begins_at_one_moment_for_all(tracer: Tracer, connect: Connect, space: tcp.Space) -> None:
-    """Programs are attached one after the other; what they saw before the session began is neither kept nor counted."""
+def test_tracing_begins_at_one_moment_for_all_events(tracer: Tracer, connect: Connect, space: tcp.Space) -> None:
+    """Programs are attached one after the other; records from before the session are neither kept nor counted."""
     connection = connect()
     filters = Filters(netns=space.inode)
     with loop() as disk:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command as a person types it: run, doctor and plot in processes of their own, on this machine's kernel."""
+"""Tests of the commands run, doctor and plot as processes, on this machine's kernel."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ IDLE = "net.ipv4.tcp_slow_start_after_idle"
 # ---- run -------------------------------------------------------------------------------------------
 
 
-def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_a_trace_prints_header_resets_and_summary(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with running("-i", "lo", "-n", space.name, "-d", "4s", "-o", tmp_path / "a.cwnd") as run:
         connection = connect()
         sends = [send_after_idle(connection) for _ in range(3)]
-        code, shown, said = run.end(None)
+        code, stdout, stderr = run.end(None)
     assert code == 0
-    header, *lines = shown.splitlines()
+    header, *lines = stdout.splitlines()
     assert re.split(" {2,}", header) == [column.title for column in RESETS_SHOWN]
     ends = f"{connection.saddr}:{connection.sport} > {connection.daddr}:{connection.dport}"
     resets = [line for line in lines if re.match(r"\d\d:\d\d:\d\d\.\d+  idle ", line)]
@@ -64,15 +64,15 @@ def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_
         assert f"{send.before.cwnd} -> {send.after.cwnd}" in line
         assert f"[{os.getpid()}]" in line
         assert line.index(ends) == header.index("CONNECTION")
-    assert re.search(r"^CONNECTION +PROCESS +CC +RESETS", shown, re.MULTILINE)
+    assert re.search(r"^CONNECTION +PROCESS +CC +RESETS", stdout, re.MULTILINE)
     row = next(line for line in lines[4:] if line.startswith(ends) and "cubic" in line)
     assert re.search(r"cubic +3 +3 +0 +0 ", row)
-    assert re.search(r"^kept 3 resets, \d[\d,]* block I/Os; lost [0-2] resets?, ", shown, re.MULTILINE)
-    assert "\x1b" not in shown + said
-    assert "waiting for" not in said
-    assert said.splitlines()[0].startswith(f"Tracing lo in network namespace {space.name} (inode ")
-    assert f"The capture is in {tmp_path / 'a.cwnd'}" in said
-    assert f"cwndtrace plot {tmp_path / 'a.cwnd'}" in said
+    assert re.search(r"^kept 3 resets, \d[\d,]* block I/Os; lost [0-2] resets?, ", stdout, re.MULTILINE)
+    assert "\x1b" not in stdout + stderr
+    assert "waiting for" not in stderr
+    assert stderr.splitlines()[0].startswith(f"Tracing lo in network namespace {space.name} (inode ")
+    assert f"The capture is in {tmp_path / 'a.cwnd'}" in stderr
+    assert f"cwndtrace plot {tmp_path / 'a.cwnd'}" in stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     assert trace.status == "complete"
     assert list(trace.resets["cwnd_after"]) == [send.after.cwnd for send in sends]
@@ -80,24 +80,24 @@ def test_a_trace_from_header_to_summary(connect: Connect, space: tcp.Space, tmp_
     assert trace.warnings == []
 
 
-def test_a_signal_ends_it_cleanly(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_signal_ends_a_trace_cleanly(space: tcp.Space, tmp_path: Path) -> None:
     with running("-n", space.name, "-o", tmp_path / "a.cwnd") as run:
-        code, shown, said = run.end(signal.SIGTERM)
+        code, stdout, stderr = run.end(signal.SIGTERM)
     assert code == 0
-    assert "kept 0 resets" in shown
-    assert "The capture is in" in said
+    assert "kept 0 resets" in stdout
+    assert "The capture is in" in stderr
     assert cwndtrace.load(tmp_path / "a.cwnd").status == "complete"
 
 
-def test_a_third_signal_insists(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_third_signal_aborts(space: tcp.Space, tmp_path: Path) -> None:
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd") as run:
-        # All wait for the process to run again, so that the last one surely finds it at work on the first.
+        # The process gets all of them when it continues, so the last one surely comes while it handles the first.
         for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
             run.process.send_signal(number)
-        code, _, said = run.end(None)
+        code, _, stderr = run.end(None)
     assert code == 1
-    assert said.endswith("Aborted!\n")
-    assert "Traceback" not in said
+    assert stderr.endswith("Aborted!\n")
+    assert "Traceback" not in stderr
     assert cwndtrace.load(tmp_path / "a.cwnd").status in ("failed", "complete")
 
 
@@ -114,13 +114,13 @@ def test_a_killed_trace_opens_as_interrupted(connect: Connect, space: tcp.Space,
     assert call("plot", tmp_path / "a.cwnd", "-o", tmp_path / "a.png").returncode == 0
 
 
-def test_json_is_all_there_is_on_stdout(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_stdout_has_only_json(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     with loop() as disk, running("-n", space.name, "--json", "--block", "-o", tmp_path / "a.cwnd") as run:
         send = send_after_idle(connect())
         disk.read(*range(10))
-        code, shown, _ = run.end()
+        code, stdout, _ = run.end()
     assert code == 0
-    rows: list[dict[str, Any]] = [json.loads(line, parse_constant=pytest.fail) for line in shown.splitlines()]
+    rows: list[dict[str, Any]] = [json.loads(line, parse_constant=pytest.fail) for line in stdout.splitlines()]
     assert {row["event"] for row in rows} <= {"started", "cwnd_reset", "cwnd_recovery", "block_io", "lost", "summary"}
     assert [row["event"] for row in rows].index("started") == 0
     assert rows[0]["capture"] == str(tmp_path / "a.cwnd")
@@ -136,43 +136,43 @@ def test_json_is_all_there_is_on_stdout(connect: Connect, space: tcp.Space, tmp_
     assert {row["dev"] for row in rows[-1]["block_io"]} >= {disk.dev}
 
 
-def test_quiet_says_nothing(space: tcp.Space, tmp_path: Path) -> None:
+def test_quiet_prints_only_the_summary(space: tcp.Space, tmp_path: Path) -> None:
     done = call("run", "-q", "-n", space.name, "-d", "200ms", "--no-block", "-o", tmp_path / "a.cwnd")
     assert (done.returncode, done.stderr) == (0, "")
     assert "kept 0 resets, 0 block I/Os" in done.stdout
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_a_service_manager_is_told(space: tcp.Space, tmp_path: Path, abstract: bool) -> None:
-    """When all is attached, and when it ends; a quiet trace says nothing to anybody else."""
+def test_a_service_manager_is_notified(space: tcp.Space, tmp_path: Path, abstract: bool) -> None:
+    """It gets messages when all is attached and at the end; a quiet trace prints nothing on stderr."""
     name = f"\0cwt-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(name)
         manager.settimeout(LONG_S)
         address = name.replace("\0", "@")
         arguments = ("-q", "-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd")
-        with running(*arguments, before=("env", f"NOTIFY_SOCKET={address}"), said=False) as run:
+        with running(*arguments, before=("env", f"NOTIFY_SOCKET={address}"), wait=False) as run:
             assert manager.recv(100) == b"READY=1"
             assert (tmp_path / "a.cwnd" / "meta.json").exists()
-            code, _, said = run.end(signal.SIGTERM)
+            code, _, stderr = run.end(signal.SIGTERM)
             assert manager.recv(100) == b"STOPPING=1"
-        assert (code, said) == (0, "")
+        assert (code, stderr) == (0, "")
         manager.setblocking(False)
         with pytest.raises(BlockingIOError):
             manager.recv(100)
 
 
-def test_a_default_name_and_why_not_a_better_rung(space: tcp.Space, tmp_path: Path) -> None:
+def test_verbose_explains_why_better_probes_are_not_used(space: tcp.Space, tmp_path: Path) -> None:
     done = call("run", "-v", "-n", space.name, "-d", "50ms", "--no-block", cwd=tmp_path)
     assert done.returncode == 0
-    (made,) = tmp_path.iterdir()
-    assert re.fullmatch(r"cwndtrace-\d{8}-\d{6}\.cwnd", made.name)
-    order = [rung.name for rung in ladder.RUNGS]
-    for name in order[: order.index(cwndtrace.load(made).meta["probes"]["idle"])]:
+    (capture,) = tmp_path.iterdir()
+    assert re.fullmatch(r"cwndtrace-\d{8}-\d{6}\.cwnd", capture.name)
+    order = [probe.name for probe in ladder.RUNGS]
+    for name in order[: order.index(cwndtrace.load(capture).meta["probes"]["idle"])]:
         assert f"  idle: not {name}: " in done.stderr
 
 
-def test_whoever_reads_may_leave(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_a_trace_ends_when_the_reader_of_stdout_ends(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=writer) as run:
         os.close(writer)
@@ -181,51 +181,51 @@ def test_whoever_reads_may_leave(connect: Connect, space: tcp.Space, tmp_path: P
         folder = tmp_path / "a.cwnd" / "cwnd_reset"
         tcp.until(folder.exists, 20, "the reset")
         os.close(reader)
-        code, _, said = run.end(None)
+        code, _, stderr = run.end(None)
     assert code == 0
-    assert "Traceback" not in said
-    assert "Broken pipe" not in said
+    assert "Traceback" not in stderr
+    assert "Broken pipe" not in stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     assert (trace.status, len(trace.resets)) == ("complete", 1)
 
 
-def test_whoever_reads_may_leave_before_anything_happens(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_trace_ends_when_the_reader_ends_before_any_output(space: tcp.Space, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with running("-n", space.name, "--no-block", "-o", tmp_path / "a.cwnd", stdout=writer) as run:
         os.close(writer)
         assert os.read(reader, 4).startswith(b"TIME")
         os.close(reader)
-        # Nothing is printed that would fail.
-        code, _, said = run.end(None)
+        # The trace prints nothing that would fail.
+        code, _, stderr = run.end(None)
     assert code == 0
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert cwndtrace.load(tmp_path / "a.cwnd").status == "complete"
 
 
-def test_colours_and_a_status_line_on_a_terminal(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_a_terminal_gets_colours_and_a_status_line(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     command = [*COMMAND, "run", "-n", space.name, "-o", str(tmp_path / "a.cwnd")]
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT) as process:
         try:
             os.close(slave)
-            shown = read_until(master, rb"waiting for idle time longer than the RTO")
+            output = read_until(master, rb"waiting for idle time longer than the RTO")
             send_after_idle(connect())
-            shown = read_until(master, rb"\x1b\[33m *\d+ -> \d+\x1b\[0m", shown)
-            shown = read_until(master, rb"\r\x1b\[K1 reset ", shown)
+            output = read_until(master, rb"\x1b\[33m *\d+ -> \d+\x1b\[0m", output)
+            output = read_until(master, rb"\r\x1b\[K1 reset ", output)
             process.send_signal(signal.SIGINT)
-            shown = read_until(master, rb"These commands read it:", shown)
+            output = read_until(master, rb"These commands read it:", output)
             with contextlib.suppress(OSError):  # the other end is closed
                 while more := os.read(master, 65536):
-                    shown += more
+                    output += more
             assert process.wait(60) == 0
         finally:
             process.kill()
             os.close(master)
-    assert b"\x1b[1m" in shown
-    assert b"Traceback" not in shown
+    assert b"\x1b[1m" in output
+    assert b"Traceback" not in output
 
 
-def test_two_at_once(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_two_traces_at_once_record_the_same_reset(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     def arguments(name: str) -> list[str | Path]:
         return ["-n", space.name, "--no-block", "-o", tmp_path / name]
 
@@ -236,7 +236,7 @@ def test_two_at_once(connect: Connect, space: tcp.Space, tmp_path: Path) -> None
         assert list(cwndtrace.load(tmp_path / name).resets["cwnd_before"]) == [send.before.cwnd]
 
 
-def test_a_full_disk_is_said_and_the_trace_goes_on(space: tcp.Space, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_trace_goes_on(space: tcp.Space, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     tcp.run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small))
@@ -250,15 +250,15 @@ def test_a_full_disk_is_said_and_the_trace_goes_on(space: tcp.Space, tmp_path: P
             (small / "filler").unlink()
             parts = small / "a.cwnd" / "block_io"
             tcp.until(lambda: list(parts.glob("part-*.parquet")), 30, "the rows that waited")
-            code, shown, said = run.end()
-        assert code == 0, said
-        assert said.count("No space left on device") == 1
-        assert "Traceback" not in said
+            code, stdout, stderr = run.end()
+        assert code == 0, stderr
+        assert stderr.count("No space left on device") == 1
+        assert "Traceback" not in stderr
         trace = cwndtrace.load(small / "a.cwnd")
         assert trace.status == "complete"
         kept = trace.meta["counts"]["block_io"]["kept"]
         assert len(trace.block_io) == kept > 2900
-        assert "kept 0 resets" in shown
+        assert "kept 0 resets" in stdout
     finally:
         tcp.run("umount", str(small))
 
@@ -273,7 +273,7 @@ def test_warns_that_the_setting_is_off_and_there_is_no_connection(
     space.sysctl(IDLE, "0")
     done = call("run", "-i", "lo", "-d", "2500ms", "--no-block", "-o", tmp_path / "a.cwnd", before=within(space))
     assert done.returncode == 0
-    # Once, though connections are looked at again after two seconds.
+    # The warning comes once, although connections are checked again after two seconds.
     assert done.stderr.count(f"warning: {IDLE} is 0 in this network namespace") == 1
     assert f"(sysctl -w {IDLE}=1 turns it on)" in done.stderr
     assert done.stderr.count("warning: lo carries no TCP connection now") == 1
@@ -288,7 +288,7 @@ def test_warns_that_every_connection_is_exempt(
     space = make_space()
     exempt = tcp.connect(space, drain, ca="bbr")
     try:
-        # The other end takes its congestion control from the namespace.
+        # The peer has the default congestion control of the namespace otherwise.
         exempt.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
         done = call("run", "-i", "lo", "-n", space.name, "-d", "100ms", "--no-block", "-o", tmp_path / "a.cwnd")
         place = rf"lo in network namespace {space.name} \(inode \d+\)"
@@ -300,7 +300,7 @@ def test_warns_that_every_connection_is_exempt(
 # ---- bad input -------------------------------------------------------------------------------------
 
 
-def test_not_root(tmp_path: Path) -> None:
+def test_run_and_doctor_need_root(tmp_path: Path) -> None:
     need_readable_checkout()
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     for arguments in (["run", "-o", str(tmp_path / "a.cwnd")], ["doctor"]):
@@ -308,14 +308,14 @@ def test_not_root(tmp_path: Path) -> None:
         assert_short(done, 1, "needs root", "sudo")
 
 
-def test_no_such_interface(space: tcp.Space, tmp_path: Path) -> None:
+def test_an_unknown_interface_is_refused(space: tcp.Space, tmp_path: Path) -> None:
     done = call("run", "-i", "eth\x1b[2J", "-n", space.name, "-o", tmp_path / "a.cwnd")
     assert_short(done, 1, "no interface eth", "there are: lo$")
     assert "\x1b" not in done.stderr
     assert not (tmp_path / "a.cwnd").exists()
 
 
-def test_an_interface_of_another_namespace(make_space: Callable[[], tcp.Space], tmp_path: Path) -> None:
+def test_the_error_names_the_namespace_of_an_interface(make_space: Callable[[], tcp.Space], tmp_path: Path) -> None:
     space = make_space()
     space.ip("link", "add", "cwttest0", "type", "veth", "peer", "name", "cwttest1")
     done = call("run", "-i", "cwttest0", "-o", tmp_path / "a.cwnd")
@@ -331,26 +331,28 @@ def test_an_interface_of_another_namespace(make_space: Callable[[], tcp.Space], 
         (["-n", "4194305"], ["no network namespace 4194305"]),
     ],
 )
-def test_what_is_not_there(arguments: list[str], patterns: list[str], tmp_path: Path) -> None:
+def test_an_unknown_process_cgroup_or_namespace_is_refused(
+    arguments: list[str], patterns: list[str], tmp_path: Path
+) -> None:
     assert_short(call("run", *arguments, "-o", tmp_path / "a.cwnd"), 1, *patterns)
     assert not (tmp_path / "a.cwnd").exists()
 
 
 @pytest.mark.parametrize("arguments", [["-P", "70000"], ["-P", "0"]])
-def test_numbers_out_of_range(arguments: list[str]) -> None:
+def test_ports_out_of_range_are_refused(arguments: list[str]) -> None:
     assert_short(call("run", *arguments), 2, "ports go from 1 to 65535")
 
 
-def test_an_unknown_probe() -> None:
+def test_an_unknown_probe_is_refused() -> None:
     done = call("run", "--probe", "crystal-ball")
     assert done.returncode == 2
     assert "'crystal-ball' is not one of 'tracepoint', 'fentry', 'kprobe', 'sendmsg', 'tcp_probe'" in done.stderr
 
 
-def test_a_probe_that_this_kernel_refuses(tmp_path: Path) -> None:
-    refused = left_out()
-    assert refused, "a kernel that has every rung: nothing to see here"
-    for name, why in refused.items():
+def test_a_probe_that_this_kernel_lacks_is_refused(tmp_path: Path) -> None:
+    missing = left_out()
+    assert missing, "this kernel has every probe, so no error occurs"
+    for name, why in missing.items():
         done = call("run", "--probe", name, "-o", tmp_path / "a.cwnd")
         assert_short(
             done, 77, "no probe can see idle resets on this kernel", f"{name}: {re.escape(why[:20])}", "doctor"
@@ -358,7 +360,7 @@ def test_a_probe_that_this_kernel_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "a.cwnd").exists()
 
 
-def test_where_the_capture_can_not_go(tmp_path: Path) -> None:
+def test_an_unusable_path_for_the_capture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.cwnd").mkdir()
     (tmp_path / "file").touch()
     assert_short(call("run", "-o", tmp_path / "a.cwnd"), 1, "exists already", "-o")
@@ -372,7 +374,7 @@ def test_where_the_capture_can_not_go(tmp_path: Path) -> None:
 # ---- doctor ----------------------------------------------------------------------------------------
 
 
-def test_doctor(space: tcp.Space) -> None:
+def test_doctor_reports_the_facts_of_this_machine(space: tcp.Space) -> None:
     space.sysctl(IDLE, "0")
     try:
         done = call("doctor", "--json")
@@ -418,27 +420,29 @@ def test_a_hostile_name_never_reaches_the_terminal(connect: Connect, space: tcp.
             time.sleep(connection.info().rto_us / 1e6 + 0.15)
             connection.send()
             disk.read(1, 2, 3)
-        code, shown, said = run.end()
+        code, stdout, stderr = run.end()
     with evil_thread_name():
-        # This process holds a connection now that the snapshots find under that name, and a namespace.
+        # The snapshots find a connection of this process under that name, and doctor a namespace.
         plot = call("plot", tmp_path / "a.cwnd", "-o", tmp_path / "a.svg")
         doctor = call("doctor")
         missing = call("run", "-n", "nowhere")
     assert code == plot.returncode == doctor.returncode == 0
-    assert "?[2J?evil?" in shown
-    for text in (shown, said, plot.stdout, plot.stderr, doctor.stdout, doctor.stderr, missing.stderr):
+    assert "?[2J?evil?" in stdout
+    for text in (stdout, stderr, plot.stdout, plot.stderr, doctor.stdout, doctor.stderr, missing.stderr):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
     assert "sudo cwndtrace run --iface NAME will work here." in doctor.stdout
     assert "fix: " in doctor.stdout
     assert "\x1b" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    # On disk the name is what it was, in a frame what can be shown.
+    # The file has the name unchanged, and a frame has a printable form.
     assert set(open_capture(tmp_path / "a.cwnd").table("cwnd_reset")["comm"].to_pylist()) == {EVIL.decode()}
     assert set(cwndtrace.load(tmp_path / "a.cwnd").resets["comm"]) == {"?[2J?evil?"}
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_name_that_can_not_be_printed(connect: Connect, space: tcp.Space, tmp_path: Path, as_json: bool) -> None:
-    """By the locale, which knows no replacement either; with a file name that is no text."""
+def test_a_name_that_cannot_be_printed_is_replaced(
+    connect: Connect, space: tcp.Space, tmp_path: Path, as_json: bool
+) -> None:
+    """The encoding is latin-1 with strict errors, and the file name isn't valid UTF-8."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.cwnd"))
     json_too = ["--json"] if as_json else []
     strict = ("env", "PYTHONIOENCODING=latin-1:strict")
@@ -449,15 +453,15 @@ def test_a_name_that_can_not_be_printed(connect: Connect, space: tcp.Space, tmp_
             time.sleep(connection.info().rto_us / 1e6 + 0.15)
             connection.send()
             disk.read(1, 2, 3)
-        code, shown, said = run.end()
-    assert code == 0, said
-    assert "Traceback" not in said
+        code, stdout, stderr = run.end()
+    assert code == 0, stderr
+    assert "Traceback" not in stderr
     if as_json:
-        assert shown.isascii()
-        names = {row.get("comm") for row in map(json.loads, shown.splitlines()) if row["event"] == "cwnd_reset"}
+        assert stdout.isascii()
+        names = {row.get("comm") for row in map(json.loads, stdout.splitlines()) if row["event"] == "cwnd_reset"}
         assert names == {"\ufffd" * 3}
     else:
-        assert f"???[{os.getpid()}]" in shown
-        assert "kept 1 reset" in shown
+        assert f"???[{os.getpid()}]" in stdout
+        assert "kept 1 reset" in stdout
     trace = cwndtrace.load(path)
     assert (trace.status, len(trace.resets)) == ("complete", 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cwndtrace serve`` among peers that don't read, read slowly or say nothing: honest ones are served all the same."""
+"""Tests that ``cwndtrace serve`` serves honest peers among those that don't read, read slowly or send nothing."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ def server() -> Iterator[tuple[Started, int]]:
         yield started, int(place.rpartition(":")[2])
 
 
-def connected(stack: ExitStack, port: int, source: str, said: bytes) -> socket.socket:
-    """A connection from an address of loopback, which counts as a peer of its own."""
+def connected(stack: ExitStack, port: int, source: str, data: bytes) -> socket.socket:
+    """Return a connection from this address of loopback, which counts as a separate peer."""
     sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10, source_address=(source, 0)))
-    sock.sendall(said)
+    sock.sendall(data)
     return sock
 
 
 def memory_kb(pid: int) -> int:
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
+    """Return the largest resident memory that a process has had so far, in kB."""
+    match = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1])
 
 
 def took_s(port: int, size: int) -> float:
-    """How long an honest peer takes to connect, ask for a burst and have it."""
+    """Return the time in s in which an honest peer connects, requests a burst and receives it."""
     begin = time.monotonic()
     with ExitStack() as stack:
         sock = connected(stack, port, "127.0.0.2", wire.HELLO + wire.REPLY)
@@ -53,7 +54,7 @@ def took_s(port: int, size: int) -> float:
     return time.monotonic() - begin
 
 
-def test_honest_peers_are_served_among_others(server: tuple[Started, int]) -> None:
+def test_honest_peers_are_served_among_hostile_ones(server: tuple[Started, int]) -> None:
     started, port = server
     with ExitStack() as stack:
         for _ in range(12):
@@ -62,7 +63,7 @@ def test_honest_peers_are_served_among_others(server: tuple[Started, int]) -> No
             connected(stack, port, "127.0.0.4", wire.HELLO[:1])
         slow = [connected(stack, port, "127.0.0.5", wire.HELLO + wire.REPLY + LARGEST) for _ in range(12)]
         for sock in slow:
-            # All hostile ones are being answered, not merely accepted.
+            # At this point the server answers the hostile peers, and hasn't just accepted them.
             wire.receive(sock, len(wire.HELLO) + wire.STAMP.size)
         for _ in range(5):
             for sock in slow:
@@ -71,7 +72,7 @@ def test_honest_peers_are_served_among_others(server: tuple[Started, int]) -> No
         assert memory_kb(started.process.pid) < MOST_KB
 
 
-def test_nobody_gets_more_than_a_share(server: tuple[Started, int]) -> None:
+def test_no_peer_gets_more_than_its_share(server: tuple[Started, int]) -> None:
     started, port = server
     with ExitStack() as stack:
         kept = [connected(stack, port, "127.0.0.4", wire.HELLO + wire.REPLY) for _ in range(serve.MAX_OF_ONE_PEER)]
@@ -83,7 +84,7 @@ def test_nobody_gets_more_than_a_share(server: tuple[Started, int]) -> None:
         kept[0].close()
 
         def let_in() -> bool:
-            # Who is refused after having said something is told so by a reset.
+            # A refused peer that has sent data gets a TCP reset.
             with suppress(ConnectionError), ExitStack() as once:
                 return bool(connected(once, port, "127.0.0.4", wire.HELLO + wire.REPLY).recv(1))
             return False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine may lack or forbid: each is named with its cure, in two lines, with the right exit code.
+"""Tests of machines that lack or forbid a feature: the command names cause and cure, with the right exit code.
 
-All of it happens in mount and user namespaces, or to capabilities, of the command alone.
+Namespaces, capabilities and limits are changed only for the command.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ MOUNTS = ("unshare", "--mount", "sh", "-c")
 
 
 def hidden(*commands: str) -> tuple[str, ...]:
-    """Stands before the command: it runs behind these, in a mount namespace of its own."""
+    """Return what stands before the command, so that it runs after these, in a separate mount namespace."""
     return (*MOUNTS, " && ".join([*commands, 'exec "$0" "$@"']))
 
 
-def place_of_bcc() -> str:
+def folder_of_bcc() -> str:
     return shlex.quote(str(Path(str(bcc.module().__file__)).parent))
 
 
-def test_without_bcc(tmp_path: Path) -> None:
-    before = hidden(f"mount -t tmpfs none {place_of_bcc()}")
+def test_missing_bcc_is_reported(tmp_path: Path) -> None:
+    before = hidden(f"mount -t tmpfs none {folder_of_bcc()}")
     assert_short(
         call("run", "-o", tmp_path / "a.cwnd", before=before), 1, "bcc isn't installed", "apt install python3-bpfcc"
     )
     assert not (tmp_path / "a.cwnd").exists()
 
 
-def test_with_half_of_bcc(tmp_path: Path) -> None:
-    """The Python package without the library, which only compiling needs."""
+def test_a_missing_libbcc_is_reported(tmp_path: Path) -> None:
+    """bcc's Python package is installed, but not the library, which only compiling needs."""
     bcc.module()
     libraries = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libbcc.so" in line]
     no_cache = "mount -t tmpfs none /var/cache"
@@ -48,27 +48,27 @@ def test_with_half_of_bcc(tmp_path: Path) -> None:
     assert_short(done, 1, r"bcc in .* can't be loaded: .*libbcc", "apt install python3-bpfcc")
 
 
-def test_with_another_package_called_bcc(tmp_path: Path) -> None:
+def test_another_package_called_bcc_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "bcc").mkdir()
     (tmp_path / "bcc" / "__init__.py").write_text("raise SystemExit('the unrelated package was imported')")
     python = f"env PYTHONPATH={tmp_path}:$PYTHONPATH"
-    before = (*MOUNTS, f'mount -t tmpfs none {place_of_bcc()} && exec {python} "$0" "$@"')
+    before = (*MOUNTS, f'mount -t tmpfs none {folder_of_bcc()} && exec {python} "$0" "$@"')
     done = call("run", "-o", tmp_path / "a.cwnd", before=before)
     assert_short(done, 1, "PyPI's unrelated package", "apt install python3-bpfcc")
 
 
-def test_without_btf(tmp_path: Path) -> None:
+def test_missing_btf_is_reported(tmp_path: Path) -> None:
     done = call("run", "-o", tmp_path / "a.cwnd", before=hidden("mount -t tmpfs none /sys/kernel/btf"))
     assert_short(done, 77, "no BTF: /sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF=y")
 
 
-def test_without_capabilities(tmp_path: Path) -> None:
+def test_missing_capabilities_are_reported(tmp_path: Path) -> None:
     without = "--bounding-set=-bpf,-perfmon,-sys_admin", "--inh-caps=-all"
     done = call("run", "-o", tmp_path / "a.cwnd", before=("setpriv", *without))
     assert_short(done, 1, "lacks CAP_BPF and CAP_PERFMON", "--cap-add SYS_ADMIN")
 
 
-def test_in_a_rootless_container(tmp_path: Path) -> None:
+def test_a_rootless_container_is_reported(tmp_path: Path) -> None:
     need_user_namespace()
     done = call("run", "-o", tmp_path / "a.cwnd", before=("unshare", "--user", "--map-root-user", "--pid", "--fork"))
     assert_short(done, 1, "root in a user namespace", "on the host")
@@ -78,7 +78,7 @@ SECCOMP = """
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None)
 number = {"x86_64": 321}.get(os.uname().machine, 280)
-# Load the system call's number; if it is bpf's, return EPERM, else allow.
+# Load the system call's number. Return EPERM if it is bpf's, else allow it.
 rules = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
 program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
 filter = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program))
@@ -88,12 +88,12 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
-def test_behind_a_seccomp_filter(tmp_path: Path) -> None:
+def test_a_seccomp_filter_is_reported(tmp_path: Path) -> None:
     done = call("run", "-o", tmp_path / "a.cwnd", before=(sys.executable, "-c", SECCOMP))
     assert_short(done, 1, "a seccomp filter refuses bpf", "seccomp=unconfined")
 
 
-def test_doctor_says_the_same() -> None:
+def test_doctor_reports_a_seccomp_filter() -> None:
     done = call("doctor", before=(sys.executable, "-c", SECCOMP))
     assert done.returncode == 77
     assert "a seccomp filter refuses bpf" in done.stdout
@@ -101,7 +101,7 @@ def test_doctor_says_the_same() -> None:
     assert done.stderr == ""
 
 
-def test_without_tracefs() -> None:
+def test_doctor_works_without_tracefs() -> None:
     commands = "while umount /sys/kernel/tracing 2>/dev/null; do :; done; umount -R /sys/kernel/debug 2>/dev/null; true"
     done = call("doctor", before=(*MOUNTS, f'{commands}; exec "$0" "$@"'))
     assert (done.returncode, done.stderr) == (0, "")
@@ -109,8 +109,8 @@ def test_without_tracefs() -> None:
 
 
 @pytest.mark.parametrize("most", [20, 64])
-def test_too_few_files_may_be_open(most: int, tmp_path: Path) -> None:
-    """What the kernel holds for a tracer is a file each."""
+def test_a_low_limit_of_open_files_is_reported(most: int, tmp_path: Path) -> None:
+    """Each BPF object of a tracer is an open file."""
     done = call("run", "-d", "1s", "-o", tmp_path / "a.cwnd", before=("prlimit", f"--nofile={most}"))
     assert_short(done, 1, f"may have {most} files open at once", r"ulimit -n 1024")
     assert not (tmp_path / "a.cwnd").exists()

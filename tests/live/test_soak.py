@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A long run under a mixed load: memory and descriptors stay flat, nothing is lost, and all that was done is there.
+"""A test of a long mixed load: memory and descriptors stay flat, and all resets and reads are in the capture.
 
-Ten seconds in ``make test``; ``make soak SOAK=600`` says how many seconds in full.
+It takes ten seconds in ``make test``; ``make soak SOAK=600`` sets the seconds of the full test.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ EVERY_S: Final = LASTS / 40
 
 @pytest.mark.soak
 @pytest.mark.timeout(LASTS * 2 + 300)
-def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+def test_a_long_mixed_load_is_recorded_with_flat_memory(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
     connections = [connect() for _ in range(8)]
     with (
         loop() as disk,
-        (tmp_path / "shown").open("w") as shown,
-        running("-n", space.name, "--json", "--block", "-o", tmp_path / "a.cwnd", stdout=shown.fileno()) as run,
+        (tmp_path / "output").open("w") as output,
+        running("-n", space.name, "--json", "--block", "-o", tmp_path / "a.cwnd", stdout=output.fileno()) as run,
     ):
         pid, begin = run.process.pid, time.monotonic_ns()
         memory, files = list[int](), list[int]()
@@ -46,8 +46,8 @@ def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -
                 files.append(descriptors(pid))
                 assert run.process.poll() is None
             made = churn.made
-        code, _, said = run.end()
-    assert code == 0, said
+        code, _, stderr = run.end()
+    assert code == 0, stderr
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     counts, sends = trace.meta["counts"], load.resets()
     half, last = (max(memory[len(memory) // 4 : len(memory) // 2]), max(memory[-len(memory) // 4 :]))
@@ -58,12 +58,12 @@ def test_a_long_mixed_load(connect: Connect, space: tcp.Space, tmp_path: Path) -
         f"{min(files)} to {max(files)} files"
     )
     assert (trace.status, trace.warnings) == ("complete", [])
-    # A security policy may hide the end of a request from every tracer, and the kernel skips a run of a program that an
-    # interrupt would start once more on its CPU, which may have been a reset or a sample: both are counted, both are
-    # rare. A guest has no such policy, and its rung has a program of its own for resets. How many ends are hidden
-    # depends on what else runs: one in a thousand on a busy machine.
+    # A security policy may hide the end of a request from every tracer. The kernel skips a run of a program that an
+    # interrupt would start once more on its CPU, and that may have been a reset or a sample. Both count as lost and are
+    # rare. A guest has no such policy, and its probe has a separate program for resets. The number of hidden ends
+    # depends on the other load: it is one in a thousand on a busy machine.
     may_lose = {"cwnd_sample"} if EMULATED else {"block_io", "cwnd_reset", "cwnd_sample"}
-    assert {name for name, each in counts.items() if each["lost"]} <= may_lose
+    assert {name for name, count in counts.items() if count["lost"]} <= may_lose
     assert max(counts[name]["lost"] for name in ("cwnd_reset", "cwnd_sample")) <= len(sends) / 1000
     assert (
         without_row(trace.block_io, disk, [r for r in load.reads if r.begin_ns > begin]).sum()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can do who may run nothing but cwndtrace by sudo, in the distributions' roots.
+"""Tests of a user who may run only cwndtrace by sudo, in the roots of distributions, with sudo itself and such a rule.
 
-By sudo itself and a rule of its own: nothing of root's may be made, changed, replaced, or told.
+The user must not be able to make, change, replace or read any file as root.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ pytestmark = [pytest.mark.chroot, pytest.mark.timeout(1800)]
 
 @dataclass(frozen=True)
 class Machine:
-    """A user with such a rule in a root."""
+    """A root in which a user has such a rule."""
 
     root: chroot.Root
     uid: int
     home: Path
-    """As seen there; it holds a capture, a.cwnd, and a link to a file of root's, link.html"""
+    """The user's folder, as a path in the root; it has a capture, a.cwnd, and link.html, a link to a file of root."""
     closed: Path
-    """A folder of root's that nobody else may look into: there.cwnd is a capture, victim a file."""
+    """A folder that only root may read, as a path in the root; it has a capture, there.cwnd, and a file, victim."""
 
     def here(self, path: Path) -> Path:
-        """A path of the root's as it is seen from outside."""
+        """Return a path in the root as a path of this machine."""
         return self.root.path / path.relative_to("/")
 
     def run(self, *arguments: str | Path, sudo: bool = True) -> tuple[int, str]:
-        """Run the command by sudo, or another one as the user; its exit code and all that it said."""
+        """Run cwndtrace by sudo, or without sudo another command as the user; return its exit code and output."""
         prefix = ["sudo", "-n", COMMAND] if sudo else []
         command = ["runuser", "-u", NAME, "--", *prefix, *map(str, arguments)]
         done = self.root.run(*command, cwd=str(self.home), timeout=120)
         return done.returncode, done.stdout
 
     def refused(self, *arguments: str | Path, code: int = 1) -> str:
-        """Run it; it must end with an error of its own. What it said."""
-        found, said = self.run(*arguments)
-        assert (found, "cwndtrace: " in said, "Traceback" in said) == (code, True, False), said
-        return said
+        """Run cwndtrace by sudo, assert that it reports an error with this exit code, and return its output."""
+        actual, output = self.run(*arguments)
+        assert (actual, "cwndtrace: " in output, "Traceback" in output) == (code, True, False), output
+        return output
 
 
 def furnish(root: chroot.Root, uid: int, stack: ExitStack) -> Machine:
-    """Give the user their rule, a capture, and things of root's to aim at."""
+    """Give the user the rule and a capture, and make files of root that the tests attack."""
     rule, home, closed = root.path / RULE, Path("/home", NAME), Path("/root", NAME)
     stack.callback(rule.unlink, missing_ok=True)
     rule.touch(mode=0o440)
@@ -69,8 +69,8 @@ def furnish(root: chroot.Root, uid: int, stack: ExitStack) -> Machine:
     machine.here(closed / "victim").write_text("root's")
     capture = machine.here(home / "a.cwnd")
     shutil.copytree(SAMPLE, capture)
-    for each in (capture, *capture.rglob("*")):
-        os.chown(each, uid, -1)
+    for path in (capture, *capture.rglob("*")):
+        os.chown(path, uid, -1)
     link = machine.here(home / "link.html")
     link.symlink_to(closed / "victim")
     os.lchown(link, uid, -1)
@@ -88,10 +88,10 @@ def machine(installed: chroot.Root) -> Iterator[Machine]:
         yield furnish(installed, int(line.split(":")[2]), stack)
 
 
-def test_the_rule_is_for_cwndtrace_alone(machine: Machine) -> None:
-    code, said = machine.run("sudo", "-n", "id", sudo=False)
-    assert code != 0, said
-    assert "uid=0" not in said
+def test_the_rule_allows_only_cwndtrace(machine: Machine) -> None:
+    code, output = machine.run("sudo", "-n", "id", sudo=False)
+    assert code != 0, output
+    assert "uid=0" not in output
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def test_the_rule_is_for_cwndtrace_alone(machine: Machine) -> None:
     ],
     ids=["plot", "report"],
 )
-def test_what_is_the_users_stays_the_users(machine: Machine, arguments: tuple[str, ...], name: str) -> None:
-    code, said = machine.run(*arguments)
-    assert code == 0, said
-    found = machine.here(machine.home / name).lstat()
-    assert (found.st_uid, stat.S_IMODE(found.st_mode), found.st_size > 10_000) == (machine.uid, 0o600, True)
+def test_new_files_belong_to_the_user(machine: Machine, arguments: tuple[str, ...], name: str) -> None:
+    code, output = machine.run(*arguments)
+    assert code == 0, output
+    status = machine.here(machine.home / name).lstat()
+    assert (status.st_uid, stat.S_IMODE(status.st_mode), status.st_size > 10_000) == (machine.uid, 0o600, True)
 
 
-def test_no_file_is_written_by_roots_power(machine: Machine) -> None:
+def test_no_file_is_written_with_roots_privileges(machine: Machine) -> None:
     victim = machine.here(machine.closed / "victim")
-    # The old way in: a name that is a line for sudoers in the title of a PostScript picture.
+    # A PostScript picture has its file name as the title, and this name is a line for sudoers.
     evil = f"x\n{LINE}\n.ps"
     for target in (evil, f"/etc/sudoers.d/{evil}", "/etc/nologin", "/etc/sudoers.d/x"):
         assert "doesn't end in .png, .svg or .pdf" in machine.refused("plot", "a.cwnd", "-o", target, code=2)
@@ -127,8 +127,8 @@ def test_no_file_is_written_by_roots_power(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("command", [("run",), ("run", "--stay-root"), ("reproduce",)], ids=" ".join)
-def test_no_folder_is_made_by_roots_power(machine: Machine, command: tuple[str, ...]) -> None:
-    targets = [Path(each) for each in ("/etc/nologin", "/etc/sudoers.d/x", "/run/netns/cwt-1-a-1", "/root/x")]
+def test_no_folder_is_made_with_roots_privileges(machine: Machine, command: tuple[str, ...]) -> None:
+    targets = [Path(path) for path in ("/etc/nologin", "/etc/sudoers.d/x", "/run/netns/cwt-1-a-1", "/root/x")]
     machine.here(Path("/run/netns")).mkdir(parents=True, exist_ok=True)
     for target in (*targets, machine.closed / "x"):
         assert "can't be made: Permission denied" in machine.refused(*command, "-o", target)
@@ -143,10 +143,10 @@ def test_no_folder_is_made_by_roots_power(machine: Machine, command: tuple[str, 
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_nothing_is_told_of_what_the_user_may_not_see(machine: Machine, command: tuple[str, ...]) -> None:
-    said = set()
+def test_errors_reveal_no_files_that_the_user_may_not_see(machine: Machine, command: tuple[str, ...]) -> None:
+    errors = set()
     for name in ("there.cwnd", "missing.cwnd", "victim/below"):
         path = machine.closed / name
         assert machine.here(path).exists() is (name == "there.cwnd")
-        said.add(machine.refused(*command, path).replace(str(path), "PATH"))
-    assert len(said) == 1, said
+        errors.add(machine.refused(*command, path).replace(str(path), "PATH"))
+    assert len(errors) == 1, errors

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verdicts and idle causes on connections that were made so that the right answer is known.
+"""A test of verdicts and idle causes on connections for which the right answers are known.
 
-All of them are traced at once, on the machine as a whole, over paths of the lab's; what is said of each is compared at
-the end, in a table of what it should have been against what it was.
+The connections run over the lab's paths. One trace of the whole machine covers all of them, and at the end a table
+compares the expected with the actual answers.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ pytestmark = pytest.mark.live
 
 RTT_MS: Final = 40
 IDLE_S: Final = 1.0
-"""Several retransmission timeouts of such a path (240 ms)."""
+"""Idle time of several retransmission timeouts of such a path (240 ms)."""
 LARGE: Final = 1_000_000
 SMALL: Final = 2_000
 
 
 class End(tcp.Here):
-    """One end of a path of the lab's."""
+    """One end of a path of the lab."""
 
     def __init__(self, end: paths.End) -> None:
         self.name, self.inode = end.namespace.name, end.namespace.inode
@@ -56,13 +56,13 @@ class End(tcp.Here):
         self._namespace = end.namespace
 
     def enter(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives when it runs there."""
+        """Call ``work`` in this namespace and return its result."""
         return netns.inside(self._namespace, work)
 
 
 @dataclass(frozen=True)
 class Way:
-    """A path: data goes from ``near`` to ``far``."""
+    """A path on which data goes from ``near`` to ``far``."""
 
     near: End
     far: End
@@ -70,7 +70,7 @@ class Way:
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """Nothing crosses while it is entered."""
+        """Stop the relay meanwhile, so that no packet crosses the path."""
         tcp.stop(self.relay)
         try:
             yield
@@ -80,7 +80,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Case:
-    """What should be said of a connection (namespace, ports); several answers where the kernel's rung decides."""
+    """The expected answers for a connection (namespace, ports); there are several if they depend on the probe."""
 
     name: str
     ends: tuple[int, int, int]
@@ -89,7 +89,7 @@ class Case:
 
 
 class Lab:
-    """Makes connections and lets each live one scenario; ``cases`` holds what should be said of them."""
+    """A maker of connections, one for each scenario; ``cases`` has the expected answers."""
 
     def __init__(self, stack: ExitStack, drain: tcp.Drain) -> None:
         self.cases: list[Case] = []
@@ -98,45 +98,45 @@ class Lab:
         self.clean, self.lossy, self.frail = (self._way(loss) for loss in (0.0, 0.02, 0.0))
 
     def _way(self, loss: float) -> Way:
-        made = self._stack.enter_context(paths.open_path(Link(rtt_ms=RTT_MS, loss=loss), force="relay"))
-        assert made.relay is not None
-        for end in (made.server, made.client):
+        path = self._stack.enter_context(paths.open_path(Link(rtt_ms=RTT_MS, loss=loss), force="relay"))
+        assert path.relay is not None
+        for end in (path.server, path.client):
             write_sysctl(end.namespace, "net.ipv4.tcp_no_metrics_save", "1")
-        write_sysctl(made.client.namespace, IDLE_SYSCTL, "0")
-        return Way(End(made.server), End(made.client), made.relay.pid)
+        write_sysctl(path.client.namespace, IDLE_SYSCTL, "0")
+        return Way(End(path.server), End(path.client), path.relay.pid)
 
     def connect(
         self, way: Way | None = None, *, back: bool = False, grown: int = 150, **options: Any
     ) -> tcp.Connection:
-        """A connection whose window has grown to so many segments; ``back`` is from far to near."""
+        """Return a connection whose window has grown to this many segments; ``back`` is from far to near."""
         way = way or self.clean
         near, far = (way.far, way.near) if back else (way.near, way.far)
-        made = tcp.connect(near, self._drain, address=far.address, to=far, device=near.device, **options)
-        self._stack.callback(made.close)
+        connection = tcp.connect(near, self._drain, address=far.address, to=far, device=near.device, **options)
+        self._stack.callback(connection.close)
         if grown:
-            made.grow(grown)
-        return made
+            connection.grow(grown)
+        return connection
 
     def expect(self, name: str, c: tcp.Connection, *verdicts: str, causes: tuple[str, ...] = ()) -> None:
-        """Note what should be said of a connection."""
+        """Add the expected answers for a connection."""
         self.cases.append(Case(name, (c.space.inode, c.sport, c.dport), verdicts, causes))
 
 
 def ask(c: tcp.Connection) -> None:
-    """The peer asks, and the sending end takes it."""
+    """Send a request from the peer, and read it at the sending end."""
     c.peer.send(b"ask")
     assert c.sock.recv(3) == b"ask"
 
 
 def burst(c: tcp.Connection, size: int, piece: int = LARGE) -> None:
-    """Send so much, in pieces, and wait until it is acknowledged."""
+    """Send ``size`` bytes in pieces, and wait until they are acknowledged."""
     for begin in range(0, size, piece):
         c.sock.sendall(bytes(min(piece, size - begin)))
     c.quiet()
 
 
 def idle(c: tcp.Connection, seconds: float = IDLE_S) -> None:
-    """Wait until data was last sent so long ago."""
+    """Wait until no data was sent for this time."""
     c.until(lambda i: i.last_snd_us >= seconds * 1e6, "idle time")
 
 
@@ -144,7 +144,7 @@ def idle(c: tcp.Connection, seconds: float = IDLE_S) -> None:
 
 
 def harmful(lab: Lab) -> None:
-    """A large answer after a long rest."""
+    """The sender sends a large answer after a long idle time."""
     c = lab.connect()
     idle(c)
     ask(c)
@@ -153,7 +153,7 @@ def harmful(lab: Lab) -> None:
 
 
 def small_payload(lab: Lab) -> None:
-    """Two kilobytes fit ten segments."""
+    """The answer of two kilobytes fits into ten segments."""
     c = lab.connect()
     idle(c)
     ask(c)
@@ -176,7 +176,7 @@ def small_send_buffer(lab: Lab) -> None:
     """The sender's own buffer never holds more than a few segments."""
     c = lab.connect(grown=0)
     c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
-    # In pieces, because a single large write may all be taken at once.
+    # The pieces are small, because the kernel may take a single large write whole.
     for _ in range(2):
         burst(c, 600_000, 16_000)
     idle(c)
@@ -196,7 +196,7 @@ def random_loss(lab: Lab) -> None:
 
 
 def timeout_after_idle(lab: Lab) -> None:
-    """The path fails just when the connection speaks again; its window was never more than the initial one."""
+    """The path fails when the connection sends after idle time, with a window that never exceeded the initial one."""
     c = lab.connect(lab.frail, grown=0)
     burst(c, SMALL)
     idle(c)
@@ -204,11 +204,11 @@ def timeout_after_idle(lab: Lab) -> None:
         c.sock.send(bytes(SMALL))
         c.until(lambda i: bool(i.retransmits), "a retransmission timeout")
     c.quiet()
-    lab.expect("RTO loss after rest", c, "loss")
+    lab.expect("RTO loss after idle time", c, "loss")
 
 
 def bbr(lab: Lab) -> None:
-    """BBR has a cong_control of its own."""
+    """BBR has its own cong_control, so it is exempt."""
     if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
         lab.skipped["BBR"] = "this kernel has no BBR; a kernel with CONFIG_TCP_CONG_BBR does (modprobe tcp_bbr)"
         return
@@ -220,7 +220,7 @@ def bbr(lab: Lab) -> None:
 
 
 def sysctl_off(lab: Lab) -> None:
-    """The sender is in a namespace where the setting is off."""
+    """The sender is in a namespace where the sysctl is off."""
     c = lab.connect(back=True)
     idle(c)
     ask(c)
@@ -229,7 +229,7 @@ def sysctl_off(lab: Lab) -> None:
 
 
 def trickle(lab: Lab) -> None:
-    """Little, often: the window may decay for not being used, and nobody misses it."""
+    """The sender sends little and often. The unused window may decay, which costs nothing."""
     c = lab.connect()
     for _ in range(40):
         c.sock.send(b"x" * 100)
@@ -238,39 +238,39 @@ def trickle(lab: Lab) -> None:
 
 
 def disk(lab: Lab) -> None:
-    """The sender was asked, reads a slow device, then answers."""
+    """The sender gets a request, reads a slow device, and answers."""
     with ExitStack() as stack:
         try:
             device = stack.enter_context(slow_device(Owner.new()))
         except KernelLacks as e:
-            lab.skipped["rest for a disk"] = f"{e.cause}: {e.remedy}"
+            lab.skipped["idle for a disk"] = f"{e.cause}: {e.remedy}"
             return
         c = lab.connect()
         ask(c)
         read_for(str(device.path))(IDLE_S)
         burst(c, LARGE)
-    lab.expect("rest for a disk", c, "harmful", causes=("disk",))
+    lab.expect("idle for a disk", c, "harmful", causes=("disk",))
 
 
 def silence(lab: Lab) -> None:
-    """The peer asks late, and is answered at once."""
+    """The peer sends its request late, and the sender answers at once."""
     c = lab.connect()
     idle(c, 2 * IDLE_S)
     ask(c)
     burst(c, LARGE)
-    lab.expect("rest for a silent peer", c, "harmful", causes=("peer",))
+    lab.expect("idle for a silent peer", c, "harmful", causes=("peer",))
 
 
 def timer(lab: Lab) -> None:
-    """The application sends by itself once in a while."""
+    """The sender's application sends without a request, after idle time."""
     c = lab.connect()
     idle(c)
     burst(c, LARGE)
-    lab.expect("rest by a timer", c, "harmful", causes=("application",))
+    lab.expect("idle by a timer", c, "harmful", causes=("application",))
 
 
 def reopened(lab: Lab) -> None:
-    """The peer's window was closed for long; its opening lets the rest out."""
+    """The peer's window is closed for long; when it opens, the sender sends the remaining data."""
     c = lab.connect(read_buffer=300_000, grown=40)
     c.fill()
     idle(c)
@@ -280,22 +280,22 @@ def reopened(lab: Lab) -> None:
 
 
 def web_server(lab: Lab) -> None:
-    """A client keeps its connection to nginx and asks now and then."""
+    """A client keeps its connection to nginx, and sends requests with idle times between them."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
         lab.skipped["HTTP keep-alive"] = "needs nginx: make develop, or sudo apt install nginx"
         return
     near, far = lab.clean.near, lab.clean.far
     with Nginx(program, near) as server:
-        made: list[http.client.HTTPConnection] = []
-        far.enter(lambda: made.append(_http(near.address)))
-        (client,) = made
+        clients: list[http.client.HTTPConnection] = []
+        far.enter(lambda: clients.append(_http(near.address)))
+        (client,) = clients
         ends = (near.inode, 8080, client.sock.getsockname()[1])
         for pause in (0, 0, 0, IDLE_S, IDLE_S):
             time.sleep(pause)
             client.request("GET", "/large")
             assert len(client.getresponse().read()) == LARGE
-        # A snapshot has to see it once more.
+        # The connection stays open until a snapshot has seen it once more.
         lab._stack.callback(client.close)
         lab._stack.push(server.keep())
     lab.cases.append(Case("HTTP keep-alive", ends, ("harmful",), ("peer",)))
@@ -308,7 +308,7 @@ def _http(address: str) -> http.client.HTTPConnection:
 
 
 class Nginx:
-    """nginx in a namespace, serving one large file; ended on leaving unless kept."""
+    """nginx in a namespace, with one large file; it is stopped on exit unless ``keep`` was called."""
 
     def __init__(self, program: str, where: End) -> None:
         self._stack = ExitStack()
@@ -325,7 +325,7 @@ class Nginx:
             f"events {{}} http {{ access_log off; server {{ listen {self._where.address}:8080; root {folder}; }} }}"
         )
         listener = self._stack.enter_context(self._where.enter(self._listen))
-        # nginx takes over a socket that it is told of like this, and with it the congestion control.
+        # nginx takes over the listening socket that this variable names, and with it the congestion control.
         process = subprocess.Popen(
             [self._program, "-c", str(folder / "conf")],
             env={**os.environ, "NGINX": f"{listener.fileno()};"},
@@ -353,7 +353,7 @@ class Nginx:
         return listener
 
     def keep(self) -> ExitStack:
-        """What ends it, for later."""
+        """Return a stack that stops nginx when it is closed."""
         return self._stack.pop_all()
 
     def __exit__(self, *exc: object) -> None:
@@ -361,7 +361,7 @@ class Nginx:
 
 
 def pings(lab: Lab) -> None:
-    """The application pings more often than the RTO: its window is there when it is needed."""
+    """The application pings more often than once per RTO, so it keeps its window."""
     c = lab.connect()
     end = time.monotonic() + 1.5 * IDLE_S
     while time.monotonic() < end:
@@ -377,11 +377,11 @@ SCENARIOS: Final = (
 )  # fmt: skip
 
 
-# ---- what was said ----------------------------------------------------------------------------------
+# ---- the answers ----------------------------------------------------------------------------------
 
 
 def answers(trace: Trace, case: Case) -> tuple[str, str, str]:
-    """The verdict on a connection, the cause of most of its idle times, and the verdict's evidence."""
+    """Return the verdict on a connection, the cause of most of its idle times, and the verdict's evidence."""
     summary = trace.summary()
     inode, sport, dport = case.ends
     mine = summary[(summary["netns_ino"] == inode) & (summary["sport"] == sport) & (summary["dport"] == dport)]
@@ -392,7 +392,7 @@ def answers(trace: Trace, case: Case) -> tuple[str, str, str]:
     return row["verdict"], "" if causes.empty else str(causes.mode().iloc[0]), row["why"]
 
 
-def test_all_verdicts_and_causes(tmp_path: Path, drain: tcp.Drain) -> None:
+def test_verdicts_and_causes_are_right(tmp_path: Path, drain: tcp.Drain) -> None:
     with ExitStack() as stack:
         lab = Lab(stack, drain)
         with Recording(tmp_path / "a.cwnd", Filters(), cwndtrace.__version__) as recording:
@@ -400,17 +400,17 @@ def test_all_verdicts_and_causes(tmp_path: Path, drain: tcp.Drain) -> None:
                 scenario(lab)
         trace = recording.trace()
     wrong, table = [], []
-    print(f"\n{'SCENARIO':<28}{'SHOULD BE':<40}{'WAS':<26}WHY")
+    print(f"\n{'SCENARIO':<28}{'EXPECTED':<40}{'ACTUAL':<26}EVIDENCE")
     for case in lab.cases:
         verdict, cause, why = answers(trace, case)
-        should = " or ".join(case.verdicts) + (f", {' or '.join(case.causes)}" if case.causes else "")
-        was = f"{verdict}, {cause}" if cause else verdict
+        expected = " or ".join(case.verdicts) + (f", {' or '.join(case.causes)}" if case.causes else "")
+        actual = f"{verdict}, {cause}" if cause else verdict
         table.append((verdict if verdict in case.verdicts else case.verdicts[0], verdict))
-        print(f"{case.name:<28}{should:<40}{was:<26}{why}")
+        print(f"{case.name:<28}{expected:<40}{actual:<26}{why}")
         if verdict not in case.verdicts or (case.causes and cause not in case.causes):
-            wrong.append((case.name, should, was, why))
-    confusion = pd.DataFrame(table, columns=["should be", "was"])
-    print(f"\n{pd.crosstab(confusion['should be'], confusion['was']).to_string()}\n")
+            wrong.append((case.name, expected, actual, why))
+    confusion = pd.DataFrame(table, columns=["expected", "actual"])
+    print(f"\n{pd.crosstab(confusion['expected'], confusion['actual']).to_string()}\n")
     for name, why in lab.skipped.items():
         print(f"{name}: left out, {why}")
     assert not wrong
