@@ -14,7 +14,8 @@ import pytest
 
 from cwndtrace.lab import cleanup
 from cwndtrace.lab.namespaces import namespace
-from cwndtrace.lab.owner import Owner, started
+from cwndtrace.lab.owner import Owner
+from cwndtrace.store.layout import process_start
 from tests.harness.lab import eventually, leftovers_of, processes_of, tcp_sysctls
 
 pytestmark = pytest.mark.live
@@ -73,9 +74,10 @@ def test_objects_of_running_labs_and_of_others_stay() -> None:
 
 def test_a_leftover_process_is_killed() -> None:
     """A process may outlive its parent if the kernel's signal at the parent's death is lost."""
-    gone = subprocess.Popen(["true"])
-    start = started(gone.pid)
-    gone.wait()
+    gone = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    start = process_start(gone.pid)
+    assert start is not None
+    gone.communicate()
     dead = Owner(gone.pid, start, 1)
     with namespace(dead.name("server")) as where:
         stray = subprocess.Popen(
