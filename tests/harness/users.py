@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.harness.command import Running
+import pytest
+
+from tests.harness.command import CHECKOUT, Running
 from tests.harness.processes import children
 
 UID, GID = 54321, 54322
@@ -24,9 +28,28 @@ BY_ROOT = ("env", "-u", "SUDO_UID", "-u", "SUDO_GID")
 """Stands before a command that root starts without sudo."""
 
 
+def need_readable_checkout() -> None:
+    """Skip the test where other users can't read the checkout or its Python, since theirs don't start there."""
+    for file in (Path(CHECKOUT), Path(sys.prefix)):
+        for folder in (file, *file.parents):
+            if not folder.stat().st_mode & stat.S_IXOTH:
+                pytest.skip(f"needs a checkout that every user can read, which {folder} hides: clone it into /srv")
+
+
+def need_user_namespace() -> None:
+    """Skip the test where this process can't create a user namespace."""
+    attempt = subprocess.run(["unshare", "--map-root-user", "true"], capture_output=True, text=True, check=False)
+    if attempt.returncode:
+        pytest.skip(
+            f"needs a user namespace ({attempt.stderr.strip()}), which the kernel allows nobody in a chroot, and some"
+            " distributions allow only root: run sudo make test outside of a chroot"
+        )
+
+
 @contextmanager
 def home_of(uid: int, gid: int) -> Iterator[Path]:
     """Yield a folder that belongs to a user, on a path that this user can walk; delete it on exit."""
+    need_readable_checkout()
     home = Path(tempfile.mkdtemp(prefix="cwndtrace-test-", dir="/tmp"))
     os.chown(home, uid, gid)
     home.chmod(0o755)

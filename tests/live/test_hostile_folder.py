@@ -26,8 +26,7 @@ from cwndtrace import privileges
 from cwndtrace.errors import CaptureError
 from cwndtrace.records import arrow
 from cwndtrace.store import CaptureWriter
-from tests.harness.users import GID, UID
-from tests.others import need_readable_checkout
+from tests.harness.users import GID, UID, need_readable_checkout
 
 pytestmark = pytest.mark.live
 

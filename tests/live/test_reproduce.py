@@ -29,8 +29,7 @@ from cwndtrace.tcp import IDLE_SYSCTL
 from tests.harness import tcp
 from tests.harness.command import Done, assert_short, call, within
 from tests.harness.lab import eventually, leftovers_of, processes_of, serving, started, tcp_sysctls, unrecorded
-from tests.harness.users import BY_SUDO, GID, UID, assert_owned, home_of
-from tests.others import need_readable_checkout
+from tests.harness.users import BY_SUDO, GID, UID, assert_owned, home_of, need_readable_checkout
 
 pytestmark = pytest.mark.live
 

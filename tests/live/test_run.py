@@ -39,7 +39,7 @@ from tests.harness.command import (
 from tests.harness.disk import loop
 from tests.harness.tcp import Connect
 from tests.harness.tracing import left_out
-from tests.others import need_readable_checkout
+from tests.harness.users import need_readable_checkout
 
 pytestmark = pytest.mark.live
 

@@ -14,7 +14,7 @@ import pytest
 
 from cwndtrace.capture import bcc
 from tests.harness.command import assert_short, call
-from tests.others import need_user_namespace
+from tests.harness.users import need_user_namespace
 
 pytestmark = pytest.mark.live
 

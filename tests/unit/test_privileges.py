@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cwndtrace import privileges
-from tests.others import need_readable_checkout
+from tests.harness.users import need_readable_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.others import need_user_namespace
+from tests.harness.users import need_user_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 VAGRANT = ROOT / "vagrant"
