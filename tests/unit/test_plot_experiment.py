@@ -105,7 +105,7 @@ CASES: dict[str, Callable[[], Figure]] = {
     ),
     "latency, on alone": lambda: both(STORY.measured[STORY.measured["setting"] == "on"]),
     "latency, one round": lambda: both(STORY.measured[STORY.measured["round"] == 1]),
-    "latency, nothing": lambda: latency(NOTHING.taken, NOTHING.summary),
+    "latency, nothing": lambda: latency(NOTHING.measured, NOTHING.summary),
     "cost": lambda: cost(STORY.pairs),
     "cost, mixed": lambda: cost(
         pairs(
