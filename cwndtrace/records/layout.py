@@ -59,10 +59,11 @@ class Event:
 
 @dataclass
 class Header:
-    """The declarations of a header: events by name, and for each enum its labels by value."""
+    """The declarations of a header: events by name, and for each enum its labels and their meanings by value."""
 
     events: dict[str, Event] = field(default_factory=dict)
     enums: dict[str, dict[int, str]] = field(default_factory=dict)
+    meanings: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 def bpf_dir() -> Path:
@@ -85,7 +86,7 @@ def parse_layout(text: str) -> Header:
     """
     layout = Header()
     enum: dict[int, str] | None = None
-    prefix = ""
+    enum_name = ""
     struct: list[Field] | None = None
     struct_name = ""
     in_comment = False
@@ -105,14 +106,16 @@ def parse_layout(text: str) -> Header:
             elif match := _ENUM_ITEM.match(line):
                 if int(match[2]) in enum:
                     raise LayoutError(f"line {number}: {match[2]} has a name already: {line}")
-                enum[int(match[2])] = match[1].removeprefix(prefix).lower()
+                enum[int(match[2])] = match[1].removeprefix(f"{enum_name.upper()}_").lower()
+                layout.meanings[enum_name][int(match[2])] = match[3]
             elif line:
                 raise LayoutError(f"line {number}: this isn't an enum item with a value and a comment: {line}")
         elif match := _STRUCT_OPEN.match(line):
             struct_name, struct = match[1], []
         elif match := _ENUM_OPEN.match(line):
-            enum = layout.enums.setdefault(match[1], {})
-            prefix = f"{match[1].upper()}_"
+            enum_name = match[1]
+            enum = layout.enums.setdefault(enum_name, {})
+            layout.meanings.setdefault(enum_name, {})
         elif line.startswith("/*"):
             in_comment = "*/" not in line
         elif line and not line.startswith("#"):

@@ -10,6 +10,7 @@ import io
 import ipaddress
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -263,3 +264,14 @@ def test_code_is_the_inverse_of_a_label() -> None:
         assert {layout.code(enum, label): label for label in labels.values()} == labels
     with pytest.raises(KeyError):
         layout.code("reason", "boredom")
+
+
+def test_the_pages_of_the_tables_are_up_to_date() -> None:
+    script = layout.bpf_dir().parent / "tools/event-pages"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_meanings_are_the_comments_of_the_enumerators() -> None:
+    text = "enum op {\n\tOP_READ = 0,\t/* REQ_OP_READ */\n};\nenum reason {\n\tREASON_IDLE = 3, /* data, late */\n};\n"
+    assert layout.parse_layout(text).meanings == {"op": {0: "REQ_OP_READ"}, "reason": {3: "data, late"}}
