@@ -156,7 +156,7 @@ def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
     """Continue as ``user``, or as the current one for None, with only those capabilities of ``keep`` that are held.
 
     No other capabilities can be gained afterwards. With a ``user``, the ids change for all threads, and all threads but
-    this one lose every capability; otherwise the other threads keep theirs (see ``still_powerful``). The bounding set
+    this one lose every capability; otherwise the other threads keep theirs (see ``still_privileged``). The bounding set
     can't be reduced without CAP_SETPCAP, but no capabilities can be gained from it any more. Descriptors stay open.
     Raises OSError.
     """
@@ -177,7 +177,7 @@ def drop(user: User | None, keep: frozenset[int] = frozenset()) -> None:
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def still_powerful(keep: frozenset[int] = frozenset()) -> list[str]:
+def still_privileged(keep: frozenset[int] = frozenset()) -> list[str]:
     """Return the names of this process's threads that have other capabilities than ``keep``."""
     mask = sum(1 << number for number in keep)
     names = []

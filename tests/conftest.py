@@ -44,5 +44,5 @@ def keep_privileges() -> Iterator[None]:
     The tests in tests/live start commands as processes, and check that each drops its privileges.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(user, "give_up_power", lambda: None)
+        patch.setattr(user, "drop_privileges", lambda: None)
         yield

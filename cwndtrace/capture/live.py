@@ -104,7 +104,7 @@ def _unfinished_records(followed: list[tuple[int, Any]]) -> bytes:
     return records.tobytes()
 
 
-def check_power() -> None:
+def check_privileges() -> None:
     """Raise CwndtraceError, with cause and remedy, where this process can't load programs."""
     permission.check()
     permission.check_files()
@@ -118,7 +118,7 @@ class Kernel:
     """The running kernel as a source of records (see source.Source).
 
     The constructor loads and attaches the programs. It raises BccError, KernelLacks, NoProbe or the errors of
-    ``check_power``, and leaves nothing attached then. With ``block``, ``block_program`` traces block I/O too.
+    ``check_privileges``, and leaves nothing attached then. With ``block``, ``block_program`` traces block I/O too.
     ``helper`` looks up the sockets and cgroups that the filters name.
     """
 
@@ -132,7 +132,7 @@ class Kernel:
         helper: Helper | None = None,
         block_program: BlockProgram = BLOCK_IO,
     ) -> None:
-        check_power()
+        check_privileges()
         self._filters = filters
         self._helper = helper or Helper(filters)
         self._btf = btf.Btf.running()
@@ -262,7 +262,7 @@ class Kernel:
         if left_out > self._left_out.get(name, 0):
             self._left_out[name] = left_out
 
-    def power_needed(self, user: privileges.User | None) -> frozenset[int]:
+    def capabilities_needed(self, user: privileges.User | None) -> frozenset[int]:
         """Return the fewest capabilities with which ``user`` can go on tracing, found by trying them in turn."""
         return privileges.least(self._use_all, user, _CAPABILITY_CHOICES)
 

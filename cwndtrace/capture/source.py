@@ -54,7 +54,7 @@ class Counts:
 
 
 class Source(Protocol):
-    """A source of raw records: the running kernel (capture.live) or a recording (capture.replay)."""
+    """A source of raw records: the running kernel (capture.live) or a recording (tests/harness/replay.py)."""
 
     probes: dict[str, str | None]
     tried: dict[str, dict[str, str]]
@@ -72,7 +72,7 @@ class Source(Protocol):
     def exhausted(self) -> bool:
         """Return whether no more records can come."""
 
-    def power_needed(self, user: User | None) -> frozenset[int]:
+    def capabilities_needed(self, user: User | None) -> frozenset[int]:
         """Return the fewest capabilities (numbers) with which ``user`` can go on; None is this process's own user."""
 
     def stop(self) -> list[RawRecords]:

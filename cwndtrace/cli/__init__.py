@@ -55,7 +55,7 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in NEED_ROOT:
-            user.give_up_power()
+            user.drop_privileges()
         command: click.Command = getattr(import_module(f"cwndtrace.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         return command
 

@@ -98,7 +98,7 @@ def _tracefs() -> Fact:
 
 def _may_load(rows: list[Fact]) -> bool:
     try:
-        live.check_power()
+        live.check_privileges()
     except CwndtraceError as e:
         rows.append(Fact("permission", e.cause, BAD, e.remedy))
         return False

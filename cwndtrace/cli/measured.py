@@ -22,7 +22,7 @@ def main() -> None:
     # The parent reports a Ctrl-C; this process just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        user.give_up_power()
+        user.drop_privileges()
         from cwndtrace.cli.reproduce import measured
 
         measured()

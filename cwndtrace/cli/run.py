@@ -189,7 +189,7 @@ def _print_probes(session: Session, what: str, *, verbose: bool) -> None:
 
 def _drop_privileges(session: Session, owner: privileges.User | None, *, quiet: bool) -> None:
     """Drop the privileges that tracing doesn't need once everything is attached and open."""
-    needed = session.source.power_needed(owner)
+    needed = session.source.capabilities_needed(owner)
     privileges.drop(owner, needed)
-    if (threads := privileges.still_powerful(needed)) and not quiet:
+    if (threads := privileges.still_privileged(needed)) and not quiet:
         echo_prose(f"warning: these library threads keep root privileges: {clean(', '.join(threads))}", err=True)

@@ -39,7 +39,7 @@ def invoking() -> privileges.User | None:
     return user
 
 
-def give_up_power() -> None:
+def drop_privileges() -> None:
     """Become the user who called sudo, or stay the same user without sudo; drop all capabilities for good.
 
     Raises PermissionNeeded if that fails; the command must not continue then.
@@ -49,7 +49,7 @@ def give_up_power() -> None:
     user = invoking()
     try:
         privileges.drop(user)
-        if threads := privileges.still_powerful():
+        if threads := privileges.still_privileged():
             raise PermissionError(1, f"these threads still have privileges: {', '.join(threads)}")
     except OSError as e:
         cause = f"Root privileges can't be dropped: {e.strerror}."

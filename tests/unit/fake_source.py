@@ -35,7 +35,7 @@ class FakeSource:
     def exhausted(self) -> bool:
         return not self._polls
 
-    def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
+    def capabilities_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
         return frozenset()
 
     def stop(self) -> list[RawRecords]:

@@ -128,7 +128,7 @@ def test_importing_the_commands_starts_no_thread() -> None:
     assert result.stdout == "1\n"
 
 
-def test_still_powerful_tolerates_threads_that_end() -> None:
+def test_still_privileged_tolerates_threads_that_end() -> None:
     stopped = threading.Event()
 
     def churn() -> None:
@@ -143,7 +143,7 @@ def test_still_powerful_tolerates_threads_that_end() -> None:
     churning.start()
     try:
         for _ in range(300):
-            privileges.still_powerful(privileges.held())
+            privileges.still_privileged(privileges.held())
     finally:
         stopped.set()
         churning.join()
