@@ -35,12 +35,12 @@ import pyarrow.parquet as pq
 
 import cwndtrace
 from cwndtrace import store
-from cwndtrace.capture.replay import Replay
 from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
 from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from cwndtrace.report.page import page
+from tests.harness.replay import Replay
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLE: Final = ROOT / "tests/data/sample.cwnd"

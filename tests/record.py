@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from cwndtrace.capture.live import Kernel
-from cwndtrace.capture.replay import record
 from cwndtrace.capture.source import Filters, RawRecords
 from tests.harness import disk, tcp
+from tests.harness.replay import record
 
 FILE: Final = Path(__file__).parent / "data" / "trace.raw"
 CONNECTIONS: Final = 4

@@ -68,11 +68,6 @@ class Remote:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    @property
-    def ports(self) -> list[int]:
-        """The connections' local ports, for a tracer's filter."""
-        return [int(sock.getsockname()[1]) for sock in self._socks.values()]
-
     def _connect(self) -> socket.socket:
         try:
             sock = socket.create_connection((self._host, self._port), 10)

@@ -221,3 +221,9 @@ def pandas(data: pa.Table) -> pd.DataFrame:
     """Return a table as the DataFrame that Arrow makes of it."""
     frame: pd.DataFrame = data.to_pandas()
     return frame
+
+
+def two_idle_connections(path: Path, **values: Any) -> Trace:
+    """Write a capture of two connections whose application is idle, and block I/O."""
+    resets, connections = story(peers=2, seconds=30)
+    return capture(path, **({"resets": resets, "connections": connections, "block_io": disk(400, seconds=30)} | values))

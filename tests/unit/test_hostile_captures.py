@@ -27,13 +27,13 @@ from hypothesis import strategies as st
 
 import cwndtrace
 from cwndtrace import store
-from cwndtrace.capture.replay import Replay
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot import staircase, timeline
 from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from cwndtrace.store import files, parquet_limits
 from tests import fuzz
+from tests.harness.replay import Replay
 from tests.unit import frames
 
 SOME = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

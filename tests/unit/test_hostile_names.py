@@ -19,35 +19,10 @@ from cwndtrace.cli import main
 from cwndtrace.report import content
 from cwndtrace.report.page import page
 from cwndtrace.trace import Trace
-from tests.unit import frames
+from tests.unit import frames, hostile
 
-NAMES = {
-    "control characters": "\x1b]0;owned\x07\x1b[2J\x9b31m\r\n\x7f\b",
-    "bidi overrides": "a\u202egpj\u2066.exe\u200f\ufeff\u2028",
-    "HTML": "<img src=x onerror=alert(1)>\"'&",
-    "a format string": "%s%n{0}{a.b}{{7*7}}${x}`id`",
-    "mathtext": "$x^{$_\\frac{1}{$",
-    "256 bytes of UTF-8": "é\U0001f4a9" * 42 + "xyzé",
-    "nothing but a combining mark": "\u0301\u0488",
-    "a formula": "=cmd|' /C calc'!A0",
-}
 DRAWN = ("control characters", "HTML", "mathtext", "256 bytes of UTF-8")
 """Names that a page or a picture could misread. Drawing is slow, so only these are drawn."""
-assert len(NAMES["256 bytes of UTF-8"].encode()) == 257
-
-
-def hostile(path: Path, name: str) -> Trace:
-    """Write a capture in which every name is ``name``, cut to its field."""
-    short = name.encode()[:16]
-    resets = frames.table("cwnd_reset", frames.reset(5, comm=short, ca_name=short), frames.reset(7, comm=short))
-    seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=name, ca_name=name) for t in (0, 9)]
-    blocks = frames.table("block_io", frames.block(1, comm=short), frames.block(2, comm=short))
-    return frames.capture(
-        path, resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=name, kernel=name,
-        devices={"7:0": name, "259:0": name}, interfaces={"2": name},
-        filters={"cgroup": f"/sys/fs/cgroup/{name}", "iface": name}, probes={"idle": name, name: None},
-        sysctls={str(frames.NETNS): {"name": name, "net.ipv4.tcp_congestion_control": name}, "1": {"name": name}},
-    )  # fmt: skip
 
 
 def call(*arguments: str) -> str:
@@ -61,9 +36,9 @@ def assert_harmless(text: str) -> None:
     assert [line for line in text.split("\n") if not line.isprintable()] == []
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=hostile.NAMES)
 def trace(request: pytest.FixtureRequest, tmp_path: Path) -> Trace:
-    return hostile(tmp_path / "a.cwnd", NAMES[request.param])
+    return hostile.named(tmp_path / "a.cwnd", hostile.NAMES[request.param])
 
 
 def test_hostile_names_are_harmless_in_a_terminal(trace: Trace) -> None:
@@ -82,7 +57,7 @@ def test_json_of_hostile_names_is_printable_ascii(trace: Trace) -> None:
 
 
 def test_json_keeps_each_character_of_a_name() -> None:
-    for name in NAMES.values():
+    for name in hostile.NAMES.values():
         line = fmt.json_line({"comm": name})
         assert_harmless(line)
         assert json.loads(line) == {"comm": name}
@@ -106,7 +81,7 @@ def test_reprs_and_frames_are_harmless(trace: Trace) -> None:
 
 
 def test_live_batches_are_harmless() -> None:
-    for name in NAMES.values():
+    for name in hostile.NAMES.values():
         table = frames.table("cwnd_reset", frames.reset(5, comm=name.encode()[:16]), frames.reset(6, comm=b"a\x01"))
         batch = Batch("cwnd_reset", table)
         assert_harmless(batch.to_pandas().to_csv())
@@ -135,14 +110,14 @@ class Markup(HTMLParser):
 @pytest.fixture(scope="module")
 def markup(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     """The tags and attributes on the page of a harmless capture."""
-    return Markup(page(content.report(hostile(tmp_path_factory.mktemp("plain") / "a.cwnd", "nginx")))).found
+    return Markup(page(content.report(hostile.named(tmp_path_factory.mktemp("plain") / "a.cwnd", "nginx")))).found
 
 
 @pytest.mark.parametrize("name", [*DRAWN, "a format string"])
 def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
     name: str, markup: set[tuple[str, str]], tmp_path: Path
 ) -> None:
-    text = page(content.report(hostile(tmp_path / "a.cwnd", NAMES[name])))
+    text = page(content.report(hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])))
     assert_harmless(text)
     assert Markup(text).found <= markup
     # The template in the name isn't evaluated.
@@ -152,8 +127,8 @@ def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
 @pytest.mark.parametrize(("name", "ending"), list(zip(DRAWN, ("svg", "png", "pdf", "png"), strict=True)))
 def test_pictures_of_hostile_names_are_drawn(name: str, ending: str, tmp_path: Path) -> None:
     # A file's name is bytes, and the locale may be unable to encode these characters.
-    folder = os.fsdecode(NAMES[name].replace("/", "")[:40].encode()) + ".cwnd"
-    trace = hostile(tmp_path / folder, NAMES[name])
+    folder = os.fsdecode(hostile.NAMES[name].replace("/", "")[:40].encode()) + ".cwnd"
+    trace = hostile.named(tmp_path / folder, hostile.NAMES[name])
     output = call("plot", str(trace.path), "-o", str(tmp_path / f"{folder}.{ending}"))
     assert_harmless(output)
     assert (tmp_path / f"{folder}.{ending}").stat().st_size > 1000

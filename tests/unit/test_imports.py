@@ -158,3 +158,18 @@ def test_importing_the_package_imports_no_bcc_matplotlib_or_click() -> None:
     code = "import sys, cwndtrace; print(sorted({'bcc', 'matplotlib', 'click'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/harness or in a module of tests/unit that holds no test."""
+    tests = Path(__file__).parents[1]
+    found = [f"{path.relative_to(tests)}: {name}" for path in tests.rglob("*.py") for name in imports_of_tests(path)]
+    assert found == []
+
+
+def imports_of_tests(path: Path) -> list[str]:
+    """Return the names that a file imports from files of tests."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = [f"{getattr(node, 'module', '')}.{alias.name}" for node in nodes for alias in node.names]
+    return [name for name in (*modules, *names) if any(part.startswith("test_") for part in name.split("."))]

@@ -20,10 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import cwndtrace
 from cwndtrace.report import content
 from cwndtrace.report.page import page
-from tests.unit import frames
-from tests.unit.test_hostile_names import NAMES
-from tests.unit.test_hostile_names import hostile as named
-from tests.unit.test_report import hostile, story
+from tests.unit import frames, hostile
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.cwnd"
 PHONE, DESKTOP, PAPER = 375, 1280, 718
@@ -72,7 +69,7 @@ def overflow(tab: Page) -> float:
 
 
 def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> None:
-    trace = story(tmp_path / "a.cwnd")
+    trace = frames.two_idle_connections(tmp_path / "a.cwnd")
     with opened(browser, written(tmp_path, page(content.report(trace)))) as tab:
         head = tab.locator("#connections th button", has_text="Lost")
         head.click()
@@ -85,7 +82,7 @@ def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> N
 
 
 def test_scripts_forms_and_bases_that_are_injected_have_no_effect(browser: Browser, tmp_path: Path) -> None:
-    text = page(content.report(hostile(tmp_path / "a.cwnd")))
+    text = page(content.report(hostile.everywhere(tmp_path / "a.cwnd")))
     evil = "<base href='https://example.org/'><form action='/'></form><script>document.title = 'owned'</script>"
     with opened(browser, written(tmp_path, text.replace("</body>", f"{evil}</body>"))) as tab:
         assert "owned" not in tab.title()
@@ -149,14 +146,14 @@ def test_no_line_breaks_between_a_number_and_its_unit(browser: Browser, sample: 
 
 @pytest.mark.parametrize("name", ["256 bytes of UTF-8", "HTML", "mathtext"])
 def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Path) -> None:
-    text = page(content.report(named(tmp_path / "a.cwnd", NAMES[name] * 3)))
+    text = page(content.report(hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name] * 3)))
     with opened(browser, written(tmp_path, text), PHONE) as tab:
         assert overflow(tab) <= 0
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_pictures_follow_light_and_dark_mode(browser: Browser, tmp_path: Path, dark: bool) -> None:
-    file = written(tmp_path, page(content.report(story(tmp_path / "a.cwnd"))))
+    file = written(tmp_path, page(content.report(frames.two_idle_connections(tmp_path / "a.cwnd"))))
     with opened(browser, file, 1200, color_scheme="dark" if dark else "light") as tab:
         pixels = imread(BytesIO(tab.screenshot(full_page=True)))[:, :, :3]
     assert (pixels[5, 5].mean() < 0.2) == dark

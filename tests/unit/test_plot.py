@@ -6,7 +6,6 @@ The figures are drawn, so that errors that only drawing raises are found.
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -30,7 +28,7 @@ from cwndtrace.plot.heat import heat
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.trace import Trace
-from tests.unit import frames
+from tests.unit import drawing, frames
 
 LOSSY = [
     {"event": "block_io", "start_ns": frames.MONO + 46 * 10**9, "end_ns": frames.MONO + 48 * 10**9, "lost": 1234},
@@ -40,18 +38,6 @@ LOSSY = [
 
 def timeline_of(trace: Trace, **options: Any) -> Figure:
     return timeline(trace.resets, trace.connections, trace.block_io, about=trace.about, **options)
-
-
-def draw(figure: Figure) -> np.ndarray:
-    file = BytesIO()
-    figure.savefig(file, format="png")
-    file.seek(0)
-    pixels: np.ndarray = imread(file, format="png")
-    return pixels
-
-
-def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
 def legend(figure: Figure) -> list[str]:
@@ -78,7 +64,7 @@ def test_marks_are_where_the_records_say(path: Path) -> None:
     figure = timeline_of(
         frames.capture(path, resets=resets, connections=seen, block_io=frames.table("block_io", frames.block(7)))
     )
-    draw(figure)
+    drawing.draw(figure)
     window, disk = figure.axes
     assert window.get_xlim() == disk.get_xlim() == (0, 60)
     line = next(item for item in window.lines if len(np.asarray(item.get_xdata())) == 5)
@@ -103,7 +89,7 @@ def test_marks_are_where_the_records_say(path: Path) -> None:
 
 def test_titles_name_the_endpoints_the_congestion_control_and_the_probe(path: Path) -> None:
     figure = timeline_of(story(path))
-    text = " ".join(texts(figure))
+    text = " ".join(drawing.texts(figure))
     for part in ("10.1.0.1:443  →  10.2.0.9:20000", "cubic", "replica (pid 4242)", "21 resets", "seen by sendmsg"):
         assert part in text
     assert "0 s is 2026-11-18 12:30:00.000 UTC on web1, Linux 6.18.0" in text
@@ -116,7 +102,7 @@ def test_light_and_dark_colours_are_used_and_settings_restored(path: Path, dark:
     with style.use(dark) as colours:
         figure = timeline_of(trace)
     assert colours.paper == paper
-    pixels = draw(figure)
+    pixels = drawing.draw(figure)
     assert to_hex(pixels[2, 2]) == paper
     # There is enough contrast between text and background.
     assert abs(float(np.mean(pixels[2, 2, :3])) - float(np.mean(mpl.colors.to_rgb(colours.ink)))) > 0.7
@@ -155,7 +141,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_no_text_leaves_the_picture_or_covers_another_one(path: Path, name: str) -> None:
     figure = timeline_of(story(path, **CASES[name]))
-    draw(figure)
+    drawing.draw(figure)
     boxes = everything(figure)
     width, height = figure.bbox.width, figure.bbox.height
     for box in boxes:
@@ -175,7 +161,7 @@ def test_of_many_resets_some_are_labelled_and_counted(path: Path) -> None:
     figure = timeline_of(trace, span=(0, 600))
     number = len(labels(figure.axes[0]))
     assert 5 <= number < len(trace.resets)
-    assert any(f"{len(trace.resets)} resets, {number} labelled" in text for text in texts(figure))
+    assert any(f"{len(trace.resets)} resets, {number} labelled" in text for text in drawing.texts(figure))
 
 
 def test_lossy_spans_are_hatched_and_counted(path: Path) -> None:
@@ -203,16 +189,16 @@ def test_without_block_io_there_is_no_panel_for_it(path: Path) -> None:
     for block_io in (trace.block_io, None):
         figure = timeline(trace.resets, trace.connections, block_io, about=trace.about)
         assert len(figure.axes) == 1
-        assert any("no block I/O recorded" in text for text in texts(figure))
+        assert any("no block I/O recorded" in text for text in drawing.texts(figure))
 
 
 def test_a_picture_without_resets_or_connections_says_so(path: Path) -> None:
     figure = timeline_of(story(path, resets=None))
-    assert "no reset in this capture" in texts(figure)
-    assert any("watched by sendmsg" in text for text in texts(figure))
-    assert "no connection was seen" in texts(timeline_of(frames.capture(path.with_name("b.cwnd"))))
+    assert "no reset in this capture" in drawing.texts(figure)
+    assert any("watched by sendmsg" in text for text in drawing.texts(figure))
+    assert "no connection was seen" in drawing.texts(timeline_of(frames.capture(path.with_name("b.cwnd"))))
     blind = story(path.with_name("c.cwnd"), resets=None, probes={"idle": None})
-    assert any("no probe saw idle resets here" in text for text in texts(timeline_of(blind)))
+    assert any("no probe saw idle resets here" in text for text in drawing.texts(timeline_of(blind)))
 
 
 def test_the_four_connections_with_most_resets_are_shown(path: Path) -> None:
@@ -221,10 +207,10 @@ def test_the_four_connections_with_most_resets_are_shown(path: Path) -> None:
     figure = timeline_of(trace)
     assert len(figure.axes) == 4
     counts = trace.resets["connection"].value_counts()
-    ports = [int(text.rsplit(":", 1)[1]) for text in texts(figure) if text.startswith("10.1.0.1:443")]
+    ports = [int(text.rsplit(":", 1)[1]) for text in drawing.texts(figure) if text.startswith("10.1.0.1:443")]
     shown = [counts[trace.resets.set_index("dport")["connection"].loc[[port]].iloc[0]] for port in ports]
     assert shown == sorted(counts, reverse=True)[:4]
-    assert any("4 of 200 connections" in text for text in texts(figure))
+    assert any("4 of 200 connections" in text for text in drawing.texts(figure))
 
 
 def test_one_connection_is_shown_by_its_key(path: Path) -> None:
@@ -233,7 +219,7 @@ def test_one_connection_is_shown_by_its_key(path: Path) -> None:
     key = trace.resets.loc[trace.resets["dport"] == 20003, "connection"].iloc[0]
     figure = timeline_of(trace, connection=key)
     assert len(figure.axes) == 1
-    assert any(":20003" in text for text in texts(figure))
+    assert any(":20003" in text for text in drawing.texts(figure))
     with pytest.raises(UsageError, match="There is no connection 1:2") as caught:
         timeline_of(trace, connection="1:2")
     assert key in caught.value.remedy
@@ -242,10 +228,10 @@ def test_one_connection_is_shown_by_its_key(path: Path) -> None:
 def test_a_span_shows_only_the_resets_within_it(path: Path) -> None:
     trace = story(path)
     figure = timeline_of(trace, span=(30, 42))
-    draw(figure)
+    drawing.draw(figure)
     assert figure.axes[0].get_xlim() == (30, 42)
     inside = trace.resets[(trace.resets["ts_ns"] - frames.MONO).astype("int64").between(30 * 10**9, 42 * 10**9)]
-    assert any(f"  {len(inside)} resets" in text for text in texts(figure))
+    assert any(f"  {len(inside)} resets" in text for text in drawing.texts(figure))
     for text in labels(figure.axes[0]):
         assert int(text.get_text().split(" → ")[0]) in set(inside["cwnd_before"])
     with pytest.raises(UsageError, match="empty"):
@@ -281,10 +267,7 @@ def test_the_window_axis_is_logarithmic_only_for_a_wide_range(path: Path) -> Non
     assert figure.axes[0].get_ylim()[0] == 0
 
 
-EVIL = ["a$b_c^{x}$", "$\\frac{1}{", r"\$x$", "$$", "\x1b[31mred\x07", "\u202eright", "长连接", "{}%s<b>", "$" * 15]
-
-
-@pytest.mark.parametrize("evil", EVIL)
+@pytest.mark.parametrize("evil", drawing.HOSTILE_TEXTS)
 def test_hostile_names_are_drawn_character_by_character(path: Path, evil: str) -> None:
     resets, connections = frames.story(comm=evil, seconds=20)
     trace = frames.capture(
@@ -293,16 +276,16 @@ def test_hostile_names_are_drawn_character_by_character(path: Path, evil: str) -
     )  # fmt: skip
     with mpl.rc_context({"text.usetex": True}):
         figure = timeline_of(trace)
-    draw(figure)
+    drawing.draw(figure)
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         assert not text.get_usetex()
         if any("$" in part for part in text.get_text().split("\\$")):
             assert text._preprocess_math(text.get_text())[1] is False  # type: ignore[attr-defined]
-    assert all(text.isprintable() for text in texts(figure))
+    assert all(text.isprintable() for text in drawing.texts(figure))
     shown = evil.encode()[:16].decode("utf-8", "ignore")
     expected = style.plain(shown)
-    assert any(expected in text for text in texts(figure))
+    assert any(expected in text for text in drawing.texts(figure))
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=300))
@@ -321,12 +304,12 @@ def test_long_addresses_fit_into_the_picture(path: Path) -> None:
     ends = ("2001:db8:85a3:1234:5678:8a2e:3700:7334", "fd12:3456:789a:bcde:f012:3456:789a:bcde")
     resets, connections = frames.story(ends=ends, comm="W" * 15)
     figure = timeline_of(frames.capture(path, resets=resets, connections=connections, kernel="6.18" + "y" * 400))
-    draw(figure)
+    drawing.draw(figure)
     for text in [*figure.axes[0].texts, *figure.texts]:
         box = extent(text)
         assert box.x0 >= 0
         assert box.x1 <= figure.bbox.width
-    assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in texts(figure))
+    assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in drawing.texts(figure))
 
 
 @settings(max_examples=10, deadline=None)
@@ -348,14 +331,14 @@ def test_records_of_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFac
         tmp_path_factory.mktemp("any") / "a.cwnd", resets=frames.table("cwnd_reset", *rows),
         block_io=frames.table("block_io", *requests), connections=frames.snapshots(*seen),
     )  # fmt: skip
-    draw(timeline_of(trace))
+    drawing.draw(timeline_of(trace))
 
 
 def test_a_capture_without_its_clock_starts_with_its_first_record(path: Path) -> None:
     resets = frames.table("cwnd_reset", frames.reset(7), frames.reset(9))
     figure = timeline_of(frames.capture(path, resets=resets, clock={}))
     assert figure.axes[0].get_xlim() == (0, 2)
-    assert any(text.startswith("on web1") for text in texts(figure))
+    assert any(text.startswith("on web1") for text in drawing.texts(figure))
 
 
 def test_frames_with_categories_can_be_drawn(path: Path) -> None:
@@ -364,7 +347,7 @@ def test_frames_with_categories_can_be_drawn(path: Path) -> None:
     key = pa.array(["k"] * len(resets))
     a = frames.pandas(resets.append_column("connection", key))
     b = frames.pandas(connections.append_column("connection", pa.array(["k"] * len(connections))))
-    draw(timeline(a, b, frames.pandas(frames.disk(50)), about=frames.about()))
+    drawing.draw(timeline(a, b, frames.pandas(frames.disk(50)), about=frames.about()))
     assert not path.exists()
 
 
@@ -375,17 +358,17 @@ def test_the_heat_map_draws_every_request_and_hatches_losses(path: Path) -> None
     trace = story(path, lossy=LOSSY)
     cells = heat_map(trace.block_io)
     figure = heat(cells, zero_ns=frames.MONO, about=trace.about)
-    draw(figure)
+    drawing.draw(figure)
     (mesh,) = figure.axes[0].collections
     assert np.ma.sum(np.ma.asarray(mesh.get_array())) == len(trace.block_io) == 3000
     assert figure.axes[0].get_xlim()[0] == pytest.approx((trace.block_io["start_ns"].min() - frames.MONO) / 1e9)
-    assert any("3,000 requests" in text for text in texts(figure))
-    assert any("1,234 requests lost" in text for text in texts(figure))
+    assert any("3,000 requests" in text for text in drawing.texts(figure))
+    assert any("1,234 requests lost" in text for text in drawing.texts(figure))
 
 
 def test_a_heat_map_without_requests_says_so(path: Path) -> None:
     trace = frames.capture(path, host="<b>\x1b[1m$x^2$")
     figure = heat(heat_map(trace.block_io), zero_ns=0, about=trace.about)
-    draw(figure)
-    assert "no block I/O recorded" in texts(figure)
-    assert any(r"on <b>?[1m\$x^2\$" in text for text in texts(figure))
+    drawing.draw(figure)
+    assert "no block I/O recorded" in drawing.texts(figure)
+    assert any(r"on <b>?[1m\$x^2\$" in text for text in drawing.texts(figure))

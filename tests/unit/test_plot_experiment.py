@@ -32,8 +32,7 @@ from cwndtrace.plot.sawtooth import sawtooth
 from cwndtrace.plot.staircase import _titles as titles_of_staircase
 from cwndtrace.plot.staircase import staircase
 from cwndtrace.store.meta import Meta
-from tests.unit import experiments, frames
-from tests.unit.test_plot import EVIL, draw, texts
+from tests.unit import drawing, experiments, frames
 
 STORY = experiments.experiment()
 SUMMARY = STORY.summary
@@ -149,7 +148,7 @@ def all_text(figure: Figure) -> list[tuple[str, Bbox]]:
 @pytest.mark.parametrize("name", CASES)
 def test_no_text_leaves_the_picture_or_covers_another_one(name: str) -> None:
     figure = CASES[name]()
-    draw(figure)
+    drawing.draw(figure)
     width, height = figure.bbox.width, figure.bbox.height
     seen = all_text(figure)
     assert len(seen) > 4
@@ -169,7 +168,7 @@ def test_light_and_dark_colours_are_used_and_settings_restored(name: str, dark: 
     before = dict(mpl.rcParams)
     with style.use(dark) as colours:
         figure = CASES[name]()
-    pixels = draw(figure)
+    pixels = drawing.draw(figure)
     assert to_hex(pixels[2, 2]) == colours.paper
     assert dict(mpl.rcParams) == before
     # No text has a colour of the user's settings, not even the ticks that are created while drawing.
@@ -181,20 +180,20 @@ def test_light_and_dark_colours_are_used_and_settings_restored(name: str, dark: 
     assert {to_hex(text.get_color()) for text in figure.texts} <= allowed
 
 
-@pytest.mark.parametrize("evil", EVIL)
+@pytest.mark.parametrize("evil", drawing.HOSTILE_TEXTS)
 def test_hostile_names_are_drawn_character_by_character(evil: str) -> None:
     drawn = [
         (saw(about=frames.about(host=evil, kernel=evil * 40)), style.plain(f"on {evil}, Linux")[:-1]),
         (cost(pairs(ca_name=[evil, "reno"])), style.plain(evil, 16)),
     ]
     for figure, expected in drawn:
-        draw(figure)
+        drawing.draw(figure)
         for text in figure.findobj(Text):
             assert isinstance(text, Text)
             if any("$" in part for part in text.get_text().split("\\$")):
                 assert text._preprocess_math(text.get_text())[1] is False  # type: ignore[attr-defined]
-        assert all(text.isprintable() for text in texts(figure))
-        assert any(expected[:8] in text for text in texts(figure))
+        assert all(text.isprintable() for text in drawing.texts(figure))
+        assert any(expected[:8] in text for text in drawing.texts(figure))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ def test_hostile_names_are_drawn_character_by_character(evil: str) -> None:
     ],
 )
 def test_a_picture_without_data_says_so(name: str, message: str) -> None:
-    assert message in texts(CASES[name]())
+    assert message in drawing.texts(CASES[name]())
 
 
 # --- the saw tooth ---------------------------------------------------------------------------------------------
@@ -233,8 +232,8 @@ def test_both_settings_of_a_round_are_on_one_scale_from_the_first_idle_time() ->
     expected = ((fell["start_ns"] + 60_000 - zero["on"]) / 1e9).tolist()
     assert [x for x, _ in arrows] == pytest.approx(expected, abs=1e-6)
     assert points(off, "v") == []
-    assert "round 2 of 5" in " ".join(texts(figure))
-    assert "On, 8 of 12 idle times shrank the window; off, none" in texts(figure)
+    assert "round 2 of 5" in " ".join(drawing.texts(figure))
+    assert "On, 8 of 12 idle times shrank the window; off, none" in drawing.texts(figure)
 
 
 def test_each_idle_time_is_shaded_and_each_burst_marked() -> None:
@@ -272,12 +271,12 @@ def test_without_measurements_time_is_that_of_the_capture() -> None:
     at = (STORY.resets["on"]["ts_ns"].astype("int64") - frames.MONO) / 1e9
     inside = at[at <= on.get_xlim()[1]]
     assert [x for x, _ in points(on, "v")] == pytest.approx(inside.tolist())
-    assert f"On, {len(inside)} resets after idle time; off, no reset after idle time" in texts(figure)
+    assert f"On, {len(inside)} resets after idle time; off, no reset after idle time" in drawing.texts(figure)
 
 
 def test_the_first_round_that_both_settings_completed_is_shown() -> None:
     measured = STORY.measured[~((STORY.measured["round"] == 1) & (STORY.measured["setting"] == "off"))]
-    assert "round 2 of 5" in " ".join(texts(saw(measurements=measured)))
+    assert "round 2 of 5" in " ".join(drawing.texts(saw(measurements=measured)))
 
 
 def test_windows_observed_as_idle_time_begins_are_not_drawn() -> None:
@@ -330,13 +329,13 @@ def test_costs_are_above_each_pair_and_the_highest_is_in_the_title() -> None:
     assert f"+{cell['cost_ms']:.0f} ms" in labels
     assert f"{cell['cost_low_ms']:.0f} to {cell['cost_high_ms']:.0f}" in labels
     took = f"{cell['median_on_ms']:.0f} ms instead of {cell['median_off_ms']:.0f} ms"
-    assert f"After 2 s of idle time, 2 MB took {took}" in texts(figure)
-    assert any(f"{cell['cost_rtts']:.1f} round trips" in text for text in texts(figure))
+    assert f"After 2 s of idle time, 2 MB took {took}" in drawing.texts(figure)
+    assert any(f"{cell['cost_rtts']:.1f} round trips" in text for text in drawing.texts(figure))
 
 
 def test_the_right_axis_is_in_round_trips() -> None:
     figure = latency(STORY.measured, SUMMARY)
-    draw(figure)
+    drawing.draw(figure)
     (right,) = figure.axes[1].child_axes
     assert right.get_ylim()[1] == pytest.approx(figure.axes[1].get_ylim()[1] / experiments.RTT_MS)
     assert not figure.axes[0].child_axes
@@ -360,15 +359,15 @@ def test_a_line_separates_idle_times_below_the_rto_from_longer_ones() -> None:
     ],
 )
 def test_the_title_claims_no_more_than_was_measured(measured: pd.DataFrame, title: str) -> None:
-    assert title in texts(both(measured))
+    assert title in drawing.texts(both(measured))
 
 
 def test_the_largest_of_many_sizes_are_shown_and_counted() -> None:
     figure = CASES["latency, many"]()
     assert len(figure.axes) == 6
-    assert "300 kB bursts" in texts(figure)
-    assert "200 kB bursts" not in texts(figure)
-    assert any("the largest 6 of 8 sizes" in text for text in texts(figure))
+    assert "300 kB bursts" in drawing.texts(figure)
+    assert "200 kB bursts" not in drawing.texts(figure)
+    assert any("the largest 6 of 8 sizes" in text for text in drawing.texts(figure))
 
 
 def test_costs_without_room_have_no_labels() -> None:
@@ -394,7 +393,9 @@ def test_points_equal_the_pairs_and_the_band_is_one_round_trip_wide() -> None:
     assert axes.get_xlim() == axes.get_ylim()
     assert axes.get_window_extent().width == pytest.approx(axes.get_window_extent().height)
     within = int(((given["predicted_ms"] - given["measured_ms"]).abs() <= given["rtt_ms"]).sum())
-    assert any(text.startswith(f"{within} of {len(given)}") or f"All {within}" in text for text in texts(figure))
+    assert any(
+        text.startswith(f"{within} of {len(given)}") or f"All {within}" in text for text in drawing.texts(figure)
+    )
 
 
 def test_paths_of_different_rtt_are_compared_in_round_trips() -> None:
@@ -402,7 +403,7 @@ def test_paths_of_different_rtt_are_compared_in_round_trips() -> None:
     (axes,) = figure.axes
     assert points(axes, "o") == [(2.0, 2.0 + 0.5), (2.0, 4.5)]
     assert axes.get_xlabel() == "predicted cost (round trips)"
-    assert "1 of 2 bursts was within one round trip of the prediction" in texts(figure)
+    assert "1 of 2 bursts was within one round trip of the prediction" in drawing.texts(figure)
 
 
 def test_titles_of_costs_have_the_right_number() -> None:
@@ -418,7 +419,7 @@ def test_colours_show_sizes_and_shapes_show_congestion_controls() -> None:
     }
     assert drawn[1.0].get_color() != drawn[2.0].get_color() == drawn[3.0].get_color()
     assert drawn[1.0].get_marker() == drawn[2.0].get_marker() != drawn[3.0].get_marker()
-    assert {"100 kB", "2 MB", "cubic", "reno"} <= set(texts(figure))
+    assert {"100 kB", "2 MB", "cubic", "reno"} <= set(drawing.texts(figure))
     # The sizes can be distinguished by lightness alone.
     for dark in (False, True):
         with style.use(dark) as colours:
@@ -433,7 +434,7 @@ def test_rows_without_a_value_are_ignored() -> None:
 
 def test_many_sizes_share_a_colour_by_decade() -> None:
     figure = cost(pairs(burst_bytes=[15_000 * n for n in range(1, 41)]))
-    assert {"10 kB to 100 kB", "100 kB to 1 MB"} <= set(texts(figure))
+    assert {"10 kB to 100 kB", "100 kB to 1 MB"} <= set(drawing.texts(figure))
 
 
 # --- the staircase ---------------------------------------------------------------------------------------------
@@ -451,7 +452,7 @@ def test_records_are_at_their_share_and_the_line_follows_the_kernels_rule() -> N
         if abs(rtos - round(rtos)) > 0.01:
             drawn = y[np.searchsorted(x, rtos)]
             assert drawn * 2800 == pytest.approx(experiments.halved(2800, rtos * experiments.RTO_MS))
-    assert "Each RTO of idle time halves the window: all 30 records fit to the segment" in texts(figure)
+    assert "Each RTO of idle time halves the window: all 30 records fit to the segment" in drawing.texts(figure)
     assert axes.get_yscale() == "log"
 
 
@@ -462,7 +463,7 @@ def test_the_initial_windows_of_different_windows_are_drawn_and_named() -> None:
     assert sorted(float(np.asarray(line.get_ydata())[0]) for line in dashed) == pytest.approx(
         [10 / 700, 10 / 120, 1 / 3]
     )
-    assert {"10 of 30", "10 of 120", "10 of 700", "10 of 2,800"} <= set(texts(figure))
+    assert {"10 of 30", "10 of 120", "10 of 700", "10 of 2,800"} <= set(drawing.texts(figure))
     squares = points(axes, "s")
     assert squares
     assert all(any(abs(y - 10 / size) < 1e-9 for size in (30, 120, 700, 2800)) for _, y in squares)
@@ -480,8 +481,8 @@ def test_a_record_that_does_not_fit_is_marked_and_counted() -> None:
     )
     assert np.asarray(points(figure.axes[0], "X")) == pytest.approx(np.asarray([(700 / 308, 0.375)]))
     assert len(points(figure.axes[0], "o")) == 2
-    assert any("2 of 3 records fit" in text for text in texts(figure))
-    assert {"off the staircase: 1", "halved: 2"} <= set(texts(figure))
+    assert any("2 of 3 records fit" in text for text in drawing.texts(figure))
+    assert {"off the staircase: 1", "halved: 2"} <= set(drawing.texts(figure))
 
 
 @pytest.mark.parametrize(
@@ -499,10 +500,10 @@ def test_very_long_idle_times_are_at_the_edge_and_counted() -> None:
     edge = axes.get_xlim()[1]
     assert edge < 12
     assert points(axes, ">") == [(edge, 0.1)] * 4
-    assert any(text.startswith("idle over") and text.endswith(": 4") for text in texts(figure))
+    assert any(text.startswith("idle over") and text.endswith(": 4") for text in drawing.texts(figure))
 
 
 def test_records_without_an_rto_are_ignored() -> None:
     figure = staircase(resets({"rto_us": 0}, {"cwnd_before": 0, "cwnd_after": 0}))
-    assert "no reset after idle time in this capture" in texts(figure)
+    assert "no reset after idle time in this capture" in drawing.texts(figure)
     assert not list(figure.axes[0].lines)

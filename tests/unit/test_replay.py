@@ -12,63 +12,20 @@ from typing import Any
 
 import pytest
 
-import cwndtrace
-from cwndtrace.capture.replay import Replay, record
 from cwndtrace.capture.session import Batch, Session
-from cwndtrace.capture.source import Filters, Source
+from cwndtrace.capture.source import Filters
 from cwndtrace.cli.console import Console, InterfaceWatch
 from cwndtrace.cli.live import RESETS_SHOWN, JsonView, TextView
 from cwndtrace.cli.run import _print_probes
-from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import cells
 from cwndtrace.errors import CaptureError
 from cwndtrace.plot.timeline import timeline
-from cwndtrace.recorder import Recorder
-from cwndtrace.store import CaptureWriter
+from tests.harness.replay import Replay, record
 from tests.record import BLOCKS, BURSTS, CONNECTIONS, FILE
-from tests.unit import frames
+from tests.unit import frames, playing
 from tests.unit.fake_source import FakeSource
 
 RESETS = CONNECTIONS * BURSTS
-
-
-def start_of(session: Session) -> dict[str, Any]:
-    """Return a capture's metadata without the values that only root can read."""
-    started = session.start["mono_ns"] + session.start["utc_offset_ns"]
-    return {
-        "version": cwndtrace.__version__,
-        "host": "test",
-        "kernel": "0",
-        "started": cwndtrace.records.arrow.iso_time(started),
-        "clock": {"start": session.start, "end": None},
-        "probes": session.source.probes,
-        "devices": {},
-        **session.tally.meta(),
-    }
-
-
-Played = tuple[cwndtrace.Trace, Session]
-
-
-def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = False) -> Played:
-    """Run ``cwndtrace run`` on ``source``, from the first record to the summary."""
-    with Session(source) as session:
-        writer = CaptureWriter.create(folder / "x.cwnd", start_of(session))
-        view: TextView | JsonView
-        if as_json:
-            view = JsonView(session, print_block=print_block)
-        else:
-            view = TextView(session, print_block=print_block, quiet=True)
-        watch = InterfaceWatch(session, Filters(), None)
-        console = Console(view, session, watch, what="a recording", quiet=True, stop_when_refused=False)
-        console.begin(writer.path)
-        Recorder(session, writer, console).run(lambda: False)
-    capture = cwndtrace.load(folder / "x.cwnd")
-    if as_json:
-        JsonView.write(summary_object(capture, session, view.block))
-    else:
-        print_summary(capture, session, view.block)
-    return capture, session
 
 
 def test_the_recording_has_the_current_layout() -> None:
@@ -78,7 +35,7 @@ def test_the_recording_has_the_current_layout() -> None:
 
 
 def test_the_text_view_prints_aligned_resets_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capture, session = played(Replay(FILE), tmp_path, as_json=False)
+    capture, session = playing.played(Replay(FILE), tmp_path, as_json=False)
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
     header, *lines = stdout.splitlines()
@@ -96,7 +53,7 @@ def test_the_text_view_prints_aligned_resets_and_a_summary(tmp_path: Path, capsy
 
 
 def test_the_json_view_prints_each_record_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capture, _ = played(Replay(FILE), tmp_path, as_json=True, print_block=True)
+    capture, _ = playing.played(Replay(FILE), tmp_path, as_json=True, print_block=True)
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
     rows = [json.loads(line, parse_constant=pytest.fail) for line in stdout.splitlines()]
@@ -126,14 +83,14 @@ def test_the_json_view_prints_each_record_and_a_summary(tmp_path: Path, capsys: 
 
 
 def test_block_requests_are_printed_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    played(Replay(FILE), tmp_path, as_json=False, print_block=True)
+    playing.played(Replay(FILE), tmp_path, as_json=False, print_block=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "  block_io  " in line]
     assert len(lines) == 2 * BLOCKS
     assert all(" sector " in line and "4.10 kB" in line for line in lines)
 
 
 def test_the_capture_has_each_recorded_reset_and_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capture, _ = played(Replay(FILE), tmp_path, as_json=False)
+    capture, _ = playing.played(Replay(FILE), tmp_path, as_json=False)
     capsys.readouterr()
     resets = capture.resets
     assert len(resets) == RESETS
@@ -150,7 +107,7 @@ def test_the_capture_has_each_recorded_reset_and_request(tmp_path: Path, capsys:
 
 
 def test_the_capture_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capture, _ = played(Replay(FILE), tmp_path, as_json=False)
+    capture, _ = playing.played(Replay(FILE), tmp_path, as_json=False)
     capsys.readouterr()
     figure = timeline(capture.resets, capture.connections, capture.block_io, about=capture.about)
     figure.savefig(tmp_path / "x.png")
@@ -160,7 +117,7 @@ def test_the_capture_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_losses_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = FakeSource([("block_io", frames.block().tobytes())], [])
     source.count.lost["block_io"] = 1234
-    capture, _ = played(source, tmp_path, as_json=True)
+    capture, _ = playing.played(source, tmp_path, as_json=True)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (lost,) = (row for row in rows if row["event"] == "lost")
     assert (lost["of"], lost["lost"]) == ("block_io", 1234)
@@ -236,7 +193,7 @@ def test_lines_on_stderr_fit_the_terminal(capsys: pytest.CaptureFixture[str], mo
 def test_single_records_are_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = FakeSource([("cwnd_reset", frames.reset().tobytes()), ("block_io", frames.block().tobytes())], [])
     source.count.unchanged = 1
-    played(source, tmp_path, as_json=False)
+    playing.played(source, tmp_path, as_json=False)
     stdout = capsys.readouterr().out
     assert "kept 1 reset, 1 block I/O; lost 0 resets, 0 block I/Os; 1 restart left the window as it was" in stdout
     assert TextView.output_dropped(1).startswith("1 line wasn't printed")
@@ -248,7 +205,7 @@ def test_control_characters_of_names_never_reach_the_terminal(
     evil = b"\x1b]0;p\x07\x9b1m\r\n\xff"
     reset, block = frames.reset(comm=evil, ca_name=evil), frames.block(comm=evil)
     source = FakeSource([("cwnd_reset", reset.tobytes()), ("block_io", block.tobytes())], [])
-    played(source, tmp_path, as_json=False, print_block=True)
+    playing.played(source, tmp_path, as_json=False, print_block=True)
     stdout = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in stdout)
     assert "]0;p" in stdout

@@ -20,18 +20,9 @@ from cwndtrace.cli import main
 from cwndtrace.report import content
 from cwndtrace.report.page import page
 from cwndtrace.trace import Trace
-from tests.unit import frames
+from tests.unit import frames, hostile
 
-EVIL = "<script>alert(1)</script>'\"&\x1b[31m\x1b]0;owned\x07\u202e{{7*7}}$x^2$"
 LOSSY = {"event": "block_io", "start_ns": frames.MONO, "end_ns": frames.MONO + 10**9, "lost": 1234}
-
-
-def story(path: Path, **values: Any) -> Trace:
-    """Write a capture of two connections whose application is idle, and block I/O."""
-    resets, connections = frames.story(peers=2, seconds=30)
-    return frames.capture(
-        path, **({"resets": resets, "connections": connections, "block_io": frames.disk(400, seconds=30)} | values)
-    )
 
 
 @pytest.fixture
@@ -49,7 +40,7 @@ def call(trace: Trace, *options: str) -> Result:
 
 
 def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) -> None:
-    trace = story(path)
+    trace = frames.two_idle_connections(path)
     lines = call(trace).stdout.splitlines()
     assert lines[0] == trace.host().text
     assert lines[0].startswith("Idle resets cost ")
@@ -64,7 +55,7 @@ def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) 
 
 
 def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
-    trace = story(path)
+    trace = frames.two_idle_connections(path)
     report = json.loads(call(trace, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
     assert report["event"] == "report"
     assert report["answer"]["text"] == trace.host().text
@@ -88,7 +79,7 @@ def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
 def test_gaps_of_a_capture_are_in_the_text_in_json_and_on_the_page(
     path: Path, values: dict[str, Any], caveat: str
 ) -> None:
-    trace = story(path, **values)
+    trace = frames.two_idle_connections(path, **values)
     assert f"! {caveat}" in call(trace).stdout.replace("! Resets of ", "! ")
     assert caveat in " ".join(call(trace, "--json").stdout.split())
     assert caveat in unescape(page(content.report(trace))).replace("\u00a0", " ")
@@ -101,7 +92,7 @@ def test_incomplete_captures_are_reported(path: Path, kind: str) -> None:
     elif kind == "block I/O only":
         trace = frames.capture(path, block_io=frames.disk(50))
     else:
-        trace = story(path)
+        trace = frames.two_idle_connections(path)
         if kind == "interrupted":
             meta = json.loads((path / "meta.json").read_text())
             (path / "meta.json").write_text(json.dumps(meta | {"status": "running", "ended": None, "pid": 0}))
@@ -145,28 +136,14 @@ class Tags(HTMLParser):
         return [str(attrs[attribute]) for _, attrs in self.tags if attribute in attrs]
 
 
-def hostile(path: Path) -> Trace:
-    """Write a capture in which every text is an attack."""
-    resets = frames.table("cwnd_reset", frames.reset(5, comm=EVIL.encode()[:16], ca_name=b"</td><b>\x1b[1m"))
-    seen = [
-        frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000, comm=EVIL, state=EVIL, ca_name=EVIL) for t in (0, 9)
-    ]
-    blocks = frames.table("block_io", frames.block(1, comm=b"<img src=x>\x1b[2J"), frames.block(2))
-    return frames.capture(
-        path, resets=resets, connections=frames.snapshots(*seen), block_io=blocks, host=EVIL, kernel=EVIL,
-        devices={"7:0": EVIL}, filters={EVIL: EVIL}, probes={"idle": EVIL, EVIL: None},
-        sysctls={str(frames.NETNS): {"name": EVIL, "net.ipv4.tcp_congestion_control": EVIL}, EVIL: {"name": EVIL}},
-    )  # fmt: skip
-
-
 def test_no_text_of_a_capture_is_taken_for_markup_or_controls_a_terminal(tmp_path: Path) -> None:
     # A file's name is bytes, and the locale may be unable to encode these characters.
-    trace = hostile(tmp_path / os.fsdecode("<b>\x1b[2J\u202e.cwnd".encode()))
+    trace = hostile.everywhere(tmp_path / os.fsdecode("<b>\x1b[2J\u202e.cwnd".encode()))
     screen = call(trace).stdout
     assert all(line.isprintable() for line in screen.splitlines())
     assert "\u202e" not in json.loads(call(trace, "--json").stdout)["answer"]["text"]
     text = page(content.report(trace))
-    plain, tags = Tags(page(content.report(story(tmp_path / "plain.cwnd")))), Tags(text)
+    plain, tags = Tags(page(content.report(frames.two_idle_connections(tmp_path / "plain.cwnd")))), Tags(text)
     assert {tag for tag, _ in tags.tags} <= {tag for tag, _ in plain.tags}
     assert {name for _, attrs in tags.tags for name in attrs} <= {name for _, attrs in plain.tags for name in attrs}
     assert sum(tag == "script" for tag, _ in tags.tags) == 1
@@ -178,7 +155,7 @@ def test_no_text_of_a_capture_is_taken_for_markup_or_controls_a_terminal(tmp_pat
 
 
 def test_the_page_loads_nothing_from_outside(path: Path) -> None:
-    tags = Tags(page(content.report(story(path))))
+    tags = Tags(page(content.report(frames.two_idle_connections(path))))
     asked = [value for name in ("src", "srcset", "href", "data", "action") for value in tags.of(name)]
     assert asked
     assert all(value.startswith(("data:image/svg+xml;base64,", "#")) for value in asked)
@@ -200,7 +177,7 @@ def test_the_pages_policy_allows_only_its_own_script_and_styles(path: Path) -> N
 
 
 def test_the_same_capture_gives_the_same_page(path: Path) -> None:
-    trace = story(path)
+    trace = frames.two_idle_connections(path)
     assert page(content.report(trace)) == page(content.report(trace))
 
 

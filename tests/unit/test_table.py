@@ -23,7 +23,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cwndtrace
-from cwndtrace.capture.replay import Replay
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.cli import compare, doctor, report, reproduce
 from cwndtrace.cli.live import TextView
@@ -38,10 +37,9 @@ from cwndtrace.cli.table import (
 )
 from cwndtrace.lab.statistics import summarise
 from cwndtrace.report import content
+from tests.harness.replay import Replay
 from tests.record import FILE
-from tests.unit import frames
-from tests.unit.test_hostile_names import NAMES, hostile
-from tests.unit.test_replay import played
+from tests.unit import frames, hostile, playing
 
 DATA = Path(__file__).parents[1] / "data"
 SAMPLE = DATA / "sample.cwnd"
@@ -215,9 +213,9 @@ def test_report_fits_its_terminal_and_keeps_keys_and_verdicts() -> None:
         printed_lines(columns, print_it)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", hostile.NAMES)
 def test_hostile_names_fit_into_80_columns(name: str, tmp_path: Path) -> None:
-    trace = hostile(tmp_path / "a.cwnd", NAMES[name])
+    trace = hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])
     summary = content.report(trace)
     printed_lines(80, lambda: echo(report.lines(summary)))
     printed_lines(80, lambda: compare.compare.main([str(trace.path), str(trace.path)], standalone_mode=False))
@@ -242,7 +240,7 @@ def test_compare_fits_its_terminal() -> None:
 
 def test_run_and_its_summary_fit_their_terminal(tmp_path: Path) -> None:
     def print_it() -> None:
-        played(Replay(FILE), tmp_path, as_json=False, print_block=True)
+        playing.played(Replay(FILE), tmp_path, as_json=False, print_block=True)
 
     header, *lines = printed_lines(80, print_it)
     assert header.split() == ["TIME", "REASON", "CONNECTION", "CWND", "(segments)"]

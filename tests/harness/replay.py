@@ -38,7 +38,7 @@ def record(path: Path, source: Source, reads: Iterable[RawRecords]) -> None:
 
 
 class Replay:
-    """A recording as a source (see source.Source). Each poll returns one read, until none is left.
+    """A recording as a source (see cwndtrace.capture.source.Source). Each poll returns one read, until none is left.
 
     The constructor raises CaptureError where the file isn't a recording, is cut off, or has records of another layout.
     """
@@ -94,7 +94,7 @@ class Replay:
         """Return whether all reads have been returned."""
         return not self._reads
 
-    def power_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
+    def capabilities_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
         """Return no capabilities: the file has been read completely."""
         return frozenset()
 
