@@ -79,7 +79,8 @@ _NARROWER: Final = {"cgroups": "a cgroup further down the hierarchy", "sockets":
 
 def left_out(kind: str, number: int) -> str:
     """Return the warning that a filter had no room for so many cgroups or sockets, with a narrower choice."""
-    warning = f"at least {number:,} requested {kind} aren't traced, because the filter is full"
+    one, are = (kind.removesuffix("s"), "isn't") if number == 1 else (kind, "aren't")
+    warning = f"at least {number:,} requested {one} {are} traced, because the filter is full"
     return f"{warning}: ask for {_NARROWER[kind]}" if kind in _NARROWER else warning
 
 
