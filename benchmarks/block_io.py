@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from benchmarks.common import (
     COMMAND,
     START_LIMIT_S,
-    Report,
-    Running,
+    BenchmarkResults,
+    TracerProcess,
     Values,
     biosnoops,
     fio,
@@ -66,7 +66,7 @@ def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
     """Run fio under ``cwndtrace run`` and return its figures; CPU is that of the whole process, in us an event."""
     output = place / "trace.cwnd"
     before = disk.stat()
-    with Running([*COMMAND, "run", "-q", "-o", str(output)], "", stdout=-3) as tracer:
+    with TracerProcess([*COMMAND, "run", "-q", "-o", str(output)], "", stdout=-3) as tracer:
         _until_written(tracer, output)
         used = tracer.usage()
         got = fio(str(disk.path), seconds)
@@ -88,7 +88,7 @@ def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
     }
 
 
-def _until_written(tracer: Running, output: Path) -> None:
+def _until_written(tracer: TracerProcess, output: Path) -> None:
     from tests.harness.tcp import until
 
     until((output / "meta.json").exists, START_LIMIT_S, f"the capture: {tracer.said()}")
@@ -119,7 +119,7 @@ def peer(which: Peer, disk: Disk, seconds: float) -> dict[str, float]:
     """Run fio under another tracer and return its figures; ``kept`` is the share of the requests that it kept."""
     with (
         which.file.open("w") as written,
-        Running(
+        TracerProcess(
             which.command, which.ready if which.lists else "", **({} if which.lists else {"stdout": written})
         ) as tracer,
     ):
@@ -131,7 +131,7 @@ def peer(which: Peer, disk: Disk, seconds: float) -> dict[str, float]:
     return {"iops": got["iops"], "bytes": size(which.file) / max(kept, 1), "kept": kept / got["requests"]}
 
 
-def _until_printed(tracer: Running, which: Peer, disk: Disk) -> None:
+def _until_printed(tracer: TracerProcess, which: Peer, disk: Disk) -> None:
     from tests.harness.tcp import until
 
     def ready() -> bool:
@@ -174,7 +174,7 @@ def run_time_counters() -> Iterator[None]:
         _STATS.write_text(before)
 
 
-def in_kernel(report: Report, disk: Disk, seconds: float) -> None:
+def in_kernel(report: BenchmarkResults, disk: Disk, seconds: float) -> None:
     """Report the time of each BPF program in ns a run, which includes the time that the counting itself takes."""
     with run_time_counters(), Session(Kernel(reasons=())) as session:
         with _drained(session, 2):
@@ -201,7 +201,7 @@ EMPTY: Final = BlockProgram(
 """Programs that do nothing on the same tracepoints."""
 
 
-def layers(report: Report, disk: Disk, rounds: int, seconds: float) -> None:
+def layers(report: BenchmarkResults, disk: Disk, rounds: int, seconds: float) -> None:
     """Report the share of the untraced rate that remains with empty programs, the real ones, and Arrow conversion."""
     ways = {
         "empty programs": (EMPTY, 0),
@@ -239,7 +239,7 @@ def _drained(session: Session, depth: int) -> Iterator[None]:
         thread.join()
 
 
-def encodings(report: Report, table: pa.Table, place: Path) -> None:
+def encodings(report: BenchmarkResults, table: pa.Table, place: Path) -> None:
     """Report bytes and CPU an event of codecs and encodings, for one part of a real capture."""
     clocks = ("time", "start_ns", "issue_ns", "done_ns")
     dictionary = [name for name in table.column_names if name not in (*clocks, "sector")]
@@ -269,7 +269,7 @@ def encodings(report: Report, table: pa.Table, place: Path) -> None:
 def main() -> None:
     """Run the benchmark and write its report."""
     asked = options(__doc__, device=("", "block device to read; default: a loop device"))
-    report = Report("block_io", _WANTED)
+    report = BenchmarkResults("block_io", _WANTED)
     given = nullcontext(Disk(Path(asked.device), -1, 0)) if asked.device else loop(_BYTES)
     with given as disk, folder() as place:
         fio(str(disk.path), 1)

@@ -66,7 +66,7 @@ class Values:
         return f"{self.median:{digits}}{f' {self.unit}' if self.unit else ''}{spread}"
 
 
-class Report:
+class BenchmarkResults:
     """The figures of one benchmark: each is printed when it is added, and ``write`` saves all as JSON."""
 
     def __init__(self, name: str, target: Mapping[str, str] | None = None) -> None:
@@ -132,7 +132,7 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     return int(user) / tick, int(system) / tick
 
 
-class Running:
+class TracerProcess:
     """A context manager that runs a tracer in a separate process.
 
     On entry it waits until the tracer prints ``ready``; ``stop`` interrupts the tracer and waits for its end.
@@ -141,7 +141,7 @@ class Running:
     def __init__(self, command: list[str], ready: str, **how: Any) -> None:
         self._command, self._ready, self._how = command, ready, how
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> TracerProcess:
         begin = time.monotonic()
         self._output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 import cwndtrace
-from benchmarks.common import Report, folder, options, size, status
+from benchmarks.common import BenchmarkResults, folder, options, size, status
 from cwndtrace.capture import live
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.session import Session, describe, ending
@@ -105,7 +105,7 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
 def main() -> None:
     """Run the benchmark and write its report."""
     asked = options(__doc__, rates=("0.25e6,0.5e6,1e6,1.25e6,1.5e6,2e6,4e6", "events a second to offer"))
-    report = Report("flood", _WANTED)
+    report = BenchmarkResults("flood", _WANTED)
     best, offered, memory = 0.0, 0.0, 0.0
     print(f"{'OFFERED/s':>12} {'KEPT/s':>12} {'LOST':>8} {'USER us':>8} {'SYS us':>8} {'BYTES':>6} {'MB':>6}")
     for rate in (float(text) for text in asked.rates.split(",")):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import COMMAND, Report, Values, folder, options, size
+from benchmarks.common import COMMAND, BenchmarkResults, Values, folder, options, size
 from cwndtrace.records import arrow, layout
 from cwndtrace.store import CaptureWriter
 from cwndtrace.store.writer import PART_ROWS
@@ -100,7 +100,7 @@ def measured(*command: str) -> dict[str, float]:
 def main() -> None:
     """Run the benchmark and write its report."""
     asked = options(__doc__, requests=("1000000,10000000,50000000", "numbers of requests in a capture"))
-    report = Report("reading", _WANTED)
+    report = BenchmarkResults("reading", _WANTED)
     for number in (int(text) for text in asked.requests.split(",")):
         with folder() as place:
             path = place / "large.cwnd"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.common import (
     COMMAND,
-    Report,
-    Running,
+    BenchmarkResults,
+    TracerProcess,
     Values,
     biosnoops,
     cpu_seconds,
@@ -51,7 +51,7 @@ def help_s() -> float:
 
 def attached_s(*command: str, ready: str) -> float:
     """Return the time in s from the start of a tracer until it prints ``ready``."""
-    with Running(list(command), ready) as tracer:
+    with TracerProcess(list(command), ready) as tracer:
         return tracer.started_s
 
 
@@ -63,13 +63,13 @@ def cwndtrace_s(fresh: bool = False) -> float:
         return attached_s(*COMMAND, "run", "-o", str(place / "a.cwnd"), ready="Tracing ")
 
 
-def family(tracer: Running) -> list[int]:
+def family(tracer: TracerProcess) -> list[int]:
     """Return the pids of the tracer and its children."""
     pid = tracer.process.pid
     return [pid, *children(pid)]
 
 
-def used(tracer: Running) -> float:
+def used(tracer: TracerProcess) -> float:
     """Return the CPU time of the tracer and its children, in s."""
     return sum(sum(cpu_seconds(pid)) for pid in family(tracer))
 
@@ -83,7 +83,7 @@ def pss(pid: int) -> int:
 def main() -> None:
     """Run the benchmark and write its report."""
     asked = options(__doc__, idle=(20.0, "seconds of tracing while nothing happens"))
-    report = Report("starting", _WANTED)
+    report = BenchmarkResults("starting", _WANTED)
     report.add("cwndtrace --help", Values("s", [help_s() for _ in range(asked.rounds)]))
     ways: dict[str, Callable[[], float]] = {
         "cwndtrace run, first start": partial(cwndtrace_s, True),
@@ -103,7 +103,7 @@ def main() -> None:
             del ways[name]
     for what, values in paired(ways, asked.rounds, "cwndtrace run", "s").items():
         report.add(what, values)
-    with folder() as place, Running([*COMMAND, "run", "-o", str(place / "a.cwnd")], "Tracing ") as tracer:
+    with folder() as place, TracerProcess([*COMMAND, "run", "-o", str(place / "a.cwnd")], "Tracing ") as tracer:
         time.sleep(3)  # leave out the imports of the first snapshot
         before = used(tracer)
         time.sleep(asked.idle)

@@ -21,7 +21,7 @@ import threading
 import time
 from contextlib import closing
 
-from benchmarks.common import COMMAND, Report, Running, Values, folder, options
+from benchmarks.common import COMMAND, BenchmarkResults, TracerProcess, Values, folder, options
 from cwndtrace.capture import connections
 from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Session
@@ -106,7 +106,7 @@ def probes() -> list[str]:
     return names
 
 
-def throughput(report: Report, rounds: int, seconds: float) -> None:
+def throughput(report: BenchmarkResults, rounds: int, seconds: float) -> None:
     """Report bulk and request/response, each untraced, then traced, then with the programs attached but not read."""
     every = os.sched_getaffinity(0)
     try:
@@ -115,7 +115,7 @@ def throughput(report: Report, rounds: int, seconds: float) -> None:
         os.sched_setaffinity(0, every)
 
 
-def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) -> None:
+def _throughput(report: BenchmarkResults, rounds: int, seconds: float, every: set[int]) -> None:
     def both() -> dict[str, float]:
         os.sched_setaffinity(0, {min(every)})
         got = {**bulk(seconds), **exchanges(seconds)}
@@ -133,7 +133,7 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
             plain = both()
             with folder() as place:
                 command = [*COMMAND, "run", "--no-block", "--probe", probe, "-o", str(place / "a.cwnd")]
-                with Running(command, "Tracing "):
+                with TracerProcess(command, "Tracing "):
                     traced = both()
             with closing(Kernel(probe=probe, block=False)):
                 alone = both()
@@ -150,7 +150,7 @@ def _throughput(report: Report, rounds: int, seconds: float, every: set[int]) ->
         report.add(name, figures[name])
 
 
-def many(report: Report, number: int) -> None:
+def many(report: BenchmarkResults, number: int) -> None:
     """Report the time of a snapshot of many idle connections, and the resets recorded when they send again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * number + 200)), hard))
@@ -210,7 +210,7 @@ def many(report: Report, number: int) -> None:
             poll.close()
 
 
-def snapshots(report: Report) -> None:
+def snapshots(report: BenchmarkResults) -> None:
     """Report the time of a snapshot of all sockets in ms, and their number."""
     taken = []
     for _ in range(7):
@@ -230,7 +230,7 @@ def _window(sock: socket.socket) -> int:
 def main() -> None:
     """Run the benchmark and write its report."""
     asked = options(__doc__, connections=(10_000, "number of idle connections"))
-    report = Report("tcp", _WANTED)
+    report = BenchmarkResults("tcp", _WANTED)
     many(report, asked.connections)
     throughput(report, asked.rounds, asked.seconds)
     report.write()

@@ -32,13 +32,13 @@ from cwndtrace.format import clean, nominal_size, plural, size
 from cwndtrace.kernel import netns
 from cwndtrace.kernel.ladder import RUNGS
 from cwndtrace.lab import cleanup
-from cwndtrace.lab import serve as servers
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import Measurement, frame
 from cwndtrace.lab.path import KINDS
 from cwndtrace.lab.recording import Recording, costs, matched
 from cwndtrace.lab.remote import Remote
 from cwndtrace.lab.scenario import PRESETS
+from cwndtrace.lab.serve import Server, ServerCounters, Settings
 from cwndtrace.lab.statistics import overall, summarise
 from cwndtrace.store.folder import Folder
 from cwndtrace.trace import Trace
@@ -404,7 +404,7 @@ class _Refusals:
         self._reported = 0
         self._reported_at = -math.inf
 
-    def tell(self, totals: servers.Totals, *, last: bool = False) -> None:
+    def tell(self, totals: ServerCounters, *, last: bool = False) -> None:
         """Print the number of refused connections if it has grown and a report is due; with ``last`` one is always due.
 
         A slow reader of stderr never blocks the server.
@@ -448,7 +448,7 @@ def serve(host: str, port: int, cc: str | None) -> None:
     # SIGTERM, from systemd or kill, ends the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     refusals = _Refusals()
-    with servers.Server(host, port, servers.Settings(cc=cc, on_turn=refusals.tell)) as server:
+    with Server(host, port, Settings(cc=cc, on_turn=refusals.tell)) as server:
         click.echo(f"Listening on {clean(host)} port {server.port}; press Ctrl-C to stop.", err=True)
         try:
             server.run()

@@ -51,7 +51,7 @@ class Settings:
     """called for each burst sent, on any thread: ``id``, ``size``, ``read`` (from disk), ``sent`` (``wire.Sent``)"""
     on_error: Callable[[CwndtraceError], None] | None = None
     """called with the error of one connection"""
-    on_turn: Callable[[Totals], None] | None = None
+    on_turn: Callable[[ServerCounters], None] | None = None
     """called with the totals for each new connection, and at least every second"""
     patience_s: float = 60.0
     """how long a burst may take, in either direction"""
@@ -63,7 +63,7 @@ class Settings:
 
 
 @dataclass
-class Totals:
+class ServerCounters:
     """The counters of a server since its start."""
 
     connections: int = 0
@@ -80,7 +80,7 @@ class Server:
 
     def __init__(self, host: str, port: int, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.totals = Totals()
+        self.totals = ServerCounters()
         self._lock = threading.Lock()
         self._idle_since: dict[socket.socket, float] = {}
         """since when a peer is silent between bursts, where it may be"""

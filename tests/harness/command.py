@@ -101,7 +101,7 @@ def read_until(fd: int, pattern: bytes, output: bytes = b"") -> bytes:
     return output
 
 
-def send_after_idle(connection: tcp.Connection) -> tcp.Send:
+def send_after_idle(connection: tcp.TcpConnection) -> tcp.Send:
     """Let a connection be idle for longer than the RTO, and return the send that then resets its window."""
     connection.grow()
     time.sleep(connection.info().rto_us / 1e6 + 0.15)

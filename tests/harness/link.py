@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.harness import tcp
 
 
-class Link:
+class VethLink:
     """A veth pair between two namespaces that can drop all packets from ``a`` (10.9.0.1) to ``b`` (10.9.0.2)."""
 
     def __init__(self, make_space: Callable[[], tcp.Space]) -> None:

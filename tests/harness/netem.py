@@ -31,7 +31,7 @@ def netem(space: tcp.Space, *options: str) -> Iterator[Callable[[], None]]:
     assert tc.returncode == 0
 
 
-def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
+def leave_unused(space: tcp.Space, connection: tcp.TcpConnection) -> None:
     """Make tcp_cwnd_application_limited() take back half of the unused part of the window.
 
     It does so if the last ACK is an RTO old and there was no idle time of an RTO before the send. So data must be under
@@ -51,7 +51,7 @@ def leave_unused(space: tcp.Space, connection: tcp.Connection) -> None:
     raise AssertionError(f"no send lowered the unused window: {connection.sends[-8:]}")
 
 
-def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.Connection]) -> None:
+def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.TcpConnection]) -> None:
     """Drop all packets on the namespace's loopback until each connection has had a retransmission timeout."""
     with netem(space, "loss", "100%") as begin:
         begin()

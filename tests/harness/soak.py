@@ -53,7 +53,7 @@ class Load:
     Captures are compared with ``reads`` and with the connections' ``sends``.
     """
 
-    def __init__(self, disk: Disk, connections: list[tcp.Connection], reads_per_s: int) -> None:
+    def __init__(self, disk: Disk, connections: list[tcp.TcpConnection], reads_per_s: int) -> None:
         self.reads: list[Read] = []
         self.connections = connections
         self.errors: list[BaseException] = []

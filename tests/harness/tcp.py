@@ -292,7 +292,7 @@ class Send:
 
 
 @dataclass
-class Connection:
+class TcpConnection:
     """A connection whose sending end ``sock`` is observed; ``peer`` only receives."""
 
     space: Here
@@ -427,7 +427,7 @@ class Connection:
         return send
 
 
-Connect = Callable[..., Connection]
+Connect = Callable[..., TcpConnection]
 """The type of the fixture ``connect``."""
 
 
@@ -460,7 +460,7 @@ def connect(
     init_cwnd: int = INIT_CWND,
     read_buffer: int = _BUFFER,
     by: Holder | None = None,
-) -> Connection:
+) -> TcpConnection:
     """Return a connection from ``space`` to ``address`` in ``to``, by default the same namespace.
 
     The end in ``space`` sends; with ``from_server``, the end that accepted does (both are in ``space`` then).
@@ -506,7 +506,7 @@ def connect(
     drain.add(peer)
     shown_family = int(socket.AF_INET6 if v6 and not mapped else socket.AF_INET)
     cgroup_id = by.cgroup_id if by else own_cgroup()
-    return Connection(space, sock, peer, drain, shown_family, ca, space.index(device), cgroup_id, init_cwnd)
+    return TcpConnection(space, sock, peer, drain, shown_family, ca, space.index(device), cgroup_id, init_cwnd)
 
 
 _HOLDER: Final = """
@@ -581,7 +581,7 @@ def allow_zerocopy(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
 
 
-class Child:
+class ForkedSender:
     """A process that sends on an inherited socket each time ``send`` is called."""
 
     def __init__(self, sock: socket.socket) -> None:

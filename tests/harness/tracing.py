@@ -17,7 +17,7 @@ from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.session import Session, Tally
 from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
-from tests.harness.tcp import Connection, Send, until
+from tests.harness.tcp import Send, TcpConnection, until
 
 Record = dict[str, Any]
 
@@ -76,7 +76,7 @@ class Tracer:
         helper = Helper(filters)
         if connections:
             self._session.snapshots = Snapshots(lambda: helper.snapshot(0))
-        self.passes: Callable[[Connection, Send], bool] = lambda _connection, _send: True
+        self.passes: Callable[[TcpConnection, Send], bool] = lambda _connection, _send: True
         self.probes = self._session.source.probes
         self.probe = str(self.probes["idle"])
         self.records: list[Record] = []
@@ -133,12 +133,12 @@ class Tracer:
         if self.error:
             raise self.error
 
-    def of(self, *connections: Connection) -> list[Record]:
+    def of(self, *connections: TcpConnection) -> list[Record]:
         """Return the records of these connections' sending ends, in order of time."""
         self.settle()
         return self.taken(*connections)
 
-    def taken(self, *connections: Connection) -> list[Record]:
+    def taken(self, *connections: TcpConnection) -> list[Record]:
         """Return those that have been read already, without those in ``blind`` spans, where sends are unknown."""
         by_key = {c.key: c for c in connections}
         mine = ((by_key.get(key(r)), r) for r in self.records)
@@ -166,16 +166,16 @@ class Tracer:
 
 
 def key(record: Record) -> tuple[int, str, int, str, int]:
-    """Return the key of the record's connection, as Connection.key."""
+    """Return the key of the record's connection, as TcpConnection.key."""
     return record["netns_ino"], record["saddr"], record["sport"], record["daddr"], record["dport"]
 
 
-def expected(connection: Connection, tracer: Tracer) -> list[Send]:
+def expected(connection: TcpConnection, tracer: Tracer) -> list[Send]:
     """Return the sends that reset the window for a reason that the tracer sees, and that pass its filter."""
     return [s for s in connection.sends if s.reason and tracer.sees(s.reason) and tracer.passes(connection, s)]
 
 
-def check(tracer: Tracer, *connections: Connection) -> int:
+def check(tracer: Tracer, *connections: TcpConnection) -> int:
     """Compare every field of these connections' records with their sends; return the number of resets.
 
     No other connection in their network namespaces may have a record since the first of these sends.
@@ -197,13 +197,13 @@ def check(tracer: Tracer, *connections: Connection) -> int:
     return total
 
 
-def expect_one(tracer: Tracer, connection: Connection) -> None:
+def expect_one(tracer: Tracer, connection: TcpConnection) -> None:
     """Assert that a connection's last send, and none before, reset its window, and that the record is right."""
     assert [s.reason for s in connection.sends[-2:]] == [None, "idle"]
     assert check(tracer, connection) == 1
 
 
-def differences(tracer: Tracer, connection: Connection, send: Send, record: Record) -> dict[str, tuple[Any, Any]]:
+def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: Record) -> dict[str, tuple[Any, Any]]:
     """Return the fields in which a record differs from TCP_INFO before and after the send: name to (record, truth)."""
     before, after = send.before, send.after
     truth: Record = {

@@ -16,7 +16,7 @@ HOUR_NS = 3_600_000_000_000
 
 def follow_steps(
     space: tcp.Space,
-    connection: tcp.Connection,
+    connection: tcp.TcpConnection,
     path: Path,
     step: Callable[[int], None],
     python: tuple[str, ...] = ("-P", "-m", "cwndtrace"),

@@ -17,7 +17,7 @@ from cwndtrace.kernel import ladder
 pytest.register_assert_rewrite("tests.harness")
 
 from tests.harness import chroot, tcp  # noqa: E402
-from tests.harness.link import Link  # noqa: E402
+from tests.harness.link import VethLink  # noqa: E402
 from tests.harness.tracing import Tracer, left_out  # noqa: E402
 from tests.harness.users import GID, UID, home_of  # noqa: E402
 
@@ -78,9 +78,9 @@ def drain() -> Iterator[tcp.Drain]:
 @pytest.fixture
 def connect(space: tcp.Space, drain: tcp.Drain) -> Iterator[tcp.Connect]:
     """A function that makes connections as tcp.connect does, by default in ``space``; they are closed at the end."""
-    connections: list[tcp.Connection] = []
+    connections: list[tcp.TcpConnection] = []
 
-    def make(where: tcp.Here | None = None, **options: object) -> tcp.Connection:
+    def make(where: tcp.Here | None = None, **options: object) -> tcp.TcpConnection:
         connections.append(tcp.connect(where or space, drain, **options))  # type: ignore[arg-type]
         return connections[-1]
 
@@ -105,9 +105,9 @@ def counter(tracer: Tracer, counted_space: tcp.Space) -> Iterator[Tracer]:
 
 
 @pytest.fixture(scope="module")
-def link(make_space: Callable[[], tcp.Space]) -> Link:
+def link(make_space: Callable[[], tcp.Space]) -> VethLink:
     """A link that can drop packets."""
-    return Link(make_space)
+    return VethLink(make_space)
 
 
 @pytest.fixture

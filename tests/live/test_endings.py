@@ -17,7 +17,7 @@ import pytest
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
 from tests.harness import tcp
-from tests.harness.link import Link
+from tests.harness.link import VethLink
 from tests.harness.tcp import Connect, until
 from tests.harness.tracing import EMULATED, EXACT, Record, Tracer, check
 
@@ -152,7 +152,7 @@ def test_a_new_connection_in_the_memory_of_an_old_one_has_no_reset(tracer: Trace
 # ---- retransmission timeouts ------------------------------------------------------------------------------
 
 
-def test_retransmission_timeouts_are_resets(tracer: Tracer, link: Link, connect: Connect) -> None:
+def test_retransmission_timeouts_are_resets(tracer: Tracer, link: VethLink, connect: Connect) -> None:
     kinds = [("cubic", 1), ("reno", 1), ("cubic", 20), ("reno", 20)]
     connections = [connect(link.a, to=link.b, address="10.9.0.2", device="cwt0", ca=ca) for ca, _ in kinds]
     for connection in connections:
@@ -173,11 +173,11 @@ def test_retransmission_timeouts_are_resets(tracer: Tracer, link: Link, connect:
     assert len(timeouts_of(tracer, *connections)) == (len(kinds) if tracer.sees("rto_loss") else 0)
 
 
-def timeouts_of(tracer: Tracer, *connections: tcp.Connection) -> list[Record]:
+def timeouts_of(tracer: Tracer, *connections: tcp.TcpConnection) -> list[Record]:
     return [r for r in tracer.of(*connections) if r["reason"] != "idle"]
 
 
-def check_timeout(tracer: Tracer, connection: tcp.Connection, before: tcp.Info, after: tcp.Info) -> None:
+def check_timeout(tracer: Tracer, connection: tcp.TcpConnection, before: tcp.Info, after: tcp.Info) -> None:
     assert (after.ca_state, before.ca_state, after.cwnd < before.cwnd) == (4, 0, True)
     if not tracer.sees("rto_loss"):
         assert not timeouts_of(tracer, connection)
@@ -253,7 +253,7 @@ def test_snapshots_have_no_mini_sockets_of_closed_connections(
     assert all(row["cwnd"] > 0 and row["mss"] > 0 for row in rows)
 
 
-def tcp_state(connection: tcp.Connection) -> str:
+def tcp_state(connection: tcp.TcpConnection) -> str:
     """Return the state of the sending end by its usual name."""
     raw = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
     return {1: "ESTAB", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2"}.get(raw[0], str(raw[0]))

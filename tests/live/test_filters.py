@@ -20,7 +20,7 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups
 from tests.harness import tcp
-from tests.harness.tcp import Connect, Connection, Send, until
+from tests.harness.tcp import Connect, Send, TcpConnection, until
 from tests.harness.tracing import Tracer, check, differences, key
 
 pytestmark = pytest.mark.live
@@ -60,10 +60,10 @@ class World:
     b: tcp.Space
     holder: tcp.Holder
     cgroup: Path
-    named: dict[str, Connection] = field(default_factory=dict)
+    named: dict[str, TcpConnection] = field(default_factory=dict)
 
     @property
-    def all(self) -> list[Connection]:
+    def all(self) -> list[TcpConnection]:
         return list(self.named.values())
 
     def names(self, keys: list[Any]) -> list[str]:
@@ -104,7 +104,7 @@ def world(tracer: Tracer, make_space: Callable[[], tcp.Space], drain: tcp.Drain,
 
 
 @dataclass(frozen=True)
-class Case:
+class FilterCase:
     """A filter, as arguments of Tracer, and the names of the connections whose resets pass it."""
 
     arguments: Callable[[World], dict[str, Any]]
@@ -115,17 +115,17 @@ class Case:
 EVERY: Final = "first second second6 mapped back lo lo_b here held closed"
 
 CASES: Final = {
-    "iface": Case(lambda w: {"iface": "cwt1", "netns": w.a.name}, "first mapped"),
-    "iface here": Case(lambda _: {"iface": "lo"}, "here"),
-    "pid": Case(lambda w: {"pid": w.holder.pid}, "held closed"),
-    "port local": Case(lambda w: {"port": w.named["first"].sport}, "first"),
-    "port remote": Case(lambda w: {"port": w.named["second6"].dport}, "second6"),
-    "netns": Case(lambda w: {"netns": w.b.name}, "back lo_b"),
-    "cgroup": Case(lambda w: {"cgroup": str(w.cgroup.parent)}, "held closed"),
-    "family 4": Case(lambda _: {"family": 4}, EVERY.replace("second6 ", "")),
-    "family 6": Case(lambda _: {"family": 6}, "second6"),
-    "min idle": Case(lambda _: {"min_idle": MIN_IDLE}, EVERY, MIN_IDLE),
-    "all at once": Case(
+    "iface": FilterCase(lambda w: {"iface": "cwt1", "netns": w.a.name}, "first mapped"),
+    "iface here": FilterCase(lambda _: {"iface": "lo"}, "here"),
+    "pid": FilterCase(lambda w: {"pid": w.holder.pid}, "held closed"),
+    "port local": FilterCase(lambda w: {"port": w.named["first"].sport}, "first"),
+    "port remote": FilterCase(lambda w: {"port": w.named["second6"].dport}, "second6"),
+    "netns": FilterCase(lambda w: {"netns": w.b.name}, "back lo_b"),
+    "cgroup": FilterCase(lambda w: {"cgroup": str(w.cgroup.parent)}, "held closed"),
+    "family 4": FilterCase(lambda _: {"family": 4}, EVERY.replace("second6 ", "")),
+    "family 6": FilterCase(lambda _: {"family": 6}, "second6"),
+    "min idle": FilterCase(lambda _: {"min_idle": MIN_IDLE}, EVERY, MIN_IDLE),
+    "all at once": FilterCase(
         lambda w: {
             "iface": "lo",
             "netns": w.a.name,
@@ -172,7 +172,7 @@ def watched(tracer: Tracer, world: World) -> Iterator[dict[str, Tracer]]:
         yield tracers
 
 
-def _close_grown(connection: Connection) -> None:
+def _close_grown(connection: TcpConnection) -> None:
     """Close the peer's window while the sender's window is still so large that idle time resets it."""
     for _ in range(20):
         connection.grow()
@@ -183,7 +183,7 @@ def _close_grown(connection: Connection) -> None:
     raise AssertionError(f"the window is always reset before the peer's is closed: {connection.info()}")
 
 
-def _passes(world: World, case: Case) -> Callable[[Connection, Send], bool]:
+def _passes(world: World, case: FilterCase) -> Callable[[TcpConnection, Send], bool]:
     passing = {world.named[name].key for name in case.names.split()}
     return lambda c, s: c.key in passing and s.before.last_snd_us >= case.min_idle * 1e6
 

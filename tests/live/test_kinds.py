@@ -17,7 +17,7 @@ import pytest
 from cwndtrace.analysis.connections import identify
 from cwndtrace.records.arrow import CONNECTIONS
 from tests.harness import tcp
-from tests.harness.link import Link
+from tests.harness.link import VethLink
 from tests.harness.tcp import Connect
 from tests.harness.tracing import EXACT, Tracer, expect_one, key
 
@@ -79,7 +79,7 @@ def fast_opens(space: tcp.Space) -> int:
     return int(space.enter(read))
 
 
-def test_resets_after_a_retransmitted_syn_are_right(tracer: Tracer, link: Link, connect: Connect) -> None:
+def test_resets_after_a_retransmitted_syn_are_right(tracer: Tracer, link: VethLink, connect: Connect) -> None:
     """The timeout of the SYN lowers the window to 1, and the connection begins with that."""
     started: list[float] = []
 
@@ -110,7 +110,7 @@ def test_resets_after_a_retransmitted_syn_are_right(tracer: Tracer, link: Link, 
     assert [r["reason"] for r in tracer.of(connection)][len(first) :] == ["idle"]
 
 
-def test_a_reset_over_a_link_local_address_has_its_interface(tracer: Tracer, link: Link, connect: Connect) -> None:
+def test_a_reset_over_a_link_local_address_has_its_interface(tracer: Tracer, link: VethLink, connect: Connect) -> None:
     """The scope of such an address is the interface, whose number the record has."""
 
     def local(space: tcp.Space) -> str:
@@ -140,7 +140,7 @@ def test_a_reset_over_a_link_local_address_has_its_interface(tracer: Tracer, lin
         sock = link.a.enter(lambda: call(listener.getsockname()[1]))
         peer = listener.accept()[0]
     shared.drain.add(peer)
-    connection = tcp.Connection(
+    connection = tcp.TcpConnection(
         link.a, sock, peer, shared.drain, int(socket.AF_INET6), "cubic", index, tcp.own_cgroup()
     )
     try:
@@ -229,7 +229,7 @@ def test_the_same_ports_one_after_the_other_are_two_connections(
     assert names[0] != names[-1]
 
 
-def check_since(tracer: Tracer, connection: tcp.Connection) -> int:
+def check_since(tracer: Tracer, connection: tcp.TcpConnection) -> int:
     """Assert that each reset since the first send has a record, and no record is without one; return their number."""
     sends = [s for s in connection.sends if s.reason == "idle"]
     records = [r for r in tracer.of(connection) if r["ts_ns"] >= connection.sends[0].start_ns and r["reason"] == "idle"]

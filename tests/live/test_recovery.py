@@ -18,17 +18,17 @@ import pytest
 
 from cwndtrace.analysis import cost
 from cwndtrace.kernel import netns
-from cwndtrace.lab.link import Link as Delay
+from cwndtrace.lab.link import Link
 from cwndtrace.lab.path import End, open_path
 from tests.harness import tcp
-from tests.harness.link import Link
+from tests.harness.link import VethLink
 from tests.harness.tcp import Connect
 from tests.harness.tracing import Record, Tracer
 
 pytestmark = pytest.mark.live
 
 
-def idle(connection: tcp.Connection, seconds: float = tcp.IDLE_S) -> tcp.Send:
+def idle(connection: tcp.TcpConnection, seconds: float = tcp.IDLE_S) -> tcp.Send:
     """Let a connection be idle, and return the send that then resets its window."""
     connection.idle(seconds)
     send = connection.send()
@@ -48,7 +48,7 @@ def recovery(tracer: Tracer, reset: Record) -> Record:
     return record
 
 
-def check(tracer: Tracer, connection: tcp.Connection, send: tcp.Send) -> tuple[Record, Record]:
+def check(tracer: Tracer, connection: tcp.TcpConnection, send: tcp.Send) -> tuple[Record, Record]:
     """Return the records of a send's reset and of its recovery, and compare the fields that both have."""
     (reset,) = (r for r in tracer.of(connection) if send.start_ns <= r["ts_ns"] <= send.end_ns)
     record = recovery(tracer, reset)
@@ -105,11 +105,11 @@ class LabEnd(tcp.Here):
 @contextmanager
 def far(rtt_ms: float) -> Iterator[tuple[LabEnd, LabEnd]]:
     """Yield both ends of a path with this RTT."""
-    with open_path(Delay(rtt_ms=rtt_ms)) as path:
+    with open_path(Link(rtt_ms=rtt_ms)) as path:
         yield LabEnd(path.client), LabEnd(path.server)
 
 
-def watch_until_regained(connection: tcp.Connection, target: int) -> tuple[int, int, tcp.Info]:
+def watch_until_regained(connection: tcp.TcpConnection, target: int) -> tuple[int, int, tcp.Info]:
     """Return a time before the ACK that brought the window back to ``target``, one after it, and TCP_INFO then.
 
     The record has the time at which that ACK comes in, and the window grows after the kernel has processed it. The last
@@ -125,7 +125,7 @@ def watch_until_regained(connection: tcp.Connection, target: int) -> tuple[int, 
         time.sleep(0.0005)
 
 
-def regain_once(tracer: Tracer, connection: tcp.Connection) -> float | None:
+def regain_once(tracer: Tracer, connection: tcp.TcpConnection) -> float | None:
     """Make a reset, follow its recovery, and check its record; return the error of the predicted time, in round trips.
 
     The error is positive if the recovery took longer. Returns None if a stalled machine caused retransmissions.
@@ -211,7 +211,7 @@ def test_a_second_reset_ends_the_recovery(tracer: Tracer, connect: Connect) -> N
 
 
 @pytest.mark.parametrize("kind", ["timeout", "duplicate ACKs"])
-def test_a_loss_ends_the_recovery(tracer: Tracer, link: Link, connect: Connect, kind: str) -> None:
+def test_a_loss_ends_the_recovery(tracer: Tracer, link: VethLink, connect: Connect, kind: str) -> None:
     connection = connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
     connection.grow(80)
     connection.idle(tcp.IDLE_S)

@@ -52,7 +52,7 @@ def test_the_probe_works_here(probe: str) -> None:
         pytest.skip(f"probe {probe}: {why}; the kernels of tests/vm have it")
 
 
-def idle_and_send(connections: list[tcp.Connection]) -> None:
+def idle_and_send(connections: list[tcp.TcpConnection]) -> None:
     """Let each connection send bursts with idle times between them, in a random order of times."""
     order = random.Random(7)
     idle_times = {i: order.sample(IDLE_RTO, len(IDLE_RTO)) for i in range(len(connections))}
@@ -84,12 +84,12 @@ def test_every_reset_has_a_record_and_no_record_is_false(tracer: Tracer, connect
     assert sends - resets >= 2 * len(connections)
 
 
-def idle_pairs(tracer: Tracer, connection: tcp.Connection) -> list[tuple[tcp.Send, dict[str, int]]]:
+def idle_pairs(tracer: Tracer, connection: tcp.TcpConnection) -> list[tuple[tcp.Send, dict[str, int]]]:
     pairs = zip(expected(connection, tracer), tracer.of(connection), strict=True)
     return [(s, r) for s, r in pairs if s.reason == "idle"]
 
 
-def was_idle(connect: Connect, **options: object) -> tcp.Connection:
+def was_idle(connect: Connect, **options: object) -> tcp.TcpConnection:
     """Return a connection that has grown its window and has then been idle."""
     connection = connect(**options)
     connection.grow()
@@ -134,7 +134,7 @@ def test_corked_pieces_cause_one_reset_when_the_first_is_queued(tracer: Tracer, 
 def test_a_record_names_the_child_that_writes(tracer: Tracer, connect: Connect) -> None:
     connection = connect()
     connection.grow()
-    with tcp.Child(connection.sock) as child:
+    with tcp.ForkedSender(connection.sock) as child:
         connection.idle(tcp.IDLE_S)
         send = connection.send(child.send, child.who)
     assert send.comm == "sh"
@@ -236,7 +236,7 @@ def test_nothing_is_recorded_for_an_exempt_congestion_control(
     expect_nothing(counter, connect(counted_space, ca="bbr"))
 
 
-def expect_nothing(counter: Tracer, connection: tcp.Connection) -> None:
+def expect_nothing(counter: Tracer, connection: tcp.TcpConnection) -> None:
     """Assert that an idle connection has no reset, and that no counter expects one."""
     counter.settle()
     before = counter.tally.unchanged, counter.tally.withdrawn

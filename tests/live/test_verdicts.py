@@ -47,7 +47,7 @@ LARGE: Final = 1_000_000
 SMALL: Final = 2_000
 
 
-class End(tcp.Here):
+class PathEnd(tcp.Here):
     """One end of a path of the lab."""
 
     def __init__(self, end: paths.End) -> None:
@@ -64,8 +64,8 @@ class End(tcp.Here):
 class Way:
     """A path on which data goes from ``near`` to ``far``."""
 
-    near: End
-    far: End
+    near: PathEnd
+    far: PathEnd
     relay: int
 
     @contextmanager
@@ -79,7 +79,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Case:
+class VerdictCase:
     """The expected answers for a connection (namespace, ports); there are several if they depend on the probe."""
 
     name: str
@@ -88,11 +88,11 @@ class Case:
     causes: tuple[str, ...] = ()
 
 
-class Lab:
+class Scenarios:
     """A maker of connections, one for each scenario; ``cases`` has the expected answers."""
 
     def __init__(self, stack: ExitStack, drain: tcp.Drain) -> None:
-        self.cases: list[Case] = []
+        self.cases: list[VerdictCase] = []
         self.skipped: dict[str, str] = {}
         self._stack, self._drain = stack, drain
         self.clean, self.lossy, self.frail = (self._way(loss) for loss in (0.0, 0.02, 0.0))
@@ -103,11 +103,11 @@ class Lab:
         for end in (path.server, path.client):
             write_sysctl(end.namespace, "net.ipv4.tcp_no_metrics_save", "1")
         write_sysctl(path.client.namespace, IDLE_SYSCTL, "0")
-        return Way(End(path.server), End(path.client), path.relay.pid)
+        return Way(PathEnd(path.server), PathEnd(path.client), path.relay.pid)
 
     def connect(
         self, way: Way | None = None, *, back: bool = False, grown: int = 150, **options: Any
-    ) -> tcp.Connection:
+    ) -> tcp.TcpConnection:
         """Return a connection whose window has grown to this many segments; ``back`` is from far to near."""
         way = way or self.clean
         near, far = (way.far, way.near) if back else (way.near, way.far)
@@ -117,25 +117,25 @@ class Lab:
             connection.grow(grown)
         return connection
 
-    def expect(self, name: str, c: tcp.Connection, *verdicts: str, causes: tuple[str, ...] = ()) -> None:
+    def expect(self, name: str, c: tcp.TcpConnection, *verdicts: str, causes: tuple[str, ...] = ()) -> None:
         """Add the expected answers for a connection."""
-        self.cases.append(Case(name, (c.space.inode, c.sport, c.dport), verdicts, causes))
+        self.cases.append(VerdictCase(name, (c.space.inode, c.sport, c.dport), verdicts, causes))
 
 
-def ask(c: tcp.Connection) -> None:
+def ask(c: tcp.TcpConnection) -> None:
     """Send a request from the peer, and read it at the sending end."""
     c.peer.send(b"ask")
     assert c.sock.recv(3) == b"ask"
 
 
-def burst(c: tcp.Connection, size: int, piece: int = LARGE) -> None:
+def burst(c: tcp.TcpConnection, size: int, piece: int = LARGE) -> None:
     """Send ``size`` bytes in pieces, and wait until they are acknowledged."""
     for begin in range(0, size, piece):
         c.sock.sendall(bytes(min(piece, size - begin)))
     c.quiet()
 
 
-def idle(c: tcp.Connection, seconds: float = IDLE_S) -> None:
+def idle(c: tcp.TcpConnection, seconds: float = IDLE_S) -> None:
     """Wait until no data was sent for this time."""
     c.until(lambda i: i.last_snd_us >= seconds * 1e6, "idle time")
 
@@ -143,7 +143,7 @@ def idle(c: tcp.Connection, seconds: float = IDLE_S) -> None:
 # ---- the scenarios ----------------------------------------------------------------------------------
 
 
-def harmful(lab: Lab) -> None:
+def harmful(lab: Scenarios) -> None:
     """The sender sends a large answer after a long idle time."""
     c = lab.connect()
     idle(c)
@@ -152,7 +152,7 @@ def harmful(lab: Lab) -> None:
     lab.expect("harmful idle reset", c, "harmful", causes=("peer",))
 
 
-def small_payload(lab: Lab) -> None:
+def small_payload(lab: Scenarios) -> None:
     """The answer of two kilobytes fits into ten segments."""
     c = lab.connect()
     idle(c)
@@ -161,7 +161,7 @@ def small_payload(lab: Lab) -> None:
     lab.expect("payload of 2 kB", c, "burst_fits", causes=("peer",))
 
 
-def small_receive_window(lab: Lab) -> None:
+def small_receive_window(lab: Scenarios) -> None:
     """The receiver never offers more than a few segments."""
     c = lab.connect(grown=0, read_buffer=40_000)
     for _ in range(2):
@@ -172,7 +172,7 @@ def small_receive_window(lab: Lab) -> None:
     lab.expect("receiver window small", c, "receiver_window")
 
 
-def small_send_buffer(lab: Lab) -> None:
+def small_send_buffer(lab: Scenarios) -> None:
     """The sender's own buffer never holds more than a few segments."""
     c = lab.connect(grown=0)
     c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
@@ -185,7 +185,7 @@ def small_send_buffer(lab: Lab) -> None:
     lab.expect("send buffer small", c, "send_buffer")
 
 
-def random_loss(lab: Lab) -> None:
+def random_loss(lab: Scenarios) -> None:
     """One packet in fifty is lost, and there is no idle time."""
     c = lab.connect(lab.lossy, grown=0)
     end = time.monotonic() + 3
@@ -195,7 +195,7 @@ def random_loss(lab: Lab) -> None:
     lab.expect("random loss, no idle time", c, "loss")
 
 
-def timeout_after_idle(lab: Lab) -> None:
+def timeout_after_idle(lab: Scenarios) -> None:
     """The path fails when the connection sends after idle time, with a window that never exceeded the initial one."""
     c = lab.connect(lab.frail, grown=0)
     burst(c, SMALL)
@@ -207,7 +207,7 @@ def timeout_after_idle(lab: Lab) -> None:
     lab.expect("RTO loss after idle time", c, "loss")
 
 
-def bbr(lab: Lab) -> None:
+def bbr(lab: Scenarios) -> None:
     """BBR has its own cong_control, so it is exempt."""
     if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
         lab.skipped["BBR"] = "this kernel has no BBR; a kernel with CONFIG_TCP_CONG_BBR does (modprobe tcp_bbr)"
@@ -219,7 +219,7 @@ def bbr(lab: Lab) -> None:
     lab.expect("BBR", c, "exempt")
 
 
-def sysctl_off(lab: Lab) -> None:
+def sysctl_off(lab: Scenarios) -> None:
     """The sender is in a namespace where the sysctl is off."""
     c = lab.connect(back=True)
     idle(c)
@@ -228,7 +228,7 @@ def sysctl_off(lab: Lab) -> None:
     lab.expect("sysctl off", c, "sysctl_off")
 
 
-def trickle(lab: Lab) -> None:
+def trickle(lab: Scenarios) -> None:
     """The sender sends little and often. The unused window may decay, which costs nothing."""
     c = lab.connect()
     for _ in range(40):
@@ -237,7 +237,7 @@ def trickle(lab: Lab) -> None:
     lab.expect("application trickling", c, "no_reset", "burst_fits", "never_full")
 
 
-def disk(lab: Lab) -> None:
+def disk(lab: Scenarios) -> None:
     """The sender gets a request, reads a slow device, and answers."""
     with ExitStack() as stack:
         try:
@@ -252,7 +252,7 @@ def disk(lab: Lab) -> None:
     lab.expect("idle for a disk", c, "harmful", causes=("disk",))
 
 
-def silence(lab: Lab) -> None:
+def silence(lab: Scenarios) -> None:
     """The peer sends its request late, and the sender answers at once."""
     c = lab.connect()
     idle(c, 2 * IDLE_S)
@@ -261,7 +261,7 @@ def silence(lab: Lab) -> None:
     lab.expect("idle for a silent peer", c, "harmful", causes=("peer",))
 
 
-def timer(lab: Lab) -> None:
+def timer(lab: Scenarios) -> None:
     """The sender's application sends without a request, after idle time."""
     c = lab.connect()
     idle(c)
@@ -269,7 +269,7 @@ def timer(lab: Lab) -> None:
     lab.expect("idle by a timer", c, "harmful", causes=("application",))
 
 
-def reopened(lab: Lab) -> None:
+def reopened(lab: Scenarios) -> None:
     """The peer's window is closed for long; when it opens, the sender sends the remaining data."""
     c = lab.connect(read_buffer=300_000, grown=40)
     c.fill()
@@ -279,7 +279,7 @@ def reopened(lab: Lab) -> None:
     lab.expect("zero-window reopen", c, "receiver_window", causes=("peer",))
 
 
-def web_server(lab: Lab) -> None:
+def web_server(lab: Scenarios) -> None:
     """A client keeps its connection to nginx, and sends requests with idle times between them."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
@@ -298,7 +298,7 @@ def web_server(lab: Lab) -> None:
         # The connection stays open until a snapshot has seen it once more.
         lab._stack.callback(client.close)
         lab._stack.push(server.keep())
-    lab.cases.append(Case("HTTP keep-alive", ends, ("harmful",), ("peer",)))
+    lab.cases.append(VerdictCase("HTTP keep-alive", ends, ("harmful",), ("peer",)))
 
 
 def _http(address: str) -> http.client.HTTPConnection:
@@ -310,7 +310,7 @@ def _http(address: str) -> http.client.HTTPConnection:
 class Nginx:
     """nginx in a namespace, with one large file; it is stopped on exit unless ``keep`` was called."""
 
-    def __init__(self, program: str, where: End) -> None:
+    def __init__(self, program: str, where: PathEnd) -> None:
         self._stack = ExitStack()
         self._program, self._where = program, where
 
@@ -360,7 +360,7 @@ class Nginx:
         self._stack.close()
 
 
-def pings(lab: Lab) -> None:
+def pings(lab: Scenarios) -> None:
     """The application pings more often than once per RTO, so it keeps its window."""
     c = lab.connect()
     end = time.monotonic() + 1.5 * IDLE_S
@@ -380,7 +380,7 @@ SCENARIOS: Final = (
 # ---- the answers ----------------------------------------------------------------------------------
 
 
-def answers(trace: Trace, case: Case) -> tuple[str, str, str]:
+def answers(trace: Trace, case: VerdictCase) -> tuple[str, str, str]:
     """Return the verdict on a connection, the cause of most of its idle times, and the verdict's evidence."""
     summary = trace.summary()
     inode, sport, dport = case.ends
@@ -394,7 +394,7 @@ def answers(trace: Trace, case: Case) -> tuple[str, str, str]:
 
 def test_verdicts_and_causes_are_right(tmp_path: Path, drain: tcp.Drain) -> None:
     with ExitStack() as stack:
-        lab = Lab(stack, drain)
+        lab = Scenarios(stack, drain)
         with Recording(tmp_path / "a.cwnd", Filters(), cwndtrace.__version__) as recording:
             for scenario in SCENARIOS:
                 scenario(lab)

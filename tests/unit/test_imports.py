@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,3 +174,11 @@ def imports_of_tests(path: Path) -> list[str]:
     modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     names = [f"{getattr(node, 'module', '')}.{alias.name}" for node in nodes for alias in node.names]
     return [name for name in (*modules, *names) if any(part.startswith("test_") for part in name.split("."))]
+
+
+def test_no_two_classes_share_a_name() -> None:
+    root = PACKAGE.parent
+    files = sorted(file for folder in ("cwndtrace", "tests", "benchmarks") for file in (root / folder).rglob("*.py"))
+    trees = {file: ast.parse(file.read_text()) for file in files}
+    names = [node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert sorted(name for name, number in Counter(names).items() if number > 1) == []

@@ -302,7 +302,7 @@ def test_a_bounded_server_leaves_little_of_a_burst_unsent_in_the_kernel(
 def test_refusals_are_reported_every_ten_seconds_and_at_the_end(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, refusals, totals = [0.0], reproduce._Refusals(), serve.Totals()
+    clock, refusals, totals = [0.0], reproduce._Refusals(), serve.ServerCounters()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     reports = []
     for clock[0], totals.refused, last in ((0, 0, 0), (1, 1, 0), (2, 5, 0), (11, 5, 0), (30, 5, 0), (31, 6, 1)):

@@ -32,7 +32,7 @@ def refuses(*probes: str, why: str = POLICY) -> Trial:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelCase:
     """The facts of a kernel, and the rungs to choose there for idle, rto_loss and app_limited."""
 
     facts: Facts
@@ -41,24 +41,24 @@ class Kernel:
 
 
 KERNELS = {
-    "patched": Kernel(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, ("tracepoint",) * 3),
-    "patched, locked down": Kernel(
+    "patched": KernelCase(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, ("tracepoint",) * 3),
+    "patched, locked down": KernelCase(
         Facts(NEW | {"tcp_cwnd_reset"}, NOT_INLINED, False), refuses("fentry"), ("tracepoint",) * 3
     ),
-    "Debian 12, Linux 6.1": Kernel(Facts(CURRENT, ALL, True), works, ("fentry",) * 3),
-    "Debian 12, fentry refused": Kernel(Facts(CURRENT, ALL, True), refuses("fentry"), ("kprobe",) * 3),
-    "Ubuntu 22.04, Linux 5.15": Kernel(Facts(OLD, NOT_INLINED, True), works, ("fentry", "fentry", None)),
-    "Ubuntu 22.04, no fentry and no kprobes": Kernel(
+    "Debian 12, Linux 6.1": KernelCase(Facts(CURRENT, ALL, True), works, ("fentry",) * 3),
+    "Debian 12, fentry refused": KernelCase(Facts(CURRENT, ALL, True), refuses("fentry"), ("kprobe",) * 3),
+    "Ubuntu 22.04, Linux 5.15": KernelCase(Facts(OLD, NOT_INLINED, True), works, ("fentry", "fentry", None)),
+    "Ubuntu 22.04, no fentry and no kprobes": KernelCase(
         Facts(OLD, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", None, None)
     ),
-    "Linux 6.12, app_limited inlined": Kernel(Facts(CURRENT, NOT_INLINED, True), works, ("fentry", "fentry", None)),
-    "Linux 6.12, locked down": Kernel(
+    "Linux 6.12, app_limited inlined": KernelCase(Facts(CURRENT, NOT_INLINED, True), works, ("fentry", "fentry", None)),
+    "Linux 6.12, locked down": KernelCase(
         Facts(CURRENT, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", "sendmsg", None)
     ),
-    "Linux 6.18, locked down without kprobes": Kernel(
+    "Linux 6.18, locked down without kprobes": KernelCase(
         Facts(NEW, NOT_INLINED, False), refuses("fentry"), ("sendmsg", "sendmsg", None)
     ),
-    "Linux 6.18, tcp_cwnd_restart inlined": Kernel(
+    "Linux 6.18, tcp_cwnd_restart inlined": KernelCase(
         Facts(NEW, ALL - {"tcp_cwnd_restart"}, True), works, ("sendmsg", "fentry", "fentry")
     ),
 }

@@ -102,7 +102,9 @@ def test_two_underscores_are_a_dot_unless_they_are_part_of_a_name(kernel: Btf) -
 
 
 def test_a_missing_member_is_named_in_the_error(kernel: Btf) -> None:
-    with pytest.raises(KernelLacks, match=r"differ from those that cwndtrace reads: sock\.gone is missing, sock\.m\.w is missing"):
+    with pytest.raises(
+        KernelLacks, match=r"differ from those that cwndtrace reads: sock\.gone is missing, sock\.m\.w is missing"
+    ):
         offsets.defines(kernel, "READ(u32, sk, sock, gone) READ(u32, sk, sock, m__w) READ(u32, sk, sock, a)")
 
 

@@ -97,7 +97,7 @@ def test_repr_describes_the_capture_on_one_screen(trace: Trace) -> None:
         assert part in text
 
 
-class Tags(HTMLParser):
+class TagNames(HTMLParser):
     """A parser that collects the tags that a browser would see."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ def test_no_text_of_a_capture_becomes_markup_or_controls_a_terminal(tmp_path: Pa
     assert len(text.splitlines()) <= 12
     assert max(map(len, text.splitlines())) < 240
     page = evil._repr_html_()
-    tags = Tags()
+    tags = TagNames()
     tags.feed(page)
     assert tags.names == {"div", "b", "code", "table", "tr", "th", "td"}
     assert page.replace("\n", "").isprintable()
@@ -211,7 +211,7 @@ def test_a_hostile_connection_is_shown_harmlessly(tmp_path: Path) -> None:
         assert repr(item).replace("\n", "").isprintable()
         page = item._repr_html_()
         assert page.isprintable()
-        tags = Tags()
+        tags = TagNames()
         tags.feed(page)
         assert tags.names <= {"div", "b", "code", "table", "tr", "th", "td", "br", "bdi"}
 

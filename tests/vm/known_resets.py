@@ -22,7 +22,7 @@ from tests.harness import tcp
 IDLE_S = 0.8
 
 
-def trace(space: tcp.Space, connection: tcp.Connection, resets: int) -> list[dict[str, Any]]:
+def trace(space: tcp.Space, connection: tcp.TcpConnection, resets: int) -> list[dict[str, Any]]:
     """Trace while the connection is idle ``resets`` times, and return the reset records."""
     command = ["cwndtrace", "run", "--json", "--no-block", "--netns", space.name, "--port", str(connection.sport)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/tmp") as tracer:

@@ -60,7 +60,7 @@ def switch(cpu: int, on: bool) -> None:
 class Worker(threading.Thread):
     """A thread that reads blocks and lets a connection be idle and send, on one CPU as long as that is online."""
 
-    def __init__(self, cpu: int, disk: Disk, connection: tcp.Connection) -> None:
+    def __init__(self, cpu: int, disk: Disk, connection: tcp.TcpConnection) -> None:
         super().__init__(daemon=True)
         self.cpu = cpu
         self.reads = 0
@@ -96,10 +96,10 @@ class Worker(threading.Thread):
         return False
 
 
-class Load:
+class Workers:
     """A worker for each CPU; they run while it is entered."""
 
-    def __init__(self, disk: Disk, connections: list[tcp.Connection]) -> None:
+    def __init__(self, disk: Disk, connections: list[tcp.TcpConnection]) -> None:
         self.workers = [Worker(cpu, disk, connection) for cpu, connection in zip(CPUS, connections, strict=True)]
 
     def until_busy(self, cpu: int, here: bool) -> None:
@@ -140,7 +140,7 @@ def test_no_reset_is_lost_and_reads_are_kept_or_counted(
     try:
         with Tracer(netns=space.name, idle_only=True) as tracer:
             begin = time.monotonic()
-            with Traced() as traced, Load(disk, connections) as load:
+            with Traced() as traced, Workers(disk, connections) as load:
                 if moving:
                     switch(CPUS[-1], True)
                 for _ in range(ROUNDS):

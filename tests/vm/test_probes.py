@@ -58,7 +58,7 @@ def tracers() -> Iterator[dict[str, Tracer]]:
 
 
 @pytest.fixture(scope="module")
-def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> dict[str, list[tcp.Connection]]:
+def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> dict[str, list[tcp.TcpConnection]]:
     """Connections by the reason that was forced on them."""
     kinds: list[dict[str, Any]] = [
         {"ca": "cubic"},
@@ -83,7 +83,7 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     return connections
 
 
-def records(tracer: Tracer, connections: list[tcp.Connection], reason: str) -> list[dict[str, Any]]:
+def records(tracer: Tracer, connections: list[tcp.TcpConnection], reason: str) -> list[dict[str, Any]]:
     """Return the records by connection, because two timeouts at the same moment may come in either order."""
     own = [r for r in tracer.of(*connections) if r["reason"] == reason]
     return sorted(own, key=lambda r: (r["skaddr"], r["ts_ns"]))
@@ -91,7 +91,7 @@ def records(tracer: Tracer, connections: list[tcp.Connection], reason: str) -> l
 
 @pytest.mark.parametrize("reason", ladder.REASONS)
 def test_all_probes_record_the_same_resets(
-    tracers: dict[str, Tracer], traffic: dict[str, list[tcp.Connection]], reason: str
+    tracers: dict[str, Tracer], traffic: dict[str, list[tcp.TcpConnection]], reason: str
 ) -> None:
     seen = {n: records(t, traffic[reason], reason) for n, t in tracers.items() if t.sees(reason)}
     print({name: len(rows) for name, rows in seen.items()})
@@ -147,7 +147,7 @@ def test_a_requested_probe_that_is_missing_is_refused() -> None:
 
 
 def test_a_new_connection_works_after_all_are_closed(
-    traffic: dict[str, list[tcp.Connection]], connect: Connect
+    traffic: dict[str, list[tcp.TcpConnection]], connect: Connect
 ) -> None:
     # This closes the connections of all tests above, so it comes after them.
     for connections in traffic.values():
