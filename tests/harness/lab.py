@@ -12,12 +12,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from cwndtrace.kernel import netns
 from cwndtrace.lab import cleanup, disk
+from cwndtrace.lab.path import End
 from tests.harness import tcp
 from tests.harness.command import COMMAND, ENVIRONMENT
+
+
+class PathEnd(tcp.Here):
+    """One end of a path of the lab, for connections."""
+
+    def __init__(self, end: End) -> None:
+        self.name, self.inode = end.namespace.name, end.namespace.inode
+        self.address, self.device = end.address, end.device
+        self._namespace = end.namespace
+
+    def enter(self, work: Callable[[], Any]) -> Any:
+        """Call ``work`` in this namespace and return its result."""
+        return netns.inside(self._namespace, work)
 
 
 def tcp_sysctls() -> dict[str, str]:

@@ -17,10 +17,10 @@ import pandas as pd
 import pytest
 
 from cwndtrace.analysis import cost
-from cwndtrace.kernel import netns
 from cwndtrace.lab.link import Link
-from cwndtrace.lab.path import End, open_path
+from cwndtrace.lab.path import open_path
 from tests.harness import tcp
+from tests.harness.lab import PathEnd
 from tests.harness.link import VethLink
 from tests.harness.tcp import Connect
 from tests.harness.tracing import Record, Tracer
@@ -68,20 +68,12 @@ def check(tracer: Tracer, connection: tcp.TcpConnection, send: tcp.Send) -> tupl
 # ---- over a path with a long round trip ----------------------------------------------
 
 
-class LabEnd(tcp.Here):
-    """An end of the lab's path, for connections."""
+class LimitedEnd(PathEnd):
+    """An end of the lab's path whose new connections can begin with a slow start threshold."""
 
     private = True
 
-    def __init__(self, end: End) -> None:
-        self.name, self.inode, self.address = end.namespace.name, end.namespace.inode, end.address
-        self._end = end
-
-    def enter(self, work: Callable[[], object]) -> object:
-        """Call ``work`` in this namespace and return its result."""
-        return netns.inside(self._end.namespace, work)
-
-    def limit(self, to: LabEnd, drain: tcp.Drain, ssthresh: int) -> None:
+    def limit(self, to: LimitedEnd, drain: tcp.Drain, ssthresh: int) -> None:
         """Make new connections to another end begin with this slow start threshold, in segments."""
 
         def write() -> None:
@@ -103,10 +95,10 @@ class LabEnd(tcp.Here):
 
 
 @contextmanager
-def far(rtt_ms: float) -> Iterator[tuple[LabEnd, LabEnd]]:
+def far(rtt_ms: float) -> Iterator[tuple[LimitedEnd, LimitedEnd]]:
     """Yield both ends of a path with this RTT."""
     with open_path(Link(rtt_ms=rtt_ms)) as path:
-        yield LabEnd(path.client), LabEnd(path.server)
+        yield LimitedEnd(path.client), LimitedEnd(path.server)
 
 
 def watch_until_regained(connection: tcp.TcpConnection, target: int) -> tuple[int, int, tcp.Info]:

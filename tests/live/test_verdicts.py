@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ import pytest
 import cwndtrace
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import KernelLacks
-from cwndtrace.kernel import netns
 from cwndtrace.lab import path as paths
 from cwndtrace.lab.disk import read_for, slow_device
 from cwndtrace.lab.link import Link
@@ -37,6 +36,7 @@ from cwndtrace.lab.recording import Recording
 from cwndtrace.tcp import IDLE_SYSCTL
 from cwndtrace.trace import Trace
 from tests.harness import tcp
+from tests.harness.lab import PathEnd
 
 pytestmark = pytest.mark.live
 
@@ -45,19 +45,6 @@ IDLE_S: Final = 1.0
 """Idle time of several retransmission timeouts of such a path (240 ms)."""
 LARGE: Final = 1_000_000
 SMALL: Final = 2_000
-
-
-class PathEnd(tcp.Here):
-    """One end of a path of the lab."""
-
-    def __init__(self, end: paths.End) -> None:
-        self.name, self.inode = end.namespace.name, end.namespace.inode
-        self.address, self.device = end.address, end.device
-        self._namespace = end.namespace
-
-    def enter(self, work: Callable[[], Any]) -> Any:
-        """Call ``work`` in this namespace and return its result."""
-        return netns.inside(self._namespace, work)
 
 
 @dataclass(frozen=True)
