@@ -37,7 +37,7 @@ _WANTED = {
         for what in ("bulk",)
     },
     **{f"bulk: {probe} / untraced": "at least 0.97" for probe in ("sendmsg", "tcp_probe")},
-    **{f"requests/s: {rung.name} / untraced": "at least 0.98" for rung in ladder.RUNGS},
+    **{f"requests/s: {probe.name} / untraced": "at least 0.98" for probe in ladder.PROBES},
 }
 _SERVER = """
 import os, socket, sys
@@ -97,12 +97,12 @@ def exchanges(seconds: float) -> dict[str, float]:
 def probes() -> list[str]:
     """Return the names of the probes that load on this kernel."""
     names = []
-    for rung in ladder.RUNGS:
+    for probe in ladder.PROBES:
         try:
-            Kernel(probe=rung.name, block=False, reasons=("idle",)).close()
-            names.append(rung.name)
+            Kernel(probe=probe.name, block=False, reasons=("idle",)).close()
+            names.append(probe.name)
         except CwndtraceError as e:
-            print(f"probe {rung.name} is left out: {e.cause[:150]}")
+            print(f"probe {probe.name} is left out: {e.cause[:150]}")
     return names
 
 

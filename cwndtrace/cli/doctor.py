@@ -132,7 +132,7 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
     """
     here = facts.ladder_facts(kernel)
     worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
-    for probe in ladder.RUNGS:
+    for probe in ladder.PROBES:
         results = {r: ladder.lacks(here, probe, r) or _try_probe(probe.name, r) for r in ladder.REASONS}
         for reason, why in results.items():
             if why is None and worked[reason] is None:

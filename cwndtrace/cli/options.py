@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from cwndtrace.kernel.ladder import RUNGS
+from cwndtrace.kernel.ladder import PROBES
 from cwndtrace.store import MOST_ROWS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,7 +99,7 @@ def filters(command: F) -> F:
             ),
             click.option(
                 "--probe",
-                type=click.Choice([r.name for r in RUNGS]),
+                type=click.Choice([r.name for r in PROBES]),
                 help="Use only this probe (default: the best one that works, for each reason).",
             ),
         )

@@ -30,7 +30,7 @@ from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.format import clean, nominal_size, plural, size
 from cwndtrace.kernel import netns
-from cwndtrace.kernel.ladder import RUNGS
+from cwndtrace.kernel.ladder import PROBES
 from cwndtrace.lab import cleanup
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import Measurement, frame
@@ -186,7 +186,7 @@ def _new_folder(path: Path) -> Iterator[Folder]:
 )
 @click.option(
     "--probe",
-    type=click.Choice([r.name for r in RUNGS]),
+    type=click.Choice([r.name for r in PROBES]),
     help="Use only this probe (default: the best one that works, for each reason).",
 )
 @click.option(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe ladder, which selects the best rung for each reason from a kernel's facts. It loads nothing itself."""
+"""The probe ladder, which selects the best probe for each reason from a kernel's facts. It loads nothing itself."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One rung: its exactness, and the programs that it attaches for each reason that it can see."""
+class Probe:
+    """One probe: its exactness, and the programs that it attaches for each reason that it can see."""
 
     name: str
     exactness: str
@@ -64,25 +64,25 @@ def _btf(target: str, program: str) -> Attachment:
     return Attachment("tp_btf", target, program)
 
 
-# These follow a socket after its reset, on rungs that need their tracepoints for nothing else.
+# These follow a socket after its reset, on probes that need their tracepoints for nothing else.
 _FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
 _FOLLOW: Final = (_btf("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
 _FOLLOWED: Final = {"idle": _FOLLOW, "rto_loss": (), "app_limited": _FOLLOW}
 
 _LOSS_BY_STATE: Final = (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),)
 
-RUNGS: Final = (
-    Rung(
+PROBES: Final = (
+    Probe(
         "tracepoint",
         "exact",
         {r: (_raw("tcp_cwnd_reset", "on_tcp_cwnd_reset"), *_FOLLOWED[r]) for r in REASONS},
     ),
-    Rung(
+    Probe(
         "fentry",
         "exact",
         {r: (Attachment("fentry", f, f), Attachment("fexit", f, f), *_FOLLOWED[r]) for r, f in FUNCTIONS.items()},
     ),
-    Rung(
+    Probe(
         "kprobe",
         "exact",
         {
@@ -90,7 +90,7 @@ RUNGS: Final = (
             for r, f in FUNCTIONS.items()
         },
     ),
-    Rung(
+    Probe(
         "sendmsg",
         "computed by the kernel's rule, confirmed on transmit",
         {
@@ -103,7 +103,7 @@ RUNGS: Final = (
             "rto_loss": _LOSS_BY_STATE,
         },
     ),
-    Rung(
+    Probe(
         "tcp_probe",
         "windows compared between ACKs and transmits, seen with the first packet after the idle time",
         {
@@ -117,21 +117,21 @@ RUNGS: Final = (
         },
     ),
 )
-"""The rungs, best first."""
+"""The probes, best first."""
 
-BY_NAME: Final = {rung.name: rung for rung in RUNGS}
+BY_NAME: Final = {probe.name: probe for probe in PROBES}
 
 
 def tracepoints() -> frozenset[str]:
-    """Return every tracepoint that some rung attaches to."""
+    """Return every tracepoint that some probe attaches to."""
     return frozenset(
-        a.target for rung in RUNGS for group in rung.attachments.values() for a in group if a.kind in _TRACEPOINT
+        a.target for probe in PROBES for group in probe.attachments.values() for a in group if a.kind in _TRACEPOINT
     )
 
 
-def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
-    """Return why ``rung`` can't see ``reason`` on such a kernel, or None where it is worth trying to load it."""
-    attachments = rung.attachments.get(reason)
+def lacks(facts: Facts, probe: Probe, reason: str) -> str | None:
+    """Return why ``probe`` can't see ``reason`` on such a kernel, or None where it is worth trying to load it."""
+    attachments = probe.attachments.get(reason)
     if attachments is None:
         return f"this probe can't see {reason}"
     for a in attachments:
@@ -146,7 +146,7 @@ def lacks(facts: Facts, rung: Rung, reason: str) -> str | None:
 
 @dataclass
 class Choice:
-    """The chosen rung for each reason (None where no rung sees it), and why each better rung wasn't chosen."""
+    """The chosen probe for each reason (None where no probe sees it), and why each better probe wasn't chosen."""
 
     probes: dict[str, str | None] = field(default_factory=dict)
     tried: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -158,23 +158,23 @@ def choose(
     forced: str | None = None,
     reasons: Iterable[str] = REASONS,
 ) -> Choice:
-    """Return the best rung for each reason.
+    """Return the best probe for each reason.
 
-    ``trial(rung, reason)`` loads and attaches the programs; it returns None, or why that failed. It is called only
-    where the facts allow the rung, best rung first, until one works. ``forced`` names the only rung to consider.
-    Raises NoProbe, with what was tried, where ``reasons`` include ``idle`` and no rung sees it, or where no rung sees
+    ``trial(probe, reason)`` loads and attaches the programs; it returns None, or why that failed. It is called only
+    where the facts allow the probe, best probe first, until one works. ``forced`` names the only probe to consider.
+    Raises NoProbe, with what was tried, where ``reasons`` include ``idle`` and no probe sees it, or where no probe sees
     any of them.
     """
     choice = Choice()
     for reason in reasons:
         choice.probes[reason] = None
         tried = choice.tried.setdefault(reason, {})
-        for rung in RUNGS if forced is None else (BY_NAME[forced],):
-            why = lacks(facts, rung, reason) or trial(rung.name, reason)
+        for probe in PROBES if forced is None else (BY_NAME[forced],):
+            why = lacks(facts, probe, reason) or trial(probe.name, reason)
             if why is None:
-                choice.probes[reason] = rung.name
+                choice.probes[reason] = probe.name
                 break
-            tried[rung.name] = why
+            tried[probe.name] = why
     needed = {"idle"} & choice.probes.keys() or choice.probes.keys()
     if needed and not any(choice.probes[reason] for reason in needed):
         reason, tried = next((r, choice.tried[r]) for r in choice.probes if r in needed)

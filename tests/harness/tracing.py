@@ -35,11 +35,11 @@ def left_out() -> dict[str, str]:
     A probe that fails to load for another reason is not among them, so its tests fail.
     """
     here = facts.ladder_facts(btf.Btf.running())
-    reasons = {probe.name: ladder.lacks(here, probe, "idle") or _refused(probe) for probe in ladder.RUNGS}
+    reasons = {probe.name: ladder.lacks(here, probe, "idle") or _refused(probe) for probe in ladder.PROBES}
     return {name: why for name, why in reasons.items() if why}
 
 
-def _refused(probe: ladder.Rung) -> str | None:
+def _refused(probe: ladder.Probe) -> str | None:
     if all(a.kind in ("raw_tracepoint", "tp_btf") for a in probe.attachments["idle"]):
         return None
     try:

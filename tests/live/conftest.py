@@ -25,7 +25,7 @@ from tests.harness.users import GID, UID, home_of  # noqa: E402
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that use ``tracer`` with each probe that this machine has, or with those in CWNDTRACE_PROBES."""
     if "tracer" in metafunc.fixturenames:
-        names = [probe.name for probe in ladder.RUNGS]
+        names = [probe.name for probe in ladder.PROBES]
         if os.geteuid() == 0:
             names = os.environ.get("CWNDTRACE_PROBES", "").split() or [n for n in names if n not in left_out()]
         metafunc.parametrize("tracer", names, indirect=True, scope="session")

@@ -45,7 +45,7 @@ IDLE_RTO = (0.3, 0.6, 0.96, 0.98, 1.0, 1.02, 1.04, 1.1, 1.5, 2.1, 3.2)
 """Idle times in retransmission timeouts; most are near one."""
 
 
-@pytest.mark.parametrize("probe", [probe.name for probe in ladder.RUNGS])
+@pytest.mark.parametrize("probe", [probe.name for probe in ladder.PROBES])
 def test_the_probe_works_here(probe: str) -> None:
     why = left_out().get(probe)
     if why:

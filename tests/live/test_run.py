@@ -167,7 +167,7 @@ def test_verbose_explains_why_better_probes_are_not_used(space: tcp.Space, tmp_p
     assert done.returncode == 0
     (capture,) = tmp_path.iterdir()
     assert re.fullmatch(r"cwndtrace-\d{8}-\d{6}\.cwnd", capture.name)
-    order = [probe.name for probe in ladder.RUNGS]
+    order = [probe.name for probe in ladder.PROBES]
     for name in order[: order.index(cwndtrace.load(capture).meta["probes"]["idle"])]:
         assert f"  idle: not {name}: " in done.stderr
 

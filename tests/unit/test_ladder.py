@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best rung that works is chosen for each reason, by recorded facts of many kernels."""
+"""The best probe that works is chosen for each reason, by recorded facts of many kernels."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ NOT_INLINED = ALL - {"tcp_cwnd_application_limited"}
 Trial = Callable[[str, str], str | None]
 
 
-def works(rung: str, reason: str) -> str | None:  # noqa: ARG001
+def works(probe: str, reason: str) -> str | None:  # noqa: ARG001
     return None
 
 
 def refuses(*probes: str, why: str = POLICY) -> Trial:
-    return lambda rung, reason: why if rung in probes else None  # noqa: ARG005
+    return lambda probe, reason: why if probe in probes else None  # noqa: ARG005
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """The facts of a kernel, and the rungs to choose there for idle, rto_loss and app_limited."""
+    """The facts of a kernel, and the probes to choose there for idle, rto_loss and app_limited."""
 
     facts: Facts
     trial: Trial
@@ -69,10 +69,10 @@ def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
     kernel = KERNELS[name]
     choice = ladder.choose(kernel.facts, kernel.trial)
     assert tuple(choice.probes[reason] for reason in REASONS) == kernel.expected
-    order = [rung.name for rung in ladder.RUNGS]
-    for reason, rung in choice.probes.items():
-        # Each better rung has a reason why it wasn't chosen.
-        better = order[: order.index(rung)] if rung else order
+    order = [probe.name for probe in ladder.PROBES]
+    for reason, probe in choice.probes.items():
+        # Each better probe has a reason why it wasn't chosen.
+        better = order[: order.index(probe)] if probe else order
         assert list(choice.tried[reason]) == better
         assert all(choice.tried[reason].values())
 
@@ -80,8 +80,8 @@ def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
 def test_a_rung_that_the_facts_rule_out_is_never_tried() -> None:
     asked: list[tuple[str, str]] = []
 
-    def trial(rung: str, reason: str) -> str | None:
-        asked.append((rung, reason))
+    def trial(probe: str, reason: str) -> str | None:
+        asked.append((probe, reason))
         return None
 
     ladder.choose(Facts(NEW, NOT_INLINED, False), trial)
@@ -93,10 +93,10 @@ def test_no_probe_names_what_was_tried() -> None:
         ladder.choose(Facts(), works)
     error = caught.value
     assert isinstance(error, KernelLacks)
-    assert list(error.tried) == [rung.name for rung in ladder.RUNGS]
+    assert list(error.tried) == [probe.name for probe in ladder.PROBES]
     assert error.tried["tracepoint"] == "this kernel has no tracepoint tcp_cwnd_reset"
     assert error.tried["fentry"] == "tcp_cwnd_restart() is inlined in this kernel"
-    assert all(f"{rung}: {why}" in error.cause for rung, why in error.tried.items())
+    assert all(f"{probe}: {why}" in error.cause for probe, why in error.tried.items())
     assert "cwndtrace doctor" in error.remedy
 
 
@@ -106,11 +106,11 @@ def test_no_probe_is_raised_if_the_kernel_loads_no_rung() -> None:
     assert set(caught.value.tried.values()) == {POLICY}
 
 
-@pytest.mark.parametrize("rung", ladder.BY_NAME)
-def test_a_forced_rung_is_the_only_one_considered(rung: str) -> None:
-    choice = ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, forced=rung)
+@pytest.mark.parametrize("probe", ladder.BY_NAME)
+def test_a_forced_rung_is_the_only_one_considered(probe: str) -> None:
+    choice = ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, forced=probe)
     for reason in REASONS:
-        assert choice.probes[reason] == (rung if reason in ladder.BY_NAME[rung].attachments else None)
+        assert choice.probes[reason] == (probe if reason in ladder.BY_NAME[probe].attachments else None)
 
 
 def test_a_forced_rung_that_fails_has_no_substitute() -> None:
@@ -130,8 +130,8 @@ def test_a_kernel_without_kprobes_lacks_the_rung_kprobe() -> None:
 
 def test_every_rung_names_programs_that_exist() -> None:
     text = "".join(file.read_text(encoding="utf-8") for file in bpf_dir().glob("*.[ch]"))
-    for rung in ladder.RUNGS:
-        for attachments in rung.attachments.values():
+    for probe in ladder.PROBES:
+        for attachments in probe.attachments.values():
             for attachment in attachments:
                 if attachment.kind not in ("fentry", "fexit"):
                     assert f"int {attachment.program}(" in text, attachment

@@ -284,7 +284,7 @@ def test_code_that_runs_for_every_packet_loads_members_without_calls() -> None:
         assert "READ(" not in before
         assert "argument(" not in before
     kinds = {
-        a.program: a.kind for probe in ladder.RUNGS for attachments in probe.attachments.values() for a in attachments
+        a.program: a.kind for probe in ladder.PROBES for attachments in probe.attachments.values() for a in attachments
     }
     loading = ["sendmsg_locked", "probe", "probe_ack", "probe_follow"]
     assert {kinds[f"on_tcp_{name}"] for name in loading} | {kinds["on_net_dev_queue_first"]} == {"tp_btf"}

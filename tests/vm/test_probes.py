@@ -48,7 +48,7 @@ def tracers() -> Iterator[dict[str, Tracer]]:
     here = facts.ladder_facts(btf.Btf.running())
     running: dict[str, Tracer] = {}
     try:
-        for probe in ladder.RUNGS:
+        for probe in ladder.PROBES:
             if ladder.lacks(here, probe, "idle") is None:
                 running[probe.name] = Tracer(probe.name)
         yield running
