@@ -238,7 +238,7 @@ def test_targets_that_a_filter_had_no_room_for_are_shown(tmp_path: Path) -> None
     trace = frames.capture(tmp_path / "a.cwnd", left_out=counts)
     assert trace.left_out == {"cgroups": 117}
     assert ("left out", fmt.left_out("cgroups", 117)) in trace.facts()
-    assert "117 cgroups" in repr(trace)
+    assert "117 requested cgroups" in repr(trace)
     invalid: tuple[object, ...] = (None, [], {"cgroups": "many"}, {"cgroups": -1})
     for value in invalid:
         hostile = frames.capture(tmp_path / f"{len(str(value))}{value is None}.cwnd", left_out=value)
