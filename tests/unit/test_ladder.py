@@ -100,14 +100,14 @@ def test_no_probe_names_what_was_tried() -> None:
     assert "cwndtrace doctor" in error.remedy
 
 
-def test_no_probe_is_raised_if_the_kernel_loads_no_rung() -> None:
+def test_no_probe_is_raised_if_the_kernel_loads_no_probe() -> None:
     with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), refuses(*ladder.BY_NAME))
     assert set(caught.value.tried.values()) == {POLICY}
 
 
 @pytest.mark.parametrize("probe", ladder.BY_NAME)
-def test_a_forced_rung_is_the_only_one_considered(probe: str) -> None:
+def test_a_forced_probe_is_the_only_one_considered(probe: str) -> None:
     choice = ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, forced=probe)
     for reason in REASONS:
         assert choice.probes[reason] == (probe if reason in ladder.BY_NAME[probe].attachments else None)
