@@ -65,7 +65,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
+def test_the_best_probe_that_works_is_chosen_for_each_reason(name: str) -> None:
     kernel = KERNELS[name]
     choice = ladder.choose(kernel.facts, kernel.trial)
     assert tuple(choice.probes[reason] for reason in REASONS) == kernel.expected
@@ -77,7 +77,7 @@ def test_the_best_rung_that_works_is_chosen_for_each_reason(name: str) -> None:
         assert all(choice.tried[reason].values())
 
 
-def test_a_rung_that_the_facts_rule_out_is_never_tried() -> None:
+def test_a_probe_that_the_facts_rule_out_is_never_tried() -> None:
     asked: list[tuple[str, str]] = []
 
     def trial(probe: str, reason: str) -> str | None:
@@ -113,22 +113,22 @@ def test_a_forced_probe_is_the_only_one_considered(probe: str) -> None:
         assert choice.probes[reason] == (probe if reason in ladder.BY_NAME[probe].attachments else None)
 
 
-def test_a_forced_rung_that_fails_has_no_substitute() -> None:
+def test_a_forced_probe_that_fails_has_no_substitute() -> None:
     with pytest.raises(NoProbe) as caught:
         ladder.choose(Facts(NEW, NOT_INLINED, True), refuses("fentry"), forced="fentry")
     assert caught.value.tried == {"fentry": POLICY}
 
 
-def test_no_reasons_need_no_rung() -> None:
+def test_no_reasons_need_no_probe() -> None:
     assert ladder.choose(Facts(), works, reasons=()).probes == {}
 
 
-def test_a_kernel_without_kprobes_lacks_the_rung_kprobe() -> None:
+def test_a_kernel_without_kprobes_lacks_the_probe_kprobe() -> None:
     facts = Facts(CURRENT, ALL, False)
     assert ladder.lacks(facts, ladder.BY_NAME["kprobe"], "idle") == "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
 
 
-def test_every_rung_names_programs_that_exist() -> None:
+def test_every_probe_names_programs_that_exist() -> None:
     text = "".join(file.read_text(encoding="utf-8") for file in bpf_dir().glob("*.[ch]"))
     for probe in ladder.PROBES:
         for attachments in probe.attachments.values():
