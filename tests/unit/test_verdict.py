@@ -55,7 +55,7 @@ def test_each_verdict_is_given_to_one_reset(tmp_path: Path, label: str) -> None:
     assert row["verdict"] == label
     assert row["lost_us"] == (4 * 106_500 if label == "harmful" else 0)
     assert (trace.summary()["verdict"].tolist(), trace.host().verdict) == ([label], label)
-    assert trace.host().text.startswith("It is unclear ") == (label == "unknown")
+    assert trace.host().text.startswith("Can't tell ") == (label == "unknown")
     assert "1 of 1" not in trace.summary()["why"].item()
     sentence = in_words.reset(row)
     assert sentence.startswith(f"{row['cwnd_before']} -> 44 segments")
