@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 import cwndtrace
+from cwndtrace.cli import main
 from cwndtrace.lab import recording, statistics
 from cwndtrace.trace import Trace
 
@@ -76,3 +79,15 @@ def test_disk_reads_fill_the_idle_time_before_each_reply(trace: Trace, measured:
 def test_the_summary_states_the_cost(measured: pd.DataFrame) -> None:
     summary = statistics.summarise(measured[measured["mode"] == "disk"])
     assert summary["verdict"].iloc[0].startswith("1 MB after 1.1 s: the setting cost 1")
+
+
+def test_a_capture_from_before_the_names_changed_opens() -> None:
+    """The code that recorded tests/data/older.cwnd called probes "rungs" and listed no parts."""
+    older = cwndtrace.load(DATA / "older.cwnd")
+    assert json.loads((older.path / "meta.json").read_text())["rungs"]["idle"] == "tracepoint"
+    assert older.about.probes["idle"] == "tracepoint"
+    assert (older.status, older.warnings) == ("complete", [])
+    assert older.host().verdict == "harmful"
+    assert (older.summary()["idle_longest_us"] > 0).any()
+    result = CliRunner().invoke(main, ["report", str(older.path)])
+    assert (result.exit_code, "Idle resets cost" in result.output) == (0, True)
