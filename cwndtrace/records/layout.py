@@ -16,6 +16,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from cwndtrace.format import plural
+
 Records = npt.NDArray[np.void]
 """A one-dimensional structured array with one row per record, of the dtype of one event."""
 
@@ -155,7 +157,7 @@ def _finish(name: str, fields: list[Field], number: int) -> Event:
         raise LayoutError(f"line {number}: struct {name} is empty")
     size = fields[-1].offset + fields[-1].size
     if size % 8:
-        raise LayoutError(f"line {number}: struct {name} has {size} bytes, which isn't a multiple of 8")
+        raise LayoutError(f"line {number}: struct {name} has {plural(size, 'byte')}, which isn't a multiple of 8")
     return Event(name, tuple(fields), size, np.dtype([numpy_field(f) for f in fields]))
 
 
