@@ -107,10 +107,9 @@ class Child:
 
     def close(self) -> None:
         """Close the process's stdin, which ends it; send SIGKILL if it is still there after two seconds."""
-        for pipe in (self._process.stdin,):
-            with suppress(OSError, ValueError):
-                assert pipe is not None
-                pipe.close()
+        assert self._process.stdin is not None
+        with suppress(OSError, ValueError):
+            self._process.stdin.close()
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:
