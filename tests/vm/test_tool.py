@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of tools/vm on the host: a guest that panics or hangs fails, and the end of its console is shown."""
+"""Tests of tools/vm on the host.
+
+A guest that panics or hangs fails, and the end of its console is shown. One that QEMU stops running is booted again.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +43,34 @@ def test_a_guest_that_hangs_fails(tool: ModuleType, capfd: pytest.CaptureFixture
     assert "6.12: not done in time; the end of its console" in head
     assert console
     assert "6.12: FAILED" in capfd.readouterr().out
+
+
+def test_only_processes_that_all_sleep_are_stalled(tool: ModuleType) -> None:
+    for script, stalled in (("sleep 60 & wait", True), ("sleep 60 & while :; do :; done", False)):
+        with subprocess.Popen(["sh", "-c", script], start_new_session=True) as process:
+            try:
+                with pytest.raises(tool.Stalled) if stalled else nullcontext():
+                    assert tool.wait(process, deadline_s=2, look_s=0.05) is None
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+    with subprocess.Popen(["sh", "-c", "exit 3"], start_new_session=True) as process:
+        assert tool.wait(process, deadline_s=10) == 3
+
+
+def test_a_stalled_guest_is_booted_again(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boots = iter((True, False))
+
+    def boot_once(*_: object) -> tuple[int, list[str]]:
+        if next(boots):
+            raise tool.Stalled
+        return 0, []
+
+    monkeypatch.setattr(tool, "boot_once", boot_once)
+    monkeypatch.setattr(tool, "boot", lambda *_, **__: [])
+    assert tool.watched(tool.GUESTS[0], tmp_path, "true") is None
+    assert "booting it again" in capsys.readouterr().out
 
 
 def test_failures_are_repeated_at_the_end(tool: ModuleType, tmp_path: Path) -> None:
