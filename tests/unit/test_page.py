@@ -107,7 +107,7 @@ def test_nothing_overflows_and_verdicts_have_room(browser: Browser, sample: Path
     with opened(browser, sample, width) as tab:
         assert overflow(tab) <= 0
         verdicts = tab.locator("td.verdict").all()
-        assert len(verdicts) == 9
+        assert len(verdicts) == 8
         for verdict in verdicts:
             box = verdict.bounding_box()
             assert box
@@ -184,7 +184,7 @@ def test_pictures_and_regions_have_distinct_labels(browser: Browser, sample: Pat
         for label in ("img => img.alt", "region => region.ariaLabel"):
             selector = "img" if label.startswith("img") else ".scroll"
             texts = tab.eval_on_selector_all(selector, f"all => all.map({label})")
-            assert len(texts) > 3
+            assert len(texts) >= 3
             assert len(set(texts)) == len(texts)
             assert all(texts)
         assert tab.locator("main").count() == 1

@@ -9,6 +9,7 @@ patched kernel, so every reset comes from the tracepoint.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,11 +23,21 @@ from cwndtrace.lab.link import Link
 from cwndtrace.lab.measurement import frame
 from cwndtrace.lab.recording import Recording
 from cwndtrace.lab.scenario import Scenario
+from tests.harness.lab import eventually
 
 SCENARIOS = (
     Scenario(link=Link(rtt_ms=200), bursts=(8_000, 100_000, 1_000_000), idle_times=(0.3, 1.0, 2.5), rounds=2),
     Scenario(link=Link(rtt_ms=50), bursts=(1_000_000,), idle_times=(1.1,), rounds=4, mode="disk"),
 )
+
+
+def close_connections(lab: Lab) -> None:
+    """End both processes while the path is there, since a FIN that is lost with the path causes a reset by timeout."""
+    for end in (lab.client, lab.server):
+        end.child.close()
+    for namespace in (lab.path.client.namespace, lab.path.server.namespace):
+        ss = ("nsenter", f"--net={namespace.path}", "ss", "-tnH", "state", "connected", "exclude", "time-wait")
+        assert eventually(lambda ss=ss: not subprocess.check_output(ss))  # type: ignore[misc]
 
 
 def main(out: Path) -> None:
@@ -40,6 +51,7 @@ def main(out: Path) -> None:
                     for row in lab.rows():
                         cut = f"cwnd {row.cwnd_before} -> {row.cwnd_after}"
                         print(f"{row.setting} {row.burst_bytes} bytes {row.latency_ms:.0f} ms {cut}", flush=True)
+                    close_connections(lab)
                     measured.append(frame(lab.taken).assign(mode=scenario.mode))
         print(recording.trace())
         shutil.rmtree(out / "sample.cwnd", ignore_errors=True)
