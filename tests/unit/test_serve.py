@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's small parts: names and their owners, TCP_INFO, scenarios, and the server."""
+"""The lab's server answers its own protocol, within limits, and discards everything else."""
 
 from __future__ import annotations
 
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 
 import pytest
 
@@ -18,102 +16,6 @@ from cwndtrace.cli import reproduce
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
 from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import serve, wire
-from cwndtrace.lab.owner import Owner
-from cwndtrace.lab.scenario import PRESETS, Scenario
-
-# ---- owners ----------------------------------------------------------------------------------------
-
-
-def test_an_owner_is_read_from_its_names() -> None:
-    owner = Owner.new()
-    assert Owner.of(owner.name("client")) == owner
-    assert Owner.of(owner.name()) == owner
-    assert owner.alive
-    assert Owner.new() != owner
-
-
-def test_a_reused_pid_is_another_owner() -> None:
-    owner = Owner.new()
-    assert not replace(owner, start=owner.start + 1).alive
-    assert not replace(owner, pid=2**22 + 1).alive
-
-
-@pytest.mark.parametrize(
-    "name", ["cwt", "cwt-1", "cwt-1-2", "cwt-x-2-3", "acwt-1-2-3", "cwt-1-2-3-a/b", "eth0", "cwt-1-2-3-A"]
-)
-def test_other_names_have_no_owner(name: str) -> None:
-    assert Owner.of(name) is None
-
-
-# ---- TCP_INFO --------------------------------------------------------------------------------------
-
-OFFSETS = {
-    "rto": 8, "snd_mss": 16, "unacked": 24, "last_data_sent": 44, "last_data_recv": 52, "rtt": 68, "rttvar": 72,
-    "snd_ssthresh": 76, "snd_cwnd": 80, "total_retrans": 100, "notsent_bytes": 144, "min_rtt": 148, "snd_wnd": 228,
-}  # fmt: skip
-LONG_OFFSETS = {
-    "pacing_rate": 104, "bytes_acked": 120, "delivery_rate": 160, "busy_time": 168, "rwnd_limited": 176,
-    "sndbuf_limited": 184, "bytes_sent": 200,
-}  # fmt: skip
-"""The offsets in struct tcp_info, from a C compiler."""
-
-
-def raw_info() -> bytes:
-    raw = bytearray(280)
-    raw[0], raw[1] = 1, 3
-    for number, offset in enumerate(OFFSETS.values(), start=100):
-        struct.pack_into("=I", raw, offset, number)
-    for number, offset in enumerate(LONG_OFFSETS.values(), start=1 << 40):
-        struct.pack_into("=Q", raw, offset, number)
-    return bytes(raw)
-
-
-def test_tcp_info_is_read_at_the_offsets_of_the_compiler() -> None:
-    info = TcpInfo.parse(raw_info())
-    assert (info.state, info.ca_state) == (1, 3)
-    assert [getattr(info, name) for name in OFFSETS] == list(range(100, 100 + len(OFFSETS)))
-    assert [getattr(info, name) for name in LONG_OFFSETS] == list(range(1 << 40, (1 << 40) + len(LONG_OFFSETS)))
-
-
-def test_fields_that_an_older_kernel_lacks_are_zero() -> None:
-    info = TcpInfo.parse(raw_info()[:192])
-    assert info.sndbuf_limited
-    assert info.bytes_sent == info.snd_wnd == 0
-    with pytest.raises(ValueError, match="TCP_INFO has 90 bytes"):
-        TcpInfo.parse(bytes(90))
-
-
-def test_tcp_info_of_a_connected_socket_is_plausible() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
-        info = TcpInfo.of(sock)
-    assert info.state == 1
-    assert info.snd_cwnd >= 10
-    assert 500 < info.snd_mss < 66_000
-
-
-# ---- scenarios -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid(name: str) -> None:
-    PRESETS[name].check()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"bursts": ()}, {"idle_times": ()}, {"bursts": (1,)}, {"bursts": (10**12,)}, {"idle_times": (-1.0,)},
-        {"idle_times": (1e9,)}, {"rounds": 0}, {"rounds": 10**6}, {"family": 5}, {"cc": ""}, {"cc": "cu bic"},
-        {"sndbuf": 1},
-    ],
-)  # fmt: skip
-def test_invalid_scenarios_are_refused_with_a_remedy(change: dict[str, object]) -> None:
-    with pytest.raises(UsageError) as caught:
-        replace(Scenario(), **change).check()  # type: ignore[arg-type]
-    assert caught.value.remedy
-
-
-# ---- the server ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
