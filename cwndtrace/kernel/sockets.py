@@ -51,7 +51,7 @@ def holders() -> dict[int, tuple[int, str]]:
 
 
 class SocketHolders:
-    """Which process holds which socket.
+    """A cached table of the processes that hold sockets.
 
     A lookup reads the descriptors of every process, so it is repeated only for sockets that are new, and every
     ``refresh_s`` seconds.

@@ -112,7 +112,8 @@ def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Tab
     width = sum(dtype.bit_width // 8 if _fixed(dtype) else _POINTER for dtype in (schema.field(n).type for n in names))
     if opened.metadata.num_rows * width > parquet_limits.MOST_BYTES:
         raise UnsafeFile(f"its rows would take more than {parquet_limits.MOST_BYTES:,} bytes")
-    # Arrow's own threads aren't used: if memory lacks for another one, Arrow frees what the earlier ones still use.
+    # Arrow's own threads aren't used: where memory for another thread is lacking, Arrow frees memory that the earlier
+    # threads still use.
     table = opened.read(names, use_threads=False)
     if len(table) * sum(map(_longest_text, table.columns)) > parquet_limits.MOST_BYTES:
         raise UnsafeFile(f"its texts would take more than {parquet_limits.MOST_BYTES:,} bytes in a DataFrame")

@@ -162,7 +162,7 @@ def test_importing_the_package_imports_no_bcc_matplotlib_or_click() -> None:
 
 
 def test_no_test_imports_another() -> None:
-    """What tests share is in tests/harness or in a module of tests/unit that holds no test."""
+    """Code that tests share is in tests/harness or in a module of tests/unit that has no tests."""
     tests = Path(__file__).parents[1]
     found = [f"{path.relative_to(tests)}: {name}" for path in tests.rglob("*.py") for name in imports_of_tests(path)]
     assert found == []
