@@ -7,6 +7,7 @@ Links, devices and pipes are refused, and so are files of unbounded size.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,9 @@ MOST_VALUES: Final = 1_000_000
 
 MOST_PARTS: Final = 100_000
 """The most parts of one table, counting every other file in its folder too."""
+
+_HEADROOM: Final = 16 << 20
+"""The memory that has to be free in addition to a part's rows, in bytes."""
 
 
 @contextmanager
@@ -82,6 +86,7 @@ def parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a part whose memory is bounded. Raises OSError, UnsafeFile and the errors of pyarrow."""
     with plain(path) as (file, size):
         texts = parquet_limits.check(file, size)
+        _need_memory(0)
         with (
             _native(file) as source,
             pq.ParquetFile(source, read_dictionary=texts, page_checksum_verification=True) as opened,
@@ -110,8 +115,10 @@ def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Tab
     names = [name for name in schema.names if columns is None or name in columns]
     # The width in memory: the Arrow schema stored in a part may make values wider than they are in its pages.
     width = sum(dtype.bit_width // 8 if _fixed(dtype) else _POINTER for dtype in (schema.field(n).type for n in names))
-    if opened.metadata.num_rows * width > parquet_limits.MOST_BYTES:
+    size = opened.metadata.num_rows * width
+    if size > parquet_limits.MOST_BYTES:
         raise UnsafeFile(f"its rows would take more than {parquet_limits.MOST_BYTES:,} bytes")
+    _need_memory(2 * size)  # decoding holds pages and values at the same time
     # Arrow's own threads aren't used: where memory for another thread is lacking, Arrow frees memory that the earlier
     # threads still use.
     table = opened.read(names, use_threads=False)
@@ -120,6 +127,16 @@ def read(opened: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Tab
     # Reading doesn't check that indices are inside their dictionary and that text is UTF-8.
     table.validate(full=True)
     return table
+
+
+def _need_memory(size: int) -> None:
+    """Raise OSError where ``size`` bytes and some more aren't free.
+
+    If memory runs out in libparquet or Arrow, they may end the process: std::bad_alloc passes through code that can't
+    catch it, such as parquet::arrow::FileReader::Make(). This check prevents that unless another thread takes the
+    memory meanwhile.
+    """
+    mmap.mmap(-1, size + _HEADROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
 
 
 _POINTER: Final = 16
