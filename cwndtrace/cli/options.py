@@ -61,6 +61,13 @@ def max_rows(command: F) -> F:
     )(command)  # fmt: skip
 
 
+probe: Final = click.option(
+    "--probe",
+    type=click.Choice([r.name for r in PROBES]),
+    help="Use only this probe (default: the best one that works, for each reason).",
+)
+
+
 def filters(command: F) -> F:
     """Add the filters of ``run``, which are evaluated in the kernel."""
     for option in reversed(
@@ -97,11 +104,7 @@ def filters(command: F) -> F:
                 metavar="TIME",
                 help="Skip idle resets after a shorter idle time, for example 500ms or 2s (default: none).",
             ),
-            click.option(
-                "--probe",
-                type=click.Choice([r.name for r in PROBES]),
-                help="Use only this probe (default: the best one that works, for each reason).",
-            ),
+            probe,
         )
     ):
         command = option(command)

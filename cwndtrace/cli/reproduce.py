@@ -30,7 +30,6 @@ from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
 from cwndtrace.format import clean, nominal_size, plural, size
 from cwndtrace.kernel import netns
-from cwndtrace.kernel.ladder import PROBES
 from cwndtrace.lab import cleanup
 from cwndtrace.lab.experiment import Lab
 from cwndtrace.lab.measurement import Measurement, frame
@@ -184,11 +183,7 @@ def _new_folder(path: Path) -> Iterator[Folder]:
     is_flag=True,
     help="With --against: switch this machine's sysctl on and off, and restore it (default: leave it unchanged).",
 )
-@click.option(
-    "--probe",
-    type=click.Choice([r.name for r in PROBES]),
-    help="Use only this probe (default: the best one that works, for each reason).",
-)
+@options.probe
 @click.option(
     "-o",
     "--output",
