@@ -73,16 +73,6 @@ def leftovers_of(pid: int) -> list[str]:
     return names
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    """Return true once ``condition`` holds, and false if it doesn't within ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def unrecorded(taken: pd.DataFrame, resets: pd.DataFrame) -> list[tuple[str, int]]:
     """Return setting and size in bytes of each burst whose window fell, by TCP_INFO, without a record of that."""
     idle = resets[resets["reason"] == "idle"]

@@ -16,7 +16,8 @@ from cwndtrace.lab import cleanup
 from cwndtrace.lab.namespaces import namespace
 from cwndtrace.lab.owner import Owner
 from cwndtrace.store.layout import process_start
-from tests.harness.lab import eventually, leftovers_of, processes_of, tcp_sysctls
+from tests.harness import tcp
+from tests.harness.lab import leftovers_of, processes_of, tcp_sysctls
 
 pytestmark = pytest.mark.live
 
@@ -51,10 +52,10 @@ def test_leftovers_of_a_lab_killed_at_a_random_moment_are_removed(preset: str) -
             run.wait()
             run.stdout.close()
         # The kernel kills the children with their parent, before any cleanup.
-        assert eventually(lambda pid=run.pid: not processes_of(pid))  # type: ignore[misc]
+        tcp.until(lambda pid=run.pid: not processes_of(pid), 10, "the processes to end")  # type: ignore[misc]
         seen += bool(leftovers_of(run.pid))
         cleanup.sweep()
-        assert eventually(lambda pid=run.pid: not leftovers_of(pid)), leftovers_of(run.pid)  # type: ignore[misc]
+        tcp.until(lambda pid=run.pid: not leftovers_of(pid), 10, "the leftovers to go")  # type: ignore[misc]
         assert cleanup.sweep() == []
         assert tcp_sysctls() == before
     assert seen, "no kill came while a lab was running"

@@ -28,7 +28,7 @@ from cwndtrace.kernel import netns
 from cwndtrace.tcp import IDLE_SYSCTL
 from tests.harness import tcp
 from tests.harness.command import Done, assert_short, call, within
-from tests.harness.lab import eventually, leftovers_of, processes_of, serving, started, tcp_sysctls, unrecorded
+from tests.harness.lab import leftovers_of, processes_of, serving, started, tcp_sysctls, unrecorded
 from tests.harness.users import BY_SUDO, GID, UID, assert_owned, home_of, need_readable_checkout
 
 pytestmark = pytest.mark.live
@@ -294,7 +294,7 @@ def test_the_next_run_removes_the_leftovers_of_a_kill(tmp_path: Path) -> None:
             run.end(signal.SIGKILL)
         pid = run.process.pid
         # The kernel kills the children with their parent, before any cleanup.
-        assert eventually(lambda pid=pid: not processes_of(pid))  # type: ignore[misc]
+        tcp.until(lambda pid=pid: not processes_of(pid), 10, "the processes to end")  # type: ignore[misc]
         left = leftovers_of(pid)
         seen += bool(left)
         if number < 2:

@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -16,6 +16,7 @@ from cwndtrace.cli import reproduce
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
 from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import serve, wire
+from tests.harness.tcp import until
 
 
 @pytest.fixture
@@ -121,14 +122,6 @@ def test_a_connection_that_is_silent_within_a_message_is_closed(server: serve.Se
         assert sock.recv(1) == b""
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait at most a minute for a condition."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_client_that_leaves_during_idle_time_frees_its_place(server: serve.Server) -> None:
     with connect(server, wire.HELLO + wire.REPLY) as sock:
         wire.receive(sock, len(wire.HELLO))
@@ -137,7 +130,7 @@ def test_a_client_that_leaves_during_idle_time_frees_its_place(server: serve.Ser
         wire.receive(sock, 16)
         assert time.monotonic() - begin >= 0.3
         sock.sendall(wire.REQUEST.pack(16, 2, wire.MAX_IDLE_S, wire.IDLE_MODES.index("timer")))
-    until(lambda: not server.totals.open)
+    until(lambda: not server.totals.open, 60, "the connections to end")
     assert server.totals.bursts_sent == 1
 
 
@@ -150,7 +143,7 @@ def test_the_connection_that_is_idle_longest_is_closed_for_a_new_one(
         socks = [stack.enter_context(connect(server, wire.HELLO + wire.REPLY)) for _ in range(3)]
         for sock in socks:
             wire.receive(sock, len(wire.HELLO))
-        until(lambda: len(server._idle_since) == 3)
+        until(lambda: len(server._idle_since) == 3, 60, "three idle connections")
         with connect(server, b"") as one_more:
             assert one_more.recv(1) == b""
         with server._lock:
@@ -163,7 +156,7 @@ def test_the_connection_that_is_idle_longest_is_closed_for_a_new_one(
             for sock in (socks[0], socks[2], one_more):
                 sock.sendall(wire.REQUEST.pack(16, 1, 0.0, 0))
                 wire.receive(sock, 16)
-    until(lambda: not server.totals.open)
+    until(lambda: not server.totals.open, 60, "the connections to end")
 
 
 def not_reading(server: serve.Server) -> socket.socket:
@@ -181,7 +174,7 @@ def not_reading(server: serve.Server) -> socket.socket:
 def test_a_client_that_does_not_read_is_disconnected(server: serve.Server) -> None:
     server.settings.patience_s = 0.3
     with not_reading(server):
-        until(lambda: not server.totals.open)
+        until(lambda: not server.totals.open, 60, "the connections to end")
     assert server.totals.connections == 1
     assert server.totals.bursts_sent == 0
 
@@ -196,7 +189,7 @@ def test_a_bounded_server_leaves_little_of_a_burst_unsent_in_the_kernel(
     server.settings.bounded = bounded
     with not_reading(server):
         (sock,) = server.totals.open
-        until(lambda: TcpInfo.of(sock).notsent_bytes and not select.select([], [sock], [], 0)[1])
+        until(lambda: TcpInfo.of(sock).notsent_bytes and not select.select([], [sock], [], 0)[1], 60, "a full buffer")
         # The last piece that the server sends below the limit has up to 64 KB.
         assert (TcpInfo.of(sock).notsent_bytes <= serve.UNSENT + (64 << 10)) == bounded
 
@@ -221,9 +214,7 @@ def test_a_request_may_come_in_pieces(server: serve.Server) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(request[:7])
         # Wait until the server's kernel has acknowledged the first piece.
-        deadline = time.monotonic() + 60
-        while TcpInfo.of(sock).unacked and time.monotonic() < deadline:
-            time.sleep(0.001)
+        until(lambda: not TcpInfo.of(sock).unacked, 60, "the acknowledgement")
         sock.sendall(request[7:])
         assert wire.STAMP.unpack(wire.receive(sock, 100)[: wire.STAMP.size])[0] == 3
 

@@ -23,7 +23,7 @@ from cwndtrace.lab.link import Link
 from cwndtrace.lab.measurement import frame
 from cwndtrace.lab.recording import Recording
 from cwndtrace.lab.scenario import Scenario
-from tests.harness.lab import eventually
+from tests.harness import tcp
 
 SCENARIOS = (
     Scenario(link=Link(rtt_ms=200), bursts=(8_000, 100_000, 1_000_000), idle_times=(0.3, 1.0, 2.5), rounds=2),
@@ -37,7 +37,7 @@ def close_connections(lab: Lab) -> None:
         end.child.close()
     for namespace in (lab.path.client.namespace, lab.path.server.namespace):
         ss = ("nsenter", f"--net={namespace.path}", "ss", "-tnH", "state", "connected", "exclude", "time-wait")
-        assert eventually(lambda ss=ss: not subprocess.check_output(ss))  # type: ignore[misc]
+        tcp.until(lambda ss=ss: not subprocess.check_output(ss), 10, "the connections to close")  # type: ignore[misc]
 
 
 def main(out: Path) -> None:
