@@ -109,7 +109,9 @@ def test_the_pages_have_no_untested_command() -> None:
     text = "\n".join((CHECKOUT / page).read_text(encoding="utf-8") for page in PAGES)
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
     commands = {line for kind, block in fenced.findall(text) if kind == "sh" for line in block.splitlines()}
-    commands |= set(re.findall(r"`((?:sudo|make|pip|pipx|python3|cwndtrace|~\S*) (?!-E)[^`]+)`", fenced.sub("", text)))
+    # A command in the text may be wrapped like the words beside it.
+    prose = " ".join(fenced.sub("", text).split())
+    commands |= set(re.findall(r"`((?:sudo|make|pip|pipx|python3|cwndtrace|~\S*) (?!-E)[^`]+)`", prose))
     tried = {command for command, *_ in TABLE + PIPX_STEPS + JUPYTER_STEPS} | {"make demo", INSTALL, RUN}
     assert commands == tried | set(ELSEWHERE)
 
