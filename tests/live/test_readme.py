@@ -30,8 +30,6 @@ TABLE = [
     ("cwndtrace report CAPTURE", "cwndtrace report demo-*.cwnd", "idle"),
     ("cwndtrace plot CAPTURE", "cwndtrace plot demo-*.cwnd", ""),
     ("cwndtrace compare A B", "cwndtrace compare demo-*.cwnd demo-*.cwnd", ""),
-    # serve runs until timeout(1) ends it, with exit code 124.
-    ("cwndtrace serve --host ::", "timeout -s INT 5 cwndtrace serve --host :: || test $? = 124", ""),
 ]
 # These depend on their order.
 PIPX_STEPS = [
@@ -49,6 +47,7 @@ JUPYTER_STEPS = [
     ("~/cwndtrace-jupyter/bin/jupyter lab notebooks", "~/cwndtrace-jupyter/bin/jupyter lab --version", ""),
 ]
 RUN = "sudo cwndtrace run --iface eth0"
+SERVE = "cwndtrace serve --host ::"
 INSTALL = "sudo make install"
 ELSEWHERE = {
     "make test": "test_distributions_user.py runs it",
@@ -105,6 +104,11 @@ def type_in(root: chroot.Root, line: str, *, before: tuple[str, ...] = ()) -> st
     return root.good(*before, *as_user, "bash", "-c", line, cwd=CLONE)
 
 
+def own_network(*set_up: str) -> tuple[str, ...]:
+    """Return the beginning of a command that runs in a network namespace of its own, after ``set_up`` there."""
+    return ("unshare", "--net", "sh", "-ec", "; ".join(("ip link set lo up", *set_up, 'exec "$@"')), "sh")
+
+
 def test_the_pages_have_no_untested_command() -> None:
     text = "\n".join((CHECKOUT / page).read_text(encoding="utf-8") for page in PAGES)
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -112,7 +116,7 @@ def test_the_pages_have_no_untested_command() -> None:
     # A command in the text may be wrapped like the words beside it.
     prose = " ".join(fenced.sub("", text).split())
     commands |= set(re.findall(r"`((?:sudo|make|pip|pipx|python3|cwndtrace|~\S*) (?!-E)[^`]+)`", prose))
-    tried = {command for command, *_ in TABLE + PIPX_STEPS + JUPYTER_STEPS} | {"make demo", INSTALL, RUN}
+    tried = {command for command, *_ in TABLE + PIPX_STEPS + JUPYTER_STEPS} | {"make demo", INSTALL, RUN, SERVE}
     assert commands == tried | set(ELSEWHERE)
 
 
@@ -137,11 +141,16 @@ def test_the_set_up_changes_nothing_after_the_demo(demo_root: chroot.Root) -> No
 
 
 def test_an_interface_called_eth0_is_traced(demo_root: chroot.Root) -> None:
-    veth = "ip link add eth0 type veth peer name eth1; ip link set lo up; ip link set eth0 up; ip link set eth1 up"
-    before = ("unshare", "--net", "sh", "-ec", f'{veth}; exec "$@"', "sh")
-    output = type_in(demo_root, f"{RUN} -d 2s -o eth0.cwnd", before=before)
+    veth = ("ip link add eth0 type veth peer name eth1", "ip link set eth0 up", "ip link set eth1 up")
+    output = type_in(demo_root, f"{RUN} -d 2s -o eth0.cwnd", before=own_network(*veth))
     assert "Tracing eth0" in output
     assert "The capture is in eth0.cwnd." in output
+
+
+def test_the_server_listens(demo_root: chroot.Root) -> None:
+    # It runs until timeout(1) ends it, with exit code 124. Its port is a fixed one, and the other root may use it now.
+    output = type_in(demo_root, f"timeout -s INT 5 {SERVE} || test $? = 124", before=own_network())
+    assert "Listening on :: port 5001;" in output
 
 
 @pytest.mark.parametrize(("command", "typed", "expected"), TABLE, ids=[command for command, *_ in TABLE])
