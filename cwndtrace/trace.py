@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -24,6 +25,7 @@ from cwndtrace.present.text import Host, Verdict
 from cwndtrace.records import arrow
 from cwndtrace.store.meta import Meta
 
+_T = TypeVar("_T")
 _CELL = 100  # most characters of a text that came from outside
 _VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
 """The tables that a verdict on the whole capture needs in full, and the noun for a row of each."""
@@ -36,6 +38,11 @@ def load(path: str | os.PathLike[str], *, max_rows: int = store.MOST_ROWS) -> Tr
     the capture has more than ``max_rows`` rows.
     """
     return Trace(store.open_capture(path, max_rows=max_rows))
+
+
+def _computed(function: Callable[[Any], _T]) -> cached_property[_T]:
+    """Return a cached property that raises CaptureError where the capture's rows make no sense together."""
+    return cached_property(making_sense()(function))
 
 
 class _Units(dict[str, str]):
@@ -205,8 +212,7 @@ class Trace:
         """One row per snapshot of a connection, with the key ``connection``."""
         return self._and_partly("connections", self._connections)
 
-    @cached_property
-    @making_sense()
+    @_computed
     def block_io(self) -> pd.DataFrame:
         """One row per finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
         whole = block_analysis.with_latency(self._whole("block_io"), self.about.devices)
@@ -230,8 +236,7 @@ class Trace:
         frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
         return frame if names == columns else frame[list(columns)]
 
-    @cached_property
-    @making_sense()
+    @_computed
     def _requests(self) -> pd.DataFrame:
         """The columns of ``block_io`` that the analyses use, which are a third of it."""
         return self.block_columns(*block_analysis.USED)
@@ -241,13 +246,11 @@ class Trace:
         """One row per window followed after its reset, with ``connection``, ``duration_us`` and ``round_trips``."""
         return self._and_partly("cwnd_recovery", self._recoveries)
 
-    @cached_property
-    @making_sense()
+    @_computed
     def _recoveries(self) -> pd.DataFrame:
         return recovery.with_duration(_as_text(self._whole("cwnd_recovery")), self._resets)
 
-    @cached_property
-    @making_sense()
+    @_computed
     def samples(self) -> pd.DataFrame:
         """Samples of windows that grow back after a reset, at most one per round-trip time, with ``connection``."""
         whole = recovery.identify(_as_text(self._whole("cwnd_sample")), self._resets)
@@ -261,8 +264,7 @@ class Trace:
         """
         return cost.predict(self._resets, self._connections, self._recoveries)
 
-    @cached_property
-    @making_sense()
+    @_computed
     def verdicts(self) -> pd.DataFrame:
         """``costs()`` with the verdict on each reset, and the cause of its connection's idle time.
 
@@ -270,8 +272,7 @@ class Trace:
         """
         return idle_cause.with_cause(self._judged, self._requests, recorded=self.block_recorded)
 
-    @cached_property
-    @making_sense()
+    @_computed
     def _judged(self) -> pd.DataFrame:
         """``verdicts`` without the idle causes, for which millions of block requests might have to be read."""
         return verdict.resets(self.costs(), self._connections)
@@ -290,8 +291,7 @@ class Trace:
         """
         return self._summary.copy()
 
-    @cached_property
-    @making_sense()
+    @_computed
     def _summary(self) -> pd.DataFrame:
         rows = connection_analysis.summary(self._resets, self._connections)
         judged = verdict.connections(rows, self._judged, self._connections, self.about, whole=not self._lacking())
@@ -361,8 +361,7 @@ class Trace:
         """Return the number of requests by start time and latency; see ``analysis.block_io.heat_map``."""
         return block_analysis.heat_map(self._requests)
 
-    @cached_property
-    @making_sense()
+    @_computed
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         resets, connections = (_as_text(self._whole(name)) for name in ("cwnd_reset", "connections"))
         # Older versions also recorded mini sockets of closed connections, which have no window and no round-trip time.
