@@ -142,6 +142,7 @@ def test_a_new_connection_in_the_memory_of_an_old_one_has_no_reset(tracer: Trace
     for connection in first:
         connection.grow()
         connection.close()
+    # An old window would be taken for a new socket's only after more idle time than the RTO, which is 200 ms here.
     time.sleep(0.25)
     second = [connect() for _ in range(20)]
     for connection in second:
