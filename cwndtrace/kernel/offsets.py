@@ -9,7 +9,7 @@ from typing import Final
 
 from cwndtrace.errors import KernelLacks
 from cwndtrace.format import plural
-from cwndtrace.kernel.btf import Btf
+from cwndtrace.kernel.btf import Btf, Member
 
 _MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_BITS|LOAD|LOAD_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
@@ -69,6 +69,11 @@ def _path(spelt: str) -> str:
     return spelt[: len(spelt) - len(body)] + body.replace("__", ".")
 
 
+def _bits(member: Member) -> int:
+    """Return the width of a member in bits: a kernel may have a whole byte for what another has a bitfield for."""
+    return member.bits or 8 * member.size
+
+
 def defines(btf: Btf, text: str) -> dict[str, int]:
     """Return the macros for the active ``text``: OFF_, SIZE_, SHIFT_, BITS_ and ENUM_ names to integers.
 
@@ -87,11 +92,11 @@ def defines(btf: Btf, text: str) -> dict[str, int]:
             problems.append(f"{struct}.{_path(spelt)} is missing")
         elif ctype and member.size != _WIDTHS[ctype]:
             problems.append(f"{struct}.{_path(spelt)} has {plural(member.size, 'byte')}, not {_WIDTHS[ctype]}")
-        elif macro == "READ_BITS" and not 0 < member.shift + member.bits <= 8:
-            problems.append(f"{struct}.{_path(spelt)} isn't a bitfield within one byte")
+        elif macro == "READ_BITS" and not 0 < member.shift + _bits(member) <= 8:
+            problems.append(f"{struct}.{_path(spelt)} isn't a bitfield within one byte, or a byte")
         else:
             macros |= {f"OFF_{name}": member.offset, f"SIZE_{name}": member.size}
-            macros |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": member.bits} if macro == "READ_BITS" else {}
+            macros |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": _bits(member)} if macro == "READ_BITS" else {}
     for match in _ENUMERATOR.finditer(text):
         enum, _, enumerator = match[1].partition("__")
         value = btf.enumerator(enum, enumerator)
