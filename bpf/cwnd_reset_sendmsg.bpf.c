@@ -111,6 +111,7 @@ int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 	u64 skb;
 
 	settle(sk);
+	on_write(sk);
 	if (!tp || !idle_for_rto(tp))
 		return 0;
 	skb = argument(ctx, 2);
@@ -127,7 +128,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	const void *sk = (const void *)ctx->args[0], *tp = bpf_skc_to_tcp_sock((void *)sk);
 
 	settle(sk);
-	on_ack(sk);
+	on_ack(sk, ctx->args[1]);
 	/* A closed window held data back. The kernel checks when it opens, in tcp_ack_update_window(). */
 	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
 	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && idle_for_rto(tp))

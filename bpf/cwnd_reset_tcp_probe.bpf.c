@@ -74,7 +74,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	bool under_way;
 	int zero = 0;
 
-	on_ack(sk);
+	on_ack(sk, ctx->args[1]);
 	if (!tp)
 		return 0;
 	under_way = LOAD(u32, tp, tcp_sock, packets_out) != 0;

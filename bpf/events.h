@@ -75,6 +75,8 @@ struct cwnd_reset {
 	__u64 bytes_acked;	/* [bytes] acknowledged over the connection's life */
 	__u64 bytes_sent;	/* [bytes] sent over its life, retransmissions included */
 	__u64 idle_us;		/* [us] idle time: since data was last sent, to one jiffy */
+	__u64 bytes_received;	/* [bytes] received over the connection's life */
+	__u64 data_segs_in;	/* [segments] with data received over its life */
 	__u64 last_rcv_us;	/* [us] since data last came in from the peer, to one jiffy */
 	__u32 rto_us;		/* [us] retransmission timeout in force */
 	__u32 srtt_us;		/* [us] smoothed round-trip time; 0 before the first sample */
@@ -105,24 +107,42 @@ struct cwnd_reset {
 };
 
 enum outcome {
-	OUTCOME_REGAINED = 0,	/* the window is what it was before the reset */
+	OUTCOME_REGAINED = 0,	/* the window is what it was before the chain of resets */
 	OUTCOME_RESET_AGAIN = 1, /* another reset came first */
 	OUTCOME_LOSS = 2,	/* CWR, fast recovery or a timeout came first */
 	OUTCOME_CLOSED = 3,	/* the connection ended first */
-	OUTCOME_CAPTURE_END = 4, /* tracing ended first */
+	OUTCOME_CAPTURE_END = 4, /* tracing ended first, with data unsent or in flight */
+	OUTCOME_CAPTURE_END_IDLE = 5, /* tracing ended first, with all data acknowledged */
 };
 
-/* How a window recovered from an idle or application-limited reset. */
+/*
+ * How a window recovered from an idle or application-limited reset, and what the data sent meanwhile waited for. Resets
+ * of a connection that hasn't regained its window in between are one chain.
+ */
 struct cwnd_recovery {
 	__u64 reset_ts_ns;	/* [ns] when the window fell, as in cwnd_reset, CLOCK_MONOTONIC */
 	__u64 end_ts_ns;	/* [ns] when following it ended; for regained the ACK that brought the window back */
 	__u64 sock_cookie;	/* [id] socket cookie; 0 where the kernel had not made one */
 	__u64 skaddr;		/* [id] kernel address of the struct sock */
 	__u64 bytes_acked;	/* [bytes] acknowledged since the reset */
+	__u64 bytes_received;	/* [bytes] received over the connection's life, when data was last in flight */
+	__u64 data_segs_in;	/* [segments] with data received over its life, when data was last in flight */
+	__u64 cost_us;		/* [us] by which the window delayed what was sent, compared with chain_window */
+	__u64 held_us;		/* [us] unsent data waited for the window, and chain_window had room for all of it */
+	__u64 short_us;		/* [us] it waited, not all had fitted: the share of it that the window lacked */
+	__u64 after_loss_us;	/* [us] unsent data waited after a loss */
+	__u64 other_us;		/* [us] unsent data waited though both windows had room: pacing, Nagle, small queues */
+	__u64 busy_us;		/* [us] data was queued or unacknowledged, by the kernel's clock, to one jiffy */
+	__u64 rwnd_limited_us;	/* [us] of these, the peer's window held data back, to one jiffy */
+	__u64 sndbuf_limited_us; /* [us] of these, the send buffer held data back, to one jiffy */
 	__u32 acks;		/* [count] ACKs and other segments received since the reset */
-	__u32 target;		/* [segments] window to regain: the one before the reset */
+	__u32 target;		/* [segments] window before the reset */
+	__u32 chain_window;	/* [segments] window to regain: the one before the first reset of the chain */
+	__u32 chain_resets;	/* [count] resets of the chain so far, this one included */
 	__u32 cwnd_start;	/* [segments] window that the reset left */
 	__u32 cwnd_end;		/* [segments] window at the end */
+	__u32 waiting_bytes;	/* [bytes] most data unsent and in flight while some of it waited for the window */
+	__u32 bursts;		/* [count] times that all data was acknowledged */
 	__u32 srtt_us;		/* [us] smoothed round-trip time at the end */
 	__u32 netns_ino;	/* [id] inode of the socket's network namespace */
 	__u32 ssthresh_end;	/* [segments] slow start threshold at the end; 2147483647 where never set */

@@ -107,6 +107,8 @@ static __always_inline void fill_from_sock(struct cwnd_reset *r, const void *sk)
 	r->cgroup_id = sk_cgroup(sk);
 	r->bytes_acked = READ(u64, sk, tcp_sock, bytes_acked);
 	r->bytes_sent = READ(u64, sk, tcp_sock, bytes_sent);
+	r->bytes_received = READ(u64, sk, tcp_sock, bytes_received);
+	r->data_segs_in = READ(u32, sk, tcp_sock, data_segs_in);
 	r->idle_us = jiffies_to_us(sk_idle(sk));
 	r->last_rcv_us = jiffies_to_us(jiffies32() - received);
 	r->rto_us = jiffies_to_us(READ(u32, sk, inet_connection_sock, icsk_rto));

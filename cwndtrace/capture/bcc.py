@@ -35,7 +35,7 @@ _DISTRIBUTION_PACKAGES: Final = (
 _INSTALL: Final = (
     "install the distribution's package: apt install python3-bpfcc (Debian, Ubuntu), dnf install python3-bcc"
 )
-_RECORD_MAPS: Final = (b"counters", b"followed", b"slabs", b"slots")
+_RECORD_MAPS: Final = (b"counters", b"slabs", b"slots")
 """Maps whose values are read field by field: by capture.live, and ``slots`` by the tests."""
 _INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
 # Bytes of the stack that a call's return address takes (bpf/cwnd_reset_kprobe.bpf.c); 0 on machines not listed.

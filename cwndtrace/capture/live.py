@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -92,15 +92,11 @@ def _start_offset(name: str) -> int:
     return next((f.offset for f in fields if f.name == "reset_ts_ns"), fields[0].offset)
 
 
-def _unfinished_records(followed: list[tuple[int, Any]]) -> bytes:
-    """Return records of the recoveries that the end of the trace cut short."""
-    records = np.zeros(len(followed), dtype=event("cwnd_recovery").dtype)
+def _unfinished_records(followed: list[bytes]) -> bytes:
+    """Return records of the recoveries that the end of the trace cuts short, from values of the map ``followed``."""
+    kind = event("cwnd_recovery").dtype
+    records = np.frombuffer(bytearray(b"".join(entry[: kind.itemsize] for entry in followed)), kind)
     records["end_ts_ns"] = time.monotonic_ns()
-    records["outcome"] = code("outcome", "capture_end")
-    for record, (skaddr, f) in zip(records, followed, strict=True):
-        record["skaddr"], record["reset_ts_ns"], record["acks"] = skaddr, f["reset_ts_ns"], f["acks"]
-        record["target"], record["cwnd_start"], record["cwnd_end"] = f["target"], f["cwnd_start"], f["cwnd"]
-        record["sock_cookie"], record["netns_ino"], record["reason"] = f["sock_cookie"], f["netns_ino"], f["reason"]
     return records.tobytes()
 
 
@@ -154,7 +150,8 @@ class Kernel:
         self._missed_at = float("-inf")
         self._stopped = False
         try:
-            chosen = ladder.choose(facts.ladder_facts(self._btf), self._try, probe, reasons)
+            self._facts = facts.ladder_facts(self._btf)
+            chosen = ladder.choose(self._facts, self._try, probe, reasons)
             self.probes, self.tried = chosen.probes, chosen.tried
             if block:
                 self._block = self._load_block(block_program)
@@ -172,7 +169,7 @@ class Kernel:
         sizes = {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
         defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)} | sizes
         defines["PROBE"] = code("probe", probe)
-        attachments = ladder.BY_NAME[probe].attachments[reason]
+        attachments = ladder.attachments(self._facts, ladder.BY_NAME[probe], reason)
         by_state = any(a.target == "tcp_cong_state_set" for a in attachments)
         source = bpf_dir() / f"cwnd_reset_{'cong_state' if by_state else probe}.bpf.c"
         program = None
@@ -271,7 +268,7 @@ class Kernel:
         self.counts()
         self._refresh_sets()
         for program in self._resets:
-            program.rows("followed")
+            program.values("followed")
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER)
         for program in self._refreshed_here:
@@ -354,8 +351,8 @@ class Kernel:
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)
         records = self._take()
-        rows = (row for program in self._resets for row in program.rows("followed"))
-        unfinished = [(sk, f) for sk, f in rows if f["reset_ts_ns"] >= self._begin_ns]
+        entries = [entry for program in self._resets for entry in program.values("followed")]
+        unfinished = [e for e in entries if int.from_bytes(e[:8], sys.byteorder) >= self._begin_ns]
         return [*records, ("cwnd_recovery", _unfinished_records(unfinished))]
 
     def close(self) -> None:

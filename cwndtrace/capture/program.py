@@ -147,6 +147,12 @@ class Program:
         dtype = self.dtype(table)
         return [(int.from_bytes(k, "little"), np.frombuffer(v, dtype)[0]) for k, v in entries if v is not None]
 
+    def values(self, table: str) -> list[bytes]:
+        """Return the value of each entry of a hash or an array."""
+        fd, m = self._maps[table]
+        found = (bpf.lookup(fd, key, m.value_size) for key in bpf.keys(fd, m.key_size))
+        return [value for value in found if value is not None]
+
     def run_times(self) -> dict[str, tuple[int, int]]:
         """Return each loaded program's runs and nanoseconds, counted while kernel.bpf_stats_enabled is 1."""
         stats = {name: bpf.program_stats(fd) for name, fd in self._loaded.items()}

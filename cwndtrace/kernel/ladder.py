@@ -67,7 +67,12 @@ def _btf(target: str, program: str) -> Attachment:
 # These follow a socket after its reset, on probes that need their tracepoints for nothing else.
 _FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
 _FOLLOW: Final = (_btf("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
-_FOLLOWED: Final = {"idle": _FOLLOW, "rto_loss": (), "app_limited": _FOLLOW}
+FOLLOWED: Final = ("idle", "app_limited")
+"""The reasons after which a socket is followed. After a timeout, its window isn't expected to return."""
+_FOLLOWED: Final = {r: _FOLLOW if r in FOLLOWED else () for r in REASONS}
+
+WRITES: Final = (_btf("tcp_sendmsg_locked", "on_write_follow"), _btf("sock_send_length", "on_wrote_follow"))
+"""The programs that note when a followed socket's data was written, best first (Linux 6.16 and 6.3 have them)."""
 
 _LOSS_BY_STATE: Final = (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),)
 
@@ -124,9 +129,19 @@ BY_NAME: Final = {probe.name: probe for probe in PROBES}
 
 def tracepoints() -> frozenset[str]:
     """Return every tracepoint that some probe attaches to."""
-    return frozenset(
-        a.target for probe in PROBES for group in probe.attachments.values() for a in group if a.kind in _TRACEPOINT
-    )
+    groups = [WRITES, *(group for probe in PROBES for group in probe.attachments.values())]
+    return frozenset(a.target for group in groups for a in group if a.kind in _TRACEPOINT)
+
+
+def attachments(facts: Facts, probe: Probe, reason: str) -> tuple[Attachment, ...]:
+    """Return what a probe attaches for a reason on such a kernel: what it needs, and where possible one of ``WRITES``.
+
+    Without the latter, data counts as written when the ACK after it arrives, at the earliest.
+    """
+    needed = probe.attachments[reason]
+    if reason not in FOLLOWED or any(a.target == WRITES[0].target for a in needed):
+        return needed
+    return (*needed, *[a for a in WRITES if a.target in facts.tracepoints][:1])
 
 
 def lacks(facts: Facts, probe: Probe, reason: str) -> str | None:

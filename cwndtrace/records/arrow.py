@@ -264,7 +264,12 @@ CONNECTIONS: Final = _snapshot(
 MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
 """The columns that may have nulls; in all other columns of ``TABLES`` a null is damage."""
 
-_UNJUDGED: Final = MAY_BE_NULL.union(
+_OF_LATER_VERSIONS: Final = frozenset(
+    ("after_loss_us", "bursts", "bytes_received", "chain_resets", "chain_window", "cost_us", "data_segs_in"),
+).union(("held_us", "other_us", "short_us", "waiting_bytes"))
+"""The columns that captures of older versions lack, without which their rows are still of use."""
+
+_UNJUDGED: Final = (MAY_BE_NULL | _OF_LATER_VERSIONS).union(
     ("acks", "ca_state", "cgroup_id", "cpu", "flags", "ifindex", "last_snd_us"),
     ("packets_out", "sector", "tid", "uid", "unacked"),
 )

@@ -180,9 +180,9 @@ def test_resets_of_very_many_connections_are_kept(counted_space: tcp.Space, tmp_
                 sock.close()
             tracer.settle()
             programs = tracer._session.source._resets  # type: ignore[attr-defined]
-            tcp.until(lambda: not any(p.rows("followed") for p in programs), 30, "no closed connection to be followed")
+            tcp.until(lambda: not any(p.values("followed") for p in programs), 30, "no closed connection followed")
             if tracer.probe == "sendmsg":
-                assert not programs[0].rows("pending")
+                assert not programs[0].values("pending")
                 fd, about = programs[0]._maps["pending_count"]
                 assert not any(bpf_syscall.lookup(fd, bytes(4), about.value_size) or b"")
             code, _, stderr = run.end()

@@ -225,10 +225,9 @@ def test_a_loss_ends_the_recovery(tracer: Tracer, link: VethLink, connect: Conne
     assert send.end_ns < record["end_ts_ns"] <= done_ns
     assert 0 <= record["bytes_acked"] <= end.bytes_acked - send.before.bytes_acked
     if kind == "timeout":
-        # No ACK came while the link was cut, and the first one found the window that the timeout had left.
+        # No ACK came while the link was cut. Following ends when all that was lost has been acknowledged.
         assert record["end_ts_ns"] > lost_ns
-        assert (record["acks"], record["bytes_acked"]) == (0, 0)
-        assert (record["cwnd_end"], record["ssthresh_end"]) == (lost.cwnd, lost.ssthresh)
+        assert record["ssthresh_end"] == lost.ssthresh
 
 
 def test_closing_the_connection_ends_the_recovery(tracer: Tracer, connect: Connect) -> None:
@@ -243,7 +242,7 @@ def test_closing_the_connection_ends_the_recovery(tracer: Tracer, connect: Conne
     assert begin_ns < record["end_ts_ns"] <= time.monotonic_ns()
     assert (record["cwnd_end"], record["ssthresh_end"]) == (before.cwnd, before.ssthresh)
     # These are the bytes of the small send, and perhaps the FIN.
-    assert record["bytes_acked"] in (100, 101)
+    assert record["bytes_acked"] == 100
 
 
 def test_the_end_of_the_capture_ends_the_recovery(
@@ -262,7 +261,7 @@ def test_the_end_of_the_capture_ends_the_recovery(
         (record,) = (r for r in short.recoveries if r["reset_ts_ns"] == reset["ts_ns"])
     finally:
         connection.close()
-    assert (record["outcome"], record["reason"], record["skaddr"]) == ("capture_end", "idle", reset["skaddr"])
+    assert (record["outcome"], record["reason"], record["skaddr"]) == ("capture_end_idle", "idle", reset["skaddr"])
     assert begin_ns < record["end_ts_ns"] <= time.monotonic_ns()
     assert (record["target"], record["cwnd_start"]) == (send.before.cwnd, send.after.cwnd)
     assert record["cwnd_end"] == send.after.cwnd

@@ -130,8 +130,30 @@ def test_a_kernel_without_kprobes_lacks_the_probe_kprobe() -> None:
 
 def test_every_probe_names_programs_that_exist() -> None:
     text = "".join(file.read_text(encoding="utf-8") for file in bpf_dir().glob("*.[ch]"))
-    for probe in ladder.PROBES:
-        for attachments in probe.attachments.values():
-            for attachment in attachments:
-                if attachment.kind not in ("fentry", "fexit"):
-                    assert f"int {attachment.program}(" in text, attachment
+    for attachments in (ladder.WRITES, *(group for probe in ladder.PROBES for group in probe.attachments.values())):
+        for attachment in attachments:
+            if attachment.kind not in ("fentry", "fexit"):
+                assert f"int {attachment.program}(" in text, attachment
+
+
+@pytest.mark.parametrize(
+    ("tracepoints", "program"),
+    [
+        (NEW | {"sock_send_length"}, "on_write_follow"),
+        (CURRENT | {"sock_send_length"}, "on_wrote_follow"),
+        (CURRENT, None),
+    ],
+)
+def test_one_program_at_most_notes_when_a_followed_socket_is_written_to(
+    tracepoints: frozenset[str], program: str | None
+) -> None:
+    facts = Facts(tracepoints, ALL, True)
+    noting = {a.program for a in ladder.WRITES}
+    for name in ("tracepoint", "fentry", "kprobe", "tcp_probe"):
+        for reason in ladder.BY_NAME[name].attachments:
+            attached = {a.program for a in ladder.attachments(facts, ladder.BY_NAME[name], reason)}
+            follows = reason in ladder.FOLLOWED and program
+            assert attached & noting == ({program} if follows else set()), (name, reason)
+    # The probe sendmsg has a program of its own there.
+    sendmsg = ladder.BY_NAME["sendmsg"]
+    assert all(ladder.attachments(facts, sendmsg, reason) == needed for reason, needed in sendmsg.attachments.items())

@@ -265,7 +265,7 @@ def test_the_list_of_commands_agrees_with_their_modules() -> None:
 
 def body(function: str) -> str:
     source = "".join(file.read_text(encoding="utf-8") for file in sorted(layout.bpf_dir().glob("*.[ch]")))
-    return re.split(rf"\w+ {function}\(.*\)\n", source)[1].partition("\n}\n")[0]
+    return re.split(rf"\w+ \*?{function}\(.*\)\n", source)[1].partition("\n}\n")[0]
 
 
 def test_code_that_runs_for_every_packet_loads_members_without_calls() -> None:
@@ -273,7 +273,10 @@ def test_code_that_runs_for_every_packet_loads_members_without_calls() -> None:
         assert "LOAD(" in body(function)
         assert "READ(" not in body(function)
     for function, until in (
-        ("on_ack", "followed.lookup"),
+        ("find_followed", "followed.lookup"),
+        ("on_ack", "bpf_ktime_get_ns"),
+        ("on_write", "if (!f)"),
+        ("on_wrote", "if (!f)"),
         ("on_tcp_sendmsg_locked", "idle_for_rto(tp)"),
         ("on_tcp_probe", "idle_for_rto(tp)"),
         ("on_tcp_probe_ack", "ends_flight("),
@@ -283,11 +286,11 @@ def test_code_that_runs_for_every_packet_loads_members_without_calls() -> None:
         assert separator
         assert "READ(" not in before
         assert "argument(" not in before
-    kinds = {
-        a.program: a.kind for probe in ladder.PROBES for attachments in probe.attachments.values() for a in attachments
-    }
+    groups = [ladder.WRITES, *(group for probe in ladder.PROBES for group in probe.attachments.values())]
+    kinds = {a.program: a.kind for group in groups for a in group}
     loading = ["sendmsg_locked", "probe", "probe_ack", "probe_follow"]
-    assert {kinds[f"on_tcp_{name}"] for name in loading} | {kinds["on_net_dev_queue_first"]} == {"tp_btf"}
+    programs = [f"on_tcp_{name}" for name in loading] + ["on_net_dev_queue_first", "on_write_follow", "on_wrote_follow"]
+    assert {kinds[program] for program in programs} == {"tp_btf"}
 
 
 def test_block_io_submits_whole_slabs() -> None:

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* The sockets that are followed after a reset, and what is known of each. */
+#ifndef CWNDTRACE_FOLLOWED_H
+#define CWNDTRACE_FOLLOWED_H
+
+#include "counters.h"
+#include "sock.h"
+
+#define FOLLOW_BUCKET_BITS 12
+#define MARKS 8
+
+/* Data from seq on, up to the next mark, was written at this time. */
+struct mark {
+	u64 ns;
+	u32 seq;
+};
+
+struct followed {
+	struct cwnd_recovery r;	/* the record as of the last ACK; capture/live.py reads it from here at the trace's end */
+	u64 acked_ns;		/* time of the last ACK seen, at first of the reset itself */
+	u64 sampled_ns;
+	u64 bytes_acked;	/* the socket's counters at the reset; the record has their growth */
+	u32 busy;
+	u32 rwnd_limited;
+	u32 sndbuf_limited;
+	u32 acked_jiffies;	/* acked_ns on the clock of lsndtime */
+	u32 written;		/* write_seq when it was last read */
+	u32 queued_una;		/* snd_una at queued_ns */
+	u64 queued_ns;		/* since when there has been unsent data; 0 while there is none */
+	u64 burst_waited_us;	/* how long the data of this burst has waited for the window */
+	u64 burst_latest_us;	/* the longest time that a byte of it has been unsent */
+	u16 bucket;
+	bool slow_start;	/* the window before the chain was below ssthresh */
+	bool regained;
+	bool blocked;		/* the writer waits for room in the send buffer */
+	u8 first;		/* the oldest mark */
+	u8 marks;
+	struct mark mark[MARKS];
+};
+BPF_HASH(followed, u64, struct followed, 16384);
+/* Zeros from which an entry is made: an entry and a reset together are too large for the stack. */
+BPF_ARRAY(blank_followed, struct followed, 1);
+/* The number of followed sockets, by some bits of the connection's hash. It saves most other sockets a hash lookup. */
+BPF_ARRAY(follow_buckets, u64, 1 << FOLLOW_BUCKET_BITS);
+
+/* The argument is the kernel's hash of a connection's addresses and ports, which finds the socket of a packet. */
+#define FOLLOW_BUCKET(hash) ((hash) & ((1 << FOLLOW_BUCKET_BITS) - 1))
+
+static __always_inline u64 *follow_bucket(int bucket)
+{
+	return follow_buckets.lookup(&bucket);
+}
+
+/* Returns the entry of a socket, by its address and the hash of its connection. */
+static __always_inline struct followed *find_followed(u64 sk, u32 hash)
+{
+	u64 *n = follow_bucket(FOLLOW_BUCKET(hash));
+
+	return n && *n ? followed.lookup(&sk) : 0;
+}
+
+/* The states of enum tcp_chrono of include/linux/tcp.h in which data is queued or unacknowledged. */
+#define CHRONO_BUSY 1
+#define CHRONO_RWND_LIMITED 2
+#define CHRONO_SNDBUF_LIMITED 3
+
+/* Returns the jiffies that the kernel has counted in one of these states, as tcp_get_info_chrono_stats() does. */
+static __always_inline u32 chrono(u64 sk, int state)
+{
+	u32 stat[3] = {}, now = jiffies32() - READ(u32, sk, tcp_sock, chrono_start);
+	u8 current = READ_BITS(sk, tcp_sock, chrono_type);
+
+	bpf_probe_read_kernel(stat, sizeof(stat), AT(sk, tcp_sock, chrono_stat));
+	/* The two limited states are busy too. */
+	if (state == CHRONO_BUSY)
+		return stat[0] + stat[1] + stat[2] + (current ? now : 0);
+	return stat[state - 1] + (current == state ? now : 0);
+}
+
+#endif

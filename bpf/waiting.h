@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Measures for how long the data of a followed socket waits for the congestion window, and what of it the resets cost.
+ *
+ * Data waits for the window if some is unsent while the window is full. How much longer it waits than it would have
+ * with the window from before the chain of resets follows from how much is queued: if that window, as it grows round
+ * trip by round trip, would have let all of it go by now, then all of the waiting is the resets' cost. No burst is later
+ * than its latest byte, which counts in where the sender writes as time goes by: then a late byte makes the next ones
+ * late, but the delays don't add up.
+ */
+#ifndef CWNDTRACE_WAITING_H
+#define CWNDTRACE_WAITING_H
+
+#include "followed.h"
+
+/* From include/linux/net.h. A writer sets it that waits for room in the send buffer. */
+#define SOCK_NOSPACE 2
+/* With more round trips than that, a doubling window exceeds all that can be queued. */
+#define MOST_ROUNDS 30
+
+static __always_inline struct mark *mark_at(struct followed *f, u32 i)
+{
+	return &f->mark[(f->first + i) & (MARKS - 1)];
+}
+
+/*
+ * Notes when data from seq on was written. If there is no room, it counts as written with the data before it. So does
+ * the data of a writer that waited for room in the send buffer, which would have written it earlier.
+ */
+static __always_inline void mark_written(struct followed *f, u32 seq, u64 ns)
+{
+	struct mark *m = mark_at(f, f->marks);
+
+	if (f->marks >= MARKS || (f->marks && f->blocked))
+		return;
+	m->ns = ns;
+	m->seq = seq;
+	f->marks++;
+}
+
+/* Returns for how long the oldest unsent byte has been written, and drops the marks of the data before it. */
+static __always_inline u64 oldest_unsent_us(struct followed *f, u32 snd_nxt, u64 now)
+{
+	u64 ns;
+	int i;
+
+	for (i = 0; i < MARKS; i++) {
+		if (f->marks <= 1 || (s32)(mark_at(f, 1)->seq - snd_nxt) > 0)
+			break;
+		f->first = (f->first + 1) & (MARKS - 1);
+		f->marks--;
+	}
+	ns = mark_at(f, 0)->ns;
+	return f->marks && now > ns ? (now - ns) / 1000 : 0;
+}
+
+/* Returns the most bytes that could have been sent by now with the window from before the chain of resets. */
+static __always_inline u64 whole_window_bytes(const struct followed *f, u64 since, u32 mss, u32 snd_wnd)
+{
+	u64 rtt = f->r.srtt_us * 1000ULL + 1, rounds = (since - f->queued_ns + rtt / 2) / rtt, most, peer;
+
+	if (rounds > MOST_ROUNDS)
+		rounds = MOST_ROUNDS;
+	/* In slow start, a full window doubles each round trip. In congestion avoidance it hardly grows. */
+	most = f->r.chain_window * (f->slow_start ? (2ULL << rounds) - 1 : rounds + 1) * mss;
+	peer = (rounds + 1) * snd_wnd;
+	return most < peer ? most : peer;
+}
+
+/* Counts us, during which unsent data waited for the window. */
+static __always_inline void add_held(struct followed *f, const void *tp, u64 since, u64 us, u64 late)
+{
+	u32 una = LOAD(u32, tp, tcp_sock, snd_una), written = LOAD(u32, tp, tcp_sock, write_seq);
+	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd), mss = LOAD(u32, tp, tcp_sock, mss_cache);
+
+	if (written - una > f->r.waiting_bytes)
+		f->r.waiting_bytes = written - una;
+	if (late > f->burst_latest_us)
+		f->burst_latest_us = late;
+	if (!f->blocked) {
+		if (written - f->queued_una > whole_window_bytes(f, since, mss, LOAD(u32, tp, tcp_sock, snd_wnd)))
+			us = 0;
+		f->r.held_us += us;
+	} else {
+		/* The writer has more data than can be seen, and that data is late too. */
+		f->burst_latest_us = ~0ULL;
+		if ((u64)(written - una) <= (u64)f->r.chain_window * mss) {
+			f->r.held_us += us;
+		} else {
+			us = cwnd < f->r.chain_window ?
+				     us * (f->r.chain_window - cwnd) / f->r.chain_window : 0;
+			f->r.short_us += us;
+		}
+	}
+	f->burst_waited_us += us;
+}
+
+/*
+ * Counts the time since the last ACK or transmit as what unsent data waited for. This runs at each ACK, before the ACK
+ * is processed. tp is what bpf_skc_to_tcp_sock() returns.
+ */
+static __always_inline void add_waiting(struct followed *f, const void *tp, u64 now, u32 now_jiffies)
+{
+	u32 una = LOAD(u32, tp, tcp_sock, snd_una), nxt = LOAD(u32, tp, tcp_sock, snd_nxt);
+	u32 written = LOAD(u32, tp, tcp_sock, write_seq), sent = LOAD(u32, tp, tcp_sock, lsndtime);
+	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
+	/* As tcp_packets_in_flight(). */
+	u32 in_flight = LOAD(u32, tp, tcp_sock, packets_out) + LOAD(u32, tp, tcp_sock, retrans_out) -
+			LOAD(u32, tp, tcp_sock, sacked_out) - LOAD(u32, tp, tcp_sock, lost_out);
+	bool peer_has_room = (s32)(una + LOAD(u32, tp, tcp_sock, snd_wnd) - nxt) >=
+			     (s32)LOAD(u32, tp, tcp_sock, mss_cache);
+	u64 since = f->acked_ns, us, late, socket;
+
+	if ((s32)(written - nxt) <= 0) {
+		f->marks = 0;
+		f->queued_ns = 0;
+		f->written = written;
+		return;
+	}
+	if ((s32)(sent - f->acked_jiffies) > 0) {
+		u64 sent_ns = now - jiffies_to_us(now_jiffies - sent) * 1000;
+
+		if (sent_ns > since)
+			since = sent_ns;
+	}
+	us = now > since ? (now - since) / 1000 : 0;
+	/* Where no program sees writes, this data was written at some time since the last ACK. */
+	if (written != f->written && !f->marks)
+		mark_written(f, f->written, since);
+	f->written = written;
+	if (!f->queued_ns) {
+		f->queued_ns = since;
+		f->queued_una = una;
+	}
+	late = oldest_unsent_us(f, nxt, now);
+	socket = READ(u64, tp, sock, sk_socket);
+	f->blocked = socket && READ(u64, socket, socket, flags) & (1 << SOCK_NOSPACE);
+	if (f->r.outcome == OUTCOME_LOSS)
+		f->r.after_loss_us += us;
+	/*
+	 * TCP segmentation offload may leave the window up to a third empty, because the kernel then waits until it can
+	 * send a larger packet (tcp_tso_should_defer()). It sets is_cwnd_limited where the window is why.
+	 */
+	else if (in_flight >= cwnd ||
+		 (READ_BITS(tp, tcp_sock, is_cwnd_limited) && in_flight * 3 >= cwnd * 2 && peer_has_room))
+		add_held(f, tp, since, us, late);
+	else if (peer_has_room)
+		f->r.other_us += us;
+}
+
+/* Adds the cost of the burst that has just ended. */
+static __always_inline void end_burst(struct followed *f)
+{
+	f->r.cost_us += f->burst_latest_us < f->burst_waited_us ? f->burst_latest_us : f->burst_waited_us;
+	f->burst_waited_us = f->burst_latest_us = 0;
+}
+
+#endif
