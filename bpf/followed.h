@@ -27,6 +27,7 @@ struct followed {
 	u32 written;		/* write_seq when it was last read */
 	u32 queued_una;		/* snd_una at queued_ns */
 	u64 queued_ns;		/* since when there has been unsent data; 0 while there is none */
+	u64 owed_us;		/* waiting for the window that wasn't counted yet, see add_held() */
 	u64 burst_waited_us;	/* how long the data of this burst has waited for the window */
 	u64 burst_latest_us;	/* the longest time that a byte of it has been unsent */
 	u16 bucket;

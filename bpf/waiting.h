@@ -67,30 +67,41 @@ static __always_inline u64 whole_window_bytes(const struct followed *f, u64 sinc
 	return most < peer ? most : peer;
 }
 
-/* Counts us, during which unsent data waited for the window. */
-static __always_inline void add_held(struct followed *f, const void *tp, u64 since, u64 us, u64 late)
+/*
+ * Counts us, during which unsent data waited: for the congestion window where cwnd_limited, else for the peer's.
+ *
+ * While the window from before the chain would have been full too, the waiting isn't counted, but it may come due: what
+ * was sent too late then is what the peer's window holds back later, after all could have been sent.
+ */
+static __always_inline void add_held(struct followed *f, const void *tp, u64 since, u64 us, u64 late,
+				     bool cwnd_limited)
 {
 	u32 una = LOAD(u32, tp, tcp_sock, snd_una), written = LOAD(u32, tp, tcp_sock, write_seq);
 	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd), mss = LOAD(u32, tp, tcp_sock, mss_cache);
+	u32 snd_wnd = LOAD(u32, tp, tcp_sock, snd_wnd), whole = f->r.chain_window;
 
 	if (written - una > f->r.waiting_bytes)
 		f->r.waiting_bytes = written - una;
 	if (late > f->burst_latest_us)
 		f->burst_latest_us = late;
-	if (!f->blocked) {
-		if (written - f->queued_una > whole_window_bytes(f, since, mss, LOAD(u32, tp, tcp_sock, snd_wnd)))
-			us = 0;
-		f->r.held_us += us;
-	} else {
+	if (f->blocked) {
 		/* The writer has more data than can be seen, and that data is late too. */
 		f->burst_latest_us = ~0ULL;
-		if ((u64)(written - una) <= (u64)f->r.chain_window * mss) {
-			f->r.held_us += us;
-		} else {
-			us = cwnd < f->r.chain_window ?
-				     us * (f->r.chain_window - cwnd) / f->r.chain_window : 0;
-			f->r.short_us += us;
+		if (mss && snd_wnd / mss < whole)
+			whole = snd_wnd / mss;
+		us = cwnd < whole ? us * (whole - cwnd) / whole : 0;
+		f->r.short_us += us;
+	} else {
+		if (written - f->queued_una > whole_window_bytes(f, since, mss, snd_wnd)) {
+			if (cwnd_limited)
+				f->owed_us += us;
+			us = 0;
+		} else if (!cwnd_limited) {
+			if (us > f->owed_us)
+				us = f->owed_us;
+			f->owed_us -= us;
 		}
+		f->r.held_us += us;
 	}
 	f->burst_waited_us += us;
 }
@@ -110,10 +121,12 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 	bool peer_has_room = (s32)(una + LOAD(u32, tp, tcp_sock, snd_wnd) - nxt) >=
 			     (s32)LOAD(u32, tp, tcp_sock, mss_cache);
 	u64 since = f->acked_ns, us, late, socket;
+	bool cwnd_limited;
 
 	if ((s32)(written - nxt) <= 0) {
 		f->marks = 0;
 		f->queued_ns = 0;
+		f->owed_us = 0;
 		f->written = written;
 		return;
 	}
@@ -135,15 +148,16 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 	late = oldest_unsent_us(f, nxt, now);
 	socket = READ(u64, tp, sock, sk_socket);
 	f->blocked = socket && READ(u64, socket, socket, flags) & (1 << SOCK_NOSPACE);
-	if (f->r.outcome == OUTCOME_LOSS)
-		f->r.after_loss_us += us;
 	/*
 	 * TCP segmentation offload may leave the window up to a third empty, because the kernel then waits until it can
 	 * send a larger packet (tcp_tso_should_defer()). It sets is_cwnd_limited where the window is why.
 	 */
-	else if (in_flight >= cwnd ||
-		 (READ_BITS(tp, tcp_sock, is_cwnd_limited) && in_flight * 3 >= cwnd * 2 && peer_has_room))
-		add_held(f, tp, since, us, late);
+	cwnd_limited = in_flight >= cwnd ||
+		       (READ_BITS(tp, tcp_sock, is_cwnd_limited) && in_flight * 3 >= cwnd * 2 && peer_has_room);
+	if (f->r.outcome == OUTCOME_LOSS)
+		f->r.after_loss_us += us;
+	else if (cwnd_limited || (!peer_has_room && f->owed_us && !f->blocked))
+		add_held(f, tp, since, us, late, cwnd_limited);
 	else if (peer_has_room)
 		f->r.other_us += us;
 }
