@@ -82,7 +82,7 @@ class Connection:
             ("state", _shown(row["state"] or "unknown")),
             (
                 "resets",
-                f"{row['resets']} ({row['resets_harmful']} harmful), lost {fmt.span(row['lost_us'])} (estimated)",
+                f"{row['resets']} ({row['resets_harmful']} harmful), cost {fmt.span(row['lost_us'])} (measured)",
             ),
             ("window", f"{row['cwnd_min_segments']} to {most} {'segment' if most == 1 else 'segments'}"),
             ("round trip, RTO", f"{fmt.span(row['srtt_us'])}, {fmt.span(row['rto_us'])}"),
@@ -258,9 +258,9 @@ class Trace:
 
     @making_sense()
     def costs(self) -> pd.DataFrame:
-        """Return ``resets`` with the predicted cost of each, and the time that its window took to grow back.
+        """Return ``resets`` with the predicted cost of each, and what was measured while its window was followed.
 
-        The added columns are ``analysis.cost.COLUMNS`` and ``analysis.cost.MEASURED``.
+        The added columns are ``analysis.cost.COLUMNS`` and ``analysis.recovery.FOLLOWED``.
         """
         return cost.predict(self._resets, self._connections, self._recoveries)
 
@@ -275,7 +275,7 @@ class Trace:
     @_computed
     def _judged(self) -> pd.DataFrame:
         """``verdicts`` without the idle causes, for which millions of block requests might have to be read."""
-        return verdict.resets(self.costs(), self._connections)
+        return verdict.resets(self.costs())
 
     @property
     def block_recorded(self) -> bool:

@@ -87,8 +87,8 @@ def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool =
 SUMMARY_COLUMNS: Final = {
     "cause": "as in COLUMNS",
     "resets": "number of idle resets with this cause",
-    "harmful": "of these, those that cost their burst at least one round trip",
-    "lost_us": "cost of these, sum, us, estimated",
+    "harmful": "of these, those that were harmful",
+    "lost_us": "cost of these, sum, us, measured",
     "idle_us": "idle time before all of these resets, sum, us",
     "disk_us": "part of that during which the sending process had block I/O in flight, us",
     "disk_device": "the device that most of these resets name; empty where none does",

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verdicts: whether a reset mattered, and if not, why not; for each reset, each connection and the whole host.
 
-A reset is harmful if it cost its burst at least one round trip. Any other reset is harmless for a reason that the
-records show. How long the receiver's window and the send buffer held a connection back comes from the kernel's own
-clocks in the snapshots (tcp_chrono_*() in net/ipv4/tcp_output.c).
+A verdict rests on what was measured while the window was followed after the reset: for how long unsent data waited, and
+for what. A reset that wasn't followed is only judged where nothing can have waited. Otherwise the verdict is unknown.
 """
 
 from __future__ import annotations
@@ -21,26 +20,27 @@ from cwndtrace.store.meta import Meta
 
 VERDICTS: Final = (
     "harmful",
+    "slight",
+    "nothing_waited",
+    "as_before",
     "burst_fits",
-    "same_rounds",
-    "never_full",
     "receiver_window",
     "send_buffer",
+    "paced",
     "loss",
     "nothing_sent",
     "unknown",
+    "other_end",
     "exempt",
     "sysctl_off",
     "no_reset",
 )
-"""The verdicts; those from ``exempt`` on apply to connections only. ``present.text.LABELS`` has their texts."""
+"""The verdicts; those from ``other_end`` on apply to connections only. ``present.text.LABELS`` has their texts."""
 
 COLUMNS: Final = {
     "verdict": "one of VERDICTS",
-    "lost_us": "cost of the reset, us, estimated: predicted_us where it was harmful, else 0",
-    "rwnd_limited_share": "share of the busy time (data queued or unacknowledged) between the snapshots around the "
-    "reset in which the peer's window held the sender back; missing where no snapshot tells",
-    "sndbuf_limited_share": "the same for the send buffer",
+    "lost_us": "cost of the reset, us, measured: cost_us; missing where it isn't known, a lower bound where outcome is "
+    "capture_end",
 }
 """The columns that ``resets`` adds to priced resets."""
 
@@ -50,73 +50,94 @@ CONNECTION_COLUMNS: Final = {
     "after_reset_share": "share of these bursts that began with a reset",
     "idle_per_rto_p50": "median of the idle times that ended in an idle reset, in RTOs; missing where there was none",
     "idle_per_rto_max": "the longest of them in RTOs",
+    "rtt_us": "round-trip time, us: the smallest that the kernel knew at its last reset; without one the smoothed one",
     "sent_bytes": "bytes sent while it was watched; a lower bound where only the bursts after its resets show them",
-    "busy_us": "busy time (data queued or unacknowledged) while it was watched, us; missing without two snapshots",
-    "rwnd_limited_share": "share of busy_us in which the peer's window held it back",
-    "sndbuf_limited_share": "share of busy_us in which the send buffer held it back",
+    "busy_us": "busy time (data queued or unacknowledged) while it was watched, us; a lower bound where only followed "
+    "windows show it, missing where neither these nor two snapshots do",
+    "rwnd_limited_share": "share of the busy time between its snapshots in which the peer's window held it back",
+    "sndbuf_limited_share": "the same for the send buffer",
     "retrans_segments": "segments retransmitted while it was watched",
     "resets_harmful": "number of its resets that were harmful",
-    "lost_us": "cost of its resets, sum, us, estimated",
-    "measured_us": "time that its followed windows took to grow back, less the time that their bytes needed at least, "
-    "sum, us: an upper bound of the cost",
-    "verdict": "one of VERDICTS: harmful if any reset was, else the most frequent one of its resets",
+    "resets_unknown": "number of its resets of which the cost isn't known",
+    "lost_us": "cost of its resets, sum, us, measured; without those that aren't known",
+    "predicted_us": "cost of the resets that aren't known, sum, us, estimated",
+    "verdict": "one of VERDICTS: harmful or slight if any reset was harmful, unknown if any is, else the most frequent "
+    "one of its resets",
     "verdict_resets": "number of its resets with that verdict",
 }
 """The columns that ``connections`` adds to ``analysis.connections.summary``."""
 
+CANT_TELL: Final = ("unknown", "other_end")
+"""The verdicts that leave the question open."""
+
 LIMIT_SHARE: Final = 0.5
-"""The share above which something that held a connection back is taken for its limit."""
+"""The share above which something that held a connection without resets back is taken for its limit."""
+FLOOR_US: Final = 1000
+"""The least cost of a harmful reset, us."""
+FLOOR_SHARE: Final = 0.01
+"""The least share of its busy time that the resets of a harmful connection cost it."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The resets of a whole capture. ``lost_us`` is estimated, in us; ``busy_us`` is NaN where it is unknown.
+    """The resets of a whole capture. Costs are in us; ``busy_us`` is NaN where it is unknown.
 
-    ``verdicts`` counts the verdicts of the resets, or those of the connections where there was no reset; the most
-    frequent one comes first. ``idle_only`` says that all harmful resets were idle resets.
+    ``verdict`` is harmful, slight, unknown, or that of most resets, or of most connections where there was no reset.
+    ``verdicts`` counts those verdicts, the most frequent one first. ``lost_us`` is measured, ``predicted_us`` estimated
+    for the resets that are unknown. ``idle_only`` says that all harmful resets were idle resets.
     """
 
+    verdict: str
     verdicts: dict[str, int]
     idle_only: bool
     resets: int
     harmful: int
+    unknown: int
     connections: int
     connections_seen: int
+    connections_unknown: int
     lost_us: float
+    predicted_us: float
     busy_us: float
 
 
-def resets(priced: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
-    """Return ``priced``, which has ``cost.COLUMNS``, with ``COLUMNS``; ``snapshots`` is a Trace's ``connections``."""
-    out = priced.join(_limited(priced, snapshots))
-    burst, mss = out["burst_bytes"], out["mss"].astype("float64")
-    # A limit below both the window before the reset and the burst, which caused most of the round trips.
-    narrow = out["limit_bytes"] < np.minimum(out["cwnd_before"].astype("float64") * mss, burst)
-    narrow &= out["rounds_lost"] < LIMIT_SHARE * out["rounds_after"]
-    buffer = out["limit_bytes"] < out["snd_wnd"]
-    limits = {
-        "rwnd": (out["rwnd_limited_share"] > LIMIT_SHARE) | (narrow & ~buffer),
-        "sndbuf": (out["sndbuf_limited_share"] > LIMIT_SHARE) | (narrow & buffer),
-    }
-    closed = pd.Series(reopened(out), index=out.index)
+def resets(priced: pd.DataFrame) -> pd.DataFrame:
+    """Return ``priced``, which has ``cost.COLUMNS`` and ``recovery.FOLLOWED``, with ``COLUMNS``."""
+    cost = priced["cost_us"]
+    # What was measured until the capture ended is a lower bound.
+    known = cost.notna() & ((priced["outcome"] != "capture_end") | (cost >= FLOOR_US))
+    burst, fits = priced["burst_bytes"], priced["cwnd_after"] * priced["mss"].astype("float64")
+    held = priced[list(_HELD)].rename(columns=_HELD)
+    most = held.max(axis=1)
+    waited_otherwise = pd.Series(held.columns.to_numpy()[held.fillna(0).to_numpy().argmax(axis=1)], index=priced.index)
     label = _first(
         [
-            ("loss", out["reason"].astype(str) == "rto_loss"),
-            ("unknown", burst.isna() | (mss == 0) | (out["srtt_us"] == 0)),
+            ("loss", priced["reason"].astype(str) == "rto_loss"),
+            ("harmful", known & (cost >= FLOOR_US)),
+            ("slight", known & (cost > 0)),
+            ("receiver_window", known & pd.Series(reopened(priced), index=priced.index)),
+            ("as_before", known & (priced["waiting_bytes"] > 0)),
+            *((name, known & (most >= FLOOR_US) & (waited_otherwise == name)) for name in _HELD.values()),
+            ("nothing_waited", known),
             ("nothing_sent", burst == 0),
-            ("receiver_window", closed),
-            ("burst_fits", burst <= out["cwnd_after"] * mss),
-            ("send_buffer", limits["sndbuf"]),
-            ("receiver_window", limits["rwnd"]),
-            ("harmful", out["rounds_lost"] >= 1),
-            ("never_full", out["grew_rounds"] == 0),
+            ("burst_fits", burst <= fits),
         ],
-        "same_rounds",
+        "unknown",
     )
-    return out.assign(
-        verdict=pd.Series(label, index=out.index, dtype="str"),
-        lost_us=out["predicted_us"].where(label == "harmful", 0.0),
+    # A timeout has no cost of its own here. Nothing can have waited where all that was sent fits into the window.
+    none = np.isin(label, ("loss", "nothing_sent", "burst_fits"))
+    return priced.assign(
+        verdict=pd.Series(label, index=priced.index, dtype="str"), lost_us=cost.where(known).mask(none, 0.0)
     )[[*priced.columns, *COLUMNS]]
+
+
+_HELD: Final = {
+    "rwnd_limited_us": "receiver_window",
+    "sndbuf_limited_us": "send_buffer",
+    "other_us": "paced",
+    "after_loss_us": "loss",
+}
+"""What else may have held data back, and the verdict where that was the most."""
 
 
 def _first(rules: list[tuple[str, pd.Series]], otherwise: str) -> npt.NDArray[np.str_]:
@@ -124,24 +145,6 @@ def _first(rules: list[tuple[str, pd.Series]], otherwise: str) -> npt.NDArray[np
     return np.select(
         [condition.to_numpy(dtype=bool) for _, condition in rules], [label for label, _ in rules], otherwise
     )
-
-
-def _limited(resets: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
-    """Return the shares of ``COLUMNS``, from the snapshot before each reset to the one after it."""
-    clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
-    moments = resets[["connection"]].assign(ts_ns=resets["ts_ns"].astype("int64"), row=np.arange(len(resets)))
-    moments = moments.sort_values("ts_ns", kind="stable")
-    readings = snapshots[["connection", *clocks]].astype(dict.fromkeys(clocks, "float64"))
-    readings = readings.assign(ts_ns=snapshots["ts_ns"].astype("int64")).sort_values("ts_ns", kind="stable")
-    around = [
-        pd.merge_asof(moments, readings, on="ts_ns", by="connection", direction=direction).set_index("row")[clocks]
-        for direction in ("backward", "forward")
-    ]
-    spent = around[1] - around[0]
-    busy = spent["busy_us"].where(spent["busy_us"] > 0)
-    shares = {name: spent[f"{name}_us"] / busy for name in ("rwnd_limited", "sndbuf_limited")}
-    frame = pd.DataFrame({f"{name}_share": share.sort_index() for name, share in shares.items()})
-    return frame.set_index(resets.index)
 
 
 def connections(
@@ -159,14 +162,17 @@ def connections(
     """
     out = summary.set_index("connection", drop=False).rename_axis(None)
     out = out.join(_watched(judged, snapshots)).join(_of_resets(judged))
-    zeros = dict.fromkeys(("bursts", "sent_bytes", "retrans_segments", "resets_harmful", "lost_us"), 0)
-    out = out.fillna(zeros).astype(dict.fromkeys(("retrans_segments", "resets_harmful"), "int64"))
+    counts = ("retrans_segments", "resets_harmful", "resets_unknown")
+    zeros = dict.fromkeys((*counts, "bursts", "sent_bytes", "lost_us", "predicted_us"), 0)
+    out = out.fillna(zeros).astype(dict.fromkeys(counts, "int64"))
+    out["busy_us"] = out[["busy_us", "followed_us"]].max(axis=1)
+    out["rtt_us"] = out["round_us"].fillna(out["srtt_us"])
     out["sent_bytes"] = out[["sent_bytes", "burst_bytes"]].max(axis=1).astype("int64")
     out["bursts"] = (out["bursts"] + out["resets_idle"]).astype("int64")
     out["after_reset_share"] = out["resets_idle"] / out["bursts"].where(out["bursts"] > 0)
     out["verdict"] = _judge(out, about, whole=whole)
-    out["verdict_resets"] = out["common_count"].where(out["verdict"] == out["common"], out["resets_harmful"])
-    out["verdict_resets"] = out["verdict_resets"].fillna(0).astype("int64")
+    own = np.where(out["verdict"] == "unknown", out["resets_unknown"], out["resets_harmful"])
+    out["verdict_resets"] = out["common_count"].where(out["verdict"] == out["common"], own).fillna(0).astype("int64")
     out = out.sort_values("lost_us", ascending=False, kind="stable")
     return out.reset_index(drop=True)[[*summary.columns, *CONNECTION_COLUMNS]]
 
@@ -218,14 +224,18 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
     groups = per_rto.groupby(keys)
     counts = judged.groupby(["connection", "verdict"]).size().rename("n").reset_index()
     common = counts.sort_values("n", kind="stable").drop_duplicates("connection", keep="last")
+    unknown = judged["verdict"] == "unknown"
     return pd.DataFrame(
         {
             "idle_per_rto_p50": groups.median(),
             "idle_per_rto_max": groups.max(),
+            "round_us": judged.sort_values("ts_ns", kind="stable").groupby("connection")["round_us"].last(),
             "resets_harmful": (judged["verdict"] == "harmful").groupby(keys).sum(),
+            "resets_unknown": unknown.groupby(keys).sum(),
             "lost_us": judged["lost_us"].groupby(keys).sum(),
+            "predicted_us": judged["predicted_us"].where(unknown).groupby(keys).sum(),
+            "followed_us": judged["busy_us"].groupby(keys).sum(min_count=1),
             "burst_bytes": judged["burst_bytes"].groupby(keys).sum(),
-            "measured_us": judged["measured_us"].groupby(keys).sum(min_count=1),
             "common": common.set_index("connection")["verdict"],
             "common_count": common.set_index("connection")["n"],
         }
@@ -235,8 +245,13 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
 def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
     off = [inode for inode, namespace in about.namespaces.items() if namespace.idle == 0]
     hidden = bool(about.probes) and not about.probes.get("idle")
+    # A share of a busy time that isn't known can't be too small.
+    much = ~(rows["lost_us"] < FLOOR_SHARE * rows["busy_us"])
     rules: list[tuple[str, pd.Series]] = [
-        ("harmful", rows["resets_harmful"] > 0),
+        ("harmful", (rows["resets_harmful"] > 0) & much),
+        ("unknown", rows["resets_unknown"] > 0),
+        ("slight", rows["resets_harmful"] > 0),
+        ("other_end", mostly_receives(rows)),
         ("common", rows["common"].notna()),
         ("exempt", rows["ca_name"].isin(tcp.EXEMPT)),
         ("sysctl_off", rows["netns_ino"].astype(str).isin(off)),
@@ -251,17 +266,39 @@ def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
     return pd.Series(np.where(label == "common", rows["common"], label), index=rows.index, dtype="str")
 
 
+def mostly_receives(rows: pd.DataFrame) -> pd.Series:
+    """Return which connections of a ``summary`` mostly receive: what they wait for, their peers send."""
+    if "mostly_receives" not in rows:
+        return pd.Series(False, index=rows.index)
+    return rows["mostly_receives"].fillna(False).astype(bool)
+
+
 def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Totals:
     """Return the totals of a whole capture: ``rows`` are those of ``connections``, ``judged`` those of ``resets``."""
-    harmful = judged[judged["verdict"] == "harmful"]
+    harmful, unknown = judged[judged["verdict"] == "harmful"], judged[judged["verdict"] == "unknown"]
     counts = (judged if len(judged) else rows)["verdict"].value_counts()
+    verdicts = {str(label): int(number) for label, number in counts.items()}
+    cant_tell = rows["verdict"].isin(CANT_TELL)
+    # What holds for a few connections says nothing about a host most of whose connections it isn't known of.
+    open_question = len(unknown) or 2 * int(cant_tell.sum()) > len(rows)
+    common = next(iter(verdicts), "unknown")
+    if (rows["verdict"] == "harmful").any():
+        verdict = "harmful"
+    elif open_question:
+        verdict = "unknown"
+    else:
+        verdict = "slight" if len(harmful) else common
     return Totals(
-        verdicts={str(label): int(number) for label, number in counts.items()},
+        verdict=verdict,
+        verdicts=verdicts,
         idle_only=bool((harmful["reason"].astype(str) == "idle").all()),
         resets=len(judged),
         harmful=len(harmful),
+        unknown=len(unknown),
         connections=int(harmful["connection"].nunique()),
         connections_seen=len(rows),
-        lost_us=float(harmful["lost_us"].sum()),
+        connections_unknown=int(cant_tell.sum()),
+        lost_us=float(judged["lost_us"].sum()),
+        predicted_us=float(unknown["predicted_us"].sum()),
         busy_us=float(rows["busy_us"].sum(min_count=1)),
     )

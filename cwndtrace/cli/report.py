@@ -19,10 +19,11 @@ from cwndtrace.present import text as in_words
 from cwndtrace.report import content
 
 _CONNECTIONS: Final = 8
+_CHAINS: Final = 2
 _DEVICES: Final = 4
 _REMEDIES: Final = 3
 _BRIEF: Final = {
-    "unknown": "can't tell",
+    "other_end": "sent by the other end",
     "exempt": "exempt",
     "sysctl_off": "resets are off",
     "no_reset": "never reset",
@@ -34,7 +35,7 @@ _OF_CONNECTIONS: Final = (
     Column("CC", 6),
     Column("RESETS", 2, right=True),
     Column("HARMFUL", 3, right=True),
-    Column("LOST (est.)", right=True),
+    Column("COST", right=True),
     Column("LONGEST IDLE", 4, right=True),
     Column("RTT", 5, right=True),
 )
@@ -116,7 +117,7 @@ def _lines(found: content.Report) -> Iterator[str]:
                     str(row["resets_harmful"]),
                     fmt.span(row["lost_us"]),
                     fmt.span(row["idle_longest_us"]) if row["resets_idle"] else "-",
-                    fmt.span(row["srtt_us"]),
+                    fmt.span(row["rtt_us"]),
                     in_words.LABELS[row["verdict"]],
                 )
             )
@@ -127,6 +128,9 @@ def _lines(found: content.Report) -> Iterator[str]:
         if len(found.connections) > _CONNECTIONS:
             yield f"and {fmt.plural(len(found.connections) - _CONNECTIONS, 'more connection')}"
         yield ""
+    for row in found.chains.head(_CHAINS).to_dict("records"):
+        line = in_words.chain(row)
+        yield from prose(clean(f"{line[0].upper()}{line[1:]}."), room(), indent=2)
     for row in found.causes.to_dict("records"):
         disk = f", {fmt.span(row['disk_us'])} of it during block I/O on {clean(row['disk_device'])}"
         cause = "Idle, cause unknown" if row["cause"] == "unknown" else f"Idle because of the {row['cause']}"

@@ -8,9 +8,9 @@ import html
 from cwndtrace.format import clean
 
 
-def verdict(label: str, text: str, *, harmful: bool) -> str:
+def verdict(label: str, text: str, *, harmful: bool, known: bool) -> str:
     """Return a verdict and its evidence as a block of HTML."""
-    colour = "#c04a00" if harmful else "#00805a"
+    colour = "#c04a00" if harmful else "#00805a" if known else "#6a6a6a"
     return (
         f"<div><b style='color:{colour}'>{html.escape(clean(label))}</b><br><bdi>{html.escape(clean(text))}</bdi></div>"
     )

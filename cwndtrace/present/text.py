@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,28 +13,31 @@ import pandas as pd
 from cwndtrace import format as fmt
 from cwndtrace import tcp
 from cwndtrace.analysis.remedy import BROAD
-from cwndtrace.analysis.verdict import LIMIT_SHARE, Totals
+from cwndtrace.analysis.verdict import CANT_TELL, FLOOR_SHARE, Totals
 from cwndtrace.format import plural, size, span, threshold
 from cwndtrace.present import html
 from cwndtrace.store.meta import Meta, NamespaceSettings
 
 LABELS: Final = {
-    "harmful": "harmful: cost at least one round trip",
+    "harmful": "harmful: its burst was late",
+    "slight": "harmless: it cost less than 1 ms, or than 1 % of the busy time",
+    "nothing_waited": "harmless: nothing that was sent waited",
+    "as_before": "harmless: the window before it would have held the data back as long",
     "burst_fits": "harmless: the burst fits into the window after the reset",
-    "same_rounds": "harmless: the burst needs as many round trips from either window",
-    "never_full": "harmless: the window was never used up after the reset",
-    "receiver_window": "not the window: the receiver's window was the limit",
-    "send_buffer": "not the window: the send buffer was the limit",
+    "receiver_window": "not the reset: the receiver's window was the limit",
+    "send_buffer": "not the reset: the send buffer was the limit",
+    "paced": "not the reset: pacing, Nagle or small queues held the data back",
     "loss": "loss, not idle time",
     "nothing_sent": "harmless: nothing was sent",
-    "unknown": "not enough data to say",
+    "unknown": "can't tell",
+    "other_end": "can't tell: it mostly receives, and its sender is the other end",
     "exempt": "its congestion control is exempt from idle resets",
     "sysctl_off": "idle resets are off in its network namespace",
     "no_reset": "its window was never reset",
 }
-"""The verdicts with their texts; those from ``exempt`` on apply to connections only."""
+"""The verdicts with their texts; those from ``other_end`` on apply to connections only."""
 
-_CANT_TELL: Final = "Can't tell whether the congestion window is the cause"
+_CANT_TELL: Final = "Can't tell whether window resets delayed anything"
 _SPACES: Final = 3
 """The most namespaces for which a command is shown."""
 
@@ -52,18 +55,25 @@ class Verdict:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html.verdict(LABELS[self.verdict], self.text, harmful=self.verdict == "harmful")
+        known = self.verdict not in CANT_TELL
+        return html.verdict(LABELS[self.verdict], self.text, harmful=self.verdict == "harmful", known=known)
 
 
 @dataclass(frozen=True, repr=False)
 class Host(Verdict):
-    """The cost of the resets of a whole capture. Costs are in us, estimated; ``busy_us`` is NaN where it is unknown."""
+    """The cost of the resets of a whole capture, in us.
+
+    ``lost_us`` is measured; ``predicted_us`` is estimated, for the ``unknown`` resets, whose cost wasn't measured.
+    ``busy_us`` is NaN where it is unknown.
+    """
 
     resets: int
     harmful: int
+    unknown: int
     connections: int
     connections_seen: int
     lost_us: float
+    predicted_us: float
     busy_us: float
 
     def __str__(self) -> str:
@@ -80,57 +90,115 @@ def reset(row: Mapping[Any, Any]) -> str:
     cwnd = f"{row['cwnd_before']} -> {row['cwnd_after']} {'segment' if row['cwnd_after'] == 1 else 'segments'}"
     if row["reason"] == "idle":
         cwnd += f" after {span(row['idle_us'])} of idle time (RTO {span(row['rto_us'])})"
-    burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
-    fits = size(row["cwnd_after"] * row["mss"])
-    reasons: dict[str, str] = {
-        "harmful": f"the burst of {burst} needs about {_trips(row['rounds_lost'])} more, "
-        f"{span(row['lost_us'])} in all at {span(row['round_us'])} each (estimated)",
-        "burst_fits": f"the burst of {burst} fits into the window after the reset ({fits})",
-        "same_rounds": f"the burst of {burst} needs {_trips(row['rounds_after'])} from either window",
-        "never_full": f"the burst of {burst} came in pieces that never used up the window, which didn't grow",
-        "receiver_window": _narrow(row, burst),
-        "send_buffer": f"the send buffer of {size(row['limit_bytes'])} is smaller than the window was, and the burst "
-        f"is {burst}; at most {_share_of_rounds(row)}",
-        "loss": "a retransmission timeout caused the reset, not idle time; ssthresh was "
-        f"{threshold(row['ssthresh_after'])} segments after it",
-        "nothing_sent": "no data was sent between the reset and the connection's next record",
-        "unknown": "no later record says how much was sent, or no round-trip time was ever measured",
-    }
-    return f"{cwnd}: {reasons[row['verdict']]}"
-
-
-def _narrow(row: Mapping[Any, Any], burst: str) -> str:
-    if row["tgid"] == 0 and row["unsent_bytes"] > 0:
-        return f"the peer's window was closed, and {size(row['unsent_bytes'])} waited for it to open"
-    if row["rwnd_limited_share"] > LIMIT_SHARE:
-        return (
-            f"the peer's window held the sender back for {_percent(row['rwnd_limited_share'])} of its busy time; "
-            f"at most {_share_of_rounds(row)}"
+    if row["chain_resets"] > 1:
+        cwnd += (
+            f", reset {row['chain_resets']:.0f} of a chain that began at {row['chain_window']:.0f} segments and hasn't "
+            "regained them"
         )
+    burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
+    least = "at least " if row["outcome"] == "capture_end" else ""
+    reasons: dict[str, Callable[[], str]] = {
+        "harmful": lambda: (
+            f"the window made what was sent late by {least}{span(row['lost_us'])} (measured), "
+            f"{_trips(row)}; up to {size(row['waiting_bytes'])} waited for it"
+        ),
+        "slight": lambda: f"the window made what was sent late by {span(row['lost_us'])} (measured)",
+        "nothing_waited": lambda: f"{_acked(row)} in {_bursts(row)}, and nothing of it waited",
+        "as_before": lambda: (
+            f"up to {size(row['waiting_bytes'])} waited for the window, as long as for "
+            f"{row['chain_window']:.0f} segments"
+        ),
+        "burst_fits": lambda: (
+            f"all that was sent until the next record ({burst}) fits into the window after the reset "
+            f"({size(row['cwnd_after'] * row['mss'])})"
+        ),
+        "receiver_window": lambda: (
+            f"the peer's window was closed, and {size(row['unsent_bytes'])} waited for it to open"
+            if row["tgid"] == 0 and row["unsent_bytes"] > 0
+            else _held(row, "the peer's window", "rwnd_limited_us")
+        ),
+        "send_buffer": lambda: _held(row, "the send buffer", "sndbuf_limited_us"),
+        "paced": lambda: _held(row, "pacing, Nagle's algorithm or a small queue", "other_us"),
+        "loss": lambda: (
+            _held(row, "a loss", "after_loss_us")
+            if row["reason"] != "rto_loss"
+            else "a retransmission timeout caused the reset, not idle time; ssthresh was "
+            f"{threshold(row['ssthresh_after'])} segments after it"
+        ),
+        "nothing_sent": lambda: "no data was sent between the reset and the connection's next record",
+        "unknown": lambda: _unknown(row, burst),
+    }
+    return f"{cwnd}: {reasons[row['verdict']]()}"
+
+
+def _trips(row: Mapping[Any, Any]) -> str:
+    if not row["round_us"] > 0:
+        return "with no round-trip time known"
+    trips = row["lost_us"] / row["round_us"]
+    return f"{trips:.1f} round trips of {span(row['round_us'])}"
+
+
+def _acked(row: Mapping[Any, Any]) -> str:
+    return f"{size(row['acked_bytes'])} {'was' if row['acked_bytes'] == 1 else 'were'} acknowledged"
+
+
+def _bursts(row: Mapping[Any, Any]) -> str:
+    return plural(int(row["bursts"]), "burst") if row["bursts"] == row["bursts"] else "an unknown number of bursts"
+
+
+def _held(row: Mapping[Any, Any], what: str, times: str) -> str:
     return (
-        f"the peer offered a window of {size(row['snd_wnd'])}, less than the congestion window was, for a burst of "
-        f"{burst}; {_share_of_rounds(row)}"
+        f"nothing waited for the congestion window; {what} held data back for {span(row[times])} of "
+        f"{span(row['busy_us'])} of busy time (measured)"
     )
 
 
-def _trips(number: float) -> str:
-    return plural(round(number), "round trip") if number == number else "an unknown number of round trips"
+def _receiver_window(row: Mapping[Any, Any]) -> str:
+    if row["tgid"] == 0 and row["unsent_bytes"] > 0:
+        return f"the peer's window was closed, and {size(row['unsent_bytes'])} waited for it to open"
+    return _held(row, "the peer's window", "rwnd_limited_us")
 
 
-def _share_of_rounds(row: Mapping[Any, Any]) -> str:
-    return f"{row['rounds_lost']:.0f} of {row['rounds_after']:.0f} round trips are due to the reset"
+def _unknown(row: Mapping[Any, Any], burst: str) -> str:
+    """Return why the cost of a reset isn't known, and the estimate where there is one."""
+    if row["outcome"] == "capture_end":
+        why = "the capture ended before all that was sent had been acknowledged"
+    elif not row["outcome"]:
+        why = "its window wasn't followed, or the record of that was lost"
+    else:
+        why = "an older version recorded it, which didn't measure what waited"
+    if not row["predicted_us"] >= 0:
+        return f"{why}, and {burst} followed"
+    return (
+        f"{why}. If the {burst} that followed were one burst, and nothing else held it back, it was late by about "
+        f"{span(row['predicted_us'])} (estimated)"
+    )
+
+
+def chain(row: Mapping[Any, Any]) -> str:
+    """Return a row of ``analysis.recovery.chains`` in words."""
+    late = f"what was sent was late by {span(row['lost_us'])} (measured)" if row["lost_us"] else "nothing was late"
+    return (
+        f"{fmt.connection(row)}: {row['resets']} resets in a row, {row['window_segments']:.0f} -> "
+        f"{row['least_segments']} segments, by sends {span(row['every_us'])} apart at the median; {late}"
+    )
 
 
 def connection(row: Mapping[Any, Any]) -> str:
     """Return the evidence for the verdict of one connection, a row of ``connections``, in words."""
     number = plural(row["resets"], "reset")
     label = row["verdict"]
-    if label == "harmful":
-        many = f"{row['resets_harmful']} of {number} cost their bursts {span(row['lost_us'])} in all (estimated)"
-        cost = many if row["resets"] > 1 else f"its reset cost its burst {span(row['lost_us'])} (estimated)"
+    if label in ("harmful", "slight") and row["resets_harmful"]:
+        which = "its reset" if row["resets"] == 1 else f"{row['resets_harmful']} of {number}"
         # Snapshots may have missed some of the bursts, so that the busy time is too short to give a share of.
         whole = row["busy_us"] >= row["lost_us"]
-        return cost + (f", {_percent(row['lost_us'] / row['busy_us'])} of the connection's busy time" if whole else "")
+        share = f", {_percent(row['lost_us'] / row['busy_us'])} of the connection's busy time" if whole else ""
+        return f"{which} made what was sent late, by {span(row['lost_us'])} in all (measured){share}"
+    if label == "unknown" and row["resets_unknown"]:
+        which = "its reset" if row["resets"] == 1 else f"{row['resets_unknown']} of {number}"
+        return f"the cost of {which} wasn't measured; about {span(row['predicted_us'])} (estimated)"
+    if label == "other_end":
+        return "it mostly receives: the window that delays what it waits for is kept at the other end"
     if row["resets"]:
         return LABELS[label] + (f" ({row['verdict_resets']} of {number})" if row["resets"] > 1 else "")
     reasons = {
@@ -154,12 +222,8 @@ def _percent(share: float) -> str:
 # ---- the whole capture -------------------------------------------------------------------------------
 
 
-def _not_the_window(verdicts: Mapping[str, int], what: str) -> tuple[str, str]:
-    """Return the most frequent of the verdicts, and a sentence that names all of them."""
-    verdict = next(iter(verdicts))
-    claim = _CANT_TELL if verdict == "unknown" else "The congestion window is not the cause"
-    reasons = ", ".join(f'{plural(n, "time")} "{LABELS[label]}"' for label, n in verdicts.items())
-    return verdict, f"{claim}: {what} ({reasons})."
+def _counted(verdicts: Mapping[str, int]) -> str:
+    return ", ".join(f'{plural(n, "time")} "{LABELS[label]}"' for label, n in verdicts.items())
 
 
 def host(totals: Totals, lacking: str = "") -> Host:
@@ -168,31 +232,52 @@ def host(totals: Totals, lacking: str = "") -> Host:
     ``lacking`` names the records that the trace kept and the capture doesn't have. If there are any, the records that
     are there allow no verdict on the whole.
     """
-    if totals.harmful:
-        what = "Idle resets" if totals.idle_only else "Window resets"
-        text = (
-            f"{what} cost {span(totals.lost_us)} (estimated) over {plural(totals.harmful, 'burst')} on "
-            f"{totals.connections} of {plural(totals.connections_seen, 'connection')}"
-        )
-        known = totals.busy_us >= totals.lost_us
-        text += (
-            f", {_percent(totals.lost_us / totals.busy_us)} of the {span(totals.busy_us)} of busy time."
-            if known
-            else "."
-        )
-        verdict = "harmful"
-    elif totals.resets:
-        what = f"{plural(totals.resets, 'reset')}, none known to have cost a round trip"
-        verdict, text = _not_the_window(totals.verdicts, what)
-    elif totals.connections_seen:
-        verdict, text = _not_the_window(totals.verdicts, f"no reset on {plural(totals.connections_seen, 'connection')}")
-    else:
+    verdict = totals.verdict
+    what = "Idle resets" if totals.idle_only else "Window resets"
+    seen = plural(totals.connections_seen, "connection")
+    if not totals.connections_seen:
         verdict, text = "unknown", "No TCP connection was seen."
+    elif verdict in ("harmful", "slight") and totals.harmful:
+        text = (
+            f"{what} made {plural(totals.harmful, 'burst')} late on {totals.connections} of {seen}, by "
+            f"{span(totals.lost_us)} in all (measured){_of_busy(totals)}."
+        )
+        if verdict == "slight":
+            text += f" That is too little to matter: less than {FLOOR_SHARE:.0%} of each connection's busy time."
+        if totals.unknown:
+            text += f" The cost of {plural(totals.unknown, 'more reset')} isn't known."
+    elif verdict == "unknown":
+        text = f"{_CANT_TELL}, because {_open_question(totals)}."
+    elif totals.resets:
+        text = (
+            f"No reset delayed anything: {plural(totals.resets, 'reset')}, each followed to its end or too small to "
+            f"matter ({_counted(totals.verdicts)})."
+        )
+    else:
+        text = f"No window was reset on {seen} ({_counted(totals.verdicts)})."
     if lacking:
         rest = f" By the records that are there, {text[0].lower()}{text[1:]}" if totals.harmful else ""
         verdict, text = "unknown", f"{_CANT_TELL}, because {lacking}.{rest}"
-    numbers = (totals.resets, totals.harmful, totals.connections, totals.connections_seen)
-    return Host(verdict, text, *numbers, totals.lost_us, totals.busy_us)
+    numbers = (totals.resets, totals.harmful, totals.unknown, totals.connections, totals.connections_seen)
+    return Host(verdict, text, *numbers, totals.lost_us, totals.predicted_us, totals.busy_us)
+
+
+def _of_busy(totals: Totals) -> str:
+    if not totals.busy_us >= totals.lost_us:
+        return ""
+    return f", {_percent(totals.lost_us / totals.busy_us)} of the {span(totals.busy_us)} of busy time"
+
+
+def _open_question(totals: Totals) -> str:
+    if totals.unknown:
+        text = f"the cost of {totals.unknown} of {plural(totals.resets, 'reset')} wasn't measured"
+        estimate = f" (about {span(totals.predicted_us)}, estimated)" if totals.predicted_us > 0 else ""
+        known = f"; {span(totals.lost_us)} were measured for the others" if totals.lost_us > 0 else ""
+        return text + estimate + known
+    return (
+        f"it can't be told for {totals.connections_unknown} of {plural(totals.connections_seen, 'connection')} "
+        f"({_counted(totals.verdicts)})"
+    )
 
 
 # ---- remedies ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pandas as pd
 
 from cwndtrace import format as fmt
-from cwndtrace.analysis import idle_cause
+from cwndtrace.analysis import idle_cause, recovery
 from cwndtrace.present.text import Host
 from cwndtrace.records import arrow
 from cwndtrace.trace import Trace
@@ -31,6 +31,7 @@ class Report:
     host: Host
     connections: pd.DataFrame
     resets: pd.DataFrame
+    chains: pd.DataFrame
     causes: pd.DataFrame
     devices: pd.DataFrame
     processes: pd.DataFrame
@@ -47,6 +48,7 @@ def report(trace: Trace) -> Report:
         host=trace.host(),
         connections=trace.summary(),
         resets=resets,
+        chains=recovery.chains(resets),
         causes=idle_cause.summary(resets),
         devices=trace.block_summary(),
         processes=trace.block_submitters(),
@@ -86,6 +88,7 @@ def as_json(found: Report) -> dict[str, Any]:
         "connections": found.connections.assign(
             **{name: found.connections[name].map(pd.Timestamp.isoformat) for name in ("first_seen", "last_seen")}
         ),
+        "chains": found.chains,
         "causes": found.causes,
         "block_io_by_device": found.devices,
         "block_io_by_process": found.processes,

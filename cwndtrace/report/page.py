@@ -27,6 +27,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from cwndtrace import format as fmt
+from cwndtrace.analysis.verdict import CANT_TELL
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
 from cwndtrace.plot import style
@@ -37,6 +38,8 @@ from cwndtrace.report.content import Report, records
 
 CONNECTIONS: Final = 200
 """The most rows in the table of connections."""
+CHAINS: Final = 20
+"""The most chains of resets that are listed."""
 TIMELINES: Final = 6
 """The most connections with a timeline: those that lost most, or else those with most resets."""
 _RESETS: Final = 8
@@ -61,6 +64,8 @@ def page(report: Report) -> str:
         "ends": fmt.connection,
         "process": lambda row: fmt.process(row["comm"], row["pid"]),
         "words": lambda label: in_words.LABELS[label],
+        "colour": lambda label: "bad" if label == "harmful" else "open" if label in CANT_TELL else "good",
+        "chained": in_words.chain,
         "explained": in_words.reset,
         "because": _because,
         "moment": lambda time: f"{time:%H:%M:%S.%f} UTC",
@@ -76,6 +81,7 @@ def page(report: Report) -> str:
         devices=records(report.devices),
         processes=records(report.processes.head(_PROCESSES)),
         audit=records(report.audit),
+        chains=records(report.chains.head(CHAINS)),
         timelines=_timelines(report, rows),
         heat=_heat(report) if len(report.devices) else None,
         # These two are files of this package, so they need no escaping.

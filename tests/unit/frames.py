@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from cwndtrace import store
+from cwndtrace.analysis import cost
 from cwndtrace.records import arrow, layout
 from cwndtrace.store.meta import Meta
 from cwndtrace.trace import Trace, load
@@ -66,9 +67,38 @@ def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> layout.R
         "reset_ts_ns": began, "end_ts_ns": began + int(took_s * SECOND), "sock_cookie": 0x5F,
         "skaddr": 0xFFFF888012345600, "bytes_acked": 3_000_000, "acks": 90, "target": 2827, "cwnd_start": 44,
         "cwnd_end": 2827, "srtt_us": 107_000, "netns_ino": NETNS, "ssthresh_end": 2_147_483_647, "reason": "idle",
-        "outcome": "regained",
+        "outcome": "regained", "cost_us": 4 * 106_500, "held_us": 4 * 106_500, "busy_us": 600_000,
+        "chain_window": 2827, "chain_resets": 1, "waiting_bytes": 1_000_000, "bursts": 1,
+        "bytes_received": 1_000, "data_segs_in": 10,
     }  # fmt: skip
     return _filled("cwnd_recovery", record, values | fields)
+
+
+def followed(resets: pa.Table, connections: pa.Table | None = None, **fields: Any) -> pa.Table:
+    """Return the table ``cwnd_recovery`` for idle resets, each before one burst that nothing but the window delayed.
+
+    The burst is what was sent until the connection's next record; a reset without a later record isn't followed. The
+    window doubles each round trip, so the cost is the number of round trips less one, in round trips of min_rtt_us.
+    """
+    known = [pandas(t).assign(connection=lambda f: f["sock_cookie"]) for t in (resets, connections or snapshots())]
+    rows = []
+    for row in known[0].assign(burst=cost.bursts(*known)).dropna(subset="burst").to_dict("records"):
+        if row["reason"] != "idle":
+            continue
+        burst = int(row["burst"])
+        need, sent, trips = min(-(-burst // row["mss"]), row["cwnd_before"]), row["cwnd_after"], 1
+        while sent < need:
+            sent, trips = sent + row["cwnd_after"] * 2**trips, trips + 1
+        late = (trips - 1) * row["min_rtt_us"]
+        shared = {name: row[name] for name in ("skaddr", "sock_cookie", "netns_ino", "srtt_us")}
+        measured = {
+            "reset_ts_ns": row["ts_ns"], "end_ts_ns": row["ts_ns"] + trips * row["min_rtt_us"] * 1000,
+            "bytes_acked": burst, "cost_us": late, "held_us": late, "busy_us": trips * row["min_rtt_us"],
+            "target": row["cwnd_before"], "chain_window": row["cwnd_before"], "cwnd_start": row["cwnd_after"],
+            "cwnd_end": row["cwnd_before"], "waiting_bytes": burst if late else 0,
+        }  # fmt: skip
+        rows.append(recovered(**(shared | measured | fields)))
+    return table("cwnd_recovery", *rows)
 
 
 def _filled(name: str, record: layout.Records, values: dict[str, Any]) -> layout.Records:
@@ -140,7 +170,12 @@ def capture(
     recoveries: pa.Table | None = None,
     **values: Any,
 ) -> Trace:
-    """Write a complete capture to ``path`` and load it; ``values`` go into its metadata."""
+    """Write a complete capture to ``path`` and load it; ``values`` go into its metadata.
+
+    Without ``recoveries``, the resets are ``followed``.
+    """
+    if recoveries is None and resets is not None:
+        recoveries = followed(resets, connections)
     writer = store.CaptureWriter.create(path, meta(**values))
     tables = {
         "cwnd_reset": resets, "cwnd_recovery": recoveries, "block_io": block_io, "connections": connections

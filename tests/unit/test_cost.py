@@ -109,7 +109,7 @@ def priced(*resets: Any, recoveries: Any = (), bytes_sent: int = 40_100_000 + 1_
     followed = recovery.with_duration(frames.pandas(frames.table("cwnd_recovery", *recoveries)), r)
     snapshots = frames.pandas(frames.snapshots(frames.snapshot(50, bytes_sent=bytes_sent))).assign(connection="a")
     out = cost.predict(r, snapshots, followed)
-    names = [*cost.COLUMNS, *cost.MEASURED]
+    names = [*cost.COLUMNS, *recovery.FOLLOWED]
     assert list(out.columns)[-len(names) :] == names
     return out.to_dict("records")
 
@@ -121,7 +121,8 @@ def test_the_cost_of_a_burst_equals_that_computed_by_hand() -> None:
     assert (row["rounds_lost"], row["predicted_us"]) == (4, 4 * 106_500)
     # The window grows from 44 to 88, 176, 352, 704, 1408, 2120 (ssthresh) and 2827 in seven round trips.
     assert row["regain_us"] == 7 * 107_000
-    assert all(math.isnan(row[name]) for name in cost.MEASURED)
+    assert row["outcome"] == ""
+    assert all(math.isnan(row[name]) for name in recovery.FOLLOWED if name not in ("outcome", "chain"))
 
 
 def test_a_burst_ends_at_the_next_reset() -> None:
@@ -149,31 +150,54 @@ def test_bytes_acknowledged_during_the_recovery_are_a_lower_bound_of_the_burst()
     assert row["burst_bytes"] == 2_000_000
 
 
-@pytest.mark.parametrize(
-    ("outcome", "end", "ssthresh_end", "lost"),
-    [
-        ("reset_again", 44, INF, 0),
-        ("capture_end", 90, INF, 2),
-        ("closed", 2000, INF, 4),
-        ("loss", 44, INF, 4),
-        ("reset_again", 60, 60, 4),
-    ],
-)
-def test_a_window_that_hardly_grew_bounds_the_lost_round_trips(
-    outcome: str, end: int, ssthresh_end: int, lost: int
-) -> None:
-    followed = frames.recovered(1, outcome=outcome, cwnd_end=end, ssthresh_end=ssthresh_end, bytes_acked=9)
-    (row,) = priced(frames.reset(1), recoveries=[followed])
-    assert (row["rounds_lost"], row["predicted_us"]) == (lost, lost * 106_500)
-    assert math.isnan(row["measured_us"])
+@pytest.mark.parametrize("late", [{"unsent_bytes": 1}, {"ts_ns": frames.MONO}])
+def test_a_snapshot_that_does_not_show_the_whole_burst_is_not_used(late: dict[str, Any]) -> None:
+    r = frames.pandas(frames.table("cwnd_reset", frames.reset(1))).assign(connection="a")
+    seen = frames.snapshot(2, bytes_sent=40_200_000) | late
+    snapshots = frames.pandas(frames.snapshots(seen)).assign(connection="a")
+    assert cost.bursts(r, snapshots).isna().tolist() == [True]
 
 
-def test_the_time_to_regain_the_window_bounds_the_cost() -> None:
-    followed = frames.recovered(1, took_s=0.9, bytes_acked=3_000_000)
+def test_a_prediction_is_from_the_window_before_the_chain() -> None:
+    followed = frames.recovered(1, outcome="reset_again", chain_window=2827, chain_resets=4, bytes_acked=9)
+    (row,) = priced(frames.reset(1, cwnd_before=60), recoveries=[followed])
+    assert (row["cwnd_before"], row["rounds_before"], row["rounds_lost"]) == (60, 1, 4)
+    (row,) = priced(frames.reset(1, cwnd_before=60))
+    assert row["rounds_before"] > 1
+
+
+def test_what_was_measured_stands_beside_the_prediction() -> None:
+    followed = frames.recovered(1, took_s=0.9, bytes_acked=3_000_000, cost_us=400_000, other_us=7)
     (row,) = priced(frames.reset(1), recoveries=[followed])
-    # The 2072 segments fit into the window from before the reset, so they would have taken one round trip.
-    assert row["regained_us"] == 900_000
-    assert row["measured_us"] == 900_000 - 106_500
+    assert (row["outcome"], row["cost_us"], row["other_us"], row["regained_us"]) == ("regained", 400_000, 7, 900_000)
+
+
+def test_waiting_that_two_reasons_followed_at_once_counts_once() -> None:
+    resets = [frames.reset(1), frames.reset(1.5, reason="app_limited"), frames.reset(3)]
+    spans = [
+        frames.recovered(1, took_s=1),
+        frames.recovered(1.5, took_s=0.4, reason="app_limited"),
+        frames.recovered(3, cost_us=5),
+    ]
+    rows = priced(*resets, recoveries=spans)
+    assert [row["cost_us"] for row in rows] == [4 * 106_500, 0, 5]
+
+
+def test_chains_are_told_apart_by_their_first_reset() -> None:
+    number = (1, 2, 3, 1, 1, 2)
+    resets = [frames.reset(at) for at in range(1, 7)]
+    rows = priced(*resets, recoveries=[frames.recovered(at, chain_resets=n) for at, n in enumerate(number, start=1)])
+    first = (1, 1, 1, 4, 5, 5)
+    assert [row["chain"] for row in rows] == [frames.MONO + at * frames.SECOND for at in first]
+    chains = recovery.chains(pd.DataFrame(rows).assign(lost_us=1.0))
+    assert chains["resets"].tolist() == [3, 2]
+    assert chains["every_us"].tolist() == [1e6, 1e6]
+
+
+def test_a_count_of_an_older_version_below_zero_is_not_known() -> None:
+    (row,) = priced(frames.reset(1), recoveries=[frames.recovered(1, outcome="closed", bytes_acked=2**64 - 5)])
+    assert math.isnan(row["acked_bytes"])
+    assert row["burst_bytes"] == 1_000_000
 
 
 def test_a_window_above_the_receivers_window_is_never_regained() -> None:
