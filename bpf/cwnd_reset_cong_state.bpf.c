@@ -23,6 +23,6 @@ int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 	prior_ssthresh = READ(u32, sk, tcp_sock, prior_ssthresh);
 	if (prior_ssthresh)
 		emit_fallen(sk, PROBE, READ(u32, sk, tcp_sock, prior_cwnd),
-			    prior_ssthresh, sk_idle(sk));
+			    prior_ssthresh, sk_idle(sk), 0);
 	return 0;
 }

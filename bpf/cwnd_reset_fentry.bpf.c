@@ -31,7 +31,7 @@ static __always_inline int fentry_out(const void *sk)
 	if (!b)
 		return 0;
 	/* b->sk is a plain number; the verifier allows no arithmetic on the argument itself. */
-	emit_fallen((const void *)b->sk, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle);
+	emit_fallen((const void *)b->sk, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle, 0);
 	entered.delete(&key);
 	return 0;
 }

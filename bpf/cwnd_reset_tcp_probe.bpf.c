@@ -166,6 +166,18 @@ int refresh(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/*
+ * Returns the number of data bytes in the packet that is being sent. bytes_sent has them already, and snd_nxt hasn't.
+ * The packet is a copy of the first one in the write queue, which stays there until IP has taken the copy: see
+ * tcp_write_xmit() of net/ipv4/tcp_output.c.
+ */
+static __always_inline u32 bytes_under_way(const void *sk)
+{
+	u64 first = READ(u64, sk, sock, sk_write_queue__next);
+
+	return first == (u64)AT(sk, sock, sk_write_queue) ? 0 : READ(u32, first, sk_buff, len);
+}
+
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 skb = ctx->args[0], sk, key;
@@ -206,6 +218,7 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 	w->lsndtime = READ(u32, sk, tcp_sock, lsndtime);
 	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)READ(u32, sk, inet_connection_sock, icsk_rto) &&
 	    READ_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts((const void *)sk))
-		emit_fallen((const void *)sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime);
+		emit_fallen((const void *)sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime,
+			    bytes_under_way((const void *)sk));
 	return 0;
 }

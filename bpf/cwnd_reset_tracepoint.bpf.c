@@ -6,6 +6,6 @@ int on_tcp_cwnd_reset(struct bpf_raw_tracepoint_args *ctx)
 {
 	if (ctx->args[1] == REASON)
 		emit_fallen((const void *)ctx->args[0], PROBE_TRACEPOINT, ctx->args[2], ctx->args[3],
-			    ctx->args[4]);
+			    ctx->args[4], 0);
 	return 0;
 }

@@ -29,15 +29,19 @@ static __always_inline void emit(struct cwnd_reset *r)
 		follow(r);
 }
 
-/* Emits a reset whose window has just fallen, so that the socket has the values from after it. */
+/*
+ * Emits a reset whose window has just fallen, so that the socket has the values from after it. burst is the number of
+ * bytes sent since then, which don't belong in the record.
+ */
 static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before,
-					u32 idle)
+					u32 idle, u32 burst)
 {
 	struct cwnd_reset r = {};
 
 	if (!wanted(sk))
 		return;
 	fill_from_sock(&r, sk);
+	r.bytes_sent -= burst;
 	r.idle_us = jiffies_to_us(idle);
 	r.reason = REASON;
 	r.probe = probe;

@@ -243,10 +243,12 @@ def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: R
     if record["sock_cookie"]:
         # The cookie is read only now, because getsockopt makes one.
         truth["sock_cookie"] = connection.cookie()
-    if truth["probe"] == "tcp_probe" or send.reason == "app_limited":
-        # The probe runs when the first packet is under way, so that packet may count as sent already.
-        sent = after.bytes_sent - before.bytes_sent
+    sent = after.bytes_sent - before.bytes_sent
+    if send.reason == "app_limited":
+        # The window falls after packets have been sent.
         truth["bytes_sent"] = min(max(record["bytes_sent"], before.bytes_sent), after.bytes_sent)
+    if truth["probe"] == "tcp_probe" or send.reason == "app_limited":
+        # What is being sent has been queued by then.
         truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)
     differing = {name: (record[name], value) for name, value in truth.items() if record[name] != value}
     if not send.start_ns <= record["ts_ns"] <= send.end_ns:

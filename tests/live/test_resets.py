@@ -119,6 +119,15 @@ def test_a_gathered_write_causes_a_reset(tracer: Tracer, connect: Connect) -> No
     expect_one(tracer, connection)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_record_does_not_count_the_burst_after_it(tracer: Tracer, connect: Connect, address: str) -> None:
+    """The three segments go to the device as one packet."""
+    connection = was_idle(connect, address=address)
+    send = connection.send(lambda: connection.sock.send(b"x" * 4000))
+    assert send.after.bytes_sent == send.before.bytes_sent + 4000
+    expect_one(tracer, connection)
+
+
 def test_corked_pieces_cause_one_reset_when_the_first_is_queued(tracer: Tracer, connect: Connect) -> None:
     connection = was_idle(connect)
 
