@@ -51,8 +51,10 @@ _OF_INFO: Final = {
     "rwnd_limited_us": ("rwnd_limited", 1),
     "sndbuf_limited_us": ("sndbuf_limited", 1),
 }
-# Snapshots may take this share of one CPU, so they come less often with very many connections.
+# Snapshots may take this share of one CPU, so they come less often with very many connections, but not more than
+# _MOST_S apart: what happens in between would go unseen.
 _SHARE: Final = 0.05
+_MOST_S: Final = 10.0
 _LAST_S: Final = 10.0
 
 
@@ -153,8 +155,19 @@ def _addresses(families: np.ndarray, raw: np.ndarray) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(numbers(pa.int32(), np.array(indices, np.int32)), texts(list(places)))
 
 
+def pause_s(interval_s: float, cpu_s: float, took_s: float) -> float:
+    """Return the seconds from the end of a snapshot to the begin of the next one.
+
+    ``cpu_s`` and ``took_s`` are the CPU time and the time that the snapshot took. A wait for a CPU doesn't make the
+    pause longer, but shorter, so that two snapshots begin at most ten seconds apart unless one takes that long itself.
+    """
+    return max(interval_s, min(cpu_s / _SHARE, _MOST_S - took_s))
+
+
 class Snapshots:
     """Snapshots of connections: one at the start, one every ``interval_s`` seconds, and one on ``finish``.
+
+    With very many connections they come less often, see ``pause_s``.
 
     The first ``drain`` starts a thread for those in between, so the thread doesn't have the privileges that the process
     has dropped before. It takes none while one waits to be drained: they would pile up behind a stalled reader.
@@ -173,20 +186,22 @@ class Snapshots:
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
     def _take_one(self) -> float:
-        """Take a snapshot and return its CPU time in seconds: a long wait for it is no reason to delay the next."""
+        """Take a snapshot and return the pause after it, in seconds."""
+        begin = time.monotonic()
         table, cpu_s = self._take() or (None, 0.0)
         with self._lock:
             self._tables += [] if table is None else [table]
-        return cpu_s
+        return pause_s(self._interval_s, cpu_s, time.monotonic() - begin)
 
     def _run(self) -> None:
-        cpu_s, last = 0.0, False
+        pause, last = self._interval_s, False
         while not last:
-            last = self._stop.wait(max(self._interval_s, cpu_s / _SHARE))
+            last = self._stop.wait(pause)
             if self._tables and not last:
+                pause = self._interval_s
                 continue
             try:
-                cpu_s = self._take_one()
+                pause = self._take_one()
             except Exception as e:  # drain() raises it in the session's thread
                 self.error = e
                 return

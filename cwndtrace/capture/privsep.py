@@ -49,14 +49,15 @@ class Helper:
 
     lacking: str | None = None
 
-    def __init__(self, filters: Filters) -> None:
+    def __init__(self, filters: Filters, cpu_time: Callable[[], float] = time.thread_time) -> None:
         self._filters = filters
+        self._cpu_time = cpu_time
 
     def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
-        """Return ``connections.snapshot`` and the seconds of CPU time that it took."""
-        begin = time.thread_time()
+        """Return ``connections.snapshot`` and the seconds of CPU time that it took, by ``cpu_time``."""
+        begin = self._cpu_time()
         table = connections.snapshot(self._filters, utc_offset_ns)
-        return table, time.thread_time() - begin
+        return table, self._cpu_time() - begin
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return ``netns.settings``."""
@@ -279,7 +280,8 @@ def _serve(
     # This follows drop(), since a change of ids undoes it. It ends a helper that is busy when its channels close.
     if not _libc.end_with_parent(parent):
         return
-    helper = Helper(filters)
+    # Other namespaces are entered on threads of their own, whose time counts too.
+    helper = Helper(filters, time.process_time)
     threads = [threading.Thread(target=_answer, args=(helper, end), daemon=True) for end in ends]
     for thread in threads:
         thread.start()

@@ -8,7 +8,10 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,28 @@ def test_a_helper_that_answers_again_is_asked_again(connect: Connect, space: tcp
         until(seen, 60, "the new connection in a snapshot")
         code, _, stderr = run.end()
     assert (code, stderr.count("the trace goes on without")) == (0, 1), stderr
+
+
+def test_snapshots_keep_coming_while_the_machine_is_busy(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """Eight busy processes for each CPU leave the helper process a ninth of one."""
+    path, connection = tmp_path / "a.cwnd", connect()
+    number = 8 * (os.cpu_count() or 1)
+
+    def moments() -> list[int]:
+        rows = cwndtrace.load(path).connections
+        return sorted(rows[rows["sport"] == connection.sport]["ts_ns"].unique().tolist())
+
+    with running("-n", space.name, "--no-block", "-o", path) as run, ExitStack() as stack:
+        for _ in range(number):
+            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(busy.kill)
+        until(lambda: len(moments()) >= 5, 90, "five snapshots")
+        end_ns = time.monotonic_ns()
+        code, _, stderr = run.end()
+    assert code == 0, stderr
+    found = moments()
+    gaps = [(after - before) / 1e9 for before, after in pairwise(found)]
+    print(f"with {number} busy processes, {len(found)} snapshots, at most {max(gaps):.1f} s apart")
+    assert max(gaps) <= 10
+    assert found[-1] > end_ns
+    assert cwndtrace.load(path).warnings == []

@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
-from cwndtrace.capture import privsep
+from cwndtrace.capture import connections, privsep
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.privsep import Helper, PrivilegedHelper
 from cwndtrace.capture.source import Filters
@@ -134,3 +136,84 @@ def test_a_delayed_snapshot_does_not_lengthen_the_interval(answered: bool) -> No
 
     until(more, 60, "the snapshots after that")
     snapshots.finish()
+
+
+class FakeTime:
+    """A clock that is an event, too, which is set after ``end`` seconds. Waiting for it takes no real time."""
+
+    def __init__(self, end: float) -> None:
+        self.now, self._end = 0.0, end
+        self.passing: Callable[[], object] = lambda: None
+        """What happens while somebody waits."""
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        self.passing()
+        return self.is_set()
+
+    def is_set(self) -> bool:
+        return self.now >= self._end
+
+
+def in_fake_time(monkeypatch: pytest.MonkeyPatch, fake: FakeTime, cpu_s: float, took_s: float) -> Snapshots:
+    """Return snapshots whose thread ``_run`` stands for; each takes these times and has the moment when it began."""
+    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    snapshots = Snapshots(lambda: None)
+
+    def take() -> tuple[pa.Table, float]:
+        table = pa.table({"begun": [fake.now]})
+        fake.now += took_s
+        return table, cpu_s
+
+    snapshots._take = take
+    monkeypatch.setattr(snapshots, "_stop", fake)
+    return snapshots
+
+
+def moments(snapshots: Snapshots) -> list[float]:
+    return [moment for table in snapshots._tables for moment in table["begun"].to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("cpu_s", "took_s", "apart_s"),
+    [
+        (0.01, 0.01, 2.01),
+        (0.2, 0.2, 4.2),  # a twentieth of a CPU
+        (0.2, 3.0, 7.0),  # it waited for a CPU, so the pause isn't longer
+        (0.2, 7.5, 10.0),
+        (3.1, 3.1, 10.0),  # very many connections: a twentieth would be one a minute
+        (3.1, 28.0, 30.0),
+    ],
+)
+def test_snapshots_follow_their_cpu_time_and_are_at_most_ten_seconds_apart(
+    monkeypatch: pytest.MonkeyPatch, cpu_s: float, took_s: float, apart_s: float
+) -> None:
+    fake, begun = FakeTime(end=200), []
+    snapshots = in_fake_time(monkeypatch, fake, cpu_s, took_s)
+
+    def drain() -> None:
+        begun.extend(moments(snapshots))
+        snapshots._tables = []
+
+    fake.passing = drain
+    snapshots._run()
+    gaps = [after - before for before, after in pairwise(begun)]
+    assert gaps == pytest.approx([apart_s] * len(gaps))
+    assert len(gaps) >= 5
+    # The last one comes at the end, whenever the one before it was.
+    (last,) = moments(snapshots)
+    assert last >= 200
+
+
+def test_a_reader_that_stalls_for_a_moment_does_not_double_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, begun = FakeTime(end=20), []
+    snapshots = in_fake_time(monkeypatch, fake, 1.0, 0.0)
+
+    def drain_late() -> None:
+        if fake.now > 12:
+            begun.extend(moments(snapshots))
+            snapshots._tables = []
+
+    fake.passing = drain_late
+    snapshots._run()
+    assert [*begun, *moments(snapshots)] == pytest.approx([2, 14, 24])
