@@ -44,6 +44,7 @@ _OF_INFO: Final = {
     "last_rcv_us": ("last_data_recv", 1000),
     "bytes_acked": ("bytes_acked", 1),
     "bytes_sent": ("bytes_sent", 1),
+    "bytes_received": ("bytes_received", 1),
     "unsent_bytes": ("notsent_bytes", 1),
     "unacked": ("unacked", 1),
     "total_retrans": ("total_retrans", 1),

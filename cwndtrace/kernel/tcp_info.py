@@ -14,9 +14,9 @@ FIELDS: Final = {
     "state": ("B", 0), "ca_state": ("B", 1), "rto": ("I", 8), "snd_mss": ("I", 16), "unacked": ("I", 24),
     "last_data_sent": ("I", 44), "last_data_recv": ("I", 52), "rtt": ("I", 68), "rttvar": ("I", 72),
     "snd_ssthresh": ("I", 76), "snd_cwnd": ("I", 80), "total_retrans": ("I", 100), "pacing_rate": ("Q", 104),
-    "bytes_acked": ("Q", 120), "notsent_bytes": ("I", 144), "min_rtt": ("I", 148), "delivery_rate": ("Q", 160),
-    "busy_time": ("Q", 168), "rwnd_limited": ("Q", 176), "sndbuf_limited": ("Q", 184), "bytes_sent": ("Q", 200),
-    "snd_wnd": ("I", 228),
+    "bytes_acked": ("Q", 120), "bytes_received": ("Q", 128), "notsent_bytes": ("I", 144), "min_rtt": ("I", 148),
+    "delivery_rate": ("Q", 160), "busy_time": ("Q", 168), "rwnd_limited": ("Q", 176), "sndbuf_limited": ("Q", 184),
+    "bytes_sent": ("Q", 200), "snd_wnd": ("I", 228),
 }  # fmt: skip
 """Members of ``struct tcp_info`` (include/uapi/linux/tcp.h) without ``tcpi_``: the code of their type for ``struct``,
 and their offset in bytes. The struct only grows at its end, so an older kernel returns a prefix."""
@@ -57,6 +57,8 @@ class TcpInfo:
     pacing_rate: int = 0
     """bytes/s"""
     bytes_acked: int = 0
+    """bytes"""
+    bytes_received: int = 0
     """bytes"""
     notsent_bytes: int = 0
     """bytes queued and not yet sent"""

@@ -251,6 +251,7 @@ CONNECTIONS: Final = _snapshot(
     ("last_rcv_us", pa.uint64(), "us", "since data last came in, to one millisecond"),
     ("bytes_acked", pa.uint64(), "bytes", "acknowledged over its life"),
     ("bytes_sent", pa.uint64(), "bytes", "sent over its life, retransmissions included"),
+    ("bytes_received", pa.uint64(), "bytes", "received over its life; null in captures of older versions"),
     ("unsent_bytes", pa.uint32(), "bytes", "queued and not yet sent"),
     ("unacked", pa.uint32(), "segments", "sent and not yet acknowledged"),
     ("total_retrans", pa.uint32(), "segments", "retransmitted over its life"),
@@ -261,7 +262,7 @@ CONNECTIONS: Final = _snapshot(
 )
 """The schema of connection snapshots, the only table that comes from inet_diag and not from BPF."""
 
-MAY_BE_NULL: Final = frozenset({"busy_us", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
+MAY_BE_NULL: Final = frozenset({"busy_us", "bytes_received", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
 """The columns that may have nulls; in all other columns of ``TABLES`` a null is damage."""
 
 _OF_LATER_VERSIONS: Final = frozenset(

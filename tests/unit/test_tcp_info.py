@@ -15,8 +15,8 @@ OFFSETS = {
     "snd_ssthresh": 76, "snd_cwnd": 80, "total_retrans": 100, "notsent_bytes": 144, "min_rtt": 148, "snd_wnd": 228,
 }  # fmt: skip
 LONG_OFFSETS = {
-    "pacing_rate": 104, "bytes_acked": 120, "delivery_rate": 160, "busy_time": 168, "rwnd_limited": 176,
-    "sndbuf_limited": 184, "bytes_sent": 200,
+    "pacing_rate": 104, "bytes_acked": 120, "bytes_received": 128, "delivery_rate": 160, "busy_time": 168,
+    "rwnd_limited": 176, "sndbuf_limited": 184, "bytes_sent": 200,
 }  # fmt: skip
 """The offsets in struct tcp_info, from a C compiler."""
 
