@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from cwndtrace.analysis import direction
 from cwndtrace.records import layout
 
 _ENDS: Final = ["netns_ino", "saddr", "sport", "daddr", "dport"]
@@ -48,7 +49,11 @@ COLUMNS: Final = {
     "rto_us": "retransmission timeout in its last record, us",
     "bytes_sent": "bytes sent over its life, including retransmissions, in its last record",
     "bytes_acked": "bytes acknowledged over its life, in its last record",
+    "bytes_received": "bytes received over its life, in its last record; missing in captures of older versions",
     "total_retrans_segments": "segments retransmitted over its life, in its last record",
+    "received_bytes": "bytes received while it was watched; missing where no two snapshots tell",
+    "mostly_receives": "true if it received more than 10 kB while it was watched, at least ten times what it sent: its "
+    "sender is the other end; missing where that isn't known",
 }
 """The columns of ``summary``, in order, with their meanings and units."""
 
@@ -92,11 +97,17 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
         out[f"resets_{label}"] = (sightings["reason"] == label).groupby(sightings["connection"]).sum()
     out["idle_total_us"], out["idle_longest_us"] = groups["reset_idle_us"].sum(), groups["reset_idle_us"].max()
     out["cwnd_min_segments"], out["cwnd_max_segments"] = groups["cwnd_low"].min(), groups["cwnd_high"].max()
+    moved = direction.watched(connections).reindex(out.index)
+    mostly = direction.mostly_receives(moved["sent_bytes"], moved["received_bytes"])
+    out["received_bytes"] = moved["received_bytes"]
+    out["mostly_receives"] = mostly.astype("boolean").where(moved["received_bytes"].notna())
     out = out.rename(columns={"cwnd": "cwnd_last_segments", "total_retrans": "total_retrans_segments"}).reset_index()
     for name in COLUMNS:
         kind = _dtype(name)
         if kind == "str":
             out[name] = out[name].fillna("").astype(str)
+        elif kind in ("float64", "boolean"):
+            out[name] = out[name].astype(kind)
         elif kind != "datetime64[us, UTC]":
             out[name] = out[name].fillna(0).astype(kind)
     order = ["resets", "idle_total_us", "first_seen", "connection"]
@@ -108,8 +119,10 @@ def _dtype(column: str) -> Any:
         return "str"
     if column in ("first_seen", "last_seen"):
         return "datetime64[us, UTC]"
-    if column == "seen_s":
+    if column in ("seen_s", "bytes_received", "received_bytes"):
         return "float64"
+    if column == "mostly_receives":
+        return "boolean"
     return "uint64" if column == "sock_cookie" else "int64"
 
 
@@ -185,7 +198,7 @@ def _from_resets(resets: pd.DataFrame) -> pd.DataFrame:
     out = rows[_SHARED].assign(pid=rows["tgid"], cwnd=rows["cwnd_after"], state=None, reason=rows["reason"])
     out["cwnd_low"], out["cwnd_high"] = rows["cwnd_after"], rows["cwnd_before"]
     out["reset_idle_us"] = rows["idle_us"].astype("int64").where(rows["reason"] == "idle", 0)
-    out["reset"], out["snapshot"] = 1, 0
+    out["reset"], out["snapshot"], out["bytes_received"] = 1, 0, np.nan
     return _missing(out)
 
 
@@ -193,7 +206,7 @@ def _from_snapshots(connections: pd.DataFrame) -> pd.DataFrame:
     rows = _plain(connections)
     out = rows[_SHARED].assign(pid=rows["pid"], cwnd=rows["cwnd"], state=rows["state"], reason=None)
     out["cwnd_low"], out["cwnd_high"], out["reset_idle_us"] = rows["cwnd"], rows["cwnd"], 0
-    out["reset"], out["snapshot"] = 0, 1
+    out["reset"], out["snapshot"], out["bytes_received"] = 0, 1, rows["bytes_received"].astype("float64")
     return _missing(out)
 
 

@@ -12,6 +12,7 @@ from typing import Final
 import click
 
 from cwndtrace import format as fmt
+from cwndtrace.analysis.direction import ENDS, Receivers
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli import preflight, systemd
@@ -20,6 +21,7 @@ from cwndtrace.cli.output import OutputError, output_closed, printing
 from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError
 from cwndtrace.format import clean
+from cwndtrace.present.direction import elsewhere
 from cwndtrace.recorder import Observer
 
 _CHECK_INTERVAL_S: Final = 2.0
@@ -55,6 +57,7 @@ class Console(Observer):
         self._lacking_reported = False
         self._left_out_reported: set[str] = set()
         self._settings_warned: list[str] = []
+        self._receivers: Receivers | None = Receivers()
 
     def begin(self, capture: Path) -> None:
         """Announce that tracing into ``capture`` has begun, to the user and to a service manager."""
@@ -67,8 +70,10 @@ class Console(Observer):
         with self._printing():
             for batch in batches:
                 self._view.batch(batch)
-                if batch.event == "connections" and not self._session.tally.kept["cwnd_reset"]:
-                    self._warn_of_settings(batch)
+                if batch.event == "connections":
+                    self._warn_of_direction(batch)
+                    if not self._session.tally.kept["cwnd_reset"]:
+                        self._warn_of_settings(batch)
             if news := self._interface.news():
                 self._warn(news)
             for kind, number in self._session.tally.left_out.items():
@@ -97,6 +102,8 @@ class Console(Observer):
         with self._printing():
             for batch in batches:
                 self._view.batch(batch)
+                if batch.event == "connections":
+                    self._warn_of_direction(batch)
             self._view.tick("", last=True)
             self._view.end()
 
@@ -126,6 +133,13 @@ class Console(Observer):
             if line not in self._settings_warned:
                 self._warn(line)
         self._settings_warned = lines
+
+    def _warn_of_direction(self, connections: Batch) -> None:
+        """Say once that all connections that move data mostly receive, and where to trace instead."""
+        if self._receivers is None or (found := self._receivers.add(connections.table)) is None:
+            return
+        self._receivers = None
+        self._warn(elsewhere(found.select(ENDS).to_pylist(), len(connections)))
 
     @contextmanager
     def _printing(self) -> Iterator[None]:

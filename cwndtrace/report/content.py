@@ -10,7 +10,8 @@ from typing import Any, Final
 import pandas as pd
 
 from cwndtrace import format as fmt
-from cwndtrace.analysis import idle_cause, recovery
+from cwndtrace.analysis import direction, idle_cause, recovery
+from cwndtrace.present.direction import elsewhere
 from cwndtrace.present.text import Host
 from cwndtrace.records import arrow
 from cwndtrace.trace import Trace
@@ -42,11 +43,11 @@ class Report:
 
 def report(trace: Trace) -> Report:
     """Return the report on a capture."""
-    resets = trace.verdicts
+    resets, connections = trace.verdicts, trace.summary()
     return Report(
         trace=trace,
         host=trace.host(),
-        connections=trace.summary(),
+        connections=connections,
         resets=resets,
         chains=recovery.chains(resets),
         causes=idle_cause.summary(resets),
@@ -54,13 +55,13 @@ def report(trace: Trace) -> Report:
         processes=trace.block_submitters(),
         remedies=trace.remedies(),
         audit=trace.audit(),
-        caveats=_caveats(trace),
+        caveats=_caveats(trace, connections),
     )
 
 
-def _caveats(trace: Trace) -> dict[str, list[str]]:
+def _caveats(trace: Trace, connections: pd.DataFrame) -> dict[str, list[str]]:
     gaps = trace.gaps()
-    whole = [f"{line}." for line in trace.warnings if line not in gaps]
+    whole = [*_direction(connections), *(f"{line}." for line in trace.warnings if line not in gaps)]
     if trace.status != "complete":
         whole.append(f"The capture is {trace.status}: records that it had not yet written are missing.")
     for kind, number in trace.left_out.items():
@@ -79,6 +80,24 @@ def _caveats(trace: Trace) -> dict[str, list[str]]:
             "Block I/O wasn't recorded, so a disk can't be told from the application as the cause of idle time."
         )
     return {"missing": [f"{line}." for line in gaps], "all": whole, "resets": resets, "block_io": block}
+
+
+def _direction(connections: pd.DataFrame) -> list[str]:
+    """Return sentences on the connections whose windows are kept at the other end, if that isn't in the capture."""
+    ends = connections[direction.ENDS].itertuples(index=False, name=None)
+    here = {(daddr, dport, saddr, sport) for saddr, sport, daddr, dport in ends}
+    receive = connections[connections["mostly_receives"].fillna(value=False)].to_dict("records")
+    receivers = [row for row in receive if tuple(row[name] for name in direction.ENDS) not in here]
+    lines = [elsewhere(receivers, len(connections))] if receivers else []
+    unknown = connections["bytes_received"].isna() & (connections["snapshots"] > 0)
+    little = int((unknown & (connections["sent_bytes"] < direction.LEAST_BYTES)).sum())
+    if little:
+        lines.append(
+            "The capture doesn't say how much its connections received, so it can't tell whether the sender is the "
+            f"other end of the {little:,} of {fmt.plural(len(connections), 'connection')} that sent less than "
+            f"{fmt.size(direction.LEAST_BYTES)}."
+        )
+    return lines
 
 
 def as_json(found: Report) -> dict[str, Any]:
