@@ -310,7 +310,8 @@ class Trace:
             if rows.empty:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
-        return in_words.remedies(remedy.remedies(judged, rows), self.about, self._lacking())
+        found = remedy.remedies(judged, rows)
+        return in_words.remedies(found, self.about, self._lacking(), seen=not rows.empty)
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:

@@ -293,16 +293,20 @@ REMEDY_COLUMNS: Final = {
 """The columns of ``remedies``."""
 
 
-def remedies(found: pd.DataFrame, about: Meta, lacking: str = "") -> pd.DataFrame:
-    """Return the rows of ``analysis.remedy.remedies`` with actions and risks in words. ``lacking``: see ``host``."""
+def remedies(found: pd.DataFrame, about: Meta, lacking: str = "", *, seen: bool = True) -> pd.DataFrame:
+    """Return the rows of ``analysis.remedy.remedies`` with actions and risks in words.
+
+    ``lacking``: see ``host``. ``seen`` is false where the capture has no connection.
+    """
+    nothing = f"trace again, or get the whole capture, because {lacking}" if lacking else _LEAVE if seen else _AGAIN
     rows = found.to_dict("records")
-    texts = [_action(row["remedy"], row["detail"], about, lacking) for row in rows]
+    texts = [_action(row["remedy"], row["detail"], about, nothing) for row in rows]
     action, why_risk = ([text[i] for text in texts] for i in range(2))
     return found.assign(action=action, why_risk=why_risk)[list(REMEDY_COLUMNS)]
 
 
-def _action(remedy: str, detail: tuple[Any, ...], about: Meta, lacking: str) -> tuple[str, str]:
-    """Return what to do and what may go wrong."""
+def _action(remedy: str, detail: tuple[Any, ...], about: Meta, nothing: str) -> tuple[str, str]:
+    """Return what to do and what may go wrong; ``nothing`` is what to do where no remedy is known."""
     if remedy == "sysctl":
         commands = [
             f"{_inside(inode, about)}sysctl -w {tcp.IDLE_SYSCTL}=0{_elsewhere(inode, about)}" for inode in detail
@@ -337,11 +341,12 @@ def _action(remedy: str, detail: tuple[Any, ...], about: Meta, lacking: str) -> 
         "receiver_window": ("let the receiver offer more (net.ipv4.tcp_rmem there, or its SO_RCVBUF)", memory),
         "send_buffer": ("let the sender buffer more (net.ipv4.tcp_wmem, or the program's SO_SNDBUF)", memory),
         "loss": ("look for packet loss on the path (the congestion window isn't what these connections lack)", "none"),
-        "nothing": (f"trace again, or get the whole capture, because {lacking}" if lacking else _LEAVE, "none"),
+        "nothing": (nothing, "none"),
     }[remedy]
 
 
 _LEAVE: Final = "leave the settings as they are"
+_AGAIN: Final = "trace again while connections are open, with a filter that lets them through; no connection was seen"
 
 
 def remedy(row: Mapping[Any, Any]) -> str:

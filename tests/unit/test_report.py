@@ -107,6 +107,7 @@ def test_incomplete_captures_are_reported(path: Path, kind: str) -> None:
     }[kind]  # fmt: skip
     assert expected in result.stdout
     assert expected.removeprefix("! ") in text
+    assert ("1. Trace again while connections are open" in result.stdout) == expected.startswith("No TCP")
     assert ("Heat map" in text) == (kind != "empty")
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
 
