@@ -17,7 +17,7 @@ import pyarrow as pa
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import cgroups, inet_diag, interfaces, netns, sockets
-from cwndtrace.records.arrow import CONNECTIONS, address, numbers, texts, values
+from cwndtrace.records.arrow import CONNECTIONS, address, enum_labels, numbers, texts, values
 
 # Numbers of include/net/tcp_states.h. TIME_WAIT, CLOSE, LISTEN and SYN_RECV have no window of interest.
 _STATES: Final = {
@@ -32,7 +32,6 @@ _STATES: Final = {
 _STATE_MASK: Final = sum(1 << state for state in _STATES)
 # Columns that come from struct tcp_info, with its member and a factor: it has some times in ms.
 _OF_INFO: Final = {
-    "ca_state": ("ca_state", 1),
     "cwnd": ("snd_cwnd", 1),
     "ssthresh": ("snd_ssthresh", 1),
     "mss": ("snd_mss", 1),
@@ -130,6 +129,7 @@ def _table(
         "pid": np.array([pid for pid, _ in held], np.uint32),
         "comm": texts([comm for _, comm in held]).dictionary_encode(),
         "ca_name": texts([name.decode("ascii", "replace") for name in found.control]).dictionary_encode(),
+        "ca_state": enum_labels("ca_state", info["ca_state"]),
         "sndbuf": numbers(pa.uint32(), np.array([size or 0 for size in found.sndbuf], np.uint32), has_sndbuf),
         **{name: info[of].astype(np.uint64) * factor for name, (of, factor) in _OF_INFO.items()},
     }

@@ -182,6 +182,14 @@ def _label(f: Field, raw: bytes) -> str:
     return header().enums[f.unit.removeprefix("enum ")].get(value, str(value))
 
 
+def enum_labels(enum: str, codes: npt.NDArray[Any]) -> pa.DictionaryArray:
+    """Return the texts that stand for numbers of an enum of the header; a number that it doesn't have is its own."""
+    known = header().enums[enum]
+    distinct, indices = np.unique(codes, return_inverse=True)
+    labels = [known.get(value, str(value)) for value in distinct.tolist()]
+    return pa.DictionaryArray.from_arrays(numbers(pa.int32(), indices.astype(np.int32)), texts(labels))
+
+
 def clean_texts(table: pa.Table) -> pa.Table:
     """Return ``table`` with ``clean`` texts, because DataFrames are printed as they are.
 
@@ -239,7 +247,7 @@ CONNECTIONS: Final = _snapshot(
     ("pid", pa.uint32(), "pid", "a process that holds it; 0 where none was found"),
     ("comm", _DICTIONARY, "text", "its name"),
     ("ca_name", _DICTIONARY, "text", "congestion control"),
-    ("ca_state", pa.uint8(), "enum ca_state", "congestion state"),
+    ("ca_state", _DICTIONARY, "enum ca_state", "congestion state"),
     ("cwnd", pa.uint32(), "segments", "congestion window"),
     ("ssthresh", pa.uint32(), "segments", "slow start threshold; 2147483647 where never set"),
     ("mss", pa.uint32(), "bytes", "sender MSS"),

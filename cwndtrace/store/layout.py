@@ -8,8 +8,9 @@ from typing import Final
 
 from cwndtrace import format as fmt
 
-SCHEMA_VERSION: Final = 1
-"""The version of the format. It rises when an older reader would misread a capture, not for new columns and tables."""
+SCHEMA_VERSION: Final = 2
+"""The version of the format. It rises when an older reader would misread a capture, not for new columns and tables.
+Since 2, ``ca_state`` of ``connections`` is text."""
 
 META: Final = "meta.json"
 

@@ -271,10 +271,10 @@ def _status(meta: dict[str, Any]) -> str:
 
 def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
     present = set(data.column_names)
-    columns = [data.column(f.name).cast(f.type) if f.name in present else pa.nulls(len(data), f.type) for f in known]
     for name in present & set(known.names) - arrow.MAY_BE_NULL:
         if data.column(name).null_count:
             raise UnsafeFile(f"values of {name} are missing")
+    columns = [_cast(data.column(f.name), f) if f.name in present else pa.nulls(len(data), f.type) for f in known]
     for column in columns:
         if pa.types.is_timestamp(column.type):
             # This raises for times that nanoseconds in 64 bits can't express, and that pandas couldn't show.
@@ -282,3 +282,11 @@ def _conform(data: pa.Table, known: pa.Schema) -> pa.Table:
     extra = [f for f in data.schema if f.name not in known.names]
     schema = pa.schema([*known, *extra], metadata=known.metadata)
     return pa.Table.from_arrays([*columns, *(data.column(f.name) for f in extra)], schema=schema)
+
+
+def _cast(column: pa.ChunkedArray, to: pa.Field) -> pa.ChunkedArray:
+    unit = to.metadata[b"unit"].decode()
+    if unit.startswith("enum ") and pa.types.is_integer(column.type):  # as version 1 wrote ca_state of connections
+        codes = arrow.values(column.combine_chunks())
+        return pa.chunked_array([arrow.enum_labels(unit.removeprefix("enum "), codes)])
+    return column.cast(to.type)

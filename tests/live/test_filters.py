@@ -227,7 +227,7 @@ def test_a_snapshot_agrees_with_tcp_info_and_proc(tracer: Tracer, world: World) 
             "pid": holder,
             "comm": Path(f"/proc/{holder}/comm").read_text().rstrip("\n"),
             "ca_name": connection.ca,
-            "ca_state": 0,
+            "ca_state": "open",
             "cwnd": info.cwnd,
             "ssthresh": info.ssthresh,
             "mss": info.mss,

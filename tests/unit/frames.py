@@ -128,8 +128,9 @@ def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
         "time": (ts_ns + OFFSET) // 1000, "ts_ns": ts_ns, "sock_cookie": 0x5F, "netns_ino": NETNS, "family": 2,
         "state": "ESTAB",
         "saddr": "10.1.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51324, "inode": 91234, "pid": 4242,
-        "comm": "replica", "ca_name": "cubic", "cwnd": 2827, "ssthresh": 2_147_483_647, "mss": 1448, "rto_us": 308_000,
-        "srtt_us": 107_000, "min_rtt_us": 106_500, "bytes_acked": 30_000_000, "bytes_sent": 30_100_000,
+        "comm": "replica", "ca_name": "cubic", "ca_state": "open", "cwnd": 2827, "ssthresh": 2_147_483_647,
+        "mss": 1448, "rto_us": 308_000, "srtt_us": 107_000, "min_rtt_us": 106_500, "bytes_acked": 30_000_000,
+        "bytes_sent": 30_100_000,
     }  # fmt: skip
     return row | fields
 

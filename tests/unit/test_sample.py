@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 import cwndtrace
 from cwndtrace.cli import main
 from cwndtrace.lab import recording, statistics
+from cwndtrace.records import layout
 from cwndtrace.trace import Trace
 
 DATA = Path(__file__).parents[1] / "data"
@@ -91,3 +94,14 @@ def test_a_capture_from_before_the_names_changed_opens() -> None:
     assert (older.summary()["idle_longest_us"] > 0).any()
     result = CliRunner().invoke(main, ["report", str(older.path)])
     assert (result.exit_code, "Idle resets cost" in result.output) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["older.cwnd", "sample.cwnd"])
+def test_congestion_states_that_were_numbers_are_texts(name: str) -> None:
+    part = next((DATA / name / "connections").glob("*.parquet"))
+    assert pa.types.is_integer(pq.read_schema(part).field("ca_state").type)
+    older = cwndtrace.load(DATA / name)
+    assert older.warnings == []
+    for frame in (older.connections, older.resets):
+        assert set(frame["ca_state"]) <= set(layout.header().enums["ca_state"].values())
+        assert frame["ca_state"].dtype == older.connections["state"].dtype
