@@ -49,9 +49,9 @@ def nominal_size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def threshold(segments: int) -> str:
-    """Return a slow start threshold (ssthresh) in segments; the kernel's TCP_INFINITE_SSTHRESH as inf."""
-    return "inf" if segments >= _INFINITE else str(segments)
+def threshold(segments: float) -> str:
+    """Return a slow start threshold (ssthresh) in segments; one that was never set, which frames lack, as inf."""
+    return f"{segments:.0f}" if segments < _INFINITE else "inf"
 
 
 def endpoint(address: str, port: int) -> str:

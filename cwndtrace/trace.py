@@ -22,7 +22,7 @@ from cwndtrace.errors import NotFound, making_sense
 from cwndtrace.present import html
 from cwndtrace.present import text as in_words
 from cwndtrace.present.text import Host, Verdict
-from cwndtrace.records import arrow
+from cwndtrace.records import arrow, frames
 from cwndtrace.store.meta import Meta
 
 _T = TypeVar("_T")
@@ -109,6 +109,12 @@ class Trace:
     order of time. The other columns are those of the capture's tables. Their Parquet metadata has units and
     descriptions; ``frame.attrs["units"]`` has the units too. Text columns are plain strings; in ``block_io``, which can
     have millions of rows, they are categories. An empty table is a frame with all its columns and no row.
+
+    All frames follow one rule. Counts, segments, bytes and times (us, ns) are int64, so that differences have a sign;
+    ``bytes`` of ``block_io`` is int32 where no request has 2 GiB. Columns whose values may be missing are float64, and
+    a missing value is NaN: an ssthresh that was never set, min_rtt_us without a sample (the Parquet files have the
+    kernel's 2147483647 and 4294967295 there), what an older version didn't record, and computed figures. Ids, ports and
+    pids keep the unsigned types of the files.
     """
 
     def __init__(self, capture: store.Capture) -> None:
@@ -230,10 +236,10 @@ class Trace:
         needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
         devices = self.about.devices
         pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
-        whole = (arrow.whole(piece.to_pandas(use_threads=False), "block_io") for piece in pieces)
-        frames = (block_analysis.add(frame, devices, columns) for frame in whole)
+        whole = (frames.whole(frames.frame(piece, "block_io"), "block_io") for piece in pieces)
+        added = (block_analysis.add(frame, devices, columns) for frame in whole)
         names = tuple(dict.fromkeys(("start_ns", *columns)))
-        frame = block_analysis.joined(frames, names, self._capture.rows("block_io"))
+        frame = block_analysis.joined(added, names, self._capture.rows("block_io"))
         return frame if names == columns else frame[list(columns)]
 
     @_computed
@@ -327,9 +333,9 @@ class Trace:
         rows = self._summary[self._summary["connection"] == key]
         if rows.empty:
             raise _no_connection(key)
-        frames = (self.verdicts, self._connections, self._recoveries)
+        mine = (f[f["connection"] == key] for f in (self.verdicts, self._connections, self._recoveries))
         about = {str(name): value for name, value in rows.iloc[0].to_dict().items()}
-        return Connection(about, *(frame[frame["connection"] == key] for frame in frames))
+        return Connection(about, *mine)
 
     def explain(self, reset: int) -> Verdict:
         """Return the verdict on one reset, by its row in ``verdicts``. Raises KeyError where there is none."""
@@ -379,25 +385,25 @@ class Trace:
 
     def _whole(self, table: str) -> pd.DataFrame:
         """Return the rows of a table that have all values that the analyses need."""
-        return arrow.whole(self._frame(table), table)
+        return frames.without_placeholders(frames.whole(self._raw(table), table, placeholders=True))
 
     def _and_partly(self, table: str, whole: pd.DataFrame) -> pd.DataFrame:
         """Return ``whole`` and the rows that lack a value, in order of time; the latter have no computed values."""
         if not self._capture.partly(table)[0]:
             return whole
-        frame = self._frame(table)
-        partly = frame[frame[arrow.needed(table)].isna().any(axis=1)]
-        both = pd.concat([whole, partly]).sort_values(_clock(frame), kind="stable", ignore_index=True)
-        both.attrs.update(frame.attrs)
+        raw = self._raw(table)
+        partly = frames.without_placeholders(raw[raw[arrow.needed(table)].isna().any(axis=1)])
+        both = pd.concat([whole, partly]).sort_values(_clock(raw), kind="stable", ignore_index=True)
+        both.attrs.update(raw.attrs)
         return both
 
-    def _frame(self, table: str) -> pd.DataFrame:
+    def _raw(self, table: str) -> pd.DataFrame:
         # A column that an untrusted capture or a later version added might have the name of one computed here.
         rows = arrow.clean_texts(self._capture.table(table, arrow.schema(table).names))
         units = _Units(
             {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
         )
-        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # for the reason given in store.files.read
+        frame = frames.raw(rows, table)
         frame = frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
         frame.attrs["units"] = units
         return frame

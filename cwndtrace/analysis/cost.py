@@ -25,8 +25,8 @@ Floats = npt.NDArray[np.float64]
 
 # The most round trips that are simulated until a window is back.
 _MOST_ROUNDS: Final = 10_000
-# The kernel's min_rtt_us before its first sample.
-_NO_RTT: Final = 2**32 - 1
+# No window reaches an ssthresh that was never set.
+_NEVER_SET: Final = 2**62
 
 COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
@@ -132,7 +132,7 @@ def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.Da
     whole = resets.assign(cwnd_before=followed["chain_window"].fillna(resets["cwnd_before"].astype("float64")))
     timeout = resets["reason"].astype(str) == "rto_loss"
     srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~timeout)
-    trip = resets["min_rtt_us"].astype("float64").where(resets["min_rtt_us"] != _NO_RTT, srtt)
+    trip = resets["min_rtt_us"].fillna(srtt)
     after, before = (_rounds(whole, burst, side) for side in ("after", "before"))
     back = pd.Series(regain(**path(whole, "after")), index=resets.index)
     out = resets.assign(
@@ -151,6 +151,7 @@ def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.Da
 def path(rows: pd.DataFrame, side: str) -> dict[str, Any]:
     """Return the arguments of ``rounds`` but the burst, for the window on ``side`` (before, after) of each reset."""
     names = {"cwnd": f"cwnd_{side}", "ssthresh": f"ssthresh_{side}", "limit_bytes": "snd_wnd", "mss": "mss"}
+    rows = rows.assign(**{names["ssthresh"]: rows[names["ssthresh"]].fillna(_NEVER_SET)})
     numbers = {argument: rows[name].to_numpy(np.int64) for argument, name in names.items()}
     reno = (rows["ca_name"].astype(str) == "reno").to_numpy()
     return {**numbers, "target": rows["cwnd_before"].to_numpy(np.int64), "reno": reno}

@@ -59,8 +59,8 @@ def of_resets(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataF
         out[there] = row[there].astype("float64")
         out["outcome"] = row["outcome"].astype(object)
         acked = row["bytes_acked"].astype("float64")
-        # Where an RST closed the connection, older versions recorded a number below 0, modulo 2**64.
-        out["acked_bytes"] = acked.where(acked < 2**63)
+        # Where an RST closed the connection, older versions recorded a number below 0.
+        out["acked_bytes"] = acked.where(acked >= 0)
         out["regained_us"] = row["duration_us"].where(row["outcome"].astype(object) == "regained")
     out["outcome"] = out["outcome"].fillna("").astype("str")
     return out.assign(chain=_chains(resets, out["chain_resets"]))

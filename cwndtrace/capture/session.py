@@ -45,12 +45,13 @@ class Batch:
         return self.rows.to_arrow() if isinstance(self.rows, arrow.TimedRecords) else self.rows
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a DataFrame with one row per record.
+        """Return a DataFrame with one row per record, whose columns are those of ``arrow.schema(event)``.
 
-        The columns are those of ``arrow.schema(event)``, ``time`` is in UTC, and texts are made ``clean``.
+        ``time`` is in UTC, and texts are made ``clean``. Numbers are as in the frames of a Trace.
         """
-        frame: pd.DataFrame = arrow.clean_texts(self.table).to_pandas()
-        return frame
+        from cwndtrace.records import frames  # it imports pandas, which a trace doesn't need otherwise
+
+        return frames.frame(arrow.clean_texts(self.table), self.event)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return one dict per record, as ``--json`` prints them."""

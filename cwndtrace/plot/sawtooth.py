@@ -21,7 +21,7 @@ from cwndtrace.plot import layout, panels, style
 from cwndtrace.plot.frames import Clock, clock
 from cwndtrace.plot.labels import Label, headroom, place
 from cwndtrace.plot.style import Palette, plain
-from cwndtrace.records import arrow
+from cwndtrace.records.frames import whole
 from cwndtrace.store.meta import Meta
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
@@ -53,7 +53,7 @@ def sawtooth(
     and each burst is marked along the foot and labelled with its window, size and latency. Without it, both panels show
     the whole capture on its clock.
     """
-    resets = {"on": arrow.whole(resets_on, "cwnd_reset"), "off": arrow.whole(resets_off, "cwnd_reset")}
+    resets = {"on": whole(resets_on, "cwnd_reset"), "off": whole(resets_off, "cwnd_reset")}
     observed = {"on": observed_on, "off": observed_off}
     bursts = {setting: _none() for setting in resets}
     rounds = 0

@@ -19,7 +19,7 @@ from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import fit
 from cwndtrace.plot.panels import Legend
 from cwndtrace.plot.style import Palette
-from cwndtrace.records import arrow
+from cwndtrace.records.frames import whole
 
 FLOORS: Final = 4
 """The most sizes of windows whose floor is drawn; more lines would only be noise."""
@@ -42,7 +42,7 @@ def staircase(resets: pd.DataFrame) -> Figure:
     on the staircase if the rule, for an idle time within a jiffy (10 ms at most) of the recorded one, gives it to the
     segment. Idle times that are too long for the axis are at its right edge.
     """
-    resets = arrow.whole(resets, "cwnd_reset")
+    resets = whole(resets, "cwnd_reset")
     usable = (resets["reason"].astype(str) == "idle") & (resets["rto_us"] > 0) & (resets["cwnd_before"] > 0)
     used = resets[usable]
     idle, rto, before, after, initial = (

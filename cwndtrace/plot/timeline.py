@@ -15,7 +15,7 @@ from cwndtrace.plot import panels, style
 from cwndtrace.plot.frames import Clock, LossBand, choose, clock, losses
 from cwndtrace.plot.labels import extent, fit
 from cwndtrace.plot.style import Palette, plain
-from cwndtrace.records import arrow
+from cwndtrace.records.frames import whole
 from cwndtrace.store.meta import Meta
 
 MOST_PANELS: Final = 4
@@ -50,9 +50,9 @@ def timeline(
     Raises UsageError for a connection that isn't there and for an empty span.
     """
     block_io = block_io if block_io is not None else pd.DataFrame(columns=["start_ns", "done_ns", "op", "error"])
-    resets, connections = arrow.whole(resets, "cwnd_reset"), arrow.whole(connections, "connections")
-    block_io = arrow.whole(block_io, "block_io")
-    samples = None if samples is None else arrow.whole(samples, "cwnd_sample")
+    resets, connections = whole(resets, "cwnd_reset"), whole(connections, "connections")
+    block_io = whole(block_io, "block_io")
+    samples = None if samples is None else whole(samples, "cwnd_sample")
     seen = ["connection", "ts_ns", "cwnd"]
     windows_seen = connections[seen] if samples is None else pd.concat([connections[seen], samples[seen]])
     at = clock(resets, connections, block_io, about, span)

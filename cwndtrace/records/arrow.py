@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,6 @@ import pyarrow as pa
 
 from cwndtrace.format import clean
 from cwndtrace.records.layout import Field, Records, decode, event, header, numpy_field
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def address(raw: bytes) -> str:
@@ -253,7 +250,7 @@ CONNECTIONS: Final = _snapshot(
     ("mss", pa.uint32(), "bytes", "sender MSS"),
     ("rto_us", pa.uint32(), "us", "retransmission timeout"),
     ("srtt_us", pa.uint32(), "us", "smoothed round-trip time"),
-    ("min_rtt_us", pa.uint32(), "us", "least round-trip time of the kernel's window"),
+    ("min_rtt_us", pa.uint32(), "us", "least round-trip time of the kernel's window; 4294967295 where none"),
     ("snd_wnd", pa.uint32(), "bytes", "window the peer offered; 0 where this kernel doesn't tell"),
     ("last_snd_us", pa.uint64(), "us", "since data was last sent, to one millisecond"),
     ("last_rcv_us", pa.uint64(), "us", "since data last came in, to one millisecond"),
@@ -273,12 +270,12 @@ CONNECTIONS: Final = _snapshot(
 MAY_BE_NULL: Final = frozenset({"busy_us", "bytes_received", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
 """The columns that may have nulls; in all other columns of ``TABLES`` a null is damage."""
 
-_OF_LATER_VERSIONS: Final = frozenset(
+OF_LATER_VERSIONS: Final = frozenset(
     ("after_loss_us", "bursts", "bytes_received", "chain_resets", "chain_window", "cost_us", "data_segs_in"),
 ).union(("held_us", "other_us", "short_us", "waiting_bytes"))
 """The columns that captures of older versions lack, without which their rows are still of use."""
 
-_UNJUDGED: Final = (MAY_BE_NULL | _OF_LATER_VERSIONS).union(
+_UNJUDGED: Final = (MAY_BE_NULL | OF_LATER_VERSIONS).union(
     ("acks", "ca_state", "cgroup_id", "cpu", "flags", "ifindex", "last_snd_us"),
     ("packets_out", "sector", "tid", "uid", "unacked"),
 )
@@ -288,16 +285,6 @@ _UNJUDGED: Final = (MAY_BE_NULL | _OF_LATER_VERSIONS).union(
 def needed(table: str) -> list[str]:
     """Return the columns that a table's rows need for a verdict. A recording of an older version may lack some."""
     return [name for name in schema(table).names if name not in _UNJUDGED]
-
-
-def whole(frame: pd.DataFrame, table: str) -> pd.DataFrame:
-    """Return the rows of a table that have values in all ``needed`` columns of the frame."""
-    types = dict(zip(schema(table).names, schema(table).types, strict=True))
-    partly = [name for name in needed(table) if name in frame and frame[name].hasnans]
-    if not partly:
-        return frame
-    numbers = {name: types[name].to_pandas_dtype() for name in partly if pa.types.is_integer(types[name])}
-    return frame.dropna(subset=partly).reset_index(drop=True).astype(numbers)
 
 
 TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "connections")

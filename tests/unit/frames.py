@@ -14,6 +14,7 @@ import pyarrow as pa
 from cwndtrace import store
 from cwndtrace.analysis import cost
 from cwndtrace.records import arrow, layout
+from cwndtrace.records import frames as records
 from cwndtrace.store.meta import Meta
 from cwndtrace.trace import Trace, load
 
@@ -254,9 +255,8 @@ def disk(
 
 
 def pandas(data: pa.Table) -> pd.DataFrame:
-    """Return a table as the DataFrame that Arrow makes of it."""
-    frame: pd.DataFrame = data.to_pandas()
-    return frame
+    """Return a table as the DataFrame that a Trace makes of it, without computed columns."""
+    return records.frame(data, data.schema.metadata[b"event"].decode())
 
 
 def two_idle_connections(path: Path, **values: Any) -> Trace:
