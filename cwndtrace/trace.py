@@ -16,7 +16,7 @@ import pandas as pd
 from cwndtrace import format as fmt
 from cwndtrace import store
 from cwndtrace.analysis import block_io as block_analysis
-from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, verdict
+from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, units, verdict
 from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.errors import NotFound, making_sense
 from cwndtrace.present import html
@@ -43,16 +43,6 @@ def load(path: str | os.PathLike[str], *, max_rows: int = store.MOST_ROWS) -> Tr
 def _computed(function: Callable[[Any], _T]) -> cached_property[_T]:
     """Return a cached property that raises CaptureError where the capture's rows make no sense together."""
     return cached_property(making_sense()(function))
-
-
-class _Units(dict[str, str]):
-    """Units by column, not copied by ``deepcopy``.
-
-    pandas deep-copies ``attrs`` with each step of an analysis, which would take a fifth of its time.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Units:
-        return self
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,15 +96,17 @@ class Trace:
     """The contents of one capture.
 
     Each frame is read when it is first used, and then kept. Its first column is ``time`` (UTC), and its rows are in
-    order of time. The other columns are those of the capture's tables. Their Parquet metadata has units and
-    descriptions; ``frame.attrs["units"]`` has the units too. Text columns are plain strings; in ``block_io``, which can
-    have millions of rows, they are categories. An empty table is a frame with all its columns and no row.
+    order of time. The other columns are those of the capture's tables, whose Parquet metadata has descriptions. Text
+    columns are plain strings; in ``block_io``, which can have millions of rows, they are categories. An empty table is
+    a frame with all its columns and no row.
 
     All frames follow one rule. Counts, segments, bytes and times (us, ns) are int64, so that differences have a sign;
     ``bytes`` of ``block_io`` is int32 where no request has 2 GiB. Columns whose values may be missing are float64, and
     a missing value is NaN: an ssthresh that was never set, min_rtt_us without a sample (the Parquet files have the
     kernel's 2147483647 and 4294967295 there), what an older version didn't record, and computed figures. Ids, ports and
-    pids keep the unsigned types of the files.
+    pids keep the unsigned types of the files. ``frame.attrs["units"]`` has the unit of each column.
+
+    The frames belong to the caller: a change to one of them changes nothing that other members return.
     """
 
     def __init__(self, capture: store.Capture) -> None:
@@ -205,24 +197,23 @@ class Trace:
         counts = self.about.counts or {}
         return (counts[table].lost if table in counts else 0) + self.about.unwritten.get(table, 0)
 
-    @property
+    @cached_property
     def resets(self) -> pd.DataFrame:
         """One row per congestion-window reset, with ``connection``, the key that ``summary`` uses.
 
         Rows from an older version lack the columns that it didn't record, and ``connection``. No analysis uses them.
         """
-        return self._and_partly("cwnd_reset", self._resets)
+        return self._and_partly("cwnd_reset", _lent(self._resets))
 
-    @property
+    @cached_property
     def connections(self) -> pd.DataFrame:
         """One row per snapshot of a connection, with the key ``connection``."""
-        return self._and_partly("connections", self._connections)
+        return self._and_partly("connections", _lent(self._connections))
 
     @_computed
     def block_io(self) -> pd.DataFrame:
         """One row per finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
-        whole = block_analysis.with_latency(self._whole("block_io"), self.about.devices)
-        return self._and_partly("block_io", whole)
+        return self._and_partly("block_io", block_analysis.with_latency(self._whole("block_io"), self.about.devices))
 
     def block_columns(self, *columns: str) -> pd.DataFrame:
         """Return only these columns of ``block_io``, with its rows in the same order.
@@ -240,7 +231,7 @@ class Trace:
         added = (block_analysis.add(frame, devices, columns) for frame in whole)
         names = tuple(dict.fromkeys(("start_ns", *columns)))
         frame = block_analysis.joined(added, names, self._capture.rows("block_io"))
-        return frame if names == columns else frame[list(columns)]
+        return units.attach(frame if names == columns else frame[list(columns)])
 
     @_computed
     def _requests(self) -> pd.DataFrame:
@@ -250,7 +241,7 @@ class Trace:
     @cached_property
     def recoveries(self) -> pd.DataFrame:
         """One row per window followed after its reset, with ``connection``, ``duration_us`` and ``round_trips``."""
-        return self._and_partly("cwnd_recovery", self._recoveries)
+        return self._and_partly("cwnd_recovery", _lent(self._recoveries))
 
     @_computed
     def _recoveries(self) -> pd.DataFrame:
@@ -268,20 +259,27 @@ class Trace:
 
         The added columns are ``analysis.cost.COLUMNS`` and ``analysis.recovery.FOLLOWED``.
         """
+        return units.attach(self._costs())
+
+    def _costs(self) -> pd.DataFrame:
         return cost.predict(self._resets, self._connections, self._recoveries)
 
-    @_computed
+    @cached_property
     def verdicts(self) -> pd.DataFrame:
         """``costs()`` with the verdict on each reset, and the cause of its connection's idle time.
 
         The added columns are ``analysis.verdict.COLUMNS`` and ``analysis.idle_cause.COLUMNS``.
         """
+        return _lent(self._verdicts)
+
+    @_computed
+    def _verdicts(self) -> pd.DataFrame:
         return idle_cause.with_cause(self._judged, self._requests, recorded=self.block_recorded)
 
     @_computed
     def _judged(self) -> pd.DataFrame:
         """``verdicts`` without the idle causes, for which millions of block requests might have to be read."""
-        return verdict.resets(self.costs())
+        return verdict.resets(self._costs())
 
     @property
     def block_recorded(self) -> bool:
@@ -295,7 +293,7 @@ class Trace:
         The columns are ``analysis.connections.COLUMNS``, ``analysis.verdict.CONNECTION_COLUMNS`` and
         ``why``, the evidence for the verdict in words.
         """
-        return self._summary.copy()
+        return _lent(self._summary)
 
     @_computed
     def _summary(self) -> pd.DataFrame:
@@ -317,12 +315,12 @@ class Trace:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
         found = remedy.remedies(judged, rows)
-        return in_words.remedies(found, self.about, self._lacking(), seen=not rows.empty)
+        return units.attach(in_words.remedies(found, self.about, self._lacking(), seen=not rows.empty))
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
         """Return how much a later capture differs, and how surely; the columns are ``analysis.compare.COLUMNS``."""
-        return compare.compare(self._measures(), after._measures())
+        return units.attach(compare.compare(self._measures(), after._measures()))
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.about, self._resets, self._connections)
@@ -333,9 +331,9 @@ class Trace:
         rows = self._summary[self._summary["connection"] == key]
         if rows.empty:
             raise _no_connection(key)
-        mine = (f[f["connection"] == key] for f in (self.verdicts, self._connections, self._recoveries))
+        mine = (f[f["connection"] == key] for f in (self._verdicts, self._connections, self._recoveries))
         about = {str(name): value for name, value in rows.iloc[0].to_dict().items()}
-        return Connection(about, *mine)
+        return Connection(about, *map(units.attach, mine))
 
     def explain(self, reset: int) -> Verdict:
         """Return the verdict on one reset, by its row in ``verdicts``. Raises KeyError where there is none."""
@@ -348,7 +346,8 @@ class Trace:
 
         The columns are ``analysis.remedy.AUDIT_COLUMNS``.
         """
-        return in_words.audit(remedy.audit(self._judged, self._connections, self.about), self.about)
+        rows = remedy.audit(self._judged, self._connections, self.about)
+        return units.attach(in_words.audit(rows, self.about))
 
     @making_sense()
     def host(self) -> Host:
@@ -358,15 +357,15 @@ class Trace:
     @making_sense()
     def block_summary(self) -> pd.DataFrame:
         """Return one row per device and operation; the columns are ``analysis.block_io.COLUMNS``."""
-        return block_analysis.summary(self._requests)
+        return units.attach(block_analysis.summary(self._requests))
 
     def block_submitters(self) -> pd.DataFrame:
         """Return one row per submitting process; the columns are ``analysis.block_io.SUBMITTER_COLUMNS``."""
-        return block_analysis.by_submitter(self._requests)
+        return units.attach(block_analysis.by_submitter(self._requests))
 
     def block_heat_map(self) -> pd.DataFrame:
         """Return the number of requests by start time and latency; see ``analysis.block_io.heat_map``."""
-        return block_analysis.heat_map(self._requests)
+        return units.attach(block_analysis.heat_map(self._requests))
 
     @_computed
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -390,23 +389,17 @@ class Trace:
     def _and_partly(self, table: str, whole: pd.DataFrame) -> pd.DataFrame:
         """Return ``whole`` and the rows that lack a value, in order of time; the latter have no computed values."""
         if not self._capture.partly(table)[0]:
-            return whole
+            return units.attach(whole)
         raw = self._raw(table)
         partly = frames.without_placeholders(raw[raw[arrow.needed(table)].isna().any(axis=1)])
         both = pd.concat([whole, partly]).sort_values(_clock(raw), kind="stable", ignore_index=True)
-        both.attrs.update(raw.attrs)
-        return both
+        return units.attach(both)
 
     def _raw(self, table: str) -> pd.DataFrame:
         # A column that an untrusted capture or a later version added might have the name of one computed here.
         rows = arrow.clean_texts(self._capture.table(table, arrow.schema(table).names))
-        units = _Units(
-            {f.name: f.metadata[b"unit"].decode() for f in rows.schema if f.metadata and b"unit" in f.metadata}
-        )
         frame = frames.raw(rows, table)
-        frame = frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
-        frame.attrs["units"] = units
-        return frame
+        return frame.sort_values(_clock(frame), kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
         return _text(f"cwndtrace capture {_shown(self.path)} ({self.status})", self.facts())
@@ -468,6 +461,14 @@ class Trace:
     def _steps(self) -> list[float]:
         """Return each step of the wall clock, in seconds."""
         return [(after - before) / 1e9 for before, after in pairwise(self.about.utc_offsets_ns)]
+
+
+def _lent(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame of this trace for a caller who may change it. Later versions of pandas copy what is changed only.
+
+    pandas 2 copies all values here, unless its copy-on-write is on.
+    """
+    return units.attach(frame.assign())
 
 
 def _clock(frame: pd.DataFrame) -> str:

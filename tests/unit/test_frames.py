@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frames of a Trace: numbers that can be subtracted, and missing values."""
+"""The frames of a Trace: numbers that can be subtracted, missing values, units, and nothing that leaks back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import cwndtrace
+from cwndtrace.analysis import block_io, compare, connections, cost, idle_cause, recovery, remedy, units, verdict
 from cwndtrace.capture.session import Batch
+from cwndtrace.present import text
 from cwndtrace.records import arrow, layout
 from cwndtrace.records import frames as records
 from cwndtrace.trace import Trace
@@ -50,6 +54,18 @@ def trace(tmp_path: Path) -> Trace:
     return capture(tmp_path / "a.cwnd")
 
 
+def public(trace: Trace) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield every frame that a trace gives, by the member that gives it."""
+    one = trace.connection(trace.summary()["connection"].iloc[0])
+    yield from ((name, getattr(trace, name)) for name in TABLES)
+    yield from (("connection", frame) for frame in (one.resets, one.snapshots, one.recoveries))
+    yield "block_columns", trace.block_columns("device", "bytes", "latency_us", "start_ns", "sector")
+    calls = ("costs", "summary", "remedies", "audit", "block_summary", "block_submitters")
+    yield from ((name, getattr(trace, name)()) for name in calls)
+    yield "verdicts", trace.verdicts
+    yield "compare", trace.compare(trace)
+
+
 TABLES = {
     "resets": "cwnd_reset", "recoveries": "cwnd_recovery", "samples": "cwnd_sample", "block_io": "block_io",
     "connections": "connections",
@@ -80,6 +96,10 @@ def test_all_quantities_are_signed_and_ids_are_as_recorded(trace: Trace) -> None
                 assert kind == ("float64" if missing else "int32" if small else "int64"), (table, column.name)
             elif pa.types.is_integer(column.type):
                 assert kind == column.type.to_pandas_dtype(), (table, column.name)
+    for name, frame in public(trace):
+        assert not [c for c in frame if units.of(str(c)) in ("us", "ns", "segments") and frame[c].dtype.kind == "u"], (
+            name
+        )
 
 
 def test_types_do_not_depend_on_the_rows(trace: Trace, tmp_path: Path) -> None:
@@ -171,3 +191,71 @@ def test_a_counter_that_went_below_zero_is_no_burst(tmp_path: Path) -> None:
     assert trace.recoveries["bytes_acked"].tolist() == [-2_500_001]
     assert trace.verdicts["burst_bytes"].isna().all()
     assert trace.verdicts["verdict"].tolist() == ["unknown"]
+
+
+# ---- units ------------------------------------------------------------------------------------------
+
+
+def test_every_column_of_every_frame_has_a_unit(trace: Trace, tmp_path: Path) -> None:
+    for made in (trace, frames.capture(tmp_path / "empty.cwnd", connections=frames.snapshots(frames.snapshot()))):
+        for name, frame in public(made):
+            assert set(frame.attrs["units"]) == set(frame.columns), name
+    assert trace.block_heat_map().attrs["units"] == {"latency_us": "us", "start_ns": "ns"}
+    frame = trace.verdicts
+    assert {name: frame.attrs["units"][name] for name in ("cwnd_before", "lost_us", "rounds_lost", "verdict")} == {
+        "cwnd_before": "segments", "lost_us": "us", "rounds_lost": "round trips", "verdict": "text",
+    }  # fmt: skip
+    assert frame[frame["lost_us"] > 0].assign(x=1).attrs["units"]["lost_us"] == "us"
+
+
+def test_every_documented_column_has_a_unit() -> None:
+    documented: tuple[dict[str, str], ...] = (
+        block_io.COLUMNS, block_io.SUBMITTER_COLUMNS, compare.COLUMNS, connections.COLUMNS, cost.COLUMNS, cost.MEASURED,
+        idle_cause.COLUMNS, idle_cause.SUMMARY_COLUMNS, recovery.COLUMNS, remedy.AUDIT_COLUMNS, verdict.COLUMNS,
+        verdict.CONNECTION_COLUMNS, text.REMEDY_COLUMNS,
+    )  # fmt: skip
+    assert [name for columns in documented for name in columns if units.of(name) is None] == []
+    assert units.of("nonsense") is None
+
+
+# ---- what a user does to a frame --------------------------------------------------------------------
+
+
+def scribble(frame: pd.DataFrame) -> None:
+    frame["connection"] = "mine"
+    frame["lost_us"] = -1.0
+    frame["x"] = 1
+    for name in frame.select_dtypes("number"):
+        frame.loc[:, name] = frame[name].iloc[0] if name == "x" else 0
+
+
+def erase(frame: pd.DataFrame) -> None:
+    for name in [*frame]:
+        del frame[name]
+    frame.attrs.clear()
+
+
+@pytest.mark.parametrize("change", [scribble, erase])
+@pytest.mark.parametrize("member", [*TABLES, "verdicts", "costs", "summary", "remedies", "audit"])
+def test_no_change_to_a_frame_reaches_another(
+    tmp_path: Path, member: str, change: Callable[[pd.DataFrame], None]
+) -> None:
+    clean, other = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd")
+    taken = getattr(other, member)
+    change(taken() if callable(taken) else taken)
+    for name in ("costs", "summary", "remedies", "audit", "block_summary", "block_submitters"):
+        pd.testing.assert_frame_equal(getattr(other, name)(), getattr(clean, name)())
+    if member != "verdicts":
+        pd.testing.assert_frame_equal(other.verdicts, clean.verdicts)
+    assert str(other.host()) == str(clean.host())
+    assert str(other.explain(0)) == str(clean.explain(0))
+    key = clean.summary()["connection"].iloc[0]
+    assert repr(other.connection(key)) == repr(clean.connection(key))
+    pd.testing.assert_frame_equal(other.compare(other), clean.compare(clean))
+
+
+def test_a_users_column_stays_in_the_frame(trace: Trace) -> None:
+    trace.resets["x"] = 1
+    assert trace.resets["x"].tolist() == [1]
+    assert "x" not in trace.costs()
+    assert "x" not in trace.verdicts

@@ -167,15 +167,6 @@ def test_a_missing_capture_is_refused(tmp_path: Path) -> None:
 # ---- what Jupyter shows -----------------------------------------------------------------------------
 
 
-def test_frames_have_their_units_in_attrs(trace: Trace) -> None:
-    assert trace.resets.attrs["units"]["cwnd_before"] == "segments"
-    assert trace.resets.attrs["units"]["idle_us"] == "us"
-    assert trace.connections.attrs["units"]["busy_us"] == "us"
-    assert trace.block_io.attrs["units"]["bytes"] == "bytes"
-    for name, frame in (("cwnd_reset", trace.resets), ("connections", trace.connections), ("block_io", trace.block_io)):
-        assert set(arrow.schema(name).names) == set(frame.attrs["units"])
-
-
 def test_a_connection_shows_its_figures_and_verdict(trace: Trace) -> None:
     row = trace.summary().iloc[0]
     one = trace.connection(row["connection"])
