@@ -11,6 +11,8 @@ import pandas as pd
 
 from cwndtrace import format as fmt
 from cwndtrace.analysis import direction, idle_cause, recovery
+from cwndtrace.errors import making_sense
+from cwndtrace.present import text as in_words
 from cwndtrace.present.direction import elsewhere
 from cwndtrace.present.text import Host
 from cwndtrace.records import arrow
@@ -18,6 +20,12 @@ from cwndtrace.trace import Trace
 
 RESETS: Final = ("cwnd_reset", "cwnd_recovery", "connections")
 BLOCK_IO: Final = ("block_io",)
+RESET: Final = (
+    *("time", "connection", "saddr", "sport", "daddr", "dport", "comm", "reason", "idle_us", "rto_us", "srtt_us"),
+    *("cwnd_before", "cwnd_after", "burst_bytes", "verdict", "lost_us", "predicted_us"),
+    *("cause", "peer_us", "disk_us", "application_us", "disk_device"),
+)
+"""The columns of ``Trace.verdicts`` that JSON has of each reset."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,17 @@ def _direction(connections: pd.DataFrame) -> list[str]:
     return lines
 
 
+@making_sense()
 def as_json(found: Report) -> dict[str, Any]:
-    """Return the report as one object for JSON: missing figures are null, times are ISO 8601 in UTC."""
+    """Return the report as one object for JSON: missing figures are null, times are ISO 8601 in UTC.
+
+    Raises CaptureError if the rows contradict each other.
+    """
     about = found.trace.about
+    why = [in_words.reset(row) for row in found.resets.to_dict("records")]
     frames = {
-        "connections": found.connections.assign(
-            **{name: found.connections[name].map(pd.Timestamp.isoformat) for name in ("first_seen", "last_seen")}
-        ),
+        "connections": _timed(found.connections, "first_seen", "last_seen"),
+        "resets": _timed(found.resets[[*RESET]], "time").assign(row=found.resets.index, why=why),
         "chains": found.chains,
         "causes": found.causes,
         "block_io_by_device": found.devices,
@@ -123,6 +135,10 @@ def as_json(found: Report) -> dict[str, Any]:
         "caveats": [line for lines in found.caveats.values() for line in lines],
         **{name: records(frame) for name, frame in frames.items()},
     }
+
+
+def _timed(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    return frame.assign(**{name: frame[name].map(pd.Timestamp.isoformat) for name in columns})
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

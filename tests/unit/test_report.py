@@ -67,6 +67,26 @@ def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
     assert sum(row["count"] for row in report["block_io_by_process"]) == 400
 
 
+def test_json_has_the_verdict_on_each_reset_with_its_evidence(path: Path) -> None:
+    trace = frames.two_idle_connections(path)
+    resets = json.loads(call(trace, "--json").stdout)["resets"]
+    assert len(resets) == len(trace.verdicts) > 9
+    for row, judged in zip(resets, trace.verdicts.to_dict("records"), strict=True):
+        assert row["why"] == trace.explain(row["row"]).text
+        assert (row["verdict"], row["lost_us"]) == (judged["verdict"], judged["lost_us"])
+        assert (row["cwnd_before"], row["cwnd_after"]) == (judged["cwnd_before"], judged["cwnd_after"])
+        assert (row["connection"], row["cause"]) == (judged["connection"], "application")
+        assert row["time"] == judged["time"].isoformat()
+    assert {row["connection"] for row in resets} == {*trace.summary()["connection"]}
+
+
+def test_json_of_a_reset_whose_burst_is_unknown_has_nulls(path: Path) -> None:
+    trace = frames.capture(path, resets=frames.table("cwnd_reset", frames.reset(1)))
+    (row,) = json.loads(call(trace, "--json").stdout)["resets"]
+    assert (row["verdict"], row["burst_bytes"], row["predicted_us"]) == ("unknown", None, None)
+    assert "no later record says" in row["why"]
+
+
 @pytest.mark.parametrize(
     ("values", "caveat"),
     [
