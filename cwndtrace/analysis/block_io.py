@@ -12,19 +12,22 @@ import numpy as np
 import pandas as pd
 
 _QUANTILES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+_METHOD: Final = "inverted_cdf"
+"""The least value that such a share of the values doesn't exceed. A value between two of few requests would be one that
+no request had, and ``analysis.histogram``, which doesn't keep the values, couldn't give it to one percent."""
 _FIGURES: Final = {
     "count": "finished requests",
     "bytes": "bytes of these requests, sum",
     "errors": "requests that finished with a status other than ok",
-    "latency_p50_us": "median time from entering the block layer to completion, us",
-    "latency_p95_us": "its 95th percentile, us",
+    "latency_p50_us": "time from entering the block layer to completion that half of the requests didn't exceed, us",
+    "latency_p95_us": "its 95th percentile, us: the least value that 95 % of the requests didn't exceed",
     "latency_p99_us": "its 99th percentile, us",
     "latency_max_us": "its maximum, us",
     "latency_total_us": "its sum over the requests, us; requests may overlap in time",
-    "queue_p50_us": "median time from entering the block layer to the driver, us; missing where no request reached one",
+    "queue_p50_us": "the same for the time until the driver had it; missing where no request reached a driver",
     "queue_p95_us": "its 95th percentile, us",
     "queue_p99_us": "its 99th percentile, us",
-    "service_p50_us": "median time from the driver to completion, us; missing where no request reached a driver",
+    "service_p50_us": "the same for the time from the driver to completion; missing where no request reached one",
     "service_p95_us": "its 95th percentile, us",
     "service_p99_us": "its 99th percentile, us",
 }
@@ -196,7 +199,8 @@ def _figures(block_io: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         row |= {"latency_max_us": took.max(), "latency_total_us": took.sum()}
         for name, values in (("latency", took), ("queue", waited), ("service", took - waited)):
             known = values if name == "latency" else values[~np.isnan(values)]
-            at = np.quantile(known, list(_QUANTILES.values()), overwrite_input=True) if len(known) else [np.nan] * 3
+            shares = list(_QUANTILES.values())
+            at = np.quantile(known, shares, overwrite_input=True, method=_METHOD) if len(known) else [np.nan] * 3
             row |= {f"{name}_{q}_us": value for q, value in zip(_QUANTILES, at, strict=True)}
         figures.append(row)
     kinds = {name: "int64" if name in ("bytes", "errors") else "float64" for name in _FIGURES if name != "count"}

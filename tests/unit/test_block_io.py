@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import block_io
+from cwndtrace.analysis.histogram import LatencyHistogram
 from tests.unit import frames
 
 
@@ -65,7 +65,7 @@ def test_queue_and_service_times_are_separate() -> None:
     late = frames.block(3, 900, issue_ns=frames.MONO + 3 * frames.SECOND + 800_000)
     out = block_io.summary(blocks(frames.block(1, 104), late, frames.block(5, 50, issue_ns=0)))
     assert out["count"].tolist() == [3]
-    assert [out[f"{part}_p50_us"].item() for part in ("latency", "queue", "service")] == [104, 402, 100]
+    assert [out[f"{part}_p50_us"].item() for part in ("latency", "queue", "service")] == [104, 4, 100]
     (never,) = block_io.summary(blocks(frames.block(5, 50, issue_ns=0))).to_dict("records")
     assert np.isnan(never["queue_p99_us"])
     assert np.isnan(never["service_p50_us"])
@@ -80,8 +80,40 @@ def test_block_figures_equal_those_of_grouping_by_hand(rows: list[tuple[int, str
     for (device, op), row in rows_by_key.items():
         mine = [us for dev, o, us in rows if (f"{dev}:0", o) == (device, op)]
         assert (row["count"], row["bytes"], row["latency_total_us"]) == (len(mine), 4096 * len(mine), sum(mine))
-        assert row["latency_p95_us"] == pytest.approx(np.quantile(mine, 0.95))
+        assert row["latency_p95_us"] == np.quantile(mine, 0.95, method="inverted_cdf")
         assert row["latency_max_us"] == max(mine)
+
+
+def requests(number: int, seed: int, spread: float) -> np.ndarray:
+    """Return latencies in us to the nanosecond, with ties, from below 1 us to hours where ``spread`` is large."""
+    latencies: np.ndarray = np.random.default_rng(seed).lognormal(np.log(250), spread, number).clip(0.002, 2e10)
+    return latencies.round(3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 1.0, 5.0]))
+def test_live_percentiles_are_within_one_percent_of_the_reports(number: int, seed: int, spread: float) -> None:
+    latencies = requests(number, seed, spread)
+    live = LatencyHistogram()
+    for piece in np.array_split(latencies, 3):
+        live.add(piece)
+    ns = (latencies * 1000).round().astype(np.uint64)
+    records = np.repeat(frames.block(1), number)
+    records["done_ns"], records["issue_ns"] = records["start_ns"] + ns, 0
+    (row,) = block_io.summary(blocks(records)).to_dict("records")
+    for percent in (50, 95, 99):
+        exact = np.percentile(ns / 1000, percent, method="inverted_cdf")
+        assert row[f"latency_p{percent}_us"] == exact
+        assert exact * (1 - 1e-9) <= live.percentile(percent) <= exact * 1.01 * (1 + 1e-9)
+
+
+def test_a_percentile_of_few_requests_is_one_of_them() -> None:
+    live = LatencyHistogram()
+    # The 110th of 111 is the 99th percentile; the next one takes ten times as long.
+    live.add(np.append(np.arange(1.0, 111.0), 1100.0))
+    assert 110 <= live.percentile(99) <= 111.1
+    assert (live.count, live.max_us) == (111, 1100)
+    assert LatencyHistogram().percentile(99) == 0
 
 
 def test_the_heat_map_counts_each_request_once_in_its_own_cell() -> None:
