@@ -41,14 +41,36 @@ def place(axes: Axes, labels: list[Label], size: float = 8.0) -> int:
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    left, right = axes.bbox.x0, axes.bbox.x1
     point = figure.dpi / 72
+    widths = [_width(figure, label.text, size) for label in labels]
+    stems = [float(axes.transData.transform((label.x, label.y))[0]) for label in labels]
+    edges = (axes.bbox.x0, axes.bbox.x1)
+    by_rank = sorted(range(len(labels)), key=lambda n: -labels[n].rank)
+    across = sorted(range(len(labels)), key=lambda n: stems[n])
+    # Where labels don't all fit by rank, another order may have room for all of them.
+    tries = [_arranged(order, widths, stems, edges, _GAP_POINTS * point) for order in (by_rank, across, across[::-1])]
+    places = next((each for each in tries if len(each) == len(labels)), tries[0])
+    for n, (lane, centre) in places.items():
+        label = labels[n]
+        top = axes.bbox.y1 - lane * _LANE_POINTS * point
+        x, y = axes.transData.inverted().transform((centre, top))
+        axes.text(x, y, label.text, ha="center", va="top", fontsize=size, color=label.colour, zorder=6)
+        foot = axes.transData.inverted().transform((centre, top - 10 * point))[1]
+        axes.plot([label.x, label.x], [foot, label.y], color=label.colour, linewidth=0.6, alpha=0.55, zorder=2)
+    return len(places)
+
+
+def _arranged(
+    order: list[int], widths: list[float], stems: list[float], edges: tuple[float, float], gap: float
+) -> dict[int, tuple[int, float]]:
+    """Return the lane and the centre of each label that fits if they are placed in this order; in pixels."""
+    left, right = edges
     lanes: list[list[tuple[float, float, float]]] = [[] for _ in range(LANES)]
-    placed = 0
-    for label in sorted(labels, key=lambda item: -item.rank):
-        width = _width(figure, label.text, size)
-        stem = float(axes.transData.transform((label.x, label.y))[0])
-        half, gap = width / 2, _GAP_POINTS * point
+    places: dict[int, tuple[int, float]] = {}
+    for n in order:
+        half, stem = widths[n] / 2, stems[n]
+        if 2 * half > right - left:
+            continue
         # A label goes over its point if there is room, otherwise beside it, and into the upper lane first.
         tries = (
             (lane, centre)
@@ -56,17 +78,10 @@ def place(axes: Axes, labels: list[Label], size: float = 8.0) -> int:
             for centre in (min(max(stem + half * shift, left + half), right - half) for shift in (0, 0.9, -0.9))
         )
         fits = (t for t in tries if _free(lanes, t[0], t[1] - half - gap, t[1] + half + gap, stem))
-        lane, centre = next(fits, (None, stem))
-        if lane is None or width > right - left:
-            continue
-        lanes[lane].append((centre - half - gap, centre + half + gap, stem))
-        placed += 1
-        top = axes.bbox.y1 - lane * _LANE_POINTS * point
-        x, y = axes.transData.inverted().transform((centre, top))
-        axes.text(x, y, label.text, ha="center", va="top", fontsize=size, color=label.colour, zorder=6)
-        foot = axes.transData.inverted().transform((centre, top - 10 * point))[1]
-        axes.plot([label.x, label.x], [foot, label.y], color=label.colour, linewidth=0.6, alpha=0.55, zorder=2)
-    return placed
+        if found := next(fits, None):
+            lane, centre = places[n] = found
+            lanes[lane].append((centre - half - gap, centre + half + gap, stem))
+    return places
 
 
 def _free(lanes: list[list[tuple[float, float, float]]], lane: int, begin: float, end: float, stem: float) -> bool:
