@@ -30,13 +30,15 @@ class Measurement:
     """when the sender began to send"""
     end_ns: int
     """when the last byte had arrived"""
+    acked_ns: int
+    """when the sender knew that all data was acknowledged"""
     idle_ms: float
     """time since the sender's kernel last sent data"""
     cwnd_before: int
     cwnd_after: int
     """after the first write, before any ACK"""
     cwnd_end: int
-    """after all data was acknowledged"""
+    """at ``acked_ns``"""
     ssthresh_before: int
     ssthresh_after: int
     srtt_ms: float
@@ -88,6 +90,7 @@ def measured(
         latency_ms=latency_ms,
         start_ns=sent.start_ns,
         end_ns=end_ns,
+        acked_ns=sent.end_ns,
         idle_ms=float(before.last_data_sent),
         cwnd_before=before.snd_cwnd,
         cwnd_after=after.snd_cwnd,

@@ -27,7 +27,7 @@ from cwndtrace.store.meta import Meta
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _GAP = 1.85, 0.78, 0.2, 0.8, 0.42
 _LOG_FROM: Final = 20.0  # from this ratio of largest to smallest, the axis is logarithmic, as in the timeline
 _JIFFY_NS: Final = 10_000_000  # the longest jiffy, at HZ=100
-_COLUMNS: Final = ["setting", "round", "start_ns", "end_ns", "idle_ms", "srtt_ms", "idle_s", "burst_bytes",
+_COLUMNS: Final = ["setting", "round", "start_ns", "end_ns", "acked_ns", "idle_ms", "srtt_ms", "idle_s", "burst_bytes",
                    "latency_ms", "cwnd_before", "cwnd_after", "cwnd_end"]  # fmt: skip
 
 
@@ -47,11 +47,11 @@ def sawtooth(
     ``cwnd``) are its window at other times: snapshots, samples. ``about`` is the capture's metadata.
 
     ``measurements`` has one row per burst, of both settings, with the columns ``setting``, ``round``, ``start_ns``,
-    ``end_ns``, ``idle_ms``, ``srtt_ms``, ``idle_s``, ``burst_bytes``, ``latency_ms``, ``cwnd_before``, ``cwnd_after``
-    and ``cwnd_end``. With it, the figure shows one ``round`` (None: the first that both settings finished), each panel
-    from its own first idle time on, because the settings take turns. Idle times without a reset are then shaded too,
-    and each burst is marked along the foot and labelled with its window, size and latency. Without it, both panels show
-    the whole capture on its clock.
+    ``end_ns``, ``acked_ns``, ``idle_ms``, ``srtt_ms``, ``idle_s``, ``burst_bytes``, ``latency_ms``, ``cwnd_before``,
+    ``cwnd_after`` and ``cwnd_end``, the window at ``acked_ns``. With it, the figure shows one ``round`` (None: the
+    first that both settings finished), each panel from its own first idle time on, because the settings take turns.
+    Idle times without a reset are then shaded too, and each burst is marked along the foot and labelled with its
+    window, size and latency, where there is room. Without it, both panels show the whole capture on its clock.
     """
     resets = {"on": whole(resets_on, "cwnd_reset"), "off": whole(resets_off, "cwnd_reset")}
     observed = {"on": observed_on, "off": observed_off}
@@ -84,16 +84,18 @@ def sawtooth(
             if known.empty and shown.empty:
                 layout.say(each, f"nothing was recorded with the setting {setting}", colours)
         _same_scale(list(axes.values()), resets, observed, bursts, clocks)
+        labelled = 0
         for setting, each in axes.items():
             at = clocks[setting]
             if len(bursts[setting]):
-                _label_bursts(each, bursts[setting], at, colours.idle if setting == "on" else colours.window)
+                hue = colours.idle if setting == "on" else colours.window
+                labelled += _label_bursts(each, bursts[setting], at, hue)
             else:
                 panels.label_resets(each, at.shown(resets[setting], "ts_ns", "ts_ns"), at, colours)
         since = "the first idle time began" if rounds else "the start"
         axes["off"].set_xlabel(f"seconds since {since}", fontsize=10)
         shown_round = int(next(iter(f["round"].iloc[0] for f in bursts.values() if len(f)), 0))
-        caption = _caption(about, clocks["on"], shown_round, rounds)
+        caption = _caption(about, clocks["on"], shown_round, rounds, labelled, sum(map(len, bursts.values())))
         layout.finish(figure, *_titles(resets, bursts, clocks), legend, caption, colours)
     return figure
 
@@ -119,8 +121,8 @@ def _clocks(
     zeros = {s: int((b["start_ns"] - (b["idle_ms"] * 1e6).astype("int64")).min()) for s, b in bursts.items() if len(b)}
     if not zeros:
         return dict.fromkeys(resets, whole)
-    spans = [(int(bursts[s]["end_ns"].max()) - zero) / 1e9 for s, zero in zeros.items()]
-    end = max([*spans, 0.01])
+    ends = {s: max(int(bursts[s][name].max()) for name in ("end_ns", "acked_ns")) for s in zeros}
+    end = max([*((ends[s] - zero) / 1e9 for s, zero in zeros.items()), 0.01])
     return {s: replace(whole, zero_ns=zeros.get(s, whole.zero_ns), begin=-0.02 * end, end=1.03 * end) for s in resets}
 
 
@@ -135,7 +137,9 @@ def _known(observed: pd.DataFrame, bursts: pd.DataFrame, at: Clock) -> pd.DataFr
         seen = seen[(when < settled) | (when > settled + _JIFFY_NS)]
         when = seen["ts_ns"].to_numpy(np.int64)
     frames = [seen]
-    for time, cwnd in (("start_ns", "cwnd_before"), ("end_ns", "cwnd_end")):
+    # The last byte arrives half a round trip before its ACK, and each ACK until then may open the window: cwnd_end is
+    # the window at acked_ns, not at end_ns.
+    for time, cwnd in (("start_ns", "cwnd_before"), ("acked_ns", "cwnd_end")):
         frames.append(bursts[[time, cwnd]].set_axis(["ts_ns", "cwnd"], axis=1))
     known = pd.concat([frame.astype("int64") for frame in frames]).drop_duplicates()
     return known.sort_values("ts_ns", kind="stable", ignore_index=True)
@@ -202,14 +206,17 @@ def _same_scale(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _label_bursts(axes: Axes, bursts: pd.DataFrame, at: Clock, colour: str) -> None:
-    """Label bursts with their latency; where not all fit, the largest ones after the longest idle times get a label."""
+def _label_bursts(axes: Axes, bursts: pd.DataFrame, at: Clock, colour: str) -> int:
+    """Label bursts with their latency, and return how many.
+
+    Where not all fit, the largest ones after the longest idle times get a label.
+    """
     labels = []
     columns = (bursts[n].tolist() for n in ("cwnd_before", "cwnd_after", "burst_bytes", "latency_ms", "idle_s"))
     for x, before, after, size, ms, idle in zip(at.seconds(bursts["start_ns"]).tolist(), *columns, strict=True):
         window = f"{before:,.0f} → {after:,.0f}" if after < before else f"{before:,.0f} kept"
         labels.append(Label(x, before, f"{window}: {nominal_size(size)} in {ms:.0f} ms", size * idle, colour))
-    place(axes, sorted(labels, key=lambda label: -label.rank)[:80], 8.5)
+    return place(axes, sorted(labels, key=lambda label: -label.rank)[:80], 8.5)
 
 
 def _titles(
@@ -220,10 +227,9 @@ def _titles(
         second += ", the same idle times and bursts"
         parts: list[str] = []
         for setting, frame in bursts.items():
-            fell, number = int((frame["cwnd_after"] < frame["cwnd_before"]).sum()), len(frame)
-            if number:
-                share = f"{fell:,} of {number:,}" if fell or not parts else "none"
-                parts.append(f"{setting}, {share}{'' if parts else ' idle times shrank the window'}")
+            if len(frame):
+                shown = clocks[setting].shown(resets[setting], "ts_ns", "ts_ns")
+                parts.append(f"{setting}, {_shrunk(frame, shown, first=not parts)}")
         text = "; ".join(parts)
         return f"{text[0].upper()}{text[1:]}", second
     counts = []
@@ -235,8 +241,25 @@ def _titles(
     return f"{text[0].upper()}{text[1:]}", second
 
 
-def _caption(about: Meta, at: Clock, shown: int, rounds: int) -> str:
+def _shrunk(bursts: pd.DataFrame, resets: pd.DataFrame, *, first: bool) -> str:
+    """Return how many idle times shrank the window, and the resets among those drawn that none of them explains."""
+    fell, number = int((bursts["cwnd_after"] < bursts["cwnd_before"]).sum()), len(bursts)
+    at = resets.loc[resets["reason"].astype(str) == "idle", "ts_ns"].to_numpy(np.int64)
+    spans = zip(bursts["start_ns"], bursts["end_ns"], strict=True)
+    recorded = sum(bool(((at >= start) & (at <= end)).any()) for start, end in spans)
+    share = f"{fell:,} of {number:,}" if fell or first else "none"
+    parts = [f"{share} idle times shrank the window" if first else share]
+    if recorded < fell:
+        parts.append(f"{fell - recorded:,} of them not recorded")
+    if recorded < len(resets):
+        parts.append(plural(len(resets) - recorded, "other reset"))
+    return " and ".join(parts)
+
+
+def _caption(about: Meta, at: Clock, shown: int, rounds: int, labelled: int, bursts: int) -> str:
     parts = [f"on {about.host or 'unknown host'}, Linux {about.kernel or '?'}"]
+    if labelled < bursts:
+        parts.insert(0, f"{labelled} of {plural(bursts, 'burst')} labelled")
     if rounds:
         parts.insert(0, f"round {shown} of {rounds}")
     elif at.started:

@@ -101,7 +101,8 @@ def experiment(
                         last = min(before, after << trips)
                     rows.append(Measurement(
                         round=number, setting="on" if setting == "on" else "off", idle_s=idle_s, burst_bytes=burst,
-                        latency_ms=latency, start_ns=start, end_ns=end, idle_ms=idle_ms, cwnd_before=before,
+                        latency_ms=latency, start_ns=start, end_ns=end,
+                        acked_ns=end + int(RTT_MS / 2 * 1e6), idle_ms=idle_ms, cwnd_before=before,
                         cwnd_after=after, cwnd_end=last, ssthresh_before=2**31 - 1, ssthresh_after=2**31 - 1,
                         srtt_ms=100.4, min_rtt_ms=RTT_MS, rto_ms=RTO_MS, mss=MSS, snd_wnd=8_000_000, sndbuf=16_000_000,
                         taken_at_once=burst,

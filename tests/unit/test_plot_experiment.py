@@ -296,6 +296,53 @@ def test_windows_observed_as_idle_time_begins_are_not_drawn() -> None:
         assert (777 in [y for _, y in points(figure.axes[1], "o")]) is drawn
 
 
+def test_a_window_that_grows_is_not_drawn_falling() -> None:
+    story = experiments.experiment(rounds=1, bursts=(1_000_000,), idle_times=(2.0,))
+    row = story.measured.iloc[0]
+    assert row["cwnd_after"] < row["cwnd_before"]
+    assert row["end_ns"] < row["acked_ns"]
+    # The last byte has arrived, and ACKs that are still on their way will open the window.
+    late = pd.DataFrame({"ts_ns": [(row["end_ns"] + row["acked_ns"]) // 2], "cwnd": [int(row["cwnd_end"]) - 1]})
+    story.observed["on"] = pd.concat([story.observed["on"], late], ignore_index=True)
+    (line,) = (line for line in saw(story).axes[0].lines if line.get_alpha() == 0.6)
+    y = np.asarray(line.get_ydata())
+    assert y[-2:].tolist() == [row["cwnd_end"] - 1, row["cwnd_end"]]
+    (fall,) = np.flatnonzero(np.diff(y) < 0)
+    assert y[[fall, fall + 1]].tolist() == row[["cwnd_before", "cwnd_after"]].tolist()
+
+
+def test_the_title_counts_all_resets_that_are_drawn() -> None:
+    story = experiments.experiment(rounds=1, bursts=(1_000_000,), idle_times=(1.0, 2.0))
+    first = story.measured.iloc[0]
+    others: list[dict[str, Any]] = [
+        {"ts_ns": int(first["acked_ns"]) + 1_000_000, "reason": "rto_loss", "cwnd_before": 2000, "cwnd_after": 1},
+        {"ts_ns": int(first["acked_ns"]) + 2_000_000, "idle_us": 400_000, "cwnd_before": 2000, "cwnd_after": 1000},
+    ]
+    recorded = story.resets["on"]
+    more = [pd.concat([recorded, resets(*others[:number])], ignore_index=True) for number in (1, 2)]
+    cases: list[tuple[pd.DataFrame, str]] = [
+        (more[0], "On, 2 of 2 idle times shrank the window and 1 other reset"),
+        (more[1], "On, 2 of 2 idle times shrank the window and 2 other resets"),
+        (recorded.iloc[:1], "On, 2 of 2 idle times shrank the window and 1 of them not recorded"),
+    ]
+    for on, title in cases:
+        story.resets["on"] = on
+        figure = saw(story)
+        assert len(points(figure.axes[0], "v")) == len(on)
+        assert f"{title}; off, none" in drawing.texts(figure)
+
+
+def test_each_burst_has_its_label_where_there_is_room() -> None:
+    story = experiments.experiment(rounds=1, bursts=(100_000, 1_000_000), idle_times=(0.15, 2.0))
+    figure = saw(story)
+    for axes, setting in zip(figure.axes, ("on", "off"), strict=True):
+        mine = story.measured[story.measured["setting"] == setting]
+        labels = [text.get_text().rpartition(" in ")[2] for text in axes.texts]
+        assert sorted(labels) == sorted(f"{ms:.0f} ms" for ms in mine["latency_ms"])
+    assert not any("labelled" in text for text in drawing.texts(figure))
+    assert any("8 of 24 bursts labelled" in text for text in drawing.texts(saw()))
+
+
 # --- latency ---------------------------------------------------------------------------------------------------
 
 
