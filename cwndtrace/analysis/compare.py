@@ -21,8 +21,9 @@ COLUMNS: Final = {
     "before": "centre of the values in the first capture",
     "after": "centre of the values in the second capture",
     "difference": "after less before",
-    "low": "lower end of the difference's 95 % bootstrap interval; missing with fewer than three values in a capture",
-    "high": "upper end of that interval",
+    "low": "lower end of the difference's 95 % bootstrap interval, from all values; missing with fewer than three in a "
+    "capture",
+    "high": "upper end of that interval, which always holds the difference",
     "cliffs_delta": "how often a value of the second capture is above one of the first, less how often it is below: "
     "-1 to 1; missing for means",
     "effect": "none, small, medium or large, by cliffs_delta, or for means by the change's share of the larger mean; "
@@ -46,8 +47,6 @@ MEASURES: Final[dict[str, tuple[str, Literal["median", "mean"], str]]] = {
 """The measures besides block I/O, with unit, centre and meaning."""
 
 _SLOTS: Final = 300
-_MOST: Final = 1000
-"""The most values of a group that are resampled; of a larger group, this many are drawn at random."""
 _WORDS: Final = ((0.147, "none"), (0.33, "small"), (0.474, "medium"), (2.0, "large"))
 """The usual names for sizes of Cliff's delta, with upper bounds (Romano and others, 2006); also used for shares."""
 
@@ -97,8 +96,7 @@ def compare(before: Mapping[str, Values], after: Mapping[str, Values]) -> pd.Dat
         if not len(pair[0]) and not len(pair[1]):
             continue
         unit, centre, _ = MEASURES.get(name, ("us", "median", ""))
-        sampled = [_sample(values) for values in pair]
-        low, high = interval(sampled[1], sampled[0], resamples=2000, of=centre)
+        low, high = interval(pair[1], pair[0], resamples=2000, of=centre)
         middle = [float(getattr(np, centre)(values)) if len(values) else float("nan") for values in pair]
         change = middle[1] - middle[0]
         # Most slots of a rate are empty, so how often one is above another says nothing about the rate.
@@ -112,10 +110,6 @@ def compare(before: Mapping[str, Values], after: Mapping[str, Values]) -> pd.Dat
             }
         )  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _sample(values: Values) -> Values:
-    return values if len(values) <= _MOST else np.random.default_rng(1).choice(values, _MOST, replace=False)
 
 
 def _effect(strength: float, low: float, high: float) -> str:

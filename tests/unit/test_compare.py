@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import bootstrap, compare
@@ -32,6 +34,54 @@ NUMBERS = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
 def test_cliffs_delta_equals_comparing_each_pair(first: list[float], second: list[float]) -> None:
     pairs = [(a > b) - (a < b) for a in first for b in second]
     assert bootstrap.cliffs_delta(values(*first), values(*second)) == pytest.approx(np.mean(pairs))
+
+
+GROUPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda rng, n: rng.normal(100, 15, n),
+    "skewed": lambda rng, n: rng.lognormal(0, 3, n),
+    "two values": lambda rng, n: rng.choice([0.1, 0.7], n, p=[0.97, 0.03]),
+    "one outlier": lambda rng, n: np.append(np.full(n - 1, 0.3), 1e6 * rng.random()),
+    "few": lambda rng, n: rng.integers(0, 4, n) / 3,
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from(sorted(GROUPS)),
+    st.sampled_from(sorted(GROUPS)),
+    st.sampled_from([3, 4, 5, 10, 99, 300, 1001, 2000, 30_000]),
+    st.sampled_from([3, 4, 6, 100, 300, 1500, 20_001]),
+)
+def test_the_interval_holds_the_estimate(seed: int, one: str, other: str, n: int, m: int) -> None:
+    rng = np.random.default_rng(seed)
+    before, after = GROUPS[one](rng, n), GROUPS[other](rng, m)
+    both = [("median", "srtt")] + ([("mean", "reset_rate")] if n <= 300 and m <= 300 else [])
+    for centre, measure in both:
+        (row,) = compare.compare({measure: before}, {measure: after}).to_dict("records")
+        assert row["centre"] == centre
+        assert row["low"] <= row["difference"] <= row["high"]
+
+
+@pytest.mark.parametrize("number", [9, 10])
+def test_medians_are_distributed_as_those_of_resamples_in_full(number: int) -> None:
+    group, rng = np.arange(float(number)) ** 2, np.random.default_rng(4)
+    full = np.median(rng.choice(group, (200_000, number)), axis=1)
+    drawn = bootstrap._medians(group, 200_000, rng)
+    for value in np.unique(np.append(full, drawn)):
+        # The standard error of the difference is at most 0.0016.
+        assert abs((full <= value).mean() - (drawn <= value).mean()) < 0.007
+
+
+def test_a_million_values_are_compared_in_seconds() -> None:
+    many = np.random.default_rng(1).lognormal(5, 1, 1_000_000)
+    begin = time.process_time()
+    (row,) = compare.compare({"srtt": many}, {"srtt": many * 1.01}).to_dict("records")
+    assert time.process_time() - begin < 5
+    assert row["low"] <= row["difference"] <= row["high"]
+    # The 95 % interval of a difference of two such medians is 3.92 * sqrt(2) standard errors wide.
+    error = 1.2533 * np.exp(5) / 1000
+    assert row["high"] - row["low"] == pytest.approx(3.92 * 2**0.5 * error, rel=0.1)
 
 
 def test_the_interval_of_means_differs_from_that_of_medians() -> None:
