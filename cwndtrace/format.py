@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 _INFINITE: Final = 0x7FFFFFFF
@@ -28,6 +28,17 @@ def span(us: float) -> str:
 
 def _three(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def signed(value: float, show: Callable[[float], str]) -> str:
+    """Return a difference with its sign, as ``show`` shows its size: +241 ms, -0.3; one that it shows as zero has none.
+
+    ``"{:.0f} ms".format`` and ``span`` are such functions. A unit comes after a space.
+    """
+    text = show(abs(value))
+    if not any(digit in text.partition(" ")[0] for digit in "123456789"):
+        return text
+    return f"{'-' if value < 0 else '+'}{text}"
 
 
 def size(count: float) -> str:

@@ -429,9 +429,8 @@ class Trace:
             ),
         ]
         if steps := self._steps():
-            facts.append(
-                ("clock", f"stepped by {', '.join(f'{step:+,.3f} s' for step in steps[:5])}, suspends included")
-            )
+            shown = ", ".join(fmt.signed(step, "{:,.3f} s".format) for step in steps[:5])
+            facts.append(("clock", f"stepped by {shown}, suspends included"))
         if about.unchanged:
             facts.append(("unchanged", f"{fmt.plural(about.unchanged, 'idle restart')} left the window as it was"))
         probes = ", ".join(f"{reason}: {probe or 'none'}" for reason, probe in about.probes.items())

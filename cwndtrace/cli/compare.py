@@ -14,7 +14,7 @@ from cwndtrace import format as fmt
 from cwndtrace.analysis.compare import MEASURES
 from cwndtrace.cli import options
 from cwndtrace.cli.table import Column, echo_prose, table
-from cwndtrace.format import clean, json_line, span
+from cwndtrace.format import clean, json_line, signed, span
 from cwndtrace.records.arrow import TABLES
 
 _COLUMNS: Final = (
@@ -87,7 +87,8 @@ def _print(rows: list[dict[Any, Any]]) -> None:
 def _value(value: float, unit: str, *, sign: bool = False) -> str:
     if math.isnan(value):
         return "-"
-    plus = ("-" if value < 0 else "+") if sign else ""
-    if unit.startswith("us"):
-        return f"{plus}{span(abs(value))}{unit[2:]}"
-    return f"{plus}{abs(value) if sign else value:,.3g} {unit}"
+
+    def show(size: float) -> str:
+        return f"{span(size)}{unit[2:]}" if unit.startswith("us") else f"{size:,.3g} {unit}"
+
+    return signed(value, show) if sign else show(value)

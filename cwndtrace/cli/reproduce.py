@@ -28,7 +28,7 @@ from cwndtrace.cli import options, user
 from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.cli.table import Column, echo_prose, table
 from cwndtrace.errors import CaptureError, CwndtraceError, UsageError
-from cwndtrace.format import clean, nominal_size, plural, size
+from cwndtrace.format import clean, nominal_size, plural, signed, size
 from cwndtrace.kernel import netns
 from cwndtrace.lab import cleanup
 from cwndtrace.lab.experiment import Lab
@@ -322,11 +322,7 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
     )
     priced = costs(taken, trace.resets)
     if len(priced):
-        error = (priced["predicted_ms"] - priced["measured_ms"]).abs()
-        echo_prose(
-            f"Predicted from the records alone (estimate): median {priced['predicted_ms'].median():.0f} ms extra, "
-            f"measured {priced['measured_ms'].median():.0f} ms; off by {error.median():.0f} ms at the median."
-        )
+        echo_prose(_agreement(priced))
     for note in notes:
         echo_prose(f"note: {clean(note)}")
     pictures = _draw(taken, summary, trace, priced, folder, dark=dark)
@@ -336,27 +332,47 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
     echo_prose(f"Picture: {clean(str(path / pictures[0]))}")
 
 
+def _agreement(priced: pd.DataFrame) -> str:
+    """Return how near predicted costs (see ``lab.recording.costs``) were to those measured.
+
+    Means, because a burst's difference changes them by its share; medians of few bursts are those of two bursts, which
+    needn't be the same one.
+    """
+    error = (priced["predicted_ms"] - priced["measured_ms"]).abs()
+    predicted, measured = (signed(priced[name].mean(), "{:.0f} ms".format) for name in ("predicted_ms", "measured_ms"))
+    return (
+        f"Predicted from the records alone (estimate): {predicted} a burst on average, measured {measured}; "
+        f"of each burst the two differ by {error.median():.0f} ms at the median and {error.max():.0f} ms at most."
+    )
+
+
 def costs_of(summary: pd.DataFrame) -> Iterator[str]:
     """Yield the lines of a table of what ``summarise`` returns."""
     rows: list[tuple[str, ...]] = []
     for cell in summary.to_dict("records"):
+        low, high = _difference("{:.0f}", cell["cost_low_ms"]), _difference("{:.0f} ms", cell["cost_high_ms"])
         rows.append(
             (
                 nominal_size(int(cell["burst_bytes"])),
                 f"{cell['idle_s']:g} s",
                 *(_or_dash("{:.0f} ms", cell[c]) for c in ("median_on_ms", "p95_on_ms", "median_off_ms", "p95_off_ms")),
-                _or_dash("{:+.0f} ms", cell["cost_ms"]),
-                _or_dash("{:+.0f} to {:+.0f} ms", cell["cost_low_ms"], cell["cost_high_ms"]),
-                _or_dash("{:+.1f}", cell["cost_rtts"]),
+                _difference("{:.0f} ms", cell["cost_ms"]),
+                "-" if low == "-" else f"{low} to {high}",
+                _difference("{:.1f}", cell["cost_rtts"]),
                 _or_dash("{:.0f} %", 100 * cell["resets_on"]),
             )
         )
     yield from table(_COLUMNS, rows)
 
 
-def _or_dash(text: str, *values: float) -> str:
-    """Return the values formatted by ``text``, or a dash if one of them is unknown (NaN)."""
-    return "-" if any(math.isnan(v) for v in values) else text.format(*values)
+def _or_dash(text: str, value: float) -> str:
+    """Return a value formatted by ``text``, or a dash if it is unknown (NaN)."""
+    return "-" if math.isnan(value) else text.format(value)
+
+
+def _difference(text: str, value: float) -> str:
+    """Return a difference with its sign, formatted by ``text``, or a dash if it is unknown (NaN)."""
+    return "-" if math.isnan(value) else signed(value, text.format)
 
 
 def _draw(

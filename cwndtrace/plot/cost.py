@@ -158,9 +158,10 @@ def _titles(within: npt.NDArray[np.bool_]) -> tuple[str, str]:
 def _caption(used: pd.DataFrame) -> str:
     if used.empty:
         return "measured: latency with the setting on less the median with it off"
-    off = float((used["predicted_ms"] - used["measured_ms"]).abs().median())
+    off = (used["predicted_ms"] - used["measured_ms"]).abs()
     rtt = used["rtt_ms"]
     span = f"{rtt.min():.0f} ms" if math.ceil(rtt.max()) - math.floor(rtt.min()) <= 1 else (
         f"{rtt.min():.0f} to {rtt.max():.0f} ms"
     )  # fmt: skip
-    return f"RTT {span}  ·  off by {off:.0f} ms at the median  ·  measured: on less the median with the setting off"
+    apart = f"apart by {off.median():.0f} ms at the median and {off.max():.0f} ms at most"
+    return f"RTT {span}  ·  {apart}  ·  measured: on less the median with the setting off"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from cwndtrace.format import nominal_size, plural
+from cwndtrace.format import nominal_size, plural, signed
 from cwndtrace.plot import layout, style
 from cwndtrace.plot.labels import extent
 from cwndtrace.plot.panels import Legend
@@ -36,9 +37,9 @@ def latency(measurements: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     ``measurements`` has one row per burst: ``setting`` (on, off), ``idle_s``, ``burst_bytes``, ``latency_ms``,
     ``min_rtt_ms``, ``rto_ms``. Each is a faint dot. ``summary`` has one row per burst size and idle time:
     ``burst_bytes``, ``idle_s``, ``median_on_ms``, ``median_off_ms``, ``cost_ms``, ``cost_low_ms``, ``cost_high_ms``,
-    ``cost_rtts``, with NaN for values that weren't measured. Markers and bars are medians, and lines run from the 5th
-    to the 95th percentile of the measurements. The cost of the setting and its 95 % interval are above each pair, where
-    there is room.
+    ``cost_rtts``, with NaN for values that weren't measured, and ``outcome`` (see lab.statistics.outcome). Markers and
+    bars are medians, and lines run from the 5th to the 95th percentile of the measurements. The cost of the setting and
+    its 95 % interval are above each pair, where there is room.
     """
     bursts = sorted(measurements["burst_bytes"].unique().tolist())
     shown = bursts[-MOST_PANELS:]
@@ -149,7 +150,7 @@ def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd
     for cell in cells.to_dict("records"):
         cost, low, high = (float(cell[name]) for name in ("cost_ms", "cost_low_ms", "cost_high_ms"))
         if cell["idle_s"] in idle_times and np.isfinite(cost):
-            interval = _signed(low, "") + " to " + _signed(high, "") if np.isfinite(low) else ""
+            interval = _interval(low, high) if np.isfinite(low) else ""
             costs.append((idle_times.index(cell["idle_s"]), f"{_signed(cost)} ms", interval))
     bold: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": colours.ink}
     faint: dict[str, Any] = {"fontsize": 8, "color": colours.faint}
@@ -173,10 +174,13 @@ def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd
             axes.annotate(interval, (n, tops[n]), (0, 5.0), **place, **faint)
 
 
-def _signed(value: float, plus: str = "+") -> str:
-    """Return a whole number with its sign, a real minus sign or ``plus``; zero has no sign."""
-    whole = f"{abs(value):.0f}"
-    return whole if whole == "0" else f"{_MINUS if value < 0 else plus}{whole}"
+def _signed(value: float) -> str:
+    """Return a whole number with its sign, a real minus sign or a plus; zero has no sign."""
+    return signed(value, "{:.0f}".format).replace("-", _MINUS)
+
+
+def _interval(low: float, high: float) -> str:
+    return " to ".join(_signed(end).removeprefix("+") for end in (low, high))
 
 
 def _width(axes: Axes, content: str, shape: dict[str, Any]) -> float:
@@ -201,22 +205,37 @@ def _round_trips(axes: Axes, rtt: float, colours: Palette) -> None:
 
 
 def _titles(summary: pd.DataFrame) -> tuple[str, str]:
-    """Return both titles: the burst and idle time with the highest cost that is surely above 0, or that none is."""
+    """Return both titles: the burst and idle time with the highest cost that is certain, or why there is none."""
     second = f"net.ipv4.{layout.SYSCTL}"
     if summary.empty:
         return "Nothing was measured", f"{second} on and off"
-    sure = summary[summary["cost_low_ms"] > 0]
-    if len(sure):
-        worst = sure.sort_values("cost_ms").iloc[-1]
-        took = f"{worst['median_on_ms']:.0f} ms instead of {worst['median_off_ms']:.0f} ms"
-        first = f"After {worst['idle_s']:g} s of idle time, {nominal_size(worst['burst_bytes'])} took {took}"
-        return first, f"{second} = 1 cost up to {worst['cost_ms']:.0f} ms, or {worst['cost_rtts']:.1f} round trips"
-    if summary["cost_ms"].isna().all():
+    cells: dict[str, list[dict[Any, Any]]] = {}
+    for cell in summary.sort_values("cost_ms").to_dict("records"):
+        cells.setdefault(cell["outcome"], []).append(cell)
+    if "cost" in cells:
+        worst = cells["cost"][-1]
+        trips = f"{worst['cost_rtts']:.1f} round trips"
+        return _took(worst), f"{second} = 1 cost up to {worst['cost_ms']:.0f} ms, or {trips}"
+    if cells.keys() == {"one_setting"}:
         only = "on" if summary["median_on_ms"].notna().any() else "off"
         return f"Latency with the setting {only}; nothing to compare with", f"{second} {only}"
-    if summary["cost_low_ms"].isna().any():
+    if "few_rounds" in cells:
         return "Too few rounds to be sure of a difference", f"{second} on and off; at least three rounds are needed"
-    return "The setting cost nothing here", f"{second} on and off: each 95 % interval includes 0 or is below it"
+    second = f"{second} on and off"
+    if "inconclusive" in cells:
+        widest = max(cells["inconclusive"], key=lambda cell: float(cell["cost_high_ms"] - cell["cost_low_ms"]))
+        ends = _interval(widest["cost_low_ms"], widest["cost_high_ms"])
+        return "Inconclusive: more rounds are needed", f"{second}: the difference may be anything from {ends} ms (95 %)"
+    if "saved" in cells:
+        best = cells["saved"][0]
+        return _took(best), f"{second}: the setting saved up to {-best['cost_ms']:.0f} ms"
+    most = math.ceil(max(abs(float(cell[end])) for cell in cells["none"] for end in ("cost_low_ms", "cost_high_ms")))
+    return "The setting cost nothing here", f"{second}: each 95 % interval is within {max(1, most)} ms of 0"
+
+
+def _took(cell: dict[Any, Any]) -> str:
+    took = f"{cell['median_on_ms']:.0f} ms instead of {cell['median_off_ms']:.0f} ms"
+    return f"After {cell['idle_s']:g} s of idle time, {nominal_size(cell['burst_bytes'])} took {took}"
 
 
 def _caption(used: pd.DataFrame, shown: int, of: int, rtt: float) -> str:

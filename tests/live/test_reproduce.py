@@ -155,13 +155,32 @@ def test_quick_has_every_reset_in_the_capture(quick: Run) -> None:
 
 def test_the_predicted_and_the_measured_cost_are_printed(quick: Run) -> None:
     match = re.search(
-        r"^Predicted from the records alone \(estimate\): median (\d+) ms extra, measured (\d+) ms; off by (\d+) ms",
+        r"^Predicted from the records alone \(estimate\): \+(\d+) ms a burst on average, measured \+(\d+) ms; "
+        r"of each burst the two differ by (\d+) ms at the median and (\d+) ms at most\.$",
         quick.done.stdout,
         re.MULTILINE,
     )
     assert match
+    predicted, measured, median, most = map(int, match.groups())
     # A round trip of this path takes 50 ms.
-    assert int(match[3]) < 50
+    assert median < 50
+    assert median <= most
+    # Each is rounded.
+    assert abs(predicted - measured) <= most + 1
+    assert not re.search(r"[+-]0 ", quick.done.stdout)
+
+
+def test_windows_belong_to_the_times_that_they_are_drawn_at(quick: Run) -> None:
+    taken, trace = pd.read_parquet(quick.folder / "measurements.parquet"), assert_opens(quick.folder)
+    fell = taken[taken["cwnd_after"] < taken["cwnd_before"]]
+    followed = 0
+    for row in fell.itertuples():
+        samples = trace.samples[(trace.samples["ts_ns"] >= row.start_ns) & (trace.samples["ts_ns"] <= row.acked_ns)]
+        # A window that grows after its reset never falls until the burst is acknowledged, unless a packet was lost.
+        windows = [row.cwnd_after, *samples["cwnd"], row.cwnd_end]
+        assert row.retrans or windows == sorted(windows)
+        followed += len(samples)
+    assert followed
 
 
 def test_the_capture_can_be_plotted_again(quick: Run) -> None:

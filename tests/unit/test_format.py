@@ -27,6 +27,24 @@ def test_spans_have_three_digits_and_a_unit(us: float, text: str) -> None:
     assert fmt.span(us) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "whole", "span"),
+    [
+        (241, "+241 ms", "+241 us"),
+        (-367.4, "-367 ms", "-367 us"),
+        (0, "0 ms", "0 us"),
+        (-0.0, "0 ms", "0 us"),
+        (-0.4, "0 ms", "0 us"),
+        (0.4, "0 ms", "0 us"),
+        (-10_000, "-10000 ms", "-10.0 ms"),
+    ],
+)
+def test_a_difference_has_a_sign_unless_it_is_shown_as_zero(value: float, whole: str, span: str) -> None:
+    assert fmt.signed(value, "{:.0f} ms".format) == whole
+    assert fmt.signed(value, fmt.span) == span
+    assert fmt.signed(value, "{:.0f} 1/min".format) == whole.replace("ms", "1/min")
+
+
 @pytest.mark.parametrize("us", [999.6, 9_999, 99_990, 999_600, 9_999_000])
 def test_a_span_never_shows_more_than_three_digits(us: float) -> None:
     number, unit = fmt.span(us).split()

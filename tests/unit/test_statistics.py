@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cwndtrace.analysis import bootstrap
+from cwndtrace.cli import reproduce
 from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import statistics
 from cwndtrace.lab.measurement import Measurement, Setting, frame, limits, measured
@@ -54,8 +59,68 @@ def test_a_clear_cost_has_an_interval_and_a_verdict() -> None:
 
 def test_equal_latencies_cost_nothing() -> None:
     summary = statistics.summarise(table([50, 51, 52, 53], [50, 51, 52, 53]))
-    assert "cost nothing" in summary.iloc[0]["verdict"]
-    assert "cost nothing" in statistics.overall(summary)
+    (cell,) = summary.to_dict("records")
+    most = math.ceil(max(-cell["cost_low_ms"], cell["cost_high_ms"]))
+    assert cell["verdict"].startswith(f"1 MB after 1 s: the setting cost nothing, to within {most} ms (95 % interval -")
+    assert statistics.overall(summary) == f"tcp_slow_start_after_idle cost nothing here, to within {most} ms"
+
+
+def test_a_wide_interval_around_nothing_is_inconclusive() -> None:
+    wide = table([200, 1000, 500, 250], [600, 50, 300, 150])
+    (cell,) = statistics.summarise(wide).to_dict("records")
+    assert cell["cost_low_ms"] < 0 < cell["cost_ms"] < cell["cost_high_ms"]
+    spread = f"95 % interval -{-cell['cost_low_ms']:.0f} to +{cell['cost_high_ms']:.0f} ms"
+    assert cell["verdict"] == f"1 MB after 1 s: inconclusive, +{cell['cost_ms']:.0f} ms ({spread})"
+    both = statistics.summarise(pd.concat([wide, table([50, 51, 52], [50, 51, 52], burst=100_000)]))
+    assert statistics.overall(both) == (
+        f"{cell['verdict']}; measure more rounds (--rounds); inconclusive: 1 of 2 comparisons"
+    )
+    sure = statistics.summarise(pd.concat([wide, table([150, 151, 152], [50, 51, 52], burst=100_000)]))
+    assert statistics.overall(sure).startswith("tcp_slow_start_after_idle cost up to 100 ms (2.0 round trips): 100 kB")
+    assert statistics.overall(sure).endswith("; inconclusive: 1 of 2 comparisons")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rtt_ms", "expected"),
+    [
+        (-367, 611, 100, "inconclusive"),
+        (-49, 50, 100, "none"),
+        (-49, 51, 100, "inconclusive"),
+        (-51, 49, 100, "inconclusive"),
+        (0, 60, 100, "inconclusive"),
+        (1, 60, 100, "cost"),
+        (-60, -1, 100, "saved"),
+        # A cost that is certain and far below a round trip is no reset's.
+        (0.2, 3, 100, "none"),
+        # The round trip of loopback is shorter than what a busy machine adds.
+        (-0.9, 0.8, 0.02, "none"),
+        (-1.1, 0.8, 0.02, "inconclusive"),
+        (1.1, 1.3, 0.02, "cost"),
+    ],
+)
+def test_an_interval_means_a_cost_none_or_nothing_sure(low: float, high: float, rtt_ms: float, expected: str) -> None:
+    assert statistics.outcome((low + high) / 2, low, high, rtt_ms) == expected
+    # With the settings swapped the same is told of the other one.
+    other = {"cost": "saved", "saved": "cost"}.get(expected, expected)
+    assert statistics.outcome(-(low + high) / 2, -high, -low, rtt_ms) == other
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(49, 53), min_size=3, max_size=6), st.lists(st.floats(49, 53), min_size=3, max_size=6))
+def test_no_difference_is_shown_as_minus_nothing(on: list[float], off: list[float]) -> None:
+    summary = statistics.summarise(table(on, off))
+    (_, line) = reproduce.costs_of(summary)
+    priced = pd.DataFrame({"predicted_ms": [0.0] * len(on), "measured_ms": np.array(on) - 51})
+    for text in (line, *summary["verdict"], statistics.overall(summary), reproduce._agreement(priced)):
+        assert not re.search(r"[+-]0(\.0)?(?![\d.])", text), text
+
+
+def test_what_is_said_of_predictions_agrees_with_itself() -> None:
+    priced = pd.DataFrame({"predicted_ms": [100.0, 333.0, 500.0], "measured_ms": [101.0, 369.0, 501.0]})
+    assert reproduce._agreement(priced) == (
+        "Predicted from the records alone (estimate): +311 ms a burst on average, measured +324 ms; "
+        "of each burst the two differ by 1 ms at the median and 36 ms at most."
+    )
 
 
 def test_the_interval_is_repeatable_and_covers_the_difference() -> None:
@@ -91,7 +156,12 @@ def test_bursts_and_idle_times_are_separate_and_sorted() -> None:
 
 
 def test_a_negative_cost_is_called_a_saving() -> None:
-    assert "saved 50 ms" in statistics.summarise(table([50, 50, 50], [100, 100, 100])).iloc[0]["verdict"]
+    summary = statistics.summarise(table([50, 50, 50], [100, 100, 100]))
+    assert "saved 50 ms" in summary.iloc[0]["verdict"]
+    assert statistics.overall(summary) == (
+        "tcp_slow_start_after_idle saved up to 50 ms (1.0 round trips): 1 MB after 1 s took 50 ms with it and"
+        " 100 ms without"
+    )
 
 
 def test_an_empty_frame_has_the_same_columns() -> None:
