@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,11 +16,12 @@ import pandas as pd
 from cwndtrace import format as fmt
 from cwndtrace import store
 from cwndtrace.analysis import block_io as block_analysis
-from cwndtrace.analysis import compare, cost, idle_cause, recovery, remedy, units, verdict
+from cwndtrace.analysis import compare, cost, cured, idle_cause, recovery, remedy, units, verdict
 from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.errors import NotFound, making_sense
-from cwndtrace.present import html
+from cwndtrace.present import compared, html
 from cwndtrace.present import text as in_words
+from cwndtrace.present.compared import Conclusion
 from cwndtrace.present.text import Host, Verdict
 from cwndtrace.records import arrow, frames
 from cwndtrace.store.meta import Meta
@@ -321,6 +322,33 @@ class Trace:
     def compare(self, after: Trace) -> pd.DataFrame:
         """Return how much a later capture differs, and how surely; the columns are ``analysis.compare.COLUMNS``."""
         return units.attach(compare.compare(self._measures(), after._measures()))
+
+    @making_sense()
+    def conclude(self, after: Trace) -> Conclusion:
+        """Return whether the idle resets that cost time in this capture are cured in a later one, and by which setting.
+
+        Where the captures don't show it, the verdict is ``unknown`` and the text says what is lacking.
+        """
+        pair = self._evidence(), after._evidence()
+        return compared.conclude(cured.compared(*pair), *pair)
+
+    def _evidence(self) -> cured.Evidence:
+        return cured.Evidence(self._judged, self._connections, self.about, tuple(self._unseen()))
+
+    def _unseen(self) -> Iterator[str]:
+        """Yield a clause for each way in which idle resets may be missing from the records."""
+        if lacking := self._lacking():
+            yield lacking
+        for table, noun in _VERDICT_NEEDS.items():
+            if number := self.lost(table):
+                yield fmt.lost(number, noun)
+        if self.status != "complete":
+            words = {"running": "it is still being written", "interrupted": "the trace was interrupted"}
+            yield words.get(self.status, "the trace failed")
+        if self.about.probes and not self.about.probes.get("idle"):
+            yield "no probe could see idle resets"
+        for kind, number in self.left_out.items():
+            yield fmt.left_out(kind, number)
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.about, self._resets, self._connections)

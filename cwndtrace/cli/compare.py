@@ -31,25 +31,29 @@ _COLUMNS: Final = (
 @click.command()
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, one for each measure.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines: the conclusion, then one for each measure.")
 @options.max_rows
 def compare(before: Path, after: Path, *, as_json: bool, max_rows: int) -> None:
     """Compare two captures, taken BEFORE and AFTER a change.
 
-    For each measure, the table shows the difference, its 95 % bootstrap interval and the size of the effect.
+    The first line says whether the change cured the idle resets that cost time, or why that can't be told. For each
+    measure, the table shows the difference, its 95 % bootstrap interval and the size of the effect.
 
     \b
     Examples:
       cwndtrace compare monday.cwnd tuesday.cwnd
-      cwndtrace compare on.cwnd off.cwnd --json | jq -r 'select(.effect == "large") | .measure'
+      cwndtrace compare on.cwnd off.cwnd --json | jq -r 'select(.event == "conclusion") | .verdict'
     """
     traces = tuple(cwndtrace.load(path, max_rows=max_rows) for path in (before, after))
     rows = traces[0].compare(traces[1]).to_dict("records")
+    conclusion = traces[0].conclude(traces[1])
     if as_json:
+        click.echo(json_line({"event": "conclusion"} | conclusion.to_dict()))
         for row in rows:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             click.echo(json_line({"event": "compare"} | finite))
     else:
+        echo_prose(str(conclusion))
         for trace in traces:
             echo_prose(f"{clean(str(trace.path))}: {clean(trace.host().text)}")
         _print(rows)

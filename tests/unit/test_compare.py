@@ -176,8 +176,9 @@ def test_the_command_prints_both_answers_and_a_table(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["compare", str(a.path), str(b.path)])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"{a.path}: Idle resets cost ")
-    assert lines[1].startswith(f"{b.path}: The congestion window is not the cause")
+    assert lines[0] == str(a.conclude(b))
+    assert lines[1].startswith(f"{a.path}: Idle resets cost ")
+    assert lines[2].startswith(f"{b.path}: The congestion window is not the cause")
     (busy,) = (line for line in lines if line.startswith("busy_per_mb "))
     assert busy.split()[1:] == [
         "250",
@@ -206,10 +207,12 @@ def test_lost_records_are_a_warning(tmp_path: Path) -> None:
     assert result.stderr == f"warning: {b.path}: 3 records of cwnd_reset were lost\n"
 
 
-def test_json_has_one_line_for_each_measure(tmp_path: Path) -> None:
+def test_json_has_a_line_for_the_conclusion_and_for_each_measure(tmp_path: Path) -> None:
     a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0)
     result = CliRunner().invoke(main, ["compare", "--json", str(a.path), str(b.path)])
     rows = [json.loads(line, parse_constant=lambda text: pytest.fail(text)) for line in result.stdout.splitlines()]
-    assert {row["event"] for row in rows} == {"compare"}
+    assert [row["event"] for row in rows] == ["conclusion"] + ["compare"] * (len(rows) - 1)
+    assert rows[0] == {"event": "conclusion"} | json.loads(json.dumps(a.conclude(b).to_dict()))
+    rows = rows[1:]
     (lost,) = (row for row in rows if row["measure"] == "lost")
     assert (lost["after"], lost["n_before"]) == (None, 20)

@@ -387,6 +387,7 @@ def test_every_command_accepts_a_part_of_an_older_recording(tmp_path: Path, tabl
     assert report.caveats["missing"]
     json.dumps(content.as_json(report), allow_nan=False)
     assert len(trace.compare(trace))
+    assert str(trace.conclude(trace)).isprintable()
     timeline.timeline(trace.resets, trace.connections, trace.block_io, about=trace.about, samples=trace.samples)
     staircase.staircase(trace.resets)
 
