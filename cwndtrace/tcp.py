@@ -7,7 +7,9 @@ from typing import Final
 
 IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 CONTROL_SYSCTL: Final = "net.ipv4.tcp_congestion_control"
-"""For each network namespace, ``sysctls`` in meta.json holds these two, its name and whether it is the host's."""
+"""For each network namespace, ``sysctls`` in meta.json holds these two, its name and whether it is the host's.
+
+``sysctls_end`` holds those when the capture ended, and as ``new`` whether the namespace wasn't there at the start."""
 
 EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
 """Congestion controls with a cong_control of their own, whose windows tcp_slow_start_after_idle_check() leaves alone

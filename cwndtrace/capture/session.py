@@ -248,12 +248,12 @@ def checkpoint(session: Session) -> dict[str, Any]:
 
 def ending(session: Session) -> dict[str, Any]:
     """Return the entries of meta.json that are written at the end, except the status."""
-    end = clock()
-    # Namespaces that appeared after the start have their settings at the end.
-    sysctls = {**session.helper.settings(), **session.spaces}
+    end, spaces = clock(), session.helper.settings()
     return {
         "ended": arrow.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": _clocks(session, end),
-        "sysctls": sysctls,
+        # Namespaces that appeared after the start have their settings at the end.
+        "sysctls": {**spaces, **session.spaces},
+        "sysctls_end": {inode: space | {"new": inode not in session.spaces} for inode, space in spaces.items()},
         **session.meta(),
     }

@@ -27,13 +27,28 @@ class Moment:
 class NamespaceSettings:
     """A network namespace: its name for people, whether it is the host's, and its settings.
 
-    ``idle`` is tcp_slow_start_after_idle. Both settings are None where unknown.
+    ``idle`` is tcp_slow_start_after_idle when the capture began, or, in a namespace that is younger (``new``), when it
+    ended. ``idle_end`` is that at the end in any case. Settings are None where unknown: those at the end in captures of
+    older versions, in captures that were cut short, and in namespaces that were gone by then.
     """
 
     name: str
     host: bool
     idle: int | None
     congestion_control: str | None
+    idle_end: int | None = None
+    congestion_control_end: str | None = None
+    new: bool = False
+
+    @property
+    def idle_start(self) -> int | None:
+        """The setting when the capture began; None where it is unknown or the namespace wasn't there yet."""
+        return None if self.new else self.idle
+
+    @property
+    def idle_last(self) -> int | None:
+        """The last known setting."""
+        return self.idle if self.idle_end is None else self.idle_end
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,8 @@ class Meta:
     """A capture's metadata. Where a value is absent, mappings and texts are empty, and numbers 0 or None.
 
     ``counts`` is None where the capture has no counts at all, and ``parts`` where it doesn't list its parts.
-    ``utc_offsets_ns`` has the first offset, and another one for each step of the wall clock.
+    ``utc_offsets_ns`` has the first offset, and another one for each step of the wall clock. ``interfaces`` has
+    the interfaces in the namespace that cwndtrace ran in, index to name.
     """
 
     status: str = ""
@@ -89,6 +105,7 @@ class Meta:
     namespaces: Mapping[str, NamespaceSettings] = field(default_factory=dict)
     probes: Mapping[str, str | None] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
+    interfaces: Mapping[str, str] = field(default_factory=dict)
     counts: Mapping[str, Count] | None = None
     unwritten: Mapping[str, int] = field(default_factory=dict)
     parts: Mapping[str, tuple[Part, ...]] | None = None
@@ -102,6 +119,7 @@ class Meta:
         """Return the values of a ``meta.json`` with any content; older captures call the probes ``rungs``."""
         clock = _mapping(raw.get("clock"))
         counts, parts = raw.get("counts"), raw.get("parts")
+        ends = _mapping(raw.get("sysctls_end"))
         return cls(
             status=_text(raw.get("status")),
             version=_text(raw.get("version")),
@@ -116,12 +134,13 @@ class Meta:
             ),
             filters={name: _plain(value) for name, value in _named(raw.get("filters")) if value is not None},
             namespaces={
-                inode: _namespace(_mapping(each))
-                for inode, each in _named(raw.get("sysctls"))
+                clean(inode): _namespace(each, _mapping(ends.get(inode)))
+                for inode, each in _mapping(raw.get("sysctls")).items()
                 if isinstance(each, dict)
             },
             probes={reason: _text(probe) or None for reason, probe in _named(raw.get("probes", raw.get("rungs")))},
             devices={number: _text(name) for number, name in _named(raw.get("devices")) if _text(name)},
+            interfaces={index: _text(name) for index, name in _named(raw.get("interfaces")) if _text(name)},
             counts={event: _count(_mapping(each)) for event, each in _named(counts)}
             if isinstance(counts, dict)
             else None,
@@ -178,10 +197,16 @@ def _moment(value: object) -> Moment | None:
     return None if mono_ns is None else Moment(mono_ns, _integer(_mapping(value).get("utc_offset_ns")))
 
 
-def _namespace(value: dict[str, Any]) -> NamespaceSettings:
-    control = _text(value.get(tcp.CONTROL_SYSCTL)) or None
+def _namespace(value: dict[str, Any], end: dict[str, Any]) -> NamespaceSettings:
     return NamespaceSettings(
-        _text(value.get("name")), value.get("host") is True, _integer(value.get(tcp.IDLE_SYSCTL)), control
+        # The process that the namespace was named after at the start may have ended.
+        name=_text(end.get("name")) or _text(value.get("name")),
+        host=value.get("host") is True,
+        idle=_integer(value.get(tcp.IDLE_SYSCTL)),
+        congestion_control=_text(value.get(tcp.CONTROL_SYSCTL)) or None,
+        idle_end=_integer(end.get(tcp.IDLE_SYSCTL)),
+        congestion_control_end=_text(end.get(tcp.CONTROL_SYSCTL)) or None,
+        new=end.get("new") is True,
     )
 
 

@@ -17,7 +17,7 @@ LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | 
 JSON = st.recursive(
     LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
-KEYS = [*frames.meta(), "unwritten", "parts", "lacking", "left_out", "lossy"]
+KEYS = [*frames.meta(), "unwritten", "parts", "lacking", "left_out", "lossy", "sysctls_end"]
 
 
 def shapes(value: Any) -> Any:
@@ -50,7 +50,25 @@ def test_the_metadata_of_a_capture_keeps_its_values() -> None:
     assert about.left_out == {"sockets": 2}
     assert about.lacking == ("something",)
     assert about.parts == {"cwnd_reset": (Part(2, 20, 8), Part(1, 10, 9))}
-    assert about.probes == raw["probes"]
+    assert (about.probes, about.interfaces) == (raw["probes"], {"3": "eth0"})
+
+
+def test_settings_at_the_end_are_beside_those_at_the_start() -> None:
+    def settings(name: str, idle: int | None) -> dict[str, Any]:
+        return {"name": name, "host": False, tcp.IDLE_SYSCTL: idle, tcp.CONTROL_SYSCTL: "cubic"}
+
+    spaces = Meta.parse(
+        {
+            "sysctls": {"1": settings("nginx[5]", 1), "2": settings("young", 0), "3": settings("gone", 1)},
+            "sysctls_end": {"1": settings("nginx[9]", 0), "2": settings("young", 0) | {"new": True}, "4": 7},
+        }
+    ).namespaces
+    assert {inode: (space.idle_start, space.idle_end, space.idle_last) for inode, space in spaces.items()} == {
+        "1": (1, 0, 0),
+        "2": (None, 0, 0),
+        "3": (1, None, 1),
+    }
+    assert (spaces["1"].name, spaces["3"].congestion_control_end) == ("nginx[9]", None)
 
 
 def test_listed_parts_are_read_back() -> None:
@@ -68,6 +86,8 @@ def test_any_content_becomes_values_of_the_right_types(raw: Any) -> None:
     assert about.host.isprintable()
     assert all(number > 0 for number in about.left_out.values())
     assert all(type(span.start_ns) is int for span in about.lossy)
-    assert all(namespace.idle is None or type(namespace.idle) is int for namespace in about.namespaces.values())
+    for space in about.namespaces.values():
+        assert {type(space.idle_start), type(space.idle_end), type(space.idle_last)} <= {int, type(None)}
+        assert type(space.new) is bool
     assert all(count.lost >= 0 for count in (about.counts or {}).values())
     assert all(part.rows >= 0 for parts in (about.parts or {}).values() for part in parts)

@@ -208,4 +208,6 @@ def test_settings_of_the_start_are_kept_and_later_namespaces_added(monkeypatch: 
     session = Session(FakeSource([]))
     assert describe(session, Filters(), "0")["sysctls"] == settings
     settings |= {"1": {"name": "this", tcp.IDLE_SYSCTL: 0}, "2": {"name": "pod", tcp.IDLE_SYSCTL: 1}}
-    assert ending(session)["sysctls"] == {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}, "2": settings["2"]}
+    meta = ending(session)
+    assert meta["sysctls"] == {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}, "2": settings["2"]}
+    assert meta["sysctls_end"] == {"1": settings["1"] | {"new": False}, "2": settings["2"] | {"new": True}}
