@@ -15,11 +15,13 @@ import pandas as pd
 
 from cwndtrace import format as fmt
 from cwndtrace import store
+from cwndtrace.analysis import audit, compare, cost, cured, idle_cause, recovery, remedy, units, verdict
 from cwndtrace.analysis import block_io as block_analysis
-from cwndtrace.analysis import compare, cost, cured, idle_cause, recovery, remedy, units, verdict
 from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.errors import NotFound, making_sense
+from cwndtrace.present import audit as audit_in_words
 from cwndtrace.present import compared, html
+from cwndtrace.present import remedies as remedies_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.present.compared import Conclusion
 from cwndtrace.present.text import Host, Verdict
@@ -307,16 +309,16 @@ class Trace:
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
         """Return the remedies, best first, for the whole capture or for one ``connection``.
 
-        The columns are ``present.text.REMEDY_COLUMNS``. Raises NotFound for a key that isn't in ``summary()``.
+        The columns are ``present.remedies.COLUMNS``. Raises NotFound for a key that isn't in ``summary()``.
         """
-        judged, rows = self._judged, self._summary
+        judged, rows = self.verdicts, self._summary
         if connection is not None:
             rows = rows[rows["connection"] == connection]
             if rows.empty:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
-        found = remedy.remedies(judged, rows)
-        return units.attach(in_words.remedies(found, self.about, self._lacking(), seen=not rows.empty))
+        found = remedy.remedies(judged, rows, self.about)
+        return units.attach(remedies_in_words.remedies(found, self.about, self._lacking()))
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:
@@ -372,10 +374,10 @@ class Trace:
     def audit(self) -> pd.DataFrame:
         """Return each network namespace's settings and the connections that they affect.
 
-        The columns are ``analysis.remedy.AUDIT_COLUMNS``.
+        The columns are ``analysis.audit.COLUMNS`` and ``note``, what is unlike the host's or has changed.
         """
-        rows = remedy.audit(self._judged, self._connections, self.about)
-        return units.attach(in_words.audit(rows, self.about))
+        rows = audit.namespaces(self._judged, self._connections, self.about)
+        return units.attach(audit_in_words.namespaces(rows, self.about))
 
     @making_sense()
     def host(self) -> Host:

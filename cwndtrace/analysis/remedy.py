@@ -1,50 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remedies for the resets that cost something, with their savings and risks.
 
-cwndtrace never applies a remedy. Savings are estimates from the records, as the costs are.
+cwndtrace never applies a remedy. A saving is the measured cost of the resets that a remedy would have prevented.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from cwndtrace import tcp
-from cwndtrace.analysis import cost
-from cwndtrace.store.meta import Meta, NamespaceSettings
+from cwndtrace.store.meta import Meta
 
 COLUMNS: Final = {
-    "remedy": "sysctl, initcwnd, ping, bbr, receiver_window, send_buffer, loss or nothing",
-    "saves_us": "time that it would have saved in this capture, us, estimated; missing where the records can't tell",
+    "remedy": "sysctl, sysctl_done, initcwnd, ping, bbr, disk, receiver_window, send_buffer, loss or nothing",
+    "saves_us": "time that it would have saved in this capture, us, measured; missing where the records can't tell",
     "risk": "low, medium or high",
     "connections": "number of connections that it would have helped",
-    "detail": "sysctl: inodes of the network namespaces, those that lost most first; initcwnd: the window in segments "
-    "and the peers; ping: the interval and the shortest RTO, us",
+    "detail": "what the words need: a dataclass of this module for initcwnd, ping and disk, the inodes of the network "
+    "namespaces for sysctl, sysctl_done and bbr, those that lost most first, one of NOTHING for nothing, else None",
 }
 """The columns of ``remedies``."""
 
-AUDIT_COLUMNS: Final = {
-    "netns_ino": "inode of the network namespace",
-    "name": "its name in ip netns, this for the one that cwndtrace ran in, or a process in it",
-    "host": "whether it is the namespace of process 1",
-    "slow_start_after_idle": "1 if idle resets are on, 0 if off; missing where it couldn't be read",
-    "congestion_control": "default for new connections; empty where it couldn't be read",
-    "live": "connections in the namespace's last snapshot",
-    "touched": "of these, those that slow_start_after_idle affects: their congestion control isn't exempt",
-    "resets": "idle resets recorded in it",
-    "lost_us": "cost of its resets, us, estimated",
+NOTHING: Final = {
+    "none": "no reset was harmful",
+    "unknown": "what some resets cost isn't known",
+    "unseen": "no connection was seen",
 }
-"""The columns of ``audit``."""
+"""Why there is no remedy."""
 
 _RISKS: Final = ("low", "medium", "high")
 _PING_MARGIN: Final = 0.8
 """The ping interval as a share of the RTO, so that even a late ping comes before the RTO is over."""
 BROAD: Final = 64
 """The initial window in segments above which a new connection's first flight is a burst that few paths expect."""
+_HTTP_PORTS: Final = (80, 8000, 8080)
+_HTTP_SERVERS: Final = ("nginx", "apache2", "httpd", "lighttpd", "gunicorn")
+"""Local ports and process names by which a server is taken for one that speaks HTTP/1. This is a guess."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route that some connections send through: the namespace's inode, the interface's index, and a peer behind it.
+
+    ``ifindex`` is 0 where it is unknown.
+    """
+
+    netns: str
+    ifindex: int
+    peer: str
+
+
+@dataclass(frozen=True)
+class InitialWindow:
+    """The initial window in segments that suffices, and the routes, those that lost most first.
+
+    ``segments`` is None where no record says how much waited. ``untold`` counts the harmful resets of which none says.
+    """
+
+    segments: int | None
+    routes: tuple[Route, ...]
+    untold: int
+
+
+@dataclass(frozen=True)
+class Ping:
+    """The longest interval that prevents idle resets, and the shortest RTO, us.
+
+    ``http`` counts the connections of servers that seem to speak HTTP/1, ``disk`` those that only waited for a disk.
+    """
+
+    interval_us: float
+    rto_us: float
+    http: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class SlowDisk:
+    """A device that senders waited for before resets, with the process that did most, in us and numbers of requests."""
+
+    device: str
+    comm: str
+    waited_us: float
+    requests: int
+    resets: int
 
 
 @dataclass(frozen=True)
@@ -53,62 +96,115 @@ class _Remedy:
     saves_us: float
     risk: str
     connections: int
-    detail: tuple[Any, ...] = ()
+    detail: Any = None
 
 
-def remedies(judged: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def remedies(judged: pd.DataFrame, rows: pd.DataFrame, about: Meta) -> pd.DataFrame:
     """Return remedies, the largest saving first and, for equal savings, the lowest risk first. Never empty.
 
     ``judged`` are resets of a Trace's ``verdicts`` and ``rows`` are connections of its ``summary``: all of them for the
     host, or those of one connection. The columns are ``COLUMNS``.
     """
     harmful = judged[judged["verdict"] == "harmful"]
-    result = [*_cures(harmful), *_limits(rows)] or [_Remedy("nothing", 0.0, "low", 0)]
+    off = harmful["netns_ino"].astype(str).isin([inode for inode, s in about.namespaces.items() if s.idle_last == 0])
+    result = [*_cures(harmful[~off]), *_done(harmful[off]), *_limits(rows)]
+    result = result or [_nothing(judged, rows)]
     result.sort(key=lambda r: (-r.saves_us if r.saves_us == r.saves_us else 1.0, _RISKS.index(r.risk)))
-    return pd.DataFrame([asdict(row) for row in result], columns=list(COLUMNS))
+    return pd.DataFrame([vars(row) for row in result], columns=list(COLUMNS))
+
+
+def _nothing(judged: pd.DataFrame, rows: pd.DataFrame) -> _Remedy:
+    unknown = (judged["verdict"] == "unknown").any() or (rows["verdict"] == "unknown").any()
+    why = "unseen" if rows.empty else "unknown" if unknown else "none"
+    return _Remedy("nothing", 0.0, risk="low", connections=0, detail=why)
+
+
+def _saving(remedy: str, saved: pd.DataFrame, risk: str, detail: Any) -> _Remedy:
+    """Return a remedy that would have prevented these resets."""
+    lost, connections = float(saved["lost_us"].sum()), int(saved["connection"].nunique())
+    return _Remedy(remedy, lost, risk, connections, detail)
+
+
+def _spaces(harmful: pd.DataFrame) -> tuple[str, ...]:
+    """Return the inodes of the network namespaces, those that lost most first."""
+    lost = harmful.groupby("netns_ino")["lost_us"].sum().sort_values(ascending=False, kind="stable")
+    return tuple(str(inode) for inode in lost.index)
 
 
 def _cures(harmful: pd.DataFrame) -> Iterator[_Remedy]:
     if harmful.empty:
         return
-    helped, lost = int(harmful["connection"].nunique()), float(harmful["lost_us"].sum())
-    spaces = harmful.groupby("netns_ino")["lost_us"].sum().sort_values().index[::-1]
-    yield _Remedy("sysctl", lost, "low", helped, tuple(str(inode) for inode in spaces))
+    spaces = _spaces(harmful)
+    yield _saving("sysctl", harmful, "low", spaces)
     yield _initcwnd(harmful)
     idle = harmful[harmful["reason"].astype(str) == "idle"]
-    if len(idle):
-        shortest = float(idle["rto_us"].min())
-        interval = max(shortest * _PING_MARGIN // 10_000 * 10_000, 10_000.0)
-        connections = int(idle["connection"].nunique())
-        yield _Remedy("ping", float(idle["lost_us"].sum()), "medium", connections, (interval, shortest))
-    yield _Remedy("bbr", lost, "high", helped)
+    yield from _ping(idle)
+    yield from _disk(idle)
+    yield _saving("bbr", harmful, "high", spaces)
+
+
+def _done(harmful: pd.DataFrame) -> Iterator[_Remedy]:
+    """Yield what needs no remedy any more, because idle resets are off by now."""
+    if len(harmful):
+        yield _saving("sysctl_done", harmful, "low", _spaces(harmful))
 
 
 def _initcwnd(harmful: pd.DataFrame) -> _Remedy:
-    """Return the smallest initial window that would have sufficed for all of them, with its saving."""
-    after, before = cost.path(harmful, "after"), harmful["cwnd_before"].to_numpy(np.int64)
-    burst, rounds_before = (harmful[name].to_numpy(np.int64) for name in ("burst_bytes", "rounds_before"))
+    """Return the smallest initial window in which all data that waited would have fitted.
 
-    def needed(window: cost.Ints) -> cost.Ints:
-        return cost.rounds(burst, **{**after, "cwnd": window})
+    A burst for which nobody knows how much waited adds neither to the window nor to the saving.
+    """
+    waited = -(-harmful["waiting_bytes"].astype("float64") // harmful["mss"].where(harmful["mss"] > 0))
+    window = harmful["chain_window"].astype("float64")
+    needed = waited.where(waited > 0).clip(upper=window.fillna(np.inf))
+    told = harmful[needed.notna()]
+    routes = _routes(harmful if told.empty else told)
+    if told.empty:
+        connections = int(harmful["connection"].nunique())
+        detail = InitialWindow(None, routes, len(harmful))
+        return _Remedy("initcwnd", float("nan"), risk="medium", connections=connections, detail=detail)
+    segments = int(needed.max())
+    detail = InitialWindow(segments, routes, len(harmful) - len(told))
+    return _saving("initcwnd", told, "medium" if segments <= BROAD else "high", detail)
 
-    # Bisect for the smallest window from which each burst needs no more round trips than from the window before.
-    low, high = after["cwnd"], before
-    while (low < high).any():
-        middle = (low + high) // 2
-        enough = needed(middle) <= rounds_before
-        low, high = np.where(enough | (low >= high), low, middle + 1), np.where(enough, middle, high)
-    value = int(high.max())
-    # A restart may leave ssthresh below the window before, whatever the initial window is, so some cost may remain.
-    stays = np.maximum(needed(np.maximum(after["cwnd"], value)) - rounds_before, 0)
-    saved = np.maximum(harmful["rounds_lost"].to_numpy() - stays, 0) * harmful["round_us"].to_numpy()
-    return _Remedy(
-        "initcwnd",
-        float(saved.sum()),
-        "medium" if value <= BROAD else "high",
-        int(harmful["connection"].nunique()),
-        (value, *harmful["daddr"].astype(str).unique()),
-    )
+
+def _routes(harmful: pd.DataFrame) -> tuple[Route, ...]:
+    keys = ["netns_ino", "ifindex", "daddr"]
+    known = harmful.assign(ifindex=harmful["ifindex"].fillna(0), daddr=harmful["daddr"].astype(str))
+    lost = known.groupby(keys)["lost_us"].sum().sort_values(ascending=False, kind="stable")
+    return tuple(Route(str(inode), int(ifindex), str(peer)) for inode, ifindex, peer in lost.index)
+
+
+def _ping(idle: pd.DataFrame) -> Iterator[_Remedy]:
+    """Yield pings for the connections that can send one; a sender that waits for a disk, or an HTTP/1 server, can't."""
+    disk = idle["cause"] == "disk"
+    http = idle["sport"].isin(_HTTP_PORTS) | idle["comm"].astype(str).isin(_HTTP_SERVERS)
+    able = idle[~disk & ~http]
+    if able.empty:
+        return
+    shortest = float(able["rto_us"].min())
+    interval = max(shortest * _PING_MARGIN // 10_000 * 10_000, 10_000.0)
+    unable = (idle.loc[kind, "connection"] for kind in (http, disk & ~http))
+    numbers = (int(keys[~keys.isin(able["connection"])].nunique()) for keys in unable)
+    yield _saving("ping", able, "medium", Ping(interval, shortest, *numbers))
+
+
+def _disk(idle: pd.DataFrame) -> Iterator[_Remedy]:
+    """Yield one remedy for each device that senders waited for, with the cost of the resets that only it caused.
+
+    A reset counts if its idle time would not have been longer than the RTO without the disk's part.
+    """
+    for device, rows in idle[idle["cause"] == "disk"].groupby("disk_device"):
+        waited = rows.groupby(rows["comm"].astype(str))["disk_us"].sum()
+        only = rows[rows["idle_us"].astype("float64") - rows["disk_us"] <= rows["rto_us"]]
+        detail = SlowDisk(
+            str(device), str(waited.idxmax()), float(waited.sum()), int(rows["disk_requests"].sum()), len(rows)
+        )
+        if len(only):
+            yield _saving("disk", only, "low", detail)
+        else:
+            connections = int(rows["connection"].nunique())
+            yield _Remedy("disk", float("nan"), risk="low", connections=connections, detail=detail)
 
 
 def _limits(rows: pd.DataFrame) -> Iterator[_Remedy]:
@@ -116,41 +212,4 @@ def _limits(rows: pd.DataFrame) -> Iterator[_Remedy]:
     for label in ("receiver_window", "send_buffer", "loss"):
         number = int((rows["verdict"] == label).sum())
         if number:
-            yield _Remedy(label, float("nan"), "low", number)
-
-
-_UNKNOWN: Final = NamespaceSettings("", False, None, None)
-
-
-def audit(judged: pd.DataFrame, snapshots: pd.DataFrame, about: Meta) -> pd.DataFrame:
-    """Return one row per network namespace: its settings and the connections that they affect.
-
-    The columns are ``AUDIT_COLUMNS``. Settings are those when the capture began. A namespace that came later has a row
-    if a snapshot or a reset was in it.
-    """
-    spaces = about.namespaces
-    last = snapshots[snapshots["ts_ns"] == snapshots.groupby("netns_ino")["ts_ns"].transform("max")]
-    live = last.groupby("netns_ino").size()
-    free = last[last["ca_name"].astype(str).isin(tcp.EXEMPT)].groupby("netns_ino").size()
-    idle = judged[judged["reason"].astype(str) == "idle"].groupby("netns_ino").size()
-    lost = judged.groupby("netns_ino")["lost_us"].sum()
-    seen = {str(inode) for inode in (*live.index, *lost.index)}
-    rows = []
-    for inode in [*spaces, *sorted(seen - spaces.keys())]:
-        number = int(inode) if inode.isdigit() else 0
-        space = spaces.get(inode, _UNKNOWN)
-        rows.append(
-            {
-                "netns_ino": number,
-                "name": space.name,
-                "host": space.host,
-                "slow_start_after_idle": space.idle if space.idle in (0, 1) else None,
-                "congestion_control": space.congestion_control or "",
-                "live": int(live.get(number, 0)),
-                "touched": int(live.get(number, 0)) - int(free.get(number, 0)),
-                "resets": int(idle.get(number, 0)),
-                "lost_us": float(lost.get(number, 0.0)),
-            }
-        )
-    kinds = {"slow_start_after_idle": "Int64", "host": "bool"}
-    return pd.DataFrame(rows, columns=list(AUDIT_COLUMNS)).astype(kinds)
+            yield _Remedy(label, float("nan"), risk="low", connections=number)

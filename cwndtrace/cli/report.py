@@ -15,6 +15,7 @@ from cwndtrace.cli import files, malloc, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
+from cwndtrace.present import remedies as remedies_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.report import content
 
@@ -157,4 +158,4 @@ def _lines(found: content.Report) -> Iterator[str]:
     yield ""
     yield click.style("What to do", bold=True)
     for number, row in enumerate(found.remedies.head(_REMEDIES).to_dict("records"), start=1):
-        yield from prose(f"{number}. {clean(in_words.remedy(row))}", room(), indent=3)
+        yield from prose(f"{number}. {clean(remedies_in_words.remedy(row))}", room(), indent=3)

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verdicts, remedies and their evidence in words."""
+"""Verdicts and their evidence in words."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import pandas as pd
-
 from cwndtrace import format as fmt
 from cwndtrace import tcp
-from cwndtrace.analysis.remedy import BROAD
 from cwndtrace.analysis.verdict import CANT_TELL, FLOOR_SHARE, Totals
 from cwndtrace.format import plural, size, span, threshold
 from cwndtrace.present import html
-from cwndtrace.store.meta import Meta, NamespaceSettings
 
 LABELS: Final = {
     "harmful": "harmful: its burst was late",
@@ -38,8 +33,6 @@ LABELS: Final = {
 """The verdicts with their texts; those from ``other_end`` on apply to connections only."""
 
 _CANT_TELL: Final = "Can't tell whether window resets delayed anything"
-_SPACES: Final = 3
-"""The most namespaces for which a command is shown."""
 
 
 @dataclass(frozen=True)
@@ -277,129 +270,4 @@ def _open_question(totals: Totals) -> str:
     return (
         f"it can't be told for {totals.connections_unknown} of {plural(totals.connections_seen, 'connection')} "
         f"({_counted(totals.verdicts)})"
-    )
-
-
-# ---- remedies ----------------------------------------------------------------------------------------
-
-REMEDY_COLUMNS: Final = {
-    "remedy": "sysctl, initcwnd, ping, bbr, receiver_window, send_buffer, loss or nothing",
-    "action": "what to do, and where",
-    "saves_us": "time that it would have saved in this capture, us, estimated; missing where the records can't tell",
-    "risk": "low, medium or high",
-    "why_risk": "what may go wrong",
-    "connections": "number of connections that it would have helped",
-}
-"""The columns of ``remedies``."""
-
-
-def remedies(found: pd.DataFrame, about: Meta, lacking: str = "", *, seen: bool = True) -> pd.DataFrame:
-    """Return the rows of ``analysis.remedy.remedies`` with actions and risks in words.
-
-    ``lacking``: see ``host``. ``seen`` is false where the capture has no connection.
-    """
-    nothing = f"trace again, or get the whole capture, because {lacking}" if lacking else _LEAVE if seen else _AGAIN
-    rows = found.to_dict("records")
-    texts = [_action(row["remedy"], row["detail"], about, nothing) for row in rows]
-    action, why_risk = ([text[i] for text in texts] for i in range(2))
-    return found.assign(action=action, why_risk=why_risk)[list(REMEDY_COLUMNS)]
-
-
-def _action(remedy: str, detail: tuple[Any, ...], about: Meta, nothing: str) -> tuple[str, str]:
-    """Return what to do and what may go wrong; ``nothing`` is what to do where no remedy is known."""
-    if remedy == "sysctl":
-        commands = [
-            f"{_inside(inode, about)}sysctl -w {tcp.IDLE_SYSCTL}=0{_elsewhere(inode, about)}" for inode in detail
-        ]
-        more = [f"and in {plural(len(detail) - _SPACES, 'more namespace')}"] if len(detail) > _SPACES else []
-        return "; ".join([*commands[:_SPACES], *more]), (
-            "each connection in the namespace may send its old window at once after idle time, into a path that may be "
-            "busier by then"
-        )
-    if remedy == "initcwnd":
-        value, *peers = detail
-        where = f"to {peers[0]}" if len(peers) == 1 else f"to these {len(peers)} peers"
-        unusual = "" if value <= BROAD else ", far more than usual"
-        return (
-            f"set initcwnd {value} on the route {where} (ip route change ... initcwnd {value})",
-            f"new connections also begin with {plural(value, 'segment')} at once{unusual}",
-        )
-    if remedy == "ping":
-        interval, shortest = detail
-        return (
-            f"have the application send a small message at least every {span(interval)} while it is idle "
-            f"(the shortest RTO was {span(shortest)}; TCP keepalive carries no data and doesn't count)",
-            "more traffic and wake-ups on every connection, and both ends have to agree on what a ping is",
-        )
-    memory = "more memory on every such connection"
-    return {
-        "bbr": (
-            f"use BBR for these connections ({tcp.CONTROL_SYSCTL}=bbr in their namespace, or TCP_CONGESTION on each)",
-            "BBR is a different congestion control: it reacts differently to loss and to other traffic, and only new "
-            "connections get it",
-        ),
-        "receiver_window": ("let the receiver offer more (net.ipv4.tcp_rmem there, or its SO_RCVBUF)", memory),
-        "send_buffer": ("let the sender buffer more (net.ipv4.tcp_wmem, or the program's SO_SNDBUF)", memory),
-        "loss": ("look for packet loss on the path (the congestion window isn't what these connections lack)", "none"),
-        "nothing": (nothing, "none"),
-    }[remedy]
-
-
-_LEAVE: Final = "leave the settings as they are"
-_AGAIN: Final = "trace again while connections are open, with a filter that lets them through; no connection was seen"
-
-
-def remedy(row: Mapping[Any, Any]) -> str:
-    """Return a row of ``remedies`` in words."""
-    if row["remedy"] == "nothing":
-        action = str(row["action"])
-        return "Nothing to do: no reset cost a round trip." if action == _LEAVE else f"{action[0].upper()}{action[1:]}."
-    saves = row["saves_us"]
-    gain = f"saves about {span(saves)} (estimated)" if saves == saves else "the records can't tell what it saves"
-    helped = plural(int(row["connections"]), "connection")
-    return f"{row['action']}: {gain} on {helped}. Risk {row['risk']}: {row['why_risk']}."
-
-
-def _inside(inode: str, about: Meta) -> str:
-    """Return the prefix for a command that has to run in this network namespace."""
-    namespace = about.namespaces.get(inode)
-    name = namespace.name if namespace else ""
-    if (namespace and namespace.host) or name == "this":
-        return ""
-    if not name:
-        return f"in network namespace {inode}: "
-    if name.endswith("]") and "[" in name:
-        return f"nsenter -t {name.rpartition('[')[2][:-1]} -n "
-    return f"ip netns exec {shlex.quote(name)} "
-
-
-def _elsewhere(inode: str, about: Meta) -> str:
-    """Return a remark on the host's setting, for a namespace other than the host's."""
-    host = _host(about)
-    if host is None or about.namespaces.get(inode, host).host:
-        return ""
-    return f" (the host's own setting is {host.idle}, which doesn't apply in this namespace)"
-
-
-def _host(about: Meta) -> NamespaceSettings | None:
-    return next((namespace for namespace in about.namespaces.values() if namespace.host), None)
-
-
-def audit(rows: pd.DataFrame, about: Meta) -> pd.DataFrame:
-    """Return the rows of ``analysis.remedy.audit`` with ``note``: the settings that differ from the host's."""
-    host = _host(about)
-    return rows.assign(note=[_note(about.namespaces.get(str(inode)), host) for inode in rows["netns_ino"]])
-
-
-def _note(space: NamespaceSettings | None, host: NamespaceSettings | None) -> str:
-    if space is None or host is None:
-        return ""
-    settings = {
-        tcp.IDLE_SYSCTL: (space.idle, host.idle),
-        tcp.CONTROL_SYSCTL: (space.congestion_control, host.congestion_control),
-    }
-    return "; ".join(
-        f"{name} is {here} here but {there} on the host"
-        for name, (here, there) in settings.items()
-        if here is not None and there is not None and here != there
     )
