@@ -15,3 +15,6 @@ EXEMPT: Final = frozenset({"bbr", "bbr2", "bbr3"})
 """Congestion controls with a cong_control of their own, whose windows tcp_slow_start_after_idle_check() leaves alone
 (include/net/tcp.h). In the kernel's tree only net/ipv4/tcp_bbr.c has one; those written in BPF can't be recognised by
 name."""
+
+INIT_CWND: Final = 10
+"""The initial window in segments of a connection whose route sets none (TCP_INIT_CWND in include/net/tcp.h)."""

@@ -15,7 +15,7 @@ import pandas as pd
 
 from cwndtrace import format as fmt
 from cwndtrace import store
-from cwndtrace.analysis import audit, compare, cost, cured, idle_cause, recovery, remedy, units, verdict
+from cwndtrace.analysis import ahead, audit, compare, cost, cured, idle_cause, recovery, remedy, units, verdict
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import connections as connection_analysis
 from cwndtrace.errors import NotFound, making_sense
@@ -319,6 +319,24 @@ class Trace:
             judged = judged[judged["connection"] == connection]
         found = remedy.remedies(judged, rows, self.about)
         return units.attach(remedies_in_words.remedies(found, self.about, self._lacking()))
+
+    @making_sense()
+    def due(self) -> pd.DataFrame:
+        """Return the connections of the last snapshot whose windows their next burst would reset.
+
+        The columns are ``analysis.ahead.DUE``.
+        """
+        on = {int(inode): each.idle_last for inode, each in self.about.namespaces.items() if inode.isdigit()}
+        initial = dict(zip(self._resets["sock_cookie"], self._resets["init_cwnd"], strict=True))
+        return ahead.due(ahead.last_round(self._connections, self.about.end), on, initial)
+
+    @making_sense()
+    def heartbeats(self) -> pd.DataFrame:
+        """Return the connections on which small messages came more than an RTO apart, each of which cost a reset.
+
+        The columns are ``analysis.ahead.BEATS``.
+        """
+        return ahead.beats(self._resets)
 
     @making_sense()
     def compare(self, after: Trace) -> pd.DataFrame:

@@ -7,12 +7,14 @@ import json
 import platform
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
 import click
+import pandas as pd
 
+from cwndtrace.analysis import ahead
 from cwndtrace.capture import bcc, live, target
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
@@ -20,11 +22,14 @@ from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
 from cwndtrace.format import clean, plural
 from cwndtrace.kernel import btf, facts, ladder, netns
+from cwndtrace.present import ahead as ahead_in_words
 from cwndtrace.tcp import IDLE_SYSCTL
 
 OK, LACK, BAD = "ok", "lack", "bad"
 _NAME_CELLS: Final = 24
 """Terminal cells for the name of a fact. A longer name takes several lines."""
+_CONNECTIONS: Final = 3
+"""The most connections that are named for each reason."""
 _MARK: Final = {OK: ("ok", "green"), LACK: ("-", "yellow"), BAD: ("BAD", "red")}
 
 
@@ -32,7 +37,7 @@ _MARK: Final = {OK: ("ok", "green"), LACK: ("-", "yellow"), BAD: ("BAD", "red")}
 class Fact:
     """One line of the report.
 
-    ``state`` is "ok", "lack" (something better is missing) or "bad" (tracing fails). ``remedy`` may be empty.
+    ``state`` is "ok", "lack" (something is worse than it could be) or "bad" (tracing fails). ``remedy`` may be empty.
     """
 
     name: str
@@ -46,10 +51,14 @@ class Findings:
     """The result of all checks.
 
     ``probes`` maps each reason to a probe, or to None. It is None as a whole if nothing can trace idle resets here.
+    ``due`` and ``heartbeats`` are frames of ``analysis.ahead``: connections that the next burst will reset, and those
+    whose messages are slower than the RTO.
     """
 
     facts: list[Fact]
     probes: dict[str, str | None] | None
+    due: pd.DataFrame = field(default_factory=pd.DataFrame)
+    heartbeats: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 @click.command()
@@ -57,7 +66,8 @@ class Findings:
 def doctor(*, as_json: bool) -> None:
     """Check what this kernel supports, which probes work, and how to fix what is missing.
 
-    The command loads each probe to test it, and unloads it again. It exits with status 77 if tracing isn't possible.
+    The command loads each probe to test it, and unloads it again. It also names connections that are idle and whose
+    windows the next burst will reset. It exits with status 77 if tracing isn't possible.
 
     \b
     Examples:
@@ -67,7 +77,8 @@ def doctor(*, as_json: bool) -> None:
     target.need_root("loading probes")
     findings = examine()
     if as_json:
-        click.echo(json.dumps({"facts": [asdict(f) for f in findings.facts], "probes": findings.probes}))
+        frames = {name: json.loads(getattr(findings, name).to_json(orient="records")) for name in ("due", "heartbeats")}
+        click.echo(json.dumps({"facts": [asdict(f) for f in findings.facts], "probes": findings.probes, **frames}))
     else:
         _print(findings)
     if findings.probes is None or any(f.state == BAD for f in findings.facts):
@@ -81,13 +92,20 @@ def examine() -> Findings:
         _tracefs(),
         Fact("lockdown", facts.lockdown()),
     ]
+    first = _connections()
     allowed = _may_load(rows)
     kernel = _read_btf(rows)
     bcc_works = _bcc_works(rows)
     probes = _try_probes(rows, kernel) if kernel is not None and bcc_works and allowed else None
-    rows += _sysctls()
-    rows += _congestion_controls()
-    return Findings(rows, probes)
+    settings = {namespace: netns.idle_sysctl(namespace) for namespace in netns.all_reachable()}
+    rows += _sysctls(settings)
+    last = _connections()
+    rows += _congestion_controls(last)
+    by_inode = {namespace.inode: value for namespace, value in settings.items()}
+    due, beats = ahead.due(last, by_inode), ahead.live_beats(first, last, by_inode)
+    rows += [Fact("will be reset", line, LACK) for line in ahead_in_words.due(due, _CONNECTIONS)]
+    rows += [Fact("slow messages", line, LACK) for line in ahead_in_words.beats(beats, _CONNECTIONS)]
+    return Findings(rows, probes, due, beats)
 
 
 def _tracefs() -> Fact:
@@ -181,10 +199,15 @@ def _remedy(probe: str, why: str) -> str:
     return ""
 
 
-def _sysctls() -> list[Fact]:
+def _connections() -> pd.DataFrame:
+    """Return all connections of all reachable namespaces as they are now."""
+    frame: pd.DataFrame = snapshot(Filters(), 0).to_pandas()
+    return frame
+
+
+def _sysctls(settings: dict[netns.Namespace, int | None]) -> list[Fact]:
     lines = []
-    for namespace in netns.all_reachable():
-        value = netns.idle_sysctl(namespace)
+    for namespace, value in settings.items():
         name = f"sysctl in {namespace.name}"
         if value is None:
             lines.append(Fact(name, "can't be read", LACK))
@@ -195,11 +218,11 @@ def _sysctls() -> list[Fact]:
     return lines
 
 
-def _congestion_controls() -> list[Fact]:
+def _congestion_controls(connections: pd.DataFrame) -> list[Fact]:
     def read(name: str) -> str:
         return Path("/proc/sys/net/ipv4", name).read_text().strip()
 
-    used = Counter(snapshot(Filters(), 0)["ca_name"].to_pylist())
+    used = Counter(connections["ca_name"].astype(str))
     in_use = ", ".join(f"{name} by {plural(n, 'connection')}" for name, n in used.most_common()) or "none"
     return [
         Fact("congestion control", f"default {read('tcp_congestion_control')}; in use: {in_use}"),

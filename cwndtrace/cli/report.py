@@ -15,6 +15,7 @@ from cwndtrace.cli import files, malloc, options
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
+from cwndtrace.present import ahead as ahead_in_words
 from cwndtrace.present import remedies as remedies_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.report import content
@@ -23,6 +24,7 @@ _CONNECTIONS: Final = 8
 _CHAINS: Final = 2
 _DEVICES: Final = 4
 _REMEDIES: Final = 3
+_AHEAD: Final = 2
 _BRIEF: Final = {
     "other_end": "sent by the other end",
     "exempt": "exempt",
@@ -155,6 +157,16 @@ def _lines(found: content.Report) -> Iterator[str]:
             )
         yield ""
         yield from table(_OF_DEVICES, rows)
+    coming = {
+        "Will be reset, as of the last snapshot": ahead_in_words.due(found.due, _AHEAD),
+        "Messages slower than the RTO": ahead_in_words.beats(found.heartbeats, _AHEAD),
+    }
+    for subject, texts in coming.items():
+        if texts:
+            yield ""
+            yield click.style(subject, bold=True)
+        for text in texts:
+            yield from prose(text, room(), indent=2)
     yield ""
     yield click.style("What to do", bold=True)
     for number, row in enumerate(found.remedies.head(_REMEDIES).to_dict("records"), start=1):

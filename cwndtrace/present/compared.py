@@ -38,7 +38,7 @@ class Conclusion:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html.verdict(LABELS[self.verdict], self.text, harmful=self.verdict == "not_cured")
+        return html.verdict(LABELS[self.verdict], self.text, harmful=self.verdict == "not_cured", known=self.verdict != "unknown")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by name, for JSON; spans are in us."""

@@ -45,6 +45,8 @@ class Report:
     devices: pd.DataFrame
     processes: pd.DataFrame
     remedies: pd.DataFrame
+    due: pd.DataFrame
+    heartbeats: pd.DataFrame
     audit: pd.DataFrame
     caveats: dict[str, list[str]]
 
@@ -62,6 +64,8 @@ def report(trace: Trace) -> Report:
         devices=trace.block_summary(),
         processes=trace.block_submitters(),
         remedies=trace.remedies(),
+        due=trace.due(),
+        heartbeats=trace.heartbeats(),
         audit=trace.audit(),
         caveats=_caveats(trace, connections),
     )
@@ -124,6 +128,8 @@ def as_json(found: Report) -> dict[str, Any]:
         "block_io_by_device": found.devices,
         "block_io_by_process": found.processes,
         "remedies": found.remedies,
+        "due": found.due,
+        "heartbeats": found.heartbeats,
         "namespaces": found.audit,
     }
     return {

@@ -33,6 +33,7 @@ from cwndtrace.format import clean
 from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
 from cwndtrace.plot.timeline import timeline
+from cwndtrace.present import ahead as ahead_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.report.content import Report, records
 
@@ -44,6 +45,7 @@ TIMELINES: Final = 6
 """The most connections with a timeline: those that lost most, or else those with most resets."""
 _RESETS: Final = 8
 _PROCESSES: Final = 20
+_AHEAD: Final = 20
 # Above this number of dots, a bitmap inside the SVG is smaller than the dots as paths.
 _DOTS: Final = 1000
 
@@ -77,6 +79,10 @@ def page(report: Report) -> str:
         facts=dict(report.trace.facts()),
         connections=rows,
         remedies=records(report.remedies),
+        coming={
+            "Will be reset at their next burst, as of the last snapshot": ahead_in_words.due(report.due, _AHEAD),
+            "Messages slower than the RTO": ahead_in_words.beats(report.heartbeats, _AHEAD),
+        },
         causes=records(report.causes),
         devices=records(report.devices),
         processes=records(report.processes.head(_PROCESSES)),

@@ -52,6 +52,32 @@ def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) 
     last = lines.index("What to do")
     assert lines[last + 1].startswith("1. sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about ")
     assert "(estimated)" in lines[last + 1]
+    # Where a setting lasts takes more room than the screen has.
+    assert "sysctl.d" not in "".join(lines)
+    assert "/etc/sysctl.d/90-cwndtrace.conf" in page(content.report(trace))
+
+
+def test_resets_to_come_are_named_on_the_screen_in_json_and_on_the_page(path: Path) -> None:
+    windows = [(151, 75), (75, 37), (37, 18)]
+    resets = [
+        frames.reset(10 + n, cwnd_before=before, cwnd_after=after, idle_us=998_000, bytes_sent=40_000_000 + 20 * n)
+        for n, (before, after) in enumerate(windows)
+    ]
+    seen = [frames.snapshot(60, sock_cookie=n, dport=n, last_snd_us=10_000_000) for n in (1, 2, 3)]
+    tables = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)}
+    trace = frames.capture(path, **tables)
+    lines = call(trace).stdout.splitlines()
+    at = lines.index("Will be reset, as of the last snapshot")
+    assert [lines[at + 1].split(" (")[0], lines[at + 3]] == ["10.1.0.1:443 > 10.2.0.9:1", "and 1 more connection"]
+    beat = lines[lines.index("Messages slower than the RTO") + 1]
+    assert "about 20 B each 998 ms" in beat
+    assert "from 151 to 18 segments" in beat
+    report = json.loads(call(trace, "--json").stdout)
+    assert [row["dport"] for row in report["due"]] == [1, 2, 3]
+    assert report["heartbeats"][0]["resets"] == 3
+    text = unescape(page(content.report(trace))).replace("\u00a0", " ")
+    assert "about 20 B each 998 ms" in text
+    assert text.count("idle for 10.0 s, longer than its RTO of 308 ms") == 3
 
 
 def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
