@@ -371,6 +371,24 @@ def test_an_unusable_path_for_the_capture_is_refused(tmp_path: Path) -> None:
     assert_short(call("run", "--no-block", "-o", "/proc/a.cwnd"), 1, nowhere, "-o")
 
 
+def test_a_capture_has_the_settings_at_the_start_and_at_the_end(
+    make_space: Callable[[], tcp.Space], tmp_path: Path
+) -> None:
+    changed = make_space()
+    with running("-o", str(tmp_path / "a.cwnd"), "--no-block") as run:
+        changed.sysctl(IDLE, "0")
+        young = make_space()
+        code, _, stderr = run.end()
+    assert code == 0, stderr
+    trace = cwndtrace.load(tmp_path / "a.cwnd")
+    spaces = trace.about.namespaces
+    ends = [(spaces[str(s.inode)].idle_start, spaces[str(s.inode)].idle_end) for s in (changed, young)]
+    assert ends == [(1, 0), (None, 1)]
+    notes = dict(zip(trace.audit()["netns_ino"], trace.audit()["note"], strict=True))
+    assert notes[changed.inode].startswith(f"{IDLE} was 1 at the start of the capture and 0 at its end")
+    assert notes[young.inode].startswith("the namespace is younger than the trace")
+
+
 # ---- doctor ----------------------------------------------------------------------------------------
 
 
