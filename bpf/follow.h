@@ -49,6 +49,8 @@ static __always_inline void end_following(u64 sk, struct followed *f, u8 outcome
 {
 	u64 *n = follow_bucket(f->bucket);
 
+	if (f->queued_ns)
+		end_wait(f, READ(u32, sk, tcp_sock, mss_cache));
 	end_burst(f);
 	f->r.outcome = outcome;
 	f->r.end_ts_ns = end_ns;
@@ -210,8 +212,8 @@ static __always_inline void on_ack(const void *sock, u64 skb)
 	/* True if this ACK leaves nothing in flight. */
 	if (all_sent && LOAD(u32, tp, tcp_sock, packets_out) &&
 	    LOAD(u32, AT(skb, sk_buff, cb), tcp_skb_cb, ack_seq) == nxt) {
-		f->r.bursts++;
 		end_burst(f);
+		f->r.bursts++;
 		if (f->r.outcome == OUTCOME_LOSS) {
 			end_following(sk, f, OUTCOME_LOSS, now);
 			return;

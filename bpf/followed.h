@@ -28,12 +28,17 @@ struct followed {
 	u32 queued_una;		/* snd_una at queued_ns */
 	u64 queued_ns;		/* since when there has been unsent data; 0 while there is none */
 	u64 owed_us;		/* waiting for the window that wasn't counted yet, see add_held() */
+	u64 wait_us;		/* since queued_ns: time in which data was unsent, */
+	u64 wait_cwnd_us;	/* the part of it in which the window was full, */
+	u64 wait_held_us;	/* and the part that was counted */
+	u32 wait_queue;		/* most bytes unsent and in flight */
+	u32 wait_snd_wnd;	/* largest window of the peer */
 	u64 burst_waited_us;	/* how long the data of this burst has waited for the window */
 	u64 burst_latest_us;	/* the longest time that a byte of it has been unsent */
 	u16 bucket;
 	bool slow_start;	/* the window before the chain was below ssthresh */
 	bool regained;
-	bool blocked;		/* the writer waits for room in the send buffer */
+	bool blocked;		/* since queued_ns, the writer has waited for room in the send buffer */
 	u8 first;		/* the oldest mark */
 	u8 marks;
 	struct mark mark[MARKS];

@@ -4,9 +4,10 @@
  *
  * Data waits for the window if some is unsent while the window is full. How much longer it waits than it would have
  * with the window from before the chain of resets follows from how much is queued: if that window, as it grows round
- * trip by round trip, would have let all of it go by now, then all of the waiting is the resets' cost. No burst is later
- * than its latest byte, which counts in where the sender writes as time goes by: then a late byte makes the next ones
- * late, but the delays don't add up.
+ * trip by round trip, would have let all of it go by now, then all of the waiting is the resets' cost.
+ *
+ * No burst is later than its latest byte, which matters where the sender writes as time goes by: then a late byte makes
+ * the next ones late, but the delays don't add up.
  */
 #ifndef CWNDTRACE_WAITING_H
 #define CWNDTRACE_WAITING_H
@@ -54,17 +55,11 @@ static __always_inline u64 oldest_unsent_us(struct followed *f, u32 snd_nxt, u64
 	return f->marks && now > ns ? (now - ns) / 1000 : 0;
 }
 
-/* Returns the most bytes that could have been sent by now with the window from before the chain of resets. */
-static __always_inline u64 whole_window_bytes(const struct followed *f, u64 since, u32 mss, u32 snd_wnd)
+/* Returns the most bytes that go out in a number of round trips with the window from before the chain of resets. */
+static __always_inline u64 whole_window_bytes(const struct followed *f, u32 rounds, u32 mss)
 {
-	u64 rtt = f->r.srtt_us * 1000ULL + 1, rounds = (since - f->queued_ns + rtt / 2) / rtt, most, peer;
-
-	if (rounds > MOST_ROUNDS)
-		rounds = MOST_ROUNDS;
 	/* In slow start, a full window doubles each round trip. In congestion avoidance it hardly grows. */
-	most = f->r.chain_window * (f->slow_start ? (2ULL << rounds) - 1 : rounds + 1) * mss;
-	peer = (rounds + 1) * snd_wnd;
-	return most < peer ? most : peer;
+	return f->r.chain_window * (f->slow_start ? (1ULL << rounds) - 1 : rounds) * mss;
 }
 
 /*
@@ -73,37 +68,66 @@ static __always_inline u64 whole_window_bytes(const struct followed *f, u64 sinc
  * While the window from before the chain would have been full too, the waiting isn't counted, but it may come due: what
  * was sent too late then is what the peer's window holds back later, after all could have been sent.
  */
-static __always_inline void add_held(struct followed *f, const void *tp, u64 since, u64 us, u64 late,
-				     bool cwnd_limited)
+static __always_inline void add_held(struct followed *f, u64 since, u64 us, u32 mss, u32 snd_wnd, bool cwnd_limited)
 {
-	u32 una = LOAD(u32, tp, tcp_sock, snd_una), written = LOAD(u32, tp, tcp_sock, write_seq);
-	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd), mss = LOAD(u32, tp, tcp_sock, mss_cache);
-	u32 snd_wnd = LOAD(u32, tp, tcp_sock, snd_wnd), whole = f->r.chain_window;
+	u64 rtt = f->r.srtt_us * 1000ULL + 1, rounds = (since - f->queued_ns + rtt / 2) / rtt + 1;
+	u32 queued = f->written - f->queued_una;
 
-	if (written - una > f->r.waiting_bytes)
-		f->r.waiting_bytes = written - una;
-	if (late > f->burst_latest_us)
-		f->burst_latest_us = late;
-	if (f->blocked) {
-		/* The writer has more data than can be seen, and that data is late too. */
-		f->burst_latest_us = ~0ULL;
-		if (mss && snd_wnd / mss < whole)
-			whole = snd_wnd / mss;
-		us = cwnd < whole ? us * (whole - cwnd) / whole : 0;
-		f->r.short_us += us;
-	} else {
-		if (written - f->queued_una > whole_window_bytes(f, since, mss, snd_wnd)) {
-			if (cwnd_limited)
-				f->owed_us += us;
-			us = 0;
-		} else if (!cwnd_limited) {
-			if (us > f->owed_us)
-				us = f->owed_us;
-			f->owed_us -= us;
-		}
-		f->r.held_us += us;
+	if (rounds > MOST_ROUNDS)
+		rounds = MOST_ROUNDS;
+	if (queued > whole_window_bytes(f, rounds, mss) || queued > rounds * snd_wnd) {
+		if (cwnd_limited)
+			f->owed_us += us;
+		return;
 	}
+	if (!cwnd_limited) {
+		if (us > f->owed_us)
+			us = f->owed_us;
+		f->owed_us -= us;
+	}
+	f->r.held_us += us;
+	f->wait_held_us += us;
 	f->burst_waited_us += us;
+}
+
+/*
+ * Ends a time in which data was unsent. If the writer waited for room in the send buffer, it had more data than could
+ * be seen, and only now is it known how much went out, and in how many round trips that would have been.
+ */
+static __always_inline void end_wait(struct followed *f, u32 mss)
+{
+	u32 sent = f->written - f->queued_una, rounds, n;
+	u64 late = 0;
+
+	if (f->blocked && f->wait_queue && f->wait_snd_wnd) {
+		/* Unrolled in each place where this is inlined, the loop would double the programs. */
+#pragma clang loop unroll(disable)
+		for (rounds = 1; rounds < MOST_ROUNDS; rounds++) {
+			if (whole_window_bytes(f, rounds, mss) >= sent)
+				break;
+		}
+		n = (sent + f->wait_queue - 1) / f->wait_queue;
+		if (n > rounds)
+			rounds = n;
+		n = (sent + f->wait_snd_wnd - 1) / f->wait_snd_wnd;
+		if (n > rounds)
+			rounds = n;
+		if (f->wait_us > (rounds - 1) * (u64)f->r.srtt_us)
+			late = f->wait_us - (rounds - 1) * (u64)f->r.srtt_us;
+		if (late > f->wait_cwnd_us)
+			late = f->wait_cwnd_us;
+		if (late > f->wait_held_us) {
+			f->r.short_us += late - f->wait_held_us;
+			f->burst_waited_us += late - f->wait_held_us;
+		}
+		/* What the writer had was late too. */
+		f->burst_latest_us = ~0ULL;
+	}
+	f->marks = 0;
+	f->queued_ns = 0;
+	f->owed_us = f->wait_us = f->wait_cwnd_us = f->wait_held_us = 0;
+	f->wait_queue = f->wait_snd_wnd = 0;
+	f->blocked = false;
 }
 
 /*
@@ -114,20 +138,18 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 {
 	u32 una = LOAD(u32, tp, tcp_sock, snd_una), nxt = LOAD(u32, tp, tcp_sock, snd_nxt);
 	u32 written = LOAD(u32, tp, tcp_sock, write_seq), sent = LOAD(u32, tp, tcp_sock, lsndtime);
-	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
+	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd), snd_wnd = LOAD(u32, tp, tcp_sock, snd_wnd);
+	u32 mss = LOAD(u32, tp, tcp_sock, mss_cache);
 	/* As tcp_packets_in_flight(). */
 	u32 in_flight = LOAD(u32, tp, tcp_sock, packets_out) + LOAD(u32, tp, tcp_sock, retrans_out) -
 			LOAD(u32, tp, tcp_sock, sacked_out) - LOAD(u32, tp, tcp_sock, lost_out);
-	bool peer_has_room = (s32)(una + LOAD(u32, tp, tcp_sock, snd_wnd) - nxt) >=
-			     (s32)LOAD(u32, tp, tcp_sock, mss_cache);
+	bool peer_has_room = (s32)(una + snd_wnd - nxt) >= (s32)mss;
 	u64 since = f->acked_ns, us, late, socket;
 	bool cwnd_limited;
 
 	if ((s32)(written - nxt) <= 0) {
-		f->marks = 0;
-		f->queued_ns = 0;
-		f->owed_us = 0;
 		f->written = written;
+		end_wait(f, mss);
 		return;
 	}
 	if ((s32)(sent - f->acked_jiffies) > 0) {
@@ -147,25 +169,46 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 	}
 	late = oldest_unsent_us(f, nxt, now);
 	socket = READ(u64, tp, sock, sk_socket);
-	f->blocked = socket && READ(u64, socket, socket, flags) & (1 << SOCK_NOSPACE);
+	if (socket && READ(u64, socket, socket, flags) & (1 << SOCK_NOSPACE))
+		f->blocked = true;
 	/*
 	 * TCP segmentation offload may leave the window up to a third empty, because the kernel then waits until it can
 	 * send a larger packet (tcp_tso_should_defer()). It sets is_cwnd_limited where the window is why.
 	 */
 	cwnd_limited = in_flight >= cwnd ||
 		       (READ_BITS(tp, tcp_sock, is_cwnd_limited) && in_flight * 3 >= cwnd * 2 && peer_has_room);
-	if (f->r.outcome == OUTCOME_LOSS)
+	if (f->r.outcome == OUTCOME_LOSS) {
 		f->r.after_loss_us += us;
-	else if (cwnd_limited || (!peer_has_room && f->owed_us && !f->blocked))
-		add_held(f, tp, since, us, late, cwnd_limited);
-	else if (peer_has_room)
+		return;
+	}
+	f->wait_us += us;
+	if (written - una > f->wait_queue)
+		f->wait_queue = written - una;
+	if (snd_wnd > f->wait_snd_wnd)
+		f->wait_snd_wnd = snd_wnd;
+	if (cwnd_limited) {
+		f->wait_cwnd_us += us;
+		if (written - una > f->r.waiting_bytes)
+			f->r.waiting_bytes = written - una;
+	}
+	if (cwnd_limited || (!peer_has_room && f->owed_us)) {
+		if (late > f->burst_latest_us)
+			f->burst_latest_us = late;
+		if (!f->blocked)
+			add_held(f, since, us, mss, snd_wnd, cwnd_limited);
+	} else if (peer_has_room) {
 		f->r.other_us += us;
+	}
 }
 
 /* Adds the cost of the burst that has just ended. */
 static __always_inline void end_burst(struct followed *f)
 {
-	f->r.cost_us += f->burst_latest_us < f->burst_waited_us ? f->burst_latest_us : f->burst_waited_us;
+	u64 late = f->burst_latest_us < f->burst_waited_us ? f->burst_latest_us : f->burst_waited_us;
+
+	f->r.cost_us += late;
+	if (!f->r.bursts)
+		f->r.first_cost_us = late;
 	f->burst_waited_us = f->burst_latest_us = 0;
 }
 

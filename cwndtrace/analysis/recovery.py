@@ -24,8 +24,9 @@ FOLLOWED: Final = {
     "outcome": "how following the window ended, as in cwnd_recovery; empty where it wasn't followed",
     "cost_us": "time by which the window delayed what was sent, compared with the window before the chain of resets, "
     "us, measured; a lower bound where outcome is capture_end, missing where the window wasn't followed",
+    "first_cost_us": "the part of cost_us by which the first burst after the reset was late, us",
     "held_us": "time that unsent data waited for the window while the one before the chain had room for all of it, us",
-    "short_us": "time that it waited where not all would have fitted, times the share that the window lacked, us",
+    "short_us": "time by which the window delayed a writer that also waited for room in the send buffer, us",
     "after_loss_us": "time that unsent data waited after a loss, us",
     "other_us": "time that unsent data waited though both windows had room (pacing, Nagle, small queues), us",
     "busy_us": "time with data queued or unacknowledged while the window was followed, us",
@@ -41,8 +42,11 @@ FOLLOWED: Final = {
 }
 """The columns that ``of_resets`` returns; all but ``chain`` are missing where the window wasn't followed."""
 
-_MEASURED: Final = ("cost_us", "held_us", "short_us", "after_loss_us", "other_us", "busy_us", "rwnd_limited_us")
-_COPIED: Final = (*_MEASURED, "sndbuf_limited_us", "waiting_bytes", "bursts", "chain_window", "chain_resets")
+_WAITED: Final = ("cost_us", "first_cost_us", "held_us", "short_us", "after_loss_us", "other_us")
+_COPIED: Final = (
+    *(*_WAITED, "busy_us", "rwnd_limited_us", "sndbuf_limited_us", "waiting_bytes", "bursts"),
+    *("chain_window", "chain_resets"),
+)
 
 
 def of_resets(resets: pd.DataFrame, recoveries: pd.DataFrame | None) -> pd.DataFrame:
@@ -72,7 +76,7 @@ def _counted_once(recoveries: pd.DataFrame) -> pd.DataFrame:
     rows = rows.sort_values(["skaddr", "reset_ts_ns"], kind="stable")
     end = rows["end_ts_ns"].astype("int64").groupby(rows["skaddr"]).cummax().groupby(rows["skaddr"]).shift()
     twice = (rows["reset_ts_ns"].astype("float64") < end).to_numpy()
-    names = [name for name in _MEASURED[:5] if name in rows]
+    names = [name for name in _WAITED if name in rows]
     return rows.assign(**{name: rows[name].astype("float64").mask(twice & rows[name].notna(), 0.0) for name in names})
 
 

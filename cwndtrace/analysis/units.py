@@ -22,20 +22,21 @@ _ENDINGS: Final = {
 
 _NAMED: Final = {
     "count": (
-        *("resets", "resets_idle", "resets_rto_loss", "resets_app_limited", "resets_harmful", "verdict_resets"),
+        *("resets", "resets_idle", "resets_rto_loss", "resets_app_limited", "resets_harmful", "resets_unknown"),
         *("harmful", "chain_resets", "snapshots", "bursts", "connections", "live", "touched", "disk_requests", "count"),
-        *("errors", "requests", "n_before", "n_after"),
+        *("errors", "requests", "n_before", "n_after", "verdict_resets"),
     ),
     "key": ("connection",),
+    "ns": ("chain",),
     "ratio": ("cliffs_delta",),
-    "round trips": ("rounds_after", "rounds_before", "rounds_lost", "grew_rounds", "round_trips"),
+    "round trips": ("rounds", "rounds_after", "rounds_before", "rounds_lost", "round_trips"),
     "RTOs": ("idle_per_rto_p50", "idle_per_rto_max"),
-    "segments": ("chain_window",),
+    "segments": ("chain_window", "cwnd_next"),
     "text": (
         *("verdict", "why", "cause", "device", "disk_device", "remedy", "action", "risk", "why_risk", "name", "note"),
-        *("congestion_control", "measure", "unit", "centre", "effect"),
+        *("congestion_control", "measure", "unit", "centre", "effect", "disk_of", "command", "lasting"),
     ),
-    "true or false": ("host", "measured", "slow_start_after_idle"),
+    "true or false": ("host", "mostly_receives", "slow_start_after_idle", "slow_start_after_idle_end"),
     "see unit": ("before", "after", "difference", "low", "high"),
     "UTC": ("first_seen", "last_seen"),
 }

@@ -68,7 +68,8 @@ def recovered(at_s: float = 1.0, took_s: float = 0.5, **fields: Any) -> layout.R
         "reset_ts_ns": began, "end_ts_ns": began + int(took_s * SECOND), "sock_cookie": 0x5F,
         "skaddr": 0xFFFF888012345600, "bytes_acked": 3_000_000, "acks": 90, "target": 2827, "cwnd_start": 44,
         "cwnd_end": 2827, "srtt_us": 107_000, "netns_ino": NETNS, "ssthresh_end": 2_147_483_647, "reason": "idle",
-        "outcome": "regained", "cost_us": 4 * 106_500, "held_us": 4 * 106_500, "busy_us": 600_000,
+        "outcome": "regained", "cost_us": 4 * 106_500, "first_cost_us": 4 * 106_500, "held_us": 4 * 106_500,
+        "busy_us": 600_000,
         "chain_window": 2827, "chain_resets": 1, "waiting_bytes": 1_000_000, "bursts": 1,
         "bytes_received": 1_000, "data_segs_in": 10,
     }  # fmt: skip
@@ -94,9 +95,10 @@ def followed(resets: pa.Table, connections: pa.Table | None = None, **fields: An
         shared = {name: row[name] for name in ("skaddr", "sock_cookie", "netns_ino", "srtt_us")}
         measured = {
             "reset_ts_ns": row["ts_ns"], "end_ts_ns": row["ts_ns"] + trips * row["min_rtt_us"] * 1000,
-            "bytes_acked": burst, "cost_us": late, "held_us": late, "busy_us": trips * row["min_rtt_us"],
+            "bytes_acked": burst, "cost_us": late, "first_cost_us": late, "held_us": late,
+            "busy_us": trips * row["min_rtt_us"],
             "target": row["cwnd_before"], "chain_window": row["cwnd_before"], "cwnd_start": row["cwnd_after"],
-            "cwnd_end": row["cwnd_before"], "waiting_bytes": burst if late else 0,
+            "cwnd_end": row["cwnd_before"], "waiting_bytes": min(burst, 2**32 - 1) if late else 0,
         }  # fmt: skip
         rows.append(recovered(**(shared | measured | fields)))
     return table("cwnd_recovery", *rows)

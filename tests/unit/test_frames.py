@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import cwndtrace
-from cwndtrace.analysis import block_io, compare, connections, cost, idle_cause, recovery, remedy, units, verdict
+from cwndtrace.analysis import ahead, audit, block_io, compare, connections, cost, idle_cause, recovery, units, verdict
 from cwndtrace.capture.session import Batch
-from cwndtrace.present import text
+from cwndtrace.present import remedies
 from cwndtrace.records import arrow, layout
 from cwndtrace.records import frames as records
 from cwndtrace.trace import Trace
@@ -91,7 +91,7 @@ def test_all_quantities_are_signed_and_ids_are_as_recorded(trace: Trace) -> None
         for column in arrow.schema(table):
             kind, unit = frame[column.name].dtype, column.metadata[b"unit"].decode()
             if unit in ("ns", "us", "bytes", "segments", "count", "sectors of 512 bytes"):
-                missing = column.name in {*records.PLACEHOLDERS, *arrow.MAY_BE_NULL}
+                missing = column.name in {*records.PLACEHOLDERS, *arrow.MAY_BE_NULL, *arrow.OF_LATER_VERSIONS}
                 small = (table, column.name) == ("block_io", "bytes")
                 assert kind == ("float64" if missing else "int32" if small else "int64"), (table, column.name)
             elif pa.types.is_integer(column.type):
@@ -186,7 +186,9 @@ def test_a_reset_without_a_recorded_threshold_is_not_taken_for_one_that_was_neve
 
 def test_a_counter_that_went_below_zero_is_no_burst(tmp_path: Path) -> None:
     """Older versions read a socket after a reset by its peer had zeroed its counters."""
-    followed = frames.table("cwnd_recovery", frames.recovered(1, outcome="closed", bytes_acked=2**64 - 2_500_001))
+    followed = frames.table(
+        "cwnd_recovery", frames.recovered(1, outcome="capture_end", cost_us=0, bytes_acked=2**64 - 2_500_001)
+    )
     trace = frames.capture(tmp_path / "a.cwnd", resets=frames.table("cwnd_reset", frames.reset(1)), recoveries=followed)
     assert trace.recoveries["bytes_acked"].tolist() == [-2_500_001]
     assert trace.verdicts["burst_bytes"].isna().all()
@@ -210,9 +212,9 @@ def test_every_column_of_every_frame_has_a_unit(trace: Trace, tmp_path: Path) ->
 
 def test_every_documented_column_has_a_unit() -> None:
     documented: tuple[dict[str, str], ...] = (
-        block_io.COLUMNS, block_io.SUBMITTER_COLUMNS, compare.COLUMNS, connections.COLUMNS, cost.COLUMNS, cost.MEASURED,
-        idle_cause.COLUMNS, idle_cause.SUMMARY_COLUMNS, recovery.COLUMNS, remedy.AUDIT_COLUMNS, verdict.COLUMNS,
-        verdict.CONNECTION_COLUMNS, text.REMEDY_COLUMNS,
+        block_io.COLUMNS, block_io.SUBMITTER_COLUMNS, compare.COLUMNS, connections.COLUMNS, cost.COLUMNS, ahead.DUE,
+        ahead.BEATS, audit.COLUMNS, idle_cause.COLUMNS, idle_cause.SUMMARY_COLUMNS, recovery.COLUMNS,
+        recovery.FOLLOWED, recovery.CHAIN_COLUMNS, remedies.COLUMNS, verdict.COLUMNS, verdict.CONNECTION_COLUMNS,
     )  # fmt: skip
     assert [name for columns in documented for name in columns if units.of(name) is None] == []
     assert units.of("nonsense") is None
