@@ -76,7 +76,11 @@ def filters(command: F) -> F:
                 "-i", "--iface", metavar="NAME", help="Trace only connections whose route leaves by this interface."
             ),
             click.option(
-                "-p", "--pid", type=int, metavar="PID", help="Trace only connections and block I/O of this process."
+                "-p",
+                "--pid",
+                type=int,
+                metavar="PID",
+                help="Trace only connections and block I/O of this process, not of its children; see -c for a server.",
             ),
             click.option(
                 "-P", "--port", type=int, metavar="PORT", help="Trace only connections with this local or remote port."

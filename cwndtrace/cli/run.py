@@ -17,7 +17,7 @@ from cwndtrace import privileges
 from cwndtrace.capture import target
 from cwndtrace.capture.session import Session, describe
 from cwndtrace.capture.stream import open_session
-from cwndtrace.cli import options, user
+from cwndtrace.cli import options, preflight, user
 from cwndtrace.cli.console import Console, InterfaceWatch
 from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.cli.live import JsonView, TextView
@@ -25,6 +25,7 @@ from cwndtrace.cli.output import OutputError, buffered_output, printing
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import echo_prose
 from cwndtrace.format import clean
+from cwndtrace.kernel import siblings
 from cwndtrace.recorder import Recorder
 from cwndtrace.store import CaptureWriter, ThreadedWriter
 from cwndtrace.store.writer import refuse_place
@@ -92,7 +93,7 @@ def run(**values: Any) -> None:
     \b
     Examples:
       sudo cwndtrace run --iface eth0
-      sudo cwndtrace run -p $(pidof -s nginx) --min-idle 1s -d 10m -o nginx.cwnd
+      sudo cwndtrace run -c system.slice/nginx.service --min-idle 1s -d 10m -o nginx.cwnd
       sudo cwndtrace run -P 443 --json | jq -r 'select(.cwnd_after) | [.comm, .cwnd_before, .cwnd_after] | @tsv'
     """
     _run(RunOptions(**values))
@@ -114,6 +115,8 @@ def _run(asked: RunOptions) -> None:
     # An unusable place is refused at once, and not after seconds of attaching.
     refuse_place(output, owner)
     what = target.named(filters, asked.iface)
+    # Other processes' sockets can be seen only as root.
+    others = siblings.of(filters.pid) if filters.pid is not None else None
     block, privsep = asked.block is not False, not asked.stay_root
     with Interrupt() as interrupt:
         with open_session(filters, probe=asked.probe, block=block, privsep=privsep) as session:
@@ -139,6 +142,7 @@ def _run(asked: RunOptions) -> None:
                         _drop_privileges(session, owner, quiet=asked.quiet)
                     if not asked.quiet:
                         _print_probes(session, what, verbose=asked.verbose)
+                        _print_left_out(filters.pid, others)
                     console.begin(output)
                     try:
                         Recorder(session, writer, console).run(lambda: interrupt.requested, asked.duration)
@@ -185,6 +189,12 @@ def _print_probes(session: Session, what: str, *, verbose: bool) -> None:
             for reason, tried in session.source.tried.items():
                 for probe, why in tried.items():
                     echo_prose(f"  {reason}: not {probe}: {clean(why)}", err=True)
+
+
+def _print_left_out(pid: int | None, others: siblings.Siblings | None) -> None:
+    if pid is not None and others is not None:
+        with suppress(OutputError), printing():
+            echo_prose(f"warning: {clean(preflight.left_out(pid, others))}", err=True)
 
 
 def _drop_privileges(session: Session, owner: privileges.User | None, *, quiet: bool) -> None:

@@ -40,6 +40,7 @@ from tests.harness.disk import loop
 from tests.harness.tcp import Connect
 from tests.harness.tracing import left_out
 from tests.harness.users import need_readable_checkout
+from tests.harness.workers import serving
 
 pytestmark = pytest.mark.live
 
@@ -483,3 +484,22 @@ def test_a_name_that_cannot_be_printed_is_replaced(
         assert "kept 1 reset" in stdout
     trace = cwndtrace.load(path)
     assert (trace.status, len(trace.resets)) == ("complete", 1)
+
+
+def test_a_trace_of_one_worker_warns_of_the_others(tmp_path: Path) -> None:
+    with serving(1, 2) as server:
+        first, second = server.workers
+        done = call("run", "-p", str(first), "-d", "50ms", "--no-block", "--json", "-o", tmp_path / "a.cwnd")
+        assert done.returncode == 0, done.stderr
+        assert re.search(
+            rf"^warning: process {first} has 1 of 3 connections of its program: python\S*\[{second}\] holds 2 that "
+            rf"aren't traced \((--cgroup \S+|--port {server.port}) traces all of them\)$",
+            done.stderr,
+            re.MULTILINE,
+        )
+        assert "aren't" not in done.stdout
+    with serving(2) as server:
+        worker = str(server.workers[0])
+        done = call("run", "-p", worker, "-d", "50ms", "--no-block", "-o", tmp_path / "b.cwnd")
+    assert done.returncode == 0, done.stderr
+    assert "of its program" not in done.stderr
