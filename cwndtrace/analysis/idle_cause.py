@@ -1,87 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cause of idle time: the peer was silent, the sending process waited for a disk, or neither.
+"""The cause of idle time: the peer was silent, the sender waited for a disk, or neither.
 
-Idle time has two parts. Until data last came in, the connection waited for its peer. The rest is the sender's own. Of
-the sender's part, the time counts as the disk's during which the sending process, in any of its threads, had block I/O
-of its own in flight.
+Idle time has two parts. After data last came in, the time is the sender's own. Until then, the connection waited for
+its peer if what came in was a request (``idle_peer``); if not, it can't be told whose that time was. The disk's is what
+the sending thread had block I/O of its own in flight for, in the sender's own time and in the unclear part.
+
+Block I/O of others is weaker evidence: that of other threads of the process, of other processes of its cgroup, and of
+the journal of a file system to which it wrote. The sender may have waited for it, or have slept beside it. It probably
+waited if the block I/O ended shortly before the send; if it went on beyond the send, that can't be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from cwndtrace.analysis import idle_peer
 from cwndtrace.analysis.cost import Bools, Ints
+from cwndtrace.analysis.idle_disk import InFlight, Spans, Submitters
+
+CAUSES: Final = {
+    "peer": "the connection waited for a request of its peer",
+    "disk": "the sending thread had block I/O of its own in flight",
+    "probably disk": "inferred: block I/O of disk_of was in flight, and ended shortly before the send",
+    "application": "the sender's own time, without block I/O that it may have waited for",
+    "peer or application": "data came in that need not have been a request",
+    "disk or application": "block I/O of disk_of was in flight; whether the sender waited for it isn't known",
+    "unknown": "the sender's own time, or unclear, where block I/O wasn't recorded in all of the idle time",
+}
+"""The causes, by what is true of the largest part of the idle time."""
 
 COLUMNS: Final = {
-    "cause": "the largest part of the idle time: peer, disk or application; unknown in place of application where "
-    "block I/O wasn't recorded; empty for resets that no idle time caused",
-    "peer_us": "idle time until data last came in, us; all of it where the peer had closed its window",
-    "disk_us": "idle time after that during which the sending process had block I/O in flight, us",
+    "cause": "the largest part of the idle time, one of CAUSES; empty for resets that no idle time caused",
+    "peer_us": "idle time until the peer's request came in, us; all of it where the peer had closed its window",
+    "unclear_us": "idle time until data came in that need not have been a request, us",
+    "disk_us": "idle time after that during which block I/O of disk_of was in flight, us; with a cause that names the "
+    "disk, also such time in the unclear part",
     "application_us": "the rest of the idle time, us",
-    "disk_requests": "requests of that process that began after data last came in",
+    "disk_of": "whose: the process's (process), above all its sending thread's (thread), all of its cgroup's (cgroup), "
+    "or its writes and those of the file system's journal (journal); empty where disk_us is 0",
+    "disk_requests": "its requests that began after data last came in",
     "disk_device": "the device that had requests of it in flight for longest in that time; empty where none had",
 }
 """The columns that ``with_cause`` adds to resets."""
 
-_LAST_PID: Final = 1 << 22
-"""PID_MAX_LIMIT of include/linux/threads.h."""
-
-_BATCH: Final = 1 << 19
-"""About how many requests are processed at once: few enough that their data nearly stays in the CPU's caches."""
+_ROOT: Final = 1
+"""The id of the root cgroup. That two processes are in it says little."""
 
 
-def covered(begin: Ints, end: Ints, since: Ints, until: Ints) -> Ints:
-    """Return how much of each span [since, until] the intervals [begin, end] cover, in the unit of the arguments.
+def with_cause(
+    resets: pd.DataFrame,
+    block_io: pd.DataFrame,
+    recoveries: pd.DataFrame,
+    *,
+    column: Callable[[str], npt.NDArray[np.integer]] | None = None,
+    recorded: bool = True,
+    started_ns: int = 0,
+) -> pd.DataFrame:
+    """Return ``resets`` with ``COLUMNS``. Takes frames of a Trace; ``column`` is that of ``Submitters``.
 
-    A moment that several intervals cover counts once. Intervals are in the order of their start and may overlap. Spans
-    may overlap and come in any order.
+    ``recorded`` says whether block I/O was traced, and ``started_ns`` since when, in ns of CLOCK_MONOTONIC. Where an
+    ACK reopened the peer's window, and no process used the socket, all of the idle time counts as the peer's.
     """
-    if not len(begin):
-        return np.zeros(len(since), dtype=np.int64)
-    reach = np.maximum.accumulate(end)
-    opens = np.flatnonzero(np.concatenate([[True], begin[1:] > reach[:-1]]))
-    starts, ends = begin[opens], reach[np.append(opens[1:], len(reach)) - 1]
-    before = np.concatenate([[0], np.cumsum(ends - starts)])
-
-    def busy(moment: Ints) -> Ints:
-        """Return how much is covered up to each moment."""
-        index = np.searchsorted(starts, moment, side="right")
-        still_to_come = np.maximum(ends[np.maximum(index - 1, 0)] - moment, 0)
-        return before[index] - np.where(index > 0, still_to_come, 0)
-
-    return np.where(until > since, busy(until) - busy(since), 0)
-
-
-def with_cause(resets: pd.DataFrame, block_io: pd.DataFrame, *, recorded: bool = True) -> pd.DataFrame:
-    """Return ``resets`` with ``COLUMNS``. Takes frames of a Trace; ``recorded`` says whether block I/O was traced.
-
-    Where an ACK reopened the peer's window, and no process used the socket, all of the idle time counts as the peer's.
-    Write-back by the kernel on a process's behalf counts as the application's own time.
-    """
+    column = column or (lambda name: block_io[name].to_numpy())
     idle = (resets["reason"].astype(str) == "idle").to_numpy()
     until = resets["ts_ns"].to_numpy(np.int64)
     idle_us = np.where(idle, resets["idle_us"].to_numpy(np.int64), 0)
     own = np.where(reopened(resets), 0, np.minimum(resets["last_rcv_us"].to_numpy(np.int64), idle_us))
-    disk_ns, requests, device = _own_io(block_io, resets["tgid"].to_numpy(np.int64), until - own * 1000, until)
-    disk = disk_ns / 1000
+    data_came = idle & ~reopened(resets) & (own < idle_us)
+    clear = reopened(resets) | idle_peer.asked(resets, recoveries, data_came)
+    time = _Time(np.where(clear, idle_us - own, 0), np.where(clear, 0, idle_us - own), own)
+    spans = Spans(until - (time.unclear + own) * 1000, until - own * 1000, until)
+    cause, disk, whose = _sender(resets, Submitters(block_io, column), spans, time)
+    named = np.isin(cause, ["disk", "probably disk"])
+    before = np.where(named, np.minimum(disk.before_us, time.unclear), 0)
     # Idle time is only known to a jiffy, so a request may have begun a fraction of a jiffy before it.
-    disk = np.minimum(disk, own)
-    parts = np.stack([idle_us - own, disk, own - disk])
-    cause = np.array(["peer", "disk", "application" if recorded else "unknown"], dtype=object)[parts.argmax(axis=0)]
+    in_flight = np.minimum(disk.own_us, own)
+    disk_of = np.where(in_flight + before > 0, whose, "")
+    unseen = (not recorded) | (until - idle_us * 1000 < started_ns)
+    cause = np.where(unseen & ~named & (cause != "peer"), "unknown", cause)
     return resets.assign(
         cause=pd.Series(np.where(idle, cause, ""), index=resets.index, dtype="str"),
-        peer_us=parts[0].astype(np.float64),
-        disk_us=disk,
-        application_us=parts[2],
-        disk_requests=requests,
-        disk_device=pd.Series(device, index=resets.index, dtype="str"),
+        peer_us=time.peer.astype(np.float64),
+        unclear_us=time.unclear - before,
+        disk_us=in_flight + before,
+        application_us=own - in_flight,
+        disk_of=pd.Series(disk_of, index=resets.index, dtype="str"),
+        disk_requests=disk.requests,
+        disk_device=pd.Series(disk.device, index=resets.index, dtype="str"),
     )
+
+
+@dataclass(frozen=True)
+class _Time:
+    """The idle time before each reset in its parts, us: the peer's, what may be the peer's, and the sender's own."""
+
+    peer: Ints
+    unclear: Ints
+    own: Ints
+
+    def cause(self, disk: InFlight) -> npt.NDArray[np.object_]:
+        """Return the cause where the sender's own time is the application's, but for the disk's."""
+        parts = np.stack([self.peer, self.unclear, self.own - np.minimum(disk.own_us, self.own)])
+        names = np.array(["peer", "peer or application", "application"], dtype=object)
+        largest: npt.NDArray[np.object_] = names[parts.argmax(axis=0)]
+        return largest
+
+    def mostly(self, disk: InFlight, *, unclear: bool = True) -> Bools:
+        """Return where block I/O was in flight for the largest part; with ``unclear``, that part's counts too."""
+        before = np.minimum(disk.before_us, self.unclear) if unclear else np.zeros(len(self.own))
+        own = np.minimum(disk.own_us, self.own)
+        others = np.stack([self.peer, self.unclear - before, self.own - own])
+        most: Bools = (before + own > 0) & (before + own >= others.max(axis=0)) & (before + own > self.peer)
+        return most
+
+
+def _sender(
+    resets: pd.DataFrame, submitters: Submitters, spans: Spans, time: _Time
+) -> tuple[npt.NDArray[np.object_], InFlight, npt.NDArray[np.object_]]:
+    """Return the cause, the block I/O that may speak for it, and whose that is."""
+    tgid, cgroup = resets["tgid"].to_numpy(np.int64), resets["cgroup_id"].to_numpy(np.uint64)
+    disk = submitters.processes(tgid, spans)
+    # What isn't true of the whole process isn't true of one of its threads.
+    thread = np.where(time.mostly(disk), resets["tid"].to_numpy(np.int64), 0)
+    certain = time.mostly(submitters.threads(thread, spans))
+    cause = np.where(certain, "disk", time.cause(disk))
+    whose = np.where(certain, "thread", "process").astype(object)
+    left = ~certain & (time.peer < time.unclear + time.own)
+
+    def infer(name: str, other: InFlight, ended: Bools) -> None:
+        """Take other block I/O as the cause where it was in flight for the largest part, and nothing else was."""
+        nonlocal disk, left
+        probably = left & time.mostly(other) & ended
+        maybe = left & ~probably & time.mostly(other, unclear=False)
+        cause[probably], cause[maybe] = "probably disk", "disk or application"
+        disk = other.where(probably | maybe, disk)
+        whose[probably | maybe] = name
+        left = left & ~probably & ~maybe
+
+    infer("process", disk, disk.late & ~disk.goes_on)
+    journal = submitters.journals(np.where(left, tgid, 0), spans)
+    # A journal that goes on without this process works for others, too.
+    infer("journal", journal, journal.late & (~journal.goes_on | disk.goes_on))
+    group = submitters.cgroups(np.where(left & (tgid > 0), cgroup, 0).astype(np.uint64), spans)
+    infer("cgroup", group, group.late & ~group.goes_on & (cgroup != _ROOT))
+    return cause, disk, whose
 
 
 SUMMARY_COLUMNS: Final = {
@@ -90,10 +158,12 @@ SUMMARY_COLUMNS: Final = {
     "harmful": "of these, those that were harmful",
     "lost_us": "cost of these, sum, us, measured",
     "idle_us": "idle time before all of these resets, sum, us",
-    "disk_us": "part of that during which the sending process had block I/O in flight, us",
+    "disk_us": "part of that during which the block I/O was in flight that COLUMNS describes, us",
     "disk_device": "the device that most of these resets name; empty where none does",
 }
 """The columns of ``summary``."""
+
+_PARTS: Final = ["peer_us", "unclear_us", "disk_us", "application_us"]
 
 
 def summary(judged: pd.DataFrame) -> pd.DataFrame:
@@ -102,8 +172,9 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
     The columns are ``SUMMARY_COLUMNS``.
     """
     idle = judged[judged["cause"] != ""]
-    idle_us = idle[["peer_us", "disk_us", "application_us"]].sum(axis=1)
-    rows = idle.assign(idle_us=idle_us, harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1)
+    rows = idle.assign(
+        idle_us=idle[_PARTS].sum(axis=1), harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1
+    )
     groups = rows.groupby("cause", sort=False)
     out = groups[["resets", "harmful", "lost_us", "idle_us", "disk_us"]].sum().reset_index()
     named = rows[rows["disk_device"] != ""].groupby("cause")["disk_device"].agg(lambda names: names.mode().iloc[0])
@@ -119,62 +190,3 @@ def reopened(resets: pd.DataFrame) -> npt.NDArray[np.bool_]:
     from_ack = (resets["tgid"] == 0) & (resets["unsent_bytes"] > 0) & (resets["reason"].astype(str) == "idle")
     mask: Bools = from_ack.to_numpy(dtype=np.bool_)
     return mask
-
-
-def _own_io(block_io: pd.DataFrame, tgid: Ints, since: Ints, until: Ints) -> tuple[Ints, Ints, npt.NDArray[np.object_]]:
-    """Return the block I/O of each process in its span.
-
-    These are the ns that its requests cover, how many of them began in the span, and the device that covers most of it.
-    """
-    if (block_io["start_ns"].to_numpy()[1:] < block_io["start_ns"].to_numpy()[:-1]).any():
-        block_io = block_io.sort_values("start_ns")
-    total, requests = np.zeros(len(tgid), dtype=np.int64), np.zeros(len(tgid), dtype=np.int64)
-    device = np.full(len(tgid), "", dtype=object)
-    owner = block_io["tgid"].to_numpy()
-    wanted = np.flatnonzero((tgid > 0) & (tgid <= _LAST_PID) & (until > since))
-    wanted = wanted[np.isin(tgid[wanted], np.unique(owner).astype(np.int64))]
-    if not len(wanted):
-        return total, requests, device
-    # Order by process and then by time, so that the spans of a process are contiguous.
-    wanted = wanted[np.lexsort((until[wanted], tgid[wanted]))]
-    # The processes get numbers from 1; all others are 0.
-    processes, first = np.unique(tgid[wanted], return_index=True)
-    beyond = int(processes[-1]) + 1
-    number = np.zeros(beyond + 1, dtype=np.min_scalar_type(len(processes)))
-    number[processes] = np.arange(1, len(processes) + 1)
-    group = number[np.minimum(owner, beyond)]
-    # The rows are in order of time, and a stable sort by process, by radix, keeps that order within each process.
-    rows = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group, np.arange(1, len(processes) + 2), sorter=rows)
-    spans = np.append(first, len(wanted))
-    disks = block_io["device"].astype("category").cat
-    columns = (*(block_io[name].to_numpy() for name in ("start_ns", "done_ns")), disks.codes.to_numpy())
-    # One at a time would be slow for a hundred thousand processes, and all at once for the memory of millions of rows.
-    for batch in _batches(np.diff(bounds)):
-        mine, here = rows[bounds[batch.start] : bounds[batch.stop]], wanted[spans[batch.start] : spans[batch.stop]]
-        begin, end, code = (column[mine] for column in columns)
-        # Each process gets a stretch of one long time axis to itself, so that one call handles all of them.
-        at = np.repeat(np.arange(len(batch)), np.diff(bounds[batch.start : batch.stop + 1]))
-        whose = np.repeat(np.arange(len(batch)), np.diff(spans[batch.start : batch.stop + 1]))
-        begin, end = begin.astype(np.int64, copy=False), end.astype(np.int64, copy=False)
-        zero = min(int(begin.min()), int(since[here].min()))
-        stretch = max(int(end.max()), int(until[here].max())) - zero + 1
-        begin, end = begin + (at * stretch - zero), end + (at * stretch - zero)
-        spans_at = tuple(moments[here] + (whose * stretch - zero) for moments in (since, until))
-        total[here] = covered(begin, end, *spans_at)
-        requests[here] = np.searchsorted(begin, spans_at[1]) - np.searchsorted(begin, spans_at[0])
-        used = np.flatnonzero(np.bincount(code, minlength=len(disks.categories))).tolist()
-        best, names = np.zeros(len(here), dtype=np.int64), np.full(len(here), "", dtype=object)
-        for disk in used:
-            its = np.flatnonzero(code == disk)
-            time = covered(begin[its], end[its], *spans_at) if len(used) > 1 else total[here]
-            best, names = np.maximum(time, best), np.where(time > best, str(disks.categories[disk]), names)
-        device[here] = names
-    return total, requests, device
-
-
-def _batches(sizes: Ints) -> Iterator[range]:
-    """Return ranges of indices into ``sizes``, each with a sum of about ``_BATCH`` or less, or with one index."""
-    number = (np.cumsum(sizes) - 1) // _BATCH
-    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(sizes)]
-    return (range(begin, end) for begin, end in pairwise(cuts))
