@@ -33,13 +33,13 @@ COLUMNS: Final = {
 
 MEASURES: Final[dict[str, tuple[str, Literal["median", "mean"], str]]] = {
     "reset_rate": ("1/min", "mean", "idle resets per minute, in equal slots of the capture"),
-    "lost_rate": ("us/s", "mean", "estimated time lost to idle resets per second, in the same slots"),
+    "lost_rate": ("us/s", "mean", "measured time lost to idle resets per second, in the same slots"),
     "busy_per_mb": (
         "us/MB",
         "median",
         "busy time (data queued or unacknowledged) per MB sent, between snapshots of a connection",
     ),
-    "lost": ("us", "median", "estimated time that an idle reset cost its burst; 0 where it was harmless"),
+    "lost": ("us", "median", "time that an idle reset cost its burst, where it was measured"),
     "cwnd_after": ("segments", "median", "congestion window right after an idle reset"),
     "back_after": ("us", "median", "time from a reset until the window had grown back, where it did"),
     "srtt": ("us", "median", "smoothed round-trip time, in snapshots of connections that had sent data"),
@@ -66,7 +66,7 @@ def measures(
     edges = np.linspace(*seconds, _SLOTS + 1)
     at, width = idle["ts_ns"].to_numpy(np.float64) / 1e9, (edges[-1] - edges[0]) / _SLOTS
     number, _ = np.histogram(at, edges)
-    lost, _ = np.histogram(at, edges, weights=idle["lost_us"].to_numpy())
+    lost, _ = np.histogram(at, edges, weights=idle["lost_us"].fillna(0).to_numpy(np.float64))
     ordered = snapshots.sort_values("ts_ns", kind="stable")
     numbers = ordered[["bytes_sent", "busy_us"]].astype("float64")
     moved = numbers.groupby(ordered["connection"]).diff()
@@ -76,7 +76,7 @@ def measures(
         "reset_rate": number / width * 60,
         "lost_rate": lost / width,
         "busy_per_mb": (moved["busy_us"] / moved["bytes_sent"] * 1e6)[sent].dropna(),
-        "lost": idle["lost_us"],
+        "lost": idle["lost_us"].dropna(),
         "cwnd_after": idle["cwnd_after"],
         "back_after": back,
         "srtt": ordered.loc[sent, "srtt_us"],

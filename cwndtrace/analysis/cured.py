@@ -45,22 +45,19 @@ class Evidence:
 class Side:
     """What one capture shows: idle resets, and idle periods longer than the RTO that ended without one (a lower bound).
 
-    ``costly`` resets cost ``lost_us`` in all, which was measured if ``measured``, and else estimated at least in part.
-    ``unknown`` is the number of those whose cost isn't known. ``explained`` are the idle periods of ``quiet`` that had
-    to end without a reset, by the settings.
+    ``costly`` resets cost ``lost_us`` in all, measured. ``unknown`` is the number of those whose cost isn't known.
+    ``explained`` are the idle periods of ``quiet`` that had to end without a reset, by the settings.
     """
 
     resets: int = 0
     costly: int = 0
     unknown: int = 0
     lost_us: float = 0.0
-    measured: bool = True
     quiet: int = 0
     explained: int = 0
 
     def __add__(self, other: Side) -> Side:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__dict__ if name != "measured"}
-        return Side(**sums, measured=self.measured and other.measured)
+        return Side(**{name: value + getattr(other, name) for name, value in self.__dict__.items()})
 
 
 @dataclass(frozen=True)
@@ -127,11 +124,11 @@ class _Capture:
         known = set(evidence.about.namespaces) & set(other.about.namespaces)
         place = programs["netns_ino"].where(programs["netns_ino"].isin(known), "")
         self._programs = named + "@" + place
-        self.resets = self._of_programs(_idle_resets(judged, certain=not evidence.gaps))
+        self.resets = self._of_programs(_idle_resets(judged))
         both = pd.concat([evidence.judged, other.judged])
         floors = both["init_cwnd"].astype("float64").groupby(both["daddr"].astype(str)).max()
         quiet = _quiet(snapshots, self.resets, floors)
-        off = {inode for inode, namespace in self.about.namespaces.items() if namespace.idle == 0}
+        off = {inode for inode, space in self.about.namespaces.items() if space.idle == space.idle_last == 0}
         explained = quiet["netns_ino"].astype(str).isin(off) | quiet["ca_name"].astype(str).isin(tcp.EXEMPT)
         self.quiet = self._of_programs(quiet.assign(explained=explained))
 
@@ -147,17 +144,10 @@ def _ends(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[["connection", "comm", "netns_ino", "daddr"]].astype(str)
 
 
-def _idle_resets(judged: pd.DataFrame, *, certain: bool) -> pd.DataFrame:
-    """Return idle resets with ``costly`` and ``unknown``.
-
-    ``certain`` says that no record is missing. An estimate is of the burst until the next reset, so that where one is
-    missing only a measured cost is known.
-    """
+def _idle_resets(judged: pd.DataFrame) -> pd.DataFrame:
+    """Return idle resets with ``costly`` and ``unknown``."""
     idle = judged[judged["reason"].astype(str) == "idle"]
-    measured = idle["measured"].astype(bool) if "measured" in idle else pd.Series(False, index=idle.index)
-    harmful = idle["verdict"] == "harmful"
-    costly = harmful & (measured | certain)
-    return idle.assign(costly=costly, unknown=(idle["verdict"] == "unknown") | (harmful & ~costly), measured=measured)
+    return idle.assign(costly=idle["verdict"] == "harmful", unknown=idle["verdict"] == "unknown")
 
 
 def _quiet(snapshots: pd.DataFrame, resets: pd.DataFrame, floors: pd.Series) -> pd.DataFrame:
@@ -192,7 +182,6 @@ def _side(resets: pd.DataFrame, quiet: pd.DataFrame | None) -> Side:
         costly=len(costly),
         unknown=int(resets["unknown"].sum()),
         lost_us=float(costly["lost_us"].sum()),
-        measured=bool(costly["measured"].all()),
         quiet=0 if quiet is None else len(quiet),
         explained=0 if quiet is None else int(quiet["explained"].sum()),
     )
@@ -244,12 +233,18 @@ def _namespaces(costly: pd.DataFrame, left: pd.DataFrame, before: Meta, after: M
     for old, new in pairs:
         where = f"in namespace {_name(new, after)}"
         here, there = _settings(old, before), _settings(new, after)
-        for setting, values in (
-            (tcp.IDLE_SYSCTL, (here.idle, there.idle)),
-            (tcp.CONTROL_SYSCTL, (here.congestion_control, there.congestion_control)),
-        ):
-            if None not in values and values[0] != values[1]:
-                yield Change(setting, where, *map(str, values))
+        for setting, name in ((tcp.IDLE_SYSCTL, "idle"), (tcp.CONTROL_SYSCTL, "congestion_control")):
+            values = _over_time(here, name), _over_time(there, name)
+            if all(values) and values[0] != values[1]:
+                yield Change(setting, where, *values)
+
+
+def _over_time(space: NamespaceSettings, name: str) -> str:
+    """Return a setting's value in a capture, or its first and its last value; empty where it is unknown."""
+    begin, end = getattr(space, name), getattr(space, f"{name}_end")
+    if begin is None:
+        return ""
+    return f"{begin}" if end in (None, begin) else f"{begin}, then {end},"
 
 
 def _routes(costly: pd.DataFrame, left: pd.DataFrame) -> list[Change]:

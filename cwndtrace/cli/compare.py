@@ -67,11 +67,10 @@ def compare(before: Path, after: Path, *, as_json: bool, max_rows: int) -> None:
 def _print(rows: list[dict[Any, Any]]) -> None:
     texts: list[tuple[str, ...]] = []
     for row in rows:
-        name = row["measure"] + (" (estimated)" if row["measure"].startswith("lost") else "")
         ends = [_value(row[end], row["unit"], sign=True) for end in ("low", "high")]
         texts.append(
             (
-                clean(name),
+                clean(row["measure"]),
                 *(_value(row[side], row["unit"]) for side in ("before", "after")),
                 _value(row["difference"], row["unit"], sign=True),
                 "-" if math.isnan(row["low"]) else f"{ends[0]} to {ends[1]}",

@@ -38,7 +38,9 @@ class Conclusion:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html.verdict(LABELS[self.verdict], self.text, harmful=self.verdict == "not_cured", known=self.verdict != "unknown")
+        return html.verdict(
+            LABELS[self.verdict], self.text, harmful=self.verdict == "not_cured", known=self.verdict != "unknown"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by name, for JSON; spans are in us."""
@@ -112,8 +114,7 @@ def _unsure(program: Affected) -> str:
 
 
 def _cost(side: Side, of: str = "") -> str:
-    how = "measured" if side.measured else "estimated"
-    return f"{side.costly:,} of {_resets(side.resets)}{of} cost {span(side.lost_us)} in all ({how})"
+    return f"{side.costly:,} of {_resets(side.resets)}{of} cost {span(side.lost_us)} in all (measured)"
 
 
 def _still(ill: list[Affected]) -> str:
