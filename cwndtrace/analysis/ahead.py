@@ -82,16 +82,22 @@ def due(
     are ``DUE``.
     """
     rows = exposed(snapshot, idle_sysctls)
-    initial = rows["sock_cookie"].map(init_cwnd or {}).fillna(tcp.INIT_CWND).astype("float64")
+    known = {cookie: window for cookie, window in (init_cwnd or {}).items() if window}
+    initial = rows["sock_cookie"].map(known).fillna(tcp.INIT_CWND).astype("float64")
     cwnd, rto = rows["cwnd"].astype("float64"), rows["rto_us"].astype("float64")
     rows = rows.assign(initial=initial)[(rows["idle_us"] > rto) & (rto > 0) & (rows["unacked"] == 0) & (cwnd > initial)]
     # The window halves once for each whole RTO before the last, but not below the initial window.
     halvings = np.minimum(np.ceil(rows["idle_us"] / rows["rto_us"]) - 1, 32)
     after = np.maximum(rows["cwnd"].astype("int64") // 2 ** halvings.astype("int64"), rows["initial"].astype("int64"))
     rows = rows.assign(cwnd_next=after, rounds=_rounds(rows["cwnd"], after))
-    cost = (rows["rounds"] * rows["srtt_us"].astype("float64")).sort_values(ascending=False, kind="stable")
-    worth = cost[(cost >= _LEAST_US) | (rows["srtt_us"] == 0)]
-    return rows.loc[worth.index, list(DUE)].reset_index(drop=True)
+    rows = rows[_worth(rows["rounds"], rows["srtt_us"])]
+    order = (rows["rounds"] * rows["srtt_us"].astype("float64")).sort_values(ascending=False, kind="stable").index
+    return rows.loc[order, list(DUE)].reset_index(drop=True)
+
+
+def _worth(rounds: pd.Series, srtt_us: pd.Series) -> pd.Series:
+    """Return whether so many round trips are worth a line; a round trip that is 0 is unknown."""
+    return (rounds * srtt_us.astype("float64") >= _LEAST_US) | (srtt_us == 0)
 
 
 def _rounds(window: pd.Series, after: pd.Series) -> pd.Series:
@@ -104,7 +110,8 @@ def beats(resets: pd.DataFrame) -> pd.DataFrame:
     """Return the connections on which small messages came more than an RTO apart, so that each cost half the window.
 
     ``resets`` are those of a Trace. A message counts as small if it fitted into the window that the reset before left,
-    and as a heartbeat if it was most of what happened between two resets. The columns are ``BEATS``.
+    and as a heartbeat if it was most of what happened between two resets. Connections on which a burst of the first
+    window loses less than a millisecond in the last one have no row. The columns are ``BEATS``.
     """
     idle = resets[resets["reason"].astype(str) == "idle"].sort_values(["connection", "ts_ns"], kind="stable")
     kinds = dict.fromkeys(("ts_ns", "bytes_sent", "cwnd_before", "cwnd_after", "idle_us", "rto_us"), "int64")
@@ -126,9 +133,10 @@ def beats(resets: pd.DataFrame) -> pd.DataFrame:
     deepest = deepest.set_index("connection")[["cwnd_before", "cwnd"]]
     groups = members.groupby("connection")
     ends = groups[_OF_SNAPSHOT[:6]].first().join(groups[["tgid", "comm"]].last().rename(columns={"tgid": "pid"}))
-    medians = groups[["idle_us", "rto_us", "bytes"]].median()
+    medians = groups[["idle_us", "rto_us", "bytes", "srtt_us"]].median()
     counts = deepest.join(groups.size().rename("resets")).astype("Int64")
     out = ends.join(medians).join(counts)
+    out = out[_worth(_rounds(out["cwnd_before"], out["cwnd"].astype("float64")), out["srtt_us"])]
     return out.sort_values("resets", ascending=False, kind="stable").reset_index(drop=True)[list(BEATS)]
 
 

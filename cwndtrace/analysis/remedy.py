@@ -29,6 +29,7 @@ NOTHING: Final = {
     "none": "no reset was harmful",
     "unknown": "what some resets cost isn't known",
     "unseen": "no connection was seen",
+    "other_end": "connections mostly receive, and their senders are at the other end",
 }
 """Why there is no remedy."""
 
@@ -115,7 +116,8 @@ def remedies(judged: pd.DataFrame, rows: pd.DataFrame, about: Meta) -> pd.DataFr
 
 def _nothing(judged: pd.DataFrame, rows: pd.DataFrame) -> _Remedy:
     unknown = (judged["verdict"] == "unknown").any() or (rows["verdict"] == "unknown").any()
-    why = "unseen" if rows.empty else "unknown" if unknown else "none"
+    other_end = (rows["verdict"] == "other_end").any()
+    why = "unseen" if rows.empty else "other_end" if other_end else "unknown" if unknown else "none"
     return _Remedy("nothing", 0.0, risk="low", connections=0, detail=why)
 
 
@@ -177,7 +179,7 @@ def _routes(harmful: pd.DataFrame) -> tuple[Route, ...]:
 
 def _ping(idle: pd.DataFrame) -> Iterator[_Remedy]:
     """Yield pings for the connections that can send one; a sender that waits for a disk, or an HTTP/1 server, can't."""
-    disk = idle["cause"] == "disk"
+    disk = idle["cause"].isin(("disk", "probably disk"))
     http = idle["sport"].isin(_HTTP_PORTS) | idle["comm"].astype(str).isin(_HTTP_SERVERS)
     able = idle[~disk & ~http]
     if able.empty:
@@ -194,7 +196,7 @@ def _disk(idle: pd.DataFrame) -> Iterator[_Remedy]:
 
     A reset counts if its idle time would not have been longer than the RTO without the disk's part.
     """
-    for device, rows in idle[idle["cause"] == "disk"].groupby("disk_device"):
+    for device, rows in idle[idle["cause"].isin(("disk", "probably disk"))].groupby("disk_device"):
         waited = rows.groupby(rows["comm"].astype(str))["disk_us"].sum()
         only = rows[rows["idle_us"].astype("float64") - rows["disk_us"] <= rows["rto_us"]]
         detail = SlowDisk(

@@ -196,8 +196,10 @@ def _nothing(why: str, lacking: str) -> str:
         return f"trace again, or get the whole capture, because {lacking}"
     if why == "unseen":
         return "trace again while connections are open, with a filter that lets them through: none was seen"
+    if why == "other_end":
+        return "trace at the other end too, because some connections mostly receive, and their senders are there"
     if why == "unknown":
-        return "trace again for longer, because it can't be told what some resets cost"
+        return "trace again for longer, because the records of some connections can't tell"
     return _LEAVE
 
 

@@ -39,7 +39,9 @@ def commands(folder: Path, space: tcp.Space, daddr: str) -> dict[str, str]:
         sysctls={str(space.inode): {"name": space.name, "host": False, "net.ipv4.tcp_slow_start_after_idle": 1}},
     )
     waited = SEGMENTS * 1448 - 100
-    trace.verdicts = trace.verdicts.assign(measured=True, waiting_bytes=waited, chain_window=2827)
+    trace._verdicts = trace._verdicts.assign(
+        verdict="harmful", lost_us=400_000.0, waiting_bytes=waited, chain_window=2827
+    )
     return {row["remedy"]: row["command"] for row in trace.remedies().to_dict("records")}
 
 

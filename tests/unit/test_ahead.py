@@ -64,6 +64,8 @@ def test_a_known_initial_window_counts() -> None:
     (row,) = ahead.due(snapshot(), ON, {0x5F: 100}).to_dict("records")
     assert row["cwnd_next"] == 100
     assert ahead.due(snapshot(), ON, {0x5F: 160}).empty
+    (row,) = ahead.due(snapshot(last_snd_us=10**9), ON, {0x5F: 0}).to_dict("records")
+    assert row["cwnd_next"] == 10
 
 
 def test_the_lines_have_units_and_say_how_many_more_there_are() -> None:
@@ -113,6 +115,7 @@ def test_messages_slower_than_the_rto_are_one_row(tmp_path: Path) -> None:
         (((151, 75, 0), (75, 37, 0)), {}),  # nothing was sent
         (DOWN, {"reason": "rto_loss"}),
         (DOWN, {"idle_us": 200_000}),  # other sends in between
+        (DOWN, {"srtt_us": 50}),
     ],
 )
 def test_other_resets_are_no_heartbeats(tmp_path: Path, steps: tuple[tuple[int, int, int]], fields: Any) -> None:

@@ -20,9 +20,9 @@ from tests.unit import frames
 
 SENT = 40_100_000
 POD = 4026532999
-NOT_MEASURED: dict[str, Any] = {"measured": False, "waiting_bytes": math.nan, "chain_window": math.nan}
-"""Columns of verdicts on resets that weren't followed."""
-MEASURED: dict[str, Any] = {"measured": True, "waiting_bytes": 30_000, "chain_window": 415}
+UNTOLD: dict[str, Any] = {"waiting_bytes": math.nan, "chain_window": math.nan}
+"""Columns of verdicts where no record says how much data waited for the window."""
+TOLD: dict[str, Any] = {"waiting_bytes": 30_000, "chain_window": 415}
 
 
 def space(name: str, setting: int | None = 1, *, host: bool = False, control: str = "cubic") -> dict[str, Any]:
@@ -41,7 +41,7 @@ def capture(path: Path, *bursts: int, netns: int = frames.NETNS, **options: Any)
     options = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)} | options
     judged = options.pop("judged", {})
     trace = frames.capture(Path(mkdtemp(dir=path)) / "a.cwnd", **options)
-    trace.verdicts = trace.verdicts.assign(**NOT_MEASURED | judged)
+    trace._verdicts = trace._verdicts.assign(**UNTOLD | judged)
     return trace
 
 
@@ -50,25 +50,18 @@ def by_name(trace: Trace, connection: str | None = None) -> dict[str, dict[Any, 
 
 
 def test_each_remedy_of_a_connection_has_an_action_and_a_saving(tmp_path: Path) -> None:
-    trace = capture(tmp_path, 1_000_000, judged=MEASURED)
+    trace = capture(tmp_path, 1_000_000, judged=TOLD)
     rows = by_name(trace)
     assert list(rows) == ["sysctl", "initcwnd", "ping", "bbr"]
-    lost = trace.verdicts["lost_us"].sum()
+    lost = trace._verdicts["lost_us"].sum()
     assert {row["saves_us"] for row in rows.values()} == {lost}
-    assert {(row["connections"], row["measured"]) for row in rows.values()} == {(1, True)}
+    assert {row["connections"] for row in rows.values()} == {1}
     assert rows["sysctl"]["action"] == rows["sysctl"]["command"] == "sysctl -w net.ipv4.tcp_slow_start_after_idle=0"
     assert "every 240 ms" in rows["ping"]["action"]
     assert list(trace.remedies().columns) == list(in_words.COLUMNS)
     assert in_words.remedy(rows["sysctl"]).startswith(
-        "sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about 426 ms (measured) on 1 connection. Risk low: "
+        "sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves 426 ms (measured) on 1 connection. Risk low: "
     )
-
-
-def test_a_saving_is_measured_only_if_all_of_it_was(tmp_path: Path) -> None:
-    trace = capture(tmp_path, 1_000_000, 1_000_000, judged={"measured": [True, False]})
-    rows = by_name(trace)
-    assert not any(row["measured"] for row in rows.values())
-    assert "(estimated)" in in_words.remedy(rows["bbr"])
 
 
 # ---- initcwnd ---------------------------------------------------------------------------------------
@@ -100,7 +93,7 @@ def test_no_initial_window_is_advised_where_nothing_says_how_much_waited(tmp_pat
     assert math.isnan(row["saves_us"])
     assert row["command"] == row["lasting"] == ""
     assert "can't be told, because the capture doesn't say how much data waited" in in_words.remedy(row)
-    some = by_name(capture(tmp_path, 1_000_000, 1_000_000, judged=MEASURED | {"waiting_bytes": [30_000, math.nan]}))
+    some = by_name(capture(tmp_path, 1_000_000, 1_000_000, judged=TOLD | {"waiting_bytes": [30_000, math.nan]}))
     assert some["initcwnd"]["saves_us"] * 2 == some["sysctl"]["saves_us"]
     assert some["initcwnd"]["connections"] == 1
     assert "initcwnd 21 " in some["initcwnd"]["action"]
@@ -108,8 +101,8 @@ def test_no_initial_window_is_advised_where_nothing_says_how_much_waited(tmp_pat
 
 
 def test_routes_of_other_namespaces_and_strange_peers_are_safe_to_paste(tmp_path: Path) -> None:
-    trace = capture(tmp_path, 1_000_000, netns=POD, sysctls={str(POD): space("a b")}, judged=MEASURED)
-    trace.verdicts = trace.verdicts.assign(daddr="x; reboot")
+    trace = capture(tmp_path, 1_000_000, netns=POD, sysctls={str(POD): space("a b")}, judged=TOLD)
+    trace._verdicts = trace._verdicts.assign(daddr="x; reboot")
     row = by_name(trace)["initcwnd"]
     inside = "ip netns exec 'a b' ip route"
     assert row["command"] == f"{inside} change $({inside} get fibmatch 'x; reboot') initcwnd 21"
@@ -118,7 +111,7 @@ def test_routes_of_other_namespaces_and_strange_peers_are_safe_to_paste(tmp_path
 
 def test_a_route_without_a_known_interface_names_none(tmp_path: Path) -> None:
     for judged in ({"ifindex": math.nan}, {"ifindex": 7}):
-        row = by_name(capture(tmp_path, 1_000_000, judged=MEASURED | judged))["initcwnd"]
+        row = by_name(capture(tmp_path, 1_000_000, judged=TOLD | judged))["initcwnd"]
         assert row["action"].startswith(f"{row['command']}; the inner command")
 
 
@@ -172,14 +165,16 @@ def test_the_sysctl_of_all_namespaces_is_one_remedy(tmp_path: Path) -> None:
     seen = [frames.snapshot(20, sock_cookie=n, netns_ino=n, bytes_sent=SENT + n * 200_000) for n in range(1, 6)]
     sysctls = {str(n): space(f"pod{n}") for n in range(1, 5)}
     options = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)}
-    row = by_name(capture(tmp_path, sysctls=sysctls, **options))["sysctl"]
-    assert (row["connections"], row["saves_us"]) == (5, by_name(capture(tmp_path, **options))["bbr"]["saves_us"])
+    lost = [100_000.0 * n for n in range(1, 6)]
+    judged = {"verdict": "harmful", "lost_us": lost}
+    row = by_name(capture(tmp_path, sysctls=sysctls, judged=judged, **options))["sysctl"]
+    assert (row["connections"], row["saves_us"]) == (5, sum(lost))
     setting = "sysctl -w net.ipv4.tcp_slow_start_after_idle=0"
     assert row["action"].split("; ")[0] == f"in network namespace 5: {setting}"
     assert row["action"].split("; ")[1:] == [
-        f"ip netns exec pod3 {setting}", f"ip netns exec pod4 {setting}", "and for 2 more namespaces"
+        f"ip netns exec pod4 {setting}", f"ip netns exec pod3 {setting}", "and for 2 more namespaces"
     ]  # fmt: skip
-    assert row["command"] == f"ip netns exec pod3 {setting}; ip netns exec pod4 {setting}"
+    assert row["command"] == f"ip netns exec pod4 {setting}; ip netns exec pod3 {setting}"
 
 
 def test_a_remedy_says_that_the_hosts_setting_does_not_apply_in_a_container(tmp_path: Path) -> None:
@@ -192,12 +187,11 @@ def test_a_remedy_says_that_the_hosts_setting_does_not_apply_in_a_container(tmp_
 
 
 def test_remedies_are_for_the_host_or_for_one_connection(tmp_path: Path) -> None:
-    trace = capture(tmp_path, 1_000_000, 300_000, 40)
-    key = trace.summary()["connection"].iloc[1]
-    whole, one = by_name(trace), by_name(trace, key)
+    judged = {"verdict": ["harmful", "harmful", "burst_fits"], "lost_us": [400_000.0, 200_000.0, 0.0]}
+    trace = capture(tmp_path, 1_000_000, 300_000, 40, judged=judged)
+    whole, one = by_name(trace), by_name(trace, trace._verdicts["connection"].iloc[1])
     assert (whole["bbr"]["connections"], one["bbr"]["connections"]) == (2, 1)
-    lost = trace.summary().set_index("connection")["lost_us"]
-    assert (whole["bbr"]["saves_us"], one["bbr"]["saves_us"]) == (lost.sum(), lost[key])
+    assert (whole["bbr"]["saves_us"], one["bbr"]["saves_us"]) == (600_000, 200_000)
     with pytest.raises(NotFound, match="no connection 9:9"):
         trace.remedies("9:9")
 
@@ -208,21 +202,23 @@ def test_a_capture_without_cost_has_nothing_to_do(tmp_path: Path) -> None:
     assert in_words.remedy(rows["nothing"]) == "Nothing to do: no reset was harmful."
     unseen = by_name(capture(tmp_path))
     assert list(unseen) == ["nothing"]
-    assert in_words.remedy(unseen["nothing"]) == "Trace again while connections send, because none was seen."
+    assert in_words.remedy(unseen["nothing"]) == (
+        "Trace again while connections are open, with a filter that lets them through: none was seen."
+    )
 
 
 def test_a_cost_that_nobody_knows_is_never_nothing_to_do(tmp_path: Path) -> None:
     rows = by_name(capture(tmp_path, 2000, judged={"verdict": "unknown"}))
     assert list(rows) == ["nothing"]
     assert in_words.remedy(rows["nothing"]) == (
-        "Trace again for longer, because it can't be told what some resets cost."
+        "Trace again for longer, because the records of some connections can't tell."
     )
 
 
 def test_missing_records_are_never_nothing_to_do(tmp_path: Path) -> None:
     trace = capture(tmp_path, 2000)
     rows = in_words.remedies(
-        remedy.remedies(trace.verdicts, trace.summary(), trace.about),
+        remedy.remedies(trace._verdicts, trace.summary(), trace.about),
         trace.about,
         "5 of 8 resets are not in the capture",
     )
@@ -231,8 +227,10 @@ def test_missing_records_are_never_nothing_to_do(tmp_path: Path) -> None:
 
 
 def test_remedies_for_other_limits_have_no_saving(tmp_path: Path) -> None:
-    trace = capture(tmp_path, 1_000_000, fields={"snd_wnd": 2000})
-    (row,) = by_name(trace).values()
+    trace = capture(tmp_path, 1_000_000, judged={"verdict": "receiver_window", "lost_us": 0.0})
+    rows = trace.summary().assign(verdict="receiver_window")
+    found = in_words.remedies(remedy.remedies(trace._verdicts, rows, trace.about), trace.about)
+    (row,) = found.to_dict("records")
     assert (row["remedy"], math.isnan(row["saves_us"])) == ("receiver_window", True)
     assert "can't tell" in in_words.remedy(row)
 
@@ -245,7 +243,7 @@ def test_a_ping_is_for_connections_that_can_send_one(tmp_path: Path) -> None:
     judged |= {"reason": ["idle"] * 4}
     trace = capture(tmp_path, *[1_000_000] * 4, judged=judged)
     row = by_name(trace)["ping"]
-    assert (row["connections"], row["saves_us"]) == (1, trace.verdicts["lost_us"].iloc[0])
+    assert (row["connections"], row["saves_us"]) == (1, trace._verdicts["lost_us"].iloc[0])
     assert row["action"].endswith(
         "an HTTP/1 server can't (2 connections of what is one by its port or name and "
         "1 connection whose sender waits for a disk left out)"
@@ -270,7 +268,7 @@ def test_a_disk_has_a_remedy_of_its_own(tmp_path: Path) -> None:
         "make replica wait less for sda: it waited 3.50 s for 12 requests before 2 harmful resets"
     )
     assert (first["command"], first["connections"]) == ("iostat -x 1 sda", 1)
-    assert first["saves_us"] == trace.verdicts["lost_us"].iloc[0]
+    assert first["saves_us"] == trace._verdicts["lost_us"].iloc[0]
     assert math.isnan(second["saves_us"])
     assert "sdb" in second["action"]
 
@@ -288,7 +286,7 @@ def test_a_setting_that_is_0_by_now_is_not_proposed(tmp_path: Path) -> None:
     assert (rows["sysctl"]["connections"], rows["bbr"]["connections"], rows["ping"]["connections"]) == (1, 1, 1)
     assert in_words.remedy(rows["sysctl_done"]) == (
         "net.ipv4.tcp_slow_start_after_idle was set to 0 in one during the capture: nothing is left to do about the "
-        "426 ms (estimated) on 1 connection that resets cost before."
+        "426 ms (measured) on 1 connection that resets cost before."
     )
     off = {inode: settings | {tcp.IDLE_SYSCTL: 0} for inode, settings in sysctls.items()}
     assert list(by_name(capture(tmp_path, sysctls=sysctls, sysctls_end=off, **options))) == ["sysctl_done"]
