@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the cost model's predictions with measurements of the lab over a grid of paths, bursts and idle times.
+"""Compare recorded and predicted costs with the lab's clock over a grid of paths, bursts and idle times.
 
     sudo .venv/bin/python benchmarks/cost_grid.py --out grid            (about 15 minutes)
     .venv/bin/python benchmarks/cost_grid.py --read grid                (print the figures of a run again)
@@ -39,11 +39,11 @@ RTO_MIN_S = 0.2
 AT_ONCE = 6
 
 
-def one(rtt_ms: int, cc: str, rate: float | None, rounds: int, out: Path) -> None:
+def one(rtt_ms: int, cc: str, rate: float | None, loss: float, rounds: int, out: Path) -> None:
     """Measure one configuration into ``out``."""
     out.mkdir(parents=True)
     rto_s = rtt_ms / 1e3 + RTO_MIN_S
-    link = Link(rtt_ms=rtt_ms, rate=rate)
+    link = Link(rtt_ms=rtt_ms, rate=rate, loss=loss)
     scenario = replace(
         Scenario(), link=link, bursts=BURSTS, idle_times=tuple(r * rto_s for r in IDLE_RTO), rounds=rounds, cc=cc
     )
@@ -57,14 +57,14 @@ def one(rtt_ms: int, cc: str, rate: float | None, rounds: int, out: Path) -> Non
         frame(lab.taken).assign(path_rtt_ms=rtt_ms, rate=rate or 0.0, cc=cc).to_parquet(out / "bursts.parquet")
 
 
-def everything(rounds: int, rates: tuple[float | None, ...], out: Path) -> None:
+def everything(rounds: int, rates: tuple[float | None, ...], loss: float, out: Path) -> None:
     """Measure the grid into ``out``."""
     waiting = list(enumerate(product(RTTS_MS, CCS, rates)))
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
             number, (rtt, cc, rate) = waiting.pop(0)
-            command = [sys.executable, __file__, "--one", f"{rtt},{cc},{rate or 0}", "--rounds", str(rounds)]
+            command = [sys.executable, __file__, "--one", f"{rtt},{cc},{rate or 0},{loss}", "--rounds", str(rounds)]
             running.append(subprocess.Popen([*command, "--out", str(out / f"{number:02}")]))
         if running[0].wait():
             sys.exit("a configuration failed; its lines above say why")
@@ -74,38 +74,46 @@ def everything(rounds: int, rates: tuple[float | None, ...], out: Path) -> None:
 def read(folder: Path) -> pd.DataFrame:
     """Return the bursts that began with a reset, with predicted and measured times, of all configurations of a run."""
     parts = sorted(folder.iterdir())
-    rows = [
-        beside_baseline(pd.read_parquet(p / "bursts.parquet"), cwndtrace.load(p / "grid.cwnd").resets) for p in parts
-    ]
-    return cost.price(pd.concat(rows, ignore_index=True))
+    rows = []
+    for part in parts:
+        trace = cwndtrace.load(part / "grid.cwnd")
+        bursts = beside_baseline(pd.read_parquet(part / "bursts.parquet"), trace.resets)
+        rows.append(cost.price(bursts, trace.recoveries))
+    return pd.concat(rows, ignore_index=True)
 
 
 def report(bursts: pd.DataFrame) -> None:
-    """Print the errors of the predictions, for all bursts and by configuration."""
+    """Print how far recorded and predicted costs are from those of the clock, for all bursts and by configuration."""
     pairs = bursts.assign(
+        recorded_ms=bursts["first_cost_us"] / 1000,
         predicted_ms=bursts["predicted_us"] / 1000,
         measured_ms=bursts["latency_ms"] - bursts["baseline_ms"],
         rtt_ms=bursts["path_rtt_ms"],
-    ).dropna(subset=["predicted_ms", "measured_ms"])
-    alone = len(bursts) - len(pairs)
-    print(f"left out: {alone} of {len(bursts)} bursts, because no burst with the setting off began with a like window")
-    error = pairs["predicted_ms"] - pairs["measured_ms"]
+    ).dropna(subset=["recorded_ms", "predicted_ms", "measured_ms"])
+    print(
+        f"left out: {len(bursts) - len(pairs)} of {len(bursts)} bursts, which have no like burst with the setting off"
+    )
     dear = pairs["measured_ms"] >= pairs["rtt_ms"] / 2
-    relative = (error.abs() / pairs["measured_ms"])[dear]
-    within = error.abs() <= pairs["rtt_ms"]
     print(f"{len(pairs)} bursts began with a reset; {int(dear.sum())} of them took at least half a round trip longer")
-    print(f"median error of the predicted extra time (of those {int(dear.sum())}): {100 * relative.median():.1f} %")
-    print(f"predicted extra time within one round trip: {100 * within.mean():.1f} % of all bursts")
-    itself = (pairs["rounds_after"] * pairs["round_us"] / 1000 - pairs["latency_ms"]).abs() <= pairs["rtt_ms"]
-    print(f"predicted time of the burst within one round trip: {100 * itself.mean():.1f} % of all bursts")
-    table = pairs.assign(error_rtts=error / pairs["rtt_ms"], within=within, itself=itself, relative=relative)
+    lossy = pairs["outcome"] == "loss"
+    for side in ("recorded", "predicted"):
+        error = pairs[f"{side}_ms"] - pairs["measured_ms"]
+        within = error.abs() <= pairs["rtt_ms"]
+        near = error.abs() <= (0.1 * pairs["measured_ms"]).clip(lower=10)
+        relative = (error.abs() / pairs["measured_ms"])[dear]
+        pairs[f"{side}_within"], pairs[f"{side}_error_rtts"] = within, error / pairs["rtt_ms"]
+        print(
+            f"{side}: within one round trip {100 * within.mean():.1f} % (of the {int(lossy.sum())} with a loss "
+            f"{100 * within[lossy].mean():.1f} %), within 10 ms or 10 % {100 * near.mean():.1f} %; "
+            f"median error of those {int(dear.sum())} {100 * relative.median():.1f} %"
+        )
     keys = ["path_rtt_ms", "cc", "rate", "burst_bytes"]
-    figures = table.groupby(keys).agg(
-        bursts=("within", "size"),
-        within_one_rtt=("within", "mean"),
-        itself_within_one_rtt=("itself", "mean"),
-        median_relative_error=("relative", "median"),
-        median_error_rtts=("error_rtts", "median"),
+    figures = pairs.groupby(keys).agg(
+        bursts=("recorded_within", "size"),
+        recorded_within=("recorded_within", "mean"),
+        recorded_error_rtts=("recorded_error_rtts", "median"),
+        predicted_within=("predicted_within", "mean"),
+        predicted_error_rtts=("predicted_error_rtts", "median"),
     )
     print(figures.round(3).to_string())
 
@@ -117,14 +125,15 @@ def main() -> None:
     parser.add_argument("--read", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--paths", choices=PATHS, default="all", help="paths with a bottleneck, without, or both")
+    parser.add_argument("--loss", type=float, default=0.0, help="the share of packets that the path loses")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        rtt, cc, rate = arguments.one.split(",")
-        one(int(rtt), cc, float(rate) or None, arguments.rounds, arguments.out)
+        rtt, cc, rate, loss = arguments.one.split(",")
+        one(int(rtt), cc, float(rate) or None, float(loss), arguments.rounds, arguments.out)
         return
     if arguments.read is None:
-        everything(arguments.rounds, PATHS[arguments.paths], arguments.out)
+        everything(arguments.rounds, PATHS[arguments.paths], arguments.loss, arguments.out)
     report(read(arguments.read or arguments.out))
 
 

@@ -320,7 +320,7 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
         f"{plural(len(during), 'idle reset')} recorded during these bursts; "
         f"{missing:,} that TCP_INFO saw {'is' if missing == 1 else 'are'} missing from the capture."
     )
-    priced = costs(taken, trace.resets)
+    priced = costs(taken, trace.resets, trace.recoveries)
     if len(priced):
         echo_prose(_agreement(priced))
     for note in notes:
@@ -333,16 +333,18 @@ def _report(taken: pd.DataFrame, trace: Trace, path: Path, folder: Folder, notes
 
 
 def _agreement(priced: pd.DataFrame) -> str:
-    """Return how near predicted costs (see ``lab.recording.costs``) were to those measured.
+    """Return how near recorded and predicted costs (see ``lab.recording.costs``) were to those of the receiver's clock.
 
     Means, because a burst's difference changes them by its share; medians of few bursts are those of two bursts, which
     needn't be the same one.
     """
-    error = (priced["predicted_ms"] - priced["measured_ms"]).abs()
-    predicted, measured = (signed(priced[name].mean(), "{:.0f} ms".format) for name in ("predicted_ms", "measured_ms"))
+    names = ("recorded_ms", "measured_ms", "predicted_ms")
+    recorded, measured, predicted = (signed(priced[name].mean(), "{:.0f} ms".format) for name in names)
+    error = (priced["recorded_ms"] - priced["measured_ms"]).abs()
     return (
-        f"Predicted from the records alone (estimate): {predicted} a burst on average, measured {measured}; "
-        f"of each burst the two differ by {error.median():.0f} ms at the median and {error.max():.0f} ms at most."
+        f"Cost by the records: {recorded} a burst on average, by the receiver's clock {measured}; of each burst the "
+        f"two differ by {error.median():.0f} ms at the median and {error.max():.0f} ms at most. Predicted from the "
+        f"windows alone (estimate): {predicted}."
     )
 
 

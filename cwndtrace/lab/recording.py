@@ -106,19 +106,22 @@ def _usable(bursts: pd.DataFrame) -> pd.Series:
     return (bursts["cwnd_before"] * bursts["mss"]).clip(upper=bursts["burst_bytes"])
 
 
-def costs(measurements: pd.DataFrame, resets: pd.DataFrame) -> pd.DataFrame:
-    """Return predicted and measured costs, one row per burst with the setting on that began with a reset.
+def costs(measurements: pd.DataFrame, resets: pd.DataFrame, recoveries: pd.DataFrame) -> pd.DataFrame:
+    """Return what resets cost by the records and by the receiver's clock, one row per burst with the setting on.
 
-    Columns: ``burst_bytes``, ``idle_s``, ``ca_name``, ``rtt_ms``, ``predicted_ms`` (analysis.cost.price), and
-    ``measured_ms``: the burst's latency minus its baseline with the setting off.
+    Takes measurements as ``matched`` does, and frames of a Trace; bursts without a recorded reset are left out.
+    Columns: ``burst_bytes``, ``idle_s``, ``ca_name``, ``rtt_ms``, ``recorded_ms`` (``first_cost_us`` of
+    analysis.recovery), ``predicted_ms`` (analysis.cost.price), and ``measured_ms``: the burst's latency minus its
+    baseline with the setting off.
     """
-    rows = cost.price(beside_baseline(measurements, resets))
+    rows = cost.price(beside_baseline(measurements, resets), recoveries)
     return pd.DataFrame(
         {
             "burst_bytes": rows["burst_bytes"],
             "idle_s": rows["idle_s"],
             "ca_name": rows["ca_name"].astype(str),
             "rtt_ms": rows["round_us"] / 1000,
+            "recorded_ms": rows["first_cost_us"] / 1000,
             "predicted_ms": rows["predicted_us"] / 1000,
             "measured_ms": rows["latency_ms"] - rows["baseline_ms"],
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of the predicted against the measured cost of resets, one point per burst."""
+"""A picture of the cost of resets by the records against that by the receiver's clock, one point per burst."""
 
 from __future__ import annotations
 
@@ -32,27 +32,29 @@ Values = npt.NDArray[np.float64]
 
 
 def cost(pairs: pd.DataFrame) -> Figure:
-    """Return a figure of the predicted extra time of each burst against the measured one.
+    """Return a figure of the extra time of each burst by the records against that by the receiver's clock.
 
-    ``pairs`` has one row per burst: ``predicted_ms``, ``measured_ms``, ``rtt_ms``, ``burst_bytes``, ``ca_name``. Rows
-    with a missing value are skipped. On the line both agree; in the band they are within one round trip. The axes are
-    in milliseconds, or, where the paths' round-trip times differ, in round trips, so that the band holds for all.
-    Colours show the size of bursts, shapes the congestion control.
+    ``pairs`` has one row per burst: ``recorded_ms``, ``predicted_ms``, ``measured_ms``, ``rtt_ms``, ``burst_bytes``,
+    ``ca_name``. Rows with a missing value are skipped. On the line both agree; in the band they are within one round
+    trip. Crosses show the prediction in place of what was recorded. The axes are in milliseconds, or, where the paths'
+    round-trip times differ, in round trips, so that the band holds for all. Colours show the size of bursts, shapes the
+    congestion control.
     """
-    used = pairs.dropna(subset=["predicted_ms", "measured_ms", "rtt_ms", "burst_bytes"])
+    names = ["recorded_ms", "predicted_ms", "measured_ms", "rtt_ms"]
+    used = pairs.dropna(subset=[*names, "burst_bytes"])
     used = used[used["rtt_ms"] > 0]
-    predicted, measured, rtt = (used[n].to_numpy(np.float64) for n in ("predicted_ms", "measured_ms", "rtt_ms"))
-    within = np.abs(predicted - measured) <= rtt
+    recorded, predicted, measured, rtt = (used[n].to_numpy(np.float64) for n in names)
+    within = np.abs(recorded - measured) <= rtt
     alike = not len(used) or rtt.max() <= _ALIKE * rtt.min()
     trip = float(np.median(rtt)) if len(used) else 100.0
     unit, band = ("ms", trip) if alike else ("round trips", 1.0)
-    x, y = (predicted, measured) if alike else (predicted / rtt, measured / rtt)
+    x, crosses, y = (values if alike else values / rtt for values in (recorded, predicted, measured))
     with style.drawing() as colours:
         figure = layout.sheet(_BOTTOM + _SIDE + (0.42 if alike else 0.05))
         axes = layout.add(figure, _LEFT, _BOTTOM, _SIDE, _SIDE)
-        axes.set_xlabel(f"predicted cost ({unit})", fontsize=10)
-        axes.set_ylabel(f"measured cost ({unit})", fontsize=10)
-        values = np.concatenate([x, y, [0.0]])
+        axes.set_xlabel(f"cost by the records ({unit})", fontsize=10)
+        axes.set_ylabel(f"cost by the receiver's clock ({unit})", fontsize=10)
+        values = np.concatenate([x, crosses, y, [0.0]])
         low, high = float(values.min()), float(values.max())
         high = max(high, low + 2 * band)
         pad = 0.07 * (high - low)
@@ -63,6 +65,7 @@ def cost(pairs: pd.DataFrame) -> Figure:
         axes.set_ylim(low, high)
         axes.grid()
         legend = _agreement(axes, low, high, band, colours)
+        axes.plot(crosses, y, "+", color=colours.faint, markersize=6, zorder=3)
         if alike and len(used):
             _round_trips(axes, trip, colours)
         if len(used):
@@ -78,8 +81,9 @@ def _agreement(axes: Axes, low: float, high: float, band: float, colours: Palett
     axes.fill_between(ends, ends - band, ends + band, color=colours.idle_shade, linewidth=0, zorder=0.5)
     axes.plot(ends, ends, color=colours.faint, linewidth=1.2, zorder=2)
     return {
-        "predicted = measured": Line2D([], [], color=colours.faint, linewidth=1.2),
+        "equal": Line2D([], [], color=colours.faint, linewidth=1.2),
         "within one round trip": Patch(facecolor=colours.idle_shade),
+        "predicted": Line2D([], [], marker="+", linestyle="", color=colours.faint, markersize=6),
     }
 
 
@@ -144,24 +148,24 @@ def _decade(decade: int) -> str:
 
 
 def _titles(within: npt.NDArray[np.bool_]) -> tuple[str, str]:
-    second = "extra time of each burst that a reset began, from the records alone and as measured"
+    second = "extra time of each burst that a reset began, by the records and by the receiver's clock"
     number, good = len(within), int(within.sum())
     if not number:
-        return "No burst has both a predicted and a measured cost", second
+        return "No burst has a cost by the records and by the receiver's clock", second
     if good == number:
         whole = "The burst was" if number == 1 else f"All {plural(number, 'burst')} were"
-        return f"{whole} within one round trip of the prediction", second
+        return f"{whole} within one round trip of the records", second
     were = "was" if 1 in (good, number) else "were"
-    return f"{good:,} of {plural(number, 'burst')} {were} within one round trip of the prediction", second
+    return f"{good:,} of {plural(number, 'burst')} {were} within one round trip of the records", second
 
 
 def _caption(used: pd.DataFrame) -> str:
     if used.empty:
-        return "measured: latency with the setting on less the median with it off"
-    off = (used["predicted_ms"] - used["measured_ms"]).abs()
+        return "receiver's clock: latency with the setting on less the median with it off"
+    off = (used["recorded_ms"] - used["measured_ms"]).abs()
     rtt = used["rtt_ms"]
     span = f"{rtt.min():.0f} ms" if math.ceil(rtt.max()) - math.floor(rtt.min()) <= 1 else (
         f"{rtt.min():.0f} to {rtt.max():.0f} ms"
     )  # fmt: skip
     apart = f"apart by {off.median():.0f} ms at the median and {off.max():.0f} ms at most"
-    return f"RTT {span}  ·  {apart}  ·  measured: on less the median with the setting off"
+    return f"RTT {span}  ·  {apart}  ·  clock: on less the median with the setting off"

@@ -53,6 +53,7 @@ class Experiment:
                 "ca_name": "cubic",
                 "rtt_ms": on["srtt_ms"],
                 "predicted_ms": trips * on["srtt_ms"],
+                "recorded_ms": trips * on["srtt_ms"] + 1,
                 "measured_ms": cost,
             }
         ).reset_index(drop=True)

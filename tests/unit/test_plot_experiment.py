@@ -65,7 +65,14 @@ def steps(*sizes: int, number: int = 10, top_s: float = 5.0) -> pd.DataFrame:
 
 
 def pairs(**values: Any) -> pd.DataFrame:
-    row = {"predicted_ms": 100.0, "measured_ms": 103.0, "rtt_ms": 50.0, "burst_bytes": 1_000_000, "ca_name": "cubic"}
+    row = {
+        "recorded_ms": 100.0,
+        "predicted_ms": 120.0,
+        "measured_ms": 103.0,
+        "rtt_ms": 50.0,
+        "burst_bytes": 1_000_000,
+        "ca_name": "cubic",
+    }
     return pd.DataFrame(
         row | values, index=range(max(len(v) if isinstance(v, list) else 1 for v in [1, *values.values()]))
     )
@@ -123,7 +130,7 @@ CASES: dict[str, Callable[[], Figure]] = {
             burst_bytes=[10**n for n in range(2, 10)] * 2,
         )
     ),
-    "cost, below nothing": lambda: cost(pairs(predicted_ms=[0.0, -50.0], measured_ms=[-30.0, 2.0])),
+    "cost, below nothing": lambda: cost(pairs(recorded_ms=[0.0, -50.0], measured_ms=[-30.0, 2.0])),
     "cost, nothing": lambda: cost(pairs().iloc[:0]),
     "staircase": lambda: staircase(STORY.resets["on"]),
     "staircase, mixed": lambda: staircase(steps(30, 120, 700, 2800, 2900)),
@@ -443,7 +450,7 @@ def test_points_equal_the_pairs_and_the_band_is_one_round_trip_wide() -> None:
     given = STORY.pairs
     figure = cost(given)
     (axes,) = figure.axes
-    expected = sorted(zip(given["predicted_ms"], given["measured_ms"], strict=True))
+    expected = sorted(zip(given["recorded_ms"], given["measured_ms"], strict=True))
     assert np.asarray(points(axes, "o")) == pytest.approx(np.asarray(expected))
     (line,) = [item for item in axes.lines if item.get_marker() == "None"]
     assert list(np.asarray(line.get_xdata())) == list(np.asarray(line.get_ydata()))
@@ -451,18 +458,18 @@ def test_points_equal_the_pairs_and_the_band_is_one_round_trip_wide() -> None:
     assert set(np.round(np.abs(band[:, 1] - band[:, 0]), 6)) == {100.4}
     assert axes.get_xlim() == axes.get_ylim()
     assert axes.get_window_extent().width == pytest.approx(axes.get_window_extent().height)
-    within = int(((given["predicted_ms"] - given["measured_ms"]).abs() <= given["rtt_ms"]).sum())
+    within = int(((given["recorded_ms"] - given["measured_ms"]).abs() <= given["rtt_ms"]).sum())
     assert any(
         text.startswith(f"{within} of {len(given)}") or f"All {within}" in text for text in drawing.texts(figure)
     )
 
 
 def test_paths_of_different_rtt_are_compared_in_round_trips() -> None:
-    figure = cost(pairs(rtt_ms=[20.0, 200.0], predicted_ms=[40.0, 400.0], measured_ms=[50.0, 900.0]))
+    figure = cost(pairs(rtt_ms=[20.0, 200.0], recorded_ms=[40.0, 400.0], measured_ms=[50.0, 900.0]))
     (axes,) = figure.axes
     assert points(axes, "o") == [(2.0, 2.0 + 0.5), (2.0, 4.5)]
-    assert axes.get_xlabel() == "predicted cost (round trips)"
-    assert "1 of 2 bursts was within one round trip of the prediction" in drawing.texts(figure)
+    assert axes.get_xlabel() == "cost by the records (round trips)"
+    assert "1 of 2 bursts was within one round trip of the records" in drawing.texts(figure)
 
 
 def test_titles_of_costs_have_the_right_number() -> None:
@@ -487,7 +494,7 @@ def test_colours_show_sizes_and_shapes_show_congestion_controls() -> None:
 
 
 def test_rows_without_a_value_are_ignored() -> None:
-    figure = cost(pairs(predicted_ms=[1.0, float("nan"), 3.0], measured_ms=[1.0, 2.0, float("nan")]))
+    figure = cost(pairs(recorded_ms=[1.0, float("nan"), 3.0], measured_ms=[1.0, 2.0, float("nan")]))
     assert len(points(figure.axes[0], "o")) == 1
 
 

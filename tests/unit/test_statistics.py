@@ -110,16 +110,24 @@ def test_an_interval_means_a_cost_none_or_nothing_sure(low: float, high: float, 
 def test_no_difference_is_shown_as_minus_nothing(on: list[float], off: list[float]) -> None:
     summary = statistics.summarise(table(on, off))
     (_, line) = reproduce.costs_of(summary)
-    priced = pd.DataFrame({"predicted_ms": [0.0] * len(on), "measured_ms": np.array(on) - 51})
+    priced = pd.DataFrame(
+        {"recorded_ms": [0.0] * len(on), "predicted_ms": [0.0] * len(on), "measured_ms": np.array(on) - 51}
+    )
     for text in (line, *summary["verdict"], statistics.overall(summary), reproduce._agreement(priced)):
         assert not re.search(r"[+-]0(\.0)?(?![\d.])", text), text
 
 
 def test_what_is_said_of_predictions_agrees_with_itself() -> None:
-    priced = pd.DataFrame({"predicted_ms": [100.0, 333.0, 500.0], "measured_ms": [101.0, 369.0, 501.0]})
+    priced = pd.DataFrame(
+        {
+            "recorded_ms": [100.0, 333.0, 500.0],
+            "predicted_ms": [90.0, 300.0, 600.0],
+            "measured_ms": [101.0, 369.0, 501.0],
+        }
+    )
     assert reproduce._agreement(priced) == (
-        "Predicted from the records alone (estimate): +311 ms a burst on average, measured +324 ms; "
-        "of each burst the two differ by 1 ms at the median and 36 ms at most."
+        "Cost by the records: +311 ms a burst on average, by the receiver's clock +324 ms; of each burst the two "
+        "differ by 1 ms at the median and 36 ms at most. Predicted from the windows alone (estimate): +330 ms."
     )
 
 
