@@ -38,10 +38,10 @@ def by_socket(rows: list[Row]) -> dict[tuple[int, int, int], list[Row]]:
     return groups
 
 
-def round_trips(burst: float, cwnd: int, ssthresh: int, reset: Row, limit: float) -> int:
+def round_trips(burst: float, cwnd: int, ssthresh: int, reset: Row, whole: int) -> int:
     """Return the round trips of a burst, simulated by the kernel's rules."""
     left, window, trips = math.ceil(burst / reset["mss"]), float(cwnd), 0
-    most = max(1, int(limit // reset["mss"]))
+    most = max(1, int(reset["snd_wnd"] // reset["mss"]))
     while left > 0:
         sent = min(left, int(window), most)
         trips, left = trips + 1, left - sent
@@ -50,44 +50,49 @@ def round_trips(burst: float, cwnd: int, ssthresh: int, reset: Row, limit: float
         if window < ssthresh:
             window = min(window + sent, float(ssthresh))
         else:
-            window = min(window * 1.5, float(reset["cwnd_before"])) if window < reset["cwnd_before"] else window + 1
+            window = min(window * 1.5, float(whole)) if window < whole else window + 1
     return trips
 
 
-def lost_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: Row | None) -> float:
+def predicted_us(reset: Row, following: Row | None, snapshots: list[Row], recovery: Row | None) -> float:
     """Return the estimated cost of one reset, in us."""
-    last = max((s["bytes_sent"] for s in snapshots), default=-1)
-    end = following["bytes_sent"] if following else last
+    last = snapshots[-1] if snapshots and not snapshots[-1]["unsent_bytes"] else None
+    end = (
+        following["bytes_sent"] if following else last["bytes_sent"] if last and last["ts_ns"] >= reset["ts_ns"] else -1
+    )
     burst = max(end - reset["bytes_sent"], recovery["bytes_acked"] if recovery else -1)
     assert burst >= 0
-    buffers = [s["sndbuf"] for s in snapshots if s["sndbuf"]]
-    limit = min(reset["snd_wnd"], max(buffers, default=math.inf))
-    after = round_trips(burst, reset["cwnd_after"], reset["ssthresh_after"], reset, limit)
-    before = round_trips(burst, reset["cwnd_before"], reset["ssthresh_before"], reset, limit)
-    lost = after - before
-    if recovery and recovery["outcome"] != "loss" and recovery["cwnd_end"] < recovery["ssthresh_end"]:
-        lost = min(lost, math.ceil(math.log2(max(recovery["cwnd_end"] / recovery["cwnd_start"], 1))))
-    if burst <= reset["cwnd_after"] * reset["mss"] or lost < 1:
-        return 0.0
-    return float(lost * reset["min_rtt_us"])
+    whole = recovery["chain_window"] if recovery else reset["cwnd_before"]
+    after = round_trips(burst, reset["cwnd_after"], reset["ssthresh_after"], reset, whole)
+    before = round_trips(burst, whole, reset["ssthresh_before"], reset, whole)
+    return float((after - before) * reset["min_rtt_us"])
 
 
-def test_the_lost_time_of_each_connection_equals_a_simulation(trace: Trace, rows: dict[str, list[Row]]) -> None:
+def test_the_predicted_cost_of_each_reset_equals_a_simulation(trace: Trace, rows: dict[str, list[Row]]) -> None:
     recoveries = {(r["skaddr"], r["reset_ts_ns"]): r for r in rows["cwnd_recovery"]}
     snapshots = by_socket(rows["connections"])
-    expected: dict[tuple[int, int, int], float] = {}
+    expected: dict[int, float] = {}
     for key, resets in by_socket(rows["cwnd_reset"]).items():
-        pairs = zip(resets, [*resets[1:], None], strict=True)
-        expected[key] = sum(
-            lost_us(reset, following, snapshots[key], recoveries.get((reset["skaddr"], reset["ts_ns"])))
-            for reset, following in pairs
-        )
-    summary = trace.summary()
-    by_connection = {(r["netns_ino"], r["sport"], r["dport"]): r["lost_us"] for r in summary.to_dict("records")}
-    assert {key: by_connection[key] for key in expected} == pytest.approx(expected)
-    assert {lost for key, lost in by_connection.items() if key not in expected} == {0.0}
-    assert trace.host().lost_us == pytest.approx(sum(expected.values()))
+        for reset, following in zip(resets, [*resets[1:], None], strict=True):
+            recovery = recoveries.get((reset["skaddr"], reset["ts_ns"]))
+            expected[reset["ts_ns"]] = predicted_us(reset, following, snapshots[key], recovery)
+    predicted = dict(zip(trace.costs()["ts_ns"], trace.costs()["predicted_us"], strict=True))
+    assert predicted == pytest.approx(expected)
     assert sum(expected.values()) > 5e6
+
+
+def test_the_cost_of_each_connection_is_what_was_measured(trace: Trace, rows: dict[str, list[Row]]) -> None:
+    assert {row["outcome"] for row in rows["cwnd_recovery"]} <= {"regained", "reset_again", "closed"}
+    followed = {(r["skaddr"], r["reset_ts_ns"]): r["cost_us"] for r in rows["cwnd_recovery"]}
+    expected = {
+        key: sum(followed[reset["skaddr"], reset["ts_ns"]] for reset in resets)
+        for key, resets in by_socket(rows["cwnd_reset"]).items()
+    }
+    summary = trace.summary().to_dict("records")
+    by_connection = {(r["netns_ino"], r["sport"], r["dport"]): r["lost_us"] for r in summary}
+    assert {key: by_connection[key] for key in expected} == expected
+    assert {lost for key, lost in by_connection.items() if key not in expected} == {0.0}
+    assert trace.host().lost_us == sum(expected.values()) > 5e6
 
 
 def test_the_cause_of_idle_time_of_each_reset_equals_a_simulation(trace: Trace, rows: dict[str, list[Row]]) -> None:
@@ -95,12 +100,12 @@ def test_the_cause_of_idle_time_of_each_reset_equals_a_simulation(trace: Trace, 
     for reset in sorted(rows["cwnd_reset"], key=lambda row: int(row["ts_ns"])):
         own = min(reset["last_rcv_us"], reset["idle_us"])
         since = reset["ts_ns"] - own * 1000
-        mine = [b for b in rows["block_io"] if b["tgid"] == reset["tgid"] and b["start_ns"] < reset["ts_ns"]]
-        reach, total = since, 0
+        mine = [b for b in rows["block_io"] if b["tgid"] == reset["tgid"]]
+        reach, total = 0, 0
         for block in sorted(mine, key=lambda b: int(b["start_ns"])):
-            end = min(block["done_ns"], reset["ts_ns"])
-            total += max(0, end - max(block["start_ns"], reach))
-            reach = max(reach, end)
+            begin = reach if block["start_ns"] - reach <= 100_000 else block["start_ns"]
+            total += max(0, min(block["done_ns"], reset["ts_ns"]) - max(begin, since))
+            reach = max(reach, block["done_ns"])
         disk = total / 1000
         parts = {"peer": reset["idle_us"] - own, "disk": disk, "application": own - disk}
         expected.append((max(parts, key=lambda name: parts[name]), pytest.approx(disk)))

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks run on the sample capture, are stored with their output, and need no bcc."""
+"""The notebooks run on the sample and on any other capture, are stored with their output, and need no bcc."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from cwndtrace.lab.measurement import Measurement
+from tests.unit import frames
+
 ROOT = Path(__file__).parents[2]
+SAMPLE, MEASUREMENTS = "../tests/data/sample.cwnd", "../tests/data/sample-measurements.parquet"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 RUN = """
@@ -20,6 +28,10 @@ book = nbformat.read(sys.argv[1], 4)
 nbclient.NotebookClient(book, timeout=120).execute()
 nbformat.write(book, sys.argv[2])
 """
+
+
+OTHERS = ("heartbeats", "closed-by-rst", "receiver-side", "stale-send-buffer")
+"""Captures of tests/data for which the notebooks weren't written."""
 
 
 def cells(file: Path) -> list[dict[str, Any]]:
@@ -62,6 +74,63 @@ def test_a_notebook_runs_and_gives_the_stored_output(file: Path, tmp_path: Path)
     assert any("text/html" in kinds(cell) for cell in stored)
     # The answer is a sentence, so it is the same even if another pandas formats tables differently.
     assert [estimates(cell) for cell in stored] == [estimates(cell) for cell in fresh]
+
+
+def run_on(capture: Path, home: Path, measurements: Path | None = None) -> str:
+    """Run all notebooks on another capture, and return what they print."""
+    for name in ("ipykernel", "duckdb", "polars"):
+        pytest.importorskip(name, reason=f"needs {name}: make develop")
+    replacements = {SAMPLE: str(capture)} | ({MEASUREMENTS: str(measurements)} if measurements else {})
+    for name in replacements:
+        assert any(name in "".join(cell["source"]) for file in NOTEBOOKS for cell in cells(file))
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("run_notebooks.py"), json.dumps(replacements), *NOTEBOOKS],
+        cwd=ROOT / "notebooks", env={**os.environ, "IPYTHONDIR": str(home)}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_notebooks_run_on_other_captures_and_show_their_resets(name: str, tmp_path: Path) -> None:
+    printed = run_on(ROOT / "tests/data" / f"{name}.cwnd", tmp_path)
+    shown = re.findall(r"^(\S+): (\d+) resets shown, (\d+) in all$", printed, re.MULTILINE)
+    assert [stem for stem, _, _ in shown] == ["01-first-look", "02-was-it-the-window"]
+    for _, seen, of in shown:
+        assert (int(seen) > 0) == (int(of) > 0) == (name != "receiver-side")
+    assert "none of these bursts began with a reset of this capture" in printed
+
+
+@pytest.mark.parametrize("kind", ["without idle resets", "without resets and with block I/O", "empty"])
+def test_the_notebooks_run_on_a_capture_that_lacks_rows(kind: str, tmp_path: Path) -> None:
+    tables: dict[str, Any] = {}
+    if kind != "empty":
+        tables["connections"] = frames.snapshots(
+            *(frames.snapshot(at, bytes_sent=at * 10**6) for at in range(0, 60, 5))
+        )
+    if kind == "without idle resets":
+        tables["resets"] = frames.table("cwnd_reset", *(frames.reset(at, reason="rto_loss") for at in (10, 50)))
+    if "block" in kind:
+        tables["block_io"] = frames.disk(50)
+    printed = run_on(frames.capture(tmp_path / "a.cwnd", **tables).path, tmp_path)
+    assert ("2 in all" in printed) == (kind == "without idle resets")
+    assert ("no capture has a reset" in printed) == (kind != "without idle resets")
+
+
+def test_measurements_as_reproduce_writes_them_are_compared(tmp_path: Path) -> None:
+    """Those of the sample have one column more, which tells its two experiments apart."""
+    measured = pd.read_parquet(ROOT / "tests/data/sample-measurements.parquet")
+    own = measured[[field.name for field in dataclasses.fields(Measurement)]]
+    own.to_parquet(tmp_path / "measurements.parquet")
+    printed = run_on(ROOT / "tests/data/sample.cwnd", tmp_path, tmp_path / "measurements.parquet")
+    (stored,) = (
+        "".join(output["text"])
+        for cell in cells(NOTEBOOKS[1])
+        for output in cell["outputs"]
+        if "median error" in "".join(output.get("text", []))
+    )
+    assert stored.strip() in printed
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
