@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record every TCP congestion-window reset, with block I/O on the same clock, and estimate the cost of each.
+"""Record every TCP congestion-window reset, with block I/O on the same clock, and measure the cost of each.
 
 with cwndtrace.stream(iface="eth0") as batches:
     for batch in batches:

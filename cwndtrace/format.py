@@ -101,8 +101,8 @@ def lost(number: int, noun: str, of: str = "") -> str:
 
 
 def unbroken(text: str) -> str:
-    """Return ``text`` with a no-break space between each number and the word after it, so that no line breaks there."""
-    return _NUMBER_AND_UNIT.sub("\\1\u00a0", text)
+    """Return ``text`` with a no-break space between each number and its unit, so that no line breaks there."""
+    return _NUMBER_AND_UNIT.sub("\\1\u00a0", text).replace("round trip", "round\u00a0trip")
 
 
 def json_line(row: Mapping[Any, Any], *, allow_nan: bool = True) -> str:

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from cwndtrace import format as fmt
@@ -277,7 +279,19 @@ class Trace:
 
     @_computed
     def _verdicts(self) -> pd.DataFrame:
-        return idle_cause.with_cause(self._judged, self._requests, recorded=self.block_recorded)
+        return idle_cause.with_cause(
+            self._judged,
+            self._requests,
+            self._recoveries,
+            column=self._column_of_requests,
+            recorded=self.block_recorded,
+            started_ns=self.started_ns,
+        )
+
+    def _column_of_requests(self, name: str) -> npt.NDArray[np.integer]:
+        """Return one more column of ``_requests``, which isn't kept; zeros where some rows lack it."""
+        column = self.block_columns(name)[name].to_numpy()
+        return column if len(column) == len(self._requests) else np.zeros(len(self._requests), column.dtype)
 
     @_computed
     def _judged(self) -> pd.DataFrame:
@@ -311,7 +325,7 @@ class Trace:
 
         The columns are ``present.remedies.COLUMNS``. Raises NotFound for a key that isn't in ``summary()``.
         """
-        judged, rows = self.verdicts, self._summary
+        judged, rows = self._verdicts, self._summary
         if connection is not None:
             rows = rows[rows["connection"] == connection]
             if rows.empty:
@@ -356,19 +370,28 @@ class Trace:
         return cured.Evidence(self._judged, self._connections, self.about, tuple(self._unseen()))
 
     def _unseen(self) -> Iterator[str]:
-        """Yield a clause for each way in which idle resets may be missing from the records."""
+        """Yield a clause for each way in which resets, or what shows their cost, may be missing from the records."""
         if lacking := self._lacking():
             yield lacking
         for table, noun in _VERDICT_NEEDS.items():
-            if number := self.lost(table):
+            if table != "cwnd_reset" and (number := self.lost(table)):
                 yield fmt.lost(number, noun)
         if self.status != "complete":
             words = {"running": "it is still being written", "interrupted": "the trace was interrupted"}
             yield words.get(self.status, "the trace failed")
+        yield from self._hidden()
+
+    def _hidden(self) -> Iterator[str]:
+        """Yield a clause for each way in which the trace itself may not have seen all idle resets."""
+        if number := self.lost("cwnd_reset"):
+            yield fmt.lost(number, "reset")
         if self.about.probes and not self.about.probes.get("idle"):
             yield "no probe could see idle resets"
         for kind, number in self.left_out.items():
             yield fmt.left_out(kind, number)
+        least = self.about.filters.get("min_idle_us")
+        if isinstance(least, int) and least > 0:
+            yield f"resets after less than {fmt.span(least)} of idle time were filtered out"
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.about, self._resets, self._connections)
@@ -400,7 +423,7 @@ class Trace:
     @making_sense()
     def host(self) -> Host:
         """Return the cost of all resets, and the verdict on whether the congestion window is the problem at all."""
-        return in_words.host(verdict.host(self._summary, self._judged), self._lacking())
+        return in_words.host(verdict.host(self._summary, self._judged), self._lacking(), next(self._hidden(), ""))
 
     @making_sense()
     def block_summary(self) -> pd.DataFrame:

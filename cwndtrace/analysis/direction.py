@@ -28,6 +28,12 @@ def mostly_receives(sent: Any, received: Any) -> Any:
     return (received > LEAST_BYTES) & (received >= _RATIO * sent)
 
 
+def may_receive(rows: pd.DataFrame) -> pd.Series:
+    """Return which connections of a ``summary`` sent little and received an unknown amount."""
+    unknown = rows["bytes_received"].isna() & (rows["snapshots"] > 0)
+    return unknown & (rows["sent_bytes"] < LEAST_BYTES)
+
+
 def watched(snapshots: pd.DataFrame) -> pd.DataFrame:
     """Return what each connection moved while it was watched: ``sent_bytes`` and ``received_bytes``, by its key.
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from cwndtrace import tcp
+from cwndtrace.analysis.direction import may_receive
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.store.meta import Meta
 
@@ -251,11 +252,12 @@ def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
         ("harmful", (rows["resets_harmful"] > 0) & much),
         ("unknown", rows["resets_unknown"] > 0),
         ("slight", rows["resets_harmful"] > 0),
-        ("other_end", mostly_receives(rows)),
+        ("other_end", rows["mostly_receives"].fillna(value=False).astype(bool)),
         ("common", rows["common"].notna()),
         ("exempt", rows["ca_name"].isin(tcp.EXEMPT)),
         ("sysctl_off", rows["netns_ino"].astype(str).isin(off)),
         ("unknown", pd.Series(not whole, index=rows.index)),
+        ("unknown", may_receive(rows)),
         ("nothing_sent", (rows["sent_bytes"] == 0) & (rows["snapshots"] > 1)),
         ("send_buffer", rows["sndbuf_limited_share"] > LIMIT_SHARE),
         ("receiver_window", rows["rwnd_limited_share"] > LIMIT_SHARE),
@@ -264,13 +266,6 @@ def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
     ]
     label = _first(rules, "no_reset")
     return pd.Series(np.where(label == "common", rows["common"], label), index=rows.index, dtype="str")
-
-
-def mostly_receives(rows: pd.DataFrame) -> pd.Series:
-    """Return which connections of a ``summary`` mostly receive: what they wait for, their peers send."""
-    if "mostly_receives" not in rows:
-        return pd.Series(False, index=rows.index)
-    return rows["mostly_receives"].fillna(False).astype(bool)
 
 
 def host(rows: pd.DataFrame, judged: pd.DataFrame) -> Totals:

@@ -16,6 +16,7 @@ from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_pr
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
 from cwndtrace.present import ahead as ahead_in_words
+from cwndtrace.present import idle
 from cwndtrace.present import remedies as remedies_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.report import content
@@ -105,7 +106,7 @@ def _lines(found: content.Report) -> Iterator[str]:
         yield from (click.style(part, bold=True) for part in prose(f"! {clean(line)}", room(), indent=2))
     for line in prose(clean(found.host.text), room()):
         yield click.style(line, bold=True)
-    for line in (text for subject, texts in found.caveats.items() if subject != "missing" for text in texts):
+    for line in found.caveats["limits"]:
         yield from prose(f"! {clean(line)}", room(), indent=2)
     yield ""
     if len(found.connections):
@@ -118,7 +119,7 @@ def _lines(found: content.Report) -> Iterator[str]:
                     clean(row["ca_name"]),
                     str(row["resets"]),
                     str(row["resets_harmful"]),
-                    fmt.span(row["lost_us"]),
+                    in_words.cost(row),
                     fmt.span(row["idle_longest_us"]) if row["resets_idle"] else "-",
                     fmt.span(row["rtt_us"]),
                     in_words.LABELS[row["verdict"]],
@@ -132,13 +133,13 @@ def _lines(found: content.Report) -> Iterator[str]:
             yield f"and {fmt.plural(len(found.connections) - _CONNECTIONS, 'more connection')}"
         yield ""
     for row in found.chains.head(_CHAINS).to_dict("records"):
-        line = in_words.chain(row)
-        yield from prose(clean(f"{line[0].upper()}{line[1:]}."), room(), indent=2)
+        yield from prose(clean(f"{in_words.chain(row)}."), room(), indent=2)
     for row in found.causes.to_dict("records"):
         disk = f", {fmt.span(row['disk_us'])} of it during block I/O on {clean(row['disk_device'])}"
-        cause = "Idle, cause unknown" if row["cause"] == "unknown" else f"Idle because of the {row['cause']}"
-        idle = f"{fmt.plural(row['resets'], 'reset')} after {fmt.span(row['idle_us'])} in total"
-        line = f"{cause}: {idle}{disk if row['disk_us'] else ''}; {row['harmful']} of them harmful"
+        resets = f"{fmt.plural(row['resets'], 'reset')} after {fmt.span(row['idle_us'])} in total"
+        line = (
+            f"{idle.LABELS[row['cause']]}: {resets}{disk if row['disk_us'] else ''}; {row['harmful']} of them harmful"
+        )
         yield from prose(line, room(), indent=2)
     if len(found.devices):
         rows = []

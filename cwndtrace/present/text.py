@@ -15,9 +15,9 @@ from cwndtrace.present import html
 
 LABELS: Final = {
     "harmful": "harmful: its burst was late",
-    "slight": "harmless: it cost less than 1 ms, or than 1 % of the busy time",
+    "slight": "harmless: late by too little to matter",
     "nothing_waited": "harmless: nothing that was sent waited",
-    "as_before": "harmless: the window before it would have held the data back as long",
+    "as_before": "harmless: the window before would have been as slow",
     "burst_fits": "harmless: the burst fits into the window after the reset",
     "receiver_window": "not the reset: the receiver's window was the limit",
     "send_buffer": "not the reset: the send buffer was the limit",
@@ -25,7 +25,7 @@ LABELS: Final = {
     "loss": "loss, not idle time",
     "nothing_sent": "harmless: nothing was sent",
     "unknown": "can't tell",
-    "other_end": "can't tell: it mostly receives, and its sender is the other end",
+    "other_end": "can't tell: its sender is the other end",
     "exempt": "its congestion control is exempt from idle resets",
     "sysctl_off": "idle resets are off in its network namespace",
     "no_reset": "its window was never reset",
@@ -84,10 +84,7 @@ def reset(row: Mapping[Any, Any]) -> str:
     if row["reason"] == "idle":
         cwnd += f" after {span(row['idle_us'])} of idle time (RTO {span(row['rto_us'])})"
     if row["chain_resets"] > 1:
-        cwnd += (
-            f", reset {row['chain_resets']:.0f} of a chain that began at {row['chain_window']:.0f} segments and hasn't "
-            "regained them"
-        )
+        cwnd += f", reset {row['chain_resets']:.0f} of a chain from {plural(int(row['chain_window']), 'segment')}"
     burst = size(row["burst_bytes"]) if row["burst_bytes"] == row["burst_bytes"] else "an unknown number of bytes"
     least = "at least " if row["outcome"] == "capture_end" else ""
     reasons: dict[str, Callable[[], str]] = {
@@ -99,7 +96,7 @@ def reset(row: Mapping[Any, Any]) -> str:
         "nothing_waited": lambda: f"{_acked(row)} in {_bursts(row)}, and nothing of it waited",
         "as_before": lambda: (
             f"up to {size(row['waiting_bytes'])} waited for the window, as long as for "
-            f"{row['chain_window']:.0f} segments"
+            f"{plural(int(row['chain_window']), 'segment')}"
         ),
         "burst_fits": lambda: (
             f"all that was sent until the next record ({burst}) fits into the window after the reset "
@@ -128,7 +125,7 @@ def _trips(row: Mapping[Any, Any]) -> str:
     if not row["round_us"] > 0:
         return "with no round-trip time known"
     trips = row["lost_us"] / row["round_us"]
-    return f"{trips:.1f} round trips of {span(row['round_us'])}"
+    return f"{trips:.1f} {'round trip' if trips == 1 else 'round trips'} of {span(row['round_us'])}"
 
 
 def _acked(row: Mapping[Any, Any]) -> str:
@@ -172,8 +169,8 @@ def chain(row: Mapping[Any, Any]) -> str:
     """Return a row of ``analysis.recovery.chains`` in words."""
     late = f"what was sent was late by {span(row['lost_us'])} (measured)" if row["lost_us"] else "nothing was late"
     return (
-        f"{fmt.connection(row)}: {row['resets']} resets in a row, {row['window_segments']:.0f} -> "
-        f"{row['least_segments']} segments, by sends {span(row['every_us'])} apart at the median; {late}"
+        f"{plural(row['resets'], 'reset')} in a row on {fmt.connection(row)}, {row['window_segments']:.0f} -> "
+        f"{plural(row['least_segments'], 'segment')}, by sends {span(row['every_us'])} apart at the median; {late}"
     )
 
 
@@ -203,7 +200,8 @@ def connection(row: Mapping[Any, Any]) -> str:
         "receiver_window": f"no reset; the peer's window held it back for {_percent(row['rwnd_limited_share'])} of "
         f"its {span(row['busy_us'])} of busy time",
         "loss": f"no reset, but {plural(row['retrans_segments'], 'retransmitted segment')}",
-        "unknown": "only one snapshot shows it, no probe could see idle resets, or some of its records are missing",
+        "unknown": "only one snapshot shows it, no probe could see idle resets, some of its records are missing, or it "
+        "sent little and nothing says how much it received",
     }
     return reasons.get(label, f"no reset while it sent {size(row['sent_bytes'])}")
 
@@ -215,15 +213,23 @@ def _percent(share: float) -> str:
 # ---- the whole capture -------------------------------------------------------------------------------
 
 
+def cost(row: Mapping[Any, Any]) -> str:
+    """Return the cost of a connection's resets for a table: measured, a lower bound (>), or unknown."""
+    if not row["resets_unknown"]:
+        return span(row["lost_us"])
+    return f">{span(row['lost_us'])}" if row["lost_us"] else "unknown"
+
+
 def _counted(verdicts: Mapping[str, int]) -> str:
     return ", ".join(f'{plural(n, "time")} "{LABELS[label]}"' for label, n in verdicts.items())
 
 
-def host(totals: Totals, lacking: str = "") -> Host:
+def host(totals: Totals, lacking: str = "", hidden: str = "") -> Host:
     """Return the verdict on a whole capture.
 
     ``lacking`` names the records that the trace kept and the capture doesn't have. If there are any, the records that
-    are there allow no verdict on the whole.
+    are there allow no verdict on the whole. ``hidden`` says which resets the trace itself may not have seen. Then it
+    can't be told that no reset delayed anything.
     """
     verdict = totals.verdict
     what = "Idle resets" if totals.idle_only else "Window resets"
@@ -251,6 +257,11 @@ def host(totals: Totals, lacking: str = "") -> Host:
     if lacking:
         rest = f" By the records that are there, {text[0].lower()}{text[1:]}" if totals.harmful else ""
         verdict, text = "unknown", f"{_CANT_TELL}, because {lacking}.{rest}"
+    elif hidden and totals.connections_seen and verdict not in ("harmful", "unknown"):
+        verdict, text = (
+            "unknown",
+            f"{_CANT_TELL}, because {hidden}. Of those that were seen, {text[0].lower()}{text[1:]}",
+        )
     numbers = (totals.resets, totals.harmful, totals.unknown, totals.connections, totals.connections_seen)
     return Host(verdict, text, *numbers, totals.lost_us, totals.predicted_us, totals.busy_us)
 

@@ -19,10 +19,10 @@ from cwndtrace.records import arrow
 from cwndtrace.trace import Trace
 
 RESETS: Final = ("cwnd_reset", "cwnd_recovery", "connections")
-BLOCK_IO: Final = ("block_io",)
 RESET: Final = (
     *("time", "connection", "saddr", "sport", "daddr", "dport", "comm", "reason", "idle_us", "rto_us", "srtt_us"),
-    *("cwnd_before", "cwnd_after", "burst_bytes", "verdict", "lost_us", "predicted_us"),
+    *("cwnd_before", "cwnd_after", "chain", "chain_window", "chain_resets", "burst_bytes", "bursts", "waiting_bytes"),
+    *("outcome", "verdict", "lost_us", "predicted_us"),
     *("cause", "peer_us", "disk_us", "application_us", "disk_device"),
 )
 """The columns of ``Trace.verdicts`` that JSON has of each reset."""
@@ -30,10 +30,10 @@ RESET: Final = (
 
 @dataclass(frozen=True)
 class Report:
-    """The content of a report: frames of a Trace as its methods return them, and ``caveats`` by subject.
+    """The content of a report: frames of a Trace as its methods return them, and ``caveats``.
 
-    The subjects are ``missing`` (records that the trace kept and the capture doesn't have, shown before all else),
-    ``all``, ``resets`` and ``block_io``.
+    Those of ``missing`` are on records that the trace kept and the capture doesn't have; they are shown before all
+    else. The others are ``limits`` of the rest.
     """
 
     trace: Trace
@@ -73,25 +73,27 @@ def report(trace: Trace) -> Report:
 
 def _caveats(trace: Trace, connections: pd.DataFrame) -> dict[str, list[str]]:
     gaps = trace.gaps()
-    whole = [*_direction(connections), *(f"{line}." for line in trace.warnings if line not in gaps)]
+    limits = [*_direction(connections), *(f"{line}." for line in trace.warnings if line not in gaps)]
     if trace.status != "complete":
-        whole.append(f"The capture is {trace.status}: records that it had not yet written are missing.")
+        limits.append(f"The capture is {trace.status}: records that it had not yet written are missing.")
     for kind, number in trace.left_out.items():
         line = fmt.left_out(kind, number)
-        whole.append(f"{line[0].upper()}{line[1:]}.")
-    lost = {name: trace.lost(name) for name in arrow.TABLES}
-    resets = [f"{fmt.lost(lost[name], 'record', name)}, so figures may be too low." for name in RESETS if lost[name]]
+        limits.append(f"{line[0].upper()}{line[1:]}.")
     unseen = [reason for reason, probe in trace.about.probes.items() if not probe]
     if unseen:
-        whole.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
-    block = [f"{fmt.lost(lost[name], 'block request')}, so figures may be too low." for name in BLOCK_IO if lost[name]]
+        limits.append(f"Resets of reason {', '.join(unseen)} couldn't be seen on this kernel.")
+    lost = {name: trace.lost(name) for name in arrow.TABLES}
+    limits += [f"{fmt.lost(lost[name], 'record', name)}, so figures may be too low." for name in RESETS if lost[name]]
     if lost["block_io"]:
-        resets.append("Block requests were lost, so more of the idle time may have been the disk's than is shown.")
+        limits.append(
+            f"{fmt.lost(lost['block_io'], 'block request')}, so figures may be too low, and more of the idle time may "
+            "have been the disk's than is shown."
+        )
     if not trace.block_recorded:
-        block.append(
+        limits.append(
             "Block I/O wasn't recorded, so a disk can't be told from the application as the cause of idle time."
         )
-    return {"missing": [f"{line}." for line in gaps], "all": whole, "resets": resets, "block_io": block}
+    return {"missing": [f"{line}." for line in gaps], "limits": limits}
 
 
 def _direction(connections: pd.DataFrame) -> list[str]:
@@ -101,8 +103,7 @@ def _direction(connections: pd.DataFrame) -> list[str]:
     receive = connections[connections["mostly_receives"].fillna(value=False)].to_dict("records")
     receivers = [row for row in receive if tuple(row[name] for name in direction.ENDS) not in here]
     lines = [elsewhere(receivers, len(connections))] if receivers else []
-    unknown = connections["bytes_received"].isna() & (connections["snapshots"] > 0)
-    little = int((unknown & (connections["sent_bytes"] < direction.LEAST_BYTES)).sum())
+    little = int(direction.may_receive(connections).sum())
     if little:
         lines.append(
             "The capture doesn't say how much its connections received, so it can't tell whether the sender is the "

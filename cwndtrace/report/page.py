@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import resources
 from io import BytesIO
 from typing import Any, Final
@@ -34,6 +34,7 @@ from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.present import ahead as ahead_in_words
+from cwndtrace.present import idle
 from cwndtrace.present import text as in_words
 from cwndtrace.report.content import Report, records
 
@@ -68,8 +69,9 @@ def page(report: Report) -> str:
         "words": lambda label: in_words.LABELS[label],
         "colour": lambda label: "bad" if label == "harmful" else "open" if label in CANT_TELL else "good",
         "chained": in_words.chain,
+        "cost": in_words.cost,
         "explained": in_words.reset,
-        "because": _because,
+        "because": idle.because,
         "moment": lambda time: f"{time:%H:%M:%S.%f} UTC",
     }
     rows = records(report.connections.head(CONNECTIONS))
@@ -102,18 +104,6 @@ def page(report: Report) -> str:
 def _unbroken(text: str) -> Markup:
     """Return HTML for a text, with no-break spaces as entities, because the character itself counts as unprintable."""
     return escape(text).replace("\u00a0", Markup("&nbsp;"))
-
-
-def _because(row: Mapping[str, Any]) -> str:
-    """Return the cause of the idle time before a reset, to follow its verdict."""
-    causes = {
-        "peer": f"; the connection waited {fmt.span(row['peer_us'])} for its peer",
-        "disk": f"; {clean(row['comm'])} had {fmt.plural(row['disk_requests'], 'request')} on {row['disk_device']} "
-        f"for {fmt.span(row['disk_us'])} of the idle time",
-        "application": f"; {fmt.span(row['application_us'])} of the idle time was the application's own",
-        "unknown": "; block I/O wasn't recorded, so a disk may have been the cause",
-    }
-    return causes.get(row["cause"], "")
 
 
 def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -85,7 +85,7 @@ def test_the_receiving_end_names_the_sender_and_what_to_run_there(
     assert (row["daddr"], row["dport"]) == (server.address, PORT)
     assert row["mostly_receives"] is True
     assert row["received_bytes"] >= len(PIECE)
-    assert line in content.report(trace).caveats["all"]
+    assert line in content.report(trace).caveats["limits"]
 
 
 def test_the_sending_end_says_nothing_of_it(ends: tuple[PathEnd, PathEnd], drain: tcp.Drain, tmp_path: Path) -> None:
@@ -98,4 +98,4 @@ def test_the_sending_end_says_nothing_of_it(ends: tuple[PathEnd, PathEnd], drain
     (row,) = trace.summary().to_dict("records")
     assert row["mostly_receives"] is False
     assert row["sent_bytes"] >= len(PIECE)
-    assert "mostly" not in stderr + " ".join(content.report(trace).caveats["all"])
+    assert "mostly" not in stderr + " ".join(content.report(trace).caveats["limits"])

@@ -158,7 +158,7 @@ def test_more_cgroups_than_the_filter_holds_are_reported(
     assert len(trace.resets) >= 1
     assert 1 <= trace.left_out["cgroups"] <= 117
     assert "left out" in dict(trace.facts())
-    assert any("requested cgroups" in line for line in report(trace).caveats["all"])
+    assert any("requested cgroups" in line for line in report(trace).caveats["limits"])
 
 
 MANY_SOCKETS: Final = f"""

@@ -162,7 +162,7 @@ def test_a_sender_on_loopback_is_this_host() -> None:
 
 
 def caveats(path: Path, *rows: dict[str, Any]) -> list[str]:
-    return content.report(frames.capture(path, connections=frames.snapshots(*rows))).caveats["all"]
+    return content.report(frames.capture(path, connections=frames.snapshots(*rows))).caveats["limits"]
 
 
 def test_a_report_names_the_senders_at_the_other_end(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_part_that_is_no_regular_file_is_left_out(capture: Path, odd: str) -> 
     trace = cwndtrace.load(capture)
     assert trace.resets.empty
     assert len(trace.connections)
-    assert trace.host().text.startswith("Can't tell whether the congestion window is the cause, because ")
+    assert trace.host().text.startswith("Can't tell whether window resets delayed anything, because ")
     missing, line = trace.warnings
     assert missing.endswith(f"records of cwnd_reset are not in the capture; missing: cwnd_reset/{part.name}")
     assert line.startswith(f"cwnd_reset/{part.name} is cut off or corrupt")

@@ -71,14 +71,14 @@ def overflow(tab: Page) -> float:
 def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> None:
     trace = frames.two_idle_connections(tmp_path / "a.cwnd")
     with opened(browser, written(tmp_path, page(content.report(trace)))) as tab:
-        head = tab.locator("#connections th button", has_text="Lost")
+        head = tab.locator("#connections th button", has_text="Cost")
         head.click()
         head.click()
         cells = tab.locator("#connections tbody tr td:nth-child(5)").all()
         assert [float(str(cell.get_attribute("data-sort"))) for cell in cells] == pytest.approx(
             sorted(trace.summary()["lost_us"])
         )
-        assert tab.locator("#connections th[aria-sort=ascending]").inner_text().startswith("Lost")
+        assert tab.locator("#connections th[aria-sort=ascending]").inner_text().startswith("Cost")
 
 
 def test_scripts_forms_and_bases_that_are_injected_have_no_effect(browser: Browser, tmp_path: Path) -> None:

@@ -43,15 +43,15 @@ def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) 
     trace = frames.two_idle_connections(path)
     lines = call(trace).stdout.splitlines()
     assert lines[0] == trace.host().text
-    assert lines[0].startswith("Idle resets cost ")
+    assert lines[0].startswith("Idle resets made ")
     assert len(lines) <= 40
     table = lines.index(next(line for line in lines if line.startswith("CONNECTION")))
     assert [line.split()[0] for line in lines[table + 1 : table + 3]] == ["10.1.0.1:443"] * 2
     assert any(line.startswith("Idle because of the application: ") for line in lines)
     assert any(line.startswith("loop0 ") for line in lines)
     last = lines.index("What to do")
-    assert lines[last + 1].startswith("1. sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves about ")
-    assert "(estimated)" in lines[last + 1]
+    assert lines[last + 1].startswith("1. sysctl -w net.ipv4.tcp_slow_start_after_idle=0: saves ")
+    assert "(measured)" in lines[last + 1]
     # Where a setting lasts takes more room than the screen has.
     assert "sysctl.d" not in "".join(lines)
     assert "/etc/sysctl.d/90-cwndtrace.conf" in page(content.report(trace))
@@ -99,7 +99,8 @@ def test_json_has_the_verdict_on_each_reset_with_its_evidence(path: Path) -> Non
     assert len(resets) == len(trace.verdicts) > 9
     for row, judged in zip(resets, trace.verdicts.to_dict("records"), strict=True):
         assert row["why"] == trace.explain(row["row"]).text
-        assert (row["verdict"], row["lost_us"]) == (judged["verdict"], judged["lost_us"])
+        known = judged["lost_us"] == judged["lost_us"]
+        assert (row["verdict"], row["lost_us"]) == (judged["verdict"], judged["lost_us"] if known else None)
         assert (row["cwnd_before"], row["cwnd_after"]) == (judged["cwnd_before"], judged["cwnd_after"])
         assert (row["connection"], row["cause"]) == (judged["connection"], "application")
         assert row["time"] == judged["time"].isoformat()
@@ -110,7 +111,7 @@ def test_json_of_a_reset_whose_burst_is_unknown_has_nulls(path: Path) -> None:
     trace = frames.capture(path, resets=frames.table("cwnd_reset", frames.reset(1)))
     (row,) = json.loads(call(trace, "--json").stdout)["resets"]
     assert (row["verdict"], row["burst_bytes"], row["predicted_us"]) == ("unknown", None, None)
-    assert "no later record says" in row["why"]
+    assert "its window wasn't followed" in row["why"]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +127,11 @@ def test_gaps_of_a_capture_are_in_the_text_in_json_and_on_the_page(
     path: Path, values: dict[str, Any], caveat: str
 ) -> None:
     trace = frames.two_idle_connections(path, **values)
+    report = unescape(page(content.report(trace))).replace("\u00a0", " ")
     assert f"! {caveat}" in call(trace).stdout.replace("! Resets of ", "! ")
-    assert caveat in " ".join(call(trace, "--json").stdout.split())
-    assert caveat in unescape(page(content.report(trace))).replace("\u00a0", " ")
+    for text in (call(trace).stdout, " ".join(call(trace, "--json").stdout.split()), report):
+        assert text.count(caveat) == 1
+        assert text.lower().count("requests were lost") <= 1
 
 
 @pytest.mark.parametrize("kind", ["empty", "block I/O only", "interrupted", "cut off"])
@@ -233,4 +236,4 @@ def test_the_page_of_a_large_capture_stays_small(path: Path) -> None:
     trace = frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(19_000))
     text = page(content.report(trace))
     assert len(text) < 8_000_000
-    assert "And 10 more that lost less." in text
+    assert "And 10 more that their resets cost less." in text

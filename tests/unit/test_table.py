@@ -202,12 +202,12 @@ def test_report_fits_its_terminal_and_keeps_keys_and_verdicts() -> None:
     assert LEFT_OUT not in " ".join(whole)
     assert LEFT_OUT in " ".join(lines)
     # A connection's line has its full key, and the verdict.
-    keys = [re.split(r"\s{2,}", line)[0] for line in whole if " > " in line and "ROUTE" not in line]
+    keys = [match[1] for line in whole if (match := re.match(r"(\S+ > \S+)  ", line))]
     assert keys
     assert [line for line in lines if line.startswith(tuple(keys))] != []
     for key in keys:
         (line,) = (line for line in lines if line.startswith(key))
-        assert line.endswith(("  harmful", "  never reset"))
+        assert line.endswith(("  harmful", "  never reset", "  sent by the other end"))
         assert "  python[" in line
     for columns in (40, 60, 100, 132):
         printed_lines(columns, print_it)

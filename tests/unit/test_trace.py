@@ -88,7 +88,7 @@ def test_repr_describes_the_capture_on_one_screen(trace: Trace) -> None:
     for part in (
         "web1, Linux 6.18.0",
         "from 2026-11-18 12:30:00 UTC to 12:31:00, 60.0 s",
-        f"{len(trace.resets)} resets, 0 recoveries, 500 block I/Os",
+        f"{len(trace.resets)} resets, {len(trace.recoveries)} recoveries, 500 block I/Os",
         "20 block I/Os",
         "4 idle restarts left the window as it was",
         "idle: sendmsg, rto_loss: sendmsg, app_limited: none",

@@ -139,6 +139,27 @@ def test_one_unknown_reset_leaves_the_question_open(tmp_path: Path) -> None:
     assert "the cost of 1 of 19 resets wasn't measured" in trace.host().text
 
 
+@pytest.mark.parametrize(
+    ("meta", "why"),
+    [
+        ({"counts": {"cwnd_reset": {"kept": 1, "lost": 7}}}, "7 resets were lost"),
+        ({"probes": {"idle": None}}, "no probe could see idle resets"),
+        ({"left_out": {"cgroups": 3}}, "the filter"),
+        ({"filters": {"min_idle_us": 2_000_000}}, "resets after less than 2.00 s of idle time were filtered out"),
+    ],
+)
+def test_resets_that_the_trace_may_not_have_seen_leave_the_question_open(
+    tmp_path: Path, meta: dict[str, Any], why: str
+) -> None:
+    quiet = {"recoveries": frames.table("cwnd_recovery", frames.recovered(10, **NONE))}
+    assert capture(tmp_path, [frames.reset(10)], snapshots(9), **quiet).host().verdict == "nothing_waited"
+    host = capture(tmp_path, [frames.reset(10)], snapshots(9), **quiet, **meta).host()
+    assert host.verdict == "unknown"
+    assert why in host.text
+    late = capture(tmp_path, [frames.reset(10)], snapshots(1_000_000), **meta).host()
+    assert late.verdict == "harmful"
+
+
 def test_a_minority_of_the_connections_says_nothing_about_the_host(tmp_path: Path) -> None:
     seen = [frames.snapshot(at, sock_cookie=1, bytes_sent=SENT + at) for at in (0, 9)]
     few = [frames.snapshot(0, sock_cookie=2, bytes_sent=0)]
