@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -107,3 +108,22 @@ def test_congestion_states_that_were_numbers_are_texts() -> None:
     for frame in (older.connections, older.resets):
         assert set(frame["ca_state"]) <= set(layout.header().enums["ca_state"].values())
         assert frame["ca_state"].dtype == older.connections["state"].dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("heartbeats", "the cost of 5 of 23 resets wasn't measured (about 502 ms, estimated)"),
+        ("stale-send-buffer", "the cost of 7 of 7 resets wasn't measured"),
+        ("receiver-side", "it can't be told for 1 of 1 connection"),
+        ("closed-by-rst", "the cost of 1 of 1 reset wasn't measured"),
+    ],
+)
+def test_captures_whose_reports_were_wrong_say_that_it_cannot_be_told(name: str, lacking: str) -> None:
+    """The truth of each is another: bursts that were late by 200 to 650 ms; these captures lack what would show it."""
+    trace = cwndtrace.load(DATA / f"{name}.cwnd")
+    assert trace.host().verdict == "unknown"
+    assert lacking in trace.host().text
+    output = CliRunner().invoke(main, ["report", str(trace.path)]).output
+    assert "Nothing to do" not in output
+    assert not re.search(r"\d{6,} TB|-\d+ B\b|nan", output)
