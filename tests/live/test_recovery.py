@@ -7,6 +7,8 @@ between two of them, the time of its record lies between them too.
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -243,6 +245,21 @@ def test_closing_the_connection_ends_the_recovery(tracer: Tracer, connect: Conne
     assert (record["cwnd_end"], record["ssthresh_end"]) == (before.cwnd, before.ssthresh)
     # These are the bytes of the small send, and perhaps the FIN.
     assert record["bytes_acked"] == 100
+
+
+def test_a_close_by_rst_leaves_what_the_last_ack_showed(tracer: Tracer, connect: Connect) -> None:
+    """tcp_disconnect() clears the socket's counters before the programs see that it ends."""
+    connection = connect()
+    connection.grow(80)
+    send = idle(connection)
+    before = connection.quiet()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    _, record = check(tracer, connection, send)
+    assert record["outcome"] == "closed"
+    # The programs see an ACK before the kernel has counted what it acknowledges.
+    assert record["bytes_acked"] in (0, 100)
+    assert record["cwnd_end"] == before.cwnd
 
 
 def test_the_end_of_the_capture_ends_the_recovery(
