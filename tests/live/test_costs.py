@@ -340,3 +340,36 @@ def test_no_reset_that_cost_time_is_called_harmless(measured: ShapeCosts, shape:
 def test_the_shapes_that_should_cost_something_do(measured: ShapeCosts) -> None:
     for shape in SHAPES:
         assert (statistics.median(measured.real[shape]) >= RTT_MS / 2) == (shape in COSTLY), measured.real[shape]
+
+
+# ---- a path that loses packets ---------------------------------------------------------------------
+
+
+def test_what_waits_after_a_loss_is_not_the_resets() -> None:
+    """1 MB after idle time, over a path that loses one packet in 500: no burst waited for longer than it took."""
+    with ExitStack() as stack:
+        path = stack.enter_context(paths.open_path(Link(rtt_ms=80, loss=0.002), force=None if EMULATED else "relay"))
+        write_sysctl(path.client.namespace, IDLE_SYSCTL, "0")
+        write_sysctl(path.server.namespace, IDLE_SYSCTL, "1")
+        stream = TimedStream(PathEnd(path.server), PathEnd(path.client))
+        stack.callback(stream.close)
+        tracer = stack.enter_context(Tracer(idle_only=True))
+        bursts = []
+        for _ in range(8):
+            bursts.append(stream.send(1_000_000))
+            stream.idle(1.5)
+        stream.send(20)
+        tracer.settle()
+        rows = judged(tracer)
+        rows = rows[rows["sport"] == stream.sport]
+    lossy = 0
+    for burst in bursts[1:]:
+        (row,) = rows[rows["ts_ns"].between(burst.begin_ns, burst.end_ns)].to_dict("records")
+        print(f"{burst.took_ms:.0f} ms: {row['outcome']}, {row['cost_us'] / 1000:.0f} ms by the reset, "
+              f"{row['after_loss_us'] / 1000:.0f} ms after a loss")  # fmt: skip
+        # From the first byte's arrival on; each time is measured from one ACK to the next.
+        assert (row["first_cost_us"] + row["after_loss_us"]) / 1000 <= burst.took_ms + 80
+        if row["outcome"] == "loss":
+            lossy += 1
+            assert row["verdict"] == "harmful" or row["cost_us"] < verdict.FLOOR_US
+    assert lossy, "no burst met a loss, so this measures nothing"
