@@ -90,9 +90,10 @@ class Capture:
     def missing(self, name: str) -> tuple[int, int]:
         """Return how many rows of a table are absent or unreadable, and how many the trace kept, by ``meta.json``.
 
-        The first is 0 while the trace runs, and where ``meta.json`` doesn't say.
+        The first is 0 while the trace runs, and where ``meta.json`` doesn't say. It is 0 too where the trace was
+        killed: the numbers that it wrote meanwhile count rows that it hadn't written yet.
         """
-        if self.status == "running":
+        if self.status in ("running", "interrupted"):
             return 0, 0
         there, listed = self._footers(name), self._listed(name)
         counts = self.about.counts or {}
