@@ -130,7 +130,7 @@ struct cwnd_recovery {
 	__u64 cost_us;		/* [us] by which the window delayed what was sent, compared with chain_window */
 	__u64 first_cost_us;	/* [us] the part of it by which the window delayed the first burst */
 	__u64 held_us;		/* [us] unsent data waited for the window, and chain_window had room for all of it */
-	__u64 short_us;		/* [us] the window delayed a writer that also waited for the send buffer */
+	__u64 short_us;		/* [us] the window delayed data that wasn't all queued, or more than chain_window */
 	__u64 after_loss_us;	/* [us] unsent data waited after a loss */
 	__u64 other_us;		/* [us] unsent data waited though both windows had room: pacing, Nagle, small queues */
 	__u64 busy_us;		/* [us] data was queued or unacknowledged, by the kernel's clock, to one jiffy */

@@ -30,6 +30,7 @@ struct followed {
 	u64 owed_us;		/* waiting for the window that wasn't counted yet, see add_held() */
 	u64 wait_us;		/* since queued_ns: time in which data was unsent, */
 	u64 wait_cwnd_us;	/* the part of it in which the window was full, */
+	u64 wait_short_us;	/* this part times the share that the window lacked of the one before the chain, */
 	u64 wait_held_us;	/* and the part that was counted */
 	u32 wait_queue;		/* most bytes unsent and in flight */
 	u32 wait_snd_wnd;	/* largest window of the peer */

@@ -93,6 +93,9 @@ static __always_inline void add_held(struct followed *f, u64 since, u64 us, u32 
 /*
  * Ends a time in which data was unsent. If the writer waited for room in the send buffer, it had more data than could
  * be seen, and only now is it known how much went out, and in how many round trips that would have been.
+ *
+ * In congestion avoidance, more than the window from before the chain holds goes out in more than one round trip, and
+ * how far that window would have grown meanwhile isn't known. Then the cost is at least what it had more to give.
  */
 static __always_inline void end_wait(struct followed *f, u32 mss)
 {
@@ -116,16 +119,18 @@ static __always_inline void end_wait(struct followed *f, u32 mss)
 			late = f->wait_us - (rounds - 1) * (u64)f->r.srtt_us;
 		if (late > f->wait_cwnd_us)
 			late = f->wait_cwnd_us;
-		if (late > f->wait_held_us) {
-			f->r.short_us += late - f->wait_held_us;
-			f->burst_waited_us += late - f->wait_held_us;
-		}
 		/* What the writer had was late too. */
 		f->burst_latest_us = ~0ULL;
 	}
+	if (!f->slow_start && late < f->wait_short_us)
+		late = f->wait_short_us;
+	if (late > f->wait_held_us) {
+		f->r.short_us += late - f->wait_held_us;
+		f->burst_waited_us += late - f->wait_held_us;
+	}
 	f->marks = 0;
 	f->queued_ns = 0;
-	f->owed_us = f->wait_us = f->wait_cwnd_us = f->wait_held_us = 0;
+	f->owed_us = f->wait_us = f->wait_cwnd_us = f->wait_short_us = f->wait_held_us = 0;
 	f->wait_queue = f->wait_snd_wnd = 0;
 	f->blocked = false;
 }
@@ -188,6 +193,8 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 		f->wait_snd_wnd = snd_wnd;
 	if (cwnd_limited) {
 		f->wait_cwnd_us += us;
+		if (cwnd < f->r.chain_window)
+			f->wait_short_us += us * (f->r.chain_window - cwnd) / f->r.chain_window;
 		if (written - una > f->r.waiting_bytes)
 			f->r.waiting_bytes = written - una;
 	}

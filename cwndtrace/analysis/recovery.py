@@ -26,7 +26,7 @@ FOLLOWED: Final = {
     "us, measured; a lower bound where outcome is capture_end, missing where the window wasn't followed",
     "first_cost_us": "the part of cost_us by which the first burst after the reset was late, us",
     "held_us": "time that unsent data waited for the window while the one before the chain had room for all of it, us",
-    "short_us": "time by which the window delayed a writer that also waited for room in the send buffer, us",
+    "short_us": "time by which the window delayed data that wasn't all queued, or that exceeded the window before, us",
     "after_loss_us": "time that unsent data waited after a loss, us",
     "other_us": "time that unsent data waited though both windows had room (pacing, Nagle, small queues), us",
     "busy_us": "time with data queued or unacknowledged while the window was followed, us",
