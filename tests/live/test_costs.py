@@ -316,8 +316,10 @@ def test_the_measured_cost_is_the_real_one_at_the_median(measured: ShapeCosts, s
         pairs = list(zip(measured.real[shape], measured.said[shape, probe], strict=True))
         off = statistics.median(said - real for real, said in pairs)
         real = statistics.median(measured.real[shape])
-        # An emulated machine delays packets by some milliseconds.
-        assert abs(off) <= max(30.0 if EMULATED else 10.0, 0.1 * real), (probe, pairs)
+        # An emulated machine delays packets by some milliseconds, and the peer's window, which delays young connections
+        # by chance, with them.
+        least = 10.0 if not EMULATED else 30.0 if SHAPES[shape].connections == 1 else RTT_MS
+        assert abs(off) <= max(least, 0.1 * real), (probe, pairs)
 
 
 def test_the_measured_cost_is_within_a_round_trip_for_nearly_all_bursts(measured: ShapeCosts) -> None:
