@@ -65,5 +65,5 @@ def test_an_unused_window_that_decays_is_harmless(tmp_path: Path, space: tcp.Spa
     judged = recording.trace().verdicts
     (last,) = judged[judged["reason"] == "app_limited"].tail(1).to_dict("records")
     assert (last["probe"], last["lost_us"]) == ("tracepoint", 0)
-    # The last piece may have been sent just before the window fell.
-    assert last["verdict"] in ("burst_fits", "nothing_sent")
+    # The last piece may have been sent just before the window fell, and then no ACK shows what waited.
+    assert last["verdict"] in ("nothing_waited", "burst_fits", "nothing_sent")
