@@ -102,11 +102,7 @@ def reset(row: Mapping[Any, Any]) -> str:
             f"all that was sent until the next record ({burst}) fits into the window after the reset "
             f"({size(row['cwnd_after'] * row['mss'])})"
         ),
-        "receiver_window": lambda: (
-            f"the peer's window was closed, and {size(row['unsent_bytes'])} waited for it to open"
-            if row["tgid"] == 0 and row["unsent_bytes"] > 0
-            else _held(row, "the peer's window", "rwnd_limited_us")
-        ),
+        "receiver_window": lambda: _receiver_window(row),
         "send_buffer": lambda: _held(row, "the send buffer", "sndbuf_limited_us"),
         "paced": lambda: _held(row, "pacing, Nagle's algorithm or a small queue", "other_us"),
         "loss": lambda: (
@@ -233,12 +229,12 @@ def host(totals: Totals, lacking: str = "", hidden: str = "") -> Host:
     """
     verdict = totals.verdict
     what = "Idle resets" if totals.idle_only else "Window resets"
-    seen = plural(totals.connections_seen, "connection")
+    number = plural(totals.connections_seen, "connection")
     if not totals.connections_seen:
         verdict, text = "unknown", "No TCP connection was seen."
     elif verdict in ("harmful", "slight") and totals.harmful:
         text = (
-            f"{what} made {plural(totals.harmful, 'burst')} late on {totals.connections} of {seen}, by "
+            f"{what} made {plural(totals.harmful, 'burst')} late on {totals.connections} of {number}, by "
             f"{span(totals.lost_us)} in all (measured){_of_busy(totals)}."
         )
         if verdict == "slight":
@@ -253,15 +249,13 @@ def host(totals: Totals, lacking: str = "", hidden: str = "") -> Host:
             f"matter ({_counted(totals.verdicts)})."
         )
     else:
-        text = f"No window was reset on {seen} ({_counted(totals.verdicts)})."
+        text = f"No window was reset on {number} ({_counted(totals.verdicts)})."
+    seen = f"{text[0].lower()}{text[1:]}"
     if lacking:
-        rest = f" By the records that are there, {text[0].lower()}{text[1:]}" if totals.harmful else ""
-        verdict, text = "unknown", f"{_CANT_TELL}, because {lacking}.{rest}"
+        there = f" By the records that are there, {seen}" if totals.harmful else ""
+        verdict, text = "unknown", f"{_CANT_TELL}, because {lacking}.{there}"
     elif hidden and totals.connections_seen and verdict not in ("harmful", "unknown"):
-        verdict, text = (
-            "unknown",
-            f"{_CANT_TELL}, because {hidden}. Of those that were seen, {text[0].lower()}{text[1:]}",
-        )
+        verdict, text = "unknown", f"{_CANT_TELL}, because {hidden}. Of those that were seen, {seen}"
     numbers = (totals.resets, totals.harmful, totals.unknown, totals.connections, totals.connections_seen)
     return Host(verdict, text, *numbers, totals.lost_us, totals.predicted_us, totals.busy_us)
 
