@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cwndtrace import tcp
+from cwndtrace.analysis.verdict import FLOOR_US
 from cwndtrace.store.meta import Moment
 
 _OF_SNAPSHOT: Final = [
@@ -42,8 +43,6 @@ BEATS: Final = {
 """The columns of ``beats`` and ``live_beats``."""
 
 _SENDING: Final = ("ESTAB", "CLOSE-WAIT")
-_LEAST_US: Final = 1000
-"""Connections that an idle reset costs less aren't named, us. Most of those on one machine are such."""
 _STALE_NS: Final = 15_000_000_000
 """The longest time from a snapshot to the next, or from the last to the end of the trace: ten seconds, and a margin."""
 
@@ -97,7 +96,7 @@ def due(
 
 def _worth(rounds: pd.Series, srtt_us: pd.Series) -> pd.Series:
     """Return whether so many round trips are worth a line; a round trip that is 0 is unknown."""
-    return (rounds * srtt_us.astype("float64") >= _LEAST_US) | (srtt_us == 0)
+    return (rounds * srtt_us.astype("float64") >= FLOOR_US) | (srtt_us == 0)
 
 
 def _rounds(window: pd.Series, after: pd.Series) -> pd.Series:
@@ -152,7 +151,7 @@ def live_beats(first: pd.DataFrame, last: pd.DataFrame, idle_sysctls: Mapping[in
     sent = rows["bytes_sent"].astype("int64") - rows["bytes_sent_then"].astype("int64")
     idle = np.maximum(rows["idle_us"], rows["last_snd_us_then"].astype("float64"))
     initial = tcp.INIT_CWND * rows["mss"].astype("int64")
-    large = (rows["bytes_sent"] > 2 * initial) & (rows["srtt_us"] >= _LEAST_US)
+    large = (rows["bytes_sent"] > 2 * initial) & (rows["srtt_us"] >= FLOOR_US)
     little = (sent > 0) & (sent <= initial)
     unknown = pd.Series(pd.NA, index=rows.index, dtype="Int64")
     found = rows.assign(idle_us=idle, bytes=sent, resets=unknown, cwnd_before=unknown)

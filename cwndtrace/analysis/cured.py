@@ -22,8 +22,6 @@ from cwndtrace.store.meta import Meta, NamespaceSettings
 Outcome = Literal["cured", "not_cured", "unknown_cost", "smaller_bursts", "unexplained", "not_idle"]
 """What became of one program's costly resets; all but the first two mean that it can't be told."""
 
-_INITIAL: Final = 10
-"""The initial window in segments where no record shows a route's own (TCP_INIT_CWND of include/net/tcp.h)."""
 _CHANCE: Final = 0.05
 """The most that the probability may be that as few resets cost time by chance."""
 
@@ -162,7 +160,9 @@ def _quiet(snapshots: pd.DataFrame, resets: pd.DataFrame, floors: pd.Series) -> 
     rows = rows.sort_values("ts_ns", kind="stable")
     later = rows.groupby("connection")[["ts_ns", "bytes_sent"]].shift(-1)
     # Without a reset to the same peer, the largest initial window of any route is the safe one.
-    floor = rows["daddr"].astype(str).map(floors).astype("float64").fillna(floors.max() if len(floors) else _INITIAL)
+    floor = (
+        rows["daddr"].astype(str).map(floors).astype("float64").fillna(floors.max() if len(floors) else tcp.INIT_CWND)
+    )
     # With nothing under way nothing is sent again, so that what is sent next begins a burst.
     idle = (rows["last_snd_us"] > rows["rto_us"]) & (rows["unacked"] == 0) & (rows["cwnd"] > floor)
     sent = later["bytes_sent"] > rows["bytes_sent"]
