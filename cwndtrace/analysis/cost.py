@@ -118,9 +118,9 @@ def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.Data
     Takes frames of a Trace. A connection that ended before another snapshot sent at least what was acknowledged while
     its window was followed.
     """
-    acked = recovery.of_resets(resets, recoveries)["acked_bytes"]
-    seen = pd.concat([bursts(resets, connections), acked], axis=1)
-    return price(resets.assign(burst_bytes=seen.max(axis=1)), recoveries)
+    followed = recovery.of_resets(resets, recoveries)
+    seen = pd.concat([bursts(resets, connections), followed["acked_bytes"]], axis=1)
+    return _priced(resets.assign(burst_bytes=seen.max(axis=1)), followed)
 
 
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -128,7 +128,10 @@ def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.Da
 
     Predictions are missing where the burst is missing, and for timeouts, whose cost is that of the loss.
     """
-    followed = recovery.of_resets(resets, recoveries)
+    return _priced(resets, recovery.of_resets(resets, recoveries))
+
+
+def _priced(resets: pd.DataFrame, followed: pd.DataFrame) -> pd.DataFrame:
     whole = resets.assign(cwnd_before=followed["chain_window"].fillna(resets["cwnd_before"].astype("float64")))
     timeout = resets["reason"].astype(str) == "rto_loss"
     srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~timeout)
