@@ -97,10 +97,10 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
         out[f"resets_{label}"] = (sightings["reason"] == label).groupby(sightings["connection"]).sum()
     out["idle_total_us"], out["idle_longest_us"] = groups["reset_idle_us"].sum(), groups["reset_idle_us"].max()
     out["cwnd_min_segments"], out["cwnd_max_segments"] = groups["cwnd_low"].min(), groups["cwnd_high"].max()
-    moved = direction.watched(connections).reindex(out.index)
-    mostly = direction.mostly_receives(moved["sent_bytes"], moved["received_bytes"])
-    out["received_bytes"] = moved["received_bytes"]
-    out["mostly_receives"] = mostly.astype("boolean").where(moved["received_bytes"].notna())
+    moved = direction.watched(connections, ("bytes_sent", "bytes_received")).reindex(out.index)
+    mostly = direction.mostly_receives(moved["bytes_sent"], moved["bytes_received"])
+    out["received_bytes"] = moved["bytes_received"]
+    out["mostly_receives"] = mostly.astype("boolean").where(moved["bytes_received"].notna())
     out = out.rename(columns={"cwnd": "cwnd_last_segments", "total_retrans": "total_retrans_segments"}).reset_index()
     for name in COLUMNS:
         kind = _dtype(name)

@@ -6,6 +6,7 @@ Pandas isn't imported here, because ``run`` asks while it traces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -34,22 +35,29 @@ def may_receive(rows: pd.DataFrame) -> pd.Series:
     return unknown & (rows["sent_bytes"] < LEAST_BYTES)
 
 
-def watched(snapshots: pd.DataFrame) -> pd.DataFrame:
-    """Return what each connection moved while it was watched: ``sent_bytes`` and ``received_bytes``, by its key.
+def watched(snapshots: pd.DataFrame, counters: Sequence[str]) -> pd.DataFrame:
+    """Return by how much counters of each connection, by its key, grew while it was watched.
 
     Takes the frame ``connections`` of a Trace. A connection is watched from its first snapshot on, or all its life if
-    it appeared later than the first snapshots. Both are float64, and missing where the snapshots don't tell.
+    it appeared later than the first snapshots. The values are float64, and missing where the snapshots don't tell.
     """
-    counters = ["bytes_sent", "bytes_received"]
     kinds = {"ts_ns": "int64"} | dict.fromkeys(counters, "float64")
     rows = snapshots[["connection", *kinds]].astype(kinds).sort_values("ts_ns", kind="stable")
     groups = rows.groupby("connection", sort=False)
-    # The first snapshot of all connections takes less than a second, and the next one comes later.
-    old = groups["ts_ns"].first() <= rows["ts_ns"].min() + 1_000_000_000
-    moved = groups[counters].last() - groups[counters].first().where(old, 0)
+    old = seen_from_the_start(rows)
+    grown = groups[[*counters]].last() - groups[[*counters]].first().where(old, 0)
     # The counters of a socket that is closed by RST begin anew.
-    moved = moved.clip(lower=0).where(~old | (groups.size() > 1))
-    return moved.set_axis(["sent_bytes", "received_bytes"], axis="columns")
+    return grown.clip(lower=0).where(~old | (groups.size() > 1))
+
+
+def seen_from_the_start(snapshots: pd.DataFrame) -> pd.Series:
+    """Return which connections, by their keys, the capture's first snapshots show: their counters are of before, too.
+
+    The first snapshot of all connections takes less than a second, and the next one comes later.
+    """
+    first = snapshots.groupby("connection", sort=False)["ts_ns"].min()
+    old: pd.Series = first <= first.min() + 1_000_000_000
+    return old
 
 
 class Receivers:

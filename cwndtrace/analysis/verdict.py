@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from cwndtrace import tcp
-from cwndtrace.analysis.direction import may_receive
+from cwndtrace.analysis.direction import may_receive, seen_from_the_start, watched
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.store.meta import Meta
 
@@ -183,14 +183,11 @@ def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
 
     That is from its first snapshot on, or all its life if it appeared later than the first snapshots.
     """
-    clocks = ["busy_us", "rwnd_limited_us", "sndbuf_limited_us"]
-    kinds = {"ts_ns": "int64", "bytes_sent": "int64", "total_retrans": "int64"} | dict.fromkeys(clocks, "float64")
+    clocks = ("busy_us", "rwnd_limited_us", "sndbuf_limited_us")
+    totals = watched(snapshots, ("bytes_sent", "total_retrans", *clocks))
+    kinds = {"ts_ns": "int64", "bytes_sent": "int64"}
     rows = snapshots[["connection", *kinds]].astype(kinds).sort_values("ts_ns", kind="stable", ignore_index=True)
-    groups = rows.groupby("connection", sort=False)
-    totals = groups[["bytes_sent", "total_retrans", *clocks]].last()
-    # The first snapshot of all connections takes less than a second, and the next one comes later.
-    old = groups["ts_ns"].first() <= rows["ts_ns"].min() + 1_000_000_000
-    totals -= groups[["bytes_sent", "total_retrans", *clocks]].first().where(old, 0)
+    groups, old = rows.groupby("connection", sort=False), seen_from_the_start(rows)
     # A span between two snapshots counts as a burst if data was sent in it and no reset began a burst there.
     known = rows["connection"].map(old).astype(bool) | rows.duplicated("connection")
     sent = groups["bytes_sent"].diff().where(known, rows["bytes_sent"]) > 0
@@ -205,7 +202,7 @@ def _watched(judged: pd.DataFrame, snapshots: pd.DataFrame) -> pd.DataFrame:
         direction="forward",
     )["row"].dropna()
     sent[ends.astype("int64").unique()] = False
-    busy = totals["busy_us"].where(~old | (groups.size() > 1))
+    busy = totals["busy_us"]
     return pd.DataFrame(
         {
             "bursts": sent.groupby(rows["connection"], sort=False).sum(),
