@@ -49,8 +49,7 @@ static __always_inline void end_following(u64 sk, struct followed *f, u8 outcome
 {
 	u64 *n = follow_bucket(f->bucket);
 
-	if (f->queued_ns)
-		end_wait(f, READ(u32, sk, tcp_sock, mss_cache));
+	end_wait(f, READ(u32, sk, tcp_sock, mss_cache));
 	end_burst(f);
 	f->r.outcome = outcome;
 	f->r.end_ts_ns = end_ns;

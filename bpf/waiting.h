@@ -102,6 +102,8 @@ static __always_inline void end_wait(struct followed *f, u32 mss)
 	u32 sent = f->written - f->queued_una, rounds, n;
 	u64 late = 0;
 
+	if (!f->queued_ns)
+		return;
 	if (f->blocked && f->wait_queue && f->wait_snd_wnd) {
 		/* Unrolled in each place where this is inlined, the loop would double the programs. */
 #pragma clang loop unroll(disable)
@@ -128,7 +130,6 @@ static __always_inline void end_wait(struct followed *f, u32 mss)
 		f->r.short_us += late - f->wait_held_us;
 		f->burst_waited_us += late - f->wait_held_us;
 	}
-	f->marks = 0;
 	f->queued_ns = 0;
 	f->owed_us = f->wait_us = f->wait_cwnd_us = f->wait_short_us = f->wait_held_us = 0;
 	f->wait_queue = f->wait_snd_wnd = 0;
@@ -153,6 +154,7 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 	bool cwnd_limited;
 
 	if ((s32)(written - nxt) <= 0) {
+		f->marks = 0;
 		f->written = written;
 		end_wait(f, mss);
 		return;
