@@ -95,7 +95,7 @@ def shown(*snapshots: list[dict[str, Any]]) -> list[list[int] | None]:
 def test_all_connections_that_move_data_have_to_receive() -> None:
     first = [seen(0, 1, received=MB), seen(0, 2, sent=MB), seen(0, 3)]
     assert shown(first, first) == [None, None]
-    # The second one rests. Its counters are those of before.
+    # The second one is idle. Its counters are those of before.
     assert shown(first, [seen(2, 3), seen(2, 2, sent=MB), seen(2, 1, received=2 * MB)]) == [None, [1]]
     sends = [seen(2, 1, received=2 * MB), seen(2, 2, sent=2 * MB)]
     later = [seen(4, 1, received=3 * MB), seen(4, 2, sent=2 * MB)]
