@@ -359,7 +359,7 @@ def test_what_waits_after_a_loss_is_not_the_resets() -> None:
         stack.callback(stream.close)
         tracer = stack.enter_context(Tracer(idle_only=True))
         bursts = []
-        for _ in range(8):
+        for _ in range(24):
             bursts.append(stream.send(1_000_000))
             stream.idle(1.5)
         stream.send(20)
