@@ -27,7 +27,7 @@ TABLE = [
     # One round is enough, because the demo measures in full.
     ("sudo cwndtrace reproduce", "sudo cwndtrace reproduce --rounds 1", "Picture:"),
     ("cwndtrace run --help", "", "--iface"),
-    ("cwndtrace report CAPTURE", "cwndtrace report demo-*.cwnd", "idle"),
+    ("cwndtrace report CAPTURE", "cwndtrace report demo-*.cwnd", "LONGEST IDLE"),
     ("cwndtrace plot CAPTURE", "cwndtrace plot demo-*.cwnd", ""),
     ("cwndtrace compare A B", "cwndtrace compare demo-*.cwnd demo-*.cwnd", ""),
 ]
