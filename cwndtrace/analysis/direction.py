@@ -29,6 +29,16 @@ def mostly_receives(sent: Any, received: Any) -> Any:
     return (received > LEAST_BYTES) & (received >= _RATIO * sent)
 
 
+def sender_elsewhere(rows: pd.DataFrame) -> pd.Series:
+    """Return which connections of a ``summary`` mostly receive from a sender that isn't in the summary itself.
+
+    Over loopback and between namespaces of one host a capture has both ends.
+    """
+    here = set(rows[["daddr", "dport", "saddr", "sport"]].itertuples(index=False, name=None))
+    absent = [ends not in here for ends in rows[ENDS].itertuples(index=False, name=None)]
+    return rows["mostly_receives"].fillna(value=False).astype(bool) & np.array(absent, dtype=bool)
+
+
 def may_receive(rows: pd.DataFrame) -> pd.Series:
     """Return which connections of a ``summary`` sent little and received an unknown amount."""
     unknown = rows["bytes_received"].isna() & (rows["snapshots"] > 0)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from cwndtrace import tcp
-from cwndtrace.analysis.direction import may_receive, seen_from_the_start, watched
+from cwndtrace.analysis.direction import may_receive, seen_from_the_start, sender_elsewhere, watched
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.store.meta import Meta
 
@@ -249,7 +249,7 @@ def _judge(rows: pd.DataFrame, about: Meta, *, whole: bool) -> pd.Series:
         ("harmful", (rows["resets_harmful"] > 0) & much),
         ("unknown", rows["resets_unknown"] > 0),
         ("slight", rows["resets_harmful"] > 0),
-        ("other_end", rows["mostly_receives"].fillna(value=False).astype(bool)),
+        ("other_end", sender_elsewhere(rows)),
         ("common", rows["common"].notna()),
         ("exempt", rows["ca_name"].isin(tcp.EXEMPT)),
         ("sysctl_off", rows["netns_ino"].astype(str).isin(off)),

@@ -97,11 +97,8 @@ def _caveats(trace: Trace, connections: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _direction(connections: pd.DataFrame) -> list[str]:
-    """Return sentences on the connections whose windows are kept at the other end, if that isn't in the capture."""
-    ends = connections[direction.ENDS].itertuples(index=False, name=None)
-    here = {(daddr, dport, saddr, sport) for saddr, sport, daddr, dport in ends}
-    receive = connections[connections["mostly_receives"].fillna(value=False)].to_dict("records")
-    receivers = [row for row in receive if tuple(row[name] for name in direction.ENDS) not in here]
+    """Return sentences on the connections whose windows are kept at an end that isn't in the capture."""
+    receivers = connections[direction.sender_elsewhere(connections)].to_dict("records")
     lines = [elsewhere(receivers, len(connections))] if receivers else []
     little = int(direction.may_receive(connections).sum())
     if little:

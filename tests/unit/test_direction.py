@@ -182,7 +182,10 @@ def test_a_report_names_no_sender_that_it_has(tmp_path: Path) -> None:
     rows = [seen(at, 1, received=at * MB, **ends) for at in (0, 9)] + [
         seen(at, 2, sent=at * MB, **mirror) for at in (0, 9)
     ]
-    assert not [line for line in caveats(tmp_path / "a.cwnd", *rows) if "mostly" in line]
+    found = content.report(frames.capture(tmp_path / "a.cwnd", connections=frames.snapshots(*rows)))
+    assert not [line for line in found.caveats["limits"] if "mostly" in line]
+    assert list(found.connections["verdict"]) == ["nothing_sent", "no_reset"]
+    assert list(found.remedies["action"]) == ["leave the settings as they are"]
 
 
 def test_a_report_on_an_older_capture_says_that_it_cannot_tell(tmp_path: Path) -> None:
