@@ -27,6 +27,14 @@ _PERF_EVENT_IOC_SET_BPF: Final = 0x40042408
 _PERF_EVENT: Final = 41
 _TEST_RUN_ON_CPU: Final = 1
 _LOG_BYTES: Final = 1 << 20
+_COMPARE_AND_SWAP: Final = bytes.fromhex(
+    "b700000000000000"  # r0 = 0
+    "b701000001000000"  # r1 = 1
+    "7b0af8ff00000000"  # *(u64 *)(r10 - 8) = r0
+    "db1af8fff1000000"  # r0 = cmpxchg_64(r10 - 8, r0, r1)
+    "b700000000000000"  # r0 = 0
+    "9500000000000000"  # exit
+)
 
 KPROBE, RAW_TRACEPOINT, TRACING = 2, 17, 26
 """Program types (enum bpf_prog_type)."""
@@ -136,6 +144,18 @@ def load_program(name: str, kind: int, insns: bytes, attach_type: int = 0, attac
             lines = [line for line in log.value.decode("utf-8", "replace").splitlines() if line.strip()]
             lines = [line for line in lines if not line.startswith(("processed ", "verification time"))]
             raise OSError(e.errno, f"{e.strerror} ({lines[-1].strip()})" if lines else e.strerror) from e
+
+
+def has_compare_and_swap() -> bool:
+    """Return whether this kernel takes programs with an atomic compare-and-swap of 64 bits, by loading one.
+
+    The verifier has it since Linux 5.12, and the just-in-time compiler for arm64 since 5.18.
+    """
+    try:
+        os.close(load_program("try", RAW_TRACEPOINT, _COMPARE_AND_SWAP))
+    except OSError:
+        return False
+    return True
 
 
 def attach(prog_fd: int, tracepoint: str | None = None) -> int:
