@@ -54,6 +54,9 @@ static __always_inline u64 argument(const struct bpf_raw_tracepoint_args *ctx, i
 	return value;
 }
 
+/* Says which argument of a tracepoint points to a struct. Its place differs between kernels. */
+#define ARGUMENT(tracepoint, type) ARG_##tracepoint##__##type
+
 /* Reads a bitfield that lies within one byte, as the kernel's small TCP flags do. */
 #define READ_BITS(base, type, member) ({							\
 	u8 byte_ = 0;									\

@@ -119,6 +119,24 @@ class Btf:
         """Return the type id of the tracepoint's arguments, which names a BPF program's target, or None."""
         return self._find(_TYPEDEF, f"btf_trace_{name}")
 
+    def argument(self, tracepoint: str, struct_name: str) -> int | None:
+        """Return which argument of a tracepoint points to a struct, from 0; None where there is none of that type."""
+        wanted, typedef = self._find(_STRUCT, struct_name), self.tracepoint_id(tracepoint)
+        prototype = self._pointee(typedef) if typedef else None
+        if not wanted or not prototype:
+            return None
+        _, parameters, _, _, at = self._type(prototype)
+        # The first parameter is the tracepoint's own data, which programs don't get.
+        for n in range(1, parameters):
+            if self._pointee(struct.unpack_from("<II", self._types, at + 8 * n)[1]) == wanted:
+                return n - 1
+        return None
+
+    def _pointee(self, type_id: int) -> int | None:
+        """Return what a pointer points to; None where the type isn't a pointer, or one to void."""
+        kind, _, _, target, _ = self._type(self._resolve(type_id))
+        return self._resolve(target) if kind == _PTR and target else None
+
     def enumerator(self, enum: str, name: str) -> int | None:
         """Return the value of an enumerator; None where this kernel has no such enum or name."""
         type_id = self._find(_ENUM, enum)

@@ -14,6 +14,7 @@ from cwndtrace.kernel.btf import Btf, Member
 _MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_BITS|LOAD|LOAD_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
+_ARGUMENT: Final = re.compile(r"\bARGUMENT\((\w+), (\w+)\)")
 _WIDTHS: Final = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8}
 
 
@@ -75,10 +76,10 @@ def _bits(member: Member) -> int:
 
 
 def defines(btf: Btf, text: str) -> dict[str, int]:
-    """Return the macros for the active ``text``: OFF_, SIZE_, SHIFT_, BITS_ and ENUM_ names to integers.
+    """Return the macros for the active ``text``: OFF_, SIZE_, SHIFT_, BITS_, ENUM_ and ARG_ names to integers.
 
     Raises KernelLacks, naming each member, where this kernel lacks one that isn't optional or stores it
-    with another width than the source reads.
+    with another width than the source reads, and each tracepoint that has no argument of the type that the source uses.
     """
     macros: dict[str, int] = {}
     problems: list[str] = []
@@ -101,6 +102,12 @@ def defines(btf: Btf, text: str) -> dict[str, int]:
         enum, _, enumerator = match[1].partition("__")
         value = btf.enumerator(enum, enumerator)
         macros[f"ENUM_{match[1]}"] = int(match[2]) if value is None else value
+    for tracepoint, struct in _ARGUMENT.findall(text):
+        number = btf.argument(tracepoint, struct)
+        if number is None:
+            problems.append(f"tracepoint {tracepoint} has no struct {struct}")
+        else:
+            macros[f"ARG_{tracepoint}__{struct}"] = number
     if problems:
         raise KernelLacks(
             "this kernel's structures differ from those that cwndtrace reads: " + ", ".join(sorted(set(problems))),

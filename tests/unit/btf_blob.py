@@ -58,6 +58,11 @@ class Blob:
         trailer = b"".join(struct.pack("<Ii", self.string(label), value) for label, value in values.items())
         return self.add(6, name, 4, vlen=len(values), trailer=trailer)
 
+    def function(self, *parameters: int) -> int:
+        """Add a prototype (13) of a function that returns nothing."""
+        trailer = b"".join(struct.pack("<II", 0, each) for each in parameters)
+        return self.add(13, "", 0, vlen=len(parameters), trailer=trailer)
+
     def alias(self, kind: int, target: int, name: str = "") -> int:
         """Add a typedef (8), volatile (9), const (10), restrict (11) or type tag (18)."""
         return self.add(kind, name, target)

@@ -56,6 +56,23 @@ def test_members_of_anonymous_unions_and_structs_are_found(blob: Blob) -> None:
     assert btf.member("sock", "after") == Member(16, 8)
 
 
+def test_the_argument_of_a_tracepoint_is_found_by_its_type(blob: Blob) -> None:
+    """Linux 5.10 passes a queue before the request, and later kernels don't."""
+    request, queue, bio = (blob.struct(name, 8, []) for name in ("request", "request_queue", "bio"))
+    number = blob.integer("int", 4)
+    void = blob.pointer(0)
+    by_type = {name: blob.pointer(blob.alias(10, target)) for name, target in (("rq", request), ("q", queue))}
+    for name, parameters in (("old", (by_type["q"], by_type["rq"])), ("new", (by_type["rq"], number, void))):
+        blob.alias(8, blob.pointer(blob.function(void, *parameters)), f"btf_trace_{name}")
+    blob.alias(8, number, "btf_trace_odd")
+    btf = blob.btf()
+    assert bio
+    assert [btf.argument("old", name) for name in ("request_queue", "request", "bio")] == [0, 1, None]
+    assert [btf.argument("new", name) for name in ("request_queue", "request", "missing")] == [None, 0, None]
+    assert btf.argument("odd", "request") is None
+    assert btf.argument("missing", "request") is None
+
+
 def test_typedefs_and_qualifiers_are_resolved(blob: Blob) -> None:
     u32 = blob.integer("u32", 4)
     inner = blob.struct("inner", 8, [("x", u32, 0), ("y", u32, 32)])

@@ -129,6 +129,16 @@ def test_an_enumerator_has_its_value_or_the_fallback(kernel: Btf) -> None:
     assert defines == {"ENUM_rqf__RQF_SEQ": 7, "ENUM_gone__GONE": 9}
 
 
+def test_an_argument_has_the_place_that_this_kernel_gives_it() -> None:
+    blob = Blob()
+    request, queue = (blob.pointer(blob.struct(name, 8, [])) for name in ("request", "request_queue"))
+    blob.alias(8, blob.pointer(blob.function(blob.pointer(0), queue, request)), "btf_trace_block_rq_issue")
+    text = "ctx->args[ARGUMENT(block_rq_issue, request)]"
+    assert offsets.defines(blob.btf(), text) == {"ARG_block_rq_issue__request": 1}
+    with pytest.raises(KernelLacks, match="tracepoint block_getrq has no struct bio"):
+        offsets.defines(blob.btf(), "ARGUMENT(block_getrq, bio)")
+
+
 @pytest.mark.parametrize("ctype", ["u8", "u16", "u32", "s32", "u64"])
 def test_every_type_has_a_width(ctype: str) -> None:
     blob = Blob()
