@@ -37,7 +37,8 @@ from benchmarks.common import (
     options,
     size,
 )
-from cwndtrace.capture.live import BLOCK_IO, BlockProgram, Kernel
+from cwndtrace.capture.block_program import BLOCK_IO, BLOCK_IO_OLD, BLOCK_PROGRAMS, BlockProgram
+from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import TICK_SECONDS
 from cwndtrace.kernel import ladder
@@ -176,18 +177,20 @@ def run_time_counters() -> Iterator[None]:
 
 def in_kernel(report: BenchmarkResults, disk: Disk, seconds: float) -> None:
     """Report the time of each BPF program in ns a run, which includes the time that the counting itself takes."""
-    with run_time_counters(), Session(Kernel(reasons=())) as session:
-        with _drained(session, 2):
-            fio(str(disk.path), seconds)
-        kernel = session.source
-        assert isinstance(kernel, Kernel)
-        for name, (runs, spent) in sorted(kernel.run_times().items()):
-            if runs:
-                report.add(f"in the kernel: {name}", spent / runs, "ns a run, the counting included")
-        session.finish()
+    for program in BLOCK_PROGRAMS:
+        with run_time_counters(), Session(Kernel(reasons=(), block_program=program)) as session:
+            with _drained(session, 2):
+                fio(str(disk.path), seconds)
+            kernel = session.source
+            assert isinstance(kernel, Kernel)
+            for name, (runs, spent) in sorted(kernel.run_times().items()):
+                if runs:
+                    report.add(f"in the kernel, {program.name}: {name}", spent / runs, "ns a run, the counting included")
+            session.finish()
 
 
 EMPTY: Final = BlockProgram(
+    "block_io_start",
     Path(__file__).with_name("empty.bpf.c"),
     tuple(
         ladder.Attachment("tp_btf", target, program)
@@ -207,6 +210,7 @@ def layers(report: BenchmarkResults, disk: Disk, rounds: int, seconds: float) ->
         "empty programs": (EMPTY, 0),
         "the programs, what they hand over thrown away": (BLOCK_IO, 1),
         "and made Arrow": (BLOCK_IO, 2),
+        "the programs for kernels before 6.5, thrown away": (BLOCK_IO_OLD, 1),
     }
     found = {name: Values() for name in ways}
     for _ in range(rounds):

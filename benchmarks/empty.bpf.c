@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Empty programs, to measure the cost of calling a BPF program. */
-#include "block_io.bpf.c"
+#include "block.h"
 
 int empty_done(struct bpf_raw_tracepoint_args *ctx)
 {

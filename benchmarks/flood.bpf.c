@@ -3,7 +3,7 @@
  * For each system call of one process (FLOOD_TGID), this program keeps a finished request, which is then handled like
  * any other.
  */
-#include "block_io.bpf.c"
+#include "block.h"
 
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {

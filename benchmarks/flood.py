@@ -19,6 +19,7 @@ from pathlib import Path
 import cwndtrace
 from benchmarks.common import BenchmarkResults, folder, options, size, status
 from cwndtrace.capture import live
+from cwndtrace.capture.block_program import BlockProgram
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.session import Session, describe, ending
 from cwndtrace.capture.source import Filters
@@ -58,7 +59,8 @@ def run(rate: float, seconds: float, place: Path) -> dict[str, float]:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
-    flooded = live.BlockProgram(
+    flooded = BlockProgram(
+        "sys_enter",
         Path(__file__).with_name("flood.bpf.c"),
         (ladder.Attachment("raw_tracepoint", "sys_enter", "on_sys_enter"),),
         {"FLOOD_TGID": generator.pid},

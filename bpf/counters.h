@@ -13,6 +13,7 @@ struct counters {
 	u64 withdrawn;		/* restarts that were due and didn't happen, as when a send blocked */
 	u64 lost_recoveries;
 	u64 lost_samples;
+	u64 guessed;		/* block requests charged to the task that queued them, as their bio wasn't seen */
 };
 BPF_PERCPU_ARRAY(counters, struct counters, 1);
 

@@ -50,6 +50,7 @@ enum op {
 	OP_ZONE_RESET = 13,	/* REQ_OP_ZONE_RESET */
 	OP_DRV_IN = 34,		/* REQ_OP_DRV_IN */
 	OP_DRV_OUT = 35,	/* REQ_OP_DRV_OUT */
+	OP_WRITE_SAME = 200,	/* REQ_OP_WRITE_SAME; its number, until Linux 5.17, is another operation's now */
 };
 
 enum blk_sts {

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final, Self
 
 import pandas as pd
 
+from cwndtrace.capture.block_program import BlockProgram
 from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.program import Program
 from cwndtrace.capture.session import Batch, Session, Tally
@@ -29,7 +30,7 @@ from tests.harness.tcp import run, until
 
 SECTOR: Final = 512
 BLOCK: Final = 4096
-SLAB: Final = int((bpf_dir() / "block_io.bpf.c").read_text().partition("#define SLAB_RECORDS ")[2].split()[0])
+SLAB: Final = int((bpf_dir() / "block.h").read_text().partition("#define SLAB_RECORDS ")[2].split()[0])
 """The number of records that a CPU hands over at once."""
 _BLKFLSBUF: Final = 0x1261
 _BLKDISCARD: Final = 0x1277
@@ -197,18 +198,22 @@ def file_system(disk: Disk, path: Path, *, make: str = "", mount: str = "") -> I
 class Traced:
     """A trace of block I/O while it is entered. ``records`` has all of them after exit; ``seen`` grows until then.
 
-    ``unfinished`` is the number of requests that were issued and hadn't ended at exit.
+    ``flights`` is the BPF program's table of requests at exit, and ``unfinished`` the number of those in it that were
+    issued and hadn't ended.
     """
 
     instances: ClassVar[list[Traced]] = []
+    chosen: ClassVar[BlockProgram | None] = None
+    """The program of traces that name none; None for the best one."""
 
     filters: Filters = field(default_factory=Filters)
     poll: bool = True
+    program: BlockProgram | None = field(default_factory=lambda: Traced.chosen)
     seen: list[Batch] = field(default_factory=list)
     unfinished: int = 0
 
     def __enter__(self) -> Self:
-        self._kernel = Kernel(self.filters, reasons=())
+        self._kernel = Kernel(self.filters, reasons=(), block_program=self.program)
         self.session = Session(self._kernel)
         self.instances.append(self)
         self._stop = threading.Event()
@@ -227,8 +232,8 @@ class Traced:
             if self.poll:
                 self._thread.join()
             self.seen += self.session.finish()
-            flights = self.block.rows("slots")
-            self.unfinished = sum(1 for _, flight in flights if flight["rq"] and flight["issue_ns"])
+            self.flights = [flight for _, flight in self.block.rows("slots")]
+            self.unfinished = sum(1 for flight in self.flights if flight["key"] and flight["issue_ns"])
         finally:
             self.session.close()
 
@@ -285,13 +290,13 @@ def accounted(traced: Traced, counted: Stat, *disks: Disk) -> None:
 
 
 def stat_of(records: pd.DataFrame) -> Stat:
-    """Return the sums of records in the form of the kernel's counters."""
+    """Return the sums of records in the form of the kernel's counters, which count zeroing as writing."""
 
-    def sums(op: str) -> tuple[int, int]:
-        rows = records[records["op"] == op]
+    def sums(*ops: str) -> tuple[int, int]:
+        rows = records[records["op"].isin(ops)]
         return len(rows), int(rows["bytes"].sum()) // SECTOR
 
-    return Stat(*sums("read"), *sums("write"), *sums("discard"))
+    return Stat(*sums("read"), *sums("write", "write_zeroes"), *sums("discard"))
 
 
 def fio(disk: Disk, *options: str) -> None:

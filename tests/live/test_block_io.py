@@ -24,9 +24,11 @@ import pandas as pd
 import pytest
 
 from cwndtrace.capture import bpf_syscall, live
+from cwndtrace.capture.block_program import BLOCK_PROGRAMS, BlockProgram
 from cwndtrace.capture.session import Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import cgroups
+from cwndtrace.kernel.btf import Btf
 from tests.harness.disk import (
     BLOCK,
     SECTOR,
@@ -46,6 +48,16 @@ from tests.harness.disk import (
 pytestmark = pytest.mark.live
 
 needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio: apt install fio")
+
+
+@pytest.fixture(autouse=True, params=BLOCK_PROGRAMS, ids=lambda program: program.name)
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BlockProgram:
+    """The program that traces block I/O in this test."""
+    chosen: BlockProgram = request.param
+    if lacks := chosen.lacks(Btf.running()):
+        pytest.skip(f"this kernel has no tracepoint {lacks}: boot Linux 6.5 or newer")
+    monkeypatch.setattr(Traced, "chosen", chosen)
+    return chosen
 
 
 @pytest.fixture
@@ -317,6 +329,23 @@ def test_a_crowded_table_of_requests_loses_none(disk: Disk, monkeypatch: pytest.
     accounted(traced, counted, disk)
     assert len(records) > 0.99 * (counted.reads + counted.writes)
     assert set(records["bytes"]) == {BLOCK}
+    assert_sound(records)
+
+
+@needs_fio
+@again_if_hidden
+def test_a_kernel_without_compare_and_swap_loses_none(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests are in the hash then."""
+    monkeypatch.setattr(live, "has_compare_and_swap", lambda: False)
+    before = disk.stat()
+    with Traced() as traced:
+        fio(disk, "--ioengine=libaio", "--iodepth=16", "--number_ios=20000", "--numjobs=2", "--rw=randrw")
+        disk.discard(1 << 20, 3 << 20)
+    counted = disk.stat() - before
+    records = traced.records(disk)
+    accounted(traced, counted, disk)
+    assert len(records) > 0.99 * (counted.reads + counted.writes)
+    assert not any(flight["key"] for flight in traced.flights)
     assert_sound(records)
 
 

@@ -294,7 +294,7 @@ def test_code_that_runs_for_every_packet_loads_members_without_calls() -> None:
 
 
 def test_block_io_submits_whole_slabs() -> None:
-    source = (layout.bpf_dir() / "block_io.bpf.c").read_text(encoding="utf-8")
+    source = (layout.bpf_dir() / "block.h").read_text(encoding="utf-8")
     assert source.count("ringbuf_output(") == 2
     assert "ringbuf_output(s, size, flags)" in source
     # The other call is for a request that completes while its CPU is submitting a slab.

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Traces block requests where block_io_start and block_io_done are missing, as before Linux 6.5.
+ *
+ * block_getrq shows a bio that gets a request, in the context of the task that submits it, but not yet the request. That
+ * is known when it is queued or given to the driver, and leads back to its bio. It ends when its last byte is done.
+ * blk_mq_submit_bio() has the order of the first two, blk_update_request() the last (block/blk-mq.c in 6.1).
+ */
+#include "block.h"
+
+/* A bio that is merged in front of others gets no request of its own, so the one that did may be behind it. */
+#define MOST_BIOS 4
+
+#define FAILFAST_MASK (7 << REQ_OP_BITS)
+
+/* The errors that stand for a status of their own (blk_errors in block/blk-core.c). */
+enum errors {
+	ENOMEM = 12,
+	ENOSPC = 28,
+	EBADE = 52,
+	ENODATA = 61,
+	ENOLINK = 67,
+	EILSEQ = 84,
+	EOPNOTSUPP = 95,
+	ETIMEDOUT = 110,
+	EREMOTEIO = 121,
+};
+
+static __always_inline void start_bio(struct flight *f, u64 sector, u32 opf)
+{
+	u64 id = bpf_get_current_pid_tgid();
+
+	f->start_ns = bpf_ktime_get_ns();
+	f->issue_ns = 0;
+	f->bytes = 0;
+	f->error = 0;
+	f->cmd_flags = opf;
+	f->sector = sector;
+	f->tgid = id >> 32;
+	f->tid = id;
+	f->cgroup_id = bpf_get_current_cgroup_id();
+	bpf_get_current_comm(f->comm, sizeof(f->comm));
+	process_name(f);
+}
+
+static __always_inline void start(u64 key, u64 sector, u32 opf)
+{
+	struct flight other = {.key = key};
+	struct flight *f = take(key);
+
+	if (f) {
+		start_bio(f, sector, opf);
+		return;
+	}
+	start_bio(&other, sector, opf);
+	take_overflow(key, &other);
+}
+
+int on_block_getrq(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 key = argument(ctx, ARGUMENT(block_getrq, bio));
+	u64 bio = ctx->args[ARGUMENT(block_getrq, bio)];
+
+	if (wanted())
+		start(key, LOAD(u64, bio, bio, bi_iter__bi_sector), LOAD(u32, bio, bio, bi_opf));
+	else
+		replaced(key);
+	return 0;
+}
+
+/* Moves a bio's flight to its request, of which read-ahead can fail fast (blk_rq_bio_prep() in block/blk.h). */
+static __always_inline void move(struct flight *from, u64 bio, u64 rq)
+{
+	struct flight copy = *from;
+	struct flight *f;
+
+	copy.key = rq;
+	copy.cmd_flags |= READ(u32, rq, request, cmd_flags) & FAILFAST_MASK;
+	forget(from, bio);
+	f = take(rq);
+	if (f)
+		*f = copy;
+	else
+		take_overflow(rq, &copy);
+}
+
+/* Finds a request's bio that block_getrq has shown, and moves its flight to the request. */
+static __always_inline bool lead_back(u64 rq, u64 bio)
+{
+#pragma unroll
+	for (int i = 0; i < MOST_BIOS; i++) {
+		struct flight *f = bio ? find(bio) : 0;
+
+		/* An entry of an earlier bio at this address has another sector. */
+		if (f && f->key == bio && f->sector == READ(u64, bio, bio, bi_iter__bi_sector)) {
+			move(f, bio, rq);
+			return true;
+		}
+		if (bio)
+			bio = READ(u64, bio, bio, bi_next);
+	}
+	return false;
+}
+
+/*
+ * Returns the flight of a request that is queued or given to the driver. If none of its bios was seen, it is charged to
+ * the task that queues it, and counted.
+ */
+static __always_inline struct flight *sight(u64 rq)
+{
+	u64 bio = READ(u64, rq, request, bio);
+	u32 opf = READ(u32, rq, request, cmd_flags);
+	struct flight *f;
+
+	/* A flush that the kernel makes itself has no bio. Neither that nor a command to the device is accounted. */
+	if (!bio || (u8)opf >= REQ_OP_PASSTHROUGH)
+		return 0;
+	if (lead_back(rq, bio))
+		return find(rq);
+	f = find(rq);
+	if (f)
+		return f;
+	if (!wanted())
+		return 0;
+	start(rq, READ(u64, rq, request, __sector), opf);
+	count(guessed, 1);
+	return find(rq);
+}
+
+int on_block_rq_insert(struct bpf_raw_tracepoint_args *ctx)
+{
+	sight(argument(ctx, ARGUMENT(block_rq_insert, request)));
+	return 0;
+}
+
+/* Merges are over once a request is issued, so its first sector and its length are final here, and only here. */
+int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = argument(ctx, ARGUMENT(block_rq_issue, request));
+	struct flight *f = sight(rq);
+
+	if (f && f->key == rq) {
+		f->issue_ns = bpf_ktime_get_ns();
+		f->bytes = READ(u32, rq, request, __data_len);
+		f->sector = READ(u64, rq, request, __sector);
+	}
+	return 0;
+}
+
+/* The request is merged into another one, and has no end of its own. */
+int on_block_rq_merge(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = argument(ctx, ARGUMENT(block_rq_merge, request));
+	struct flight *f = find(rq);
+
+	if (f && f->key == rq)
+		forget(f, rq);
+	return 0;
+}
+
+/* Returns a status as the kernel numbers it, from a status or from the negative error that it was before 5.16. */
+static __always_inline u8 status(s32 error)
+{
+	switch (error) {
+	case -EOPNOTSUPP:
+		return BLK_STS_NOTSUPP;
+	case -ETIMEDOUT:
+		return BLK_STS_TIMEOUT;
+	case -ENOSPC:
+		return BLK_STS_NOSPC;
+	case -ENOLINK:
+		return BLK_STS_TRANSPORT;
+	case -EREMOTEIO:
+		return BLK_STS_TARGET;
+	case -EBADE:
+		return BLK_STS_RESV_CONFLICT;
+	case -ENODATA:
+		return BLK_STS_MEDIUM;
+	case -EILSEQ:
+		return BLK_STS_PROTECTION;
+	case -ENOMEM:
+		return BLK_STS_RESOURCE;
+	}
+	return error < 0 ? BLK_STS_IOERR : error;
+}
+
+/*
+ * Returns an operation as events.h and the newest kernels number it. These three had other numbers, in enum req_opf until
+ * 5.19 and in req_op later; each sum has one term that isn't 0, or none where the kernel doesn't have the operation.
+ */
+static __always_inline u8 operation(u8 op)
+{
+	if (op <= OP_SECURE_ERASE)
+		return op;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_APPEND, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_APPEND, 0))
+		return OP_ZONE_APPEND;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_RESET, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_RESET, 0))
+		return OP_ZONE_RESET;
+	if (op == ENUMERATOR(req_op__REQ_OP_WRITE_SAME, 0) + ENUMERATOR(req_opf__REQ_OP_WRITE_SAME, 0))
+		return OP_WRITE_SAME;
+	return op;
+}
+
+int on_block_rq_complete(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 rq = argument(ctx, ARGUMENT(block_rq_complete, request));
+	s32 error = ctx->args[ARGUMENT(block_rq_complete, request) + 1];
+	u32 done = ctx->args[ARGUMENT(block_rq_complete, request) + 2];
+	u32 left = READ(u32, rq, request, __data_len);
+	struct flight *f;
+	u64 disk;
+
+	if (done < left || in_flush_sequence(READ(u32, rq, request, rq_flags)))
+		return 0;
+	/* A flush without data is neither queued nor given to the driver, but the kernel's own request in its place. */
+	if (!left)
+		lead_back(rq, READ(u64, rq, request, bio));
+	f = find(rq);
+	if (!f || f->key != rq)
+		return 0;
+	if (error)
+		f->error = status(error);
+	f->cmd_flags = (f->cmd_flags & ~0xff) | operation(f->cmd_flags);
+	disk = READ_OPT(u64, rq, request, rq_disk);	/* until 5.16 */
+	if (!disk)
+		disk = READ_OPT(u64, READ(u64, rq, request, q), request_queue, disk);
+	keep(f, READ(s32, disk, gendisk, major) << 20 | READ(s32, disk, gendisk, first_minor));
+	forget(f, rq);
+	return 0;
+}
