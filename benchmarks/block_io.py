@@ -185,7 +185,8 @@ def in_kernel(report: BenchmarkResults, disk: Disk, seconds: float) -> None:
             assert isinstance(kernel, Kernel)
             for name, (runs, spent) in sorted(kernel.run_times().items()):
                 if runs:
-                    report.add(f"in the kernel, {program.name}: {name}", spent / runs, "ns a run, the counting included")
+                    label = f"in the kernel, {program.name}: {name}"
+                    report.add(label, spent / runs, "ns a run, the counting included")
             session.finish()
 
 

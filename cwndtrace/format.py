@@ -100,6 +100,15 @@ def lost(number: int, noun: str, of: str = "") -> str:
     return f"{plural(number, noun)}{of and f' of {of}'} {'was' if number == 1 else 'were'} lost"
 
 
+def guessed(number: int) -> str:
+    """Return a sentence on block requests whose submitter is inferred, without its full stop."""
+    are, them = ("is", "it") if number == 1 else ("are", "them")
+    return (
+        f"{plural(number, 'block request')} {are} charged to the task that queued {them} (inferred), because the "
+        f"kernel didn't show who submitted {them}"
+    )
+
+
 def unbroken(text: str) -> str:
     """Return ``text`` with a no-break space between each number and its unit, so that no line breaks there."""
     return _NUMBER_AND_UNIT.sub("\\1\u00a0", text).replace("round trip", "round\u00a0trip")

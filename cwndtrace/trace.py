@@ -506,6 +506,10 @@ class Trace:
             facts.append(("unchanged", f"{fmt.plural(about.unchanged, 'idle restart')} left the window as it was"))
         probes = ", ".join(f"{reason}: {probe or 'none'}" for reason, probe in about.probes.items())
         facts.append(("probes", _shown(probes)))
+        if about.block_probe:
+            facts.append(("block I/O", f"from {_shown(about.block_probe)} on"))
+        if about.guessed:
+            facts.append(("guessed", fmt.guessed(about.guessed)))
         if about.filters:
             facts.append(("filters", _shown(", ".join(f"{name}={value}" for name, value in about.filters.items()))))
         facts += [("left out", fmt.left_out(kind, number)) for kind, number in self.left_out.items()]

@@ -8,43 +8,23 @@ import select
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import cache, partial
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from cwndtrace import privileges
 from cwndtrace.capture import bcc
-from cwndtrace.capture.bpf_syscall import try_map
+from cwndtrace.capture.block_program import BlockProgram, choose
+from cwndtrace.capture.bpf_syscall import has_compare_and_swap, try_map
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.program import Program
 from cwndtrace.capture.source import TICK_SECONDS, Counts, Filters, RawRecords
-from cwndtrace.errors import CwndtraceError, KernelLacks
+from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
 from cwndtrace.kernel import btf, facts, ladder, permission
 from cwndtrace.records.layout import bpf_dir, code, event
 
-
-@dataclass(frozen=True)
-class BlockProgram:
-    """The BPF source that records block I/O, with its attachments and the macros that it is compiled with."""
-
-    source: Path
-    attachments: tuple[ladder.Attachment, ...]
-    defines: Mapping[str, int] = field(default_factory=dict)
-
-
-BLOCK_IO: Final = BlockProgram(
-    bpf_dir() / "block_io.bpf.c",
-    (
-        ladder.Attachment("tp_btf", "block_io_done", "on_block_io_done"),
-        ladder.Attachment("tp_btf", "block_rq_error", "on_block_rq_error"),
-        ladder.Attachment("tp_btf", "block_rq_issue", "on_block_rq_issue"),
-        ladder.Attachment("tp_btf", "block_io_start", "on_block_io_start"),
-    ),
-)
 _POLICY_REMEDY: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
 _REFRESH: Final = "refresh"
@@ -114,8 +94,10 @@ class Kernel:
     """The running kernel as a source of records (see source.Source).
 
     The constructor loads and attaches the programs. It raises BccError, KernelLacks, NoProbe or the errors of
-    ``check_privileges``, and leaves nothing attached then. With ``block``, ``block_program`` traces block I/O too.
-    ``helper`` looks up the sockets and cgroups that the filters name.
+    ``check_privileges``, and leaves nothing attached then. ``block_program`` (default: the best for this kernel) traces
+    block I/O: with ``block`` None if it can, with True in any case. Where no probe sees resets, block I/O is traced
+    alone, unless ``probe`` or ``block`` asks for something else. ``helper`` looks up the sockets and cgroups that the
+    filters name.
     """
 
     def __init__(
@@ -123,10 +105,10 @@ class Kernel:
         filters: Filters = NO_FILTERS,
         *,
         probe: str | None = None,
-        block: bool = True,
+        block: bool | None = None,
         reasons: Iterable[str] = ladder.REASONS,
         helper: Helper | None = None,
-        block_program: BlockProgram = BLOCK_IO,
+        block_program: BlockProgram | None = None,
     ) -> None:
         check_privileges()
         self._filters = filters
@@ -137,6 +119,9 @@ class Kernel:
         self._hz = facts.hz()
         self._resets: list[Program] = []
         self._refused: dict[str, str] = {}
+        self.events: tuple[str, ...] = tuple(_RINGS)
+        self.block_probe: str | None = None
+        self.lacking: str | None = None
         self._refreshed_here: list[Program] = []
         self._block: Program | None = None
         self._slab_header = 0
@@ -153,15 +138,17 @@ class Kernel:
             self._facts = facts.ladder_facts(self._btf)
             chosen = ladder.choose(self._facts, self._try, probe, reasons)
             self.probes, self.tried = chosen.probes, chosen.tried
-            if block:
-                self._block = self._load_block(block_program)
+            unseen = chosen.unseen()
+            if unseen is not None and (block is False or probe is not None):
+                raise unseen
+            if block is not False:
+                self._begin_block(block_program, unseen, needed=block or unseen is not None or not self.probes)
             self._refresh_sets()
         except BaseException:
             self.close()
             raise
         finally:
             del self._btf  # frees some 15 MB
-        self.events: tuple[str, ...] = (*_RINGS, *(("block_io",) if block else ()))
 
     def _try(self, probe: str, reason: str) -> str | None:
         if probe in self._refused:
@@ -190,15 +177,25 @@ class Kernel:
             self._refreshed_here.append(program)
         return None
 
+    def _begin_block(self, program: BlockProgram | None, unseen: NoProbe | None, *, needed: bool) -> None:
+        """Load the block program, or set ``lacking``. ``unseen`` is the error if no reset can be seen either."""
+        try:
+            chosen = program or choose(self._btf)
+            self._block = self._load_block(chosen)
+        except KernelLacks as e:
+            if needed:
+                raise unseen or e from e
+            self.lacking = f"{e.cause}; the rest is traced"
+        else:
+            self.block_probe, self.events = chosen.name, (*self.events, "block_io")
+            if unseen is not None:
+                self.lacking = f"{unseen.cause}; block I/O is traced"
+
     def _load_block(self, block: BlockProgram) -> Program:
-        lacking = [a.target for a in block.attachments if not self._btf.has_tracepoint(a.target)]
-        if lacking:
-            raise KernelLacks(
-                f"this kernel can't time block I/O: no tracepoint {lacking[0]} (Linux 6.5 has it)",
-                "trace without block I/O: --no-block",
-            )
         sizes = {"RING_PAGES": _RING_PAGES, "CPUS": os.sysconf(_CPUS)}
         defines = _filter_defines(self._filters) | sizes | dict(block.defines)
+        if has_compare_and_swap():
+            defines["COMPARE_AND_SWAP"] = 1
         program = bcc.build(block.source, self._btf, self._hz, defines)
         self._slab_header = program.offset("slabs", "rec")
         self._open(program, "block_slabs", self._slab)
@@ -212,7 +209,7 @@ class Kernel:
 
     def _open(self, program: Program, table: str, received: Callable[[bytes], None]) -> None:
         program.open_ring(table, received)
-        # Edge-triggered, so that data written without a wakeup (submit() in bpf/block_io.bpf.c) doesn't end a wait.
+        # Edge-triggered, so that data written without a wakeup (submit() in bpf/block.h) doesn't end a wait.
         self._epoll.register(program.ring_fds[-1], select.EPOLLIN | select.EPOLLET)
 
     def begin(self, mono_ns: int) -> None:
@@ -311,7 +308,9 @@ class Kernel:
             counts.unchanged += total["unchanged"]
             counts.withdrawn += total["withdrawn"]
         if self._block is not None:
-            lost["block_io"] += self._block.totals()["lost"]
+            total = self._block.totals()
+            lost["block_io"] += total["lost"]
+            counts.guessed = total["guessed"] - self._before.guessed
         counts.lost = {name: lost[name] - self._before.lost.get(name, 0) for name in self.events}
         counts.unchanged -= self._before.unchanged
         counts.withdrawn -= self._before.withdrawn

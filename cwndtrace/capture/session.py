@@ -82,6 +82,7 @@ class Tally:
     lost: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     withdrawn: int = 0
+    guessed: int = 0
     lossy: list[Loss] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
 
@@ -101,6 +102,7 @@ class Tally:
             "counts": {n: {"kept": self.kept.get(n, 0), "lost": self.lost.get(n, 0)} for n in names},
             "unchanged": self.unchanged,
             "withdrawn": self.withdrawn,
+            "guessed": self.guessed,
             "lossy": [asdict(loss) for loss in self.lossy],
             "left_out": self.left_out,
         }
@@ -178,7 +180,7 @@ class Session:
 
     def meta(self) -> dict[str, Any]:
         """Return meta.json's entries on kept, lost and missing records, as of now."""
-        return {**self.tally.meta(), "lacking": [self.lacking] if self.lacking else []}
+        return {**self.tally.meta(), "lacking": [line for line in (self.source.lacking, self.lacking) if line]}
 
     def _count(self) -> None:
         counts, now = self.source.counts(), time.monotonic_ns()
@@ -193,6 +195,7 @@ class Session:
             else:
                 self.tally.add(Loss(name, self._checked_ns, now, more))
         self.tally.unchanged, self.tally.withdrawn = counts.unchanged, counts.withdrawn
+        self.tally.guessed = counts.guessed
         self.tally.left_out = counts.left_out
         self._checked_ns = now
 
@@ -225,6 +228,7 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "clock": _clocks(session),
         "sysctls": session.spaces,
         "probes": session.source.probes,
+        "block_probe": session.source.block_probe,
         "devices": devices(),
         "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
         **session.meta(),

@@ -43,22 +43,30 @@ class Counts:
     """Totals since the start, counted in the kernel.
 
     ``lost`` counts the records that could not be kept, by event; ``unchanged`` the restarts that left the window as it
-    was; ``withdrawn`` the restarts that were due and didn't happen. ``left_out`` is the largest number, at one time, of
-    "cgroups" and of "sockets" that matched the filters and that their maps had no room for.
+    was; ``withdrawn`` the restarts that were due and didn't happen. ``guessed`` counts the block requests that are
+    charged to the task that queued them, because the kernel didn't show who submitted them. ``left_out`` is the largest
+    number, at one time, of "cgroups" and of "sockets" that matched the filters and that their maps had no room for.
     """
 
     lost: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     withdrawn: int = 0
+    guessed: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    """A source of raw records: the running kernel (capture.live) or a recording (tests/harness/replay.py)."""
+    """A source of raw records: the running kernel (capture.live) or a recording (tests/harness/replay.py).
+
+    ``block_probe`` is the tracepoint at which block requests begin, None where block I/O isn't traced. ``lacking`` says
+    what the trace goes on without, and why; None if that is nothing.
+    """
 
     probes: dict[str, str | None]
     tried: dict[str, dict[str, str]]
     events: tuple[str, ...]
+    block_probe: str | None
+    lacking: str | None
 
     def begin(self, mono_ns: int) -> None:
         """Leave out records and counts from before ``mono_ns``, in nanoseconds of CLOCK_MONOTONIC, for all events."""

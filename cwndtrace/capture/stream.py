@@ -36,6 +36,11 @@ class Stream:
         return self._session.source.probes
 
     @property
+    def lacking(self) -> str | None:
+        """Return what the trace goes on without on this kernel, and why; None if that is nothing."""
+        return self._session.source.lacking
+
+    @property
     def tally(self) -> Tally:
         """Return the counts of the records kept and lost so far."""
         return self._session.tally
@@ -65,7 +70,7 @@ def stream(
     cgroup: str | None = None,
     family: Literal[4, 6] | None = None,
     min_idle: float | None = None,
-    block: bool = True,
+    block: bool | None = None,
     connections: bool = True,
     probe: str | None = None,
     duration: float | None = None,
@@ -73,8 +78,9 @@ def stream(
     """Trace the running kernel and return a stream of batches, each with the records of one event.
 
     The events are ``cwnd_reset``, ``cwnd_recovery``, ``cwnd_sample``, ``block_io`` and ``connections``. The filters are
-    those of ``cwndtrace run``; ``min_idle`` and ``duration`` are in seconds. Tracing has begun when this returns. It
-    needs root, and raises the errors of cwndtrace.errors.
+    those of ``cwndtrace run``; ``min_idle`` and ``duration`` are in seconds. Block I/O is traced if the kernel can time
+    it, with ``block`` True in any case, with False not. Tracing has begun when this returns. It needs root, and raises
+    the errors of cwndtrace.errors.
     """
     target.need_root("tracing")
     if probe is not None and probe not in ladder.BY_NAME:
@@ -89,11 +95,11 @@ def open_session(
     filters: Filters,
     *,
     probe: str | None = None,
-    block: bool = True,
+    block: bool | None = None,
     connections: bool = True,
     privsep: bool = False,
 ) -> Session:
-    """Return a session that traces the running kernel. The caller closes it.
+    """Return a session that traces the running kernel, with block I/O as in ``stream``. The caller closes it.
 
     With ``privsep``, a separate process reads what takes privileges (see privsep.PrivilegedHelper), so that the caller
     can drop its own.

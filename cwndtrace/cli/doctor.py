@@ -165,8 +165,9 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
                 Fact(f"probe {probe.name}", str(results["idle"]), LACK, _remedy(probe.name, str(results["idle"])))
             )
     try:
-        live.Kernel(reasons=()).close()
-        rows.append(Fact("block I/O", "block_io_start and block_io_done load"))
+        tracer = live.Kernel(reasons=())
+        tracer.close()
+        rows.append(Fact("block I/O", f"timed from {tracer.block_probe} on"))
     except CwndtraceError as e:
         rows.append(Fact("block I/O", e.cause, LACK, e.remedy))
     for reason, used in worked.items():

@@ -258,8 +258,9 @@ class JsonView:
         """Print that tracing has begun, with the target, the capture and the probes."""
         start = self._session.start
         when = arrow.iso_time(start["mono_ns"] + start["utc_offset_ns"])
-        probes = self._session.source.probes
-        self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, "probes": probes})
+        source = self._session.source
+        how = {"probes": source.probes, "block_probe": source.block_probe}
+        self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, **how})
 
     def batch(self, batch: Batch) -> None:
         """Print resets and recoveries, and block requests if ``print_block`` is set."""

@@ -16,6 +16,7 @@ import cwndtrace
 from cwndtrace import privileges
 from cwndtrace.capture import target
 from cwndtrace.capture.session import Session, describe
+from cwndtrace.capture.source import Source
 from cwndtrace.capture.stream import open_session
 from cwndtrace.cli import options, preflight, user
 from cwndtrace.cli.console import Console, InterfaceWatch
@@ -73,7 +74,7 @@ class RunOptions:
 @click.option(
     "--block/--no-block",
     default=None,
-    help="Print each block I/O request, or don't trace block I/O (default: trace it, but don't print it).",
+    help="Print each block I/O request, or don't trace block I/O (default: if possible, trace it without printing).",
 )
 @click.option(
     "--unwritable",
@@ -117,9 +118,9 @@ def _run(asked: RunOptions) -> None:
     what = target.named(filters, asked.iface)
     # Other processes' sockets can be seen only as root.
     others = siblings.of(filters.pid) if filters.pid is not None else None
-    block, privsep = asked.block is not False, not asked.stay_root
+    privsep = not asked.stay_root
     with Interrupt() as interrupt:
-        with open_session(filters, probe=asked.probe, block=block, privsep=privsep) as session:
+        with open_session(filters, probe=asked.probe, block=asked.block, privsep=privsep) as session:
             about = describe(session, filters, cwndtrace.__version__)
             writer = ThreadedWriter(CaptureWriter.create(output, about, user=owner))
             view: TextView | JsonView
@@ -141,7 +142,7 @@ def _run(asked: RunOptions) -> None:
                     if privsep:
                         _drop_privileges(session, owner, quiet=asked.quiet)
                     if not asked.quiet:
-                        _print_probes(session, what, verbose=asked.verbose)
+                        _print_probes(session.source, what, verbose=asked.verbose)
                         _print_left_out(filters.pid, others)
                     console.begin(output)
                     try:
@@ -179,14 +180,18 @@ def _print_next_steps(output: Path) -> None:
     click.echo(f'  {sys.executable} -I -c "import cwndtrace; print(cwndtrace.load({clean(str(output))!r}))"', err=True)
 
 
-def _print_probes(session: Session, what: str, *, verbose: bool) -> None:
-    seen = ", ".join(f"{reason} by {probe}" for reason, probe in session.source.probes.items() if probe)
-    unseen = ", ".join(reason for reason, probe in session.source.probes.items() if not probe)
+def _print_probes(source: Source, what: str, *, verbose: bool) -> None:
+    seen = ", ".join(f"{reason} by {probe}" for reason, probe in source.probes.items() if probe)
+    unseen = ", ".join(reason for reason, probe in source.probes.items() if not probe)
     rest = f"; {unseen} can't be seen on this kernel" if unseen else ""
     with suppress(OutputError), printing():
-        echo_prose(f"Tracing {clean(what)}: {seen}{rest}.", err=True)
+        echo_prose(f"Tracing {clean(what)}: {seen or 'block I/O alone'}{rest}.", err=True)
+        if source.lacking:
+            echo_prose(f"warning: {clean(source.lacking)}", err=True)
         if verbose:
-            for reason, tried in session.source.tried.items():
+            if source.block_probe:
+                echo_prose(f"  block I/O: from {source.block_probe} on", err=True)
+            for reason, tried in source.tried.items():
                 for probe, why in tried.items():
                     echo_prose(f"  {reason}: not {probe}: {clean(why)}", err=True)
 

@@ -75,11 +75,17 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
         _print_block(trace, block)
     kept, lost = tally.kept, tally.lost
     click.echo()
+    counted = {"cwnd_reset": "reset"} | ({"block_io": "block I/O"} if "block_io" in kept else {})
+    number = {
+        name: ", ".join(fmt.plural(counts.get(event, 0), noun) for event, noun in counted.items())
+        for name, counts in (("kept", kept), ("lost", lost))
+    }
     echo_prose(
-        f"kept {fmt.plural(kept.get('cwnd_reset', 0), 'reset')}, {fmt.plural(kept.get('block_io', 0), 'block I/O')}; "
-        f"lost {fmt.plural(lost.get('cwnd_reset', 0), 'reset')}, {fmt.plural(lost.get('block_io', 0), 'block I/O')}; "
+        f"kept {number['kept']}; lost {number['lost']}; "
         f"{fmt.plural(tally.unchanged, 'restart')} left the window as it was"
     )
+    if tally.guessed:
+        echo_prose(fmt.guessed(tally.guessed))
 
 
 def _print_block(trace: Trace, block: BlockFigures) -> None:
@@ -129,6 +135,7 @@ def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[
         "kept": tally.kept,
         "lost": tally.lost,
         "unchanged": tally.unchanged,
+        "guessed": tally.guessed,
         "connections": trace.summary()[names].to_dict("records"),
         "block_io": devices,
     }

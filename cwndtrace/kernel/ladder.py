@@ -166,6 +166,15 @@ class Choice:
     probes: dict[str, str | None] = field(default_factory=dict)
     tried: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    def unseen(self) -> NoProbe | None:
+        """Return the error for a choice by which idle resets can't be seen, or, where they weren't asked for, none."""
+        needed = {"idle"} & self.probes.keys() or self.probes.keys()
+        if not needed or any(self.probes[reason] for reason in needed):
+            return None
+        reason, tried = next((r, self.tried[r]) for r in self.probes if r in needed)
+        cause = f"no probe can see {reason} resets on this kernel: " + "; ".join(f"{r}: {w}" for r, w in tried.items())
+        return NoProbe(cause, "cwndtrace doctor lists what is missing and how to fix it", tried)
+
 
 def choose(
     facts: Facts,
@@ -177,8 +186,6 @@ def choose(
 
     ``trial(probe, reason)`` loads and attaches the programs; it returns None, or why that failed. It is called only
     where the facts allow the probe, best probe first, until one works. ``forced`` names the only probe to consider.
-    Raises NoProbe, with what was tried, where ``reasons`` include ``idle`` and no probe sees it, or where no probe sees
-    any of them.
     """
     choice = Choice()
     for reason in reasons:
@@ -190,9 +197,4 @@ def choose(
                 choice.probes[reason] = probe.name
                 break
             tried[probe.name] = why
-    needed = {"idle"} & choice.probes.keys() or choice.probes.keys()
-    if needed and not any(choice.probes[reason] for reason in needed):
-        reason, tried = next((r, choice.tried[r]) for r in choice.probes if r in needed)
-        cause = f"no probe can see {reason} resets on this kernel: " + "; ".join(f"{r}: {w}" for r, w in tried.items())
-        raise NoProbe(cause, "cwndtrace doctor lists what is missing and how to fix it", tried)
     return choice

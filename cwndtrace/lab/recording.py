@@ -16,6 +16,7 @@ from cwndtrace.analysis import cost
 from cwndtrace.capture import stream
 from cwndtrace.capture.session import Session, describe
 from cwndtrace.capture.source import Filters
+from cwndtrace.errors import KernelLacks
 from cwndtrace.recorder import Observer, Recorder
 from cwndtrace.store import CaptureWriter
 from cwndtrace.trace import Trace
@@ -41,6 +42,8 @@ class Recording:
     def __enter__(self) -> Self:
         self.session: Session = stream.open_session(self._filters, probe=self._probe)
         try:
+            if not self.session.source.probes["idle"]:
+                raise KernelLacks(str(self.session.source.lacking), "cwndtrace doctor lists what is missing")
             about = describe(self.session, self._filters, self._version)
             self._writer = CaptureWriter.create(self._path, about, user=privileges.invoking_user())
         except BaseException:

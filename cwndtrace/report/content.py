@@ -89,6 +89,8 @@ def _caveats(trace: Trace, connections: pd.DataFrame) -> dict[str, list[str]]:
             f"{fmt.lost(lost['block_io'], 'block request')}, so figures may be too low, and more of the idle time may "
             "have been the disk's than is shown."
         )
+    if trace.about.guessed:
+        limits.append(f"{fmt.guessed(trace.about.guessed)}.")
     if not trace.block_recorded:
         limits.append(
             "Block I/O wasn't recorded, so a disk can't be told from the application as the cause of idle time."

@@ -104,12 +104,14 @@ class Meta:
     filters: Mapping[str, Any] = field(default_factory=dict)
     namespaces: Mapping[str, NamespaceSettings] = field(default_factory=dict)
     probes: Mapping[str, str | None] = field(default_factory=dict)
+    block_probe: str = ""
     devices: Mapping[str, str] = field(default_factory=dict)
     interfaces: Mapping[str, str] = field(default_factory=dict)
     counts: Mapping[str, Count] | None = None
     unwritten: Mapping[str, int] = field(default_factory=dict)
     parts: Mapping[str, tuple[Part, ...]] | None = None
     unchanged: int = 0
+    guessed: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     lossy: tuple[LossySpan, ...] = ()
     lacking: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class Meta:
                 if isinstance(each, dict)
             },
             probes={reason: _text(probe) or None for reason, probe in _named(raw.get("probes", raw.get("rungs")))},
+            block_probe=_text(raw.get("block_probe")),
             devices={number: _text(name) for number, name in _named(raw.get("devices")) if _text(name)},
             interfaces={index: _text(name) for index, name in _named(raw.get("interfaces")) if _text(name)},
             counts={event: _count(_mapping(each)) for event, each in _named(counts)}
@@ -147,6 +150,7 @@ class Meta:
             unwritten={table: _positive(rows) for table, rows in _named(raw.get("unwritten"))},
             parts={table: _parts(_mapping(each)) for table, each in _named(parts)} if isinstance(parts, dict) else None,
             unchanged=_positive(raw.get("unchanged")),
+            guessed=_positive(raw.get("guessed")),
             left_out={kind: number for kind, each in _named(raw.get("left_out")) if (number := _positive(each))},
             lossy=tuple(span for each in _list(raw.get("lossy")) for span in _lossy(_mapping(each))),
             lacking=tuple(line[:400] for each in _list(raw.get("lacking"))[:5] if (line := _text(each))),

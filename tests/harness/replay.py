@@ -29,6 +29,8 @@ def record(path: Path, source: Source, reads: Iterable[RawRecords]) -> None:
         "layout": {name: event(name).size for name in source.events},
         "probes": source.probes,
         "tried": source.tried,
+        "block_probe": source.block_probe,
+        "lacking": source.lacking,
         "counts": asdict(source.counts()),
     }
     with path.open("wb") as file:
@@ -50,6 +52,8 @@ class Replay:
             sizes = dict(head["layout"])
             self.probes: dict[str, str | None] = dict(head.get("probes", head.get("rungs")))
             self.tried: dict[str, dict[str, str]] = dict(head["tried"])
+            self.block_probe: str | None = head.get("block_probe")
+            self.lacking: str | None = head.get("lacking")
             self._counts = Counts(**head["counts"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e

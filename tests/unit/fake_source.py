@@ -17,6 +17,8 @@ class FakeSource:
     def __init__(self, *polls: list[RawRecords], last: list[RawRecords] | None = None) -> None:
         self.probes: dict[str, str | None] = {"idle": "sendmsg", "rto_loss": None, "app_limited": None}
         self.tried: dict[str, dict[str, str]] = {"idle": {"fentry": "refused"}}
+        self.block_probe: str | None = "block_io_start"
+        self.lacking: str | None = None
         self.count = Counts(lost=dict.fromkeys(self.events, 0))
         self.closed = False
         self.begun_ns = 0

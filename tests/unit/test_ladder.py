@@ -89,9 +89,8 @@ def test_a_probe_that_the_facts_rule_out_is_never_tried() -> None:
 
 
 def test_no_probe_names_what_was_tried() -> None:
-    with pytest.raises(NoProbe) as caught:
-        ladder.choose(Facts(), works)
-    error = caught.value
+    error = ladder.choose(Facts(), works).unseen()
+    assert isinstance(error, NoProbe)
     assert isinstance(error, KernelLacks)
     assert list(error.tried) == [probe.name for probe in ladder.PROBES]
     assert error.tried["tracepoint"] == "this kernel has no tracepoint tcp_cwnd_reset"
@@ -100,10 +99,17 @@ def test_no_probe_names_what_was_tried() -> None:
     assert "cwndtrace doctor" in error.remedy
 
 
-def test_no_probe_is_raised_if_the_kernel_loads_no_probe() -> None:
-    with pytest.raises(NoProbe) as caught:
-        ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), refuses(*ladder.BY_NAME))
-    assert set(caught.value.tried.values()) == {POLICY}
+def test_nothing_is_seen_if_the_kernel_loads_no_probe() -> None:
+    error = ladder.choose(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), refuses(*ladder.BY_NAME)).unseen()
+    assert error is not None
+    assert set(error.tried.values()) == {POLICY}
+
+
+def test_a_choice_that_sees_timeouts_alone_is_incomplete() -> None:
+    choice = ladder.choose(Facts(frozenset({"tcp_cong_state_set"}), frozenset(), False), works)
+    assert choice.probes == {"idle": None, "rto_loss": "sendmsg", "app_limited": None}
+    assert isinstance(choice.unseen(), NoProbe)
+    assert ladder.choose(Facts(frozenset({"tcp_cong_state_set"})), works, reasons=("rto_loss",)).unseen() is None
 
 
 @pytest.mark.parametrize("probe", ladder.BY_NAME)
@@ -114,13 +120,15 @@ def test_a_forced_probe_is_the_only_one_considered(probe: str) -> None:
 
 
 def test_a_forced_probe_that_fails_has_no_substitute() -> None:
-    with pytest.raises(NoProbe) as caught:
-        ladder.choose(Facts(NEW, NOT_INLINED, True), refuses("fentry"), forced="fentry")
-    assert caught.value.tried == {"fentry": POLICY}
+    error = ladder.choose(Facts(NEW, NOT_INLINED, True), refuses("fentry"), forced="fentry").unseen()
+    assert error is not None
+    assert error.tried == {"fentry": POLICY}
 
 
 def test_no_reasons_need_no_probe() -> None:
-    assert ladder.choose(Facts(), works, reasons=()).probes == {}
+    choice = ladder.choose(Facts(), works, reasons=())
+    assert choice.probes == {}
+    assert choice.unseen() is None
 
 
 def test_a_kernel_without_kprobes_lacks_the_probe_kprobe() -> None:

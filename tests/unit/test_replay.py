@@ -171,7 +171,7 @@ def test_lines_on_stderr_fit_the_terminal(capsys: pytest.CaptureFixture[str], mo
 
     def printed(width: str) -> tuple[list[str], str]:
         monkeypatch.setenv("COLUMNS", width)
-        _print_probes(session, target, verbose=False)
+        _print_probes(session.source, target, verbose=False)
         view = TextView(session, print_block=False, quiet=False)
         watch = InterfaceWatch(session, Filters(), None)
         console = Console(view, session, watch, what=target, quiet=False, stop_when_refused=False)
