@@ -195,6 +195,31 @@ static __always_inline void process_name(struct flight *f)
 	}
 }
 
+/*
+ * Returns an operation as events.h numbers it. These have other numbers in other kernels, stable releases included, in
+ * enum req_op or, before 6.0, req_opf. Each sum has one term that isn't 0, or none where there is no such operation.
+ */
+static __always_inline u8 operation(u8 op)
+{
+	if (op <= OP_SECURE_ERASE)
+		return op;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_APPEND, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_APPEND, 0))
+		return OP_ZONE_APPEND;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_OPEN, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_OPEN, 0))
+		return OP_ZONE_OPEN;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_CLOSE, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_CLOSE, 0))
+		return OP_ZONE_CLOSE;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_FINISH, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_FINISH, 0))
+		return OP_ZONE_FINISH;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_RESET, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_RESET, 0))
+		return OP_ZONE_RESET;
+	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_RESET_ALL, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_RESET_ALL, 0))
+		return OP_ZONE_RESET_ALL;
+	if (op == ENUMERATOR(req_op__REQ_OP_WRITE_SAME, 0) + ENUMERATOR(req_opf__REQ_OP_WRITE_SAME, 0))
+		return OP_WRITE_SAME;
+	return op;
+}
+
 static __always_inline void fill_record(struct block_io *r, const struct flight *f, u32 dev)
 {
 	r->start_ns = f->start_ns;
@@ -208,7 +233,7 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 	r->tgid = f->tgid;
 	r->tid = f->tid;
 	r->cpu = bpf_get_smp_processor_id();
-	r->op = f->cmd_flags;
+	r->op = operation(f->cmd_flags);
 	r->error = f->error;
 	__builtin_memcpy(r->comm, f->comm, sizeof(r->comm));
 }

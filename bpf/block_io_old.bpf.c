@@ -184,23 +184,6 @@ static __always_inline u8 status(s32 error)
 	return error < 0 ? BLK_STS_IOERR : error;
 }
 
-/*
- * Returns an operation as events.h and the newest kernels number it. These three had other numbers, in enum req_opf until
- * 5.19 and in req_op later; each sum has one term that isn't 0, or none where the kernel doesn't have the operation.
- */
-static __always_inline u8 operation(u8 op)
-{
-	if (op <= OP_SECURE_ERASE)
-		return op;
-	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_APPEND, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_APPEND, 0))
-		return OP_ZONE_APPEND;
-	if (op == ENUMERATOR(req_op__REQ_OP_ZONE_RESET, 0) + ENUMERATOR(req_opf__REQ_OP_ZONE_RESET, 0))
-		return OP_ZONE_RESET;
-	if (op == ENUMERATOR(req_op__REQ_OP_WRITE_SAME, 0) + ENUMERATOR(req_opf__REQ_OP_WRITE_SAME, 0))
-		return OP_WRITE_SAME;
-	return op;
-}
-
 int on_block_rq_complete(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 rq = argument(ctx, ARGUMENT(block_rq_complete, request));
@@ -220,7 +203,6 @@ int on_block_rq_complete(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (error)
 		f->error = status(error);
-	f->cmd_flags = (f->cmd_flags & ~0xff) | operation(f->cmd_flags);
 	disk = READ_OPT(u64, rq, request, rq_disk);	/* until 5.16 */
 	if (!disk)
 		disk = READ_OPT(u64, READ(u64, rq, request, q), request_queue, disk);

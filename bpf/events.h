@@ -36,6 +36,7 @@ enum ca_state {
 	CA_STATE_LOSS = 4,	/* recovering from a retransmission timeout */
 };
 
+/* The numbers of Linux 6.18; block.h translates those of other kernels. */
 enum op {
 	OP_READ = 0,		/* REQ_OP_READ */
 	OP_WRITE = 1,		/* REQ_OP_WRITE */
@@ -44,13 +45,14 @@ enum op {
 	OP_SECURE_ERASE = 5,	/* REQ_OP_SECURE_ERASE */
 	OP_ZONE_APPEND = 7,	/* REQ_OP_ZONE_APPEND */
 	OP_WRITE_ZEROES = 9,	/* REQ_OP_WRITE_ZEROES */
-	OP_ZONE_OPEN = 10,	/* REQ_OP_ZONE_OPEN */
-	OP_ZONE_CLOSE = 11,	/* REQ_OP_ZONE_CLOSE */
-	OP_ZONE_FINISH = 12,	/* REQ_OP_ZONE_FINISH */
-	OP_ZONE_RESET = 13,	/* REQ_OP_ZONE_RESET */
+	OP_ZONE_OPEN = 11,	/* REQ_OP_ZONE_OPEN */
+	OP_ZONE_CLOSE = 13,	/* REQ_OP_ZONE_CLOSE */
+	OP_ZONE_FINISH = 15,	/* REQ_OP_ZONE_FINISH */
+	OP_ZONE_RESET = 17,	/* REQ_OP_ZONE_RESET */
+	OP_ZONE_RESET_ALL = 19,	/* REQ_OP_ZONE_RESET_ALL */
 	OP_DRV_IN = 34,		/* REQ_OP_DRV_IN */
 	OP_DRV_OUT = 35,	/* REQ_OP_DRV_OUT */
-	OP_WRITE_SAME = 200,	/* REQ_OP_WRITE_SAME; its number, until Linux 5.17, is another operation's now */
+	OP_WRITE_SAME = 200,	/* REQ_OP_WRITE_SAME, until Linux 5.17; its number there is another operation's now */
 };
 
 enum blk_sts {
