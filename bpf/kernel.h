@@ -29,8 +29,18 @@
 	value_;										\
 })
 
+/* Reads an unsigned member whose width differs between kernels: at most 32 bits. */
+#define READ_NUMBER(base, type, member) ({						\
+	u32 value_ = 0;									\
+	_Static_assert(SIZE_##type##__##member <= sizeof(value_),			\
+		       #type "." #member " is too wide in this kernel");		\
+	bpf_probe_read_kernel(&value_, SIZE_##type##__##member,				\
+			      (const char *)(base) + OFF_##type##__##member);		\
+	value_;										\
+})
+
 /*
- * Does the same where the verifier knows base's type, as it does for a tp_btf program's arguments and the structures
+ * Does what READ does where the verifier knows base's type, as it does for a tp_btf program's arguments and the structures
  * that they lead to. It is a load, not a call. A fault reads 0.
  */
 #define LOAD(T, base, type, member) ({							\

@@ -16,9 +16,8 @@ static __always_inline bool restarts(const void *sk)
 
 	if (READ(u64, ca_ops, tcp_congestion_ops, cong_control))
 		return false;
-	/* The sysctl is an int in older kernels and a byte in newer ones. */
-	return READ_OPT(u8, net, net, ipv4__sysctl_tcp_slow_start_after_idle) ||
-	       READ_OPT(u32, net, net, ipv4__sysctl_tcp_slow_start_after_idle);
+	/* This is an int in older kernels and a byte in newer ones. */
+	return READ_NUMBER(net, net, ipv4__sysctl_tcp_slow_start_after_idle) != 0;
 }
 
 #endif

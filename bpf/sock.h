@@ -27,9 +27,15 @@ static __always_inline u32 sk_ifindex(const void *sk)
 	return dev ? READ(u32, dev, net_device, ifindex) : 0;
 }
 
+/*
+ * Returns the id of the socket's cgroup (v2); 0 where the kernel doesn't keep it (facts.check_sock_cgroups() refuses a filter by
+ * cgroup there). Before Linux 5.15 the pointer is in val, which is a number of cgroup v1's net_cls or net_prio instead
+ * if one of its two low bits is set: see sock_cgroup_ptr() of Linux 5.10's include/linux/cgroup.h.
+ */
 static __always_inline u64 sk_cgroup(const void *sk)
 {
-	u64 cgroup = READ_OPT(u64, sk, sock, sk_cgrp_data__cgroup);
+	u64 shared = READ_OPT(u64, sk, sock, sk_cgrp_data__val);
+	u64 cgroup = shared & 3 ? 0 : shared | READ_OPT(u64, sk, sock, sk_cgrp_data__cgroup);
 	u64 node = cgroup ? READ_OPT(u64, cgroup, cgroup, kn) : 0;
 
 	return node ? READ_OPT(u64, node, kernfs_node, id) : 0;

@@ -116,6 +116,8 @@ class Kernel:
         self._btf = btf.Btf.running()
         if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
             raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
+        if filters.cgroup is not None:
+            facts.check_sock_cgroups(self._btf)
         self._hz = facts.hz()
         self._resets: list[Program] = []
         self._refused: dict[str, str] = {}

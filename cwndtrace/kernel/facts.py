@@ -67,6 +67,17 @@ def ladder_facts(btf: Btf) -> ladder.Facts:
     )
 
 
+def check_sock_cgroups(btf: Btf) -> None:
+    """Raise KernelLacks where the kernel doesn't tell a socket's cgroup, so that a filter would let nothing through."""
+    # sk_cgroup() in bpf/sock.h reads these, and 0 where one is missing. Before Linux 5.15, ``val`` is the pointer.
+    pointer = btf.member("sock", "sk_cgrp_data.cgroup") or btf.member("sock", "sk_cgrp_data.val")
+    if not (pointer and btf.member("cgroup", "kn") and btf.member("kernfs_node", "id")):
+        raise KernelLacks(
+            "this kernel doesn't tell the cgroup of a connection (it has no CONFIG_SOCK_CGROUP_DATA)",
+            "select by --pid or --port, or boot a kernel with CONFIG_CGROUP_BPF=y",
+        )
+
+
 def lockdown() -> str:
     """Return the lockdown level in force ("none", "integrity", "confidentiality"), or "unknown" and the reason."""
     try:

@@ -11,7 +11,7 @@ from cwndtrace.errors import KernelLacks
 from cwndtrace.format import plural
 from cwndtrace.kernel.btf import Btf, Member
 
-_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_BITS|LOAD|LOAD_BYTE|AT)\(")
+_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_NUMBER|READ_BITS|LOAD|LOAD_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
 _ARGUMENT: Final = re.compile(r"\bARGUMENT\((\w+), (\w+)\)")

@@ -57,7 +57,7 @@ def test_members_are_found_in_each_macro_that_reads_them() -> None:
     text = """
         READ(u32, sk, sock, a); READ_OPT(u64, READ(u64, sk, sock, p), cgroup, kn);
         READ_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
-        LOAD(u32, tp, tcp_sock, c); LOAD_BYTE(AT(skb, sk_buff, cb), tcp_skb_cb, f);
+        LOAD(u32, tp, tcp_sock, c); READ_NUMBER(net, net, ipv4__d); LOAD_BYTE(AT(skb, sk_buff, cb), tcp_skb_cb, f);
     """
     assert sorted(offsets.members(text)) == sorted(
         [
@@ -69,6 +69,7 @@ def test_members_are_found_in_each_macro_that_reads_them() -> None:
             ("AT", "", "socket_alloc", "socket"),
             ("LOAD", "u32", "tcp_sock", "c"),
             ("LOAD_BYTE", "", "tcp_skb_cb", "f"),
+            ("READ_NUMBER", "", "net", "ipv4__d"),
             ("AT", "", "sk_buff", "cb"),
         ]
     )
@@ -122,6 +123,24 @@ def test_another_member_than_a_small_bitfield_is_refused(kernel: Btf) -> None:
 def test_a_missing_optional_member_has_size_0(kernel: Btf) -> None:
     defines = offsets.defines(kernel, "READ_OPT(u64, sk, sock, gone) READ_OPT(u32, sk, sock, a)")
     assert defines == {"OFF_sock__gone": 0, "SIZE_sock__gone": 0, "OFF_sock__a": 0, "SIZE_sock__a": 4}
+
+
+def test_a_number_may_have_any_width_but_not_be_missing(kernel: Btf) -> None:
+    defines = offsets.defines(kernel, "READ_NUMBER(sk, sock, a) READ_NUMBER(sk, sock, b)")
+    assert defines == {"OFF_sock__a": 0, "SIZE_sock__a": 4, "OFF_sock__b": 4, "SIZE_sock__b": 2}
+    with pytest.raises(KernelLacks, match=r"sock\.gone is missing"):
+        offsets.defines(kernel, "READ_NUMBER(sk, sock, gone)")
+
+
+def test_what_may_be_missing_is_checked_where_a_filter_needs_it() -> None:
+    # READ_OPT reads 0 in silence, so each of its members needs a check: these are those of facts.check_sock_cgroups().
+    text = "".join(offsets.active(file.read_text(encoding="utf-8"), ()) for file in sorted(bpf_dir().glob("*.*")))
+    assert {(m[2], m[3]) for m in offsets.members(text) if m[0] == "READ_OPT"} == {
+        ("sock", "sk_cgrp_data__cgroup"),
+        ("sock", "sk_cgrp_data__val"),
+        ("cgroup", "kn"),
+        ("kernfs_node", "id"),
+    }
 
 
 def test_an_enumerator_has_its_value_or_the_fallback(kernel: Btf) -> None:
