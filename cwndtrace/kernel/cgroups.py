@@ -15,19 +15,25 @@ from typing import Final
 from cwndtrace import _libc
 from cwndtrace.errors import NotFound
 
-_CGROUP2_SUPER_MAGIC: Final = 0x63677270
+# Types of file systems, from include/uapi/linux/magic.h.
+_CGROUP_SUPER_MAGIC, _CGROUP2_SUPER_MAGIC = 0x27E0EB, 0x63677270
 # These numbers are the same on every architecture.
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 1, 6
+_MOUNTS: Final = Path("/proc/self/mounts")
 _MOST_FOLDERS: Final = 65_536
 """The largest number of folders that ``ids`` looks at: a traced process may create any number of cgroups."""
 
 
-def mount_point(mounts: Path = Path("/proc/self/mounts")) -> Path:
+def _mounted(kind: str, mounts: Path) -> list[Path]:
+    """Return the mount points of a type of file system."""
+    lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return [Path(where) for _, where, found, *_ in map(str.split, lines) if found == kind]
+
+
+def mount_point(mounts: Path = _MOUNTS) -> Path:
     """Return the mount point of cgroup v2. Raises NotFound where it isn't mounted."""
-    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        _, where, kind, *_ = line.split()
-        if kind == "cgroup2":
-            return Path(where)
+    for where in _mounted("cgroup2", mounts):
+        return where
     raise NotFound("cgroup v2 isn't mounted", "mount -t cgroup2 none /sys/fs/cgroup")
 
 
@@ -66,23 +72,39 @@ def shown(folder: Path) -> str:
 def find(name: str) -> Path:
     """Return the folder of a cgroup, given as a path or relative to the mount point, as in /proc/PID/cgroup.
 
-    Raises NotFound, naming the mount point, where there is none.
+    Raises NotFound where there is none, naming the mount point, or saying that it is a cgroup v1.
     """
     top = root()
     for candidate in (top / name.lstrip("/"), Path(name).absolute()):
         with suppress(OSError, ValueError):
             os.close(_open(candidate))
             return candidate
+    for candidate in (Path(name).absolute(), *(where / name.lstrip("/") for where in _mounted("cgroup", _MOUNTS))):
+        with suppress(OSError, ValueError):
+            os.close(_open(candidate, _CGROUP_SUPER_MAGIC))
+            cause = f"{candidate} is a cgroup v1: the kernel tells only the cgroup v2 of connections and block requests"
+            raise NotFound(cause, _instead_of_version_1(top))
     where = top if top.parts[1] != "proc" else "the top of cgroup v2"
     raise NotFound(f"no cgroup {name}", f"give a folder below {where}, as in the last line of /proc/PID/cgroup")
 
 
-def _open(folder: Path) -> int:
+def _instead_of_version_1(top: Path) -> str:
+    with suppress(OSError):
+        fd = _open(top)
+        try:
+            if _below(fd, "."):
+                return "give the cgroup v2 of its processes, which the line 0:: of /proc/PID/cgroup has"
+        finally:
+            os.close(fd)
+    return "select by --pid or --port, or boot with systemd.unified_cgroup_hierarchy=1: all cgroups here are v1"
+
+
+def _open(folder: Path, kind: int = _CGROUP2_SUPER_MAGIC) -> int:
     """Return a descriptor of a cgroup's folder. Raises OSError for any other folder, whatever files it has."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     # struct statfs begins with the file system's type, a long.
     statfs = ctypes.create_string_buffer(512)
-    if _libc.lib.fstatfs(fd, statfs) == 0 and ctypes.c_long.from_buffer(statfs).value == _CGROUP2_SUPER_MAGIC:
+    if _libc.lib.fstatfs(fd, statfs) == 0 and ctypes.c_long.from_buffer(statfs).value == kind:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "not a cgroup", str(folder))

@@ -83,6 +83,22 @@ def test_a_cgroup_is_found_by_each_form_of_its_name(cgroup: Path) -> None:
     assert str(cgroups.mount_point()) in caught.value.remedy
 
 
+def test_a_cgroup_v1_is_named_as_one(cgroup: Path) -> None:
+    mounts = Path("/proc/self/mounts").read_text(encoding="ascii").splitlines()
+    mounted = [line.split()[1] for line in mounts if line.split()[2] == "cgroup" and "pids" in line.split()[3]]
+    if not mounted:
+        pytest.skip("no cgroup v1 is mounted; boot with systemd.unified_cgroup_hierarchy=0")
+    folder = Path(mounted[0], f"{cgroup.name}-v1")
+    folder.mkdir()
+    try:
+        for name in (folder.name, str(folder)):
+            with pytest.raises(NotFound, match=f"{folder} is a cgroup v1") as caught:
+                cgroups.find(name)
+            assert "0::" in caught.value.remedy
+    finally:
+        folder.rmdir()
+
+
 def test_cgroups_that_vanish_meanwhile_do_no_harm(cgroup: Path) -> None:
     stopped = threading.Event()
     rounds = [0]

@@ -3,12 +3,35 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+from pathlib import Path
+
 import pytest
 
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel import facts, offsets
 from cwndtrace.kernel.btf import Btf
 from tests.unit.btf_blob import Blob
+
+
+def test_hz_is_read_from_proc_config_gz(tmp_path: Path) -> None:
+    (tmp_path / "config.gz").write_bytes(gzip.compress(b"CONFIG_HZ_300=y\nCONFIG_HZ=300\n"))
+    assert facts.hz(proc=tmp_path) == 300
+
+
+def test_hz_is_read_from_boot_config(tmp_path: Path) -> None:
+    (tmp_path / f"config-{os.uname().release}").write_text("CONFIG_HZ=100\n")
+    assert facts.hz(boot=tmp_path, proc=tmp_path) == 100
+
+
+def test_an_unknown_hz_raises_kernel_lacks(tmp_path: Path) -> None:
+    with pytest.raises(KernelLacks, match="can't tell the kernel's HZ") as caught:
+        facts.hz(boot=tmp_path, proc=tmp_path)
+    assert "/boot" in caught.value.remedy
+
+
+# ---- the cgroup of a socket ----
 
 _SK_CGROUP = "READ_OPT(u64, sk, sock, sk_cgrp_data__val) READ_OPT(u64, sk, sock, sk_cgrp_data__cgroup)"
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Namespaces, cgroups and processes are found by name, and the kernel's HZ is read, without root."""
+"""Namespaces, cgroups and processes are found by name, without root."""
 
 from __future__ import annotations
 
-import gzip
 import os
 import socket
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 
 from cwndtrace.capture import target
 from cwndtrace.capture.source import Filters
-from cwndtrace.errors import KernelLacks, NotFound, UsageError
-from cwndtrace.kernel import cgroups, facts, netns, setns, sockets
+from cwndtrace.errors import NotFound, UsageError
+from cwndtrace.kernel import cgroups, netns, setns, sockets
 from cwndtrace.tcp import IDLE_SYSCTL
 
 
@@ -132,20 +131,26 @@ def test_a_folder_that_only_looks_like_a_cgroup_is_refused(tmp_path: Path) -> No
     assert cgroups.ids(tmp_path / "gone") == (set(), 0)
 
 
-# ---- facts -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("below", "remedy"), [(True, "0::"), (False, "unified_cgroup_hierarchy")])
+def test_a_cgroup_v1_is_refused_by_each_form_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: bool, remedy: str
+) -> None:
+    v1, v2 = tmp_path / "memory", tmp_path / "unified"
+    for folder in (v1 / "docker" / "x", v2 / "web" if below else v2):
+        folder.mkdir(parents=True)
 
+    def opened(folder: Path, kind: int = 2) -> int:
+        if (v2 if kind == 2 else v1) not in (folder, *folder.parents):
+            raise OSError
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
-def test_hz_is_read_from_proc_config_gz(tmp_path: Path) -> None:
-    (tmp_path / "config.gz").write_bytes(gzip.compress(b"CONFIG_HZ_300=y\nCONFIG_HZ=300\n"))
-    assert facts.hz(proc=tmp_path) == 300
-
-
-def test_hz_is_read_from_boot_config(tmp_path: Path) -> None:
-    (tmp_path / f"config-{os.uname().release}").write_text("CONFIG_HZ=100\n")
-    assert facts.hz(boot=tmp_path, proc=tmp_path) == 100
-
-
-def test_an_unknown_hz_raises_kernel_lacks(tmp_path: Path) -> None:
-    with pytest.raises(KernelLacks, match="can't tell the kernel's HZ") as caught:
-        facts.hz(boot=tmp_path, proc=tmp_path)
-    assert "/boot" in caught.value.remedy
+    monkeypatch.setattr(cgroups, "_CGROUP_SUPER_MAGIC", 1)
+    monkeypatch.setattr(cgroups, "_open", opened)
+    monkeypatch.setattr(cgroups, "_mounted", lambda kind, _: [v1] if kind == "cgroup" else [v2])
+    for name in ("docker/x", "/docker/x", str(v1 / "docker/x")):
+        with pytest.raises(NotFound, match=rf"{v1}/docker/x is a cgroup v1") as caught:
+            cgroups.find(name)
+        assert remedy in caught.value.remedy
+    with pytest.raises(NotFound, match="no cgroup docker/y"):
+        cgroups.find("docker/y")
+    assert cgroups.find("/") == v2
