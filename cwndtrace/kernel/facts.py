@@ -7,6 +7,7 @@ import gzip
 import platform
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,21 +21,25 @@ KPROBES: Final = Path("/sys/bus/event_source/devices/kprobe/type")
 _HZ_CHOICES: Final = (100, 250, 300, 1000)
 
 
-def hz(boot: Path = Path("/boot"), proc: Path = Path("/proc")) -> int:
+def hz(root: Path = Path("/")) -> int:
     """Return the timer ticks per second (CONFIG_HZ), from the kernel's configuration or else measured.
 
     The measurement takes 0.3 s. Raises KernelLacks where neither works.
     """
+    match = re.search(r"^CONFIG_HZ=(\d+)$", _configuration(root), re.MULTILINE)
+    return int(match[1]) if match else _measured_hz(root / "proc/timer_list")
+
+
+def _configuration(root: Path) -> str:
+    """Return the running kernel's configuration; an empty text where it is in no usual place."""
+    with suppress(OSError):
+        return gzip.decompress((root / "proc/config.gz").read_bytes()).decode()
     release = platform.release()
-    try:
-        text = gzip.decompress((proc / "config.gz").read_bytes()).decode()
-    except OSError:
-        try:
-            text = (boot / f"config-{release}").read_text()
-        except OSError:
-            return _measured_hz(proc / "timer_list")
-    match = re.search(r"^CONFIG_HZ=(\d+)$", text, re.MULTILINE)
-    return int(match[1]) if match else _measured_hz(proc / "timer_list")
+    # Debian's kernels from 7.x on have it beside their modules, as Fedora's have.
+    for file in (f"boot/config-{release}", f"usr/lib/modules/{release}/config", f"lib/modules/{release}/config"):
+        with suppress(OSError):
+            return (root / file).read_text(encoding="utf-8")
+    return ""
 
 
 def _measured_hz(timer_list: Path) -> int:
@@ -51,8 +56,8 @@ def _measured_hz(timer_list: Path) -> int:
             j1, t1 = jiffies()
     except OSError as e:
         raise KernelLacks(
-            f"can't tell the kernel's HZ: no config.gz in /proc, no config in /boot, {timer_list}: {e.strerror}",
-            "install the kernel's config file under /boot",
+            f"can't tell the kernel's HZ: no config in /proc, /boot or /lib/modules, and {timer_list}: {e.strerror}",
+            f"install the kernel's config file as /boot/config-{platform.release()}",
         ) from e
     rate = (j1 - j0) * 1e9 / (t1 - t0)
     return min(_HZ_CHOICES, key=lambda choice: abs(choice - rate))

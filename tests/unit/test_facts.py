@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,37 @@ from cwndtrace.kernel import facts, offsets
 from cwndtrace.kernel.btf import Btf
 from tests.unit.btf_blob import Blob
 
-
-def test_hz_is_read_from_proc_config_gz(tmp_path: Path) -> None:
-    (tmp_path / "config.gz").write_bytes(gzip.compress(b"CONFIG_HZ_300=y\nCONFIG_HZ=300\n"))
-    assert facts.hz(proc=tmp_path) == 300
+_RELEASE = os.uname().release
+_PLACES = (f"boot/config-{_RELEASE}", f"usr/lib/modules/{_RELEASE}/config", f"lib/modules/{_RELEASE}/config")
 
 
-def test_hz_is_read_from_boot_config(tmp_path: Path) -> None:
-    (tmp_path / f"config-{os.uname().release}").write_text("CONFIG_HZ=100\n")
-    assert facts.hz(boot=tmp_path, proc=tmp_path) == 100
+@pytest.mark.parametrize("rate", [100, 250, 300, 1000])
+@pytest.mark.parametrize("place", ["proc/config.gz", *_PLACES])
+def test_hz_is_read_from_the_kernels_configuration(tmp_path: Path, place: str, rate: int) -> None:
+    text = f"# CONFIG_HZ_PERIODIC is not set\nCONFIG_HZ_{rate}=y\nCONFIG_HZ={rate}\n".encode()
+    file = tmp_path / place
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
+    assert facts.hz(tmp_path) == rate
+
+
+@pytest.mark.parametrize("rate", [100, 250, 300, 1000])
+def test_hz_is_measured_where_there_is_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
+    clock = [5.0]
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/timer_list").touch()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"now at 1 nsecs\njiffies: {int(clock[0] * rate)}\n")
+    monkeypatch.setattr(facts, "_configuration", lambda _: "")
+    monkeypatch.setattr(time, "monotonic_ns", lambda: int(clock[0] * 1e9))
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert facts.hz(tmp_path) == rate
 
 
 def test_an_unknown_hz_raises_kernel_lacks(tmp_path: Path) -> None:
     with pytest.raises(KernelLacks, match="can't tell the kernel's HZ") as caught:
-        facts.hz(boot=tmp_path, proc=tmp_path)
+        facts.hz(tmp_path)
     assert "/boot" in caught.value.remedy
 
 
