@@ -64,7 +64,7 @@ class Btf:
         except OSError as e:
             raise KernelLacks(
                 f"no BTF: {path}: {e.strerror}",
-                "use a kernel with CONFIG_DEBUG_INFO_BTF=y (the stock kernels of Debian 11+, Ubuntu 20.10+, Fedora)",
+                "use a kernel with CONFIG_DEBUG_INFO_BTF=y (as the stock kernels of Debian 12, Ubuntu 22.04, Fedora)",
             ) from e
 
     def _index(self) -> None:
