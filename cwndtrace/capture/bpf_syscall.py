@@ -181,6 +181,8 @@ def attach_kprobe(prog_fd: int, function: str, back: bool) -> int:
     except OSError as e:
         if e.errno in (errno.EPERM, errno.ENOSYS):
             raise
+        if e.errno == errno.EACCES:
+            raise OSError(e.errno, "refused by kernel.perf_event_paranoid without CAP_SYS_ADMIN") from e
         raise OSError(e.errno, f"not traceable ({e.strerror})") from e
     try:
         link = _bpf(_LINK_CREATE, _LinkCreate(prog_fd, event, _PERF_EVENT))

@@ -21,7 +21,7 @@ from cwndtrace.capture.source import Filters
 from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
 from cwndtrace.format import clean, plural
-from cwndtrace.kernel import btf, facts, ladder, netns
+from cwndtrace.kernel import btf, facts, ladder, netns, permission
 from cwndtrace.present import ahead as ahead_in_words
 from cwndtrace.tcp import IDLE_SYSCTL
 
@@ -94,6 +94,7 @@ def examine() -> Findings:
     ]
     first = _connections()
     allowed = _may_load(rows)
+    rows.append(_perf_events())
     kernel = _read_btf(rows)
     bcc_works = _bcc_works(rows)
     probes = _try_probes(rows, kernel) if kernel is not None and bcc_works and allowed else None
@@ -122,6 +123,18 @@ def _may_load(rows: list[Fact]) -> bool:
         return False
     rows.append(Fact("permission", "this process may load BPF programs for tracing"))
     return True
+
+
+def _perf_events() -> Fact:
+    """Return what kernel.perf_event_paranoid means for the probe kprobe. The others don't use perf_event_open(2)."""
+    name = "perf_event_paranoid"
+    level, allowed = permission.perf_events()
+    if level is None:
+        return Fact(name, "this kernel has no perf events, so no kprobes", LACK)
+    if not allowed:
+        cause = "with Debian's and Ubuntu's kernels, kprobes need CAP_SYS_ADMIN then, which this process lacks"
+        return Fact(name, f"{level}: {cause}", LACK, "run as root, or: sysctl kernel.perf_event_paranoid=2")
+    return Fact(name, f"{level}: allows this process perf_event_open(2), with which kprobes are made")
 
 
 def _read_btf(rows: list[Fact]) -> btf.Btf | None:

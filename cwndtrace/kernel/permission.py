@@ -14,15 +14,36 @@ from cwndtrace.kernel import facts
 
 _NEEDED: Final = {privileges.BPF: "CAP_BPF", privileges.PERFMON: "CAP_PERFMON"}
 _SELF: Final = Path("/proc/self")
+_SYSCTLS: Final = Path("/proc/sys/kernel")
+_DEBIAN_RESTRICTED: Final = 3
 _DESCRIPTORS: Final = 128
 """The most descriptors that maps, programs, attachments and the compiler take."""
+
+
+def _holds(status: str, capability: int) -> bool:
+    return int(_field(status, "CapEff") or "0", 16) >> capability & 1 == 1
+
+
+def perf_events(process: Path = _SELF, sysctls: Path = _SYSCTLS) -> tuple[int | None, bool]:
+    """Return kernel.perf_event_paranoid (None without perf events), and whether this process may make kprobes then.
+
+    Linux itself wants CAP_PERFMON for them, as for loading the programs. Debian's kernels have a patch (Ubuntu's a
+    similar one) that from 3 on, Debian's default, refuses perf_event_open(2) with EACCES without CAP_SYS_ADMIN.
+    """
+    try:
+        level = int((sysctls / "perf_event_paranoid").read_text(encoding="ascii"))
+    except OSError:
+        return None, False
+    status = (process / "status").read_text(encoding="utf-8", errors="replace")
+    return level, level < _DEBIAN_RESTRICTED or _holds(status, privileges.SYS_ADMIN)
 
 
 def check(process: Path = _SELF, lockdown: str | None = None) -> None:
     """Raise PermissionNeeded or KernelLacks, with cause and remedy, where the kernel would refuse to load programs."""
     status = (process / "status").read_text(encoding="utf-8", errors="replace")
-    held = int(_field(status, "CapEff") or "0", 16)
-    lacking = [] if held >> privileges.SYS_ADMIN & 1 else [name for bit, name in _NEEDED.items() if not held >> bit & 1]
+    lacking = [name for capability, name in _NEEDED.items() if not _holds(status, capability)]
+    if _holds(status, privileges.SYS_ADMIN):
+        lacking = []
     if (process / "uid_map").read_text(encoding="ascii").split() != ["0", "0", "4294967295"]:
         raise PermissionNeeded(
             "root in a user namespace, as in a rootless container, has no right to trace the kernel",

@@ -46,6 +46,24 @@ def test_insufficient_permission_raises_an_error_with_a_remedy(
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("level", "held", "allowed"),
+    [
+        (None, (1 << 41) - 1, False),
+        (2, 1 << 38 | 1 << 39, True),
+        (3, 1 << 38 | 1 << 39, False),
+        (4, 1 << 38 | 1 << 39, False),
+        (3, 1 << 21, True),
+    ],
+)
+def test_debian_keeps_kprobes_from_processes_without_cap_sys_admin(
+    tmp_path: Path, level: int | None, held: int, allowed: bool
+) -> None:
+    if level is not None:
+        (tmp_path / "perf_event_paranoid").write_text(f"{level}\n")
+    assert permission.perf_events(process(tmp_path, held), tmp_path) == (level, allowed)
+
+
 def test_a_seccomp_filter_is_named(tmp_path: Path) -> None:
     error = permission.refused(process(tmp_path, (1 << 41) - 1, seccomp=2))
     assert error is not None
