@@ -2,6 +2,7 @@
 /* Traces resets with kprobe and kretprobe: notes the window on entry to the kernel's function, compares on return. */
 #include <uapi/linux/ptrace.h>
 
+#include "follow_programs.h"
 #include "reset.h"
 #include "window_before.h"
 
@@ -15,16 +16,32 @@ struct frame {
 };
 BPF_HASH(frames, struct frame, struct before, 16384);
 
-int kprobe_in(struct pt_regs *ctx)
+static __always_inline int kprobe_in(struct pt_regs *ctx, u8 reason)
 {
 	struct frame key = {.tid = bpf_get_current_pid_tgid(), .sp = PT_REGS_SP(ctx)};
-	struct before b = note_before((const void *)PT_REGS_PARM1(ctx));
+	struct before b = note_before((const void *)PT_REGS_PARM1(ctx), reason);
 
 	if (frames.update(&key, &b))
 		count(lost, 1);
 	return 0;
 }
 
+int kprobe_in_idle(struct pt_regs *ctx)
+{
+	return kprobe_in(ctx, REASON_IDLE);
+}
+
+int kprobe_in_rto_loss(struct pt_regs *ctx)
+{
+	return kprobe_in(ctx, REASON_RTO_LOSS);
+}
+
+int kprobe_in_app_limited(struct pt_regs *ctx)
+{
+	return kprobe_in(ctx, REASON_APP_LIMITED);
+}
+
+/* Serves all functions: what was noted on entry says which one it was. */
 int kprobe_out(struct pt_regs *ctx)
 {
 	struct frame key = {.tid = bpf_get_current_pid_tgid(), .sp = PT_REGS_SP(ctx) - FRAME_SHIFT};
@@ -34,7 +51,7 @@ int kprobe_out(struct pt_regs *ctx)
 		count(lost, 1);
 		return 0;
 	}
-	emit_fallen((const void *)b->sk, PROBE_KPROBE, b->cwnd, b->ssthresh, b->idle, 0);
+	emit_fallen((const void *)b->sk, b->reason, PROBE_KPROBE, b->cwnd, b->ssthresh, b->idle, 0);
 	frames.delete(&key);
 	return 0;
 }

@@ -3,6 +3,7 @@
  * Traces idle resets with tcp:tcp_sendmsg_locked: applies the kernel's rule before the kernel does, and has the next
  * transmit confirm the result.
  */
+#include "cong_state.h"
 #include "reset.h"
 #include "restart.h"
 
@@ -71,7 +72,7 @@ static __always_inline void settle(const void *sk)
 		/* The kernel saw at least the first tick after the RTO. */
 		if (r->idle_us <= r->rto_us)
 			r->idle_us = r->rto_us + jiffies_to_us(1);
-		emit(r);
+		emit(r, REASON_IDLE);
 	} else if (r->idle_us > r->rto_us) {
 		count(withdrawn, 1);
 	}
@@ -89,7 +90,7 @@ static __always_inline void expect_restart(const void *sk)
 	if (!restarts(sk) || !wanted(sk))
 		return;
 	fill_from_sock(&r, sk);
-	r.reason = REASON;
+	r.reason = REASON_IDLE;
 	r.probe = PROBE_SENDMSG;
 	r.cwnd_before = r.cwnd_after;
 	r.ssthresh_before = r.ssthresh_after;
@@ -111,7 +112,11 @@ int on_tcp_sendmsg_locked(struct bpf_raw_tracepoint_args *ctx)
 	u64 skb;
 
 	settle(sk);
-	on_write(sk);
+	/*
+	 * Not sk: bcc turns loads from a variable that it knows to hold an argument into calls, and fails where a macro
+	 * expands to them.
+	 */
+	on_write((const void *)ctx->args[0]);
 	if (!tp || !idle_for_rto(tp))
 		return 0;
 	skb = argument(ctx, 2);
@@ -128,7 +133,7 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 	const void *sk = (const void *)ctx->args[0], *tp = bpf_skc_to_tcp_sock((void *)sk);
 
 	settle(sk);
-	on_ack(sk, ctx->args[1]);
+	on_ack((const void *)ctx->args[0], ctx->args[1]);
 	/* A closed window held data back. The kernel checks when it opens, in tcp_ack_update_window(). */
 	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
 	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && idle_for_rto(tp))
@@ -150,5 +155,11 @@ int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 {
 	settle((const void *)ctx->args[0]);
 	forget((const void *)ctx->args[0]);
+	return 0;
+}
+
+int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
+{
+	entered_state(ctx, PROBE_SENDMSG);
 	return 0;
 }

@@ -3,8 +3,10 @@
  * Traces idle resets with tcp:tcp_probe: compares the window that the last ACK left with the one that the next burst
  * starts with.
  */
+#include "cong_state.h"
 #include "reset.h"
 #include "restart.h"
+#include "write_programs.h"
 
 /* ports and bytes_acked show whether this is still the same connection: the memory of a freed socket is used again. */
 struct window {
@@ -218,7 +220,13 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 	w->lsndtime = READ(u32, sk, tcp_sock, lsndtime);
 	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)READ(u32, sk, inet_connection_sock, icsk_rto) &&
 	    READ_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts((const void *)sk))
-		emit_fallen((const void *)sk, PROBE_TCP_PROBE, cwnd, ssthresh, w->lsndtime - lsndtime,
-			    bytes_under_way((const void *)sk));
+		emit_fallen((const void *)sk, REASON_IDLE, PROBE_TCP_PROBE, cwnd, ssthresh,
+			    w->lsndtime - lsndtime, bytes_under_way((const void *)sk));
+	return 0;
+}
+
+int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
+{
+	entered_state(ctx, PROBE_TCP_PROBE);
 	return 0;
 }

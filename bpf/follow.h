@@ -95,7 +95,7 @@ static __always_inline void start_following(const struct cwnd_reset *r, u32 chai
 	f->r.srtt_us = r->srtt_us;
 	f->r.netns_ino = r->netns_ino;
 	f->r.ssthresh_end = r->ssthresh_after;
-	f->r.reason = REASON;
+	f->r.reason = r->reason;
 	f->r.outcome = OUTCOME_CAPTURE_END;
 	f->slow_start = slow_start;
 	f->acked_ns = r->ts_ns;
@@ -266,31 +266,6 @@ static __always_inline void forget(const void *sock)
 	if (READ(u32, sock, tcp_sock, data_segs_out))
 		update_record(f, sk);
 	end_following(sk, f, f->r.outcome == OUTCOME_LOSS ? OUTCOME_LOSS : OUTCOME_CLOSED, bpf_ktime_get_ns());
-}
-
-/* These programs serve the probes that need their tracepoints for nothing else. */
-int on_tcp_probe_follow(struct bpf_raw_tracepoint_args *ctx)
-{
-	on_ack((const void *)ctx->args[0], ctx->args[1]);
-	return 0;
-}
-
-int on_write_follow(struct bpf_raw_tracepoint_args *ctx)
-{
-	on_write((const void *)ctx->args[0]);
-	return 0;
-}
-
-int on_wrote_follow(struct bpf_raw_tracepoint_args *ctx)
-{
-	on_wrote((const void *)ctx->args[0]);
-	return 0;
-}
-
-int on_tcp_destroy_sock_follow(struct bpf_raw_tracepoint_args *ctx)
-{
-	forget((const void *)ctx->args[0]);
-	return 0;
 }
 
 #endif

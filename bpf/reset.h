@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Checks a reset that a probe has found, passes it to user space and follows its socket. Each probe is a program of its
- * own, cwnd_reset_*.bpf.c, which is compiled once for each reason that it traces, with -DREASON.
+ * Checks a reset that a probe has found, passes it to user space and follows its socket. Each probe has a source of its
+ * own, cwnd_reset_*.bpf.c, with the programs for every reason that it can trace.
  */
 #ifndef CWNDTRACE_RESET_H
 #define CWNDTRACE_RESET_H
@@ -12,7 +12,8 @@
 /* This has room for one reset of each of 10,000 connections at once. cwndtrace/capture/live.py sets RESET_PAGES. */
 BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
 
-static __always_inline void emit(struct cwnd_reset *r)
+/* The reason is r's own. As an argument it is a constant in most places, which makes the program smaller. */
+static __always_inline void emit(struct cwnd_reset *r, u8 reason)
 {
 	if (r->cwnd_after >= r->cwnd_before) {
 		count(unchanged, 1);
@@ -25,7 +26,7 @@ static __always_inline void emit(struct cwnd_reset *r)
 	if (cwnd_resets.ringbuf_output(r, sizeof(*r), 0))
 		count(lost, 1);
 	/* After a timeout, the window isn't expected to return to its former size. */
-	if (REASON != REASON_RTO_LOSS)
+	if (reason != REASON_RTO_LOSS)
 		follow(r);
 }
 
@@ -33,7 +34,7 @@ static __always_inline void emit(struct cwnd_reset *r)
  * Emits a reset whose window has just fallen, so that the socket has the values from after it. burst is the number of
  * bytes sent since then, which don't belong in the record.
  */
-static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_before, u32 ssthresh_before,
+static __always_inline void emit_fallen(const void *sk, u8 reason, u8 probe, u32 cwnd_before, u32 ssthresh_before,
 					u32 idle, u32 burst)
 {
 	struct cwnd_reset r = {};
@@ -43,17 +44,17 @@ static __always_inline void emit_fallen(const void *sk, u8 probe, u32 cwnd_befor
 	fill_from_sock(&r, sk);
 	r.bytes_sent -= burst;
 	r.idle_us = jiffies_to_us(idle);
-	r.reason = REASON;
+	r.reason = reason;
 	r.probe = probe;
 	r.cwnd_before = cwnd_before;
 	r.ssthresh_before = ssthresh_before;
-	if (REASON == REASON_RTO_LOSS) {
+	if (reason == REASON_RTO_LOSS) {
 		r.ca_state = TCP_CA_LOSS;
 		/* lsndtime isn't set while only a SYN has been sent. */
 		if (!READ(u32, sk, tcp_sock, data_segs_out))
 			r.idle_us = 0;
 	}
-	emit(&r);
+	emit(&r, reason);
 }
 
 #endif

@@ -10,16 +10,17 @@ struct before {
 	u32 cwnd;
 	u32 ssthresh;
 	u32 idle;
-	u32 unused;
+	u32 reason;
 };
 
-static __always_inline struct before note_before(const void *sk)
+static __always_inline struct before note_before(const void *sk, u8 reason)
 {
 	struct before b = {
 		.sk = (u64)sk,
 		.cwnd = READ(u32, sk, tcp_sock, snd_cwnd),
 		.ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh),
 		.idle = sk_idle(sk),
+		.reason = reason,
 	};
 
 	return b;

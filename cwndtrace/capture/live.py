@@ -120,6 +120,7 @@ class Kernel:
             facts.check_sock_cgroups(self._btf)
         self._hz = facts.hz()
         self._resets: list[Program] = []
+        self._of_probe: dict[str, Program] = {}
         self._refused: dict[str, str] = {}
         self.events: tuple[str, ...] = tuple(_RINGS)
         self.block_probe: str | None = None
@@ -138,7 +139,8 @@ class Kernel:
         self._stopped = False
         try:
             self._facts = facts.ladder_facts(self._btf)
-            chosen = ladder.choose(self._facts, self._try, probe, reasons)
+            self._reasons = tuple(reasons)
+            chosen = ladder.choose(self._facts, self._try, probe, self._reasons)
             self.probes, self.tried = chosen.probes, chosen.tried
             unseen = chosen.unseen()
             if unseen is not None and (block is False or probe is not None):
@@ -155,29 +157,35 @@ class Kernel:
     def _try(self, probe: str, reason: str) -> str | None:
         if probe in self._refused:
             return self._refused[probe]
-        sizes = {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
-        defines = _filter_defines(self._filters) | {"REASON": code("reason", reason)} | sizes
-        defines["PROBE"] = code("probe", probe)
         attachments = ladder.attachments(self._facts, ladder.BY_NAME[probe], reason)
-        by_state = any(a.target == "tcp_cong_state_set" for a in attachments)
-        source = bpf_dir() / f"cwnd_reset_{'cong_state' if by_state else probe}.bpf.c"
-        program = None
+        program = self._of_probe.get(probe)
         try:
-            program = bcc.build(source, self._btf, self._hz, defines)
+            if program is None:
+                program = self._build(probe)
             program.attach(attachments, self._btf)
-            for name, table in _RINGS.items():
-                self._open(program, table, partial(self._record, name))
+            if probe not in self._of_probe:
+                for name, table in _RINGS.items():
+                    self._open(program, table, partial(self._record, name))
         except KernelLacks as e:
-            if program is not None:
+            if program is not None and probe not in self._of_probe:
                 program.close()
             if "policy" in e.cause:
                 self._refused[probe] = e.cause
             return e.cause
-        self._resets.append(program)
+        if probe not in self._of_probe:
+            self._of_probe[probe] = program
+            self._resets.append(program)
         if (probe, reason) == ("tcp_probe", "idle"):
             program.load(_REFRESH)
             self._refreshed_here.append(program)
         return None
+
+    def _build(self, probe: str) -> Program:
+        """Return a probe's programs, for all reasons: compiling takes longer than all else."""
+        defines = _filter_defines(self._filters) | {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
+        if probe == "tracepoint":
+            defines["REASONS"] = sum(1 << code("reason", reason) for reason in self._reasons)
+        return bcc.build(bpf_dir() / f"cwnd_reset_{probe}.bpf.c", self._btf, self._hz, defines)
 
     def _begin_block(self, program: BlockProgram | None, unseen: NoProbe | None, *, needed: bool) -> None:
         """Load the block program, or set ``lacking``. ``unseen`` is the error if no reset can be seen either."""

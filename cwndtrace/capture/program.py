@@ -35,6 +35,7 @@ class Program:
         self._maps: dict[str, tuple[int, Map]] = {}
         self._fds: list[int] = []
         self._loaded: dict[str, int] = {}
+        self._attached: set[ladder.Attachment] = set()
         self._links: list[int] = []
         self._kprobes: list[int] = []
         self._kprobes_missed = 0
@@ -51,14 +52,21 @@ class Program:
             raise KernelLacks(f"the BPF map {m.name} can't be created: {e.strerror}") from e
 
     def attach(self, attachments: tuple[ladder.Attachment, ...], kernel: btf.Btf) -> None:
-        """Load and attach programs. Raises KernelLacks, with the reason, where the kernel refuses one."""
-        for a in attachments:
+        """Load and attach programs, except for those attached already.
+
+        Raises KernelLacks, with the reason, where the kernel refuses one, and leaves none of them attached then.
+        """
+        links, kprobes = len(self._links), len(self._kprobes)
+        new = [a for a in attachments if a not in self._attached]
+        for a in new:
             try:
                 self._attach(a, kernel)
             except OSError as e:
+                self._detach(links, kprobes)
                 policy = e.errno == errno.EPERM and os.geteuid() == 0
                 why = f"refused by this system's policy ({e.strerror})" if policy else e.strerror
                 raise KernelLacks(f"{a.kind} {a.target}: {why}") from e
+        self._attached.update(new)
 
     def _attach(self, a: ladder.Attachment, kernel: btf.Btf) -> None:
         if a.kind == "raw_tracepoint":
@@ -68,14 +76,15 @@ class Program:
             fd = self._load(a.program, self._image.programs[a.program], bpf.TRACING, bpf.TRACE_RAW_TP, target)
             self._links.append(bpf.attach(fd))
         elif a.kind in ("fentry", "fexit"):
-            prefix, place = ("kfunc__", bpf.TRACE_FENTRY) if a.kind == "fentry" else ("kretfunc__", bpf.TRACE_FEXIT)
+            place = bpf.TRACE_FENTRY if a.kind == "fentry" else bpf.TRACE_FEXIT
             target = kernel.function_id(a.target) or 0
-            # Newer versions of bcc put the module's name (vmlinux) between prefix and function.
-            names = (n for n in self._image.programs if n.startswith(prefix) and n.endswith(f"__{a.program}"))
-            fd = self._load(a.program, self._image.programs[next(names)], bpf.TRACING, place, target)
+            # A program is loaded for one function, so that one which serves several is loaded for each.
+            name = f"{a.program} {a.target}"
+            fd = self._load(name, self._image.programs[a.program], bpf.TRACING, place, target)
             self._links.append(bpf.attach(fd))
         else:
-            fd = self._load(a.program, self._image.programs[a.program], bpf.KPROBE)
+            # One kprobe program may serve several functions.
+            fd = self._loaded.get(a.program) or self._load(a.program, self._image.programs[a.program], bpf.KPROBE)
             self._kprobes.append(bpf.attach_kprobe(fd, a.target, a.kind == "kretprobe"))
 
     def load(self, program: str) -> int:
@@ -184,9 +193,14 @@ class Program:
 
     def detach(self) -> None:
         """Detach all programs. Maps and counters stay readable."""
-        while self._links:
+        self._detach(0, 0)
+        self._attached.clear()
+
+    def _detach(self, links: int, kprobes: int) -> None:
+        """Detach programs until so many links and kprobes are left, the oldest."""
+        while len(self._links) > links:
             os.close(self._links.pop())
-        while self._kprobes:
+        while len(self._kprobes) > kprobes:
             link = self._kprobes.pop()
             self._kprobes_missed += bpf.kprobe_missed(link)
             os.close(link)

@@ -164,7 +164,7 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
     here = facts.ladder_facts(kernel)
     worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
     for probe in ladder.PROBES:
-        results = {r: ladder.lacks(here, probe, r) or _try_probe(probe.name, r) for r in ladder.REASONS}
+        results = _try_probe(here, probe)
         for reason, why in results.items():
             if why is None and worked[reason] is None:
                 worked[reason] = probe.name
@@ -191,14 +191,23 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
     return worked if worked["idle"] else None
 
 
-def _try_probe(probe: str, reason: str) -> str | None:
-    try:
-        live.Kernel(probe=probe, block=False, reasons=(reason,)).close()
-    except NoProbe as e:
-        return e.tried[probe]
-    except CwndtraceError as e:
-        return e.cause
-    return None
+def _try_probe(here: ladder.Facts, probe: ladder.Probe) -> dict[str, str | None]:
+    """Return for each reason why the probe doesn't see it, or None where it does."""
+    results = {reason: ladder.lacks(here, probe, reason) for reason in ladder.REASONS}
+    untried = [reason for reason, why in results.items() if why is None]
+    # Usually one Kernel tries all of them. Where it ends with the first that fails, the next one tries the others.
+    while untried:
+        try:
+            kernel = live.Kernel(probe=probe.name, block=False, reasons=untried)
+        except NoProbe as e:
+            results[untried[0]] = e.tried[probe.name]
+            untried = untried[1:]
+        except CwndtraceError as e:
+            return results | dict.fromkeys(untried, e.cause)
+        else:
+            kernel.close()
+            return results | {reason: kernel.tried[reason].get(probe.name) for reason in untried}
+    return results
 
 
 def _remedy(probe: str, why: str) -> str:

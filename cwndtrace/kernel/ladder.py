@@ -85,13 +85,16 @@ PROBES: Final = (
     Probe(
         "fentry",
         "exact",
-        {r: (Attachment("fentry", f, f), Attachment("fexit", f, f), *_FOLLOWED[r]) for r, f in FUNCTIONS.items()},
+        {
+            r: (Attachment("fentry", f, f"fentry_in_{r}"), Attachment("fexit", f, "fentry_out"), *_FOLLOWED[r])
+            for r, f in FUNCTIONS.items()
+        },
     ),
     Probe(
         "kprobe",
         "exact",
         {
-            r: (Attachment("kretprobe", f, "kprobe_out"), Attachment("kprobe", f, "kprobe_in"), *_FOLLOWED[r])
+            r: (Attachment("kretprobe", f, "kprobe_out"), Attachment("kprobe", f, f"kprobe_in_{r}"), *_FOLLOWED[r])
             for r, f in FUNCTIONS.items()
         },
     ),

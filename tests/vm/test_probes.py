@@ -163,7 +163,7 @@ def test_calls_that_a_kprobe_missed_count_as_lost() -> None:
     kernel = Kernel(probe="kprobe", block=False, reasons=("idle",))
     try:
         (program,) = kernel._resets
-        fd = program._loaded["kprobe_in"]
+        fd = program._loaded["kprobe_in_idle"]
         links = [attach_kprobe(fd, function, False) for function in ("__x64_sys_getppid", "update_process_times")]
         program._kprobes += links
 
