@@ -132,14 +132,17 @@ def test_a_number_may_have_any_width_but_not_be_missing(kernel: Btf) -> None:
         offsets.defines(kernel, "READ_NUMBER(sk, sock, gone)")
 
 
-def test_what_may_be_missing_is_checked_where_a_filter_needs_it() -> None:
-    # READ_OPT reads 0 in silence, so each of its members needs a check: these are those of facts.check_sock_cgroups().
+def test_what_may_be_missing_is_checked_or_has_an_alternative() -> None:
+    # READ_OPT reads 0 in silence. Those of sockets are checked by facts.check_sock_cgroups(). A request has its disk
+    # itself, or else its queue has it.
     text = "".join(offsets.active(file.read_text(encoding="utf-8"), ()) for file in sorted(bpf_dir().glob("*.*")))
     assert {(m[2], m[3]) for m in offsets.members(text) if m[0] == "READ_OPT"} == {
         ("sock", "sk_cgrp_data__cgroup"),
         ("sock", "sk_cgrp_data__val"),
         ("cgroup", "kn"),
         ("kernfs_node", "id"),
+        ("request", "rq_disk"),
+        ("request_queue", "disk"),
     }
 
 
