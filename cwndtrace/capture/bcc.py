@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.connection import Connection
@@ -37,6 +37,7 @@ _INSTALL: Final = (
 )
 _RECORD_MAPS: Final = (b"counters", b"slabs", b"slots")
 """Maps whose values are read field by field: by capture.live, and ``slots`` by the tests."""
+_PATIENCE_S: Final = 1.0
 _INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
 # Bytes of the stack that a call's return address takes (bpf/cwnd_reset_kprobe.bpf.c); 0 on machines not listed.
 _FRAME_SHIFT: Final = {"x86_64": 8}
@@ -125,8 +126,17 @@ def expanded(source: Path) -> str:
     return expand(source)
 
 
-def build(source: Path, kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Program:
-    """Return a BPF source as a program for this kernel, compiled only if the cache doesn't hold it."""
+def silent(_: str) -> None:
+    """Announce nothing."""
+
+
+def build(
+    source: Path, kernel: btf.Btf, hz: int, defines: dict[str, int], announce: Callable[[str], None] = silent
+) -> Program:
+    """Return a BPF source as a program for this kernel, compiled only if the cache doesn't hold it.
+
+    ``announce`` is told what is being done if compiling takes more than a second.
+    """
     folder, machine = bpf_dir(), platform.machine()
     text = expanded(source)
     macros = offsets.defines(kernel, offsets.active(text, defines)) | defines | {"CWT_HZ": hz}
@@ -137,7 +147,7 @@ def build(source: Path, kernel: btf.Btf, hz: int, defines: dict[str, int]) -> Pr
     key = program_cache.key(*(part.encode() for part in inputs), _headers(), _compiler())
     image = program_cache.load(key)
     if image is None:
-        image = _compile_in_child(text, [*flags, f"-I{folder}"], source.name)
+        image = _compile_in_child(text, [*flags, f"-I{folder}"], source.name, announce)
         program_cache.keep(key, image)
     return Program(image)
 
@@ -166,7 +176,7 @@ def _library() -> Any:
     return module().libbcc.lib
 
 
-def _compile_in_child(text: str, flags: list[str], name: str) -> program_cache.Image:
+def _compile_in_child(text: str, flags: list[str], name: str, announce: Callable[[str], None]) -> program_cache.Image:
     """Run ``_compile`` in a child process: the trace would otherwise hold the compiler's 100 MB until its end."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
@@ -174,6 +184,8 @@ def _compile_in_child(text: str, flags: list[str], name: str) -> program_cache.I
     start_with_signals_blocked(process)
     theirs.close()
     try:
+        if not ours.poll(_PATIENCE_S):
+            announce(f"compiling {name} for this kernel; the next start won't have to")
         answer = ours.recv()
     except EOFError:
         cause = f"the process that compiles {name} ended before it was done"

@@ -97,7 +97,7 @@ class Kernel:
     ``check_privileges``, and leaves nothing attached then. ``block_program`` (default: the best for this kernel) traces
     block I/O: with ``block`` None if it can, with True in any case. Where no probe sees resets, block I/O is traced
     alone, unless ``probe`` or ``block`` asks for something else. ``helper`` looks up the sockets and cgroups that the
-    filters name.
+    filters name. ``announce`` is told what is being done if that takes more than a second.
     """
 
     def __init__(
@@ -109,10 +109,12 @@ class Kernel:
         reasons: Iterable[str] = ladder.REASONS,
         helper: Helper | None = None,
         block_program: BlockProgram | None = None,
+        announce: Callable[[str], None] = bcc.silent,
     ) -> None:
         check_privileges()
         self._filters = filters
         self._helper = helper or Helper(filters)
+        self._announce = announce
         self._btf = btf.Btf.running()
         if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
             raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
@@ -185,7 +187,8 @@ class Kernel:
         defines = _filter_defines(self._filters) | {"RESET_PAGES": _RESET_PAGES, "WINDOWS": _WINDOWS}
         if probe == "tracepoint":
             defines["REASONS"] = sum(1 << code("reason", reason) for reason in self._reasons)
-        return bcc.build(bpf_dir() / f"cwnd_reset_{probe}.bpf.c", self._btf, self._hz, defines)
+        source = bpf_dir() / f"cwnd_reset_{probe}.bpf.c"
+        return bcc.build(source, self._btf, self._hz, defines, self._announce)
 
     def _begin_block(self, program: BlockProgram | None, unseen: NoProbe | None, *, needed: bool) -> None:
         """Load the block program, or set ``lacking``. ``unseen`` is the error if no reset can be seen either."""
@@ -206,7 +209,7 @@ class Kernel:
         defines = _filter_defines(self._filters) | sizes | dict(block.defines)
         if has_compare_and_swap():
             defines["COMPARE_AND_SWAP"] = 1
-        program = bcc.build(block.source, self._btf, self._hz, defines)
+        program = bcc.build(block.source, self._btf, self._hz, defines, self._announce)
         self._slab_header = program.offset("slabs", "rec")
         self._open(program, "block_slabs", self._slab)
         try:

@@ -79,7 +79,7 @@ class Program:
             place = bpf.TRACE_FENTRY if a.kind == "fentry" else bpf.TRACE_FEXIT
             target = kernel.function_id(a.target) or 0
             # A program is loaded for one function, so that one which serves several is loaded for each.
-            name = f"{a.program} {a.target}"
+            name = f"{a.program}_{a.target}"
             fd = self._load(name, self._image.programs[a.program], bpf.TRACING, place, target)
             self._links.append(bpf.attach(fd))
         else:

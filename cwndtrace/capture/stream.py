@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, Self
 
 from cwndtrace import privileges
 from cwndtrace.capture import clocks, target
+from cwndtrace.capture.bcc import silent
 from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.live import Kernel
 from cwndtrace.capture.privsep import Helper, PrivilegedHelper
@@ -98,16 +99,18 @@ def open_session(
     block: bool | None = None,
     connections: bool = True,
     privsep: bool = False,
+    announce: Callable[[str], None] = silent,
 ) -> Session:
     """Return a session that traces the running kernel, with block I/O as in ``stream``. The caller closes it.
 
     With ``privsep``, a separate process reads what takes privileges (see privsep.PrivilegedHelper), so that the caller
-    can drop its own.
+    can drop its own. ``announce`` is told what is being done if that takes more than a second.
     """
     clocks.refuse_other_time()
     helper = PrivilegedHelper(filters, privileges.invoking_user()) if privsep else Helper(filters)
     try:
-        session = Session(Kernel(filters, probe=probe, block=block, helper=helper), helper=helper)
+        kernel = Kernel(filters, probe=probe, block=block, helper=helper, announce=announce)
+        session = Session(kernel, helper=helper)
     except BaseException:
         helper.close()
         raise

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -15,9 +17,10 @@ import click
 import pandas as pd
 
 from cwndtrace.analysis import ahead
-from cwndtrace.capture import bcc, live, target
+from cwndtrace.capture import bcc, clocks, live, target
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
+from cwndtrace.cli.output import OutputError, printing
 from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
 from cwndtrace.format import clean, plural
@@ -26,6 +29,7 @@ from cwndtrace.present import ahead as ahead_in_words
 from cwndtrace.tcp import IDLE_SYSCTL
 
 OK, LACK, BAD = "ok", "lack", "bad"
+_PATIENCE_S: Final = 3.0
 _NAME_CELLS: Final = 24
 """Terminal cells for the name of a fact. A longer name takes several lines."""
 _CONNECTIONS: Final = 3
@@ -52,13 +56,14 @@ class Findings:
 
     ``probes`` maps each reason to a probe, or to None. It is None as a whole if nothing can trace idle resets here.
     ``due`` and ``heartbeats`` are frames of ``analysis.ahead``: connections that the next burst will reset, and those
-    whose messages are slower than the RTO.
+    whose messages are slower than the RTO. ``block`` is true if block I/O can be traced.
     """
 
     facts: list[Fact]
     probes: dict[str, str | None] | None
     due: pd.DataFrame = field(default_factory=pd.DataFrame)
     heartbeats: pd.DataFrame = field(default_factory=pd.DataFrame)
+    block: bool = False
 
 
 @click.command()
@@ -85,8 +90,21 @@ def doctor(*, as_json: bool) -> None:
         sys.exit(77)
 
 
+class _Steps:
+    """Prints each step on stderr: on a terminal all of them, else those that begin after a few seconds."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0 if sys.stderr.isatty() else time.monotonic() + _PATIENCE_S
+
+    def begin(self, what: str) -> None:
+        if time.monotonic() >= self._quiet_until:
+            with suppress(OutputError), printing():
+                click.echo(f"{what} ...", err=True)
+
+
 def examine() -> Findings:
     """Check the machine and try every probe. Nothing stays loaded."""
+    steps = _Steps()
     rows = [
         Fact("kernel", f"Linux {platform.release()} {platform.machine()}"),
         _tracefs(),
@@ -97,7 +115,11 @@ def examine() -> Findings:
     rows.append(_perf_events())
     kernel = _read_btf(rows)
     bcc_works = _bcc_works(rows)
-    probes = _try_probes(rows, kernel) if kernel is not None and bcc_works and allowed else None
+    probes, block = None, False
+    if kernel is not None and bcc_works and allowed:
+        probes = _try_probes(rows, kernel, steps)
+        block = _try_block(rows, steps)
+    steps.begin("looking at network namespaces and connections")
     settings = {namespace: netns.idle_sysctl(namespace) for namespace in netns.all_reachable()}
     rows += _sysctls(settings)
     last = _connections()
@@ -106,7 +128,7 @@ def examine() -> Findings:
     due, beats = ahead.due(last, by_inode), ahead.live_beats(first, last, by_inode)
     rows += [Fact("will be reset", line, LACK) for line in ahead_in_words.due(due, _CONNECTIONS)]
     rows += [Fact("slow messages", line, LACK) for line in ahead_in_words.beats(beats, _CONNECTIONS)]
-    return Findings(rows, probes, due, beats)
+    return Findings(rows, probes, due, beats, block)
 
 
 def _tracefs() -> Fact:
@@ -117,6 +139,7 @@ def _tracefs() -> Fact:
 
 def _may_load(rows: list[Fact]) -> bool:
     try:
+        clocks.refuse_other_time()
         live.check_privileges()
     except CwndtraceError as e:
         rows.append(Fact("permission", e.cause, BAD, e.remedy))
@@ -156,7 +179,7 @@ def _bcc_works(rows: list[Fact]) -> bool:
     return True
 
 
-def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | None:
+def _try_probes(rows: list[Fact], kernel: btf.Btf, steps: _Steps) -> dict[str, str | None] | None:
     """Try each probe for each reason, one by one, and add the results to ``rows``.
 
     Return the best probe that works for each reason, or None if none sees idle resets.
@@ -164,7 +187,7 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
     here = facts.ladder_facts(kernel)
     worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
     for probe in ladder.PROBES:
-        results = _try_probe(here, probe)
+        results = _try_probe(here, probe, steps)
         for reason, why in results.items():
             if why is None and worked[reason] is None:
                 worked[reason] = probe.name
@@ -177,12 +200,6 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
             rows.append(
                 Fact(f"probe {probe.name}", str(results["idle"]), LACK, _remedy(probe.name, str(results["idle"])))
             )
-    try:
-        tracer = live.Kernel(reasons=())
-        tracer.close()
-        rows.append(Fact("block I/O", f"timed from {tracer.block_probe} on"))
-    except CwndtraceError as e:
-        rows.append(Fact("block I/O", e.cause, LACK, e.remedy))
     for reason, used in worked.items():
         if used:
             rows.append(Fact(f"reason {reason}", f"traced by {used}"))
@@ -191,14 +208,29 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf) -> dict[str, str | None] | No
     return worked if worked["idle"] else None
 
 
-def _try_probe(here: ladder.Facts, probe: ladder.Probe) -> dict[str, str | None]:
+def _try_block(rows: list[Fact], steps: _Steps) -> bool:
+    """Return whether block I/O can be traced, and add that to ``rows``."""
+    steps.begin("trying to time block I/O")
+    try:
+        tracer = live.Kernel(reasons=(), announce=steps.begin)
+    except CwndtraceError as e:
+        rows.append(Fact("block I/O", e.cause, LACK, e.remedy))
+        return False
+    tracer.close()
+    rows.append(Fact("block I/O", f"timed from {tracer.block_probe} on"))
+    return True
+
+
+def _try_probe(here: ladder.Facts, probe: ladder.Probe, steps: _Steps) -> dict[str, str | None]:
     """Return for each reason why the probe doesn't see it, or None where it does."""
     results = {reason: ladder.lacks(here, probe, reason) for reason in ladder.REASONS}
     untried = [reason for reason, why in results.items() if why is None]
     # Usually one Kernel tries all of them. Where it ends with the first that fails, the next one tries the others.
+    if untried:
+        steps.begin(f"trying the probe {probe.name}")
     while untried:
         try:
-            kernel = live.Kernel(probe=probe.name, block=False, reasons=untried)
+            kernel = live.Kernel(probe=probe.name, block=False, reasons=untried, announce=steps.begin)
         except NoProbe as e:
             results[untried[0]] = e.tried[probe.name]
             untried = untried[1:]
@@ -273,7 +305,12 @@ def _print(findings: Findings) -> None:
         if fact.remedy:
             for part in prose(f"{'':<8}fix: {clean(fact.remedy)}", columns, indent=13):
                 click.echo(part)
+    click.echo(f"\n{_conclusion(findings)}")
+
+
+def _conclusion(findings: Findings) -> str:
     if findings.probes is None:
-        click.echo("\nNothing here can trace idle resets.")
-    else:
-        click.echo("\nsudo cwndtrace run --iface NAME will work here.")
+        rest = "; sudo cwndtrace run traces block I/O alone" if findings.block else ""
+        return f"Nothing here can trace idle resets{rest}."
+    rest = "" if findings.block else ", without block I/O"
+    return f"sudo cwndtrace run --iface NAME will work here{rest}."

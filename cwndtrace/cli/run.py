@@ -15,6 +15,7 @@ import click
 import cwndtrace
 from cwndtrace import privileges
 from cwndtrace.capture import target
+from cwndtrace.capture.bcc import silent
 from cwndtrace.capture.session import Session, describe
 from cwndtrace.capture.source import Source
 from cwndtrace.capture.stream import open_session
@@ -120,7 +121,8 @@ def _run(asked: RunOptions) -> None:
     others = siblings.of(filters.pid) if filters.pid is not None else None
     privsep = not asked.stay_root
     with Interrupt() as interrupt:
-        with open_session(filters, probe=asked.probe, block=asked.block, privsep=privsep) as session:
+        announce = silent if asked.quiet else _announce
+        with open_session(filters, probe=asked.probe, block=asked.block, privsep=privsep, announce=announce) as session:
             about = describe(session, filters, cwndtrace.__version__)
             writer = ThreadedWriter(CaptureWriter.create(output, about, user=owner))
             view: TextView | JsonView
@@ -171,6 +173,11 @@ def _run(asked: RunOptions) -> None:
                 _print_next_steps(output)
     if failed or console.failed:
         sys.exit(1)
+
+
+def _announce(what: str) -> None:
+    with suppress(OutputError), printing():
+        echo_prose(f"{what} ...", err=True)
 
 
 def _print_next_steps(output: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cwndtrace.capture import bcc
+from cwndtrace.capture.program_cache import Image
 from cwndtrace.errors import BccError
 from cwndtrace.records.layout import bpf_dir
 
@@ -116,3 +117,13 @@ def test_headers_are_expanded_once_and_lines_keep_their_numbers() -> None:
                 continue
             assert (bpf_dir() / name.strip('"')).read_text(encoding="utf-8").splitlines()[number - 1] == line
             number += 1
+
+
+@pytest.mark.parametrize(("patience_s", "lines"), [(0.0, 1), (60.0, 0)])
+def test_a_slow_compilation_is_announced(monkeypatch: pytest.MonkeyPatch, patience_s: float, lines: int) -> None:
+    image = Image({"f": b""}, ())
+    monkeypatch.setattr(bcc, "_PATIENCE_S", patience_s)
+    monkeypatch.setattr(bcc, "_compile", lambda *_: image)
+    said: list[str] = []
+    assert bcc._compile_in_child("", [], "x.bpf.c", said.append) == image
+    assert [line.split(";")[0] for line in said] == ["compiling x.bpf.c for this kernel"] * lines

@@ -62,7 +62,7 @@ def test_doctor_prints_an_aligned_table_without_control_characters(capsys: pytes
         Fact("probe fentry", "refused", LACK, "ask for it"),
         Fact("sysctl in \x1b[2J\x07evil", "\x07x", BAD, "fix \x1b it"),
     ]
-    _print(Findings(facts, {"idle": "sendmsg"}))
+    _print(Findings(facts, {"idle": "sendmsg"}, block=True))
     stdout = capsys.readouterr().out
     lines = stdout.splitlines()
     assert all(c.isprintable() or c == "\n" for c in stdout)
@@ -77,3 +77,17 @@ def test_doctor_prints_an_aligned_table_without_control_characters(capsys: pytes
 def test_doctor_says_that_nothing_can_be_traced(capsys: pytest.CaptureFixture[str]) -> None:
     _print(Findings([Fact("BTF", "none", BAD)], None))
     assert "Nothing here can trace idle resets." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("probes", "block", "last"),
+    [
+        ({"idle": "kprobe"}, False, "sudo cwndtrace run --iface NAME will work here, without block I/O."),
+        (None, True, "Nothing here can trace idle resets; sudo cwndtrace run traces block I/O alone."),
+    ],
+)
+def test_doctor_promises_no_more_than_a_plain_run_can(
+    capsys: pytest.CaptureFixture[str], probes: dict[str, str | None] | None, block: bool, last: str
+) -> None:
+    _print(Findings([Fact("kernel", "Linux 6")], probes, block=block))
+    assert capsys.readouterr().out.splitlines()[-1] == last
