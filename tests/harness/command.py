@@ -35,6 +35,11 @@ def call(*arguments: str | Path, cwd: Path | None = None, before: tuple[str, ...
     )
 
 
+def lasting(stderr: str) -> list[str]:
+    """Return the lines of ``stderr`` but those that say what is being done, which appear only where it takes long."""
+    return [line for line in stderr.splitlines() if not line.endswith(" ...")]
+
+
 class Running:
     """``cwndtrace run`` in the background; ``stderr`` has its stderr as far as ``wait_for`` has read it.
 
@@ -119,7 +124,7 @@ def assert_short(done: Done, code: int, *patterns: str) -> None:
     """Assert this exit code, one or two lines on stderr that match all patterns, and nothing on stdout."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    lines = done.stderr.splitlines()
+    lines = lasting(done.stderr)
     assert 1 <= len(lines) <= 2, done.stderr
     assert lines[0].startswith("cwndtrace: ")
     for pattern in patterns:
