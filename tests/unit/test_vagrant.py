@@ -53,6 +53,7 @@ def vagrant(home: Path, *arguments: str, **env: str) -> str:
         ({"VAGRANT_MEMORY": "64"}, "VAGRANT_MEMORY=64 is no number from 1024 MiB on", "leave it out for 4096 MiB"),
         ({"VAGRANT_JUPYTER_PORT": "80"}, "VAGRANT_JUPYTER_PORT=80 is no number from 1024 on", "leave it out for 8888"),
         ({"VAGRANT_DRIVER": "xen"}, "VAGRANT_DRIVER=xen is no driver", "one of: kvm, qemu"),
+        ({"VAGRANT_ARCH": "riscv64"}, "VAGRANT_ARCH=riscv64 is no architecture", "one of: x86_64, arm64"),
     ],
 )
 def test_invalid_settings_are_refused_with_a_remedy(
@@ -91,6 +92,13 @@ def test_a_missing_box_is_refused(tmp_path: Path, virtualbox: str) -> None:
     output = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_BOX="/nowhere/debian.box")
     assert "VAGRANT_BOX=/nowhere/debian.box doesn't exist" in output
     assert "vagrant/box/build --output /nowhere/debian.box" in output
+
+
+@needs_vagrant
+def test_arm64_needs_a_box_of_the_users(tmp_path: Path, virtualbox: str) -> None:
+    output = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_ARCH="arm64")
+    assert "no public box for arm64 is named here" in output
+    assert "VAGRANT_BOX=" in output
 
 
 # ---- the box builder ----

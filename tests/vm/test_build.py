@@ -62,6 +62,23 @@ def test_the_error_names_the_first_cause_of_a_failed_build(failure: str, build: 
     assert build.first_cause(output) == failure
 
 
+def test_each_architecture_has_its_fragment(build: ModuleType) -> None:
+    for name, arch in build.ARCHES.items():
+        files = build.fragments(build.parse_args(["--version", "6.12", "--arch", name]))
+        assert [file.name for file in files] == ["test.config", f"test.{name}.config"]
+        assert all(file.exists() for file in files)
+        native = arch.machine == os.uname().machine
+        assert arch.environment(name) == ({} if native else {"ARCH": name, "CROSS_COMPILE": arch.cross})
+        assert arch.tool("gcc") == ("gcc" if native else f"{arch.cross}gcc")
+
+
+def test_another_architectures_kernel_is_not_made_from_this_ones_configuration(tmp_path: Path) -> None:
+    other = "arm64" if os.uname().machine == "x86_64" else "x86"
+    done = run("--version", "6.12", "--arch", other, "--config", "localmodconfig", "--cache", str(tmp_path))
+    assert done.returncode == 2
+    assert f"localmodconfig takes the configuration of the running kernel, which is no {other} kernel" in done.stderr
+
+
 def test_an_invalid_version_is_refused(tmp_path: Path) -> None:
     done = run("--version", "newest", "--cache", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

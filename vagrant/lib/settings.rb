@@ -17,14 +17,18 @@ module Cwndtrace
   # The values of the VAGRANT_* variables, with defaults. Raises Problem for an invalid value.
   class Settings
     DRIVERS = %w[kvm qemu].freeze
+    ARCHES = %w[x86_64 arm64].freeze
     # In MiB. Tracing and the lab need less than one GiB.
     LEAST_MEMORY = 1024
 
-    attr_reader :driver, :cpus, :memory, :jupyter_port, :kernel
+    attr_reader :arch, :driver, :cpus, :memory, :jupyter_port, :kernel
 
     def initialize(env)
       @driver = env.fetch("VAGRANT_DRIVER", "kvm")
       raise Problem.new("VAGRANT_DRIVER=#{@driver} is no driver.", "Use one of: #{DRIVERS.join(", ")}") unless DRIVERS.include?(@driver)
+
+      @arch = env.fetch("VAGRANT_ARCH", RbConfig::CONFIG["host_cpu"].match?(/aarch64|arm64/) ? "arm64" : "x86_64")
+      raise Problem.new("VAGRANT_ARCH=#{@arch} is no architecture.", "Use one of: #{ARCHES.join(", ")}") unless ARCHES.include?(@arch)
 
       # In software emulation with a second CPU, a kernel that patches its own code crashes sooner or later.
       @cpus = number(env, "VAGRANT_CPUS", @driver == "qemu" ? 1 : [Etc.nprocessors, 4].min, 1)
@@ -85,6 +89,10 @@ module Cwndtrace
     end
 
     def check_box
+      if @arch == "arm64" && @box.empty?
+        raise Problem.new("no public box for arm64 is named here, because none could be tried.",
+                          "Name one, or a .box file: VAGRANT_BOX=... vagrant up (docs/vm.md)")
+      end
       return unless @box.end_with?(".box") && !File.file?(@box)
 
       raise Problem.new("VAGRANT_BOX=#{@box} doesn't exist.", "Build it: sudo vagrant/box/build --output #{@box}")
