@@ -38,6 +38,8 @@ _CAPABILITY_CHOICES: Final = (
 )
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
+# Rings are counted in pages of 4 KiB on each machine (bpf/compat). The kernel wants a power of two that is a multiple
+# of its own pages, which may have 64 KiB on arm64.
 _RING_PAGES: Final = 2048
 # 4 MiB, room for one reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cwndtrace.capture import bcc
+from cwndtrace.capture import bcc, live
 from cwndtrace.capture.program_cache import Image
 from cwndtrace.errors import BccError
 from cwndtrace.records.layout import bpf_dir
@@ -117,6 +117,14 @@ def test_headers_are_expanded_once_and_lines_keep_their_numbers() -> None:
                 continue
             assert (bpf_dir() / name.strip('"')).read_text(encoding="utf-8").splitlines()[number - 1] == line
             number += 1
+
+
+def test_each_ring_suits_a_kernel_with_pages_of_64_kib() -> None:
+    # bpf/follow.h takes these shares of RESET_PAGES.
+    for pages in (live._RING_PAGES, live._RESET_PAGES, live._RESET_PAGES // 2, live._RESET_PAGES // 4):
+        size = 4096 * pages
+        assert size & (size - 1) == 0
+        assert size % 65536 == 0
 
 
 @pytest.mark.parametrize(("patience_s", "lines"), [(0.0, 1), (60.0, 0)])
