@@ -99,7 +99,8 @@ class Kernel:
     ``check_privileges``, and leaves nothing attached then. ``block_program`` (default: the best for this kernel) traces
     block I/O: with ``block`` None if it can, with True in any case. Where no probe sees resets, block I/O is traced
     alone, unless ``probe`` or ``block`` asks for something else. ``helper`` looks up the sockets and cgroups that the
-    filters name. ``announce`` is told what is being done if that takes more than a second.
+    filters name. ``types`` are the running kernel's, if they have been read already. ``announce`` is told what is
+    being done if that takes more than a second.
     """
 
     def __init__(
@@ -111,13 +112,14 @@ class Kernel:
         reasons: Iterable[str] = ladder.REASONS,
         helper: Helper | None = None,
         block_program: BlockProgram | None = None,
+        types: btf.Btf | None = None,
         announce: Callable[[str], None] = bcc.silent,
     ) -> None:
         check_privileges()
         self._filters = filters
         self._helper = helper or Helper(filters)
         self._announce = announce
-        self._btf = btf.Btf.running()
+        self._btf = types or btf.Btf.running()
         if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
             raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
         if filters.cgroup is not None:

@@ -118,7 +118,7 @@ def examine() -> Findings:
     probes, block = None, False
     if kernel is not None and bcc_works and allowed:
         probes = _try_probes(rows, kernel, steps)
-        block = _try_block(rows, steps)
+        block = _try_block(rows, kernel, steps)
     steps.begin("looking at network namespaces and connections")
     settings = {namespace: netns.idle_sysctl(namespace) for namespace in netns.all_reachable()}
     rows += _sysctls(settings)
@@ -187,7 +187,7 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf, steps: _Steps) -> dict[str, s
     here = facts.ladder_facts(kernel)
     worked: dict[str, str | None] = dict.fromkeys(ladder.REASONS)
     for probe in ladder.PROBES:
-        results = _try_probe(here, probe, steps)
+        results = _try_probe(kernel, here, probe, steps)
         for reason, why in results.items():
             if why is None and worked[reason] is None:
                 worked[reason] = probe.name
@@ -208,11 +208,11 @@ def _try_probes(rows: list[Fact], kernel: btf.Btf, steps: _Steps) -> dict[str, s
     return worked if worked["idle"] else None
 
 
-def _try_block(rows: list[Fact], steps: _Steps) -> bool:
+def _try_block(rows: list[Fact], kernel: btf.Btf, steps: _Steps) -> bool:
     """Return whether block I/O can be traced, and add that to ``rows``."""
     steps.begin("trying to time block I/O")
     try:
-        tracer = live.Kernel(reasons=(), announce=steps.begin)
+        tracer = live.Kernel(reasons=(), types=kernel, announce=steps.begin)
     except CwndtraceError as e:
         rows.append(Fact("block I/O", e.cause, LACK, e.remedy))
         return False
@@ -221,7 +221,7 @@ def _try_block(rows: list[Fact], steps: _Steps) -> bool:
     return True
 
 
-def _try_probe(here: ladder.Facts, probe: ladder.Probe, steps: _Steps) -> dict[str, str | None]:
+def _try_probe(types: btf.Btf, here: ladder.Facts, probe: ladder.Probe, steps: _Steps) -> dict[str, str | None]:
     """Return for each reason why the probe doesn't see it, or None where it does."""
     results = {reason: ladder.lacks(here, probe, reason) for reason in ladder.REASONS}
     untried = [reason for reason, why in results.items() if why is None]
@@ -230,7 +230,7 @@ def _try_probe(here: ladder.Facts, probe: ladder.Probe, steps: _Steps) -> dict[s
         steps.begin(f"trying the probe {probe.name}")
     while untried:
         try:
-            kernel = live.Kernel(probe=probe.name, block=False, reasons=untried, announce=steps.begin)
+            kernel = live.Kernel(probe=probe.name, block=False, reasons=untried, types=types, announce=steps.begin)
         except NoProbe as e:
             results[untried[0]] = e.tried[probe.name]
             untried = untried[1:]
