@@ -17,6 +17,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.harness import emulation
 from tests.harness.scripts import CHECKOUT, load_script
 
 pytestmark = pytest.mark.vm
@@ -45,16 +46,16 @@ def test_a_guest_that_hangs_fails(tool: ModuleType, capfd: pytest.CaptureFixture
     assert "6.12: FAILED" in capfd.readouterr().out
 
 
-def test_only_processes_that_all_sleep_are_stalled(tool: ModuleType) -> None:
+def test_only_processes_that_all_sleep_are_stalled() -> None:
     for script, stalled in (("sleep 60 & wait", True), ("sleep 60 & while :; do :; done", False)):
         with subprocess.Popen(["sh", "-c", script], start_new_session=True) as process:
             try:
-                with pytest.raises(tool.Stalled) if stalled else nullcontext():
-                    assert tool.wait(process, deadline_s=2, look_s=0.05) is None
+                with pytest.raises(emulation.Stalled) if stalled else nullcontext():
+                    assert emulation.wait(process, deadline_s=2, look_s=0.05) is None
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
     with subprocess.Popen(["sh", "-c", "exit 3"], start_new_session=True) as process:
-        assert tool.wait(process, deadline_s=10) == 3
+        assert emulation.wait(process, deadline_s=10) == 3
 
 
 def test_a_stalled_guest_is_booted_again(
@@ -64,7 +65,7 @@ def test_a_stalled_guest_is_booted_again(
 
     def boot_once(*_: object) -> tuple[int, list[str]]:
         if next(boots):
-            raise tool.Stalled
+            raise emulation.Stalled
         return 0, []
 
     monkeypatch.setattr(tool, "boot_once", boot_once)
