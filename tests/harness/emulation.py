@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 PANIC: Final = "the kernel panicked"
 CONSOLE_LINES: Final = 40
@@ -71,7 +71,7 @@ def group_state(group: int) -> tuple[set[str], int]:
     return states, ticks
 
 
-def wait(process: subprocess.Popen[str], deadline_s: float, look_s: float = 5) -> int | None:
+def wait(process: subprocess.Popen[Any], deadline_s: float, look_s: float = 5) -> int | None:
     """Return the exit code of a guest, or None if it still runs after the deadline.
 
     Raises Stalled if all of QEMU's threads sleep and use no CPU in STALLED_LOOKS looks in a row.
