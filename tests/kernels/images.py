@@ -16,7 +16,6 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -239,7 +238,8 @@ def keep(output: Path, kept: Path) -> None:
     """Keep what a guest has left for later ones: compiled BPF programs and, if it installed the project, that."""
     new = kept / ".new"
     parts: dict[str, list[tarfile.TarInfo]] = {}
-    with suppress(tarfile.ReadError), tarfile.open(output) as tar:
+    # A guest that failed leaves a disk of zeros, which is an empty archive.
+    with tarfile.open(output, "r:") as tar:
         for member in tar:
             name = "images" if "var/cache/cwndtrace" in member.name else "opt"
             parts.setdefault(name, []).append(member)
