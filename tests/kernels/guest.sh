@@ -5,6 +5,10 @@
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb
 opt=/opt/cwndtrace clone=/srv/cwndtrace
 
+disk() { # SERIAL
+    grep -lx "$1" /sys/block/vd*/serial | sed 's,/sys/block/\(.*\)/serial,/dev/\1,'
+}
+
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 for place in /dev/shm /run /tmp; do mount -t tmpfs -o mode=1777 tmpfs "$place"; done
@@ -16,9 +20,12 @@ echo "127.0.0.1 localhost guest" >/etc/hosts
 [ -e /etc/ld.so.cache ] || ldconfig
 ip link set lo up
 echo "guest: unpacking"
-tar -xf /dev/vdb -C / || echo "guest: the disk with the checkout can't be unpacked"
+tar -xf "$(disk input)" -C / || echo "guest: the disk with the checkout can't be unpacked"
 chown -R user: $clone
 for port in /dev/vport*; do exec 3>"$port"; done
+
+# On a machine with udev, opening /dev/loop-control or /dev/net/tun loads these.
+modprobe -a loop tun
 
 # A root of another architecture comes without the project: install it as a user without a network would.
 if [ -d /wheels ]; then
@@ -39,7 +46,7 @@ cd /run/checks || exit
 PYTHONPATH=/run/checks $opt/bin/python -P -X faulthandler -m tests.kernels.inside "$@" >&3
 echo "guest: handing over"
 # shellcheck disable=SC2046  # a list of words
-tar -cf /dev/vdc -C / ./var/cache/cwndtrace $(cat /run/keep 2>/dev/null)
+tar -cf "$(disk output)" -C / ./var/cache/cwndtrace $(cat /run/keep 2>/dev/null)
 sync
 echo "guest: done"
 echo b >/proc/sysrq-trigger

@@ -31,8 +31,13 @@ PACKAGES: Final = (
     *("python3", "python3-venv", "python3-bpfcc", "iproute2", "mount"),
     *("ca-certificates", "git", "make", "sudo", "e2fsprogs", "kmod", "util-linux", "procps"),
 )
-# What an extracted root lacks, whose packages' scripts have not run.
-_FOREIGN: Final = (*PACKAGES, "passwd", "base-passwd", "login", "mawk", "libpam-modules", "libpam-runtime")
+# An extracted root lacks the essential packages too.
+_FOREIGN: Final = (
+    *PACKAGES,
+    *("base-files", "base-passwd", "bash", "bsdutils", "coreutils", "dash", "debianutils", "diffutils", "findutils"),
+    *("grep", "gzip", "hostname", "libc-bin", "login", "mawk", "ncurses-bin", "passwd", "sed", "sysvinit-utils", "tar"),
+    *("libpam-modules", "libpam-runtime"),
+)
 INSTALLED: Final = ("pyproject.toml", "README.md", "LICENSE", "LICENSES", "cwndtrace", "bpf", "tools/setup", "Makefile")
 """The parts of the checkout on which an installation depends."""
 USER: Final = "user"
@@ -128,11 +133,18 @@ def _foreign(stock: Stock, image: Path, cache: Path) -> None:
     for name in ("passwd", "group"):
         line = f"{USER}:x:1000:1000::/home/{USER}:/bin/bash\n" if name == "passwd" else f"{USER}:x:1000:\n"
         (tree / "etc" / name).write_text((masters / f"{name}.master").read_text() + line)
-    # The packages' scripts would make these.
+    # The packages' scripts would make all of these.
+    for name in ("bin", "sbin", "lib"):
+        if not (tree / name).exists():
+            (tree / name).symlink_to(f"usr/{name}")
+    for name in ("proc", "sys", "run", "root", "mnt", "srv", "opt", "boot"):
+        (tree / name).mkdir(exist_ok=True)
     (tree / "etc/shadow").write_text(f"root:*:1::::::\n{USER}:*:1::::::\n")
     for kind in ("auth", "account", "session", "session-noninteractive", "password"):
         (tree / f"etc/pam.d/common-{kind}").write_text(f"{kind.partition('-')[0]} required pam_permit.so\n")
-    (tree / "usr/bin/awk").symlink_to("mawk")
+    for name, target in (("awk", "mawk"), ("sh", "dash")):
+        if not (tree / "usr/bin" / name).exists():
+            (tree / "usr/bin" / name).symlink_to(target)
     home = tree / "home" / USER
     home.mkdir(parents=True)
     os.chown(home, 1000, 1000)
@@ -150,7 +162,18 @@ def requirements() -> list[str]:
 
 def _download_wheels(python: str, machine: str, into: Path) -> None:
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(41, 16, -1)] + [f"manylinux2014_{machine}"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "--dest", str(into)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--quiet",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(into),
+    ]
     command += ["--python-version", python, *(word for each in platforms for word in ("--platform", each))]
     subprocess.run([*command, *requirements()], check=True)
 

@@ -10,12 +10,14 @@ mount -t devtmpfs devtmpfs /dev
 while read -r module; do
     insmod "/modules/$module" || echo "init: $module can't be loaded"
 done </modules/order
-left=300
-until [ -b /dev/vda ] || [ "$left" = 0 ]; do
+# Kernels differ in the order in which they find the disks.
+root='' left=300
+until [ -n "$root" ] || [ "$left" = 0 ]; do
     sleep 0.1
     left=$((left - 1))
+    root=$(grep -lx root /sys/block/vd*/serial 2>/dev/null | cut -d / -f 4)
 done
-mount -t ext4 -o noatime /dev/vda /newroot || echo "init: the root can't be mounted"
+mount -t ext4 -o noatime "/dev/$root" /newroot || echo "init: the root can't be mounted"
 mount --move /dev /newroot/dev
 mount --move /proc /newroot/proc
 mount --move /sys /newroot/sys

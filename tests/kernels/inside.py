@@ -250,12 +250,11 @@ KINDS: Final[tuple[dict[str, Any], ...]] = (
 
 
 @contextmanager
-def each_probe(reasons: tuple[str, ...]) -> Iterator[dict[str, Tracer]]:
-    """Yield a tracer with each probe that is possible here for one of these reasons, all at the same time."""
-    names = [probe.name for probe in ladder.PROBES if any(probe.name in possible(reason) for reason in reasons)]
+def each_probe() -> Iterator[dict[str, Tracer]]:
+    """Yield a tracer with each probe that can see idle resets here, all at the same time."""
     with ExitStack() as stack:
         tracers = {}
-        for name in names:
+        for name in possible("idle"):
             say(f"attaching {name}")
             tracers[name] = stack.enter_context(Tracer(name))
         yield tracers
@@ -306,14 +305,13 @@ def timeouts(space: tcp.Space, connections: list[tcp.TcpConnection]) -> list[tup
 @check
 def probes() -> Found:
     """Compare idle resets and timeouts by each possible probe with TCP_INFO, on IPv4 and IPv6, cubic and reno."""
-    with world("probes") as (space, drain), each_probe(("idle", "rto_loss")) as tracers:
+    with world("probes") as (space, drain), each_probe() as tracers:
         say("sending")
         connections = [tcp.connect(space, drain, **kind) for kind in KINDS]
         for _ in range(_ROUNDS):
             rest(connections)
         for name, tracer in tracers.items():
-            if tracer.sees("idle"):
-                yield f"idle {name}", *exact(tracer, connections)
+            yield f"idle {name}", *exact(tracer, connections)
         fresh = [tcp.connect(space, drain, **kind) for kind in KINDS]
         for connection in fresh:
             connection.grow()
