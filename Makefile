@@ -18,7 +18,7 @@ export SETUP_PACKAGES := $(PACKAGES)
 SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions test-users vm-test vm-soak vm-shell \
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions test-users kernels-test vm-test vm-soak vm-shell \
 	vagrant-test
 
 help: ## list these targets
@@ -73,6 +73,11 @@ test-distributions: develop ## as root: test the project in minimal root file sy
 test-users: develop ## as root: the same for make test as an ordinary user
 	@$(SETUP) packages distributions
 	@tools/test users
+
+kernels-test: develop ## as root: boot Debian's stock kernels, 5.10 to the newest and arm64, check them, update docs/kernels.md
+	@$(SETUP) packages kernels
+	@.venv/bin/python tools/kernels btf
+	@.venv/bin/python tools/kernels test
 
 vm-test: develop ## build kernels with and without the patches, boot each in software emulation, test in them
 	@$(SETUP) packages vm

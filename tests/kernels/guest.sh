@@ -32,9 +32,9 @@ if [ -d /wheels ]; then
     echo "guest: installing"
     before=$(date +%s) ok=false
     kept=$([ -x $opt/bin/cwndtrace ] && echo true || echo false)
-    PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels make -C $clone install PACKAGES=no >/run/install.log 2>&1 && ok=true
-    cat /run/install.log
-    said=$(tail -n 1 /run/install.log | tr -d '"\\')
+    PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels make -s -C $clone install PACKAGES=no >/run/install.log 2>&1 && ok=true
+    cat /run/install.log /tmp/cwndtrace-setup.* 2>/dev/null
+    said=$(grep '^set-up:' /run/install.log | tail -n 1 | tr -d '"\\')
     printf '{"check": "install", "ok": %s, "said": "%s", "seconds": %d}\n' $ok "$said" $(($(date +%s) - before)) >&3
     $kept || echo ".${opt}" >/run/keep
 fi

@@ -145,6 +145,10 @@ def _foreign(stock: Stock, image: Path, cache: Path) -> None:
     for name, target in (("awk", "mawk"), ("sh", "dash")):
         if not (tree / "usr/bin" / name).exists():
             (tree / "usr/bin" / name).symlink_to(target)
+    certificates = sorted((tree / "usr/share/ca-certificates").rglob("*.crt"))
+    bundle = tree / "etc/ssl/certs/ca-certificates.crt"
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    bundle.write_bytes(b"".join(each.read_bytes() for each in certificates))
     home = tree / "home" / USER
     home.mkdir(parents=True)
     os.chown(home, 1000, 1000)

@@ -129,7 +129,7 @@ def evidence(pid: int) -> str:
     return "; ".join(lines)
 
 
-class Trace:
+class RunCommand:
     """``cwndtrace run`` in the background, from the moment at which it is attached.
 
     ``before`` stands before the command, such as sudo. Its stderr goes to a file, so that nothing ever waits for it.
@@ -342,7 +342,8 @@ def filters() -> Found:
         try:
             named = {
                 "veth": tcp.connect(a, drain, to=b, address="10.9.0.2", device="eth0"),
-                "veth6": tcp.connect(a, drain, to=b, address="fd00:9::2", device="eth0"),
+                # Programs are compiled with the port, so that another one would be compiled each time.
+                "veth6": tcp.connect(a, drain, to=b, address="fd00:9::2", device="eth0", port=5555),
                 "lo": tcp.connect(a, drain),
                 "back": tcp.connect(b, drain, to=a, address="10.9.0.1", device="eth0"),
                 "held": tcp.connect(a, drain, by=holder),
@@ -492,7 +493,7 @@ def compared(capture: Path, connection: tcp.TcpConnection, status: str) -> str:
 
 def traced(connection: tcp.TcpConnection, capture: Path, *arguments: str, before: tuple[str, ...] = ()) -> str:
     """Trace some resets with the command, end it with SIGINT, and compare the capture; return that in words."""
-    run = Trace(*arguments, "-o", str(capture), before=before)
+    run = RunCommand(*arguments, "-o", str(capture), before=before)
     try:
         connection.sends.clear()
         connection.blind.clear()
@@ -512,7 +513,7 @@ def capture() -> Found:
         folder = Path(f"/home/{USER}")
         path = folder / "a.cwnd"
         before = ("sudo", "-u", USER, "sudo")
-        run = Trace("--iface", "eth0", "-o", str(path), before=before)
+        run = RunCommand("--iface", "eth0", "-o", str(path), before=before)
         try:
             connection.sends.clear()
             connection.blind.clear()
@@ -538,7 +539,7 @@ def killed() -> Found:
     """Kill a trace with SIGKILL once its rows are on the disk; the capture has them, and no process is left."""
     with outward() as (connection, _disk):
         path = Path("/tmp/killed.cwnd")
-        run = Trace("--iface", "eth0", "--no-block", "-o", str(path))
+        run = RunCommand("--iface", "eth0", "--no-block", "-o", str(path))
         pid = run.pid
         tree = [pid, *children(pid)]
         try:

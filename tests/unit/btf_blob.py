@@ -67,7 +67,11 @@ class Blob:
         """Add a typedef (8), volatile (9), const (10), restrict (11) or type tag (18)."""
         return self.add(kind, name, target)
 
+    def data(self) -> bytes:
+        """Return the blob."""
+        header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(self._types), len(self._types), len(self._strings))
+        return header + bytes(self._types) + bytes(self._strings)
+
     def btf(self) -> Btf:
         """Return the blob, parsed."""
-        header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(self._types), len(self._types), len(self._strings))
-        return Btf(header + bytes(self._types) + bytes(self._strings))
+        return Btf(self.data())
