@@ -34,7 +34,7 @@ if [ -d /wheels ]; then
     kept=$([ -x $opt/bin/cwndtrace ] && echo true || echo false)
     PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels make -s -C $clone install PACKAGES=no >/run/install.log 2>&1 && ok=true
     cat /run/install.log /tmp/cwndtrace-setup.* 2>/dev/null
-    said=$(grep '^set-up:' /run/install.log | tail -n 1 | tr -d '"\\')
+    said=$(grep '^set-up:' /run/install.log | tail -n 1 | tr -d '"\134')
     printf '{"check": "install", "ok": %s, "said": "%s", "seconds": %d}\n' $ok "$said" $(($(date +%s) - before)) >&3
     $kept || echo ".${opt}" >/run/keep
 fi

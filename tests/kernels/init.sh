@@ -1,5 +1,6 @@
 #!/bin/busybox sh
 # SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=dash
 # The initramfs's init: load the kernel's own modules for the disks, and go on in the root.
 /bin/busybox --install -s /bin
 PATH=/bin

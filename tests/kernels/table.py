@@ -39,7 +39,7 @@ class Outcome:
 
 def short(said: str) -> str:
     """Return the first part of what a check found."""
-    return re.split(r"[;,:]", said)[0].strip()
+    return re.split(r"[;,:]", " ".join(said.split()))[0].replace("|", "/").strip()
 
 
 def cell(outcome: Outcome, *names: str) -> str:
