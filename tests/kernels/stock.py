@@ -14,6 +14,8 @@ from tests.harness.chroot import cache_dir
 from tests.kernels.archive import Archive, depends, locked
 
 CACHE: Final = cache_dir().parent
+_KEPT: Final = 2
+"""Versions of each kernel that stay in the cache."""
 _PARTS: Final = r"linux-(image|binary|modules|base)-.+"
 
 
@@ -94,17 +96,20 @@ def fetch(stock: Stock) -> Unpacked:
     archive = Archive(stock.suites, stock.architecture, CACHE)
     archive.update()
     names, version = packages(archive, stock.package)
-    kind = stock.package.removeprefix("linux-image-")
-    folder = CACHE / "stock" / f"{kind}-{version.replace('~', '-')}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f"{folder.name}.lock")):
+    kept = CACHE / "stock/kernels" / stock.name
+    kept.mkdir(parents=True, exist_ok=True)
+    folder = kept / version
+    with locked(kept.with_name(f"{stock.name}.lock")):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
                 new = Path(temporary) / "kernel"
                 new.mkdir()
                 archive.unpack(names, new)
                 _settle(new)
                 new.rename(folder)
+        folder.touch()
+        for old in sorted(kept.iterdir(), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+            shutil.rmtree(old)
     return Unpacked(stock, version, folder)
 
 
