@@ -21,12 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import pandas as pd
-
 import cwndtrace
 from cwndtrace.kernel import btf, cgroups, facts, ladder
 from tests.harness import tcp
-from tests.harness.disk import SECTOR, Disk, Stat, Traced, file_system, loop
+from tests.harness.disk import Disk, Stat, Traced, file_system, loop, stat_of
 from tests.harness.netem import netem
 from tests.harness.processes import children
 from tests.harness.tracing import Tracer, differences
@@ -438,16 +436,6 @@ def _flush(disk: Disk) -> None:
 
 
 LOADS: Final = {"direct": _direct, "buffered": _buffered, "ext4": _ext4, "discard": _discard, "flush": _flush}
-
-
-def stat_of(records: pd.DataFrame) -> Stat:
-    """Return the sums of records as the kernel counts them: zeroes that are written without data are writes too."""
-
-    def sums(*ops: str) -> tuple[int, int]:
-        rows = records[records["op"].isin(ops)]
-        return len(rows), int(rows["bytes"].sum()) // SECTOR
-
-    return Stat(*sums("read"), *sums("write", "write_zeroes"), *sums("discard", "secure_erase"))
 
 
 @check

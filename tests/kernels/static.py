@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
-from cwndtrace.capture import bcc, live
+from cwndtrace.capture import bcc
+from cwndtrace.capture.block_program import BLOCK_PROGRAMS
 from cwndtrace.errors import KernelLacks
 from cwndtrace.kernel import ladder, offsets
 from cwndtrace.kernel.btf import Btf
-from cwndtrace.records.layout import bpf_dir, code
+from cwndtrace.records.layout import bpf_dir
 from tests.kernels import vmlinuz
 from tests.kernels.stock import Unpacked
 
@@ -35,35 +37,37 @@ def examine(unpacked: Unpacked) -> tuple[list[str], list[str]]:
     known = facts_of(kernel, unpacked.config)
     hz = next(line.partition("=")[2] for line in unpacked.config.splitlines() if line.startswith("CONFIG_HZ="))
     seen: dict[str, list[str]] = {reason: [] for reason in ladder.REASONS}
-    surprises, sources = [], set()
+    surprises: list[str] = []
+    sources = set()
     for probe in ladder.PROBES:
-        for reason in ladder.REASONS:
-            if ladder.lacks(known, probe, reason) is not None:
-                continue
+        possible = [reason for reason in ladder.REASONS if ladder.lacks(known, probe, reason) is None]
+        for reason in possible:
             seen[reason].append(probe.name)
-            targets = [a.target for a in ladder.attachments(known, probe, reason)]
-            # As in live.Kernel.
-            by_state = "tcp_cong_state_set" in targets
-            name = f"cwnd_reset_{'cong_state' if by_state else probe.name}.bpf.c"
-            defines = {"REASON": code("reason", reason), "PROBE": code("probe", probe.name), **_FILTERS}
-            surprises += lacking(kernel, name, defines)
-            sources.add(name)
-    block = "no"
-    for program in (each for each in vars(live).values() if isinstance(each, live.BlockProgram)):
-        if all(kernel.has_tracepoint(a.target) for a in program.attachments):
-            block = program.source.name.partition(".")[0]
-            surprises += lacking(kernel, program.source.name, {**_FILTERS, **program.defines})
-            sources.add(program.source.name)
-            break
+        if possible:
+            # As in live.Kernel: one source for all reasons of a probe.
+            surprises += lacking(kernel, bpf_dir() / f"cwnd_reset_{probe.name}.bpf.c", _FILTERS)
+            sources.add(probe.name)
+    block = next((each for each in BLOCK_PROGRAMS if each.lacks(kernel) is None), None)
+    if block is None:
+        surprises.append("no way to time block I/O")
+    else:
+        for atomic in ({}, {"COMPARE_AND_SWAP": 1}):
+            surprises += lacking(kernel, block.source, {**_FILTERS, **block.defines, **atomic})
+        sources.add(block.name)
     cells = [unpacked.stock.name, unpacked.release, hz]
-    return [*cells, *("/".join(seen[r]) or "no" for r in ladder.REASONS), block, str(len(sources))], surprises
+    return [
+        *cells,
+        *("/".join(seen[r]) or "no" for r in ladder.REASONS),
+        block.name if block else "no",
+        str(len(sources)),
+    ], surprises
 
 
-def lacking(kernel: Btf, source: str, defines: dict[str, int]) -> list[str]:
+def lacking(kernel: Btf, source: Path, defines: dict[str, int]) -> list[str]:
     """Return what a kernel lacks of what a source reads, in a list of at most one line."""
-    text = bcc.expanded(bpf_dir() / source)
+    text = bcc.expanded(source)
     try:
         offsets.defines(kernel, offsets.active(text, defines))
     except KernelLacks as e:
-        return [f"{source}: {e.cause}"]
+        return [f"{source.name}: {e.cause}"]
     return []
