@@ -263,7 +263,7 @@ def output_disk(into: Path) -> Path:
 
 def keep(output: Path, kept: Path) -> None:
     """Keep what a guest has left for later ones: compiled BPF programs and, if it installed the project, that."""
-    new = kept / ".new"
+    new = output.with_name("kept.tar")
     parts: dict[str, list[tarfile.TarInfo]] = {}
     # A guest that failed leaves a disk of zeros, which is an empty archive.
     with tarfile.open(output, "r:") as tar:

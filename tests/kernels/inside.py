@@ -467,7 +467,8 @@ def block() -> Found:
 def outward() -> Iterator[tuple[tcp.TcpConnection, Disk]]:
     """Yield a connection of the machine's own namespace over an interface called eth0, and a disk."""
     with world("peer") as (space, drain), loop() as disk:
-        tcp.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", space.name)
+        # Programs are compiled with the index, so that another one would be compiled each time.
+        tcp.run("ip", "link", "add", "eth0", "index", "77", "type", "veth", "peer", "name", "eth0", "netns", space.name)
         tcp.run("ip", "addr", "add", "10.8.0.1/24", "dev", "eth0")
         tcp.run("ip", "link", "set", "eth0", "up")
         space.ip("addr", "add", "10.8.0.2/24", "dev", "eth0")
