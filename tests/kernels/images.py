@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -265,8 +266,8 @@ def keep(output: Path, kept: Path) -> None:
     """Keep what a guest has left for later ones: compiled BPF programs and, if it installed the project, that."""
     new = output.with_name("kept.tar")
     parts: dict[str, list[tarfile.TarInfo]] = {}
-    # A guest that failed leaves a disk of zeros, which is an empty archive.
-    with tarfile.open(output, "r:") as tar:
+    # A guest that failed leaves a disk of zeros, which is an empty archive; one that was killed may leave a part.
+    with suppress(tarfile.TarError), tarfile.open(output, "r:") as tar:
         for member in tar:
             name = "images" if "var/cache/cwndtrace" in member.name else "opt"
             parts.setdefault(name, []).append(member)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.kernels import modules, stock, table, vmlinuz
+from tests.kernels import images, modules, stock, table, vmlinuz
 from tests.kernels.archive import Archive, depends, newest_fields
 from tests.unit.btf_blob import Blob
 
@@ -103,6 +105,26 @@ def test_kernels_without_type_information_are_refused() -> None:
         vmlinuz.btf(bytes(1000))
     with pytest.raises(ValueError, match="isn't compressed"):
         vmlinuz.kernel(b"something else" * 100)
+
+
+def test_what_a_guest_leaves_is_kept_for_later_ones(tmp_path: Path) -> None:
+    output, kept = tmp_path / "output.tar", tmp_path / "kept"
+    kept.mkdir()
+    with output.open("wb") as file:
+        file.truncate(1 << 20)
+    images.keep(output, kept)
+    assert list(kept.iterdir()) == []
+    with tarfile.open(output, "w") as tar:
+        for name in ("./var/cache/cwndtrace/a.json", "./opt/cwndtrace/bin/cwndtrace"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            tar.addfile(entry, io.BytesIO(b"text"))
+    images.keep(output, kept)
+    found = {}
+    for path in kept.iterdir():
+        with tarfile.open(path) as tar:
+            found[path.name] = tar.getnames()
+    assert found == {"images.tar": ["./var/cache/cwndtrace/a.json"], "opt.tar": ["./opt/cwndtrace/bin/cwndtrace"]}
 
 
 def outcome(name: str, *results: tuple[str, bool, str], error: str = "") -> table.Outcome:
