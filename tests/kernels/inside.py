@@ -94,20 +94,24 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing")
 
 
+def tree(pid: int) -> list[int]:
+    """Return a process and all its descendants."""
+    return [pid, *(below for child in children(pid) for below in tree(child))]
+
+
+def ticks(task: Path) -> int:
+    """Return the CPU time of a task or a process, given its folder in /proc, in clock ticks; 0 if it has ended."""
+    with suppress(OSError):
+        fields = (task / "stat").read_text().rpartition(") ")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
+
+
 def evidence(pid: int) -> str:
     """Print what the processes of a tree are doing on the console, and return it in a line.
 
     A trace that doesn't end in time may be starved or may hang: the CPU time of a second tells one from the other.
     """
-
-    def tree(top: int) -> list[int]:
-        return [top, *(below for child in children(top) for below in tree(child))]
-
-    def ticks(task: Path) -> int:
-        with suppress(OSError):
-            fields = (task / "stat").read_text().rpartition(") ")[2].split()
-            return int(fields[11]) + int(fields[12])
-        return 0
 
     pids = tree(pid)
     tasks = [task for each in pids for task in Path(f"/proc/{each}/task").glob("*")]
@@ -172,21 +176,30 @@ class RunCommand:
             (pid, *_) = children(pid)
         return pid
 
-    def end(self) -> float:
-        """Send SIGINT, and return the seconds until it has ended. Fails if it ends with an error or not in time."""
+    def end(self) -> str:
+        """Send SIGINT, wait for the end, and return how long it took and how much of that was CPU time.
+
+        Fails if it ends with an error or not in time.
+        """
+        pids, used = tree(self.pid), 0
+        before = sum(ticks(Path(f"/proc/{pid}")) for pid in pids)
         begin = time.monotonic()
         os.kill(self.pid, signal.SIGINT)
         try:
-            code = self.process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            found = evidence(self.process.pid)
-            time.sleep(5)
-            raise AssertionError(f"not ended {_END_S} s after SIGINT: {found}") from None
+            while self.process.poll() is None and time.monotonic() < begin + _END_S:
+                used = max(used, sum(ticks(Path(f"/proc/{pid}")) for pid in pids) - before)
+                time.sleep(0.2)
+            if self.process.poll() is None:
+                found = evidence(self.process.pid)
+                time.sleep(5)
+                raise AssertionError(f"not ended {_END_S} s after SIGINT: {found}")
         finally:
             self.kill()
             print(self.text(), file=sys.stderr, flush=True)
+        code = self.process.returncode
         assert code == 0, f"exit code {code}: {last_line(self.text())}"
-        return time.monotonic() - begin
+        cpu_s = used / os.sysconf("SC_CLK_TCK")
+        return f"start {self.started_s:.0f} s, end {time.monotonic() - begin:.0f} s ({cpu_s:.0f} s of CPU)"
 
     def kill(self) -> None:
         """Kill it and all that it has started."""
@@ -507,7 +520,7 @@ def traced(connection: tcp.TcpConnection, capture: Path, *arguments: str, before
         ended = run.end()
     finally:
         run.kill()
-    return f"{compared(capture, connection, 'complete')}; start {run.started_s:.0f} s, end {ended:.0f} s"
+    return f"{compared(capture, connection, 'complete')}; {ended}"
 
 
 @check
@@ -535,7 +548,7 @@ def capture() -> Found:
         report = call("sudo", "-u", USER, "cwndtrace", "report", str(path))
         assert report.returncode == 0, last_line(report.stderr)
         assert len(report.stdout) > 200, "the report is short"
-        yield "capture", True, f"{said}, 200 of 200 reads; start {run.started_s:.0f} s, end {ended:.0f} s"
+        yield "capture", True, f"{said}, 200 of 200 reads; {ended}"
 
 
 @check
