@@ -304,7 +304,9 @@ def timeouts(space: tcp.Space, connections: list[tcp.TcpConnection]) -> list[tup
                 if n in after:
                     continue
                 if now.ca_state == _LOSS:
-                    after[n] = now
+                    # The kernel reads the window before it takes the socket's lock, so this reading may have the window
+                    # of before the timeout.
+                    after[n] = connection.info()
                     continue
                 before[n] = now
                 # Packets that leave before the first drop are acknowledged.
