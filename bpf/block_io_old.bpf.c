@@ -2,9 +2,9 @@
 /*
  * Traces block requests where block_io_start and block_io_done are missing, as before Linux 6.5.
  *
- * block_getrq shows a bio that gets a request, in the context of the task that submits it, but not yet the request. That
- * is known when it is queued or given to the driver, and leads back to its bio. It ends when its last byte is done.
- * blk_mq_submit_bio() has the order of the first two, blk_update_request() the last (block/blk-mq.c in 6.1).
+ * block_getrq shows a bio that gets a request, in the context of the task that submits it, but not yet the request.
+ * That is known when it is queued or given to the driver, and leads back to its bio. It ends when its last byte is
+ * done. blk_mq_submit_bio() has the order of the first two, blk_update_request() the last (block/blk-mq.c in 6.1).
  */
 #include "block.h"
 

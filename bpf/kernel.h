@@ -40,8 +40,8 @@
 })
 
 /*
- * Does what READ does where the verifier knows base's type, as it does for a tp_btf program's arguments and the structures
- * that they lead to. It is a load, not a call. A fault reads 0.
+ * Does what READ does where the verifier knows base's type, as it does for a tp_btf program's arguments and the
+ * structures that they lead to. It is a load, not a call. A fault reads 0.
  */
 #define LOAD(T, base, type, member) ({							\
 	_Static_assert(sizeof(T) == SIZE_##type##__##member,				\

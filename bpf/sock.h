@@ -28,9 +28,9 @@ static __always_inline u32 sk_ifindex(const void *sk)
 }
 
 /*
- * Returns the id of the socket's cgroup (v2); 0 where the kernel doesn't keep it (facts.check_sock_cgroups() refuses a filter by
- * cgroup there). Before Linux 5.15 the pointer is in val, which is a number of cgroup v1's net_cls or net_prio instead
- * if one of its two low bits is set: see sock_cgroup_ptr() of Linux 5.10's include/linux/cgroup.h.
+ * Returns the id of the socket's cgroup (v2); 0 where the kernel doesn't keep it (facts.check_sock_cgroups() refuses a
+ * filter by cgroup there). Before Linux 5.15 the pointer is in val, which is a number of cgroup v1's net_cls or
+ * net_prio instead if one of its two low bits is set: see sock_cgroup_ptr() of Linux 5.10's include/linux/cgroup.h.
  */
 static __always_inline u64 sk_cgroup(const void *sk)
 {
