@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -62,9 +63,10 @@ class Stalled(Exception):
 def group_state(group: int) -> tuple[set[str], int]:
     """Return the states of all threads of a process group, and their CPU time in clock ticks."""
     states, ticks = set(), 0
-    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+    # Path.glob() would fail where a process ends meanwhile; glob() leaves it out.
+    for stat in glob("/proc/[0-9]*/task/[0-9]*/stat"):  # noqa: PTH207
         with suppress(OSError):
-            fields = stat.read_text().rpartition(") ")[2].split()
+            fields = Path(stat).read_text().rpartition(") ")[2].split()
             if int(fields[2]) == group:
                 states.add(fields[0])
                 ticks += int(fields[11]) + int(fields[12])
