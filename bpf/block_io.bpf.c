@@ -29,7 +29,7 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 rq = argument(ctx, 0);
 	u64 request = ctx->args[0];
-	struct flight *f, other = {.key = rq};
+	struct flight *f;
 
 	if (!wanted()) {
 		/* An entry of an earlier request at this address must not be taken for this one. */
@@ -39,10 +39,12 @@ int on_block_io_start(struct bpf_raw_tracepoint_args *ctx)
 	f = take(rq);
 	if (f) {
 		start_request(f, request);
-		return 0;
+	} else {
+		struct flight other = {.key = rq};
+
+		start_request(&other, request);
+		take_overflow(rq, &other);
 	}
-	start_request(&other, request);
-	take_overflow(rq, &other);
 	return 0;
 }
 

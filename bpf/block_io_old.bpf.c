@@ -45,15 +45,16 @@ static __always_inline void start_bio(struct flight *f, u64 sector, u32 opf)
 
 static __always_inline void start(u64 key, u64 sector, u32 opf)
 {
-	struct flight other = {.key = key};
 	struct flight *f = take(key);
 
 	if (f) {
 		start_bio(f, sector, opf);
-		return;
+	} else {
+		struct flight other = {.key = key};
+
+		start_bio(&other, sector, opf);
+		take_overflow(key, &other);
 	}
-	start_bio(&other, sector, opf);
-	take_overflow(key, &other);
 }
 
 int on_block_getrq(struct bpf_raw_tracepoint_args *ctx)
