@@ -222,7 +222,7 @@ def world(name: str) -> Iterator[tuple[tcp.Space, tcp.Drain]]:
         space.close()
 
 
-def rest(connections: list[tcp.TcpConnection], seconds: float = tcp.IDLE_S) -> None:
+def idle_and_send(connections: list[tcp.TcpConnection], seconds: float = tcp.IDLE_S) -> None:
     """Let connections with a grown window be idle, then send on each."""
     for connection in connections:
         connection.grow()
@@ -327,7 +327,7 @@ def probes() -> Found:
         say("sending")
         connections = [tcp.connect(space, drain, **kind) for kind in KINDS]
         for _ in range(_ROUNDS):
-            rest(connections)
+            idle_and_send(connections)
         for name, tracer in tracers.items():
             yield f"idle {name}", *exact(tracer, connections)
         fresh = [tcp.connect(space, drain, **kind) for kind in KINDS]
@@ -517,7 +517,7 @@ def traced(connection: tcp.TcpConnection, capture: Path, *arguments: str, before
         connection.sends.clear()
         connection.blind.clear()
         for _ in range(_ROUNDS):
-            rest([connection])
+            idle_and_send([connection])
         time.sleep(1)
         ended = run.end()
     finally:
@@ -537,7 +537,7 @@ def capture() -> Found:
             connection.sends.clear()
             connection.blind.clear()
             for _ in range(_ROUNDS):
-                rest([connection])
+                idle_and_send([connection])
             disk.read(*range(200))
             time.sleep(1)
             ended = run.end()
@@ -565,7 +565,7 @@ def killed() -> Found:
             connection.sends.clear()
             connection.blind.clear()
             for _ in range(_ROUNDS):
-                rest([connection])
+                idle_and_send([connection])
             wanted = len(known([connection]))
             tcp.until(lambda: len(cwndtrace.load(path).resets) >= wanted, 120, "the rows on the disk")
             os.kill(pid, signal.SIGKILL)

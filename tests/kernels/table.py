@@ -94,8 +94,8 @@ def replaced(page: str, outcomes: Sequence[Outcome]) -> str:
     """Return a page with the table between its two markers. Raises ValueError if it has them not."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page must have {BEGIN} and {END}")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text(outcomes)}\n\n{END}{rest.partition(END)[2]}"
+    before, _, after = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text(outcomes)}\n\n{END}{after.partition(END)[2]}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
