@@ -224,11 +224,23 @@ SHAPES: Final = {
 COSTLY: Final = ("heartbeats", "400 kB", "young", "in turn", "16 kB each 40 ms", "small send buffer")
 
 
+@dataclass(frozen=True)
+class RealCost:
+    """What a burst really cost, in ms: no less and no more than this, as far as the clock can tell."""
+
+    least_ms: float
+    most_ms: float
+
+    def error_ms(self, measured_ms: float) -> float:
+        """Return how far a measured cost is from what the burst can have cost."""
+        return measured_ms - min(max(measured_ms, self.least_ms), self.most_ms)
+
+
 @dataclass
 class ShapeCosts:
-    """By shape: what bursts really cost, in ms, and what each probe's records say; and the judged resets by probe."""
+    """By shape: what bursts really cost, and what each probe's records say, in ms; and the judged resets by probe."""
 
-    real: dict[str, list[float]] = field(default_factory=dict)
+    real: dict[str, list[RealCost]] = field(default_factory=dict)
     said: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     verdicts: dict[tuple[str, str], list[set[str]]] = field(default_factory=dict)
     probes: list[str] = field(default_factory=list)
@@ -289,11 +301,15 @@ def measured() -> ShapeCosts:
             usual = [b.took_ms for key, (_, bursts) in off.items() if key[0] == name for b in bursts]
             mine = [(port, burst) for key, (port, bursts) in on.items() if key[0] == name for burst in bursts]
             each = len(usual) // shape.connections
-            alike = [statistics.median(usual)] * each
+            alike = [[statistics.median(usual)]] * each
             if shape.connections > 1:
-                # The peer's window of a young connection grows by chance, and delays some of its bursts in any case.
-                alike = [min(usual[n::each]) for n in range(each)]
-            out.real[name] = [burst.took_ms - alike[n % each] for n, (_, burst) in enumerate(mine)]
+                # The peer's window of a young connection grows by chance. With the sysctl at 0, too, it delays the
+                # bursts of some connections by a round trip, so what one burst would have taken isn't known exactly.
+                alike = [usual[n::each] for n in range(each)]
+            out.real[name] = [
+                RealCost(burst.took_ms - max(alike[n % each]), burst.took_ms - min(alike[n % each]))
+                for n, (_, burst) in enumerate(mine)
+            ]
             for probe, tracer in tracers.items():
                 rows = judged(tracer)
                 during = [
@@ -302,7 +318,12 @@ def measured() -> ShapeCosts:
                 ]
                 out.said[name, probe] = [float(each["cost_us"].sum()) / 1000 for each in during]
                 out.verdicts[name, probe] = [set(each["verdict"]) for each in during]
-                print(f"{name}, {probe}: real {rounded(out.real[name])}, measured {rounded(out.said[name, probe])} ms")
+                least, most = (
+                    rounded([r.least_ms for r in out.real[name]]),
+                    rounded([r.most_ms for r in out.real[name]]),
+                )
+                real = f"{least}" if least == most else f"{least} to {most}"
+                print(f"{name}, {probe}: real {real}, measured {rounded(out.said[name, probe])} ms")
     return out
 
 
@@ -310,16 +331,20 @@ def rounded(values: list[float]) -> list[int]:
     return [round(value) for value in values]
 
 
+def typical(costs: list[RealCost]) -> float:
+    """Return the median of the most that bursts can really have cost, in ms."""
+    return statistics.median(cost.most_ms for cost in costs)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_measured_cost_is_the_real_one_at_the_median(measured: ShapeCosts, shape: str) -> None:
     for probe in measured.probes:
         pairs = list(zip(measured.real[shape], measured.said[shape, probe], strict=True))
-        off = statistics.median(said - real for real, said in pairs)
-        real = statistics.median(measured.real[shape])
+        off = statistics.median(real.error_ms(said) for real, said in pairs)
         # On an emulated machine each round trip that a reset costs takes some 10 to 30 ms of computing more, which the
-        # client's clock has in it. The peer's window delays young connections by chance there.
+        # client's clock has in it. The peer's window delays more of the young connections' bursts there.
         least = 10.0 if not EMULATED else RTT_MS / 2 if SHAPES[shape].connections == 1 else RTT_MS
-        assert abs(off) <= max(least, 0.1 * real), (probe, pairs)
+        assert abs(off) <= max(least, 0.1 * typical(measured.real[shape])), (probe, pairs)
 
 
 def test_the_measured_cost_is_within_a_round_trip_for_nearly_all_bursts(measured: ShapeCosts) -> None:
@@ -327,7 +352,7 @@ def test_the_measured_cost_is_within_a_round_trip_for_nearly_all_bursts(measured
     alike = [name for name, shape in SHAPES.items() if shape.connections == 1]
     for probe in measured.probes:
         pairs = [p for s in alike for p in zip(measured.real[s], measured.said[s, probe], strict=True)]
-        within = sum(abs(said - real) <= RTT_MS for real, said in pairs)
+        within = sum(abs(real.error_ms(said)) <= RTT_MS for real, said in pairs)
         assert within >= 0.95 * len(pairs), (probe, pairs)
 
 
@@ -335,7 +360,7 @@ def test_the_measured_cost_is_within_a_round_trip_for_nearly_all_bursts(measured
 def test_no_reset_that_cost_time_is_called_harmless(measured: ShapeCosts, shape: str) -> None:
     for probe in measured.probes:
         for real, labels in zip(measured.real[shape], measured.verdicts[shape, probe], strict=True):
-            if real >= RTT_MS / 2:
+            if real.least_ms >= RTT_MS / 2:
                 assert "harmful" in labels, (probe, real, labels)
             elif shape not in COSTLY:
                 assert labels <= {"nothing_waited", "as_before", "slight"}, (probe, real, labels)
@@ -343,7 +368,7 @@ def test_no_reset_that_cost_time_is_called_harmless(measured: ShapeCosts, shape:
 
 def test_the_shapes_that_should_cost_something_do(measured: ShapeCosts) -> None:
     for shape in SHAPES:
-        assert (statistics.median(measured.real[shape]) >= RTT_MS / 2) == (shape in COSTLY), measured.real[shape]
+        assert (typical(measured.real[shape]) >= RTT_MS / 2) == (shape in COSTLY), measured.real[shape]
 
 
 # ---- a path that loses packets ---------------------------------------------------------------------
