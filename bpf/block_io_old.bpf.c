@@ -69,68 +69,73 @@ int on_block_getrq(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* Moves a bio's flight to its request, of which read-ahead can fail fast (blk_rq_bio_prep() in block/blk.h). */
-static __always_inline void move(struct flight *from, u64 bio, u64 rq)
+/*
+ * Moves a bio's flight to its request, whose flags are opf. Read-ahead can fail fast (blk_rq_bio_prep() in
+ * block/blk.h). Returns the request's flight.
+ */
+static __always_inline struct flight *move(struct flight *from, u64 bio, u64 rq, u32 opf)
 {
-	struct flight copy = *from;
-	struct flight *f;
+	struct flight *f = take(rq);
 
-	copy.key = rq;
-	copy.cmd_flags |= READ(u32, rq, request, cmd_flags) & FAILFAST_MASK;
-	forget(from, bio);
-	f = take(rq);
-	if (f)
-		*f = copy;
-	else
+	from->cmd_flags |= opf & FAILFAST_MASK;
+	if (f) {
+		__builtin_memcpy(&f->start_ns, &from->start_ns, sizeof(*f) - sizeof(f->key));
+	} else {
+		struct flight copy = *from;
+
+		copy.key = rq;
 		take_overflow(rq, &copy);
+		f = overflow.lookup(&rq);
+	}
+	forget(from, bio);
+	return f;
 }
 
-/* Finds a request's bio that block_getrq has shown, and moves its flight to the request. */
-static __always_inline bool lead_back(u64 rq, u64 bio)
+/* Finds a request's bio that block_getrq has shown. Returns the request's flight, to which it moves the bio's. */
+static __always_inline struct flight *lead_back(u64 rq, u64 bio, u32 opf)
 {
 #pragma unroll
 	for (int i = 0; i < MOST_BIOS; i++) {
 		struct flight *f = bio ? find(bio) : 0;
 
 		/* An entry of an earlier bio at this address has another sector. */
-		if (f && f->key == bio && f->sector == READ(u64, bio, bio, bi_iter__bi_sector)) {
-			move(f, bio, rq);
-			return true;
-		}
+		if (f && f->key == bio && f->sector == READ(u64, bio, bio, bi_iter__bi_sector))
+			return move(f, bio, rq, opf);
 		if (bio)
 			bio = READ(u64, bio, bio, bi_next);
 	}
-	return false;
+	return 0;
 }
 
 /*
  * Returns the flight of a request that is queued or given to the driver. If none of its bios was seen, it is charged to
  * the task that queues it, and counted.
  */
-static __always_inline struct flight *sight(u64 rq)
+static __always_inline struct flight *sight(u64 rq, u64 request)
 {
 	u64 bio = READ(u64, rq, request, bio);
-	u32 opf = READ(u32, rq, request, cmd_flags);
+	u32 opf = LOAD(u32, request, request, cmd_flags);
 	struct flight *f;
 
 	/* A flush that the kernel makes itself has no bio. Neither that nor a command to the device is accounted. */
 	if (!bio || (u8)opf >= REQ_OP_PASSTHROUGH)
 		return 0;
-	if (lead_back(rq, bio))
-		return find(rq);
+	f = lead_back(rq, bio, opf);
+	if (f)
+		return f;
 	f = find(rq);
 	if (f)
 		return f;
 	if (!wanted())
 		return 0;
-	start(rq, READ(u64, rq, request, __sector), opf);
+	start(rq, LOAD(u64, request, request, __sector), opf);
 	count(guessed, 1);
 	return find(rq);
 }
 
 int on_block_rq_insert(struct bpf_raw_tracepoint_args *ctx)
 {
-	sight(argument(ctx, ARGUMENT(block_rq_insert, request)));
+	sight(argument(ctx, ARGUMENT(block_rq_insert, request)), ctx->args[ARGUMENT(block_rq_insert, request)]);
 	return 0;
 }
 
@@ -138,12 +143,13 @@ int on_block_rq_insert(struct bpf_raw_tracepoint_args *ctx)
 int on_block_rq_issue(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 rq = argument(ctx, ARGUMENT(block_rq_issue, request));
-	struct flight *f = sight(rq);
+	u64 request = ctx->args[ARGUMENT(block_rq_issue, request)];
+	struct flight *f = sight(rq, request);
 
 	if (f && f->key == rq) {
 		f->issue_ns = bpf_ktime_get_ns();
-		f->bytes = READ(u32, rq, request, __data_len);
-		f->sector = READ(u64, rq, request, __sector);
+		f->bytes = LOAD(u32, request, request, __data_len);
+		f->sector = LOAD(u64, request, request, __sector);
 	}
 	return 0;
 }
@@ -190,24 +196,26 @@ int on_block_rq_complete(struct bpf_raw_tracepoint_args *ctx)
 	u64 rq = argument(ctx, ARGUMENT(block_rq_complete, request));
 	s32 error = ctx->args[ARGUMENT(block_rq_complete, request) + 1];
 	u32 done = ctx->args[ARGUMENT(block_rq_complete, request) + 2];
-	u32 left = READ(u32, rq, request, __data_len);
+	u64 request = ctx->args[ARGUMENT(block_rq_complete, request)];
+	u32 left = LOAD(u32, request, request, __data_len);
 	struct flight *f;
 	u64 disk;
 
-	if (done < left || in_flush_sequence(READ(u32, rq, request, rq_flags)))
+	if (done < left || in_flush_sequence(LOAD(u32, request, request, rq_flags)))
 		return 0;
 	/* A flush without data is neither queued nor given to the driver, but the kernel's own request in its place. */
 	if (!left)
-		lead_back(rq, READ(u64, rq, request, bio));
+		lead_back(rq, READ(u64, rq, request, bio), LOAD(u32, request, request, cmd_flags));
 	f = find(rq);
 	if (!f || f->key != rq)
 		return 0;
 	if (error)
 		f->error = status(error);
-	disk = READ_OPT(u64, rq, request, rq_disk);	/* until 5.16 */
-	if (!disk)
-		disk = READ_OPT(u64, READ(u64, rq, request, q), request_queue, disk);
-	keep(f, READ(s32, disk, gendisk, major) << 20 | READ(s32, disk, gendisk, first_minor));
+	if (SIZE_request__rq_disk)	/* until 5.16 */
+		disk = LOAD_OPT(u64, request, request, rq_disk);
+	else
+		disk = LOAD_OPT(u64, LOAD(u64, request, request, q), request_queue, disk);
+	keep(f, LOAD(s32, disk, gendisk, major) << 20 | LOAD(s32, disk, gendisk, first_minor));
 	forget(f, rq);
 	return 0;
 }

@@ -5,7 +5,7 @@
  * A member is named once, where it is read: READ(type, base, struct, member). cwndtrace/kernel/offsets.py finds
  * these calls, looks each member up, and passes OFF_<struct>__<member> and SIZE_<struct>__<member> as
  * -D integers. "a__b" is the member b of the member a of struct. A member that the kernel doesn't have is an error
- * that names it, except in READ_OPT, which then returns 0.
+ * that names it, except in READ_OPT and LOAD_OPT, which then return 0.
  */
 #ifndef CWNDTRACE_KERNEL_H
 #define CWNDTRACE_KERNEL_H
@@ -48,6 +48,10 @@
 		       #type "." #member " has another size in this kernel");		\
 	*(volatile T *)((const char *)(base) + OFF_##type##__##member);			\
 })
+
+#define LOAD_OPT(T, base, type, member)							\
+	(SIZE_##type##__##member == sizeof(T) ?						\
+	 *(volatile T *)((const char *)(base) + OFF_##type##__##member) : 0)
 
 /* Loads the lowest byte of a member whose width differs between kernels. */
 #define LOAD_BYTE(base, type, member) (*(volatile u8 *)AT(base, type, member))

@@ -11,7 +11,7 @@ from cwndtrace.errors import KernelLacks
 from cwndtrace.format import plural
 from cwndtrace.kernel.btf import Btf, Member
 
-_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_NUMBER|READ_BITS|LOAD|LOAD_BYTE|AT)\(")
+_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_NUMBER|READ_BITS|LOAD|LOAD_OPT|LOAD_BYTE|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
 _ARGUMENT: Final = re.compile(r"\bARGUMENT\((\w+), (\w+)\)")
@@ -57,7 +57,7 @@ def members(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield (macro, C type or "", struct, member as spelt) for each member that the active ``text`` reads."""
     for match in _MEMBER.finditer(text):
         macro, arguments = match[1], _arguments(text, match.end())
-        ctype = arguments[0] if macro in ("READ", "READ_OPT", "LOAD") else ""
+        ctype = arguments[0] if macro in ("READ", "READ_OPT", "LOAD", "LOAD_OPT") else ""
         if re.fullmatch(r"\w+", arguments[-1]) and re.fullmatch(r"\w+", arguments[-2]):
             yield macro, ctype, arguments[-2], arguments[-1]
     for match in _OFFSET.finditer(text):
@@ -86,7 +86,7 @@ def defines(btf: Btf, text: str) -> dict[str, int]:
     for macro, ctype, struct, spelt in members(text):
         name = f"{struct}__{spelt}"
         member = btf.member(struct, spelt) or btf.member(struct, _path(spelt))
-        if macro == "READ_OPT":
+        if macro in ("READ_OPT", "LOAD_OPT"):
             macros[f"OFF_{name}"] = member.offset if member else 0
             macros[f"SIZE_{name}"] = member.size if member else 0
         elif member is None:

@@ -120,8 +120,9 @@ def test_another_member_than_a_small_bitfield_is_refused(kernel: Btf) -> None:
             offsets.defines(kernel, f"READ_BITS(sk, {member})")
 
 
-def test_a_missing_optional_member_has_size_0(kernel: Btf) -> None:
-    defines = offsets.defines(kernel, "READ_OPT(u64, sk, sock, gone) READ_OPT(u32, sk, sock, a)")
+@pytest.mark.parametrize("macro", ["READ_OPT", "LOAD_OPT"])
+def test_a_missing_optional_member_has_size_0(kernel: Btf, macro: str) -> None:
+    defines = offsets.defines(kernel, f"{macro}(u64, sk, sock, gone) {macro}(u32, sk, sock, a)")
     assert defines == {"OFF_sock__gone": 0, "SIZE_sock__gone": 0, "OFF_sock__a": 0, "SIZE_sock__a": 4}
 
 
@@ -133,10 +134,10 @@ def test_a_number_may_have_any_width_but_not_be_missing(kernel: Btf) -> None:
 
 
 def test_what_may_be_missing_is_checked_or_has_an_alternative() -> None:
-    # READ_OPT reads 0 in silence. Those of sockets are checked by facts.check_sock_cgroups(). A request has its disk
-    # itself, or else its queue has it.
+    # READ_OPT and LOAD_OPT give 0 in silence. Those of sockets are checked by facts.check_sock_cgroups(). A request has
+    # its disk itself, or else its queue has it.
     text = "".join(offsets.active(file.read_text(encoding="utf-8"), ()) for file in sorted(bpf_dir().glob("*.*")))
-    assert {(m[2], m[3]) for m in offsets.members(text) if m[0] == "READ_OPT"} == {
+    assert {(m[2], m[3]) for m in offsets.members(text) if m[0].endswith("_OPT")} == {
         ("sock", "sk_cgrp_data__cgroup"),
         ("sock", "sk_cgrp_data__val"),
         ("cgroup", "kn"),
