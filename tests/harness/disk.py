@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -71,6 +72,22 @@ class Disk:
         # queue; ios, merges, sectors and ticks for discards.
         columns = [int(text) for text in (Path("/sys/block") / self.path.name / "stat").read_text().split()]
         return Stat(columns[0], columns[2], columns[4], columns[6], columns[11], columns[13])
+
+    def settled(self) -> Stat:
+        """Return the kernel's counters once no request has ended for a second.
+
+        A file system writes a little after it is unmounted.
+        """
+        seen, since = self.stat(), time.monotonic()
+
+        def unchanged() -> bool:
+            nonlocal seen, since
+            if (now := self.stat()) != seen:
+                seen, since = now, time.monotonic()
+            return time.monotonic() > since + 1
+
+        until(unchanged, 60, "the disk to be idle")
+        return seen
 
     @contextmanager
     def opened(self, flags: int = os.O_RDWR) -> Iterator[int]:

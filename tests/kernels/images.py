@@ -22,7 +22,7 @@ from typing import Final
 
 from tests.harness import chroot
 from tests.harness.chroot import CHECKOUT, CLONE
-from tests.kernels import modules
+from tests.kernels import live, modules
 from tests.kernels.archive import Archive, locked
 from tests.kernels.stock import CACHE, Stock, Unpacked
 
@@ -66,7 +66,7 @@ def installed_digest() -> str:
 def root(stock: Stock) -> Path:
     """Return the image of a root with the project installed; make it if the cache has none of this state.
 
-    For another architecture, what ``make install`` needs is there, and the guest runs it.
+    For another architecture, what ``make install`` and the live tests need is there, and the guest installs it.
     """
     native = stock.architecture == "amd64"
     recipe = (PACKAGES, _HERE.joinpath("images.py").read_bytes())
@@ -160,9 +160,9 @@ def _foreign(stock: Stock, image: Path, cache: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """Return what pip installs with the project, and what it builds the project with."""
+    """Return what pip installs with the project, what it builds the project with, and what the live tests need."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
-    return [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    return [*project["project"]["dependencies"], *project["build-system"]["requires"], *live.PACKAGES]
 
 
 def _download_wheels(python: str, machine: str, into: Path) -> None:

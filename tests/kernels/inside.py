@@ -28,6 +28,7 @@ from tests.harness.disk import Disk, Stat, Traced, file_system, loop, stat_of
 from tests.harness.netem import netem
 from tests.harness.processes import children
 from tests.harness.tracing import Tracer, differences
+from tests.kernels import live
 
 USER: Final = "user"
 _CLONE: Final = Path("/srv/cwndtrace")
@@ -191,7 +192,8 @@ class RunCommand:
                 time.sleep(0.2)
             if self.process.poll() is None:
                 found = evidence(self.process.pid)
-                time.sleep(5)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(5)
                 raise AssertionError(f"not ended {_END_S} s after SIGINT: {found}")
         finally:
             self.kill()
@@ -466,8 +468,7 @@ def block() -> Found:
                 before = disks[name].stat()
                 load(disks[name])
                 os.sync()
-                time.sleep(1)
-                stats[name] = disks[name].stat() - before
+                stats[name] = disks[name].settled() - before
         for name, disk in disks.items():
             found, truth = stat_of(traced.records(disk)), stats[name]
             recorded += found.reads + found.writes + found.discards
@@ -518,7 +519,7 @@ def traced(connection: tcp.TcpConnection, capture: Path, *arguments: str, before
         connection.blind.clear()
         for _ in range(_ROUNDS):
             idle_and_send([connection])
-        time.sleep(1)
+        connection.quiet()
         ended = run.end()
     finally:
         run.kill()
@@ -539,7 +540,7 @@ def capture() -> Found:
             for _ in range(_ROUNDS):
                 idle_and_send([connection])
             disk.read(*range(200))
-            time.sleep(1)
+            connection.quiet()
             ended = run.end()
         finally:
             run.kill()
@@ -604,6 +605,13 @@ def reproduce() -> Found:
     command = ("sudo", "-u", USER, "sudo", "cwndtrace", "reproduce", "--rounds", "1", "--rtt", "200ms")
     done = call(*command, seconds=3000, cwd="/tmp")
     yield "reproduce", done.returncode == 0, last_line(done.stdout if done.returncode == 0 else done.stderr)
+
+
+@check
+def live_tests() -> Found:
+    """Run the live tests, where nothing else runs them on this architecture."""
+    if live.WHEELS.exists():
+        yield "live tests", *live.run(_CLONE)
 
 
 @check

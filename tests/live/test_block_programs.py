@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,17 +58,7 @@ def many_loads(disk: Disk) -> None:
             with (mounted / str(number)).open("wb") as file:
                 file.write(random.randbytes(20_000))
                 os.fsync(file.fileno())
-    settle(disk)
-
-
-def settle(disk: Disk) -> None:
-    """Wait until ``disk`` had no request for half a second: a file system writes a little after it is unmounted."""
-    deadline, since, before = time.monotonic() + 30, time.monotonic(), disk.stat()
-    while time.monotonic() - since < 0.5:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-        if (now := disk.stat()) != before:
-            since, before = time.monotonic(), now
+    disk.settled()
 
 
 @pytest.mark.parametrize("name", ["none", "mq-deadline", "bfq"])
