@@ -21,13 +21,17 @@ _PARTS: Final = r"linux-(image|binary|modules|base)-.+"
 
 @dataclass(frozen=True)
 class Stock:
-    """A kernel of Debian: the suites and the metapackage that it comes from, and the release whose root it runs."""
+    """A kernel of Debian: the suites and the metapackage that it comes from, and the release whose root it runs.
+
+    ``cpu`` is QEMU's model of a CPU, where the usual one of the architecture doesn't do.
+    """
 
     name: str
     architecture: str
     suites: tuple[str, ...]
     package: str
     root: str
+    cpu: str = ""
 
 
 KERNELS: Final = (
@@ -38,7 +42,13 @@ KERNELS: Final = (
     Stock("newest-cloud", "amd64", ("trixie-backports",), "linux-image-cloud-amd64", "trixie"),
     Stock("6.12-arm64", "arm64", ("trixie", "trixie-security"), "linux-image-arm64", "trixie"),
 )
-BY_NAME: Final = {stock.name: stock for stock in KERNELS}
+"""The kernels of the table."""
+MORE: Final = (
+    # The usual model has no pages of 16 KiB.
+    Stock("arm64-16k", "arm64", ("trixie-backports",), "linux-image-arm64-16k", "trixie", cpu="neoverse-n1"),
+)
+"""Kernels that are tested only by name."""
+BY_NAME: Final = {stock.name: stock for stock in (*KERNELS, *MORE)}
 
 
 @dataclass(frozen=True)
