@@ -109,7 +109,7 @@ def read_until(fd: int, pattern: bytes, output: bytes = b"") -> bytes:
 def send_after_idle(connection: tcp.TcpConnection) -> tcp.Send:
     """Let a connection be idle for longer than the RTO, and return the send that then resets its window."""
     connection.grow()
-    time.sleep(connection.info().rto_us / 1e6 + 0.15)
+    connection.idle(tcp.IDLE_S)
     send = connection.send()
     assert send.reason == "idle", send
     return send
