@@ -18,7 +18,7 @@ export SETUP_PACKAGES := $(PACKAGES)
 SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions test-users kernels-test vm-test vm-soak vm-shell \
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions test-users kernels-test vm-test vm-test-all vm-soak vm-shell \
 	vagrant-test
 
 help: ## list these targets
@@ -83,6 +83,10 @@ vm-test: develop ## build kernels with and without the patches, boot each in sof
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test
 	@.venv/bin/python -m pytest -q -m vm tests/vm/test_tool.py tests/vm/test_build.py
+
+vm-test-all: develop ## the same for each kernel line that kernel-patches/ serves and Debian has, 6.1 and 7.3 too
+	@$(SETUP) packages vm
+	@.venv/bin/python tools/vm test all
 
 bench: develop ## run every benchmark, about twenty minutes; results go to benchmarks/results
 	@$(SUDO) $(SETUP) packages bench

@@ -31,15 +31,19 @@ def netem(space: tcp.Space, *options: str) -> Iterator[Callable[[], None]]:
     assert tc.returncode == 0
 
 
-def leave_unused(space: tcp.Space, connection: tcp.TcpConnection) -> None:
+def leave_unused(
+    space: tcp.Space, connection: tcp.TcpConnection, before_each: Callable[[], object] = lambda: None
+) -> None:
     """Make tcp_cwnd_application_limited() take back half of the unused part of the window.
 
     It does so if the last ACK is an RTO old and there was no idle time of an RTO before the send. So data must be under
-    way whose ACK is late, but not so late that the data is sent again.
+    way whose ACK is late, but not so late that the data is sent again. ``before_each`` is called once per attempt,
+    with the window grown.
     """
     for _ in range(20):
         with netem(space, "delay", "80ms") as begin:
             connection.grow(40)
+            before_each()
             begin()
             connection.until(lambda i: i.last_snd_us >= 0.8 * i.rto_us, "idle time")
             connection.send()
