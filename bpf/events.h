@@ -36,6 +36,22 @@ enum ca_state {
 	CA_STATE_LOSS = 4,	/* recovering from a retransmission timeout */
 };
 
+/* The kernel's enum of the same meaning in include/net/tcp_states.h. */
+enum tcp_state {
+	TCP_STATE_ESTABLISHED = 1, /* open in both directions */
+	TCP_STATE_SYN_SENT = 2,	/* the SYN isn't answered yet */
+	TCP_STATE_SYN_RECV = 3,	/* the SYN-ACK isn't acknowledged yet; simultaneous open or fast open */
+	TCP_STATE_FIN_WAIT1 = 4, /* closed here, and the peer hasn't acknowledged all of it */
+	TCP_STATE_FIN_WAIT2 = 5, /* closed here, and all is acknowledged */
+	TCP_STATE_TIME_WAIT = 6, /* closed at both ends */
+	TCP_STATE_CLOSE = 7,	/* no connection */
+	TCP_STATE_CLOSE_WAIT = 8, /* the peer has closed, this end still sends */
+	TCP_STATE_LAST_ACK = 9,	/* closed at both ends, the peer's first, and not all is acknowledged */
+	TCP_STATE_LISTEN = 10,	/* waits for connections */
+	TCP_STATE_CLOSING = 11,	/* closed at both ends at once, and not all is acknowledged */
+	TCP_STATE_NEW_SYN_RECV = 12, /* a request for a connection, which has no socket yet */
+};
+
 /* The numbers of Linux 6.18; block.h translates those of other kernels. */
 enum op {
 	OP_READ = 0,		/* REQ_OP_READ */
@@ -92,11 +108,13 @@ struct cwnd_reset {
 	__u32 snd_wnd;		/* [bytes] window the peer offered */
 	__u32 init_cwnd;	/* [segments] initial window of the route, the floor of a restart */
 	__u32 unsent_bytes;	/* [bytes] queued and not yet sent */
+	__u32 unacked_bytes;	/* [bytes] sent and not yet acknowledged */
 	__u32 total_retrans;	/* [segments] retransmitted over the connection's life */
 	__u32 netns_ino;	/* [id] inode of the socket's network namespace */
 	__u32 tgid;		/* [pid] process that was using the socket; 0 where a timer or an ACK did */
 	__u32 tid;		/* [pid] its thread; 0 likewise */
 	__u32 ifindex;		/* [id] device of the socket's route, 0 where it has none */
+	__u32 tcp_state;	/* [enum tcp_state] state of the connection */
 	__u16 sport;		/* [port] local */
 	__u16 dport;		/* [port] remote */
 	__u8 family;		/* [family] 2 IPv4 (mapped addresses too), 10 IPv6 */

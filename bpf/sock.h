@@ -126,9 +126,11 @@ static __always_inline void fill_from_sock(struct cwnd_reset *r, const void *sk)
 	r->snd_wnd = READ(u32, sk, tcp_sock, snd_wnd);
 	r->init_cwnd = sk_init_cwnd(sk);
 	r->unsent_bytes = READ(u32, sk, tcp_sock, write_seq) - READ(u32, sk, tcp_sock, snd_nxt);
+	r->unacked_bytes = READ(u32, sk, tcp_sock, snd_nxt) - READ(u32, sk, tcp_sock, snd_una);
 	r->total_retrans = READ(u32, sk, tcp_sock, total_retrans);
 	r->netns_ino = sk_netns(sk);
 	r->ifindex = sk_ifindex(sk);
+	r->tcp_state = READ(u8, sk, sock_common, skc_state);
 	r->sport = sk_sport(sk);
 	r->dport = sk_dport(sk);
 	r->family = sk_family(sk);

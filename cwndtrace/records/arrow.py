@@ -272,7 +272,7 @@ MAY_BE_NULL: Final = frozenset({"busy_us", "bytes_received", "rwnd_limited_us", 
 
 OF_LATER_VERSIONS: Final = frozenset(
     ("after_loss_us", "bursts", "bytes_received", "chain_resets", "chain_window", "cost_us", "data_segs_in"),
-).union(("first_cost_us", "held_us", "other_us", "short_us", "waiting_bytes"))
+).union(("first_cost_us", "held_us", "other_us", "short_us", "tcp_state", "unacked_bytes", "waiting_bytes"))
 """The columns that captures of older versions lack, without which their rows are still of use."""
 
 _UNJUDGED: Final = (MAY_BE_NULL | OF_LATER_VERSIONS).union(

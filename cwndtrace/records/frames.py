@@ -42,7 +42,8 @@ def raw(table: pa.Table, name: str) -> pd.DataFrame:
 
 def without_placeholders(frame: pd.DataFrame) -> pd.DataFrame:
     """Return ``frame`` with missing values in place of placeholders, and columns that may have any as float64."""
-    new = {n: frame[n].astype("float64") for n in arrow.MAY_BE_NULL | arrow.OF_LATER_VERSIONS if n in frame}
+    may_be_missing = frame.columns.intersection([*arrow.MAY_BE_NULL, *arrow.OF_LATER_VERSIONS])
+    new = {n: frame[n].astype("float64") for n in may_be_missing if pd.api.types.is_numeric_dtype(frame[n])}
     for name, least in PLACEHOLDERS.items():
         if name in frame:
             number = frame[name].astype("float64")

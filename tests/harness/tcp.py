@@ -201,6 +201,16 @@ class Space(Here):
         """Call ``work`` in this namespace, on a separate thread, and return its result."""
         return netns.inside(self._namespace, work)
 
+    def counter(self, name: str) -> int:
+        """Return one of the kernel's counters of this namespace, such as TCPTimeouts."""
+
+        def read() -> int:
+            text = Path("/proc/thread-self/net/netstat").read_text()
+            names, values = [line.split() for line in text.splitlines() if line.startswith("TcpExt:")]
+            return int(values[names.index(name)])
+
+        return int(self.enter(read))
+
     def close(self) -> None:
         """Delete the namespace and its interfaces."""
         subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)

@@ -234,6 +234,8 @@ def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: R
         "bytes_acked": before.bytes_acked,
         "bytes_sent": before.bytes_sent,
         "unsent_bytes": before.unsent,
+        "unacked_bytes": 0,
+        "tcp_state": "established",
         "total_retrans": before.total_retrans,
     }
     if connection.cgroup_id:
@@ -247,6 +249,7 @@ def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: R
     if send.reason == "app_limited":
         # The window falls after packets have been sent.
         truth["bytes_sent"] = min(max(record["bytes_sent"], before.bytes_sent), after.bytes_sent)
+        truth["unacked_bytes"] = min(max(record["unacked_bytes"], 1), sent)
     if truth["probe"] == "tcp_probe" or send.reason == "app_limited":
         # What is being sent has been queued by then.
         truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)

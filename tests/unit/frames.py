@@ -42,6 +42,7 @@ def reset(at_s: float = 1.0, **fields: Any) -> layout.Records:
         "cwnd_after": 44, "ssthresh_before": 2_147_483_647, "ssthresh_after": 2120, "snd_wnd": 6_291_456,
         "init_cwnd": 10, "unsent_bytes": 0, "total_retrans": 0, "netns_ino": NETNS, "tgid": 4242, "tid": 4243,
         "ifindex": 3, "sport": 443, "dport": 51324, "reason": "idle", "probe": "sendmsg", "ca_state": "open",
+        "tcp_state": "established", "unacked_bytes": 0,
         "saddr": "10.1.0.1", "daddr": "10.2.0.9", "comm": b"replica", "ca_name": b"cubic",
     }  # fmt: skip
     values |= fields
