@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Traces resets with tcp:tcp_cwnd_reset of kernel-patches/: TP_PROTO(sk, reason, old_cwnd, old_ssthresh, idle). */
+/* Traces resets with tcp:tcp_cwnd_reset of kernel-patches/: TP_PROTO(sk, reason, old_cwnd, old_ssthresh). */
 #include "follow_programs.h"
 #include "reset.h"
 
@@ -10,6 +10,6 @@ int on_tcp_cwnd_reset(struct bpf_raw_tracepoint_args *ctx)
 
 	if (reason < 32 && REASONS >> reason & 1)
 		emit_fallen((const void *)ctx->args[0], reason, PROBE_TRACEPOINT, ctx->args[2], ctx->args[3],
-			    ctx->args[4], 0);
+			    idle_for((const void *)ctx->args[0], reason), 0);
 	return 0;
 }

@@ -93,7 +93,7 @@ struct cwnd_reset {
 	__u64 cgroup_id;	/* [id] cgroup v2 of the socket */
 	__u64 bytes_acked;	/* [bytes] acknowledged over the connection's life */
 	__u64 bytes_sent;	/* [bytes] sent over its life, retransmissions included */
-	__u64 idle_us;		/* [us] idle time: since data was last sent, to one jiffy */
+	__u64 idle_us;		/* [us] since data was last sent; for app_limited since the window was last full; to one jiffy */
 	__u64 bytes_received;	/* [bytes] received over the connection's life */
 	__u64 data_segs_in;	/* [segments] with data received over its life */
 	__u64 last_rcv_us;	/* [us] since data last came in from the peer, to one jiffy */

@@ -86,6 +86,17 @@ static __always_inline u32 sk_idle(const void *sk)
 	return jiffies32() - READ(u32, sk, tcp_sock, lsndtime);
 }
 
+/*
+ * Returns the jiffies that idle_us has for a reason, read before tcp_cwnd_application_limited() sets snd_cwnd_stamp to
+ * now: it is called when the window hasn't been full for an RTO.
+ */
+static __always_inline u32 idle_for(const void *sk, u8 reason)
+{
+	if (reason == REASON_APP_LIMITED)
+		return jiffies32() - READ(u32, sk, tcp_sock, snd_cwnd_stamp);
+	return sk_idle(sk);
+}
+
 /* As tcp_init_cwnd() of net/ipv4/tcp_input.c, returns the route's initcwnd, else 10, but at most the clamp. */
 static __always_inline u32 sk_init_cwnd(const void *sk)
 {

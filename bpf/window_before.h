@@ -19,7 +19,7 @@ static __always_inline struct before note_before(const void *sk, u8 reason)
 		.sk = (u64)sk,
 		.cwnd = READ(u32, sk, tcp_sock, snd_cwnd),
 		.ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh),
-		.idle = sk_idle(sk),
+		.idle = idle_for(sk, reason),
 		.reason = reason,
 	};
 

@@ -250,6 +250,8 @@ def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: R
         # The window falls after packets have been sent.
         truth["bytes_sent"] = min(max(record["bytes_sent"], before.bytes_sent), after.bytes_sent)
         truth["unacked_bytes"] = min(max(record["unacked_bytes"], 1), sent)
+        # The kernel's rule: the window wasn't full for an RTO.
+        truth["idle_us"] = max(record["idle_us"], before.rto_us)
     if truth["probe"] == "tcp_probe" or send.reason == "app_limited":
         # What is being sent has been queued by then.
         truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)
