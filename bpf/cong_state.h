@@ -26,7 +26,7 @@ static __always_inline void entered_state(struct bpf_raw_tracepoint_args *ctx, u
 	prior_ssthresh = READ(u32, sk, tcp_sock, prior_ssthresh);
 	if (prior_ssthresh)
 		emit_fallen(sk, REASON_RTO_LOSS, probe, READ(u32, sk, tcp_sock, prior_cwnd),
-			    prior_ssthresh, sk_idle(sk), 0);
+			    prior_ssthresh, sk_idle(sk));
 }
 
 #endif

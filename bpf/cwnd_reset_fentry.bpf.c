@@ -41,7 +41,7 @@ int fentry_out(struct bpf_raw_tracepoint_args *ctx)
 	if (!b)
 		return 0;
 	/* b->sk is a plain number; the verifier allows no arithmetic on the argument itself. */
-	emit_fallen((const void *)b->sk, b->reason, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle, 0);
+	emit_fallen((const void *)b->sk, b->reason, PROBE_FENTRY, b->cwnd, b->ssthresh, b->idle);
 	entered.delete(&key);
 	return 0;
 }

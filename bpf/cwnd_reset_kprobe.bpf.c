@@ -51,7 +51,7 @@ int kprobe_out(struct pt_regs *ctx)
 		count(lost, 1);
 		return 0;
 	}
-	emit_fallen((const void *)b->sk, b->reason, PROBE_KPROBE, b->cwnd, b->ssthresh, b->idle, 0);
+	emit_fallen((const void *)b->sk, b->reason, PROBE_KPROBE, b->cwnd, b->ssthresh, b->idle);
 	frames.delete(&key);
 	return 0;
 }

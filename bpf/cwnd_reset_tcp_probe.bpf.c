@@ -15,6 +15,8 @@ struct window {
 	u32 cwnd;
 	u32 ssthresh;
 	u32 lsndtime;
+	u32 unsent;	/* bytes queued when the last ACK came with nothing in flight */
+	u32 padding;
 };
 /* Not an LRU hash, which could evict a window whose fall would then go unseen. capture/live.py sets WINDOWS. */
 BPF_HASH(windows, u64, struct window, WINDOWS);
@@ -29,9 +31,6 @@ struct probed {
 BPF_PERCPU_ARRAY(probed, struct probed, 1);
 
 /* Numbers from the kernel. Segments without data have a special truesize: see skb_is_tcp_pure_ack(). */
-#define TCP_ESTABLISHED 1
-#define TCP_TIME_WAIT 6
-#define TCP_NEW_SYN_RECV 12
 #define TCPHDR_FIN 1
 #define PURE_ACK_TRUESIZE 2
 
@@ -59,12 +58,17 @@ static __always_inline bool ends_flight(const void *tp, u64 skb)
 	       LOAD_BYTE(cb, tcp_skb_cb, tcp_flags) & TCPHDR_FIN;
 }
 
-/* Returns true if the noted window still holds, with nothing in flight: only an undo can change the window then. */
-static __always_inline bool holds(const struct window *w, const void *tp)
+/*
+ * Returns true if the noted window still holds, with nothing in flight: only an undo can change the window then, or a
+ * write while the peer's window holds data back, which restarts it and sends nothing yet.
+ */
+static __always_inline bool holds(const struct window *w, const void *tp, u32 unsent)
 {
+	u32 cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
+
 	return w->ports == LOAD(u32, tp, sock_common, skc_portpair) &&
 	       w->bytes_acked <= LOAD(u64, tp, tcp_sock, bytes_acked) &&
-	       w->cwnd == LOAD(u32, tp, tcp_sock, snd_cwnd) && !LOAD(u32, tp, tcp_sock, undo_marker);
+	       (w->cwnd == cwnd || (unsent && w->cwnd > cwnd)) && !LOAD(u32, tp, tcp_sock, undo_marker);
 }
 
 int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
@@ -75,6 +79,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	struct probed *p;
 	bool under_way;
 	int zero = 0;
+	u32 unsent;
 
 	on_ack(sk, ctx->args[1]);
 	if (!tp)
@@ -82,9 +87,12 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	under_way = LOAD(u32, tp, tcp_sock, packets_out) != 0;
 	if (under_way && !ends_flight(tp, ctx->args[1]))
 		return 0;
+	unsent = under_way ? 0 : LOAD(u32, tp, tcp_sock, write_seq) - LOAD(u32, tp, tcp_sock, snd_nxt);
 	w = windows.lookup(&key);
-	if (!under_way && w && holds(w, tp))
+	if (!under_way && w && holds(w, tp, unsent)) {
+		w->unsent = unsent;
 		return 0;
+	}
 	p = probed.lookup(&zero);
 	if (!p)
 		return 0;
@@ -112,6 +120,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	w->cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
 	w->ssthresh = LOAD(u32, tp, tcp_sock, snd_ssthresh);
 	w->lsndtime = LOAD(u32, tp, tcp_sock, lsndtime);
+	w->unsent = unsent;
 	return 0;
 }
 
@@ -180,10 +189,22 @@ static __always_inline u32 bytes_under_way(const void *sk)
 	return first == (u64)AT(sk, sock, sk_write_queue) ? 0 : READ(u32, first, sk_buff, len);
 }
 
+static __always_inline void emit_restart(const void *sk, u32 cwnd, u32 ssthresh, u32 idle, u32 unsent)
+{
+	struct cwnd_reset r = {};
+
+	if (!fill_fallen(&r, sk, REASON_IDLE, PROBE_TCP_PROBE, cwnd, ssthresh, idle))
+		return;
+	/* The record has what was sent and queued before this packet. */
+	r.bytes_sent -= bytes_under_way(sk);
+	r.unsent_bytes = unsent;
+	emit(&r, REASON_IDLE);
+}
+
 int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 skb = ctx->args[0], sk, key;
-	u32 cwnd, ssthresh, lsndtime;
+	u32 cwnd, ssthresh, lsndtime, unsent, sent;
 	struct window *w;
 	u8 state;
 
@@ -194,7 +215,7 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	/* In these two states it isn't a full socket: see sk_fullsock() of include/net/sock.h. */
 	state = LOAD(u8, sk, sock_common, skc_state);
-	if (state == TCP_NEW_SYN_RECV || state == TCP_TIME_WAIT)
+	if (state == TCP_STATE_NEW_SYN_RECV || state == TCP_STATE_TIME_WAIT)
 		return 0;
 	/* Segments in flight wait in this queue. The verifier permits no access to the tcp_sock of a packet's socket. */
 	if (LOAD(u64, sk, sock, tcp_rtx_queue__rb_node))
@@ -206,22 +227,27 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	/* lsndtime has just been set to now, and no RTO is so short. In other states, no ACK updates the noted window. */
 	lsndtime = jiffies32();
-	if (state == TCP_ESTABLISHED && lsndtime - w->lsndtime < 2) {
+	if (state == TCP_STATE_ESTABLISHED && lsndtime - w->lsndtime < 2) {
 		w->lsndtime = lsndtime;
 		return 0;
 	}
 	if (w->bytes_acked > READ(u64, sk, tcp_sock, bytes_acked))
 		return 0;
+	/* A probe of the peer's closed window has no data. */
+	sent = READ(u32, sk, tcp_sock, lsndtime);
+	if ((s32)(sent - w->lsndtime) <= 0)
+		return 0;
 	cwnd = w->cwnd;
 	ssthresh = w->ssthresh;
 	lsndtime = w->lsndtime;
+	unsent = w->unsent;
 	w->cwnd = READ(u32, sk, tcp_sock, snd_cwnd);
 	w->ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh);
-	w->lsndtime = READ(u32, sk, tcp_sock, lsndtime);
-	if (w->cwnd < cwnd && (s32)(w->lsndtime - lsndtime) > (s32)READ(u32, sk, inet_connection_sock, icsk_rto) &&
+	w->lsndtime = sent;
+	w->unsent = 0;
+	if (w->cwnd < cwnd && (s32)(sent - lsndtime) > (s32)READ(u32, sk, inet_connection_sock, icsk_rto) &&
 	    READ_BITS(sk, inet_connection_sock, icsk_ca_state) != TCP_CA_LOSS && restarts((const void *)sk))
-		emit_fallen((const void *)sk, REASON_IDLE, PROBE_TCP_PROBE, cwnd, ssthresh,
-			    w->lsndtime - lsndtime, bytes_under_way((const void *)sk));
+		emit_restart((const void *)sk, cwnd, ssthresh, sent - lsndtime, unsent);
 	return 0;
 }
 

@@ -10,6 +10,6 @@ int on_tcp_cwnd_reset(struct bpf_raw_tracepoint_args *ctx)
 
 	if (reason < 32 && REASONS >> reason & 1)
 		emit_fallen((const void *)ctx->args[0], reason, PROBE_TRACEPOINT, ctx->args[2], ctx->args[3],
-			    idle_for((const void *)ctx->args[0], reason), 0);
+			    idle_for((const void *)ctx->args[0], reason));
 	return 0;
 }

@@ -107,7 +107,7 @@ struct cwnd_reset {
 	__u32 ssthresh_after;	/* [segments] slow start threshold after; 2147483647 where never set */
 	__u32 snd_wnd;		/* [bytes] window the peer offered */
 	__u32 init_cwnd;	/* [segments] initial window of the route, the floor of a restart */
-	__u32 unsent_bytes;	/* [bytes] queued and not yet sent */
+	__u32 unsent_bytes;	/* [bytes] queued and not yet sent; for idle, what was queued before the new data */
 	__u32 unacked_bytes;	/* [bytes] sent and not yet acknowledged */
 	__u32 total_retrans;	/* [segments] retransmitted over the connection's life */
 	__u32 netns_ino;	/* [id] inode of the socket's network namespace */

@@ -31,30 +31,36 @@ static __always_inline void emit(struct cwnd_reset *r, u8 reason)
 }
 
 /*
- * Emits a reset whose window has just fallen, so that the socket has the values from after it. burst is the number of
- * bytes sent since then, which don't belong in the record.
+ * Fills in the record of a reset whose window has just fallen, so that the socket has the values from after it. Returns
+ * false if the socket isn't one to trace.
  */
+static __always_inline bool fill_fallen(struct cwnd_reset *r, const void *sk, u8 reason, u8 probe, u32 cwnd_before,
+					u32 ssthresh_before, u32 idle)
+{
+	if (!wanted(sk))
+		return false;
+	fill_from_sock(r, sk);
+	r->idle_us = jiffies_to_us(idle);
+	r->reason = reason;
+	r->probe = probe;
+	r->cwnd_before = cwnd_before;
+	r->ssthresh_before = ssthresh_before;
+	if (reason == REASON_RTO_LOSS) {
+		r->ca_state = TCP_CA_LOSS;
+		/* lsndtime isn't set while only a SYN has been sent. */
+		if (!READ(u32, sk, tcp_sock, data_segs_out))
+			r->idle_us = 0;
+	}
+	return true;
+}
+
 static __always_inline void emit_fallen(const void *sk, u8 reason, u8 probe, u32 cwnd_before, u32 ssthresh_before,
-					u32 idle, u32 burst)
+					u32 idle)
 {
 	struct cwnd_reset r = {};
 
-	if (!wanted(sk))
-		return;
-	fill_from_sock(&r, sk);
-	r.bytes_sent -= burst;
-	r.idle_us = jiffies_to_us(idle);
-	r.reason = reason;
-	r.probe = probe;
-	r.cwnd_before = cwnd_before;
-	r.ssthresh_before = ssthresh_before;
-	if (reason == REASON_RTO_LOSS) {
-		r.ca_state = TCP_CA_LOSS;
-		/* lsndtime isn't set while only a SYN has been sent. */
-		if (!READ(u32, sk, tcp_sock, data_segs_out))
-			r.idle_us = 0;
-	}
-	emit(&r, reason);
+	if (fill_fallen(&r, sk, reason, probe, cwnd_before, ssthresh_before, idle))
+		emit(&r, reason);
 }
 
 #endif

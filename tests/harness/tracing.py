@@ -249,12 +249,10 @@ def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: R
     if send.reason == "app_limited":
         # The window falls after packets have been sent.
         truth["bytes_sent"] = min(max(record["bytes_sent"], before.bytes_sent), after.bytes_sent)
+        truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)
         truth["unacked_bytes"] = min(max(record["unacked_bytes"], 1), sent)
         # The kernel's rule: the window wasn't full for an RTO.
         truth["idle_us"] = max(record["idle_us"], before.rto_us)
-    if truth["probe"] == "tcp_probe" or send.reason == "app_limited":
-        # What is being sent has been queued by then.
-        truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)
     differing = {name: (record[name], value) for name, value in truth.items() if record[name] != value}
     if not send.start_ns <= record["ts_ns"] <= send.end_ns:
         differing["ts_ns"] = (record["ts_ns"], (send.start_ns, send.end_ns))
