@@ -32,6 +32,11 @@ int fentry_in_app_limited(struct bpf_raw_tracepoint_args *ctx)
 	return fentry_in(ctx, REASON_APP_LIMITED);
 }
 
+int fentry_in_tlp_loss(struct bpf_raw_tracepoint_args *ctx)
+{
+	return fentry_in(ctx, REASON_TLP_LOSS);
+}
+
 /* Serves all functions: what was noted on entry says which one it was. */
 int fentry_out(struct bpf_raw_tracepoint_args *ctx)
 {

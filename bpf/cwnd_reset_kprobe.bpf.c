@@ -41,6 +41,11 @@ int kprobe_in_app_limited(struct pt_regs *ctx)
 	return kprobe_in(ctx, REASON_APP_LIMITED);
 }
 
+int kprobe_in_tlp_loss(struct pt_regs *ctx)
+{
+	return kprobe_in(ctx, REASON_TLP_LOSS);
+}
+
 /* Serves all functions: what was noted on entry says which one it was. */
 int kprobe_out(struct pt_regs *ctx)
 {

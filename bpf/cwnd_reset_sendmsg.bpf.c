@@ -134,6 +134,8 @@ int on_tcp_probe(struct bpf_raw_tracepoint_args *ctx)
 
 	settle(sk);
 	on_ack((const void *)ctx->args[0], ctx->args[1]);
+	if (tp)
+		note_ssthresh_again((const void *)ctx->args[0], tp);
 	/* A closed window held data back. The kernel checks when it opens, in tcp_ack_update_window(). */
 	if (tp && !LOAD(u32, tp, tcp_sock, packets_out) &&
 	    LOAD(u32, tp, tcp_sock, write_seq) != LOAD(u32, tp, tcp_sock, snd_nxt) && idle_for_rto(tp))
@@ -161,5 +163,11 @@ int on_tcp_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 {
 	entered_state(ctx, PROBE_SENDMSG);
+	return 0;
+}
+
+int on_tcp_cong_state_set_tlp(struct bpf_raw_tracepoint_args *ctx)
+{
+	left_cwr(ctx, PROBE_SENDMSG);
 	return 0;
 }

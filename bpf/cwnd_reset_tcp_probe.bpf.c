@@ -84,6 +84,7 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	on_ack(sk, ctx->args[1]);
 	if (!tp)
 		return 0;
+	note_ssthresh_again(sk, tp);
 	under_way = LOAD(u32, tp, tcp_sock, packets_out) != 0;
 	if (under_way && !ends_flight(tp, ctx->args[1]))
 		return 0;
@@ -254,5 +255,11 @@ int on_net_dev_queue_first(struct bpf_raw_tracepoint_args *ctx)
 int on_tcp_cong_state_set(struct bpf_raw_tracepoint_args *ctx)
 {
 	entered_state(ctx, PROBE_TCP_PROBE);
+	return 0;
+}
+
+int on_tcp_cong_state_set_tlp(struct bpf_raw_tracepoint_args *ctx)
+{
+	left_cwr(ctx, PROBE_TCP_PROBE);
 	return 0;
 }

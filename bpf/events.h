@@ -18,6 +18,7 @@ enum reason {
 	REASON_IDLE = 0,	/* tcp_cwnd_restart: data after idle time longer than the RTO */
 	REASON_RTO_LOSS = 1,	/* tcp_enter_loss: a retransmission timeout */
 	REASON_APP_LIMITED = 2,	/* tcp_cwnd_application_limited: an RTO without using the window */
+	REASON_TLP_LOSS = 3,	/* tcp_process_tlp_ack: a tail loss probe repaired a loss */
 };
 
 enum probe {

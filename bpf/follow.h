@@ -144,6 +144,16 @@ static __always_inline void follow(const struct cwnd_reset *r)
 	start_following(r, chain_window, chain_resets, slow_start);
 }
 
+/* Notes a loss that no later ACK shows: the socket isn't in CWR any more. */
+static __always_inline void lost_data(const struct cwnd_reset *r)
+{
+	u64 sk = r->skaddr;
+	struct followed *f = followed.lookup(&sk);
+
+	if (f)
+		f->r.outcome = OUTCOME_LOSS;
+}
+
 /* Hands over the window of a followed socket, at most once per round-trip time. */
 static __always_inline void sample(struct followed *f, const void *tp, u64 now)
 {

@@ -16,7 +16,8 @@ BPF_RINGBUF_OUTPUT(cwnd_resets, RESET_PAGES);
 static __always_inline void emit(struct cwnd_reset *r, u8 reason)
 {
 	if (r->cwnd_after >= r->cwnd_before) {
-		count(unchanged, 1);
+		if (reason == REASON_IDLE)
+			count(unchanged, 1);
 		return;
 	}
 #ifdef FILTER_MIN_IDLE_US
@@ -25,9 +26,11 @@ static __always_inline void emit(struct cwnd_reset *r, u8 reason)
 #endif
 	if (cwnd_resets.ringbuf_output(r, sizeof(*r), 0))
 		count(lost, 1);
-	/* After a timeout, the window isn't expected to return to its former size. */
-	if (reason != REASON_RTO_LOSS)
+	/* After a loss, the window isn't expected to return to its former size. */
+	if (reason == REASON_IDLE || reason == REASON_APP_LIMITED)
 		follow(r);
+	else if (reason == REASON_TLP_LOSS)
+		lost_data(r);
 }
 
 /*

@@ -28,6 +28,9 @@ _MOST_ROUNDS: Final = 10_000
 # No window reaches an ssthresh that was never set.
 _NEVER_SET: Final = 2**62
 
+LOSSES: Final = ("rto_loss", "tlp_loss")
+"""The reasons for which a reset has no cost here: it is that of the loss."""
+
 COLUMNS: Final = {
     "burst_bytes": "bytes sent between this reset and the connection's next one, or the end of the capture",
     "round_us": "round-trip time of the estimate, us: the smallest that the kernel knew, because after idle time the "
@@ -126,15 +129,15 @@ def predict(resets: pd.DataFrame, connections: pd.DataFrame, recoveries: pd.Data
 def price(resets: pd.DataFrame, recoveries: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return ``resets`` with ``COLUMNS`` and ``recovery.FOLLOWED``, from their ``burst_bytes``.
 
-    Predictions are missing where the burst is missing, and for timeouts, whose cost is that of the loss.
+    Predictions are missing where the burst is missing, and for ``LOSSES``.
     """
     return _priced(resets, recovery.of_resets(resets, recoveries))
 
 
 def _priced(resets: pd.DataFrame, followed: pd.DataFrame) -> pd.DataFrame:
     whole = resets.assign(cwnd_before=followed["chain_window"].fillna(resets["cwnd_before"].astype("float64")))
-    timeout = resets["reason"].astype(str) == "rto_loss"
-    srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~timeout)
+    lost = resets["reason"].isin(LOSSES)
+    srtt, burst = resets["srtt_us"].astype("float64"), resets["burst_bytes"].where(~lost)
     trip = resets["min_rtt_us"].fillna(srtt)
     after, before = (_rounds(whole, burst, side) for side in ("after", "before"))
     back = pd.Series(regain(**path(whole, "after")), index=resets.index)
@@ -144,7 +147,7 @@ def _priced(resets: pd.DataFrame, followed: pd.DataFrame) -> pd.DataFrame:
         rounds_before=before,
         rounds_lost=after - before,
         predicted_us=(after - before) * trip,
-        regain_us=(back * srtt).where((back >= 0) & ~timeout),
+        regain_us=(back * srtt).where((back >= 0) & ~lost),
         **{name: followed[name] for name in recovery.FOLLOWED},
     )
     names = [*COLUMNS, *recovery.FOLLOWED]

@@ -22,7 +22,8 @@ _ENDINGS: Final = {
 
 _NAMED: Final = {
     "count": (
-        *("resets", "resets_idle", "resets_rto_loss", "resets_app_limited", "resets_harmful", "resets_unknown"),
+        *("resets", "resets_idle", "resets_rto_loss", "resets_app_limited", "resets_tlp_loss"),
+        *("resets_harmful", "resets_unknown"),
         *("harmful", "chain_resets", "snapshots", "bursts", "connections", "live", "touched", "disk_requests", "count"),
         *("errors", "requests", "n_before", "n_after", "verdict_resets"),
     ),

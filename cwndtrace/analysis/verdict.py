@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from cwndtrace import tcp
+from cwndtrace.analysis.cost import LOSSES
 from cwndtrace.analysis.direction import may_receive, seen_from_the_start, sender_elsewhere, watched
 from cwndtrace.analysis.idle_cause import reopened
 from cwndtrace.store.meta import Meta
@@ -107,13 +108,14 @@ def resets(priced: pd.DataFrame) -> pd.DataFrame:
     cost = priced["cost_us"]
     # What was measured until the capture ended is a lower bound.
     known = cost.notna() & ((priced["outcome"] != "capture_end") | (cost >= FLOOR_US))
+    lost = priced["reason"].isin(LOSSES)
     burst, fits = priced["burst_bytes"], priced["cwnd_after"] * priced["mss"].astype("float64")
     held = priced[list(_HELD)].rename(columns=_HELD)
     most = held.max(axis=1)
     waited_otherwise = pd.Series(held.columns.to_numpy()[held.fillna(0).to_numpy().argmax(axis=1)], index=priced.index)
     label = _first(
         [
-            ("loss", priced["reason"].astype(str) == "rto_loss"),
+            ("loss", lost),
             ("harmful", known & (cost >= FLOOR_US)),
             ("slight", known & (cost > 0)),
             ("receiver_window", known & pd.Series(reopened(priced), index=priced.index)),
@@ -125,8 +127,8 @@ def resets(priced: pd.DataFrame) -> pd.DataFrame:
         ],
         "unknown",
     )
-    # A timeout has no cost of its own here. Nothing can have waited where all that was sent fits into the window.
-    none = np.isin(label, ("loss", "nothing_sent", "burst_fits"))
+    # A loss has no cost of its own here. Nothing can have waited where all that was sent fits into the window.
+    none = lost | np.isin(label, ("loss", "nothing_sent", "burst_fits"))
     return priced.assign(
         verdict=pd.Series(label, index=priced.index, dtype="str"), lost_us=cost.where(known).mask(none, 0.0)
     )[[*priced.columns, *COLUMNS]]

@@ -19,7 +19,7 @@ from cwndtrace.capture.session import Batch, Session
 from cwndtrace.cli.table import Column, FittedTable, cut, cut_connection, cut_process, echo_prose, room
 from cwndtrace.records import arrow, layout
 
-_COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan"}
+_COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan", "tlp_loss": "magenta"}
 _STATUS_EVERY_S: Final = 0.5
 _LOST_EVERY_S: Final = 10.0
 """Least interval between two reports of lost records. A busy machine may lose some in each turn, and reports of all of

@@ -57,7 +57,7 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
                 clean(row["ca_name"]),
                 str(row["resets"]),
                 str(row["resets_idle"]),
-                str(row["resets_rto_loss"]),
+                str(row["resets_rto_loss"] + row["resets_tlp_loss"]),
                 str(row["resets_app_limited"]),
                 fmt.span(row["idle_longest_us"]) if row["resets_idle"] else "-",
                 fmt.plural(row["cwnd_min_segments"], "segment"),
@@ -115,7 +115,8 @@ def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[
     block.count()
     tally = session.tally
     names = ["connection", "saddr", "sport", "daddr", "dport", "pid", "comm", "ca_name", "resets", "resets_idle"]
-    names += ["resets_rto_loss", "resets_app_limited", "idle_longest_us", "cwnd_min_segments", "cwnd_last_segments"]
+    names += ["resets_rto_loss", "resets_app_limited", "resets_tlp_loss"]
+    names += ["idle_longest_us", "cwnd_min_segments", "cwnd_last_segments"]
     devices = [
         {
             "dev": dev,

@@ -9,12 +9,13 @@ from typing import Final
 
 from cwndtrace.errors import NoProbe
 
-REASONS: Final = ("idle", "rto_loss", "app_limited")
+REASONS: Final = ("idle", "rto_loss", "app_limited", "tlp_loss")
 
 FUNCTIONS: Final = {
     "idle": "tcp_cwnd_restart",
     "rto_loss": "tcp_enter_loss",
     "app_limited": "tcp_cwnd_application_limited",
+    "tlp_loss": "tcp_process_tlp_ack",
 }
 """The kernel function in which each reason lowers the window."""
 
@@ -68,13 +69,20 @@ def _btf(target: str, program: str) -> Attachment:
 _FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
 _FOLLOW: Final = (_btf("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
 FOLLOWED: Final = ("idle", "app_limited")
-"""The reasons after which a socket is followed. After a timeout, its window isn't expected to return."""
+"""The reasons after which a socket is followed. After a loss, its window isn't expected to return."""
 _FOLLOWED: Final = {r: _FOLLOW if r in FOLLOWED else () for r in REASONS}
 
 WRITES: Final = (_btf("tcp_sendmsg_locked", "on_write_follow"), _btf("sock_send_length", "on_wrote_follow"))
 """The programs that note when a followed socket's data was written, best first (Linux 6.16 and 6.3 have them)."""
 
-_LOSS_BY_STATE: Final = (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),)
+_BY_STATE: Final = {
+    "rto_loss": (_raw("tcp_cong_state_set", "on_tcp_cong_state_set"),),
+    "tlp_loss": (
+        _raw("tcp_cong_state_set", "on_tcp_cong_state_set_tlp"),
+        _raw("tcp_retransmit_skb", "on_tcp_retransmit_skb_tlp"),
+    ),
+}
+"""The losses, for the probes that don't see the kernel's functions."""
 
 PROBES: Final = (
     Probe(
@@ -108,7 +116,7 @@ PROBES: Final = (
                 _raw("tcp_destroy_sock", "on_tcp_destroy_sock"),
                 _btf("tcp_sendmsg_locked", "on_tcp_sendmsg_locked"),
             ),
-            "rto_loss": _LOSS_BY_STATE,
+            **_BY_STATE,
         },
     ),
     Probe(
@@ -121,7 +129,7 @@ PROBES: Final = (
                 _btf("tcp_probe", "on_tcp_probe_ack"),
                 _raw("tcp_destroy_sock", "on_tcp_destroy_sock_window_follow"),
             ),
-            "rto_loss": _LOSS_BY_STATE,
+            **_BY_STATE,
         },
     ),
 )

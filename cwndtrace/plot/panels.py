@@ -29,6 +29,7 @@ _REASONS: Final = {
     "idle": "reset after idle",
     "rto_loss": "reset by RTO loss",
     "app_limited": "reset, application-limited",
+    "tlp_loss": "reset, tail loss probe",
 }
 
 Legend = dict[str, Artist]

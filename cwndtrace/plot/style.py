@@ -37,6 +37,7 @@ class Palette:
     idle: str
     rto_loss: str
     app_limited: str
+    tlp_loss: str
     read: str
     write: str
     other: str
@@ -53,7 +54,12 @@ class Palette:
 
     def reason(self, label: str) -> str:
         """Return the colour of a reset with this reason; unknown reasons have the colour of faint text."""
-        known = {"idle": self.idle, "rto_loss": self.rto_loss, "app_limited": self.app_limited}
+        known = {
+            "idle": self.idle,
+            "rto_loss": self.rto_loss,
+            "app_limited": self.app_limited,
+            "tlp_loss": self.tlp_loss,
+        }
         return known.get(label, self.faint)
 
 
@@ -67,6 +73,7 @@ LIGHT: Final = Palette(
     idle="#d55e00",
     rto_loss="#a0307a",
     app_limited="#a67c00",
+    tlp_loss="#00704f",
     read="#009e73",
     write="#e69f00",
     other="#7a7f87",
@@ -84,6 +91,7 @@ DARK: Final = Palette(
     idle="#ff8a3d",
     rto_loss="#e08cc0",
     app_limited="#f0e442",
+    tlp_loss="#7be0b8",
     read="#2fc79a",
     write="#e6a817",
     other="#9aa0aa",

@@ -105,12 +105,7 @@ def reset(row: Mapping[Any, Any]) -> str:
         "receiver_window": lambda: _receiver_window(row),
         "send_buffer": lambda: _held(row, "the send buffer", "sndbuf_limited_us"),
         "paced": lambda: _held(row, "pacing, Nagle's algorithm or a small queue", "other_us"),
-        "loss": lambda: (
-            _held(row, "a loss", "after_loss_us")
-            if row["reason"] != "rto_loss"
-            else "a retransmission timeout caused the reset, not idle time; ssthresh was "
-            f"{threshold(row['ssthresh_after'])} segments after it"
-        ),
+        "loss": lambda: _loss(row),
         "nothing_sent": lambda: "no data was sent between the reset and the connection's next record",
         "unknown": lambda: _unknown(row, burst),
     }
@@ -136,6 +131,16 @@ def _held(row: Mapping[Any, Any], what: str, times: str) -> str:
     return (
         f"nothing waited for the congestion window; {what} held data back for {span(row[times])} of "
         f"{span(row['busy_us'])} of busy time (measured)"
+    )
+
+
+def _loss(row: Mapping[Any, Any]) -> str:
+    causes = {"rto_loss": "a retransmission timeout", "tlp_loss": "a loss that a tail loss probe repaired"}
+    if row["reason"] not in causes:
+        return _held(row, "a loss", "after_loss_us")
+    return (
+        f"{causes[row['reason']]} caused the reset, not idle time; ssthresh was "
+        f"{threshold(row['ssthresh_after'])} segments after it"
     )
 
 

@@ -55,6 +55,28 @@ def leave_unused(
     raise AssertionError(f"no send lowered the unused window: {connection.sends[-8:]}")
 
 
+def repair_tails(space: tcp.Space, connections: list[tcp.TcpConnection]) -> None:
+    """Make tcp_process_tlp_ack() lower the window of each connection.
+
+    It does so if a tail loss probe replaced a lost segment, and an ACK of later data shows that. So a single segment is
+    lost, and the link is back before the probe.
+    """
+    for connection in connections:
+        for _ in range(20):
+            recoveries = space.counter("TCPLossProbeRecovery")
+            with netem(space, "loss", "100%") as begin:
+                begin()
+                tcp.until(lambda: "netem" in tcp.run("tc", "-n", space.name, "qdisc"), 20, "the losses to begin")
+                connection.send()
+            connection.quiet()
+            connection.send()
+            connection.quiet()
+            if space.counter("TCPLossProbeRecovery") > recoveries:
+                break
+        else:
+            raise AssertionError(f"no tail loss probe came before the timeout: {connection.info()}")
+
+
 def drop_until_a_timeout(space: tcp.Space, connections: list[tcp.TcpConnection]) -> None:
     """Drop all packets on the namespace's loopback until each connection has had a retransmission timeout."""
     with netem(space, "loss", "100%") as begin:

@@ -14,7 +14,7 @@ from cwndtrace.kernel.ladder import FUNCTIONS, REASONS, Facts
 from cwndtrace.records.layout import bpf_dir
 
 POLICY = "refused by this system's policy"
-OLD = frozenset({"net_dev_queue", "napi_poll", "tcp_probe", "tcp_destroy_sock"})
+OLD = frozenset({"net_dev_queue", "napi_poll", "tcp_probe", "tcp_destroy_sock", "tcp_retransmit_skb"})
 CURRENT = OLD | {"tcp_cong_state_set"}
 NEW = CURRENT | {"tcp_sendmsg_locked"}
 ALL = frozenset(FUNCTIONS.values())
@@ -33,33 +33,38 @@ def refuses(*probes: str, why: str = POLICY) -> Trial:
 
 @dataclass(frozen=True)
 class KernelCase:
-    """The facts of a kernel, and the probes to choose there for idle, rto_loss and app_limited."""
+    """The facts of a kernel, and the probes to choose there for idle, rto_loss, app_limited and tlp_loss."""
 
     facts: Facts
     trial: Trial
-    expected: tuple[str | None, str | None, str | None]
+    expected: tuple[str | None, str | None, str | None, str | None]
 
 
 KERNELS = {
-    "patched": KernelCase(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, ("tracepoint",) * 3),
+    "patched": KernelCase(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, ("tracepoint",) * 4),
     "patched, locked down": KernelCase(
-        Facts(NEW | {"tcp_cwnd_reset"}, NOT_INLINED, False), refuses("fentry"), ("tracepoint",) * 3
+        Facts(NEW | {"tcp_cwnd_reset"}, NOT_INLINED, False), refuses("fentry"), ("tracepoint",) * 4
     ),
-    "Debian 12, Linux 6.1": KernelCase(Facts(CURRENT, ALL, True), works, ("fentry",) * 3),
-    "Debian 12, fentry refused": KernelCase(Facts(CURRENT, ALL, True), refuses("fentry"), ("kprobe",) * 3),
-    "Ubuntu 22.04, Linux 5.15": KernelCase(Facts(OLD, NOT_INLINED, True), works, ("fentry", "fentry", None)),
+    "Debian 12, Linux 6.1": KernelCase(Facts(CURRENT, ALL, True), works, ("fentry",) * 4),
+    "Debian 12, fentry refused": KernelCase(Facts(CURRENT, ALL, True), refuses("fentry"), ("kprobe",) * 4),
+    "Ubuntu 22.04, Linux 5.15": KernelCase(Facts(OLD, NOT_INLINED, True), works, ("fentry", "fentry", None, "fentry")),
     "Ubuntu 22.04, no fentry and no kprobes": KernelCase(
-        Facts(OLD, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", None, None)
+        Facts(OLD, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", None, None, None)
     ),
-    "Linux 6.12, app_limited inlined": KernelCase(Facts(CURRENT, NOT_INLINED, True), works, ("fentry", "fentry", None)),
+    "Linux 6.12, app_limited inlined": KernelCase(
+        Facts(CURRENT, NOT_INLINED, True), works, ("fentry", "fentry", None, "fentry")
+    ),
+    "Linux 6.12, tcp_process_tlp_ack inlined too": KernelCase(
+        Facts(CURRENT, NOT_INLINED - {"tcp_process_tlp_ack"}, True), works, ("fentry", "fentry", None, "sendmsg")
+    ),
     "Linux 6.12, locked down": KernelCase(
-        Facts(CURRENT, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", "sendmsg", None)
+        Facts(CURRENT, NOT_INLINED, False), refuses("fentry"), ("tcp_probe", "sendmsg", None, "sendmsg")
     ),
     "Linux 6.18, locked down without kprobes": KernelCase(
-        Facts(NEW, NOT_INLINED, False), refuses("fentry"), ("sendmsg", "sendmsg", None)
+        Facts(NEW, NOT_INLINED, False), refuses("fentry"), ("sendmsg", "sendmsg", None, "sendmsg")
     ),
     "Linux 6.18, tcp_cwnd_restart inlined": KernelCase(
-        Facts(NEW, ALL - {"tcp_cwnd_restart"}, True), works, ("sendmsg", "fentry", "fentry")
+        Facts(NEW, ALL - {"tcp_cwnd_restart"}, True), works, ("sendmsg", "fentry", "fentry", "fentry")
     ),
 }
 
@@ -85,7 +90,7 @@ def test_a_probe_that_the_facts_rule_out_is_never_tried() -> None:
         return None
 
     ladder.choose(Facts(NEW, NOT_INLINED, False), trial)
-    assert asked == [("fentry", "idle"), ("fentry", "rto_loss")]
+    assert asked == [("fentry", "idle"), ("fentry", "rto_loss"), ("fentry", "tlp_loss")]
 
 
 def test_no_probe_names_what_was_tried() -> None:
@@ -107,7 +112,7 @@ def test_nothing_is_seen_if_the_kernel_loads_no_probe() -> None:
 
 def test_a_choice_that_sees_timeouts_alone_is_incomplete() -> None:
     choice = ladder.choose(Facts(frozenset({"tcp_cong_state_set"}), frozenset(), False), works)
-    assert choice.probes == {"idle": None, "rto_loss": "sendmsg", "app_limited": None}
+    assert choice.probes == {"idle": None, "rto_loss": "sendmsg", "app_limited": None, "tlp_loss": None}
     assert isinstance(choice.unseen(), NoProbe)
     assert ladder.choose(Facts(frozenset({"tcp_cong_state_set"})), works, reasons=("rto_loss",)).unseen() is None
 

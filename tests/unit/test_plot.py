@@ -130,6 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
             frames.reset(5, reason="rto_loss", cwnd_before=60, cwnd_after=12),
             frames.reset(25, reason="app_limited", cwnd_before=80, cwnd_after=40),
             frames.reset(40, cwnd_before=68, cwnd_after=10, idle_us=900_000),
+            frames.reset(48, reason="tlp_loss", cwnd_before=40, cwnd_after=28),
             frames.reset(50, reason=9),
         ),
         "block_io": frames.table("block_io", frames.block(1, error="ioerr"), frames.block(2, op="flush")),

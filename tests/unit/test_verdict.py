@@ -75,7 +75,7 @@ def test_a_followed_reset_is_judged_by_what_its_data_waited_for(tmp_path: Path, 
 
 UNFOLLOWED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "burst_fits": ({}, snapshots(44 * 1448)),
-    "loss": ({"reason": "rto_loss"}, snapshots(1_000_000)),
+    "loss": ({"reason": "tlp_loss"}, snapshots(1_000_000)),
     "nothing_sent": ({}, snapshots(0)),
     "unknown": ({}, snapshots(44 * 1448 + 1)),
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons of all probes on the same connections: each record must be the same, field by field.
 
-The traffic forces each reason: idle time causes idle, a link that drops all packets rto_loss, and one that delays ACKs
-app_limited.
+The traffic forces each reason: idle time causes idle, a link that drops all packets rto_loss, one that delays ACKs
+app_limited, and one that drops a single packet tlp_loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cwndtrace.errors import NoProbe
 from cwndtrace.kernel import btf, facts, ladder
 from tests.harness import tcp
 from tests.harness.guest import KERNEL, PATCHED
-from tests.harness.netem import drop_until_a_timeout, leave_unused
+from tests.harness.netem import drop_until_a_timeout, leave_unused, repair_tails
 from tests.harness.tcp import Connect
 from tests.harness.tracing import EXACT, Tracer
 
@@ -78,6 +78,9 @@ def traffic(tracers: dict[str, Tracer], space: tcp.Space, drain: tcp.Drain) -> d
     for connection in connections["rto_loss"]:
         connection.grow()
     drop_until_a_timeout(space, connections["rto_loss"])
+    for connection in connections["tlp_loss"]:
+        connection.grow()
+    repair_tails(space, connections["tlp_loss"])
     for tracer in tracers.values():
         tracer.settle()
     return connections
@@ -122,9 +125,9 @@ def findings() -> Findings:
 
 
 def test_the_best_probe_is_chosen(findings: Findings) -> None:
-    expected = {"idle": "tracepoint", "rto_loss": "tracepoint", "app_limited": "tracepoint"}
+    expected = dict.fromkeys(ladder.REASONS, "tracepoint")
     if not PATCHED:
-        expected = {"idle": "fentry", "rto_loss": "fentry"}
+        expected = dict.fromkeys(("idle", "rto_loss", "tlp_loss"), "fentry")
     probes = findings.probes
     assert probes is not None
     assert {reason: probes[reason] for reason in expected} == expected
