@@ -23,6 +23,7 @@ import pandas as pd
 from cwndtrace.analysis import idle_peer
 from cwndtrace.analysis.cost import Bools, Ints
 from cwndtrace.analysis.idle_disk import InFlight, Spans, Submitters
+from cwndtrace.analysis.peer_window import reopened
 
 CAUSES: Final = {
     "peer": "the connection waited for a request of its peer",
@@ -64,16 +65,17 @@ def with_cause(
 ) -> pd.DataFrame:
     """Return ``resets`` with ``COLUMNS``. Takes frames of a Trace; ``column`` is that of ``Submitters``.
 
-    ``recorded`` says whether block I/O was traced, and ``started_ns`` since when, in ns of CLOCK_MONOTONIC. Where an
-    ACK reopened the peer's window, and no process used the socket, all of the idle time counts as the peer's.
+    ``recorded`` says whether block I/O was traced, and ``started_ns`` since when, in ns of CLOCK_MONOTONIC. Where data
+    waited for the peer's closed window, all of the idle time counts as the peer's.
     """
     column = column or (lambda name: block_io[name].to_numpy())
     idle = (resets["reason"].astype(str) == "idle").to_numpy()
     until = resets["ts_ns"].to_numpy(np.int64)
     idle_us = np.where(idle, resets["idle_us"].to_numpy(np.int64), 0)
-    own = np.where(reopened(resets), 0, np.minimum(resets["last_rcv_us"].to_numpy(np.int64), idle_us))
-    data_came = idle & ~reopened(resets) & (own < idle_us)
-    clear = reopened(resets) | idle_peer.asked(resets, recoveries, data_came)
+    closed = reopened(resets).to_numpy(np.bool_)
+    own = np.where(closed, 0, np.minimum(resets["last_rcv_us"].to_numpy(np.int64), idle_us))
+    data_came = idle & ~closed & (own < idle_us)
+    clear = closed | idle_peer.asked(resets, recoveries, data_came)
     time = _Time(np.where(clear, idle_us - own, 0), np.where(clear, 0, idle_us - own), own)
     spans = Spans(until - (time.unclear + own) * 1000, until - own * 1000, until)
     cause, disk, whose = _sender(resets, Submitters(block_io, column), spans, time)
@@ -180,13 +182,3 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
     named = rows[rows["disk_device"] != ""].groupby("cause")["disk_device"].agg(lambda names: names.mode().iloc[0])
     out["disk_device"] = pd.Series([str(named.get(cause, "")) for cause in out["cause"]], dtype="str")
     return out.sort_values(["lost_us", "resets"], ascending=False, ignore_index=True)[list(SUMMARY_COLUMNS)]
-
-
-def reopened(resets: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Return which idle resets came with an ACK that opened the peer's closed window.
-
-    At such a reset unsent data was waiting, and no task was sending.
-    """
-    from_ack = (resets["tgid"] == 0) & (resets["unsent_bytes"] > 0) & (resets["reason"].astype(str) == "idle")
-    mask: Bools = from_ack.to_numpy(dtype=np.bool_)
-    return mask

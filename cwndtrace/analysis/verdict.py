@@ -17,7 +17,7 @@ import pandas as pd
 from cwndtrace import tcp
 from cwndtrace.analysis.cost import LOSSES
 from cwndtrace.analysis.direction import may_receive, seen_from_the_start, sender_elsewhere, watched
-from cwndtrace.analysis.idle_cause import reopened
+from cwndtrace.analysis.peer_window import handshake, reopened, window_full, zero_window
 from cwndtrace.store.meta import Meta
 
 VERDICTS: Final = (
@@ -30,6 +30,7 @@ VERDICTS: Final = (
     "send_buffer",
     "paced",
     "loss",
+    "handshake",
     "nothing_sent",
     "unknown",
     "other_end",
@@ -115,10 +116,12 @@ def resets(priced: pd.DataFrame) -> pd.DataFrame:
     waited_otherwise = pd.Series(held.columns.to_numpy()[held.fillna(0).to_numpy().argmax(axis=1)], index=priced.index)
     label = _first(
         [
+            ("handshake", handshake(priced)),
+            ("receiver_window", zero_window(priced)),
             ("loss", lost),
             ("harmful", known & (cost >= FLOOR_US)),
             ("slight", known & (cost > 0)),
-            ("receiver_window", known & pd.Series(reopened(priced), index=priced.index)),
+            ("receiver_window", known & (reopened(priced) | window_full(priced))),
             ("as_before", known & (priced["waiting_bytes"] > 0)),
             *((name, known & (most >= FLOOR_US) & (waited_otherwise == name)) for name in _HELD.values()),
             ("nothing_waited", known),

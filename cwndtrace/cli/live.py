@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cwndtrace import format as fmt
+from cwndtrace.analysis import peer_window
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.cli.table import Column, FittedTable, cut, cut_connection, cut_process, echo_prose, room
@@ -120,6 +121,14 @@ class ConnectionHolders:
         return tuple(row[name] for name in ("netns_ino", "saddr", "sport", "daddr", "dport"))
 
 
+def _reason(row: dict[str, Any]) -> str:
+    """Return the reason of a reset, or what explains it better."""
+    if peer_window.handshake(row):
+        return "lost SYN"
+    closed = peer_window.reopened(row) or peer_window.window_full(row) or peer_window.zero_window(row)
+    return "peer window" if closed else str(row["reason"])
+
+
 class TextView:
     """A view that prints aligned lines on stdout, and rewrites a status line on stderr if that is a terminal."""
 
@@ -178,7 +187,7 @@ class TextView:
         self._resets += 1
         cells = (
             row["time"][11:26],
-            row["reason"],
+            _reason(row),
             fmt.process(*self._holders.of(row)),
             fmt.connection(row),
             fmt.span(row["idle_us"]),

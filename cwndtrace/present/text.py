@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from cwndtrace import format as fmt
 from cwndtrace import tcp
+from cwndtrace.analysis import peer_window
 from cwndtrace.analysis.verdict import CANT_TELL, FLOOR_SHARE, Totals
 from cwndtrace.format import plural, size, span, threshold
 from cwndtrace.present import html
@@ -23,6 +24,7 @@ LABELS: Final = {
     "send_buffer": "not the reset: the send buffer was the limit",
     "paced": "not the reset: pacing, Nagle or small queues held the data back",
     "loss": "loss, not idle time",
+    "handshake": "a lost SYN, not idle time",
     "nothing_sent": "harmless: nothing was sent",
     "unknown": "can't tell",
     "other_end": "can't tell: its sender is the other end",
@@ -106,6 +108,10 @@ def reset(row: Mapping[Any, Any]) -> str:
         "send_buffer": lambda: _held(row, "the send buffer", "sndbuf_limited_us"),
         "paced": lambda: _held(row, "pacing, Nagle's algorithm or a small queue", "other_us"),
         "loss": lambda: _loss(row),
+        "handshake": lambda: (
+            f"the SYN or SYN-ACK was sent again after {span(row['rto_us'])}; the connection then begins with its "
+            "initial window, or with 1 segment after more than one such timeout"
+        ),
         "nothing_sent": lambda: "no data was sent between the reset and the connection's next record",
         "unknown": lambda: _unknown(row, burst),
     }
@@ -145,8 +151,15 @@ def _loss(row: Mapping[Any, Any]) -> str:
 
 
 def _receiver_window(row: Mapping[Any, Any]) -> str:
-    if row["tgid"] == 0 and row["unsent_bytes"] > 0:
+    if peer_window.reopened(row):
         return f"the peer's window was closed, and {size(row['unsent_bytes'])} waited for it to open"
+    if peer_window.zero_window(row):
+        return (
+            f"the peer closed its window while {size(row['unacked_bytes'])} were unacknowledged, and the timeout was a "
+            "probe of that window; nothing need have been lost"
+        )
+    if peer_window.window_full(row):
+        return f"the peer's window was full, and {size(row['unsent_bytes'])} waited for room in it"
     return _held(row, "the peer's window", "rwnd_limited_us")
 
 

@@ -266,6 +266,18 @@ def reopened(lab: Scenarios) -> None:
     lab.expect("zero-window reopen", c, "receiver_window", causes=("peer",))
 
 
+def written_behind(lab: Scenarios) -> None:
+    """The sender's application writes more while the peer's window is closed."""
+    c = lab.connect(read_buffer=300_000, grown=40)
+    c.fill()
+    for _ in range(3):
+        idle(c)
+        c.sock.send(bytes(2000), socket.MSG_EOR)
+    lab._drain.add(c.peer)
+    c.quiet()
+    lab.expect("writes behind a zero window", c, "receiver_window", causes=("peer",))
+
+
 def web_server(lab: Scenarios) -> None:
     """A client keeps its connection to nginx, and sends requests with idle times between them."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -360,7 +372,7 @@ def pings(lab: Scenarios) -> None:
 
 SCENARIOS: Final = (
     harmful, small_payload, small_receive_window, small_send_buffer, random_loss, timeout_after_idle, bbr, sysctl_off,
-    trickle, disk, silence, timer, reopened, web_server, pings,
+    trickle, disk, silence, timer, reopened, written_behind, web_server, pings,
 )  # fmt: skip
 
 

@@ -295,6 +295,12 @@ def test_idle_time_with_a_closed_receive_window_is_the_peers() -> None:
     reopened = idle_reset(tgid=0, tid=0, comm=b"", unsent_bytes=5000)
     (row,) = causes([reopened], [read(8.0, 2.0, tgid=0)])
     assert (row["cause"], row["peer_us"]) == ("peer", 2_000_000)
+    # A process that writes more meanwhile changes nothing.
+    (row,) = causes([idle_reset(unsent_bytes=5000)], [read(8.0, 2.0)])
+    assert (row["cause"], row["peer_us"]) == ("peer", 2_000_000)
+    # It may have corked a part of a segment.
+    (row,) = causes([idle_reset(unsent_bytes=1000)], [read(8.0, 2.0)])
+    assert (row["cause"], row["peer_us"]) == ("disk", 0)
 
 
 def test_resets_for_other_reasons_than_idle_time_have_no_cause() -> None:

@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from cwndtrace import tcp
 from cwndtrace.analysis import connections, verdict
 from cwndtrace.present import text as in_words
 from cwndtrace.store.meta import Meta
-from cwndtrace.trace import Trace
+from cwndtrace.trace import Trace, load
 from tests.unit import frames
 
 SENT = 40_100_000
@@ -75,7 +76,9 @@ def test_a_followed_reset_is_judged_by_what_its_data_waited_for(tmp_path: Path, 
 
 UNFOLLOWED: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "burst_fits": ({}, snapshots(44 * 1448)),
-    "loss": ({"reason": "tlp_loss"}, snapshots(1_000_000)),
+    "loss": ({"reason": "rto_loss"}, snapshots(1_000_000)),
+    "handshake": ({"reason": "rto_loss", "tcp_state": "syn_sent", "snd_wnd": 0}, snapshots(1_000_000)),
+    "receiver_window": ({"reason": "rto_loss", "snd_wnd": 0, "unacked_bytes": 5_000}, snapshots(1_000_000)),
     "nothing_sent": ({}, snapshots(0)),
     "unknown": ({}, snapshots(44 * 1448 + 1)),
 }
@@ -89,6 +92,10 @@ def test_a_reset_that_was_not_followed_is_judged_where_nothing_can_have_waited(t
     assert row["lost_us"] == 0 or (label == "unknown" and math.isnan(row["lost_us"]))
 
 
+LIMITED = {"reason": "app_limited", "unsent_bytes": 1, "unacked_bytes": 100_000, "snd_wnd": 101_447}
+LIMITED_TOO = {"reason": "app_limited"}
+
+
 @pytest.mark.parametrize(
     ("fields", "record", "label"),
     [
@@ -96,6 +103,15 @@ def test_a_reset_that_was_not_followed_is_judged_where_nothing_can_have_waited(t
         ({"tgid": 0, "unsent_bytes": 1}, NONE, "receiver_window"),
         ({"tgid": 0, "unsent_bytes": 0}, NONE, "nothing_waited"),
         ({"tgid": 0, "unsent_bytes": 1}, {}, "harmful"),
+        # A process that writes more into a closed window; or more to less than a segment of corked data.
+        ({"unsent_bytes": 1448}, NONE, "receiver_window"),
+        ({"unsent_bytes": 1, "snd_wnd": 0}, NONE, "receiver_window"),
+        ({"unsent_bytes": 1447}, NONE, "nothing_waited"),
+        # Of the peer's window, less than a segment is left, and data waits for more.
+        (LIMITED, NONE | LIMITED_TOO, "receiver_window"),
+        (LIMITED | {"snd_wnd": 101_448}, NONE | LIMITED_TOO, "nothing_waited"),
+        (LIMITED | {"unsent_bytes": 0}, NONE | LIMITED_TOO, "nothing_waited"),
+        (LIMITED, LIMITED_TOO, "harmful"),
         # What was measured until the capture ended is a lower bound.
         ({}, {"outcome": "capture_end", "cost_us": 1_000, "busy_us": 100_000}, "harmful"),
         ({}, {"outcome": "capture_end", "cost_us": 999}, "unknown"),
@@ -106,6 +122,39 @@ def test_a_reset_that_was_not_followed_is_judged_where_nothing_can_have_waited(t
 )
 def test_edges_of_the_verdicts(tmp_path: Path, fields: dict[str, Any], record: dict[str, Any], label: str) -> None:
     check(followed(tmp_path, fields, record), label)
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({"reason": "tlp_loss"}, "loss"),
+        ({"reason": "rto_loss", "tcp_state": "syn_recv"}, "handshake"),
+        ({"reason": "rto_loss", "tcp_state": "last_ack", "snd_wnd": 0}, "receiver_window"),
+        ({"reason": "rto_loss", "tcp_state": "established", "snd_wnd": 1}, "loss"),
+    ],
+)
+def test_losses_and_what_the_kernel_takes_for_one(tmp_path: Path, fields: dict[str, Any], label: str) -> None:
+    trace = capture(tmp_path, [frames.reset(10, **fields)], snapshots(1_000_000))
+    row = check(trace, label)
+    assert (row["lost_us"], row["predicted_us"]) == (0, pytest.approx(math.nan, nan_ok=True))
+
+
+def test_what_an_older_capture_does_not_say_is_not_taken_for_zero(tmp_path: Path) -> None:
+    """It lacks tcp_state and unacked_bytes; its unsent_bytes may be the new data, if a process sent."""
+    kinds: list[tuple[dict[str, Any], str]] = [
+        ({"reason": "rto_loss", "snd_wnd": 0}, "loss"),
+        ({"reason": "app_limited", "snd_wnd": 0, "unsent_bytes": 5_000}, "nothing_sent"),
+        ({"unsent_bytes": 5_000}, "nothing_sent"),
+        ({"unsent_bytes": 5_000, "snd_wnd": 0}, "nothing_sent"),
+    ]
+    for fields, label in kinds:
+        trace = capture(tmp_path, [frames.reset(10, **fields)], snapshots(0), recoveries=frames.table("cwnd_recovery"))
+        part = trace.path / "cwnd_reset" / "part-000001.parquet"
+        pq.write_table(pq.read_table(part).drop_columns(["tcp_state", "unacked_bytes"]), part)
+        (row,) = load(trace.path).verdicts.to_dict("records")
+        assert row["verdict"] == label
+        assert row["cause"] in ("", "application")
+        assert "window" not in in_words.reset(row)
 
 
 def test_an_older_version_did_not_measure_what_waited(tmp_path: Path) -> None:
