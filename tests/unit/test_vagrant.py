@@ -193,22 +193,24 @@ def kernel(project: Path, version: str = "6.12") -> str:
     return result.stdout
 
 
-def test_a_kernel_line_without_patches_is_refused(project: Path) -> None:
-    output = kernel(project, "6.19")
-    assert "no series for Linux 6.19; there are 6.1, 6.12, 7.2." in output
-    assert "Try the nearest on your source: --version 7.2 --base PATH" in output
-    assert "VAGRANT_KERNEL=6.12 vagrant provision debian13" in output
-
-
-def replace_build(project: Path) -> None:
-    """Replace kernel-patches/build by a script that fails."""
+def replace_build(project: Path, code: int = 1) -> None:
+    """Replace kernel-patches/build by a script that fails with this exit code."""
     build = project / "kernel-patches/build"
     # A real failure of the compiler would need a kernel's source. The log is where the real script writes it.
     build.write_text(
         "#!/bin/sh\n"
         'while [ "$1" != --cache ]; do shift; done\n'
-        'mkdir -p "$2/kernels"; seq -f "line %g" 100 >"$2/kernels/6.12-0123456789ab.failed.log"; exit 1\n'
+        f'mkdir -p "$2/kernels"; seq -f "line %g" 100 >"$2/kernels/6.12-0123456789ab.failed.log"; exit {code}\n'
     )
+
+
+def test_a_kernel_line_without_patches_is_refused(project: Path) -> None:
+    replace_build(project, 2)
+    output = kernel(project, "6.19")
+    assert "this Debian has no linux-source-6.19, so kernel-patches/build looks for it in other ones" in output
+    assert "there is no source of Linux 6.19, or no patches that fit it (see above)." in output
+    assert "VAGRANT_KERNEL=6.12 vagrant provision debian13" in output
+    assert "line 100" not in output
 
 
 def test_a_build_that_fails_shows_the_end_of_its_log(project: Path) -> None:

@@ -26,7 +26,7 @@ build() {
         say "source: $source"
         apt_install "$source"
     else
-        say "this Debian has no $source, so the source comes from the suite in kernel-patches/series.toml"
+        say "this Debian has no $source, so kernel-patches/build looks for it in other ones"
     fi
     say "building Linux $KERNEL_VERSION; see docs/vm.md for how long that takes"
     export PATH="/usr/lib/ccache:$PATH" CCACHE_DIR="$CACHE/ccache" CCACHE_NOHASHDIR=1
@@ -35,8 +35,8 @@ build() {
         --cache "$CACHE") || status=$?
     case $status in
     0) return ;;
-    2) die "kernel-patches has no series for Linux $KERNEL_VERSION (see above)." \
-        "On the host: VAGRANT_KERNEL=6.12 vagrant provision $MACHINE, or another line of kernel-patches/series.toml" ;;
+    2) die "there is no source of Linux $KERNEL_VERSION, or no patches that fit it (see above)." \
+        "On the host: VAGRANT_KERNEL=6.12 vagrant provision $MACHINE, or another line (docs/vm.md)" ;;
     esac
     log=$(find "$CACHE/kernels" -name '*.failed.log' -newermt "@$BEGIN" 2>/dev/null | tail -n 1)
     if [ -n "$log" ]; then
