@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cwndtrace.errors import NoProbe
@@ -84,11 +84,15 @@ _BY_STATE: Final = {
 }
 """The losses, for the probes that don't see the kernel's functions."""
 
+_RESET: Final = "tcp_cwnd_reset"
+_BARE: Final = "tcp_cwnd_reset_tp"
+"""The same tracepoint in the form without an event in tracefs (kernel-patches/bare): DECLARE_TRACE adds the suffix."""
+
 PROBES: Final = (
     Probe(
         "tracepoint",
         "exact",
-        {r: (_raw("tcp_cwnd_reset", "on_tcp_cwnd_reset"), *_FOLLOWED[r]) for r in REASONS},
+        {r: (_raw(_RESET, "on_tcp_cwnd_reset"), *_FOLLOWED[r]) for r in REASONS},
     ),
     Probe(
         "fentry",
@@ -141,7 +145,13 @@ BY_NAME: Final = {probe.name: probe for probe in PROBES}
 def tracepoints() -> frozenset[str]:
     """Return every tracepoint that some probe attaches to."""
     groups = [WRITES, *(group for probe in PROBES for group in probe.attachments.values())]
-    return frozenset(a.target for group in groups for a in group if a.kind in _TRACEPOINT)
+    return frozenset(a.target for group in groups for a in group if a.kind in _TRACEPOINT) | {_BARE}
+
+
+def _here(facts: Facts, a: Attachment) -> Attachment:
+    """Return an attachment with the name that its tracepoint has on such a kernel."""
+    bare = a.target == _RESET and _RESET not in facts.tracepoints and _BARE in facts.tracepoints
+    return replace(a, target=_BARE) if bare else a
 
 
 def attachments(facts: Facts, probe: Probe, reason: str) -> tuple[Attachment, ...]:
@@ -149,7 +159,7 @@ def attachments(facts: Facts, probe: Probe, reason: str) -> tuple[Attachment, ..
 
     Without the latter, data counts as written when the ACK after it arrives, at the earliest.
     """
-    needed = probe.attachments[reason]
+    needed = tuple(_here(facts, a) for a in probe.attachments[reason])
     if reason not in FOLLOWED or any(a.target == WRITES[0].target for a in needed):
         return needed
     return (*needed, *[a for a in WRITES if a.target in facts.tracepoints][:1])
@@ -160,7 +170,7 @@ def lacks(facts: Facts, probe: Probe, reason: str) -> str | None:
     attachments = probe.attachments.get(reason)
     if attachments is None:
         return f"this probe can't see {reason}"
-    for a in attachments:
+    for a in (_here(facts, a) for a in attachments):
         if a.kind in _TRACEPOINT and a.target not in facts.tracepoints:
             return f"this kernel has no tracepoint {a.target}"
         if a.kind not in _TRACEPOINT and a.target not in facts.functions:

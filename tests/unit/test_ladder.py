@@ -42,6 +42,9 @@ class KernelCase:
 
 KERNELS = {
     "patched": KernelCase(Facts(NEW | {"tcp_cwnd_reset"}, ALL, True), works, ("tracepoint",) * 4),
+    "patched with the bare tracepoint": KernelCase(
+        Facts(NEW | {"tcp_cwnd_reset_tp"}, ALL, True), works, ("tracepoint",) * 4
+    ),
     "patched, locked down": KernelCase(
         Facts(NEW | {"tcp_cwnd_reset"}, NOT_INLINED, False), refuses("fentry"), ("tracepoint",) * 4
     ),
@@ -170,3 +173,11 @@ def test_one_program_at_most_notes_when_a_followed_socket_is_written_to(
     # The probe sendmsg has a program of its own there.
     sendmsg = ladder.BY_NAME["sendmsg"]
     assert all(ladder.attachments(facts, sendmsg, reason) == needed for reason, needed in sendmsg.attachments.items())
+
+
+@pytest.mark.parametrize("name", ["tcp_cwnd_reset", "tcp_cwnd_reset_tp"])
+def test_the_patched_kernels_tracepoint_is_attached_by_its_name(name: str) -> None:
+    facts = Facts(NEW | {name}, ALL, True)
+    assert name in ladder.tracepoints()
+    targets = {a.target for a in ladder.attachments(facts, ladder.BY_NAME["tracepoint"], "tlp_loss")}
+    assert targets == {name}
