@@ -257,6 +257,14 @@ def test_a_series_without_a_version_is_taken_only_by_name(script: ModuleType, tm
     assert fit(script, base, "bare") == script.Fit("6.12.3", "bare", True, "")
 
 
+def test_a_cover_letter_is_no_patch_of_the_series(script: ModuleType, tmp_path: Path) -> None:
+    add_series(script.HERE, "6.12", "code")
+    (script.HERE / "6.12/0000-cover-letter.patch").write_text("Subject: [PATCH 0/2] a series\n\nno diff\n")
+    found = fit(script, tree(tmp_path / "linux", "6.12.3", "code"))
+    assert found == script.Fit("6.12.3", "6.12", True, "")
+    assert len(found.patches()) == 2
+
+
 def test_a_changed_series_is_tried_again(script: ModuleType, tmp_path: Path) -> None:
     add_series(script.HERE, "6.1", "other")
     base = tree(tmp_path / "linux", "6.1.3", "code")
