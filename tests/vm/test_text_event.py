@@ -15,7 +15,7 @@ import pytest
 
 from cwndtrace.capture.live import Kernel
 from tests.harness.guest import PATCHED
-from tests.harness.tcp import Connect
+from tests.harness.tcp import Connect, TcpConnection
 from tests.harness.tracing import Tracer
 
 pytestmark = pytest.mark.vm
@@ -47,6 +47,12 @@ def parse(line: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S+)", line.partition("tcp_cwnd_reset: ")[2]))
 
 
+def events(trace: Path, connection: TcpConnection) -> list[dict[str, str]]:
+    """Return the events of a connection."""
+    parsed = [parse(line) for line in trace.read_text().splitlines() if "tcp_cwnd_reset: " in line]
+    return [event for event in parsed if event["src"].endswith(f":{connection.sport}")]
+
+
 @pytest.mark.parametrize("kind", [{}, {"address": "::1"}, {"mapped": True}], ids=["IPv4", "IPv6", "mapped"])
 def test_the_text_and_the_record_agree(text: Path, connect: Connect, kind: dict[str, Any]) -> None:
     with Tracer("tracepoint") as tracer:
@@ -55,16 +61,19 @@ def test_the_text_and_the_record_agree(text: Path, connect: Connect, kind: dict[
         time.sleep(0.6)
         connection.send()
         (record,) = [r for r in tracer.of(connection) if r["reason"] == "idle"]
-    lines = [line for line in text.read_text().splitlines() if f"sport={connection.sport} " in line]
-    (printed,) = [parse(line) for line in lines if "reason=idle" in line]
-    for name in ("cwnd_before", "cwnd_after", "ssthresh_before", "ssthresh_after", "rto_us", "srtt_us", "mss", "dport"):
+    (printed,) = [event for event in events(text, connection) if event["reason"] == "idle"]
+    for name in ("cwnd_before", "cwnd_after", "ssthresh_before", "ssthresh_after", "rto_us", "srtt_us", "mss"):
         assert int(printed[name]) == record[name], name
+    for name, same in {"snd_wnd": "snd_wnd", "unacked_bytes": "unacked_bytes", "notsent_bytes": "unsent_bytes"}.items():
+        assert int(printed[name]) == record[same], name
     # The event has idle times in whole milliseconds.
     assert int(printed["idle_us"]) == record["idle_us"] // 1000 * 1000
+    assert printed["state"] == f"TCP_{record['tcp_state'].upper()}"
     native = "address" in kind
     assert printed["family"] == ("AF_INET6" if kind else "AF_INET")
-    assert printed["saddr"] == ("0.0.0.0" if native else record["saddr"])
-    assert printed["saddrv6"] == (record["saddr"] if native else f"::ffff:{record['saddr']}")
+    shape = "[{}]:{}" if native else "[::ffff:{}]:{}" if kind else "{}:{}"
+    assert printed["src"] == shape.format(record["saddr"], record["sport"])
+    assert printed["dest"] == shape.format(record["daddr"], record["dport"])
     assert int(printed["sock_cookie"], 16) == connection.cookie()
 
 
@@ -74,7 +83,7 @@ def test_nothing_is_printed_where_the_window_did_not_fall(text: Path, connect: C
     connection.quiet()
     time.sleep(0.6)
     assert connection.send().reason is None
-    assert f"sport={connection.sport} " not in text.read_text()
+    assert events(text, connection) == []
 
 
 def test_the_selftest_passes() -> None:
