@@ -120,6 +120,8 @@ def resets(priced: pd.DataFrame) -> pd.DataFrame:
             ("receiver_window", zero_window(priced)),
             ("loss", lost),
             ("harmful", known & (cost >= FLOOR_US)),
+            # What waited after a loss isn't in the cost, so a small cost says nothing then.
+            ("loss", known & (priced["after_loss_us"] >= FLOOR_US)),
             ("slight", known & (cost > 0)),
             ("receiver_window", known & (reopened(priced) | window_full(priced))),
             ("as_before", known & (priced["waiting_bytes"] > 0)),

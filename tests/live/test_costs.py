@@ -244,7 +244,7 @@ class ShapeCosts:
     said: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     verdicts: dict[tuple[str, str], list[set[str]]] = field(default_factory=dict)
     held: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """For how long the peer's window held a young connection's burst back, in ms by the kernel's clock; else 0."""
+    """For how long a burst waited after a loss, or a young connection's for the peer's window, in ms."""
     probes: list[str] = field(default_factory=list)
 
 
@@ -320,16 +320,17 @@ def measured() -> ShapeCosts:
                 ]
                 out.said[name, probe] = [float(each["cost_us"].sum()) / 1000 for each in during]
                 out.verdicts[name, probe] = [set(each["verdict"]) for each in during]
-                held = [float(each["rwnd_limited_us"].sum()) / 1000 for each in during]
-                out.held[name, probe] = held if shape.connections > 1 else [0.0] * len(held)
+                others = ["after_loss_us", *(["rwnd_limited_us"] if shape.connections > 1 else [])]
+                held = [float(each[others].sum().sum()) / 1000 for each in during]
+                out.held[name, probe] = held
                 least, most = (
                     rounded([r.least_ms for r in out.real[name]]),
                     rounded([r.most_ms for r in out.real[name]]),
                 )
                 real = f"{least}" if least == most else f"{least} to {most}"
                 print(f"{name}, {probe}: real {real}, measured {rounded(out.said[name, probe])} ms")
-                if shape.connections > 1:
-                    print(f"{name}, {probe}: the peer's window held {rounded(held)} ms, {out.verdicts[name, probe]}")
+                if any(held):
+                    print(f"{name}, {probe}: something else held {rounded(held)} ms, {out.verdicts[name, probe]}")
     return out
 
 
@@ -367,7 +368,7 @@ def test_no_reset_that_cost_time_is_called_harmless(measured: ShapeCosts, shape:
     for probe in measured.probes:
         known = (measured.verdicts[shape, probe], measured.held[shape, probe])
         for real, labels, held in zip(measured.real[shape], *known, strict=True):
-            # A burst that the peer's window held back may have been as late without the reset.
+            # A burst that a loss or the peer's window held back may have been as late without the reset.
             if real.least_ms - held >= RTT_MS / 2:
                 assert "harmful" in labels, (probe, real, held, labels)
             elif shape not in COSTLY:

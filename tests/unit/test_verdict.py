@@ -67,6 +67,11 @@ def check(trace: Trace, label: str) -> dict[Any, Any]:
     return row
 
 
+def test_a_small_cost_says_nothing_where_data_waited_after_a_loss(tmp_path: Path) -> None:
+    record = NONE | {"cost_us": 900, "waiting_bytes": 1_000_000, "after_loss_us": 200_000, "outcome": "loss"}
+    check(followed(tmp_path, {}, record), "loss")
+
+
 @pytest.mark.parametrize("label", FOLLOWED)
 def test_a_followed_reset_is_judged_by_what_its_data_waited_for(tmp_path: Path, label: str) -> None:
     row = check(followed(tmp_path, *FOLLOWED[label]), label)
