@@ -23,6 +23,7 @@ from tests.harness.tcp import TcpConnection
 Fired = frozenset[str]
 
 LONG_S: Final = 0.6
+IDLE_SYSCTL: Final = "net.ipv4.tcp_slow_start_after_idle"
 TEXT_EVENTS: Final = ("tcp_cwnd_reset", "tcp_cong_state_set")
 REDUCTION: Final = ("tcp_cwnd_reduction_tp", "tcp_cwnd_reduction")
 """The names of that tracepoint; DECLARE_TRACE adds _tp since Linux 6.16."""
@@ -113,6 +114,12 @@ class Forcing:
     def __init__(self, connect: tcp.Connect, make_space: Callable[[], tcp.Space]) -> None:
         self._connect, self._make_space = connect, make_space
 
+    def _space(self) -> tcp.Space:
+        """Return a namespace without restarts after idle time: on a slow machine, any row might have one."""
+        space = self._make_space()
+        space.sysctl(IDLE_SYSCTL, "0")
+        return space
+
     @contextmanager
     def _grown(self, space: tcp.Space, **options: Any) -> Iterator[tuple[TcpConnection, Events]]:
         connection = self._connect(space, **options)
@@ -147,7 +154,7 @@ class Forcing:
 
     def timeout(self) -> Fall:
         """Drop data until the timeout."""
-        space = self._make_space()
+        space = self._space()
         with self._grown(space) as (connection, events):
             before = connection.info().cwnd
             drop_until_a_timeout(space, [connection])
@@ -157,7 +164,7 @@ class Forcing:
 
     def zero_window(self) -> Fall:
         """Have the timer expire while data is in flight and the receiver's window is 0."""
-        space = self._make_space()
+        space = self._space()
         with self._grown(space) as (connection, events), netem(space, "loss", "100%") as begin:
             before = connection.info().cwnd
             begin()
@@ -218,7 +225,7 @@ class Forcing:
 
     def loss_probe(self) -> Fall:
         """Lose the last segment, and have a tail loss probe repair it."""
-        with self._grown(self._make_space()) as (connection, events):
+        with self._grown(self._space()) as (connection, events):
             for _ in range(20):
                 before = connection.grow()
                 events.clear()
@@ -236,7 +243,7 @@ class Forcing:
 
     def congestion_mark(self) -> Fall:
         """Mark data as a congested router does, with ECN."""
-        link = VethLink(self._make_space)
+        link = VethLink(self._space)
         for space in (link.a, link.b):
             space.sysctl("net.ipv4.tcp_ecn", "1")
         with self._grown(link.a, to=link.b, address="10.9.0.2", device="cwt0") as (connection, events):
@@ -251,7 +258,7 @@ class Forcing:
 
     def larger_segments(self) -> Fall:
         """Have path MTU probing find that larger segments fit."""
-        link = VethLink(self._make_space)
+        link = VethLink(self._space)
         link.a.sysctl("net.ipv4.tcp_mtu_probing", "2")
         link.a.sysctl("net.ipv4.tcp_base_mss", "512")
         connection = self._connect(link.a, to=link.b, address="10.9.0.2", device="cwt0")
@@ -272,7 +279,7 @@ class Forcing:
 
     def undo(self) -> Fall:
         """Let the ACKs come after a timeout, which shows that it was in vain."""
-        link = VethLink(self._make_space)
+        link = VethLink(self._space)
         with self._grown(link.a, to=link.b, address="10.9.0.2", device="cwt0") as (connection, events):
             with qdisc(link.b, "cwt0", "delay", "900ms"):
                 connection.sock.send(bytes(20_000))
