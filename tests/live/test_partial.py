@@ -74,7 +74,7 @@ def test_block_io_is_traced_without_resets(space: tcp.Space, tmp_path: Path) -> 
     arguments = ("-n", space.name, "-o", path, "-d", "1s", "--json")
     code, out, err = Running(*arguments, wait=False, python=lacking(_NO_RESETS)).end(None)
     assert code == 0
-    assert "block I/O alone; idle, rto_loss, app_limited can't be seen on this kernel." in err
+    assert "block I/O alone; idle, rto_loss, app_limited, tlp_loss can't be seen on this kernel." in err
     assert err.count(f"warning: {RESETS_LACK}; block I/O is traced\n") == 1
     started = json.loads(out.splitlines()[0])
     assert set(started["probes"].values()) == {None}
