@@ -10,12 +10,12 @@ from typing import Final
 import pytest
 
 from tests.harness import tcp
-from tests.harness.guest import KERNEL, PATCHED
+from tests.harness.guest import KERNEL
 from tests.harness.scripts import PATCHES
 from tests.harness.tcp import Connect
 from tests.vm.falls import Fall, Fired, Forcing
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("patched")]
 
 FORCED: Final[dict[str, Callable[[Forcing], Fall]]] = {
     "tcp_cwnd_restart(), on a send": Forcing.idle,
@@ -43,15 +43,11 @@ def table() -> dict[str, Fired]:
 
 
 def test_the_table_has_the_rows_that_are_forced() -> None:
-    if not PATCHED:
-        pytest.skip("needs a kernel with kernel-patches/: make vm-test")
     assert list(table()) == list(FORCED)
 
 
 @pytest.mark.parametrize("row", FORCED)
 def test_a_fall_has_the_events_of_the_table(row: str, connect: Connect, make_space: Callable[[], tcp.Space]) -> None:
-    if not PATCHED:
-        pytest.skip("needs a kernel with kernel-patches/: make vm-test")
     fall = FORCED[row](Forcing(connect, make_space))
     print(f"{row}: {fall.before} -> {fall.after} segments, {', '.join(sorted(fall.fired)) or 'no event'}")
     assert (fall.after > fall.before) if row == RAISED else (fall.after < fall.before)

@@ -14,21 +14,13 @@ from typing import Any
 import pytest
 
 from cwndtrace.capture.live import Kernel
-from tests.harness.guest import PATCHED
 from tests.harness.tcp import Connect, TcpConnection
 from tests.harness.tracing import Tracer
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("patched")]
 
 EVENT = Path("/sys/kernel/tracing/events/tcp/tcp_cwnd_reset")
 TRACE = Path("/sys/kernel/tracing/trace")
-
-
-@pytest.fixture(autouse=True)
-def patched() -> None:
-    """Skip the tests on a kernel without the patches, which doesn't have the event."""
-    if not PATCHED:
-        pytest.skip("needs a kernel with kernel-patches/: make vm-test")
 
 
 @pytest.fixture
