@@ -13,14 +13,16 @@ import platform
 import signal
 from typing import Final
 
+CLONE_NEWCGROUP: Final = 0x02000000
 CLONE_NEWNET: Final = 0x40000000
-"""The type of a network namespace, for ``setns`` and ``unshare`` (include/uapi/linux/sched.h)."""
+"""The types of cgroup and network namespaces, for ``setns`` and ``unshare`` (include/uapi/linux/sched.h)."""
 
 _PR_SET_PDEATHSIG: Final = 1
 # Numbers of system calls: arch/x86/entry/syscalls/syscall_64.tbl, and include/uapi/asm-generic/unistd.h for the others.
-_GENERIC: Final = {"setgroups": 159, "perf_event_open": 241, "bpf": 280, "fsopen": 430, "fsconfig": 431, "fsmount": 432}
+_SINCE_5: Final = {"fsopen": 430, "fsconfig": 431, "fsmount": 432, "openat2": 437}
+_GENERIC: Final = _SINCE_5 | {"setgroups": 159, "perf_event_open": 241, "open_by_handle_at": 265, "bpf": 280}
 _NUMBERS: Final = {
-    "x86_64": _GENERIC | {"setgroups": 116, "perf_event_open": 298, "bpf": 321},
+    "x86_64": _GENERIC | {"setgroups": 116, "perf_event_open": 298, "open_by_handle_at": 304, "bpf": 321},
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
 }
@@ -60,6 +62,6 @@ def end_with_parent(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def setns(fd: int) -> None:
-    """Move the calling thread into the network namespace ``fd``."""
-    check(lib.setns(fd, CLONE_NEWNET))
+def setns(fd: int, kind: int = CLONE_NEWNET) -> None:
+    """Move the calling thread into the namespace ``fd``, which has to be of this kind."""
+    check(lib.setns(fd, kind))

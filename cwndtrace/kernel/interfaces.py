@@ -7,7 +7,7 @@ import socket
 from functools import cache
 
 from cwndtrace.errors import NotFound
-from cwndtrace.kernel import netns
+from cwndtrace.kernel import host, netns
 
 
 def by_name(namespace: netns.Namespace) -> dict[str, int]:
@@ -34,7 +34,10 @@ def find(name: str, namespace: netns.Namespace) -> int:
                 f"interface {name} is in network namespace {other.name}, not in this one",
                 f"add --netns {other.name if other.path.parent.name == 'netns' else other.inode}",
             )
-    raise NotFound(f"no interface {name}", f"there are: {', '.join(sorted(here))}")
+    listed = f"there are: {', '.join(sorted(here))}"
+    if host.in_container() and namespace.inode == netns.own().inode != netns.hosts_inode():
+        listed += "; if the host's were meant, start this container with --network=host"
+    raise NotFound(f"no interface {name}", listed)
 
 
 class Routes:

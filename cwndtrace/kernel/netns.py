@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from cwndtrace.errors import NotFound
-from cwndtrace.kernel import setns
+from cwndtrace.kernel import host, setns
 from cwndtrace.kernel.sockets import comm, pids
 from cwndtrace.tcp import CONTROL_SYSCTL, IDLE_SYSCTL
 
 # EINVAL is for a file that had a namespace mounted on it and is a plain file again.
 _GONE: Final = (errno.ENOENT, errno.ESRCH, errno.ESTALE, errno.EINVAL)
-_NAMED: Final = Path("/run/netns")
 T = TypeVar("T")
 
 
@@ -43,6 +42,19 @@ def own() -> Namespace:
     return Namespace(path.stat().st_ino, "this", path)
 
 
+def _named() -> Path:
+    """Return the folder of the namespaces of ``ip netns``, the host's also from inside a container."""
+    return host.root() / "run/netns"
+
+
+def hosts_inode() -> int | None:
+    """Return the inode of the host's network namespace, that of its process 1; None where that can't be seen."""
+    for path in host.namespaces("net"):
+        with suppress(OSError):
+            return path.stat().st_ino
+    return None
+
+
 def all_reachable() -> Iterator[Namespace]:
     """Yield each namespace once: this process's, those of ``ip netns``, and those that other processes are in."""
     seen: set[int] = set()
@@ -62,8 +74,8 @@ def _candidates() -> Iterator[tuple[str, str]]:
     """Yield names and paths. Processes have no name here: there are many, and few have a namespace of their own."""
     yield "this", "/proc/thread-self/ns/net"
     with suppress(OSError):
-        for name in sorted(os.listdir(_NAMED)):  # noqa: PTH208
-            yield name, str(_NAMED / name)
+        for name in sorted(os.listdir(_named())):  # noqa: PTH208
+            yield name, str(_named() / name)
     for pid in sorted(pids()):
         yield "", f"/proc/{pid}/ns/net"
 
@@ -74,7 +86,7 @@ def find(text: str) -> Namespace:
     Raises NotFound, which lists the existing namespaces.
     """
     process = Path(f"/proc/{text}/ns/net") if text.isdigit() else None
-    for path in (_NAMED / text, process, Path(text)):
+    for path in (_named() / text, process, Path(text)):
         if path is not None and (inode := _inode(path)) is not None:
             return Namespace(inode, f"{comm(int(text))}[{text}]" if path == process else text, path)
     known = list(all_reachable())
@@ -122,15 +134,12 @@ def inside(namespace: Namespace, work: Callable[[], T]) -> T:
 def settings() -> dict[str, dict[str, Any]]:
     """Return the settings that affect idle resets in each reachable namespace, by inode, as ``sysctls`` in meta.json.
 
-    A setting that can't be read is None. ``host`` is true for the namespace of process 1.
+    A setting that can't be read is None. ``host`` is true for the namespace of the host's process 1.
     """
-    try:
-        host = Path("/proc/1/ns/net").stat().st_ino
-    except OSError:
-        host = 0
+    hosts = hosts_inode()
     return {
         str(n.inode): {
-            "name": n.name, "host": n.inode == host, IDLE_SYSCTL: idle_sysctl(n), CONTROL_SYSCTL: _control(n)
+            "name": n.name, "host": n.inode == hosts, IDLE_SYSCTL: idle_sysctl(n), CONTROL_SYSCTL: _control(n)
         }
         for n in all_reachable()
     }  # fmt: skip

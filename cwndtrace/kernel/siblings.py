@@ -80,8 +80,7 @@ def _executable(pid: int) -> tuple[int, int] | None:
 
 def _parent(pid: int) -> int | None:
     with suppress(OSError):
-        # The name before the last bracket may hold anything.
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        return int(sockets.stat(pid)[1])
     return None
 
 

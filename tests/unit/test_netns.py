@@ -12,7 +12,7 @@ import pytest
 from cwndtrace.capture import target
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound, UsageError
-from cwndtrace.kernel import cgroups, netns, setns, sockets
+from cwndtrace.kernel import cgroups, host, netns, setns, sockets
 from cwndtrace.tcp import IDLE_SYSCTL
 
 
@@ -108,14 +108,39 @@ def test_a_pid_below_1_is_refused(pid: int) -> None:
         target.resolve(pid=pid)
 
 
+def test_a_pid_of_another_pid_namespace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel knows processes by their pids on the host, so such a filter would let another process through."""
+    monkeypatch.setattr(host, "sees_all_processes", lambda: False)
+    with pytest.raises(UsageError, match="another pid on the host") as caught:
+        target.resolve(pid=os.getpid())
+    assert "--pid=host" in caught.value.remedy
+
+
+def test_in_a_container_an_unknown_interface_may_be_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "in_container", lambda: True)
+    monkeypatch.setattr(netns, "hosts_inode", lambda: None)
+    with pytest.raises(NotFound, match="no interface nothing0") as caught:
+        target.resolve(iface="nothing0")
+    assert caught.value.remedy.endswith("start this container with --network=host")
+
+
+def test_named_namespaces_are_those_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run/netns").mkdir(parents=True)
+    (tmp_path / "run/netns/blue").symlink_to("/proc/self/ns/net")
+    monkeypatch.setattr(host, "root", lambda: tmp_path)
+    assert netns.find("blue").path == tmp_path / "run/netns/blue"
+
+
 # ---- cgroups ---------------------------------------------------------------------------------------
 
 
 def test_the_mount_point_of_cgroups_is_found(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
-    mounts.write_text("proc /proc proc rw 0 0\nnone /a/cgroup2 cgroup2 rw 0 0\n")
+    proc = "22 27 0:21 / /proc rw,relatime shared:1 - proc proc rw\n"
+    part = "41 40 0:36 /../web /b/cgroup2 rw - cgroup2 cgroup2 rw\n"
+    mounts.write_text(f"{proc}{part}42 40 0:36 / /a/cgroup2 rw,relatime - cgroup2 cgroup2 rw\n")
     assert cgroups.mount_point(mounts) == Path("/a/cgroup2")
-    mounts.write_text("proc /proc proc rw 0 0\n")
+    mounts.write_text(f"{proc}{part}")
     with pytest.raises(NotFound, match="isn't mounted") as caught:
         cgroups.mount_point(mounts)
     assert caught.value.remedy.startswith("mount -t cgroup2")

@@ -8,9 +8,16 @@ import pytest
 from cwndtrace.cli import preflight
 from cwndtrace.kernel import siblings, sockets
 from cwndtrace.kernel.siblings import Siblings
+from tests.harness.loopback import need_loopback
 from tests.harness.workers import serving
 
 
+@pytest.fixture
+def loopback() -> None:
+    need_loopback()
+
+
+@pytest.mark.usefixtures("loopback")
 def test_the_other_workers_of_a_server_are_found() -> None:
     with serving(1, 3, 0, 2) as server:
         first, second, third, fourth = server.workers
@@ -24,6 +31,7 @@ def test_the_other_workers_of_a_server_are_found() -> None:
         assert (of_third.held, of_third.others) == (0, 6)
 
 
+@pytest.mark.usefixtures("loopback")
 def test_the_workers_of_a_master_are_found() -> None:
     with serving(1, 2) as server:
         found = siblings.of(server.master)
@@ -32,11 +40,13 @@ def test_the_workers_of_a_master_are_found() -> None:
         assert (found.held, found.others) == (0, 3)
 
 
+@pytest.mark.usefixtures("loopback")
 def test_a_worker_without_others_has_no_siblings() -> None:
     with serving(2) as server:
         assert siblings.of(server.workers[0]) is None
 
 
+@pytest.mark.usefixtures("loopback")
 def test_a_process_that_is_gone_has_no_siblings() -> None:
     with serving(1, 1) as server:
         gone = server.master
