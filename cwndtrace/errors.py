@@ -14,7 +14,9 @@ CwndtraceError              the base, with a cause and a remedy for people
 from __future__ import annotations
 
 import errno
+import importlib.util
 import resource
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +67,20 @@ class NoProbe(KernelLacks):
     def __init__(self, cause: str, remedy: str, tried: dict[str, str]) -> None:
         super().__init__(cause, remedy)
         self.tried = tried
+
+
+def need(module: str, extra: str, what: str) -> None:
+    """Raise CwndtraceError where ``module`` isn't installed; ``what`` needs it, and the ``extra`` of the package."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pip = f"{sys.executable} -I -m pip install 'cwndtrace[{extra}]'"
+        raise CwndtraceError(
+            f"{what} needs Python packages that aren't installed",
+            f"in a checkout: sudo make install EXTRAS={extra}; elsewhere: {pip}",
+        )
 
 
 MORE_FILES: Final = "raise the limit: ulimit -n 1024"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final
 
 _INFINITE: Final = 0x7FFFFFFF
@@ -65,6 +66,14 @@ def threshold(segments: float) -> str:
     return f"{segments:.0f}" if segments < _INFINITE else "inf"
 
 
+def moment(utc_ns: int) -> str:
+    """Return a time in ns since 1970 as text in UTC, to the second: 2026-01-02 03:04:05 UTC."""
+    try:
+        return f"{datetime.fromtimestamp(utc_ns // 1_000_000_000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):  # an untrusted capture may have any time
+        return "an impossible time"
+
+
 def endpoint(address: str, port: int) -> str:
     """Return address and port as text, with an IPv6 address in brackets."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -75,9 +84,18 @@ def connection(row: Mapping[Any, Any]) -> str:
     return f"{endpoint(row['saddr'], row['sport'])} > {endpoint(row['daddr'], row['dport'])}"
 
 
-def process(comm: str, pid: int) -> str:
-    """Return a process's name and pid as text; a dash where no process is known."""
-    return f"{clean(comm)}[{pid}]" if pid else "-"
+def process(name: str, pid: int, thread: str = "") -> str:
+    """Return a process's name and pid as text, with a ``thread`` of another name; a dash where no process is known.
+
+    The pid comes last, as everywhere, so that a narrow table cuts the thread's name first: ``grpc/event_engine[42]``.
+    """
+    beside = f"/{clean(thread)}" if thread and thread != name else ""
+    return f"{clean(name)}{beside}[{pid}]" if pid else "-"
+
+
+def holder(row: Mapping[Any, Any]) -> str:
+    """Return the process of a connection, a row of ``Trace.summary()``, as ``process`` does."""
+    return process(row["process"], row["pid"], row["thread"])
 
 
 def plural(number: int, noun: str) -> str:

@@ -20,7 +20,11 @@ _PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 _KEPT: Final = re.compile(
     r"""SUDO_(?:UID|GID|USER)|NOTIFY_SOCKET  # the user it works for, and systemd's socket
     |(?:TERM|COLUMNS|LINES|NO_COLOR)         # the terminal
-    |(?:LANG|LANGUAGE|LC_[A-Z]+|TZ)          # the user's language and time zone""",
+    |(?:LANG|LANGUAGE|LC_[A-Z]+|TZ)          # the user's language and time zone
+    |WATCHDOG_(?:USEC|PID)                   # systemd's watchdog
+    # Where metrics are sent, how often, and as whose. Those that name files, modules or detectors aren't among them.
+    |OTEL_EXPORTER_OTLP_(?:METRICS_)?(?:ENDPOINT|HEADERS|TIMEOUT|COMPRESSION|PROTOCOL)
+    |OTEL_(?:METRICS_EXPORTER|METRIC_EXPORT_INTERVAL|RESOURCE_ATTRIBUTES|SERVICE_NAME|SDK_DISABLED)""",
     re.VERBOSE,
 )
 # As in sudo: the C library opens a file if a locale's value names one.

@@ -23,11 +23,12 @@ _ENDINGS: Final = {
 _NAMED: Final = {
     "count": (
         *("resets", "resets_idle", "resets_rto_loss", "resets_app_limited", "resets_tlp_loss"),
-        *("resets_harmful", "resets_unknown"),
+        *("resets_harmful", "resets_unknown", "addresses", "verdict_connections"),
         *("harmful", "chain_resets", "snapshots", "bursts", "connections", "live", "touched", "disk_requests", "count"),
         *("errors", "requests", "n_before", "n_after", "verdict_resets"),
     ),
-    "key": ("connection",),
+    "key": ("connection", "worst", "disk_last"),
+    "port": ("service_port",),
     "ns": ("chain",),
     "ratio": ("cliffs_delta",),
     "round trips": ("rounds", "rounds_after", "rounds_before", "rounds_lost", "round_trips"),
@@ -36,8 +37,9 @@ _NAMED: Final = {
     "text": (
         *("verdict", "why", "cause", "device", "disk_device", "remedy", "action", "risk", "why_risk", "name", "note"),
         *("congestion_control", "measure", "unit", "centre", "effect", "disk_of", "command", "lasting"),
+        *("workload", "process", "thread", "cmdline", "service", "peer", "cause_of", "owner", "submitter"),
     ),
-    "true or false": ("host", "mostly_receives", "slow_start_after_idle", "slow_start_after_idle_end"),
+    "true or false": ("host", "mostly_receives", "outgoing", "slow_start_after_idle", "slow_start_after_idle_end"),
     "see unit": ("before", "after", "difference", "low", "high"),
     "UTC": ("first_seen", "last_seen"),
 }

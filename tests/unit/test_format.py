@@ -86,6 +86,14 @@ def test_a_process_is_its_name_and_pid_without_control_characters() -> None:
     assert fmt.process("\x1b[2Jevil\n", 7) == "?[2Jevil?[7]"
 
 
+def test_a_thread_of_another_name_stands_beside_its_process() -> None:
+    assert fmt.process("grpc", 7, "event_engine") == "grpc/event_engine[7]"
+    assert fmt.process("nginx", 7, "nginx") == fmt.process("nginx", 7, "") == "nginx[7]"
+    assert fmt.process("grpc", 7, "a\x1b[31m") == "grpc/a?[31m[7]"
+    assert fmt.process("", 0, "swapper/0") == "-"
+    assert fmt.holder({"process": "grpc", "pid": 7, "thread": "event_engine"}) == "grpc/event_engine[7]"
+
+
 def test_lost_records_are_counted_in_the_right_number() -> None:
     assert fmt.lost(1, "record", "block_io") == "1 record of block_io was lost"
     assert fmt.lost(2345, "block request") == "2,345 block requests were lost"
@@ -104,3 +112,49 @@ def test_a_number_and_its_unit_are_joined_by_a_no_break_space() -> None:
 @pytest.mark.parametrize(("count", "text"), [(16, "16 B"), (100_000, "100 kB"), (1_500_000, "1.5 MB"), (2e9, "2 GB")])
 def test_a_chosen_size_has_no_trailing_zeros(count: float, text: str) -> None:
     assert fmt.nominal_size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("utc_ns", "text"),
+    [
+        (0, "1970-01-01 00:00:00 UTC"),
+        (1_795_000_000_999_999_999, "2026-11-18 11:06:40 UTC"),
+        (2**63 - 1, "2262-04-11 23:47:16 UTC"),
+        (10**30, "an impossible time"),
+        (-(10**30), "an impossible time"),
+    ],
+)
+def test_a_moment_is_in_utc_to_the_second(utc_ns: int, text: str) -> None:
+    assert fmt.moment(utc_ns) == text
+
+
+def test_numbers_agree_with_their_nouns() -> None:
+    assert [fmt.plural(number, "reset") for number in (0, 1, 2, 2000)] == [
+        "0 resets",
+        "1 reset",
+        "2 resets",
+        "2,000 resets",
+    ]
+    assert fmt.left_out("cgroups", 1) == (
+        "at least 1 requested cgroup isn't traced, because the filter is full: "
+        "ask for a cgroup further down the hierarchy"
+    )
+    assert fmt.left_out("sockets", 2000) == (
+        "at least 2,000 requested sockets aren't traced, because the filter is full: ask for a port, or its cgroup"
+    )
+    assert fmt.left_out("files", 2) == "at least 2 requested files aren't traced, because the filter is full"
+    assert fmt.lost(2, "record") == "2 records were lost"
+    because = "(inferred), because the kernel didn't show who submitted"
+    assert fmt.guessed(1) == f"1 block request is charged to the task that queued it {because} it"
+    assert fmt.guessed(5) == f"5 block requests are charged to the task that queued them {because} them"
+
+
+def test_round_trips_are_not_broken_either() -> None:
+    assert fmt.unbroken("it takes 3 round trips") == "it takes 3\u00a0round\u00a0trips"
+
+
+def test_json_is_printable_ascii() -> None:
+    assert fmt.json_line({"comm": "a\x7f\x1b\u00e9"}) == '{"comm": "a\\u007f\\u001b\\u00e9"}'
+    assert fmt.json_line({"cost": float("nan")}) == '{"cost": NaN}'
+    with pytest.raises(ValueError, match="JSON"):
+        fmt.json_line({"cost": float("nan")}, allow_nan=False)

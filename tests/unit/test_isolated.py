@@ -30,6 +30,15 @@ PRINT_DPI = "import cwndtrace.plot.style, matplotlib, os; print(matplotlib.rcPar
         ("MPLCONFIGDIR", "/tmp", False),
         ("BCC_SYMFS", "/tmp", False),
         ("HOME", "/tmp", False),
+        ("WATCHDOG_USEC", "30000000", True),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://192.0.2.7:4318", True),
+        ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "a=b", True),
+        ("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=a", True),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/etc/shadow", False),
+        ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "/etc/shadow", False),
+        ("OTEL_PYTHON_METER_PROVIDER", "evil", False),
+        ("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "evil", False),
+        ("OTEL_PYTHON_EXPORTER_OTLP_HTTP_METRICS_CREDENTIAL_PROVIDER", "evil", False),
     ],
 )
 def test_a_child_gets_only_harmless_variables(
