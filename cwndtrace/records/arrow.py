@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from cwndtrace.format import clean
+from cwndtrace.lazy import pa
 from cwndtrace.records.layout import Field, Records, decode, event, header, numpy_field
 
 
@@ -35,9 +35,16 @@ def _device(raw: bytes) -> str:
 
 # ---- Arrow ----------------------------------------------------------------------------------------
 
-_DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
-# Microseconds, because Spark reads no finer timestamps; the *_ns columns are exact.
-_TIME: Final = pa.timestamp("us", tz="UTC")
+
+@cache
+def _dictionary() -> pa.DataType:
+    return pa.dictionary(pa.int32(), pa.string())
+
+
+@cache
+def _time() -> pa.DataType:
+    # Microseconds, because Spark reads no finer timestamps; the *_ns columns are exact.
+    return pa.timestamp("us", tz="UTC")
 
 
 @cache
@@ -50,7 +57,7 @@ def arrow_schema(name: str) -> pa.Schema:
     """
     ev = event(name)
     first = ev.fields[0].name
-    columns = [_meta(pa.field("time", _TIME), "UTC", f"{first} on the wall clock")]
+    columns = [_meta(pa.field("time", _time()), "UTC", f"{first} on the wall clock")]
     columns += [_meta(pa.field(f.name, _arrow_type(f)), f.unit, f.description) for f in ev.fields]
     return pa.schema(columns, metadata={"event": name})
 
@@ -67,7 +74,7 @@ def _columns(name: str) -> tuple[tuple[Field, pa.DataType], ...]:
 @cache
 def _arrow_type(f: Field) -> pa.DataType:
     if f.unit in ("text", "addr", "dev") or f.unit.startswith("enum "):
-        return _DICTIONARY
+        return _dictionary()
     return pa.from_numpy_dtype(np.dtype(numpy_field(f)[1]))
 
 
@@ -78,10 +85,10 @@ def to_arrow(name: str, records: Records, utc_offset_ns: int | npt.NDArray[np.in
     """
     ev = event(name)
     times = (records[ev.fields[0].name].astype(np.int64) + utc_offset_ns) // 1000
-    arrays: list[Any] = [numbers(_TIME, times)]
+    arrays: list[Any] = [numbers(_time(), times)]
     for f, column_type in _columns(name):
         column = np.ascontiguousarray(records[f.name])
-        arrays.append(_labels(f, column) if column_type is _DICTIONARY else numbers(column_type, column))
+        arrays.append(_labels(f, column) if column_type is _dictionary() else numbers(column_type, column))
     return pa.Table.from_arrays(arrays, schema=arrow_schema(name))
 
 
@@ -142,6 +149,14 @@ def values(array: pa.Array) -> npt.NDArray[Any]:
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
+def column(f: pa.Field, items: Any, known: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+    """Return the column ``f`` of a table, of texts, numbers, or times in microseconds; null where not ``known``."""
+    if pa.types.is_dictionary(f.type):
+        return texts(items).dictionary_encode().cast(f.type)
+    width = np.int64 if pa.types.is_timestamp(f.type) else f.type.to_pandas_dtype()
+    return numbers(f.type, np.ascontiguousarray(items, width), known)
+
+
 def texts(strings: Sequence[str]) -> pa.StringArray:
     """Return an array of text."""
     raw = [string.encode() for string in strings]
@@ -200,6 +215,15 @@ def clean_texts(table: pa.Table) -> pa.Table:
     return table.unify_dictionaries()
 
 
+def filled(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Return ``table`` with zeros in place of missing numbers of some columns, as far as it has them."""
+    for index, column in enumerate(table.schema):
+        if column.name in columns and table.column(index).null_count:
+            zeros = pa.chunked_array([numbers(column.type, np.zeros(len(table), column.type.to_pandas_dtype()))])
+            table = table.set_column(index, column, zeros)
+    return table
+
+
 def _clean_chunk(chunk: pa.DictionaryArray) -> pa.DictionaryArray:
     texts = chunk.dictionary.to_pylist()
     cleaned = [text if text is None else clean(str(text)) for text in texts]
@@ -222,62 +246,119 @@ def iso_time(utc_ns: int) -> str:
     return f"{np.datetime64(utc_ns // 1000, 'us')}Z"
 
 
-def _snapshot(*columns: tuple[str, pa.DataType, str, str]) -> pa.Schema:
-    return pa.schema(
-        [_meta(pa.field(n, t), unit, text) for n, t, unit, text in columns], metadata={"event": "connections"}
-    )
+@cache
+def _looked_up(name: str) -> pa.Schema:
+    types = {"time": _time(), "text": _dictionary()}
+    columns = [
+        _meta(pa.field(column, types.get(kind) or pa.type_for_alias(kind)), unit, description)
+        for column, kind, unit, description in _LOOKED_UP[name]
+    ]
+    return pa.schema(columns, metadata={"event": name})
 
 
-CONNECTIONS: Final = _snapshot(
-    ("time", _TIME, "UTC", "when the snapshot was taken"),
-    ("ts_ns", pa.uint64(), "ns", "the same, CLOCK_MONOTONIC"),
-    ("sock_cookie", pa.uint64(), "id", "socket cookie, as in ss -e"),
-    ("netns_ino", pa.uint32(), "id", "inode of the network namespace"),
-    ("family", pa.uint8(), "family", "2 IPv4 (mapped addresses too), 10 IPv6"),
-    ("state", _DICTIONARY, "text", "TCP state, as in ss"),
-    ("saddr", _DICTIONARY, "addr", "local"),
-    ("sport", pa.uint16(), "port", "local"),
-    ("daddr", _DICTIONARY, "addr", "remote"),
-    ("dport", pa.uint16(), "port", "remote"),
-    ("inode", pa.uint64(), "id", "inode of the socket file; 0 where no process holds it"),
-    ("uid", pa.uint32(), "id", "owner"),
-    ("pid", pa.uint32(), "pid", "a process that holds it; 0 where none was found"),
-    ("comm", _DICTIONARY, "text", "its name"),
-    ("ca_name", _DICTIONARY, "text", "congestion control"),
-    ("ca_state", _DICTIONARY, "enum ca_state", "congestion state"),
-    ("cwnd", pa.uint32(), "segments", "congestion window"),
-    ("ssthresh", pa.uint32(), "segments", "slow start threshold; 2147483647 where never set"),
-    ("mss", pa.uint32(), "bytes", "sender MSS"),
-    ("rto_us", pa.uint32(), "us", "retransmission timeout"),
-    ("srtt_us", pa.uint32(), "us", "smoothed round-trip time"),
-    ("min_rtt_us", pa.uint32(), "us", "least round-trip time of the kernel's window; 4294967295 where none"),
-    ("snd_wnd", pa.uint32(), "bytes", "window the peer offered; 0 where this kernel doesn't tell"),
-    ("last_snd_us", pa.uint64(), "us", "since data was last sent, to one millisecond"),
-    ("last_rcv_us", pa.uint64(), "us", "since data last came in, to one millisecond"),
-    ("bytes_acked", pa.uint64(), "bytes", "acknowledged over its life"),
-    ("bytes_sent", pa.uint64(), "bytes", "sent over its life, retransmissions included"),
-    ("bytes_received", pa.uint64(), "bytes", "received over its life; null in captures of older versions"),
-    ("unsent_bytes", pa.uint32(), "bytes", "queued and not yet sent"),
-    ("unacked", pa.uint32(), "segments", "sent and not yet acknowledged"),
-    ("total_retrans", pa.uint32(), "segments", "retransmitted over its life"),
-    ("busy_us", pa.uint64(), "us", "of its life with data sent or to be sent; null in captures of older versions"),
-    ("rwnd_limited_us", pa.uint64(), "us", "of these, held back by the peer's window"),
-    ("sndbuf", pa.uint32(), "bytes", "send buffer, as the kernel counts it; null in captures of older versions"),
-    ("sndbuf_limited_us", pa.uint64(), "us", "of these, held back by the send buffer"),
+_CONNECTIONS: Final = (
+    ("time", "time", "UTC", "when the snapshot was taken"),
+    ("ts_ns", "uint64", "ns", "the same, CLOCK_MONOTONIC"),
+    ("sock_cookie", "uint64", "id", "socket cookie, as in ss -e"),
+    ("netns_ino", "uint32", "id", "inode of the network namespace"),
+    ("family", "uint8", "family", "2 IPv4 (mapped addresses too), 10 IPv6"),
+    ("state", "text", "text", "TCP state, as in ss"),
+    ("saddr", "text", "addr", "local"),
+    ("sport", "uint16", "port", "local"),
+    ("daddr", "text", "addr", "remote"),
+    ("dport", "uint16", "port", "remote"),
+    ("inode", "uint64", "id", "inode of the socket file; 0 where no process holds it"),
+    ("uid", "uint32", "id", "owner"),
+    ("pid", "uint32", "pid", "a process that holds it; 0 where none was found"),
+    ("comm", "text", "text", "its name"),
+    ("ca_name", "text", "text", "congestion control"),
+    ("ca_state", "text", "enum ca_state", "congestion state"),
+    ("cwnd", "uint32", "segments", "congestion window"),
+    ("ssthresh", "uint32", "segments", "slow start threshold; 2147483647 where never set"),
+    ("mss", "uint32", "bytes", "sender MSS"),
+    ("rto_us", "uint32", "us", "retransmission timeout"),
+    ("srtt_us", "uint32", "us", "smoothed round-trip time"),
+    ("min_rtt_us", "uint32", "us", "least round-trip time of the kernel's window; 4294967295 where none"),
+    ("snd_wnd", "uint32", "bytes", "window the peer offered; 0 where this kernel doesn't tell"),
+    ("last_snd_us", "uint64", "us", "since data was last sent, to one millisecond"),
+    ("last_rcv_us", "uint64", "us", "since data last came in, to one millisecond"),
+    ("bytes_acked", "uint64", "bytes", "acknowledged over its life"),
+    ("bytes_sent", "uint64", "bytes", "sent over its life, retransmissions included"),
+    ("bytes_received", "uint64", "bytes", "received over its life; null in captures of older versions"),
+    ("unsent_bytes", "uint32", "bytes", "queued and not yet sent"),
+    ("unacked", "uint32", "segments", "sent and not yet acknowledged"),
+    ("total_retrans", "uint32", "segments", "retransmitted over its life"),
+    ("busy_us", "uint64", "us", "of its life with data sent or to be sent; null in captures of older versions"),
+    ("rwnd_limited_us", "uint64", "us", "of these, held back by the peer's window"),
+    ("sndbuf", "uint32", "bytes", "send buffer, as the kernel counts it; null in captures of older versions"),
+    ("sndbuf_limited_us", "uint64", "us", "of these, held back by the send buffer"),
+    ("sock_cgroup_id", "uint64", "id", "cgroup v2 of the socket; 0 where this kernel doesn't tell"),
+    ("listener_pid", "uint32", "pid", "a process that listens on the local port; 0 where none does"),
+    ("listener", "text", "text", "its name; empty where none does"),
 )
-"""The schema of connection snapshots, the only table that comes from inet_diag and not from BPF."""
+"""The columns of connection snapshots, which come from inet_diag and not from BPF."""
+
+_WORKLOADS: Final = (
+    ("time", "time", "UTC", "first_ns on the wall clock"),
+    ("first_ns", "uint64", "ns", "when it was first seen, CLOCK_MONOTONIC"),
+    ("last_ns", "uint64", "ns", "when it was last seen; a row with a later one for the same cgroup replaces this"),
+    ("cgroup_id", "uint64", "id", "cgroup v2; 0 for a cgroup v1, of which processes tell"),
+    ("path", "text", "text", "the cgroup's path, as in /proc/PID/cgroup"),
+    ("kind", "text", "text", "container, pod, unit, slice, or cgroup for any other"),
+    ("unit", "text", "text", "systemd unit or slice; empty in a container"),
+    ("container_id", "text", "text", "id of the container"),
+    ("container_name", "text", "text", "its name, in Kubernetes within its pod; empty where it isn't known"),
+    ("image", "text", "text", "image that it was made from"),
+    ("runtime", "text", "text", "docker, podman, containerd or cri-o; empty where it isn't known"),
+    ("pod_namespace", "text", "text", "namespace of the container's pod in Kubernetes"),
+    ("pod_name", "text", "text", "name of the pod"),
+    ("pod_uid", "text", "text", "uid of the pod"),
+)
+"""The columns of the cgroups whose ids other tables have, by the names that their runtimes left on the disk."""
+
+_PROCESSES: Final = (
+    ("time", "time", "UTC", "first_ns on the wall clock"),
+    ("first_ns", "uint64", "ns", "when it was first seen, CLOCK_MONOTONIC"),
+    ("last_ns", "uint64", "ns", "when it was last seen; a row with a later one for the same process replaces this"),
+    ("pid", "uint32", "pid", "process"),
+    ("start_ticks", "uint64", "ticks", "its start since boot, in ticks of the kernel's USER_HZ"),
+    ("netns_ino", "uint32", "id", "inode of its network namespace; 0 where it couldn't be seen"),
+    ("comm", "text", "text", "its name, its first thread's"),
+    ("cmdline", "text", "text", "the first 200 bytes of its command line; empty for a kernel thread"),
+    ("cgroup", "text", "text", "path of its cgroup: path in workloads"),
+)
+"""The columns of the processes whose ids other tables have."""
 
 MAY_BE_NULL: Final = frozenset({"busy_us", "bytes_received", "rwnd_limited_us", "sndbuf", "sndbuf_limited_us"})
 """The columns that may have nulls; in all other columns of ``TABLES`` a null is damage."""
 
-OF_LATER_VERSIONS: Final = frozenset(
-    ("after_loss_us", "bursts", "bytes_received", "chain_resets", "chain_window", "cost_us", "data_segs_in"),
-).union(("first_cost_us", "held_us", "other_us", "short_us", "tcp_state", "unacked_bytes", "waiting_bytes"))
+OF_LATER_VERSIONS: Final = (
+    frozenset(
+        ("after_loss_us", "bursts", "bytes_received", "chain_resets", "chain_window", "cost_us", "data_segs_in"),
+    )
+    .union(
+        (
+            "first_cost_us",
+            "held_us",
+            "listener",
+            "listener_pid",
+            "other_us",
+            "process",
+            "short_us",
+            "tcp_state",
+            "unacked_bytes",
+        ),
+    )
+    .union(("waiting_bytes",))
+)
 """The columns that captures of older versions lack, without which their rows are still of use."""
 
-_UNJUDGED: Final = (MAY_BE_NULL | OF_LATER_VERSIONS).union(
+IDS_OF_LATER_VERSIONS: Final = frozenset({"sock_cgroup_id"})
+"""The same for ids, which are 0 in the rows of such captures."""
+
+_UNJUDGED: Final = (MAY_BE_NULL | OF_LATER_VERSIONS | IDS_OF_LATER_VERSIONS).union(
     ("acks", "ca_state", "cpu", "flags", "ifindex", "last_snd_us"),
-    ("packets_out", "sector", "uid", "unacked"),
+    ("owner_cgroup_id", "packets_out", "sector", "uid", "unacked"),
 )
 """The columns of ``TABLES`` that no analysis and no plot uses, or whose values may be missing."""
 
@@ -287,10 +368,13 @@ def needed(table: str) -> list[str]:
     return [name for name in schema(table).names if name not in _UNJUDGED]
 
 
-TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", "connections")
+_LOOKED_UP: Final = {"connections": _CONNECTIONS, "workloads": _WORKLOADS, "processes": _PROCESSES}
+"""The tables whose records don't come from BPF: name, type, unit and description of each column."""
+
+TABLES: Final = ("cwnd_reset", "cwnd_recovery", "cwnd_sample", "block_io", *_LOOKED_UP)
 """The tables of a capture, in the order in which they are written."""
 
 
 def schema(table: str) -> pa.Schema:
     """Return the Arrow schema of one of ``TABLES``. Raises KeyError for another name."""
-    return CONNECTIONS if table == "connections" else arrow_schema(table)
+    return _looked_up(table) if table in _LOOKED_UP else arrow_schema(table)

@@ -36,6 +36,8 @@ def raw(table: pa.Table, name: str) -> pd.DataFrame:
     for index, column in enumerate(table.schema):
         if column.name in _quantities(name):
             table = table.set_column(index, column.name, _signed(table.column(index), name))
+        elif column.name in arrow.IDS_OF_LATER_VERSIONS and table.column(index).null_count:
+            table = table.set_column(index, column.name, pc.fill_null(table.column(index), 0))
     out: pd.DataFrame = table.to_pandas(use_threads=False)  # for the reason given in store.files.read
     return out
 

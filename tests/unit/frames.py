@@ -58,6 +58,7 @@ def block(at_s: float = 1.0, latency_us: float = 250.0, **fields: Any) -> layout
         "start_ns": start, "issue_ns": start + 4_000, "done_ns": start + int(latency_us * 1000), "sector": 2048,
         "bytes": 4096, "dev": 7 << 20, "tgid": 777, "tid": 778, "op": "read", "error": "ok", "comm": b"fio",
     }  # fmt: skip
+    values |= {"owner_cgroup_id": fields.get("cgroup_id", 0)}
     return _filled("block_io", record, values | fields)
 
 
@@ -127,21 +128,38 @@ def table(name: str, *records: layout.Records) -> pa.Table:
 def snapshot(at_s: float = 0.0, **fields: Any) -> dict[str, Any]:
     """Return one row of the table ``connections``, ``at_s`` seconds after the start."""
     ts_ns = MONO + int(at_s * SECOND)
-    row: dict[str, Any] = dict.fromkeys(arrow.CONNECTIONS.names, 0)
+    row: dict[str, Any] = dict.fromkeys(arrow.schema("connections").names, 0)
     row |= {
         "time": (ts_ns + OFFSET) // 1000, "ts_ns": ts_ns, "sock_cookie": 0x5F, "netns_ino": NETNS, "family": 2,
         "state": "ESTAB",
         "saddr": "10.1.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51324, "inode": 91234, "pid": 4242,
         "comm": "replica", "ca_name": "cubic", "ca_state": "open", "cwnd": 2827, "ssthresh": 2_147_483_647,
         "mss": 1448, "rto_us": 308_000, "srtt_us": 107_000, "min_rtt_us": 106_500, "bytes_acked": 30_000_000,
-        "bytes_sent": 30_100_000,
+        "bytes_sent": 30_100_000, "sock_cgroup_id": 1, "listener": "",
     }  # fmt: skip
     return row | fields
 
 
 def snapshots(*rows: dict[str, Any]) -> pa.Table:
     """Return the table ``connections`` from rows."""
-    return pa.Table.from_pylist(list(rows), schema=arrow.CONNECTIONS)
+    return pa.Table.from_pylist(list(rows), schema=arrow.schema("connections"))
+
+
+def workloads(*rows: dict[str, Any]) -> pa.Table:
+    """Return the table ``workloads`` from rows, each of a container "web" in cgroup 1 but for the values given."""
+    texts = {"path": f"/docker/{'ab' * 32}", "kind": "container", "unit": "", "container_id": "ab" * 32}
+    texts |= {"container_name": "web", "image": "nginx:1", "runtime": "docker"}
+    texts |= dict.fromkeys(("pod_namespace", "pod_name", "pod_uid"), "")
+    seen = {"time": (MONO + OFFSET) // 1000, "first_ns": MONO, "last_ns": MONO + 60 * SECOND, "cgroup_id": 1}
+    return pa.Table.from_pylist([seen | texts | row for row in rows], schema=arrow.schema("workloads"))
+
+
+def processes(*rows: dict[str, Any]) -> pa.Table:
+    """Return the table ``processes`` from rows, each of process 4242 of ``reset`` but for the values given."""
+    seen = {"time": (MONO + OFFSET) // 1000, "first_ns": MONO, "last_ns": MONO + 60 * SECOND}
+    what = {"pid": 4242, "start_ticks": 1, "netns_ino": NETNS, "comm": "replica", "cmdline": "/usr/bin/replica --all"}
+    what["cgroup"] = f"/docker/{'ab' * 32}"
+    return pa.Table.from_pylist([seen | what | row for row in rows], schema=arrow.schema("processes"))
 
 
 def meta(**values: Any) -> dict[str, Any]:
@@ -173,6 +191,8 @@ def capture(
     block_io: pa.Table | None = None,
     connections: pa.Table | None = None,
     recoveries: pa.Table | None = None,
+    workloads: pa.Table | None = None,
+    processes: pa.Table | None = None,
     **values: Any,
 ) -> Trace:
     """Write a complete capture to ``path`` and load it; ``values`` go into its metadata.
@@ -183,13 +203,31 @@ def capture(
         recoveries = followed(resets, connections)
     writer = store.CaptureWriter.create(path, meta(**values))
     tables = {
-        "cwnd_reset": resets, "cwnd_recovery": recoveries, "block_io": block_io, "connections": connections
+        "cwnd_reset": resets, "cwnd_recovery": recoveries, "block_io": block_io, "connections": connections,
+        "workloads": workloads, "processes": processes,
     }  # fmt: skip
     for name, data in tables.items():
         if data is not None:
             writer.add(name, data)
     writer.close()
     return load(path)
+
+
+def named(trace: Trace, *names: dict[str, Any]) -> Trace:
+    """Return ``trace`` as if its records had ``names``, which go to its connections in turn, by their cookies.
+
+    The names are columns of ``Trace.resets`` and ``Trace.connections``: workload, process, listener, listener_pid, ...
+    """
+    resets, connections = trace._identified
+    cookies = sorted({*resets["sock_cookie"], *connections["sock_cookie"]})
+    names = names or ({},)
+    of = {cookie: names[number % len(names)] for number, cookie in enumerate(cookies)}
+    columns = sorted({name for each in names for name in each})
+    trace.__dict__["_identified"] = tuple(
+        frame.assign(**{name: pd.Series([of[c].get(name) for c in frame["sock_cookie"]]) for name in columns})
+        for frame in (resets, connections)
+    )
+    return trace
 
 
 def story(
