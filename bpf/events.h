@@ -25,7 +25,7 @@ enum probe {
 	PROBE_TRACEPOINT = 0,	/* tcp:tcp_cwnd_reset of a patched kernel */
 	PROBE_FENTRY = 1,	/* fentry and fexit of the kernel's function */
 	PROBE_KPROBE = 2,	/* kprobe and kretprobe of the kernel's function */
-	PROBE_SENDMSG = 3,	/* the kernel's rule applied at tcp_sendmsg_locked, confirmed on transmit */
+	PROBE_SENDMSG = 3,	/* the kernel's rule applied at tcp_sendmsg_locked, confirmed by the next ACK or send */
 	PROBE_TCP_PROBE = 4,	/* windows compared between ACKs and transmits */
 };
 
@@ -125,6 +125,7 @@ struct cwnd_reset {
 	__u8 saddr[16];		/* [addr] local */
 	__u8 daddr[16];		/* [addr] remote */
 	char comm[16];		/* [text] name of the thread; empty where tgid is 0 */
+	char process[16];	/* [text] name of the process, its first thread's; empty where tgid is 0 */
 	char ca_name[16];	/* [text] congestion control */
 };
 
@@ -193,6 +194,7 @@ struct block_io {
 	__u64 done_ns;		/* [ns] finished */
 	__u64 sector;		/* [sectors of 512 bytes] first sector */
 	__u64 cgroup_id;	/* [id] cgroup v2 of the submitting task */
+	__u64 owner_cgroup_id;	/* [id] cgroup v2 charged for what the root cgroup (kernel threads) submits; else cgroup_id */
 	__u32 bytes;		/* [bytes] length when issued */
 	__u32 dev;		/* [dev] disk, major << 20 | minor */
 	__u32 flags;		/* [flags] request flags, REQ_* of linux/blk_types.h, operation excluded */

@@ -56,6 +56,11 @@
 /* Loads the lowest byte of a member whose width differs between kernels. */
 #define LOAD_BYTE(base, type, member) (*(volatile u8 *)AT(base, type, member))
 
+/* Loads a bitfield that lies within one byte. */
+#define LOAD_BITS(base, type, member)							\
+	(*(volatile u8 *)((const char *)(base) + OFF_##type##__##member) >> SHIFT_##type##__##member &	\
+	 ((1 << BITS_##type##__##member) - 1))
+
 /*
  * Returns an argument of the program as a number. A tp_btf program's arguments are pointers: the verifier allows no
  * arithmetic on them, and takes them for non-NULL even where the kernel may pass NULL.
@@ -91,7 +96,8 @@ static __always_inline u32 jiffies32(void)
 
 static __always_inline u64 jiffies_to_us(u32 jiffies)
 {
-	return (u64)jiffies * 1000000 / CWT_HZ;
+	/* With most values of HZ this is no division. */
+	return 1000000 % CWT_HZ ? jiffies * 1000000ULL / CWT_HZ : jiffies * (1000000ULL / CWT_HZ);
 }
 
 #endif

@@ -157,10 +157,12 @@ static __always_inline void fill_from_sock(struct cwnd_reset *r, const void *sk)
 	bpf_probe_read_kernel(r->ca_name, 16, AT(ca_ops, tcp_congestion_ops, name));
 	if (sk_owned(sk)) {
 		u64 pid_tgid = bpf_get_current_pid_tgid();
+		u64 leader = READ(u64, bpf_get_current_task(), task_struct, group_leader);
 
 		r->tgid = pid_tgid >> 32;
 		r->tid = pid_tgid;
 		bpf_get_current_comm(r->comm, sizeof(r->comm));
+		bpf_probe_read_kernel(r->process, sizeof(r->process), AT(leader, task_struct, comm));
 	}
 }
 

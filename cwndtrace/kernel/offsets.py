@@ -11,7 +11,7 @@ from cwndtrace.errors import KernelLacks
 from cwndtrace.format import plural
 from cwndtrace.kernel.btf import Btf, Member
 
-_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_NUMBER|READ_BITS|LOAD|LOAD_OPT|LOAD_BYTE|AT)\(")
+_MEMBER: Final = re.compile(r"\b(READ|READ_OPT|READ_NUMBER|READ_BITS|LOAD|LOAD_OPT|LOAD_BYTE|LOAD_BITS|AT)\(")
 _OFFSET: Final = re.compile(r"\bOFF_([a-z]\w*?)__(\w+)")
 _ENUMERATOR: Final = re.compile(r"\bENUMERATOR\((\w+), (\d+)\)")
 _ARGUMENT: Final = re.compile(r"\bARGUMENT\((\w+), (\w+)\)")
@@ -93,11 +93,11 @@ def defines(btf: Btf, text: str) -> dict[str, int]:
             problems.append(f"{struct}.{_path(spelt)} is missing")
         elif ctype and member.size != _WIDTHS[ctype]:
             problems.append(f"{struct}.{_path(spelt)} has {plural(member.size, 'byte')}, not {_WIDTHS[ctype]}")
-        elif macro == "READ_BITS" and not 0 < member.shift + _bits(member) <= 8:
+        elif macro.endswith("_BITS") and not 0 < member.shift + _bits(member) <= 8:
             problems.append(f"{struct}.{_path(spelt)} isn't a bitfield within one byte, or a byte")
         else:
             macros |= {f"OFF_{name}": member.offset, f"SIZE_{name}": member.size}
-            macros |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": _bits(member)} if macro == "READ_BITS" else {}
+            macros |= {f"SHIFT_{name}": member.shift, f"BITS_{name}": _bits(member)} if macro.endswith("_BITS") else {}
     for match in _ENUMERATOR.finditer(text):
         enum, _, enumerator = match[1].partition("__")
         value = btf.enumerator(enum, enumerator)

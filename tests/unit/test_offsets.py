@@ -58,6 +58,7 @@ def test_members_are_found_in_each_macro_that_reads_them() -> None:
         READ(u32, sk, sock, a); READ_OPT(u64, READ(u64, sk, sock, p), cgroup, kn);
         READ_BITS(sk, flags, x); AT(sk, sock, m); socket - OFF_socket_alloc__socket;
         LOAD(u32, tp, tcp_sock, c); READ_NUMBER(net, net, ipv4__d); LOAD_BYTE(AT(skb, sk_buff, cb), tcp_skb_cb, f);
+        LOAD_BITS(tp, tcp_sock, g);
     """
     assert sorted(offsets.members(text)) == sorted(
         [
@@ -69,6 +70,7 @@ def test_members_are_found_in_each_macro_that_reads_them() -> None:
             ("AT", "", "socket_alloc", "socket"),
             ("LOAD", "u32", "tcp_sock", "c"),
             ("LOAD_BYTE", "", "tcp_skb_cb", "f"),
+            ("LOAD_BITS", "", "tcp_sock", "g"),
             ("READ_NUMBER", "", "net", "ipv4__d"),
             ("AT", "", "sk_buff", "cb"),
         ]
@@ -135,7 +137,7 @@ def test_a_number_may_have_any_width_but_not_be_missing(kernel: Btf) -> None:
 
 def test_what_may_be_missing_is_checked_or_has_an_alternative() -> None:
     # READ_OPT and LOAD_OPT give 0 in silence. Those of sockets are checked by facts.check_sock_cgroups(). A request has
-    # its disk itself, or else its queue has it.
+    # its disk itself, or else its queue has it. Without CONFIG_BLK_CGROUP there is no owner.
     text = "".join(offsets.active(file.read_text(encoding="utf-8"), ()) for file in sorted(bpf_dir().glob("*.*")))
     assert {(m[2], m[3]) for m in offsets.members(text) if m[0].endswith("_OPT")} == {
         ("sock", "sk_cgrp_data__cgroup"),
@@ -144,6 +146,11 @@ def test_what_may_be_missing_is_checked_or_has_an_alternative() -> None:
         ("kernfs_node", "id"),
         ("request", "rq_disk"),
         ("request_queue", "disk"),
+        ("bio", "bi_blkg"),
+        ("blkcg_gq", "blkcg"),
+        ("blkcg", "css__cgroup"),
+        ("cgroup", "root"),
+        ("cgroup_root", "hierarchy_id"),
     }
 
 
