@@ -11,12 +11,19 @@
 #define REQ_OP_BITS 8
 /* Operations from this one on are commands to the device. The kernel need not trace their end. */
 #define REQ_OP_PASSTHROUGH 32
-#define SLAB_RECORDS 256	/* 20 kB; a per-CPU value may have 32 kB */
+#define SLAB_RECORDS 256	/* 22 kB; a per-CPU value may have 32 kB */
 #ifndef SLOT_BITS
 #define SLOT_BITS 14
 #endif
 
+/*
+ * Slabs go to the first ring, and to the spare one while that is full. Each ring is filled from its beginning to its end
+ * all the time, so that a large one would be written and read where the CPU's caches have nothing of it.
+ */
 BPF_RINGBUF_OUTPUT(block_slabs, RING_PAGES);
+#ifdef SPARE_PAGES
+BPF_RINGBUF_OUTPUT(spare_slabs, SPARE_PAGES);
+#endif
 
 /*
  * A request under way, identified by its address. Before it has a request, a bio under way is identified by its own
@@ -28,6 +35,7 @@ struct flight {
 	u64 issue_ns;
 	u64 sector;
 	u64 cgroup_id;
+	u64 owner_cgroup_id;
 	u32 tgid;
 	u32 tid;
 	u32 bytes;
@@ -73,16 +81,54 @@ static __always_inline int slot_of(u64 key)
 BPF_HASH(cgroups, u64, u8, 16384);
 #endif
 
-static __always_inline bool wanted(void)
+#define ROOT_CGROUP 1	/* its id in cgroup v2 */
+
+/*
+ * Returns the cgroup v2 to which the kernel charges a bio; 0 where it doesn't tell. Where v1's blkio is mounted, the
+ * kernel charges a cgroup of that hierarchy, whose ids aren't those of v2. Only v2 has the hierarchy number 0, as in
+ * /proc/PID/cgroup. Where the cgroup has no io controller, it is the nearest one above that has.
+ */
+static __always_inline u64 charged(u64 bio)
+{
+	u64 group = bio ? LOAD_OPT(u64, bio, bio, bi_blkg) : 0;
+	u64 cgroup, root;
+
+	if (!group || !SIZE_cgroup_root__hierarchy_id)
+		return 0;
+	cgroup = LOAD_OPT(u64, LOAD_OPT(u64, group, blkcg_gq, blkcg), blkcg, css__cgroup);
+	root = LOAD_OPT(u64, cgroup, cgroup, root);
+	if (LOAD_OPT(s32, root, cgroup_root, hierarchy_id))
+		return 0;
+	return LOAD_OPT(u64, LOAD_OPT(u64, cgroup, cgroup, kn), kernfs_node, id);
+}
+
+/* The cgroups of a request: its submitter's, and the one to which it belongs. */
+struct cgroup_ids {
+	u64 submitter;
+	u64 owner;
+};
+
+/*
+ * Kernel threads are in the root cgroup, and submit for others. What a task of another cgroup submits is its own: the
+ * cgroup to which the kernel charges it would be one above, where its own has no io controller.
+ */
+static __always_inline void find_cgroups(struct cgroup_ids *ids, u64 submitter, u64 bio)
+{
+	ids->submitter = ids->owner = submitter;
+	if (ids->submitter == ROOT_CGROUP)
+		ids->owner = charged(bio) ?: ROOT_CGROUP;
+}
+
+/* Returns true if the filters let a request pass, which a task of the cgroup submits, and fills in its cgroups then. */
+static __always_inline bool wanted(struct cgroup_ids *ids, u64 submitter, u64 bio)
 {
 #ifdef FILTER_PID
 	if (bpf_get_current_pid_tgid() >> 32 != FILTER_PID)
 		return false;
 #endif
+	find_cgroups(ids, submitter, bio);
 #ifdef FILTER_CGROUP
-	u64 cgroup = bpf_get_current_cgroup_id();
-
-	if (!cgroups.lookup(&cgroup))
+	if (!cgroups.lookup(&ids->submitter) && !cgroups.lookup(&ids->owner))
 		return false;
 #endif
 	return true;
@@ -227,6 +273,7 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 	r->done_ns = bpf_ktime_get_ns();
 	r->sector = f->sector;
 	r->cgroup_id = f->cgroup_id;
+	r->owner_cgroup_id = f->owner_cgroup_id;
 	r->bytes = f->bytes;
 	r->dev = dev;
 	r->flags = f->cmd_flags >> REQ_OP_BITS;
@@ -246,6 +293,17 @@ static __always_inline void fill_record(struct block_io *r, const struct flight 
 #define NO_WAKEUP 1		/* BPF_RB_* of linux/bpf.h */
 #define FORCE_WAKEUP 2
 
+static __always_inline void hand_on(void *slab, u64 size, u64 flags, u32 records)
+{
+	if (!block_slabs.ringbuf_output(slab, size, flags))
+		return;
+#ifdef SPARE_PAGES
+	if (!spare_slabs.ringbuf_output(slab, size, flags))
+		return;
+#endif
+	count(lost, records);
+}
+
 static __always_inline void submit(struct slab *s)
 {
 	u64 flags = NO_WAKEUP;
@@ -259,8 +317,7 @@ static __always_inline void submit(struct slab *s)
 		s->unannounced = 0;
 		flags = FORCE_WAKEUP;
 	}
-	if (block_slabs.ringbuf_output(s, size, flags))
-		count(lost, s->count);
+	hand_on(s, size, flags, s->count);
 	s->count = 0;
 }
 
@@ -278,8 +335,7 @@ static __always_inline void keep(const struct flight *f, u32 dev)
 		struct single_slab one = {.count = 1};
 
 		fill_record(&one.rec, f, dev);
-		if (block_slabs.ringbuf_output(&one, sizeof(one), NO_WAKEUP))
-			count(lost, 1);
+		hand_on(&one, sizeof(one), NO_WAKEUP, 1);
 		return;
 	}
 	s->busy = 1;

@@ -26,7 +26,7 @@ enum errors {
 	EREMOTEIO = 121,
 };
 
-static __always_inline void start_bio(struct flight *f, u64 sector, u32 opf)
+static __always_inline void start_bio(struct flight *f, u64 sector, u32 opf, const struct cgroup_ids *ids)
 {
 	u64 id = bpf_get_current_pid_tgid();
 
@@ -38,21 +38,22 @@ static __always_inline void start_bio(struct flight *f, u64 sector, u32 opf)
 	f->sector = sector;
 	f->tgid = id >> 32;
 	f->tid = id;
-	f->cgroup_id = bpf_get_current_cgroup_id();
+	f->cgroup_id = ids->submitter;
+	f->owner_cgroup_id = ids->owner;
 	bpf_get_current_comm(f->comm, sizeof(f->comm));
 	process_name(f);
 }
 
-static __always_inline void start(u64 key, u64 sector, u32 opf)
+static __always_inline void start(u64 key, u64 sector, u32 opf, const struct cgroup_ids *ids)
 {
 	struct flight *f = take(key);
 
 	if (f) {
-		start_bio(f, sector, opf);
+		start_bio(f, sector, opf, ids);
 	} else {
 		struct flight other = {.key = key};
 
-		start_bio(&other, sector, opf);
+		start_bio(&other, sector, opf, ids);
 		take_overflow(key, &other);
 	}
 }
@@ -61,9 +62,10 @@ int on_block_getrq(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 key = argument(ctx, ARGUMENT(block_getrq, bio));
 	u64 bio = ctx->args[ARGUMENT(block_getrq, bio)];
+	struct cgroup_ids ids;
 
-	if (wanted())
-		start(key, LOAD(u64, bio, bio, bi_iter__bi_sector), LOAD(u32, bio, bio, bi_opf));
+	if (wanted(&ids, bpf_get_current_cgroup_id(), bio))
+		start(key, LOAD(u64, bio, bio, bi_iter__bi_sector), LOAD(u32, bio, bio, bi_opf), &ids);
 	else
 		replaced(key);
 	return 0;
@@ -115,6 +117,7 @@ static __always_inline struct flight *sight(u64 rq, u64 request)
 {
 	u64 bio = READ(u64, rq, request, bio);
 	u32 opf = LOAD(u32, request, request, cmd_flags);
+	struct cgroup_ids ids;
 	struct flight *f;
 
 	/* A flush that the kernel makes itself has no bio. Neither that nor a command to the device is accounted. */
@@ -126,9 +129,9 @@ static __always_inline struct flight *sight(u64 rq, u64 request)
 	f = find(rq);
 	if (f)
 		return f;
-	if (!wanted())
+	if (!wanted(&ids, bpf_get_current_cgroup_id(), LOAD(u64, request, request, bio)))
 		return 0;
-	start(rq, LOAD(u64, request, request, __sector), opf);
+	start(rq, LOAD(u64, request, request, __sector), opf, &ids);
 	count(guessed, 1);
 	return find(rq);
 }

@@ -13,6 +13,24 @@ from cwndtrace.kernel.btf import Btf
 from cwndtrace.kernel.ladder import Attachment
 from cwndtrace.records.layout import bpf_dir
 
+RING_PAGES: Final = 2048
+"""The size of the ring of block requests: 8 MiB.
+
+Rings are counted in pages of 4 KiB on each machine (bpf/compat). The kernel wants a power of two that is a multiple of
+its own pages, which may have 64 KiB on arm64.
+"""
+_LEAST_SPARE, _MOST_SPARE = 256, 16384
+_SHARE: Final = 100
+
+
+def spare_pages(memory: int) -> int:
+    """Return the size of the ring for times when that one is full, 1 to 64 MiB, or 0 for none, by bytes of memory.
+
+    Both together take at most a hundredth of memory, if there is a spare ring.
+    """
+    pages = min(memory // _SHARE // 4096 - RING_PAGES, _MOST_SPARE)
+    return 0 if pages < _LEAST_SPARE else 1 << pages.bit_length() - 1
+
 
 @dataclass(frozen=True)
 class BlockProgram:

@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
@@ -35,6 +36,7 @@ SLAB: Final = int((bpf_dir() / "block.h").read_text().partition("#define SLAB_RE
 """The number of records that a CPU hands over at once."""
 _BLKFLSBUF: Final = 0x1261
 _BLKDISCARD: Final = 0x1277
+_LOOP_CTL_ADD, _LOOP_CTL_REMOVE = 0x4C80, 0x4C81
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,31 @@ def go(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def loop(size: int = 64 << 20) -> Iterator[Disk]:
-    """Yield a loop device of ``size`` bytes; remove it and free its memory on exit."""
+def new_device() -> Iterator[str]:
+    """Yield the path of a loop device that nobody has used; delete it on exit."""
+    number = next(n for n in count() if not Path(f"/sys/block/loop{n}").exists())
+    with Path("/dev/loop-control").open("rb") as control:
+        fcntl.ioctl(control, _LOOP_CTL_ADD, number)
+
+        def deleted() -> bool:
+            with suppress(OSError):  # udev may have it open
+                fcntl.ioctl(control, _LOOP_CTL_REMOVE, number)
+            return not Path(f"/sys/block/loop{number}").exists()
+
+        try:
+            yield f"/dev/loop{number}"
+        finally:
+            until(deleted, 20, f"loop{number} to be deleted")
+
+
+@contextmanager
+def loop(size: int = 64 << 20, device: str = "--find") -> Iterator[Disk]:
+    """Yield a loop device of ``size`` bytes, by default a free one; detach it and free its memory on exit."""
     backing = os.memfd_create("cwndtrace-test")
     try:
         os.ftruncate(backing, size)
         done = subprocess.run(
-            ["losetup", "--find", "--show", f"/proc/{os.getpid()}/fd/{backing}"],
+            ["losetup", "--show", device, f"/proc/{os.getpid()}/fd/{backing}"],
             capture_output=True,
             text=True,
             check=False,

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import cwndtrace
+from cwndtrace.capture.source import Filters
 from cwndtrace.kernel import btf, cgroups, facts, ladder
-from tests.harness import tcp
+from tests.harness import owner, tcp
 from tests.harness.disk import Disk, Stat, Traced, file_system, loop, stat_of
 from tests.harness.netem import netem
 from tests.harness.processes import children
@@ -477,6 +478,21 @@ def block() -> Found:
                 wrong.append(f"{name}: {found} and not {truth}")
     lost = f"; {traced.lost} lost, {traced.unfinished} unfinished" if traced.lost or traced.unfinished else ""
     yield "block I/O", not wrong and not lost, f"{recorded} of {counted}{lost}" + "".join(f"; {w}" for w in wrong)
+
+
+@check
+def owners() -> Found:
+    """Compare whose block I/O it is with who wrote, where kernel threads submit it."""
+    told = "v2 has io and memory" if owner.told() else "v2 lacks io or memory"
+    with owner.writes() as writes:
+        for name, filters in (("owners", Filters()), ("owners by --cgroup", Filters(cgroup=writes.cgroup))):
+            with Traced(filters) as traced:
+                writes.make()
+            records = traced.records(*writes.disks.values())
+            wrong = writes.wrong(records)
+            others = sum(len(batch) for batch in traced.seen) - len(records) if filters.cgroup else 0
+            said = f"{len(records)} requests, {told}, {others} of others"
+            yield name, not wrong and not others, said + "".join(f"; {w}" for w in wrong)
 
 
 @contextmanager

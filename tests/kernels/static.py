@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from cwndtrace.analysis.idle_disk import REQ_SYNC
 from cwndtrace.capture import bcc
 from cwndtrace.capture.block_program import BLOCK_PROGRAMS
 from cwndtrace.errors import KernelLacks
@@ -20,6 +21,9 @@ HEAD: Final = ("kernel", "release", "HZ", *ladder.REASONS, "block I/O", "sources
 _FILTERS: Final = {
     f"FILTER_{name}": 1 for name in ("IFINDEX", "NETNS", "PID", "PORT", "FAMILY", "MIN_IDLE_US", "CGROUP")
 }
+
+# The way from a bio to its cgroup, which a kernel needn't have.
+_OWNER: Final = ("bio.bi_blkg", "blkcg_gq.blkcg", "blkcg.css.cgroup", "cgroup.root", "cgroup_root.hierarchy_id")
 
 
 def facts_of(kernel: Btf, config: str) -> ladder.Facts:
@@ -54,6 +58,9 @@ def examine(unpacked: Unpacked) -> tuple[list[str], list[str]]:
         for atomic in ({}, {"COMPARE_AND_SWAP": 1}):
             surprises += lacking(kernel, block.source, {**_FILTERS, **block.defines, **atomic})
         sources.add(block.name)
+    surprises += [f"no {path}, so no owner of block I/O" for path in _OWNER if not kernel.member(*path.split(".", 1))]
+    if 1 << (kernel.enumerator("req_flag_bits", "__REQ_SYNC") or 0) != REQ_SYNC << 8:
+        surprises.append("another number of REQ_SYNC")
     cells = [unpacked.stock.name, unpacked.release, hz]
     return [
         *cells,

@@ -351,7 +351,8 @@ def test_a_kernel_without_compare_and_swap_loses_none(disk: Disk, monkeypatch: p
 
 @again_if_hidden
 def test_records_without_room_in_the_buffer_count_as_lost(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "_RING_PAGES", 2)
+    monkeypatch.setattr(live, "RING_PAGES", 2)
+    monkeypatch.setattr(live, "spare_pages", lambda _: 0)
     before = disk.stat()
     with Traced(poll=False) as traced:
         disk.read(*range(1500))
@@ -361,6 +362,16 @@ def test_records_without_room_in_the_buffer_count_as_lost(disk: Disk, monkeypatc
     assert len(records) + traced.lost >= counted.reads
     assert [loss.event for loss in traced.tally.lossy] == ["block_io"]
     assert traced.tally.lossy[0].lost == traced.lost
+
+
+@again_if_hidden
+def test_records_that_the_ring_has_no_room_for_go_to_the_spare_one(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "RING_PAGES", 2)
+    monkeypatch.setattr(live, "spare_pages", lambda _: 256)
+    with Traced(poll=False) as traced:
+        disk.read(*range(1500))
+    assert sorted(mine(traced.records(disk))["sector"]) == [block * BLOCK // SECTOR for block in range(1500)]
+    assert traced.lost == 0
 
 
 @again_if_hidden
@@ -422,7 +433,7 @@ def test_filter_by_process(disk: Disk) -> None:
         other.communicate("go\n")
         wanted.communicate("go\n")
         disk.read(*range(31))
-    records = pd.concat([batch.to_pandas() for batch in traced.seen])
+    records = pd.concat([batch.to_pandas() for batch in traced.seen if batch.event == "block_io"])
     assert set(records["tgid"]) == {wanted.pid}
     assert len(records) == 71
 
@@ -439,7 +450,7 @@ def test_filter_by_cgroup(disk: Disk) -> None:
             with Traced(Filters(cgroup=folder)) as traced:
                 for process in (outside, direct, deeper):
                     process.communicate("go\n")
-        records = pd.concat([batch.to_pandas() for batch in traced.seen])
+        records = pd.concat([batch.to_pandas() for batch in traced.seen if batch.event == "block_io"])
         # Threads of a process that ends may still cause page faults, which read other devices.
         ours = records[records["dev"] == disk.dev]
         assert ours["tgid"].value_counts().to_dict() == {direct.pid: 71, deeper.pid: 53}

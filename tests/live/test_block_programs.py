@@ -73,7 +73,7 @@ def test_both_programs_record_the_same_requests(disk: Disk, name: str) -> None:
         counted = disk.stat() - before
     accounted(new, counted, disk)
     accounted(old, counted, disk)
-    columns = ["dev", "sector", "bytes", "op", "flags", "tgid", "tid", "comm", "cgroup_id", "error"]
+    columns = ["dev", "sector", "bytes", "op", "flags", "tgid", "tid", "comm", "cgroup_id", "owner_cgroup_id", "error"]
     rows = []
     for traced in (new, old):
         frame = traced.records(disk).sort_values("start_ns")
