@@ -24,9 +24,14 @@ BPF_HASH(windows, u64, struct window, WINDOWS);
  * tcp_probe runs before its ACK is processed, so the socket is read again once this CPU has gone on. There are two
  * members, because other ACKs can interrupt a process that handles an ACK from the socket's backlog.
  */
+struct last_ack {
+	u64 sk;
+	u32 cwnd;	/* what the socket's entry in windows has */
+	u32 ssthresh;
+};
 struct probed {
-	u64 of_interrupt;
-	u64 of_process;
+	struct last_ack of_interrupt;
+	struct last_ack of_process;
 };
 BPF_PERCPU_ARRAY(probed, struct probed, 1);
 
@@ -34,16 +39,21 @@ BPF_PERCPU_ARRAY(probed, struct probed, 1);
 #define TCPHDR_FIN 1
 #define PURE_ACK_TRUESIZE 2
 
-/* Notes the window after the ACK has been processed. */
-static __always_inline void note_window(u64 key)
+/* Notes the window after the ACK has been processed. Most ACKs that end a flight leave it as it was. */
+static __always_inline void note_window(struct last_ack *last)
 {
+	u64 key = last->sk;
 	const void *sk = (const void *)key;
-	struct window *w = windows.lookup(&key);
+	u32 cwnd = READ(u32, sk, tcp_sock, snd_cwnd), ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh);
+	struct window *w;
 
+	if (cwnd == last->cwnd && ssthresh == last->ssthresh)
+		return;
+	w = windows.lookup(&key);
 	if (!w)
 		return;
-	w->cwnd = READ(u32, sk, tcp_sock, snd_cwnd);
-	w->ssthresh = READ(u32, sk, tcp_sock, snd_ssthresh);
+	w->cwnd = last->cwnd = cwnd;
+	w->ssthresh = last->ssthresh = ssthresh;
 }
 
 /*
@@ -73,7 +83,8 @@ static __always_inline bool holds(const struct window *w, const void *tp, u32 un
 
 int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 key = ctx->args[0], *last;
+	u64 key = ctx->args[0];
+	struct last_ack *last;
 	const void *sk = (const void *)key, *tp = bpf_skc_to_tcp_sock((void *)key);
 	struct window *w, first = {};
 	struct probed *p;
@@ -99,12 +110,11 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	/* This uses sk: calls were given the address of key, and some verifiers don't treat key as a pointer then. */
 	last = LOAD(s32, sk, sock, sk_lock__owned) ? &p->of_process : &p->of_interrupt;
-	if (*last && *last != key)
-		note_window(*last);
-	*last = 0;
+	if (last->sk && last->sk != key)
+		note_window(last);
+	last->sk = 0;
 	if (!wanted(sk))
 		return 0;
-	*last = key;
 	if (!w) {
 		if (windows.update(&key, &first)) {
 			/* There is no room to note this window, so a reset after idle time would go unseen. */
@@ -118,8 +128,9 @@ int on_tcp_probe_ack(struct bpf_raw_tracepoint_args *ctx)
 	}
 	w->bytes_acked = LOAD(u64, tp, tcp_sock, bytes_acked);
 	w->ports = LOAD(u32, tp, sock_common, skc_portpair);
-	w->cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
-	w->ssthresh = LOAD(u32, tp, tcp_sock, snd_ssthresh);
+	w->cwnd = last->cwnd = LOAD(u32, tp, tcp_sock, snd_cwnd);
+	w->ssthresh = last->ssthresh = LOAD(u32, tp, tcp_sock, snd_ssthresh);
+	last->sk = key;
 	w->lsndtime = LOAD(u32, tp, tcp_sock, lsndtime);
 	w->unsent = unsent;
 	return 0;
@@ -141,25 +152,25 @@ int on_napi_poll(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!p)
 		return 0;
-	if (p->of_interrupt) {
-		note_window(p->of_interrupt);
-		p->of_interrupt = 0;
+	if (p->of_interrupt.sk) {
+		note_window(&p->of_interrupt);
+		p->of_interrupt.sk = 0;
 	}
 	/* While a process owns the socket, the ACK may not have been processed yet. */
-	if (p->of_process && !sk_owned((const void *)p->of_process)) {
-		note_window(p->of_process);
-		p->of_process = 0;
+	if (p->of_process.sk && !sk_owned((const void *)p->of_process.sk)) {
+		note_window(&p->of_process);
+		p->of_process.sk = 0;
 	}
 	return 0;
 }
 
-static __always_inline void refresh_one(u64 *key)
+static __always_inline void refresh_one(struct last_ack *last)
 {
-	if (!*key)
+	if (!last->sk)
 		return;
-	note_window(*key);
-	if (!sk_owned((const void *)*key))
-		*key = 0;
+	note_window(last);
+	if (!sk_owned((const void *)last->sk))
+		last->sk = 0;
 }
 
 /*

@@ -19,29 +19,34 @@ BPF_RINGBUF_OUTPUT(cwnd_samples, RESET_PAGES / 2);
 #define SEND_SHUTDOWN 2
 
 /* Returns true if the peer has acknowledged a FIN, which the kernel counts as a byte. */
-static __always_inline bool fin_acked(u64 sk)
+static __always_inline bool fin_acked(const void *sk, const void *tp)
 {
-	return READ_BITS(sk, sock, sk_shutdown) & SEND_SHUTDOWN &&
-	       READ(u32, sk, tcp_sock, snd_una) == READ(u32, sk, tcp_sock, write_seq);
+	return LOAD_BITS(sk, sock, sk_shutdown) & SEND_SHUTDOWN &&
+	       LOAD(u32, tp, tcp_sock, snd_una) == LOAD(u32, tp, tcp_sock, write_seq);
 }
 
-/* Brings the record of a followed socket up to date. */
-static __always_inline void update_record(struct followed *f, u64 sk)
+/*
+ * Brings the record of a followed socket up to date. sk is the program's argument, of which loads are the cheapest, and
+ * tp is what bpf_skc_to_tcp_sock() returns for it.
+ */
+static __always_inline void update_record(struct followed *f, const void *sk, const void *tp, u32 now_jiffies)
 {
-	f->r.sock_cookie = READ(u64, sk, sock_common, skc_cookie);
-	f->r.bytes_acked = READ(u64, sk, tcp_sock, bytes_acked) - fin_acked(sk) - f->bytes_acked;
+	struct chrono c = load_chrono(tp);
+
+	f->r.sock_cookie = LOAD(u64, sk, sock_common, skc_cookie);
+	f->r.bytes_acked = LOAD(u64, tp, tcp_sock, bytes_acked) - fin_acked(sk, tp) - f->bytes_acked;
 	/* Once the window is back, these belong to the ACK that brought it back. */
 	if (!f->regained) {
-		f->r.cwnd_end = READ(u32, sk, tcp_sock, snd_cwnd);
-		f->r.ssthresh_end = READ(u32, sk, tcp_sock, snd_ssthresh);
+		f->r.cwnd_end = LOAD(u32, tp, tcp_sock, snd_cwnd);
+		f->r.ssthresh_end = LOAD(u32, tp, tcp_sock, snd_ssthresh);
 	}
-	f->r.srtt_us = READ(u32, sk, tcp_sock, srtt_us) >> 3;
-	f->r.busy_us = jiffies_to_us(chrono(sk, CHRONO_BUSY) - f->busy);
-	f->r.rwnd_limited_us = jiffies_to_us(chrono(sk, CHRONO_RWND_LIMITED) - f->rwnd_limited);
-	f->r.sndbuf_limited_us = jiffies_to_us(chrono(sk, CHRONO_SNDBUF_LIMITED) - f->sndbuf_limited);
-	if (READ(u32, sk, tcp_sock, packets_out)) {
-		f->r.bytes_received = READ(u64, sk, tcp_sock, bytes_received);
-		f->r.data_segs_in = READ(u32, sk, tcp_sock, data_segs_in);
+	f->r.srtt_us = LOAD(u32, tp, tcp_sock, srtt_us) >> 3;
+	f->r.busy_us = jiffies_to_us(chrono(&c, CHRONO_BUSY, now_jiffies) - f->busy);
+	f->r.rwnd_limited_us = jiffies_to_us(chrono(&c, CHRONO_RWND_LIMITED, now_jiffies) - f->rwnd_limited);
+	f->r.sndbuf_limited_us = jiffies_to_us(chrono(&c, CHRONO_SNDBUF_LIMITED, now_jiffies) - f->sndbuf_limited);
+	if (LOAD(u32, tp, tcp_sock, packets_out)) {
+		f->r.bytes_received = LOAD(u64, tp, tcp_sock, bytes_received);
+		f->r.data_segs_in = LOAD(u32, tp, tcp_sock, data_segs_in);
 	}
 }
 
@@ -76,6 +81,8 @@ static __always_inline void start_following(const struct cwnd_reset *r, u32 chai
 					    bool slow_start)
 {
 	u64 sk = r->skaddr, *n;
+	u32 now = jiffies32();
+	struct chrono c = read_chrono(sk);
 	struct followed *f = new_followed(sk);
 
 	if (!f) {
@@ -101,10 +108,10 @@ static __always_inline void start_following(const struct cwnd_reset *r, u32 chai
 	f->acked_ns = r->ts_ns;
 	f->sampled_ns = r->ts_ns;
 	f->bytes_acked = r->bytes_acked;
-	f->busy = chrono(sk, CHRONO_BUSY);
-	f->rwnd_limited = chrono(sk, CHRONO_RWND_LIMITED);
-	f->sndbuf_limited = chrono(sk, CHRONO_SNDBUF_LIMITED);
-	f->acked_jiffies = jiffies32();
+	f->busy = chrono(&c, CHRONO_BUSY, now);
+	f->rwnd_limited = chrono(&c, CHRONO_RWND_LIMITED, now);
+	f->sndbuf_limited = chrono(&c, CHRONO_SNDBUF_LIMITED, now);
+	f->acked_jiffies = now;
 	f->written = READ(u32, sk, tcp_sock, write_seq);
 	mark_written(f, f->written, r->ts_ns);
 	f->bucket = FOLLOW_BUCKET(READ(u32, sk, sock_common, skc_hash));
@@ -199,10 +206,10 @@ static __always_inline void on_ack(const void *sock, u64 skb)
 	now = bpf_ktime_get_ns();
 	now_jiffies = jiffies32();
 	add_waiting(f, tp, now, now_jiffies);
-	update_record(f, sk);
+	update_record(f, sock, tp, now_jiffies);
 	if (LOAD(u32, tp, tcp_sock, packets_out))
 		begin_burst(f);
-	if (READ_BITS(sock, inet_connection_sock, icsk_ca_state) >= CA_STATE_CWR)
+	if (LOAD_BITS(tp, inet_connection_sock, icsk_ca_state) >= CA_STATE_CWR)
 		f->r.outcome = OUTCOME_LOSS;
 	if (!f->regained && f->r.outcome != OUTCOME_LOSS && f->r.cwnd_end >= f->r.chain_window) {
 		f->regained = true;
@@ -233,16 +240,20 @@ static __always_inline void on_ack(const void *sock, u64 skb)
 		sample(f, tp, now);
 }
 
-/* Runs before a process writes data. */
+/* Runs before a process writes data, in a program of type tp_btf. */
 static __always_inline void on_write(const void *sk)
 {
 	struct followed *f = find_followed((u64)sk, LOAD(u32, sk, sock_common, skc_hash));
+	const void *tp;
 	u32 written;
 
 	if (!f)
 		return;
-	written = READ(u32, sk, tcp_sock, write_seq);
-	if (written == READ(u32, sk, tcp_sock, snd_nxt))
+	tp = bpf_skc_to_tcp_sock((void *)sk);
+	if (!tp)
+		return;
+	written = LOAD(u32, tp, tcp_sock, write_seq);
+	if (written == LOAD(u32, tp, tcp_sock, snd_nxt))
 		f->marks = 0;
 	mark_written(f, written, bpf_ktime_get_ns());
 	f->written = written;
@@ -265,16 +276,19 @@ static __always_inline void on_wrote(const void *sk)
 	begin_burst(f);
 }
 
+/* Runs when a socket ends, in a program of type tp_btf. */
 static __always_inline void forget(const void *sock)
 {
 	u64 sk = (u64)sock;
 	struct followed *f = followed.lookup(&sk);
+	const void *tp;
 
 	if (!f)
 		return;
+	tp = bpf_skc_to_tcp_sock((void *)sock);
 	/* If an RST closed the connection, tcp_disconnect() has cleared the counters. The record has them as of the last ACK. */
-	if (READ(u32, sock, tcp_sock, data_segs_out))
-		update_record(f, sk);
+	if (tp && LOAD(u32, tp, tcp_sock, data_segs_out))
+		update_record(f, sock, tp, jiffies32());
 	end_following(sk, f, f->r.outcome == OUTCOME_LOSS ? OUTCOME_LOSS : OUTCOME_CLOSED, bpf_ktime_get_ns());
 }
 

@@ -47,7 +47,10 @@ struct followed {
 BPF_HASH(followed, u64, struct followed, 16384);
 /* Zeros from which an entry is made: an entry and a reset together are too large for the stack. */
 BPF_ARRAY(blank_followed, struct followed, 1);
-/* The number of followed sockets, by some bits of the connection's hash. It saves most other sockets a hash lookup. */
+/*
+ * The number of followed sockets, and with probe sendmsg of pending restarts, by some bits of the connection's hash. It
+ * saves most other sockets a hash lookup.
+ */
 BPF_ARRAY(follow_buckets, u64, 1 << FOLLOW_BUCKET_BITS);
 
 /* The argument is the kernel's hash of a connection's addresses and ports, which finds the socket of a packet. */
@@ -58,12 +61,18 @@ static __always_inline u64 *follow_bucket(int bucket)
 	return follow_buckets.lookup(&bucket);
 }
 
-/* Returns the entry of a socket, by its address and the hash of its connection. */
-static __always_inline struct followed *find_followed(u64 sk, u32 hash)
+/* Returns true if a connection with this hash may be followed, or have a pending restart. */
+static __always_inline bool in_use(u32 hash)
 {
 	u64 *n = follow_bucket(FOLLOW_BUCKET(hash));
 
-	return n && *n ? followed.lookup(&sk) : 0;
+	return n && *n;
+}
+
+/* Returns the entry of a socket, by its address and the hash of its connection. */
+static __always_inline struct followed *find_followed(u64 sk, u32 hash)
+{
+	return in_use(hash) ? followed.lookup(&sk) : 0;
 }
 
 /* The states of enum tcp_chrono of include/linux/tcp.h in which data is queued or unacknowledged. */
@@ -71,17 +80,44 @@ static __always_inline struct followed *find_followed(u64 sk, u32 hash)
 #define CHRONO_RWND_LIMITED 2
 #define CHRONO_SNDBUF_LIMITED 3
 
-/* Returns the jiffies that the kernel has counted in one of these states, as tcp_get_info_chrono_stats() does. */
-static __always_inline u32 chrono(u64 sk, int state)
-{
-	u32 stat[3] = {}, now = jiffies32() - READ(u32, sk, tcp_sock, chrono_start);
-	u8 current = READ_BITS(sk, tcp_sock, chrono_type);
+/* The jiffies that the kernel has counted in these states, and the state that it is counting in since start. */
+struct chrono {
+	u32 stat[3];
+	u32 start;
+	u8 current;
+};
 
-	bpf_probe_read_kernel(stat, sizeof(stat), AT(sk, tcp_sock, chrono_stat));
+static __always_inline struct chrono read_chrono(u64 sk)
+{
+	struct chrono c = {
+		.start = READ(u32, sk, tcp_sock, chrono_start),
+		.current = READ_BITS(sk, tcp_sock, chrono_type),
+	};
+
+	bpf_probe_read_kernel(c.stat, sizeof(c.stat), AT(sk, tcp_sock, chrono_stat));
+	return c;
+}
+
+/* Does the same where tp is what bpf_skc_to_tcp_sock() returns. */
+static __always_inline struct chrono load_chrono(const void *tp)
+{
+	const volatile u32 *stat = (const volatile u32 *)AT(tp, tcp_sock, chrono_stat);
+	struct chrono c = {
+		.stat = {stat[0], stat[1], stat[2]},
+		.start = LOAD(u32, tp, tcp_sock, chrono_start),
+		.current = LOAD_BITS(tp, tcp_sock, chrono_type),
+	};
+
+	return c;
+}
+
+/* Returns the jiffies in one of these states until now, as tcp_get_info_chrono_stats() does. */
+static __always_inline u32 chrono(const struct chrono *c, int state, u32 now)
+{
 	/* The two limited states are busy too. */
 	if (state == CHRONO_BUSY)
-		return stat[0] + stat[1] + stat[2] + (current ? now : 0);
-	return stat[state - 1] + (current == state ? now : 0);
+		return c->stat[0] + c->stat[1] + c->stat[2] + (c->current ? now - c->start : 0);
+	return c->stat[state - 1] + (c->current == state ? now - c->start : 0);
 }
 
 #endif

@@ -175,15 +175,15 @@ static __always_inline void add_waiting(struct followed *f, const void *tp, u64 
 		f->queued_una = una;
 	}
 	late = oldest_unsent_us(f, nxt, now);
-	socket = READ(u64, tp, sock, sk_socket);
-	if (socket && READ(u64, socket, socket, flags) & (1 << SOCK_NOSPACE))
+	socket = LOAD(u64, tp, sock, sk_socket);
+	if (socket && LOAD(u64, socket, socket, flags) & (1 << SOCK_NOSPACE))
 		f->blocked = true;
 	/*
 	 * TCP segmentation offload may leave the window up to a third empty, because the kernel then waits until it can
 	 * send a larger packet (tcp_tso_should_defer()). It sets is_cwnd_limited where the window is why.
 	 */
 	cwnd_limited = in_flight >= cwnd ||
-		       (READ_BITS(tp, tcp_sock, is_cwnd_limited) && in_flight * 3 >= cwnd * 2 && peer_has_room);
+		       (LOAD_BITS(tp, tcp_sock, is_cwnd_limited) && in_flight * 3 >= cwnd * 2 && peer_has_room);
 	if (f->r.outcome == OUTCOME_LOSS) {
 		f->r.after_loss_us += us;
 		return;

@@ -66,7 +66,7 @@ def _btf(target: str, program: str) -> Attachment:
 
 
 # These follow a socket after its reset, on probes that need their tracepoints for nothing else.
-_FOLLOW_END: Final = (_raw("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
+_FOLLOW_END: Final = (_btf("tcp_destroy_sock", "on_tcp_destroy_sock_follow"),)
 _FOLLOW: Final = (_btf("tcp_probe", "on_tcp_probe_follow"), *_FOLLOW_END)
 FOLLOWED: Final = ("idle", "app_limited")
 """The reasons after which a socket is followed. After a loss, its window isn't expected to return."""
@@ -112,12 +112,12 @@ PROBES: Final = (
     ),
     Probe(
         "sendmsg",
-        "computed by the kernel's rule, confirmed on transmit",
+        "computed by the kernel's rule, confirmed by the next ACK or send",
         {
             "idle": (
-                _raw("net_dev_queue", "on_net_dev_queue"),
+                _btf("inet_sock_set_state", "on_inet_sock_set_state"),
                 _btf("tcp_probe", "on_tcp_probe"),
-                _raw("tcp_destroy_sock", "on_tcp_destroy_sock"),
+                _btf("tcp_destroy_sock", "on_tcp_destroy_sock"),
                 _btf("tcp_sendmsg_locked", "on_tcp_sendmsg_locked"),
             ),
             **_BY_STATE,
@@ -131,7 +131,7 @@ PROBES: Final = (
                 _btf("net_dev_queue", "on_net_dev_queue_first"),
                 _raw("napi_poll", "on_napi_poll"),
                 _btf("tcp_probe", "on_tcp_probe_ack"),
-                _raw("tcp_destroy_sock", "on_tcp_destroy_sock_window_follow"),
+                _btf("tcp_destroy_sock", "on_tcp_destroy_sock_window_follow"),
             ),
             **_BY_STATE,
         },

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from cwndtrace.analysis.connections import identify
-from cwndtrace.records.arrow import CONNECTIONS
+from cwndtrace.records.arrow import schema
 from tests.harness import tcp
 from tests.harness.link import VethLink
 from tests.harness.tcp import Connect
@@ -213,7 +213,7 @@ def test_the_same_ports_one_after_the_other_are_two_connections(
         connection.close()
     mine = [r for r in tracer.records if key(r) == connection.key]
     frame = pd.DataFrame(mine).assign(time=pd.Timestamp(0, tz="UTC"))
-    resets, _ = identify(frame, CONNECTIONS.empty_table().to_pandas())
+    resets, _ = identify(frame, schema("connections").empty_table().to_pandas())
     names = list(resets["connection"])
     assert len(set(names[: records[0]])) == len(set(names[records[0] :])) == 1
     assert names[0] != names[-1]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from cwndtrace.kernel.ladder import FUNCTIONS, REASONS, Facts
 from cwndtrace.records.layout import bpf_dir
 
 POLICY = "refused by this system's policy"
-OLD = frozenset({"net_dev_queue", "napi_poll", "tcp_probe", "tcp_destroy_sock", "tcp_retransmit_skb"})
+OLD = frozenset(
+    {"net_dev_queue", "napi_poll", "inet_sock_set_state", "tcp_probe", "tcp_destroy_sock", "tcp_retransmit_skb"}
+)
 CURRENT = OLD | {"tcp_cong_state_set"}
 NEW = CURRENT | {"tcp_sendmsg_locked"}
 ALL = frozenset(FUNCTIONS.values())
@@ -181,3 +184,21 @@ def test_the_patched_kernels_tracepoint_is_attached_by_its_name(name: str) -> No
     assert name in ladder.tracepoints()
     targets = {a.target for a in ladder.attachments(facts, ladder.BY_NAME["tracepoint"], "tlp_loss")}
     assert targets == {name}
+
+
+def test_each_probe_says_how_exact_it_is() -> None:
+    assert {probe.name: probe.exactness for probe in ladder.PROBES} == {
+        "tracepoint": "exact",
+        "fentry": "exact",
+        "kprobe": "exact",
+        "sendmsg": "computed by the kernel's rule, confirmed by the next ACK or send",
+        "tcp_probe": "windows compared between ACKs and transmits, seen with the first packet after the idle time",
+    }
+
+
+@pytest.mark.parametrize("probe", ladder.PROBES, ids=lambda probe: probe.name)
+def test_each_program_of_the_ladder_is_in_the_sources(probe: ladder.Probe) -> None:
+    sources = "".join(path.read_text() for path in bpf_dir().glob("*.[ch]"))
+    for group in (ladder.WRITES, *probe.attachments.values()):
+        for attachment in group:
+            assert re.search(rf"\b{attachment.program}\b", sources), attachment
