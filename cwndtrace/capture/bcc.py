@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from cwndtrace import _libc
 from cwndtrace.capture import program_cache
 from cwndtrace.capture.privsep import ignore_signals, start_with_signals_blocked
 from cwndtrace.capture.program import Program, map_uses
@@ -180,7 +181,9 @@ def _compile_in_child(text: str, flags: list[str], name: str, announce: Callable
     """Run ``_compile`` in a child process: the trace would otherwise hold the compiler's 100 MB until its end."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=_send_image, args=(theirs, text, flags, name), name="compiler", daemon=True)
+    process = fork.Process(
+        target=_send_image, args=(ours, theirs, os.getpid(), text, flags, name), name="compiler", daemon=True
+    )
     start_with_signals_blocked(process)
     theirs.close()
     try:
@@ -199,8 +202,12 @@ def _compile_in_child(text: str, flags: list[str], name: str, announce: Callable
     raise error(cause, remedy)
 
 
-def _send_image(to: Connection, text: str, flags: list[str], name: str) -> None:
+def _send_image(end: Connection, to: Connection, parent: int, text: str, flags: list[str], name: str) -> None:
     ignore_signals()
+    # An image is larger than the pipe. With a reader in this process, sending it would block after the parent's end.
+    end.close()
+    if not _libc.end_with_parent(parent):
+        return
     try:
         to.send(_compile(text, flags, name))
     except CwndtraceError as e:

@@ -23,6 +23,7 @@ from tests.harness import tcp
 from tests.harness.captures import assert_complete, block_io_rows
 from tests.harness.command import COMMAND, ENVIRONMENT, call, read_until, running, send_after_idle
 from tests.harness.disk import Traced, file_system, go, loop, reader
+from tests.harness.processes import children
 from tests.harness.soak import Load, amount, without_row
 from tests.harness.tcp import Connect
 
@@ -107,6 +108,25 @@ def start(stack: contextlib.ExitStack, *arguments: str | Path) -> subprocess.Pop
     stack.callback(process.wait)
     stack.callback(process.kill)
     return process
+
+
+def test_a_trace_killed_while_it_compiles_leaves_no_process(tmp_path: Path) -> None:
+    # No program with this filter is in the cache. The image of this probe is larger than a pipe.
+    idle = f"{random.SystemRandom().randint(1_000_000, 2_000_000_000)}us"
+    with running("--probe", "sendmsg", "--min-idle", idle, "-q", "-o", tmp_path / "a.cwnd", wait=False) as run:
+
+        def compiling() -> bool:
+            """Return whether there are two children: the helper, which has no output, and one with the trace's."""
+            outputs = set()
+            for pid in children(run.process.pid):
+                with contextlib.suppress(FileNotFoundError):
+                    outputs.add(Path(f"/proc/{pid}/fd/1").readlink())
+            return outputs == {Path(os.devnull), Path(f"/proc/{run.process.pid}/fd/1").readlink()}
+
+        tcp.until(compiling, 30, "the compiler")
+        run.process.kill()
+        # The end of its output comes once no process has it open.
+        run.process.communicate(timeout=30)
 
 
 # ---- signals and closed outputs -------------------------------------------------------------------------

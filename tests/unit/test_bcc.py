@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cwndtrace.capture import bcc, live
+from cwndtrace.capture.block_program import RING_PAGES, spare_pages
 from cwndtrace.capture.program_cache import Image
 from cwndtrace.errors import BccError
 from cwndtrace.records.layout import bpf_dir
@@ -121,7 +123,7 @@ def test_headers_are_expanded_once_and_lines_keep_their_numbers() -> None:
 
 def test_each_ring_suits_a_kernel_with_pages_of_64_kib() -> None:
     # bpf/follow.h takes these shares of RESET_PAGES.
-    for pages in (live._RING_PAGES, live._RESET_PAGES, live._RESET_PAGES // 2, live._RESET_PAGES // 4):
+    for pages in (RING_PAGES, spare_pages(1 << 30), live._RESET_PAGES, live._RESET_PAGES // 2, live._RESET_PAGES // 4):
         size = 4096 * pages
         assert size & (size - 1) == 0
         assert size % 65536 == 0
@@ -130,8 +132,22 @@ def test_each_ring_suits_a_kernel_with_pages_of_64_kib() -> None:
 @pytest.mark.parametrize(("patience_s", "lines"), [(0.0, 1), (60.0, 0)])
 def test_a_slow_compilation_is_announced(monkeypatch: pytest.MonkeyPatch, patience_s: float, lines: int) -> None:
     image = Image({"f": b""}, ())
-    monkeypatch.setattr(bcc, "_PATIENCE_S", patience_s)
-    monkeypatch.setattr(bcc, "_compile", lambda *_: image)
+    reading, writing = os.pipe()
     said: list[str] = []
-    assert bcc._compile_in_child("", [], "x.bpf.c", said.append) == image
+
+    def compiled(*_: object) -> Image:
+        # The child is another process, which lasts until the line was said where one is due.
+        if lines:
+            os.read(reading, 1)
+        return image
+
+    def announce(line: str) -> None:
+        said.append(line)
+        os.write(writing, b"x")
+
+    monkeypatch.setattr(bcc, "_PATIENCE_S", patience_s)
+    monkeypatch.setattr(bcc, "_compile", compiled)
+    assert bcc._compile_in_child("", [], "x.bpf.c", announce) == image
+    os.close(reading)
+    os.close(writing)
     assert [line.split(";")[0] for line in said] == ["compiling x.bpf.c for this kernel"] * lines
