@@ -16,18 +16,19 @@ import numpy as np
 
 from cwndtrace import privileges
 from cwndtrace.capture import bcc
-from cwndtrace.capture.block_program import BlockProgram, choose
+from cwndtrace.capture.block_program import RING_PAGES, BlockProgram, choose, spare_pages
 from cwndtrace.capture.bpf_syscall import has_compare_and_swap, try_map
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.program import Program
-from cwndtrace.capture.source import TICK_SECONDS, Counts, Filters, RawRecords
+from cwndtrace.capture.source import IDLE_TICK_SECONDS, TICK_SECONDS, Counts, Filters, RawRecords
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
-from cwndtrace.kernel import btf, facts, ladder, permission
+from cwndtrace.kernel import btf, facts, ladder, memory, permission
 from cwndtrace.records.layout import bpf_dir, code, event
 
 _POLICY_REMEDY: Final = "ask whoever set the policy that refuses it (lockdown, an LSM, a hypervisor)"
 _HAND_OVER: Final = "hand_over"
 _REFRESH: Final = "refresh"
+_SETTLE: Final = "settle_last"
 # Capabilities for using maps and programs that are already loaded, fewest first. Linux 5.19 and later need none; older
 # kernels need CAP_BPF where unprivileged bpf(2) is disabled.
 _CAPABILITY_CHOICES: Final = (
@@ -38,11 +39,10 @@ _CAPABILITY_CHOICES: Final = (
 )
 _RINGS: Final = {"cwnd_reset": "cwnd_resets", "cwnd_recovery": "cwnd_recoveries", "cwnd_sample": "cwnd_samples"}
 NO_FILTERS: Final = Filters()
-# Rings are counted in pages of 4 KiB on each machine (bpf/compat). The kernel wants a power of two that is a multiple
-# of its own pages, which may have 64 KiB on arm64.
-_RING_PAGES: Final = 2048
-# 4 MiB, room for one reset of each of 10,000 connections at once.
+# 4 MiB in pages of 4 KiB (see RING_PAGES), room for one reset of each of 10,000 connections at once.
 _RESET_PAGES: Final = 1024
+# A full ring of any size is read in such pieces, in bytes, because rows in memory take three times their size.
+_TURN: Final = 8 << 20
 # The number of connections whose windows the probe tcp_probe can note.
 _WINDOWS: Final = 65536
 _CPUS: Final = "SC_NPROCESSORS_CONF"
@@ -62,7 +62,7 @@ def _filter_defines(filters: Filters) -> dict[str, int]:
         "FILTER_PORT": filters.port,
         "FILTER_FAMILY": filters.family,
         "FILTER_MIN_IDLE_US": filters.min_idle_us,
-        "FILTER_CGROUP": None if filters.cgroup is None else 1,
+        "FILTER_CGROUP": 1 if filters.by_cgroup else None,
     }
     return {name: value for name, value in chosen.items() if value is not None}
 
@@ -122,7 +122,7 @@ class Kernel:
         self._btf = types or btf.Btf.running()
         if self._btf.enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF") is None:
             raise KernelLacks("this kernel has no BPF ring buffer", "boot Linux 5.8 or newer")
-        if filters.cgroup is not None:
+        if filters.by_cgroup:
             facts.check_sock_cgroups(self._btf)
         self._hz = facts.hz()
         self._resets: list[Program] = []
@@ -131,10 +131,13 @@ class Kernel:
         self.events: tuple[str, ...] = tuple(_RINGS)
         self.block_probe: str | None = None
         self.lacking: str | None = None
+        self.longest_tick_s = IDLE_TICK_SECONDS
         self._refreshed_here: list[Program] = []
+        self._settled_last: list[Program] = []
         self._block: Program | None = None
         self._slab_header = 0
         self._read_so_far: list[RawRecords] = []
+        self._behind = False
         self._epoll = select.epoll()
         self._refresh_at = self._ticked = 0.0
         self._left_out: dict[str, int] = {}
@@ -184,6 +187,10 @@ class Kernel:
         if (probe, reason) == ("tcp_probe", "idle"):
             program.load(_REFRESH)
             self._refreshed_here.append(program)
+            self.longest_tick_s = TICK_SECONDS
+        if (probe, reason) == ("sendmsg", "idle"):
+            program.load(_SETTLE)
+            self._settled_last.append(program)
         return None
 
     def _build(self, probe: str) -> Program:
@@ -209,13 +216,17 @@ class Kernel:
                 self.lacking = f"{unseen.cause}; block I/O is traced"
 
     def _load_block(self, block: BlockProgram) -> Program:
-        sizes = {"RING_PAGES": _RING_PAGES, "CPUS": os.sysconf(_CPUS)}
+        sizes = {"RING_PAGES": RING_PAGES, "CPUS": os.sysconf(_CPUS)}
+        if spare := spare_pages(memory.limit()):
+            sizes["SPARE_PAGES"] = spare
         defines = _filter_defines(self._filters) | sizes | dict(block.defines)
         if has_compare_and_swap():
             defines["COMPARE_AND_SWAP"] = 1
         program = bcc.build(block.source, self._btf, self._hz, defines, self._announce)
         self._slab_header = program.offset("slabs", "rec")
         self._open(program, "block_slabs", self._slab)
+        if spare:
+            self._open(program, "spare_slabs", self._slab)
         try:
             program.attach(block.attachments, self._btf)
             program.load(_HAND_OVER)
@@ -253,13 +264,13 @@ class Kernel:
 
     def _refresh_sets(self) -> None:
         begin = time.monotonic()
-        cgroups = (set(), 0) if self._filters.cgroup is None else self._helper.cgroup_ids()
+        cgroups = self._helper.cgroup_ids() if self._filters.by_cgroup else (set(), 0)
         inodes = set() if self._filters.pid is None else self._helper.pid_sockets()
         if not self._refresh_at and (cgroups is None or inodes is None):
             # The filters would let through nothing, or only a part.
             cause = "the helper process didn't list the sockets or cgroups to trace"
             raise CwndtraceError(cause, "run the command again")
-        if self._filters.cgroup is not None and cgroups is not None:
+        if self._filters.by_cgroup and cgroups is not None:
             self._sync_set(self._programs(), "cgroups", *cgroups)
         if self._filters.pid is not None and inodes is not None:
             self._sync_set(self._resets, "pid_sockets", inodes, 0)
@@ -287,10 +298,12 @@ class Kernel:
             self._block.run_everywhere(_HAND_OVER)
         for program in self._refreshed_here:
             program.run_everywhere(_REFRESH)
+        for program in self._settled_last:
+            program.run_for_keys(_SETTLE, "pending")
 
     def poll(self, timeout_s: float) -> list[RawRecords]:
         """Return the records that came in, after waiting at most ``timeout_s`` seconds for the first."""
-        self._epoll.poll(timeout_s)
+        self._epoll.poll(0 if self._behind else timeout_s)
         now = time.monotonic()
         if now > self._refresh_at:
             self._refresh_sets()
@@ -304,8 +317,10 @@ class Kernel:
         return self._take()
 
     def _take(self) -> list[RawRecords]:
+        """Return what came in, in one turn, and set ``_behind`` where that wasn't all."""
+        self._behind = False
         for program in self._programs():
-            program.consume()
+            self._behind |= program.consume(_TURN)
         taken, self._read_so_far = self._read_so_far, []
         return taken
 
@@ -361,12 +376,16 @@ class Kernel:
         for program in self._programs():
             program.detach()
         self._stopped = True
+        for program in self._settled_last:
+            program.run_for_keys(_SETTLE, "pending")
         if self._block is not None:
             self._block.run_everywhere(_HAND_OVER)
             # Nothing writes to the slabs now. Only a CPU that went offline still has records: no program can run there.
             for slab in self._block.each_cpu("slabs"):
                 self._slab(slab)
         records = self._take()
+        while self._behind:
+            records += self._take()
         entries = [entry for program in self._resets for entry in program.values("followed")]
         unfinished = [e for e in entries if int.from_bytes(e[:8], sys.byteorder) >= self._begin_ns]
         return [*records, ("cwnd_recovery", _unfinished_records(unfinished))]

@@ -32,6 +32,7 @@ class Program:
 
     def __init__(self, image: Image) -> None:
         self._image = image
+        self._cpus = os.sysconf(_CPUS)  # reading it takes longer than all else in a turn of an idle trace
         self._maps: dict[str, tuple[int, Map]] = {}
         self._fds: list[int] = []
         self._loaded: dict[str, int] = {}
@@ -110,21 +111,35 @@ class Program:
             raise KernelLacks(f"the ring buffer {table} can't be read: {e.strerror}") from e
         self.ring_fds.append(fd)
 
-    def consume(self) -> None:
-        """Pass each entry of the open ring buffers to its function."""
+    def consume(self, most: int) -> bool:
+        """Pass entries of the open ring buffers to their functions, of each ring about ``most`` bytes at most.
+
+        Return whether a ring may have more.
+        """
+        more = False
         for ring, received in self._rings:
-            for entry in ring.read():
+            entries, cut = ring.read(most)
+            more |= cut
+            for entry in entries:
                 received(entry)
+        return more
 
     def run_everywhere(self, program: str) -> None:
         """Run a raw tracepoint program that isn't attached, once on each online CPU."""
         fd = self.load(program)
-        for cpu in range(os.sysconf(_CPUS)):
+        for cpu in range(self._cpus):
             try:
                 bpf.run_raw_tracepoint(fd, cpu)
             except OSError as e:
                 if e.errno != errno.ENXIO:
                     raise
+
+    def run_for_keys(self, program: str, table: str) -> None:
+        """Run a raw tracepoint program that isn't attached once for each key of a hash, which is its argument."""
+        fd, (map_fd, m) = self.load(program), self._maps[table]
+        # The program may delete its key.
+        for key in list(bpf.keys(map_fd, m.key_size)):
+            bpf.run_with_argument(fd, key)
 
     def each_cpu(self, table: str) -> list[bytes]:
         """Return the first entry of a per-CPU array for each CPU that the machine can have, offline CPUs included."""
@@ -136,8 +151,9 @@ class Program:
 
     def totals(self) -> dict[str, int]:
         """Return the counters of bpf/counters.h by name, each summed over CPUs."""
-        counters = np.frombuffer(b"".join(self.each_cpu("counters")), self.dtype("counters"))
-        return {name: int(counters[name].sum()) for name in counters.dtype.names or ()}
+        names = [name for name, kind in self._maps["counters"][1].fields]
+        counters = np.frombuffer(b"".join(self.each_cpu("counters")), np.uint64)  # each of them is a u64
+        return dict(zip(names, counters.reshape(-1, len(names)).sum(axis=0).tolist(), strict=True))
 
     def dtype(self, table: str) -> np.dtype[Any]:
         """Return the type of a map's values, a struct as C lays it out."""

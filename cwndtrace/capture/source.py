@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from cwndtrace.names.select import Wanted
 from cwndtrace.privileges import User
 
 TICK_SECONDS: Final = 0.15
@@ -14,6 +15,9 @@ TICK_SECONDS: Final = 0.15
 
 It is less than the shortest RTO, as the BPF program ``refresh`` needs.
 """
+
+IDLE_TICK_SECONDS: Final = 0.45
+"""The same while no records come, since each turn of the loop costs half a millisecond of CPU time."""
 
 RawRecords = tuple[str, bytes]
 """An event's name, and complete records of that event as the kernel wrote them, one after the other."""
@@ -24,8 +28,9 @@ class Filters:
     """The filters of a trace, which the kernel applies. A filter that is None lets everything through.
 
     ``ifindex`` is an index in the namespace ``netns`` (an inode), so it is never set without ``netns``. ``netns_name``
-    is for messages. ``cgroup`` is a folder of cgroup v2, and includes its descendants. ``min_idle_us`` applies to
-    resets only.
+    is for messages. ``cgroup`` is a folder of cgroup v2, and includes its descendants. ``container``, ``pod`` and
+    ``unit`` are names, as in ``names.select``; at most one of these four is set. ``min_idle_us`` applies to resets
+    only.
     """
 
     ifindex: int | None = None
@@ -35,7 +40,21 @@ class Filters:
     port: int | None = None
     family: int | None = None
     cgroup: Path | None = None
+    container: str | None = None
+    pod: str | None = None
+    unit: str | None = None
     min_idle_us: int | None = None
+
+    @property
+    def workload(self) -> Wanted | None:
+        """What ``container``, ``pod`` or ``unit`` names; None where none is set."""
+        named = {"container": self.container, "pod": self.pod, "unit": self.unit}
+        return next((Wanted(kind, text) for kind, text in named.items() if text is not None), None)
+
+    @property
+    def by_cgroup(self) -> bool:
+        """Whether a set of cgroups is traced."""
+        return self.cgroup is not None or self.workload is not None
 
 
 @dataclass
@@ -59,7 +78,8 @@ class Source(Protocol):
     """A source of raw records: the running kernel (capture.live) or a recording (tests/harness/replay.py).
 
     ``block_probe`` is the tracepoint at which block requests begin, None where block I/O isn't traced. ``lacking`` says
-    what the trace goes on without, and why; None if that is nothing.
+    what the trace goes on without, and why; None if that is nothing. ``longest_tick_s`` is the longest time, in
+    seconds, that may pass between two calls of ``poll``.
     """
 
     probes: dict[str, str | None]
@@ -67,6 +87,7 @@ class Source(Protocol):
     events: tuple[str, ...]
     block_probe: str | None
     lacking: str | None
+    longest_tick_s: float
 
     def begin(self, mono_ns: int) -> None:
         """Leave out records and counts from before ``mono_ns``, in nanoseconds of CLOCK_MONOTONIC, for all events."""

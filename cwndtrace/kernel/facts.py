@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from cwndtrace.errors import KernelLacks
-from cwndtrace.kernel import ladder
+from cwndtrace.kernel import host, ladder
 from cwndtrace.kernel.btf import Btf
 
 TRACEFS: Final = Path("/sys/kernel/tracing")
@@ -21,11 +21,13 @@ KPROBES: Final = Path("/sys/bus/event_source/devices/kprobe/type")
 _HZ_CHOICES: Final = (100, 250, 300, 1000)
 
 
-def hz(root: Path = Path("/")) -> int:
+def hz(root: Path | None = None) -> int:
     """Return the timer ticks per second (CONFIG_HZ), from the kernel's configuration or else measured.
 
-    The measurement takes 0.3 s. Raises KernelLacks where neither works.
+    The measurement takes 0.3 s. ``root`` is the host's by default: a container has no configuration, and its
+    /proc/timer_list is masked. Raises KernelLacks where neither works.
     """
+    root = root or host.root()
     match = re.search(r"^CONFIG_HZ=(\d+)$", _configuration(root), re.MULTILINE)
     return int(match[1]) if match else _measured_hz(root / "proc/timer_list")
 
