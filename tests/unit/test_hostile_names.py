@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+import cwndtrace
 from cwndtrace import format as fmt
 from cwndtrace.capture.session import Batch
 from cwndtrace.cli import main
 from cwndtrace.report import content
 from cwndtrace.report.page import page
 from cwndtrace.trace import Trace
-from tests.unit import frames, hostile
+from tests.unit import drawing, frames, hostile
 
 DRAWN = ("control characters", "HTML", "mathtext", "256 bytes of UTF-8")
 """Names that a page or a picture could misread. Drawing is slow, so only these are drawn."""
@@ -36,20 +37,33 @@ def assert_harmless(text: str) -> None:
     assert [line for line in text.split("\n") if not line.isprintable()] == []
 
 
-@pytest.fixture(params=hostile.NAMES)
-def trace(request: pytest.FixtureRequest, tmp_path: Path) -> Trace:
-    return hostile.named(tmp_path / "a.cwnd", hostile.NAMES[request.param])
+@pytest.fixture(scope="module", params=hostile.NAMES)
+def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """A capture that no test changes."""
+    return hostile.named(tmp_path_factory.mktemp("hostile") / "a.cwnd", hostile.NAMES[request.param])
 
 
-def test_hostile_names_are_harmless_in_a_terminal(trace: Trace) -> None:
-    assert_harmless(call("report", str(trace.path)))
-    assert_harmless(call("compare", str(trace.path), str(trace.path)))
+@pytest.fixture
+def loaded(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> Trace:
+    """Let commands take this capture as it is, so that each doesn't analyse it again."""
+    monkeypatch.setattr(cwndtrace, "load", lambda *_, **__: trace)
+    return trace
 
 
-def test_json_of_hostile_names_is_printable_ascii(trace: Trace) -> None:
+def test_hostile_names_are_harmless_in_a_terminal(loaded: Trace, tmp_path: Path) -> None:
+    path = str(loaded.path)
+    assert_harmless(call("report", path))
+    assert_harmless(call("compare", path, path))
+    assert_harmless(call("dump", path, "-o", str(tmp_path / "b.cwnd")))
+    assert_harmless(call("export", path, "--csv", "verdicts=-", "--csv", f"resets={tmp_path / 'a.csv'}"))
+
+
+def test_json_of_hostile_names_is_printable_ascii(loaded: Trace) -> None:
+    trace = loaded
     for output in (
         call("report", str(trace.path), "--json"),
         call("compare", str(trace.path), str(trace.path), "--json"),
+        CliRunner().invoke(main, ["export", str(trace.path), "--jsonl", "verdicts=-"]).stdout,
     ):
         assert output.isascii()
         assert_harmless(output)
@@ -97,20 +111,17 @@ def test_two_names_that_look_alike_when_clean_are_one_category() -> None:
     assert list(frame["comm"].cat.categories) == ["a?"]
 
 
-class Markup(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: set[tuple[str, str]] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found |= {(tag, name) for name, _ in attrs} | {(tag, "")}
-
-
 @pytest.fixture(scope="module")
-def markup(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
-    """The tags and attributes on the page of a harmless capture."""
-    return Markup(page(content.report(hostile.named(tmp_path_factory.mktemp("plain") / "a.cwnd", "nginx")))).found
+def markup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[tuple[str, str]]]:
+    """The tags and attributes on the page of a harmless capture. From then on, this module's pages have empty pictures.
+
+    A picture is one attribute of a page, and other tests draw the names.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        drawing.leave_undrawn(patch)
+        yield hostile.Markup(
+            page(content.report(hostile.named(tmp_path_factory.mktemp("plain") / "a.cwnd", "nginx")))
+        ).found
 
 
 @pytest.mark.parametrize("name", [*DRAWN, "a format string"])
@@ -119,7 +130,7 @@ def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
 ) -> None:
     text = page(content.report(hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])))
     assert_harmless(text)
-    assert Markup(text).found <= markup
+    assert hostile.Markup(text).found <= markup
     # The template in the name isn't evaluated.
     assert "{0}{a.b}49" not in text
 
