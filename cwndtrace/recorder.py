@@ -36,6 +36,33 @@ class Observer:
         """Take the last batches."""
 
 
+class Observers(Observer):
+    """Several observers as one, which ends the recording when one of them does."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def turn(self, batches: list[Batch]) -> bool:
+        """Pass the batches to each."""
+        going = [each.turn(batches) for each in self._observers]
+        return all(going)
+
+    def refused(self, error: CaptureError) -> None:
+        """Tell each."""
+        for each in self._observers:
+            each.refused(error)
+
+    def stopping(self) -> None:
+        """Tell each."""
+        for each in self._observers:
+            each.stopping()
+
+    def finish(self, batches: list[Batch]) -> None:
+        """Pass the last batches to each."""
+        for each in self._observers:
+            each.finish(batches)
+
+
 class Recorder:
     """A loop that writes a session's batches to a capture. ``run`` may be called once, and always closes the capture.
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of all TCP connections through inet_diag: the data that ss shows, as a table."""
+"""Snapshots of all TCP connections through inet_diag: the data that ss shows, as a table.
+
+While a trace runs, ``look`` runs in the helper process and returns columns, of which ``table`` makes an Arrow table in
+the tracer, so that the helper process never loads pyarrow.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import compress
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import NotFound
-from cwndtrace.kernel import cgroups, inet_diag, interfaces, netns, sockets
-from cwndtrace.records.arrow import CONNECTIONS, address, enum_labels, numbers, texts, values
+from cwndtrace.kernel import inet_diag, interfaces, netns, sockets
+from cwndtrace.lazy import pa
+from cwndtrace.records.arrow import address, column, enum_labels, schema
 
 # Numbers of include/net/tcp_states.h. TIME_WAIT, CLOSE, LISTEN and SYN_RECV have no window of interest.
 _STATES: Final = {
@@ -29,7 +34,9 @@ _STATES: Final = {
     9: "LAST-ACK",
     11: "CLOSING",
 }
-_STATE_MASK: Final = sum(1 << state for state in _STATES)
+_LISTEN: Final = 10
+_ANY: Final = ("0.0.0.0", "::")  # noqa: S104
+_STATE_MASK: Final = sum(1 << state for state in (*_STATES, _LISTEN))
 # Columns that come from struct tcp_info, with its member and a factor: it has some times in ms.
 _OF_INFO: Final = {
     "cwnd": ("snd_cwnd", 1),
@@ -58,16 +65,33 @@ _MOST_S: Final = 10.0
 _LAST_S: Final = 10.0
 
 
+Holder = tuple[int, str]
+"""Pid and name of a process that holds a socket; ``_NOBODY`` where none was found."""
+
+_NOBODY: Final = (0, "")
+
 _holders: Final = sockets.SocketHolders()
 
 
-def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
-    """Return the connections that ``filters`` let through, as a table of ``records.arrow.CONNECTIONS``.
+Columns = dict[str, npt.NDArray[Any] | list[str]]
+"""Columns of the table ``connections``, but for ``time``, of one network namespace.
 
+``ca_state`` is a number here, and a negative ``sndbuf`` is one that isn't known.
+"""
+
+
+def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
+    """Return the connections that ``filters`` let through, but for those by cgroup, as a table of ``records.arrow``."""
+    return table(look(filters), utc_offset_ns)
+
+
+def look(filters: Filters, groups: set[int] | None = None) -> list[Columns]:
+    """Return the connections that ``filters`` let through.
+
+    ``groups`` are the ids of the traced cgroups; None for all.
     Namespaces that can't be entered are left out. A filter by interface compares the one of the route to the peer.
     """
     held = None if filters.pid is None else sockets.inodes_of(filters.pid)
-    groups = None if filters.cgroup is None else cgroups.ids(filters.cgroup)[0]
     found: list[tuple[netns.Namespace, inet_diag.Sockets, int]] = []
     for namespace in netns.all_reachable():
         if filters.netns is not None and namespace.inode != filters.netns:
@@ -79,47 +103,94 @@ def snapshot(filters: Filters, utc_offset_ns: int) -> pa.Table:
         if len(dumped.messages):
             found.append((namespace, dumped, time.monotonic_ns()))
     holders = _holders.of({inode for _, dumped, _ in found for inode in dumped.messages["inode"].tolist()})
-    tables = []
+    taken = []
     for namespace, dumped, now in found:
-        table = _table(dumped, namespace.inode, holders, now, utc_offset_ns)
-        keep = np.ones(len(table), dtype=np.bool_)
+        listening = dumped.messages["state"] == _LISTEN
+        listeners = _listeners(dumped.messages[listening], holders)
+        dumped = dumped.where(~listening)
+        m = dumped.messages
+        peers = _addresses(m["family"], m["daddr"])
+        keep = np.ones(len(m), dtype=np.bool_)
         if filters.family is not None:
-            keep &= _column(table, "family") == filters.family
+            keep &= _families(peers) == filters.family
         if filters.port is not None:
-            keep &= (_column(table, "sport") == filters.port) | (_column(table, "dport") == filters.port)
+            keep &= (m["sport"] == filters.port) | (m["dport"] == filters.port)
         if held is not None:
-            keep &= np.isin(_column(table, "inode"), list(held))
+            keep &= np.isin(m["inode"], list(held))
         if groups is not None:
             keep &= np.array([group in groups for group in dumped.cgroup], dtype=np.bool_)
         if filters.ifindex is not None:
-            peers, routes = table["daddr"].combine_chunks(), interfaces.Routes(namespace)
-            routed = [routes.index_of(peer) == filters.ifindex for peer in peers.dictionary.to_pylist()]
-            keep &= np.array(routed, dtype=np.bool_)[values(peers.indices)]
-        tables.append(table if keep.all() else table.take(numbers(pa.int64(), np.flatnonzero(keep))))
-    return pa.concat_tables(tables) if tables else pa.Table.from_batches([], CONNECTIONS)
+            routes = interfaces.Routes(namespace)
+            routed = {peer for peer in set(peers) if routes.index_of(peer) == filters.ifindex}
+            keep &= np.array([peer in routed for peer in peers], dtype=np.bool_)
+        daddr = [*compress(peers, keep)]
+        taken.append(_columns(dumped.where(keep), daddr, namespace.inode, holders, listeners, now))
+    return taken
 
 
-def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    return values(table[name].combine_chunks())
+def table(taken: list[Columns], utc_offset_ns: int) -> pa.Table:
+    """Return what ``look`` returned as a table of ``records.arrow``, with this offset from CLOCK_MONOTONIC to UTC."""
+    of_table = schema("connections")
+    tables = [_table(columns, utc_offset_ns, of_table) for columns in taken]
+    return pa.concat_tables(tables) if tables else pa.Table.from_batches([], of_table)
 
 
-def _table(
-    found: inet_diag.Sockets, inode: int, holders: dict[int, tuple[int, str]], now_ns: int, utc_offset_ns: int
-) -> pa.Table:
+def _table(columns: Columns, utc_offset_ns: int, of_table: pa.Schema) -> pa.Table:
+    arrays: list[pa.Array] = []
+    for f in of_table:
+        if f.name == "time":
+            arrays.append(column(f, (np.asarray(columns["ts_ns"], np.int64) + utc_offset_ns) // 1000))
+        elif f.name == "ca_state":
+            arrays.append(enum_labels("ca_state", np.asarray(columns[f.name])))
+        else:
+            known = np.asarray(columns[f.name]) >= 0 if f.name == "sndbuf" else None
+            arrays.append(column(f, columns[f.name], known))
+    return pa.Table.from_arrays(arrays, schema=of_table)
+
+
+def _families(addresses: list[str]) -> npt.NDArray[np.uint8]:
+    """Return the families of addresses, IPv4 for mapped ones."""
+    return np.array([socket.AF_INET6 if ":" in text else socket.AF_INET for text in addresses], np.uint8)
+
+
+def _listeners(messages: np.ndarray, holders: dict[int, Holder]) -> dict[tuple[str, int], Holder]:
+    """Return the processes that listen, by local address and port; the address is empty for any."""
+    found = {}
+    addresses = _addresses(messages["family"], messages["saddr"])
+    for text, port, inode in zip(addresses, messages["sport"].tolist(), messages["inode"].tolist(), strict=True):
+        # The kernel's own servers, such as nfsd, have sockets without a file.
+        holder = holders.get(inode, _NOBODY) if inode else (0, "kernel")
+        found["" if text in _ANY else text, port] = holder
+    return found
+
+
+def _served(addresses: list[str], ports: list[int], listeners: dict[tuple[str, int], Holder]) -> list[Holder]:
+    """Return the process that listens where each connection came in; _NOBODY where none does."""
+    if not listeners:
+        return [_NOBODY] * len(ports)
+    ends = zip(addresses, ports, strict=True)
+    return [listeners.get((address, port)) or listeners.get(("", port), _NOBODY) for address, port in ends]
+
+
+def _columns(
+    found: inet_diag.Sockets,
+    daddr: list[str],
+    inode: int,
+    holders: dict[int, Holder],
+    listeners: dict[tuple[str, int], Holder],
+    now_ns: int,
+) -> Columns:
     m, info = found.messages, found.info
-    saddr, daddr = (_addresses(m["family"], m[name]) for name in ("saddr", "daddr"))
-    six = np.array([":" in text for text in daddr.dictionary.to_pylist()], dtype=np.bool_)
-    no_holder = (0, "")
-    held = [holders.get(number, no_holder) for number in m["inode"].tolist()]
-    has_sndbuf = np.array([size is not None for size in found.sndbuf], dtype=np.bool_)
-    states = [_STATES.get(state, str(state)) for state in m["state"].tolist()]
-    columns: dict[str, Any] = {
-        "time": np.full(len(m), (now_ns + utc_offset_ns) // 1000, np.int64),
+    saddr = _addresses(m["family"], m["saddr"])
+    held = [holders.get(number, _NOBODY) for number in m["inode"].tolist()]
+    served = _served(saddr, m["sport"].tolist(), listeners)
+    control = {name: name.decode("ascii", "replace") for name in set(found.control)}
+    return {
         "ts_ns": np.full(len(m), now_ns, np.uint64),
         "sock_cookie": m["cookie"],
         "netns_ino": np.full(len(m), inode, np.uint32),
-        "family": np.where(six[values(daddr.indices)], socket.AF_INET6, socket.AF_INET),
-        "state": texts(states).dictionary_encode(),
+        "family": _families(daddr),
+        "state": [_STATES.get(state) or str(state) for state in m["state"].tolist()],
         "saddr": saddr,
         "sport": m["sport"],
         "daddr": daddr,
@@ -127,33 +198,25 @@ def _table(
         "inode": m["inode"],
         "uid": m["uid"],
         "pid": np.array([pid for pid, _ in held], np.uint32),
-        "comm": texts([comm for _, comm in held]).dictionary_encode(),
-        "ca_name": texts([name.decode("ascii", "replace") for name in found.control]).dictionary_encode(),
-        "ca_state": enum_labels("ca_state", info["ca_state"]),
-        "sndbuf": numbers(pa.uint32(), np.array([size or 0 for size in found.sndbuf], np.uint32), has_sndbuf),
+        "comm": [comm for _, comm in held],
+        "ca_name": [control[name] for name in found.control],
+        "ca_state": info["ca_state"],
+        "sndbuf": np.array([-1 if size is None else size for size in found.sndbuf], np.int64),
+        "sock_cgroup_id": np.array([group or 0 for group in found.cgroup], np.uint64),
+        "listener_pid": np.array([pid for pid, _ in served], np.uint32),
+        "listener": [name for _, name in served],
         **{name: info[of].astype(np.uint64) * factor for name, (of, factor) in _OF_INFO.items()},
     }
-    arrays = []
-    for f in CONNECTIONS:
-        column = columns[f.name]
-        if isinstance(column, np.ndarray):
-            column = numbers(f.type, column.astype("i8" if pa.types.is_timestamp(f.type) else f.type.to_pandas_dtype()))
-        arrays.append(column.cast(f.type))
-    return pa.Table.from_arrays(arrays, schema=CONNECTIONS)
 
 
-def _addresses(families: np.ndarray, raw: np.ndarray) -> pa.DictionaryArray:
-    """Return addresses as text, with a dictionary: there are fewer addresses than connections."""
-    places: dict[str, int] = {}
-    known: dict[tuple[int, bytes], int] = {}
-    indices = []
-    for key in zip(families.tolist(), raw.tolist(), strict=True):
-        if key not in known:
-            family, packed = key
-            text = socket.inet_ntoa(packed[:4]) if family == socket.AF_INET else address(packed)
-            known[key] = places.setdefault(text, len(places))
-        indices.append(known[key])
-    return pa.DictionaryArray.from_arrays(numbers(pa.int32(), np.array(indices, np.int32)), texts(list(places)))
+def _addresses(families: np.ndarray, raw: np.ndarray) -> list[str]:
+    """Return addresses as text, each text once: there are fewer addresses than connections."""
+    keys = list(zip(families.tolist(), raw.tolist(), strict=True))
+    known = {
+        (family, packed): socket.inet_ntoa(packed[:4]) if family == socket.AF_INET else address(packed)
+        for family, packed in set(keys)
+    }
+    return [known[key] for key in keys]
 
 
 def pause_s(interval_s: float, cpu_s: float, took_s: float) -> float:
@@ -170,42 +233,56 @@ class Snapshots:
 
     With very many connections they come less often, see ``pause_s``.
 
-    The first ``drain`` starts a thread for those in between, so the thread doesn't have the privileges that the process
-    has dropped before. It takes none while one waits to be drained: they would pile up behind a stalled reader.
-    ``take`` returns a table and the seconds of CPU time that it took, or None where no snapshot could be taken.
+    The constructor takes the first one. The first ``drain`` starts a thread for those in between, so the thread doesn't
+    have the privileges that the process has dropped before. It takes none while one waits to be drained: they would
+    pile up behind a stalled reader. ``take`` returns what ``look`` does and the seconds of CPU time that it took,
+    or None where no snapshot could be taken. ``utc_offset_ns`` returns the offset that ``table`` is to use.
     """
 
-    def __init__(self, take: Callable[[], tuple[pa.Table, float] | None], interval_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        take: Callable[[], tuple[list[Columns], float] | None],
+        utc_offset_ns: Callable[[], int],
+        interval_s: float = 2.0,
+    ) -> None:
         self._take = take
+        self._utc_offset_ns = utc_offset_ns
         self._interval_s = interval_s
         self._tables: list[pa.Table] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.error: Exception | None = None
         self.late = False
-        self._take_one()
+        # Its table is made on the thread, because importing pyarrow takes longer than all else at the start.
+        self._first = take()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
+
+    def _add(self, answer: tuple[list[Columns], float] | None) -> float:
+        """Make the table of a snapshot, and return the seconds of CPU time that all of it took."""
+        if answer is None:
+            return 0.0
+        begin = time.thread_time()
+        made = table(answer[0], self._utc_offset_ns())
+        with self._lock:
+            self._tables.append(made)
+        return answer[1] + time.thread_time() - begin
 
     def _take_one(self) -> float:
         """Take a snapshot and return the pause after it, in seconds."""
         begin = time.monotonic()
-        table, cpu_s = self._take() or (None, 0.0)
-        with self._lock:
-            self._tables += [] if table is None else [table]
+        cpu_s = self._add(self._take())
         return pause_s(self._interval_s, cpu_s, time.monotonic() - begin)
 
     def _run(self) -> None:
-        pause, last = self._interval_s, False
-        while not last:
-            last = self._stop.wait(pause)
-            if self._tables and not last:
-                pause = self._interval_s
-                continue
-            try:
-                pause = self._take_one()
-            except Exception as e:  # drain() raises it in the session's thread
-                self.error = e
-                return
+        try:
+            self._add(self._first)
+            pause, last = self._interval_s, False
+            while not last:
+                last = self._stop.wait(pause)
+                # One that waits to be drained is followed by another only at the end.
+                pause = self._interval_s if self._tables and not last else self._take_one()
+        except Exception as e:  # drain() raises it in the session's thread
+            self.error = e
 
     def drain(self) -> Iterator[pa.Table]:
         """Return the snapshots since the last call. Raises the error that stopped the thread, if there was one."""

@@ -17,23 +17,25 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
-
-import pyarrow as pa
 
 from cwndtrace import _libc, privileges
 from cwndtrace.capture import connections
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import CwndtraceError, NotFound
 from cwndtrace.kernel import cgroups, interfaces, netns, sockets
+from cwndtrace.names.lookup import MOST_IDS, Found, Lookup
+from cwndtrace.names.select import Selection
 
 _JOIN_TIMEOUT_S: Final = 5.0
 _QUICK_S: Final = 5
 _SLOW_S: Final = 30
 """Time limits for an answer, in seconds: to the loop that empties the buffers, and for a snapshot."""
-_QUESTION_BYTES: Final = 100
+_QUESTION_BYTES: Final = 50 + 2 * 21 * MOST_IDS
+"""The longest question: two lists of numbers with up to 20 digits."""
 
 
 class NoReply(CwndtraceError):
@@ -49,15 +51,28 @@ class Helper:
 
     lacking: str | None = None
 
-    def __init__(self, filters: Filters, cpu_time: Callable[[], float] = time.thread_time) -> None:
+    def __init__(
+        self, filters: Filters, cpu_time: Callable[[], float] = time.thread_time, *, cmdline: bool = True
+    ) -> None:
         self._filters = filters
         self._cpu_time = cpu_time
+        self._cmdline = cmdline
 
-    def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
-        """Return ``connections.snapshot`` and the seconds of CPU time that it took, by ``cpu_time``."""
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(cmdline=self._cmdline)
+
+    @cached_property
+    def _selection(self) -> Selection | None:
+        wanted = self._filters.workload
+        return None if wanted is None else Selection(wanted, Lookup())
+
+    def snapshot(self) -> tuple[list[connections.Columns], float] | None:
+        """Return ``connections.look`` and the seconds of CPU time that it took, by ``cpu_time``."""
         begin = self._cpu_time()
-        table = connections.snapshot(self._filters, utc_offset_ns)
-        return table, self._cpu_time() - begin
+        groups = self.cgroup_ids() if self._filters.by_cgroup else None
+        taken = connections.look(self._filters, None if groups is None else groups[0])
+        return taken, self._cpu_time() - begin
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return ``netns.settings``."""
@@ -90,19 +105,30 @@ class Helper:
 
     def cgroup_ids(self) -> tuple[set[int], int] | None:
         """Return the ids of the traced cgroup and of those below it, and how many more weren't looked at."""
-        return (set(), 0) if self._filters.cgroup is None else cgroups.ids(self._filters.cgroup)
+        if self._filters.cgroup is not None:
+            return cgroups.ids(self._filters.cgroup)
+        return (set(), 0) if self._selection is None else self._selection.ids()
+
+    def names(self, groups: list[int], pids: list[int]) -> Found | None:
+        """Return what these ids of cgroups and these pids stand for, at most ``MOST_IDS`` of each."""
+        return self._lookup.find(groups, pids)
 
     def close(self) -> None:
         """Do nothing: this class holds no resources."""
 
 
-_QUESTIONS: Final[dict[str, Callable[[Helper, int], Any]]] = {
-    "snapshot": lambda helper, offset: helper.snapshot(offset),
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+_QUESTIONS: Final[dict[str, Callable[[Helper, str], Any]]] = {
+    "snapshot": lambda helper, _: helper.snapshot(),
     "settings": lambda helper, _: helper.settings(),
     "idle_sysctls": lambda helper, _: helper.idle_sysctls(),
     "watched": lambda helper, _: helper.watched(),
     "pid_sockets": lambda helper, _: helper.pid_sockets(),
     "cgroup_ids": lambda helper, _: helper.cgroup_ids(),
+    "names": lambda helper, ids: helper.names(*map(_numbers, ids.split(";"))),
 }
 
 
@@ -124,7 +150,7 @@ class _Channel:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", timeout_s, 0))
 
-    def ask(self, question: str, argument: int = 0) -> Any:
+    def ask(self, question: str, argument: str = "-") -> Any:
         """Return the answer, which may be an exception. Raises NoReply, or EOFError or OSError for a broken channel."""
         with self._lock:
             try:
@@ -164,26 +190,29 @@ class PrivilegedHelper(Helper):
     fork shouldn't inherit. If the helper process ends or is stopped, questions get no answer from then on.
     """
 
-    def __init__(self, filters: Filters, user: privileges.User | None) -> None:
-        super().__init__(filters)
+    def __init__(self, filters: Filters, user: privileges.User | None, *, cmdline: bool = True) -> None:
+        super().__init__(filters, cmdline=cmdline)
         context = multiprocessing.get_context("fork")
-        # Snapshots may take long. They have a separate channel, so that the other questions don't wait for them.
-        pairs = [context.Pipe() for _ in range(2)]
+        # Snapshots and names may take long. They have separate channels, so that nothing waits for them.
+        pairs = [context.Pipe() for _ in range(3)]
         ours, theirs = ([pair[i] for pair in pairs] for i in range(2))
+        # Other namespaces are entered on threads of their own, whose time counts too.
+        helper = Helper(filters, time.process_time, cmdline=cmdline)
         self._process = context.Process(
-            target=_serve, args=(filters, user, os.getpid(), theirs, ours), name="helper", daemon=True
+            target=_serve, args=(helper, user, os.getpid(), theirs, ours), name="helper", daemon=True
         )
         start_with_signals_blocked(self._process)
         for end in theirs:
             end.close()
-        self._slow, self._quick = (_Channel(end, s) for end, s in zip(ours, (_SLOW_S, _QUICK_S), strict=True))
+        limits = _SLOW_S, _QUICK_S, _SLOW_S
+        self._slow, self._quick, self._naming = (_Channel(end, s) for end, s in zip(ours, limits, strict=True))
 
     @property
     def pid(self) -> int:
         """Return the pid of the helper process."""
         return int(self._process.pid or 0)
 
-    def _ask(self, channel: _Channel, question: str, argument: int = 0) -> Any:
+    def _ask(self, channel: _Channel, question: str, argument: str = "-") -> Any:
         """Return the answer. If there is none, set ``lacking`` and return None."""
         try:
             answer = channel.ask(question, argument)
@@ -202,16 +231,16 @@ class PrivilegedHelper(Helper):
         return answer
 
     def _without(self) -> str:
-        missing = ["snapshots of connections", "later changes of network settings and interfaces"]
+        missing = ["snapshots of connections", "later changes of network settings and interfaces", "names of workloads"]
         if self._filters.pid is not None:
             missing.append("sockets that the process opens later")
-        if self._filters.cgroup is not None:
+        if self._filters.by_cgroup:
             missing.append("cgroups that are made later")
         return f"the trace goes on without {', '.join(missing)}"
 
-    def snapshot(self, utc_offset_ns: int) -> tuple[pa.Table, float] | None:
+    def snapshot(self) -> tuple[list[connections.Columns], float] | None:
         """Ask for ``Helper.snapshot``."""
-        answer: tuple[pa.Table, float] | None = self._ask(self._slow, "snapshot", utc_offset_ns)
+        answer: tuple[list[connections.Columns], float] | None = self._ask(self._slow, "snapshot")
         return answer
 
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -239,9 +268,15 @@ class PrivilegedHelper(Helper):
         answer: tuple[set[int], int] | None = self._ask(self._quick, "cgroup_ids")
         return answer
 
+    def names(self, groups: list[int], pids: list[int]) -> Found | None:
+        """Ask for ``Helper.names``."""
+        argument = ";".join(",".join(map(str, numbers)) for numbers in (groups, pids))
+        answer: Found | None = self._ask(self._naming, "names", argument)
+        return answer
+
     def close(self) -> None:
         """End the helper process."""
-        for channel in (self._slow, self._quick):
+        for channel in (self._slow, self._quick, self._naming):
             channel.close()
         # SIGKILL ends a stopped process too, and the helper process has nothing to clean up.
         self._process.kill()
@@ -267,7 +302,7 @@ def ignore_signals() -> None:
 
 
 def _serve(
-    filters: Filters, user: privileges.User | None, parent: int, ends: list[Connection], others: list[Connection]
+    helper: Helper, user: privileges.User | None, parent: int, ends: list[Connection], others: list[Connection]
 ) -> None:
     """Run the helper process until its parent ends. Signals to its process group don't end it."""
     ignore_signals()
@@ -280,8 +315,6 @@ def _serve(
     # This follows drop(), since a change of ids undoes it. It ends a helper that is busy when its channels close.
     if not _libc.end_with_parent(parent):
         return
-    # Other namespaces are entered on threads of their own, whose time counts too.
-    helper = Helper(filters, time.process_time)
     threads = [threading.Thread(target=_answer, args=(helper, end), daemon=True) for end in ends]
     for thread in threads:
         thread.start()
@@ -295,7 +328,7 @@ def _answer(helper: Helper, end: Connection) -> None:
             # Questions are never unpickled: the asking process has dropped its privileges, and mustn't get this one's.
             number, question, argument = end.recv_bytes(_QUESTION_BYTES).decode("ascii").split(" ")
             try:
-                answer = _QUESTIONS[question](helper, int(argument))
+                answer = _QUESTIONS[question](helper, argument)
             except Exception as e:
                 answer = e
             end.send_bytes(_packed(int(number), answer))

@@ -8,7 +8,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -16,13 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import pyarrow as pa
-
+from cwndtrace.capture import priority
 from cwndtrace.capture.clocks import Segments, clock
 from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.names import NameLookups
 from cwndtrace.capture.privsep import Helper
 from cwndtrace.capture.source import TICK_SECONDS, Filters, RawRecords, Source
 from cwndtrace.kernel import cgroups, facts, interfaces, netns
+from cwndtrace.lazy import pa
 from cwndtrace.records import arrow, layout
 
 if TYPE_CHECKING:
@@ -122,16 +123,21 @@ class Session:
         self.start = self.clock.all[0]
         source.begin(self.start["mono_ns"])
         self.snapshots = snapshots
+        self.names = NameLookups(self.helper.names)
         self.spaces: dict[str, dict[str, Any]] = {}
         self._checked_ns = self.start["mono_ns"]
+        self._tick_s = TICK_SECONDS
 
     def step(self, timeout_s: float = TICK_SECONDS) -> list[Batch]:
         """Return the batches that came in, after waiting at most ``timeout_s`` seconds for the first."""
         raw = self.source.poll(timeout_s)
+        self._tick_s = TICK_SECONDS if raw else min(2 * self._tick_s, self.source.longest_tick_s)
         self.clock.check()
         batches = self._batches(raw)
         if self.snapshots is not None:
-            batches += self._connections(self.snapshots.drain())
+            batches += self._looked_up("connections", self.snapshots.drain())
+        self._see(batches)
+        batches += self._named(self.names.drain(self.clock.offset_ns))
         self._count()
         return batches
 
@@ -139,7 +145,7 @@ class Session:
         """Yield each step's batches until ``stop`` returns true, ``duration_s`` seconds are over or the source ends."""
         end = math.inf if duration_s is None else time.monotonic() + duration_s
         while not stop() and (left := end - time.monotonic()) > 0 and not self.source.exhausted():
-            yield self.step(min(TICK_SECONDS, left))
+            yield self.step(min(self._tick_s, left))
 
     def finish(self) -> list[Batch]:
         """Stop the source and return the last batches."""
@@ -147,7 +153,9 @@ class Session:
         self.clock.check()
         batches = self._batches(raw)
         if self.snapshots is not None:
-            batches += self._connections(self.snapshots.finish())
+            batches += self._looked_up("connections", self.snapshots.finish())
+        self._see(batches)
+        batches += self._named(self.names.finish(self.clock.offset_ns))
         self._count()
         return batches
 
@@ -165,18 +173,25 @@ class Session:
                 self.tally.kept[name] = self.tally.kept.get(name, 0) + len(records)
         return batches
 
-    def _connections(self, tables: Iterator[pa.Table]) -> list[Batch]:
-        batches = [Batch("connections", table) for table in tables]
+    def _looked_up(self, name: str, tables: Iterable[pa.Table]) -> list[Batch]:
+        batches = [Batch(name, table) for table in tables]
         rows = sum(len(batch) for batch in batches)
-        self.tally.kept["connections"] = self.tally.kept.get("connections", 0) + rows
+        self.tally.kept[name] = self.tally.kept.get(name, 0) + rows
         return batches
+
+    def _see(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            self.names.see(batch.rows)
+
+    def _named(self, tables: dict[str, pa.Table]) -> list[Batch]:
+        return [batch for name, table in tables.items() for batch in self._looked_up(name, [table])]
 
     @property
     def lacking(self) -> str | None:
         """Return a sentence that names the parts that the trace goes on without, and why; None where there are none."""
         if self.helper.lacking is None and self.snapshots is not None and self.snapshots.late:
             return "the last snapshot of connections took too long; the trace ends without it"
-        return self.helper.lacking
+        return self.helper.lacking or self.names.lacking
 
     def meta(self) -> dict[str, Any]:
         """Return meta.json's entries on kept, lost and missing records, as of now."""
@@ -212,7 +227,10 @@ class Session:
 
 
 def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]:
-    """Return meta.json's entries on the machine and the request, at the start. The writer adds those on itself."""
+    """Return meta.json's entries on the machine and the request, at the start. The writer adds those on itself.
+
+    The calling thread is the one that empties the buffers.
+    """
     here = netns.own()
     session.spaces = netns.settings()
     return {
@@ -229,6 +247,8 @@ def describe(session: Session, filters: Filters, version: str) -> dict[str, Any]
         "sysctls": session.spaces,
         "probes": session.source.probes,
         "block_probe": session.source.block_probe,
+        "reader_nice": priority.nice(),
+        "cgroups": cgroups.version(),
         "devices": devices(),
         "interfaces": {str(index): name for name, index in interfaces.by_name(here).items()},
         **session.meta(),
@@ -252,7 +272,8 @@ def checkpoint(session: Session) -> dict[str, Any]:
 
 def ending(session: Session) -> dict[str, Any]:
     """Return the entries of meta.json that are written at the end, except the status."""
-    end, spaces = clock(), session.helper.settings()
+    spaces = session.helper.settings()  # first, because it takes time, and the end is that of the last records
+    end = clock()
     return {
         "ended": arrow.iso_time(end["mono_ns"] + end["utc_offset_ns"]),
         "clock": _clocks(session, end),

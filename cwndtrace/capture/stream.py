@@ -69,27 +69,41 @@ def stream(
     port: int | None = None,
     netns: str | None = None,
     cgroup: str | None = None,
+    container: str | None = None,
+    pod: str | None = None,
+    unit: str | None = None,
     family: Literal[4, 6] | None = None,
     min_idle: float | None = None,
     block: bool | None = None,
     connections: bool = True,
+    cmdline: bool = True,
     probe: str | None = None,
     duration: float | None = None,
 ) -> Stream:
     """Trace the running kernel and return a stream of batches, each with the records of one event.
 
-    The events are ``cwnd_reset``, ``cwnd_recovery``, ``cwnd_sample``, ``block_io`` and ``connections``. The filters are
-    those of ``cwndtrace run``; ``min_idle`` and ``duration`` are in seconds. Block I/O is traced if the kernel can time
-    it, with ``block`` True in any case, with False not. Tracing has begun when this returns. It needs root, and raises
-    the errors of cwndtrace.errors.
+    The events are ``cwnd_reset``, ``cwnd_recovery``, ``cwnd_sample``, ``block_io``, ``connections``, ``workloads`` and
+    ``processes``, which has command lines with ``cmdline``. The filters are those of ``cwndtrace run``; ``min_idle``
+    and ``duration`` are in seconds. Block I/O is traced if the kernel can time it, with ``block`` True in any case, and
+    with False not. Tracing has begun when this returns. It needs root, and raises the errors of cwndtrace.errors.
     """
     target.need_root("tracing")
     if probe is not None and probe not in ladder.BY_NAME:
         raise UsageError(f"no probe {probe}", f"there are: {', '.join(ladder.BY_NAME)}")
     filters = target.resolve(
-        iface=iface, pid=pid, port=port, namespace=netns, cgroup=cgroup, family=family, min_idle_s=min_idle
+        iface=iface,
+        pid=pid,
+        port=port,
+        namespace=netns,
+        cgroup=cgroup,
+        container=container,
+        pod=pod,
+        unit=unit,
+        family=family,
+        min_idle_s=min_idle,
     )
-    return Stream(open_session(filters, probe=probe, block=block, connections=connections), duration)
+    session = open_session(filters, probe=probe, block=block, connections=connections, cmdline=cmdline)
+    return Stream(session, duration)
 
 
 def open_session(
@@ -99,15 +113,20 @@ def open_session(
     block: bool | None = None,
     connections: bool = True,
     privsep: bool = False,
+    cmdline: bool = True,
     announce: Callable[[str], None] = silent,
 ) -> Session:
     """Return a session that traces the running kernel, with block I/O as in ``stream``. The caller closes it.
 
     With ``privsep``, a separate process reads what takes privileges (see privsep.PrivilegedHelper), so that the caller
-    can drop its own. ``announce`` is told what is being done if that takes more than a second.
+    can drop its own. ``cmdline`` says whether command lines are kept. ``announce`` is told what is being done if that
+    takes more than a second.
     """
     clocks.refuse_other_time()
-    helper = PrivilegedHelper(filters, privileges.invoking_user()) if privsep else Helper(filters)
+    if privsep:
+        helper: Helper = PrivilegedHelper(filters, privileges.invoking_user(), cmdline=cmdline)
+    else:
+        helper = Helper(filters, cmdline=cmdline)
     try:
         kernel = Kernel(filters, probe=probe, block=block, helper=helper, announce=announce)
         session = Session(kernel, helper=helper)
@@ -116,7 +135,7 @@ def open_session(
         raise
     if connections:
         try:
-            session.snapshots = Snapshots(lambda: helper.snapshot(session.clock.offset_ns))
+            session.snapshots = Snapshots(helper.snapshot, lambda: session.clock.offset_ns)
         except BaseException:
             session.close()
             raise

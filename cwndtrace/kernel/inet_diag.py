@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -54,9 +55,17 @@ class Sockets:
     sndbuf: list[int | None] = field(default_factory=list)
     cgroup: list[int | None] = field(default_factory=list)
 
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Sockets:
+        """Return the chosen sockets."""
+        lists = ([each for each, wanted in zip(column, chosen, strict=True) if wanted] for column in self._lists())
+        return Sockets(self.messages[chosen], self.info[chosen], *lists)  # type: ignore[arg-type]
+
+    def _lists(self) -> tuple[Sequence[object], ...]:
+        return self.control, self.sndbuf, self.cgroup
+
 
 def dump(states: int) -> Sockets:
-    """Return the TCP sockets of this network namespace that have a window and whose state is a bit of ``states``.
+    """Return the TCP sockets of this network namespace whose state is a bit of ``states``, but for mini sockets.
 
     Raises OSError.
     """

@@ -32,6 +32,12 @@ def pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
 
 
+def stat(pid: int | str) -> list[bytes]:
+    """Return the fields of /proc/PID/stat from the third on, the state. Raises OSError once the process is gone."""
+    # The second field, the name, may hold anything, so the others follow the last bracket.
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+
+
 def comm(pid: int) -> str:
     """Return a process's name, empty once it is gone."""
     try:

@@ -16,6 +16,7 @@ import pytest
 
 import cwndtrace
 from cwndtrace import privileges
+from cwndtrace.capture import priority
 from cwndtrace.cli import COMMANDS, NEED_ROOT
 from cwndtrace.kernel import ladder
 from cwndtrace.records.layout import bpf_dir
@@ -27,6 +28,10 @@ from tests.harness.tracing import left_out
 from tests.harness.users import BY_ROOT, BY_SUDO, GID, UID, assert_owned, assert_privileges, helper_of, thread_status
 
 pytestmark = pytest.mark.live
+
+
+def threads_of(pid: int) -> list[int]:
+    return [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
 
 
 def test_privileges_are_dropped_after_attaching_and_nothing_is_missed(
@@ -213,6 +218,34 @@ def test_a_container_with_few_capabilities_traces_and_drops_them(
     assert list(trace.resets["sport"]) == [connection.sport]
     assert connection.sport in set(trace.connections["sport"])
     assert capture.stat().st_uid == owner
+
+
+@pytest.mark.parametrize(
+    ("before", "reader"),
+    [
+        ((), -10),
+        (("setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice"), 0),  # as in most containers
+        (("nice", "-n", "5"), 5),
+    ],
+    ids=["root", "refused", "chosen"],
+)
+def test_only_the_thread_that_empties_the_buffers_has_priority(
+    before: tuple[str, ...], reader: int, connect: Connect, space: tcp.Space, home: Path
+) -> None:
+    undone = ("nice", "-n", str(-priority.nice()))
+    with running("-n", space.name, "-v", "-o", home / "a.cwnd", before=(*BY_SUDO, *undone, *before)) as run:
+        pid, helper = run.process.pid, helper_of(run)
+        send_after_idle(connect())
+        until(lambda: (home / "a.cwnd/cwnd_reset").exists(), 20, "the first part")
+        nices = {task: os.getpriority(os.PRIO_PROCESS, task) for task in threads_of(pid)}
+        assert len(nices) > 2
+        assert nices.pop(pid) == reader
+        assert set(nices.values()) == {max(reader, 0)}
+        assert {os.getpriority(os.PRIO_PROCESS, task) for task in threads_of(helper)} == {max(reader, 0)}
+        code, _, stderr = run.end()
+    assert code == 0, stderr
+    assert f"the thread that empties the buffers runs at nice {reader}\n" in stderr
+    assert cwndtrace.load(home / "a.cwnd").meta["reader_nice"] == reader
 
 
 def test_commands_that_may_not_become_the_user_do_nothing(home: Path) -> None:

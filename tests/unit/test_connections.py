@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import connections
@@ -82,7 +82,6 @@ def test_identify_keeps_the_order_of_rows_and_is_idempotent() -> None:
         pd.testing.assert_frame_equal(a.drop(columns="connection"), frames.pandas(raw))
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 12))
 def test_the_key_of_a_record_does_not_depend_on_the_order_of_records(random: Any, number: int) -> None:
     # A cookie belongs to one socket; a record without a cookie may belong to any.
@@ -165,3 +164,72 @@ def test_summary_does_not_change_its_arguments() -> None:
     connections.summary(r, c)
     pd.testing.assert_frame_equal(r, before[0])
     pd.testing.assert_frame_equal(c, before[1])
+
+
+# ---- who a connection belongs to --------------------------------------------------------------------
+
+
+def named_rows(*rows: dict[str, Any], **columns: list[Any]) -> pd.DataFrame:
+    """Return one row of ``summary`` per snapshot, with ``columns`` that a Trace of this version adds."""
+    return connections.summary(NO_RESET, snapshots(*rows).assign(**columns))
+
+
+def test_names_are_those_of_the_newest_record_that_has_them() -> None:
+    seen = [frames.snapshot(at, pid=pid, comm=f"now{pid}") for at, pid in ((0, 7), (2, 8), (4, 8))]
+    columns: dict[str, list[Any]] = {
+        "workload": ["a.service", "b.service", ""], "process": ["sshd", "nginx", ""], "cmdline": ["x", "nginx -g", ""],
+    }  # fmt: skip
+    (row,) = named_rows(*seen, **columns).to_dict("records")
+    assert {name: row[name] for name in ("workload", "process", "cmdline")} == {
+        "workload": "b.service", "process": "now8", "cmdline": "nginx -g",
+    }  # fmt: skip
+
+
+def test_the_thread_is_that_of_the_last_reset_of_the_process() -> None:
+    rows = [
+        frames.reset(1, comm=b"event_engine"),
+        frames.reset(2, tgid=0, comm=b"swapper/0"),
+        frames.reset(3, tgid=99, comm=b"other"),
+    ]
+    (row,) = connections.summary(resets(*rows), snapshots(frames.snapshot(9, comm="grpc"))).to_dict("records")
+    assert (row["process"], row["thread"], row["pid"]) == ("grpc", "event_engine", 4242)
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan")])
+def test_old_records_and_missing_values_give_no_name_and_no_direction(nothing: object) -> None:
+    columns: dict[str, Any] = {n: [nothing] for n in ("workload", "process", "cmdline", "listener", "listener_pid")}
+    columns["listener_pid"] = [float("nan")]
+    seen = snapshots(frames.snapshot())
+    old = seen.drop(columns=[*columns], errors="ignore")
+    for rows in (old, seen.assign(**columns)):
+        (row,) = connections.summary(NO_RESET, rows).to_dict("records")
+        assert (row["workload"], row["cmdline"], row["service"], row["service_port"]) == ("", "", "", 0)
+        assert row["process"] == row["comm"] == "replica"
+        assert pd.isna(row["outgoing"])
+
+
+def test_a_service_is_a_port_on_which_a_process_listens() -> None:
+    seen = [frames.snapshot(0, sock_cookie=n) for n in (1, 2, 3, 4)]
+    out = named_rows(*seen, listener_pid=[10, 0, None, 11], listener=["nginx", "", "", ""])
+    assert out["service"].tolist() == ["nginx:443", "", "nginx:443", "nginx:443"]
+    assert out["service_port"].tolist() == [443, 0, 443, 443]
+    assert out["outgoing"].tolist() == [False, True, False, False]
+
+
+def test_a_service_stays_one_when_its_listener_is_gone() -> None:
+    out = named_rows(frames.snapshot(0), frames.snapshot(5), listener_pid=[10, 0], listener=["nc", ""])
+    assert out["service"].tolist() == ["nc:443"]
+    # A listener without a name is still one.
+    assert named_rows(frames.snapshot(0), listener_pid=[10])["service"].tolist() == [":443"]
+
+
+@pytest.mark.parametrize("other", [{"netns_ino": 7}, {"saddr": "10.1.0.2"}, {"sport": 444}])
+def test_a_connection_of_unknown_direction_gets_no_service_of_another_socket(other: dict[str, Any]) -> None:
+    rows = resets(frames.reset(1, sock_cookie=9, **other))
+    out = connections.summary(rows, snapshots(frames.snapshot(0)).assign(listener_pid=[10], listener=["nginx"]))
+    assert sorted(out["service"]) == ["", "nginx:443"]
+    same = connections.summary(
+        resets(frames.reset(1, sock_cookie=9)),
+        snapshots(frames.snapshot(0)).assign(listener_pid=[10], listener="nginx"),
+    )
+    assert same["service"].tolist() == ["nginx:443"] * 2

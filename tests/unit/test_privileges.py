@@ -16,6 +16,7 @@ import pytest
 
 from cwndtrace import privileges
 from tests.harness.users import need_readable_checkout
+from tests.unit.fake_privileges import LAST, FakeKernel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,8 @@ def test_root_without_sudo_is_no_user(monkeypatch: pytest.MonkeyPatch, uid: str 
     ("uid", "gid"),
     [
         ("54321", None), (None, "54322"), ("", ""), ("00", "0"), ("-1", "5"), ("4294967295", "5"),
-        ("99999999999", "5"), ("54321", "4294967295"), ("1e3", "5"), ("5\n", "5"), (" 5", "5"), ("²", "5"), ("5", "x"),
+        ("99999999999", "5"), ("00000054321", "5"),
+        ("54321", "4294967295"), ("1e3", "5"), ("5\n", "5"), (" 5", "5"), ("²", "5"), ("5", "x"),
     ],
 )  # fmt: skip
 def test_sudo_variables_that_name_no_user_are_refused(
@@ -147,3 +149,115 @@ def test_still_privileged_tolerates_threads_that_end() -> None:
     finally:
         stopped.set()
         churning.join()
+
+
+USER = privileges.User(1000, 1001, (1001, 27), "someone")
+
+
+@pytest.mark.parametrize("keep", [frozenset(), privileges.LOOKING, frozenset({privileges.BPF, privileges.PERFMON})])
+def test_a_drop_leaves_the_users_ids_and_no_capability_but_those_kept(
+    monkeypatch: pytest.MonkeyPatch, keep: frozenset[int]
+) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    privileges.drop(USER, keep)
+    assert kernel.ids == [(1000, 1000, 1000), (1001, 1001, 1001)]
+    assert kernel.groups == (1001, 27)
+    assert (kernel.permitted, kernel.effective, kernel.inheritable) == (keep, keep, frozenset())
+    assert kernel.bounding == keep
+    assert (kernel.locked, kernel.ambient, kernel.keeps) == (True, False, False)
+    assert privileges.held() == keep
+
+
+def test_a_drop_keeps_no_capability_that_was_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    kernel.permitted = kernel.effective = kernel.permitted - {privileges.SYS_PTRACE}
+    privileges.drop(None, privileges.LOOKING)
+    assert privileges.held() == privileges.LOOKING - {privileges.SYS_PTRACE}
+    assert kernel.bounding == privileges.held()
+
+
+def test_a_drop_without_a_user_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    privileges.drop(None)
+    assert kernel.ids == [(0, 0, 0), (0, 0, 0)]
+    assert kernel.groups == (0, 4)
+    assert (privileges.held(), kernel.locked, kernel.ambient) == (frozenset(), True, False)
+
+
+def test_a_drop_goes_on_where_the_bounding_set_cannot_be_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel(may_reduce=False).install(monkeypatch)
+    privileges.drop(USER)
+    assert kernel.bounding == set(range(LAST + 1))
+    assert (privileges.held(), kernel.ids[0], kernel.locked) == (frozenset(), (1000, 1000, 1000), True)
+
+
+@pytest.mark.parametrize("number", [0, 1, 31, 32, 33, LAST])
+def test_held_tells_each_capability_from_the_others(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    kernel.permitted = frozenset({number})
+    assert privileges.held() == {number}
+
+
+def test_acting_as_a_user_ends_with_the_ids_and_groups_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    with privileges.acting_as(USER):
+        assert (kernel.fsuid, kernel.fsgid, kernel.groups) == (1000, 1001, (1001, 27))
+        # The inner one leaves all to the outer one.
+        with privileges.acting_as(USER):
+            assert kernel.fsuid == 1000
+        assert (kernel.fsuid, kernel.fsgid, kernel.groups) == (1000, 1001, (1001, 27))
+    assert (kernel.fsuid, kernel.fsgid, kernel.groups) == (0, 0, (0, 4))
+    with pytest.raises(ZeroDivisionError), privileges.acting_as(USER):
+        _ = 1 / 0
+    assert (kernel.fsuid, kernel.fsgid, kernel.groups) == (0, 0, (0, 4))
+
+
+def test_acting_as_a_user_is_refused_where_the_kernel_keeps_the_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel(may_become=False).install(monkeypatch)
+    with pytest.raises(PermissionError, match="may not act as someone"), privileges.acting_as(USER):
+        pytest.fail("it acts")
+    assert (kernel.fsuid, kernel.fsgid, kernel.groups) == (0, 0, (0, 4))
+
+
+def test_the_first_file_that_a_user_cannot_read_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    readable, missing, folder = tmp_path / "a", tmp_path / "b", tmp_path
+    readable.write_bytes(b"\xff")
+    assert privileges.unreadable(USER, [readable, readable]) is None
+    assert privileges.unreadable(USER, [readable, missing, folder]) == missing
+    assert privileges.unreadable(USER, [folder, missing]) == folder
+    assert kernel.fsuid == 0
+
+
+def test_threads_with_more_than_the_kept_capabilities_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number, (name, mask) in enumerate([("main", 0), ("looks", 1 << 19), ("other", 1 << 21 | 1 << 19)]):
+        task = tmp_path / str(number)
+        task.mkdir()
+        (task / "status").write_text(f"Name:\t{name}\nCapInh:\t{1 << 40:016x}\nCapPrm:\t{mask:016x}\n")
+    (tmp_path / "ended").mkdir()
+    monkeypatch.setattr(privileges, "Path", lambda path: {"/proc/self/task": tmp_path}[path])
+    assert sorted(privileges.still_privileged()) == ["looks", "other"]
+    assert privileges.still_privileged(frozenset({19})) == ["other"]
+    assert privileges.still_privileged(frozenset({19, 21})) == []
+
+
+def test_libraries_start_no_threads_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JE_ARROW_MALLOC_CONF", raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    privileges.limit_library_threads()
+    assert os.environ["JE_ARROW_MALLOC_CONF"] == "background_thread:false"
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    privileges.limit_library_threads()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+
+
+def test_least_acts_as_the_user_and_needs_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel().install(monkeypatch)
+    assert privileges.least(lambda: None, USER, [frozenset({privileges.BPF})]) == {privileges.BPF}
+    assert kernel.fsuid == 1000
+    assert kernel.permitted == {privileges.BPF}
+    with pytest.raises(ValueError, match="no capabilities to choose from"):
+        privileges.least(lambda: None, None, [])

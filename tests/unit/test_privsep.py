@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 
-import pyarrow as pa
+import numpy as np
 import pytest
 
 from cwndtrace.capture import connections, privsep
-from cwndtrace.capture.connections import Snapshots
+from cwndtrace.capture.connections import Columns, Snapshots
 from cwndtrace.capture.privsep import Helper, PrivilegedHelper
 from cwndtrace.capture.source import Filters
 from tests.harness.tcp import stop, until
@@ -27,16 +27,20 @@ class Unsendable(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(one + two)
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        # Without this, Dask makes it whole again: it changes how all exceptions of a process are pickled.
+        return type(self), (3,)
+
 
 @pytest.fixture
-def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivilegedHelper]:
-    """A helper whose answers are replaced by those that the tests need."""
+def helper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivilegedHelper]:
+    """A helper whose answers are replaced by those that the tests need; the parameter is its time to answer, s."""
 
     def fail(error: Exception) -> object:
         raise error
 
     answers = {
-        "snapshot": lambda _helper, number: (number, 0.0),
+        "snapshot": lambda _helper, _: ([], 7.0),
         "settings": lambda _helper, _: lambda: "no function can be sent",
         "idle_sysctls": lambda _helper, _: fail(Unsendable(1, 2)),
         "watched": lambda _helper, _: (True, "eth0"),
@@ -45,7 +49,7 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivilegedHelper]:
     }
     monkeypatch.setattr(privsep, "_QUESTIONS", answers)
     monkeypatch.setattr("cwndtrace.privileges.drop", lambda *_: None)
-    monkeypatch.setattr(privsep, "_QUICK_S", 5)
+    monkeypatch.setattr(privsep, "_QUICK_S", getattr(request, "param", 5))
     privileged_helper = PrivilegedHelper(Filters(), None)
     yield privileged_helper
     privileged_helper.close()
@@ -70,27 +74,30 @@ def test_an_error_of_the_question_is_raised(helper: PrivilegedHelper) -> None:
 def test_no_signal_that_can_be_ignored_ends_the_helper(helper: PrivilegedHelper) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM, signal.SIGTSTP):
         os.kill(helper.pid, number)
-    assert helper.snapshot(7) == (7, 0.0)
+    assert helper.snapshot() == ([], 7.0)
     assert helper.watched() == (True, "eth0")
 
 
 def test_a_stopped_helper_is_waited_for_once(helper: PrivilegedHelper) -> None:
     stop(helper.pid)
+    helper._quick._timeout_s = 1
     assert helper.watched() is None
     assert helper.lacking is not None
-    assert "didn't answer within 5 s" in helper.lacking
+    assert "didn't answer within 1 s" in helper.lacking
     # No further question is sent while an answer is late.
     number = helper._quick._number
     assert [helper.watched() for _ in range(100)] == [None] * 100
     assert helper._quick._number == number
     os.kill(helper.pid, signal.SIGCONT)
+    helper._quick._timeout_s = 60
     assert helper._quick._end.poll(60)
     assert helper.watched() == (True, "eth0")
 
 
+@pytest.mark.parametrize("helper", [1], indirect=True)
 def test_a_helper_that_stops_within_an_answer_gives_none(helper: PrivilegedHelper) -> None:
     """The answer has megabytes, more than the socket holds, so the helper is still sending when it is stopped."""
-    helper._quick._end.send_bytes(b"1 cgroup_ids 0")
+    helper._quick._end.send_bytes(b"1 cgroup_ids -")
     assert helper._quick._end.poll(60)
     stop(helper.pid)
     assert helper.watched() is None
@@ -102,7 +109,7 @@ def test_a_helper_that_stops_within_an_answer_gives_none(helper: PrivilegedHelpe
 def test_a_killed_helper_gives_no_answers(helper: PrivilegedHelper) -> None:
     os.kill(helper.pid, signal.SIGKILL)
     assert helper.watched() is None
-    assert helper.snapshot(1) is None
+    assert helper.snapshot() is None
     assert helper.lacking is not None
     assert "ended unexpectedly" in helper.lacking
 
@@ -115,18 +122,22 @@ def test_every_question_is_a_method_of_the_helper() -> None:
 def test_a_delayed_snapshot_does_not_lengthen_the_interval(answered: bool) -> None:
     """A snapshot that a stopped helper delays takes no CPU time, so the interval to the next one stays the same."""
     started, may_end = threading.Event(), threading.Event()
-    table = pa.table({"a": [1]})
 
-    def take() -> tuple[pa.Table, float] | None:
+    def take() -> tuple[list[Columns], float] | None:
         if not started.is_set() and threading.current_thread() is not threading.main_thread():
             started.set()
             assert may_end.wait(60)
-            return (table, 0.0) if answered else None
-        return table, 0.0
+            return ([], 0.0) if answered else None
+        return [], 0.0
 
-    snapshots = Snapshots(take, interval_s=0.01)
+    snapshots = Snapshots(take, lambda: 0, interval_s=0.01)
     taken = list(snapshots.drain())
-    assert started.wait(60)
+
+    def begun() -> bool:
+        taken.extend(snapshots.drain())
+        return started.is_set()
+
+    until(begun, 60, "the second snapshot")
     time.sleep(1)  # the delay; if it counted as work, the next interval would be 20 s
     may_end.set()
 
@@ -157,13 +168,15 @@ class FakeTime:
 
 def in_fake_time(monkeypatch: pytest.MonkeyPatch, fake: FakeTime, cpu_s: float, took_s: float) -> Snapshots:
     """Return snapshots whose thread ``_run`` stands for; each takes these times and has the moment when it began."""
-    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: fake.now))
-    snapshots = Snapshots(lambda: None)
+    clocks = SimpleNamespace(monotonic=lambda: fake.now, thread_time=lambda: 0.0)
+    monkeypatch.setattr(connections, "time", clocks)
+    monkeypatch.setattr(connections, "table", lambda taken, _: taken)
+    snapshots = Snapshots(lambda: None, lambda: 0)
 
-    def take() -> tuple[pa.Table, float]:
-        table = pa.table({"begun": [fake.now]})
+    def take() -> tuple[list[Columns], float]:
+        begun: list[Columns] = [{"begun": np.array([fake.now])}]
         fake.now += took_s
-        return table, cpu_s
+        return begun, cpu_s
 
     snapshots._take = take
     monkeypatch.setattr(snapshots, "_stop", fake)
@@ -171,7 +184,7 @@ def in_fake_time(monkeypatch: pytest.MonkeyPatch, fake: FakeTime, cpu_s: float, 
 
 
 def moments(snapshots: Snapshots) -> list[float]:
-    return [moment for table in snapshots._tables for moment in table["begun"].to_pylist()]
+    return [float(columns["begun"][0]) for taken in snapshots._tables for columns in taken]
 
 
 @pytest.mark.parametrize(

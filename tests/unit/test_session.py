@@ -13,18 +13,18 @@ import pytest
 
 from cwndtrace import tcp
 from cwndtrace.capture.clocks import Segments, utc_offset_ns
-from cwndtrace.capture.session import Session, describe, ending
+from cwndtrace.capture.session import describe, ending
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.records import layout
 from tests.unit import frames
-from tests.unit.fake_source import FakeSource
+from tests.unit.fake_source import FakeSource, session_of
 
 
 def test_chunks_of_one_poll_become_one_batch_for_each_event() -> None:
     a, b = frames.reset(1.0).tobytes(), frames.reset(2.0).tobytes()
     io = frames.block(1.5).tobytes()
-    session = Session(FakeSource([("cwnd_reset", a), ("block_io", io), ("cwnd_reset", b)]))
+    session = session_of(FakeSource([("cwnd_reset", a), ("block_io", io), ("cwnd_reset", b)]))
     batches = session.step()
     assert [(batch.event, len(batch)) for batch in batches] == [("cwnd_reset", 2), ("block_io", 1)]
     assert session.tally.kept == {"cwnd_reset": 2, "block_io": 1}
@@ -32,14 +32,14 @@ def test_chunks_of_one_poll_become_one_batch_for_each_event() -> None:
 
 
 def test_empty_chunks_give_no_batch() -> None:
-    session = Session(FakeSource([("block_io", b"")]))
+    session = session_of(FakeSource([("block_io", b"")]))
     assert session.step() == []
     assert session.tally.kept == {"cwnd_reset": 0, "block_io": 0}
 
 
 def test_records_left_at_the_end_are_counted() -> None:
     source = FakeSource(last=[("block_io", frames.block().tobytes() * 3)])
-    with Session(source) as session:
+    with session_of(source) as session:
         assert [len(batch) for batch in session.finish()] == [3]
         assert session.tally.kept["block_io"] == 3
         assert not source.closed
@@ -47,14 +47,14 @@ def test_records_left_at_the_end_are_counted() -> None:
 
 
 def test_a_partial_record_is_refused() -> None:
-    session = Session(FakeSource([("block_io", frames.block().tobytes()[:-1])]))
+    session = session_of(FakeSource([("block_io", frames.block().tobytes()[:-1])]))
     with pytest.raises(ValueError, match="multiple"):
         session.step()
 
 
 def test_losses_are_dated_and_adjacent_ones_are_joined() -> None:
     source = FakeSource(*[[] for _ in range(6)])
-    session = Session(source)
+    session = session_of(source)
     session.step()
     assert session.tally.lossy == []
     before = time.monotonic_ns()
@@ -81,7 +81,7 @@ def test_losses_are_dated_and_adjacent_ones_are_joined() -> None:
 def test_many_losses_become_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cwndtrace.capture.session.MOST_SPANS", 4)
     source = FakeSource()
-    session = Session(source)
+    session = session_of(source)
     for number in range(1, 31):
         source.count.lost["block_io"] = number
         session.step()
@@ -95,18 +95,21 @@ def test_many_losses_become_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unchanged_and_withdrawn_resets_are_counted() -> None:
     source = FakeSource([])
     source.count.unchanged, source.count.withdrawn = 5, 3
-    session = Session(source)
+    session = session_of(source)
     session.step()
     assert (session.tally.unchanged, session.tally.withdrawn) == (5, 3)
 
 
 def test_batches_have_wall_clock_times() -> None:
     now = np.zeros(1, dtype=layout.event("block_io").dtype)
+    before = time.time()
     now["start_ns"] = time.monotonic_ns()
-    session = Session(FakeSource([("block_io", now.tobytes())]))
+    after = time.time()
+    session = session_of(FakeSource([("block_io", now.tobytes())]))
     seen = session.step()[0].to_pandas()["time"].iloc[0]
-    assert abs(seen.timestamp() - time.time()) < 0.5
-    assert abs(utc_offset_ns() - (time.time_ns() - time.monotonic_ns())) < 10_000_000
+    assert before - 0.01 <= seen.timestamp() <= after + 0.01
+    # This process may lose the CPU between the two clocks, but not each time.
+    assert min(abs(utc_offset_ns() - (time.time_ns() - time.monotonic_ns())) for _ in range(20)) < 10_000_000
 
 
 def test_each_record_has_the_offset_of_its_time_when_the_wall_clock_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +123,7 @@ def test_each_record_has_the_offset_of_its_time_when_the_wall_clock_steps(monkey
         return [("block_io", now.tobytes())]
 
     source = FakeSource()
-    session = Session(source)
+    session = session_of(source)
     for number, step in steps.items():
         monkeypatch.setattr(time, "time_ns", lambda step=step: wall() + step)
         for late in (False, True):
@@ -129,7 +132,7 @@ def test_each_record_has_the_offset_of_its_time_when_the_wall_clock_steps(monkey
             source._polls.append(record())
             (batch,) = session.step()
             row = batch.to_pandas().iloc[0]
-            assert abs(row["time"].timestamp() - (wall() + step) / 1e9) < 1, (number, late)
+            assert abs(row["time"].timestamp() - (wall() + step) / 1e9) < 60, (number, late)
     assert len(session.clock.all) == 3
     offsets = [segment["utc_offset_ns"] - session.start["utc_offset_ns"] for segment in session.clock.all]
     assert [round(offset / hour, 6) for offset in offsets] == [0, 5, -2]
@@ -205,9 +208,41 @@ def test_an_ignored_sighup_stays_ignored() -> None:
 def test_settings_of_the_start_are_kept_and_later_namespaces_added(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}}
     monkeypatch.setattr("cwndtrace.kernel.netns.settings", lambda: dict(settings))
-    session = Session(FakeSource([]))
+    session = session_of(FakeSource([]))
     assert describe(session, Filters(), "0")["sysctls"] == settings
     settings |= {"1": {"name": "this", tcp.IDLE_SYSCTL: 0}, "2": {"name": "pod", tcp.IDLE_SYSCTL: 1}}
     meta = ending(session)
     assert meta["sysctls"] == {"1": {"name": "this", tcp.IDLE_SYSCTL: 1}, "2": settings["2"]}
     assert meta["sysctls_end"] == {"1": settings["1"] | {"new": False}, "2": settings["2"] | {"new": True}}
+
+
+def test_what_happens_until_the_source_has_stopped_is_counted() -> None:
+    source = FakeSource([])
+    with session_of(source) as session:
+        session.step()
+        source.count.lost["cwnd_reset"] = 5
+        source.count.unchanged, source.count.withdrawn, source.count.guessed = 3, 2, 1
+        session.finish()
+        assert session.tally.lost["cwnd_reset"] == 5
+        assert [(loss.event, loss.lost) for loss in session.tally.lossy] == [("cwnd_reset", 5)]
+        assert (session.tally.unchanged, session.tally.withdrawn, session.tally.guessed) == (3, 2, 1)
+
+
+def test_the_metadata_has_its_entries_at_the_start_and_at_the_end() -> None:
+    session = session_of(FakeSource([]))
+    begun = describe(session, Filters(port=443, pid=None), "9.9")
+    assert set(begun) == {
+        "version", "host", "kernel", "machine", "hz", "command", "filters", "started", "ended", "clock", "sysctls",
+        "probes", "block_probe", "cgroups", "devices", "interfaces", "counts", "unchanged", "withdrawn", "guessed",
+        "lossy", "left_out", "lacking", "reader_nice",
+    }  # fmt: skip
+    assert (begun["version"], begun["ended"], begun["filters"]["port"]) == ("9.9", None, 443)
+    assert "pid" not in begun["filters"]
+    assert begun["probes"] == session.source.probes
+    assert begun["block_probe"] == "block_io_start"
+    assert begun["clock"] == {"start": session.start, "end": None, "segments": session.clock.all}
+    assert (begun["sysctls"], begun["lacking"]) == (session.spaces, [])
+    ended = ending(session)
+    assert set(ended) == {"ended", "clock", "sysctls", "sysctls_end"} | set(session.meta())
+    assert ended["clock"]["end"]["mono_ns"] >= session.start["mono_ns"]
+    assert all(space["new"] is False for inode, space in ended["sysctls_end"].items() if inode in session.spaces)

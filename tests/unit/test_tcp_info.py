@@ -9,6 +9,7 @@ import struct
 import pytest
 
 from cwndtrace.kernel.tcp_info import TcpInfo
+from tests.harness.loopback import need_loopback
 
 OFFSETS = {
     "rto": 8, "snd_mss": 16, "unacked": 24, "last_data_sent": 44, "last_data_recv": 52, "rtt": 68, "rttvar": 72,
@@ -47,6 +48,7 @@ def test_fields_that_an_older_kernel_lacks_are_zero() -> None:
 
 
 def test_tcp_info_of_a_connected_socket_is_plausible() -> None:
+    need_loopback()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
         info = TcpInfo.of(sock)
     assert info.state == 1
