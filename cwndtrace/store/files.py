@@ -10,18 +10,19 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Final
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import BinaryIO, Final, TypeVar
 
 from cwndtrace.format import plural
-from cwndtrace.store import parquet_limits
+from cwndtrace.lazy import pa, pq
+from cwndtrace.store import parquet_limits, raw
+from cwndtrace.store.layout import final_name, is_raw
 from cwndtrace.store.parquet_limits import Footer, UnsafeFile
+
+Result = TypeVar("Result")
 
 MOST_META: Final = 16 << 20
 """The largest meta.json that is read, in bytes. A namespace takes about 200 bytes, a part 35."""
@@ -31,6 +32,9 @@ MOST_VALUES: Final = 1_000_000
 
 MOST_PARTS: Final = 100_000
 """The most parts of one table, counting every other file in its folder too."""
+
+_RAW_COPIES: Final = 4
+"""Reading a raw part holds its records twice, and makes columns of them."""
 
 _HEADROOM: Final = 16 << 20
 """The memory that has to be free in addition to a part's rows, in bytes."""
@@ -51,10 +55,11 @@ def plain(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         if error.errno == errno.ENXIO:
             raise UnsafeFile("it isn't a regular file") from error
         raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UnsafeFile("it isn't a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise UnsafeFile("it isn't a regular file")
         yield file, status.st_size
 
 
@@ -71,33 +76,87 @@ def meta(path: Path) -> bytes:
 
 
 def parts(folder: Path) -> list[Path]:
-    """Return the parts in a table's folder, none if it's missing or a link. Raises UnsafeFile for too many."""
+    """Return the parts in a table's folder, none if it's missing or a link. Raises UnsafeFile for too many.
+
+    A raw part isn't among them if there is a Parquet part of the same number: that has the same rows.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
         names = [entry.name for entry in islice(entries, MOST_PARTS + 1)]
     if len(names) > MOST_PARTS:
         raise UnsafeFile(f"more than {MOST_PARTS:,} parts are too many")
-    return [folder / name for name in sorted(names) if name.endswith(".parquet") and not name.startswith((".", "_"))]
+    parquets = [name for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))]
+    raws = [name for name in names if is_raw(name) and final_name(name) not in parquets]
+    return [folder / name for name in sorted(parquets + raws, key=final_name)]
 
 
 @contextmanager
 def parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a part whose memory is bounded. Raises OSError, UnsafeFile and the errors of pyarrow."""
-    with plain(path) as (file, size):
+    with plain(path) as (file, size), opened_parquet(file, size) as opened:
+        yield opened
+
+
+@contextmanager
+def opened_parquet(file: BinaryIO, size: int) -> Iterator[pq.ParquetFile]:
+    """Do what ``parquet`` does with a file that ``plain`` has opened."""
+    texts = _text_columns(file, size)
+    _need_memory(0)
+    with (
+        _native(file) as source,
+        pq.ParquetFile(source, read_dictionary=texts, page_checksum_verification=True) as opened,
+    ):
+        yield opened
+
+
+def _text_columns(file: BinaryIO, size: int) -> list[str]:
+    """Return what ``parquet_limits.check`` does. A file that hasn't changed since isn't checked again."""
+    status = os.fstat(file.fileno())
+    # Nobody but the system sets the time of the last change.
+    key = status.st_dev, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns
+    if key not in _checked:
         texts = parquet_limits.check(file, size)
-        _need_memory(0)
-        with (
-            _native(file) as source,
-            pq.ParquetFile(source, read_dictionary=texts, page_checksum_verification=True) as opened,
-        ):
-            yield opened
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked[key] = texts
+    return _checked[key]
+
+
+_MOST_CHECKED: Final = 4096
+_checked: dict[tuple[int, ...], list[str]] = {}
 
 
 def footer(path: Path) -> Footer:
-    """Return the facts in a part's footer. Raises OSError and UnsafeFile."""
+    """Return the facts in the footer of a part, or those of a raw part. Raises OSError and UnsafeFile."""
     with plain(path) as (file, size):
-        return parquet_limits.footer(file, size)
+        return raw.footer(path.parent.name, file, size) if is_raw(path.name) else parquet_limits.footer(file, size)
+
+
+def either(path: Path, use: Callable[[Path], Result]) -> Result:
+    """Return ``use(path)``, and where that is a raw part that has become Parquet since, do the same with the latter."""
+    try:
+        return use(path)
+    except FileNotFoundError:
+        if not is_raw(path.name):
+            raise
+        return use(path.with_name(final_name(path.name)))
+
+
+def table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return all rows of a part, raw or not, as ``read`` does. Raises as ``parquet`` and ``read`` do."""
+    if is_raw(path.name):
+        return _raw_table(path, columns)
+    # pq.read_table would turn a folder named host=... in the path into a column.
+    with parquet(path) as opened:
+        return read(opened, columns)
+
+
+def _raw_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    with plain(path) as (file, size):
+        _need_memory(_RAW_COPIES * min(size, parquet_limits.MOST_BYTES))
+        rows, _ = raw.read(path.parent.name, file, size)
+    return rows if columns is None else rows.select([name for name in rows.column_names if name in columns])
 
 
 def _native(file: BinaryIO) -> pa.NativeFile:
@@ -137,6 +196,18 @@ def _need_memory(size: int) -> None:
     memory meanwhile.
     """
     mmap.mmap(-1, size + _HEADROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+
+
+def has_memory(size: int) -> bool:
+    """Return whether ``size`` bytes and some more are free. Without them, two threads mustn't read at once.
+
+    Each may take what the other one has just been promised. Python's start of a thread may even wait for ever.
+    """
+    try:
+        _need_memory(size)
+    except OSError:
+        return False
+    return True
 
 
 _POINTER: Final = 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,6 +99,29 @@ class Folder:
                 self.discard(temporary)
                 raise
 
+    def begin(self, name: str) -> BinaryIO:
+        """Open a new file to append to, without a buffer, accessible to its owner only."""
+        with privileges.acting_as(self.user):
+            return os.fdopen(os.open(name, _NEW | os.O_APPEND, 0o600, dir_fd=self._fd), "ab", buffering=0)
+
+    def link(self, name: str, file: BinaryIO) -> bool:
+        """Make ``name`` a hard link to an open file; return False where that can't be.
+
+        Only a file of this folder's user is linked: another owner could change it later.
+        """
+        with privileges.acting_as(self.user):
+            if os.fstat(file.fileno()).st_uid != _file_system_uid():
+                return False
+            try:
+                os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=self._fd, follow_symlinks=True)
+            except OSError:  # another file system, one without hard links, or no name of the file is left
+                return False
+            return True
+
+    def sync(self) -> None:
+        """Flush the names in the folder to the device."""
+        os.fsync(self._fd)
+
     @contextmanager
     def _new(self, name: str) -> Iterator[BinaryIO]:
         descriptor = os.open(name, _NEW, 0o600, dir_fd=self._fd)
@@ -136,6 +160,32 @@ def refuse(path: Path, user: privileges.User | None) -> None:
             # effective_ids checks the rights that acting_as() set; the real ones may still be root's.
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=parent, effective_ids=True):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        finally:
+            os.close(parent)
+
+
+def rename(path: Path, name: str, user: privileges.User | None) -> None:
+    """Give the folder ``path`` another ``name`` beside it, with ``user``'s rights. Raises OSError."""
+    with privileges.acting_as(user):
+        parent = _reach(path.parent)
+        try:
+            os.rename(path.name, name, src_dir_fd=parent, dst_dir_fd=parent)
+            _sync(parent)
+        finally:
+            os.close(parent)
+
+
+def remove(path: Path, user: privileges.User | None) -> None:
+    """Remove the folder ``path`` and all that is in it, with ``user``'s rights and never through a link.
+
+    It is renamed first, so that nobody finds half of it. Raises OSError.
+    """
+    with privileges.acting_as(user):
+        parent = _reach(path.parent)
+        try:
+            hidden = f".{path.name}.tmp"
+            os.rename(path.name, hidden, src_dir_fd=parent, dst_dir_fd=parent)
+            shutil.rmtree(hidden, dir_fd=parent)
         finally:
             os.close(parent)
 

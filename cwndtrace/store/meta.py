@@ -75,7 +75,7 @@ class Part:
 
     Each page of a part has a checksum of its own, and the footer says where each column's pages are and what they hold.
     So a checksum of the footer tells whether a part is the one that was written, without writing or reading the pages
-    again.
+    again. A raw part has no footer: its checksum is that of its header and its frames' heads.
     """
 
     rows: int
@@ -84,12 +84,26 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Deleted:
+    """What was deleted of a table, from its first part on."""
+
+    parts: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Meta:
     """A capture's metadata. Where a value is absent, mappings and texts are empty, and numbers 0 or None.
 
-    ``counts`` is None where the capture has no counts at all, and ``parts`` where it doesn't list its parts.
-    ``utc_offsets_ns`` has the first offset, and another one for each step of the wall clock. ``interfaces`` has
-    the interfaces in the namespace that cwndtrace ran in, index to name.
+    ``begin`` is the moment from which on the capture is complete. If that is later than the start of the trace, because
+    older parts were ``deleted``, ``kept_from`` is its time in ns of CLOCK_MONOTONIC; else None. ``dumped`` is the name
+    of the capture of which this one is a dump.
+
+    ``cgroups`` says which versions of cgroups the host had mounted: v2, v1 or hybrid for both. ``counts`` is None where
+    the capture has no counts at all, and ``parts`` where it doesn't list its parts.
+    ``utc_offsets_ns`` has the first offset, and another one for each step of the wall clock; ``segments`` has the same
+    with the moment from which each holds. ``interfaces`` has the interfaces in the namespace that cwndtrace ran in,
+    index to name.
     """
 
     status: str = ""
@@ -100,16 +114,21 @@ class Meta:
     ended: str | None = None
     begin: Moment | None = None
     end: Moment | None = None
+    kept_from: int | None = None
+    dumped: str = ""
     utc_offsets_ns: tuple[int, ...] = ()
+    segments: tuple[Moment, ...] = ()
     filters: Mapping[str, Any] = field(default_factory=dict)
     namespaces: Mapping[str, NamespaceSettings] = field(default_factory=dict)
     probes: Mapping[str, str | None] = field(default_factory=dict)
     block_probe: str = ""
+    cgroups: str = ""
     devices: Mapping[str, str] = field(default_factory=dict)
     interfaces: Mapping[str, str] = field(default_factory=dict)
     counts: Mapping[str, Count] | None = None
     unwritten: Mapping[str, int] = field(default_factory=dict)
     parts: Mapping[str, tuple[Part, ...]] | None = None
+    deleted: Mapping[str, Deleted] = field(default_factory=dict)
     unchanged: int = 0
     guessed: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -122,6 +141,9 @@ class Meta:
         clock = _mapping(raw.get("clock"))
         counts, parts = raw.get("counts"), raw.get("parts")
         ends = _mapping(raw.get("sysctls_end"))
+        segments = tuple(moment for each in _list(clock.get("segments")) if (moment := _moment(each)))
+        start, kept_from = _moment(clock.get("start")), _positive(raw.get("kept_from"))
+        late = start is not None and kept_from > start.mono_ns
         return cls(
             status=_text(raw.get("status")),
             version=_text(raw.get("version")),
@@ -129,11 +151,14 @@ class Meta:
             kernel=_text(raw.get("kernel")),
             started=_text(raw.get("started")) or None,
             ended=_text(raw.get("ended")) or None,
-            begin=_moment(clock.get("start")),
+            begin=Moment(kept_from, _offset(segments or (start,), kept_from)) if late and start else start,
             end=_moment(clock.get("end")),
+            kept_from=kept_from if late else None,
+            dumped=_text(_mapping(raw.get("dump")).get("capture")),
             utc_offsets_ns=tuple(
                 _integers(_mapping(each).get("utc_offset_ns") for each in _list(clock.get("segments")))
             ),
+            segments=segments,
             filters={name: _plain(value) for name, value in _named(raw.get("filters")) if value is not None},
             namespaces={
                 clean(inode): _namespace(each, _mapping(ends.get(inode)))
@@ -142,6 +167,7 @@ class Meta:
             },
             probes={reason: _text(probe) or None for reason, probe in _named(raw.get("probes", raw.get("rungs")))},
             block_probe=_text(raw.get("block_probe")),
+            cgroups=_text(raw.get("cgroups")),
             devices={number: _text(name) for number, name in _named(raw.get("devices")) if _text(name)},
             interfaces={index: _text(name) for index, name in _named(raw.get("interfaces")) if _text(name)},
             counts={event: _count(_mapping(each)) for event, each in _named(counts)}
@@ -149,12 +175,44 @@ class Meta:
             else None,
             unwritten={table: _positive(rows) for table, rows in _named(raw.get("unwritten"))},
             parts={table: _parts(_mapping(each)) for table, each in _named(parts)} if isinstance(parts, dict) else None,
+            deleted={
+                table: Deleted(_positive(_mapping(each).get("parts")), _positive(_mapping(each).get("rows")))
+                for table, each in _named(raw.get("deleted"))
+            },
             unchanged=_positive(raw.get("unchanged")),
             guessed=_positive(raw.get("guessed")),
             left_out={kind: number for kind, each in _named(raw.get("left_out")) if (number := _positive(each))},
             lossy=tuple(span for each in _list(raw.get("lossy")) for span in _lossy(_mapping(each))),
             lacking=tuple(line[:400] for each in _list(raw.get("lacking"))[:5] if (line := _text(each))),
         )
+
+    def utc_ns(self, mono_ns: int) -> int | None:
+        """Return a moment of CLOCK_MONOTONIC in UTC, ns since 1970; None where the capture doesn't say."""
+        offset = _offset(self.segments, mono_ns)
+        if offset is None and self.begin is not None:
+            offset = self.begin.utc_offset_ns
+        return None if offset is None else mono_ns + offset
+
+    def mono_ns(self, utc_ns: int) -> int | None:
+        """Return a moment in UTC as ns of CLOCK_MONOTONIC; None where the capture doesn't say.
+
+        Of the moments with that time, which are several if the wall clock was set back, this is the last.
+        """
+        known = [(each.mono_ns, each.utc_offset_ns) for each in self.segments if each.utc_offset_ns is not None]
+        if not known and self.begin is not None and self.begin.utc_offset_ns is not None:
+            known = [(self.begin.mono_ns, self.begin.utc_offset_ns)]
+        for mono_ns, offset in reversed(known):
+            if utc_ns - offset >= mono_ns:
+                return utc_ns - offset
+        return utc_ns - known[0][1] if known else None
+
+
+def _offset(segments: tuple[Moment, ...], mono_ns: int) -> int | None:
+    """Return the offset to UTC that held at a moment, that of the first segment for an earlier one."""
+    held = [each.utc_offset_ns for each in segments if each.mono_ns <= mono_ns] or [
+        each.utc_offset_ns for each in segments[:1]
+    ]
+    return held[-1] if held else None
 
 
 def listed(parts: Iterable[Part]) -> dict[str, list[int]]:

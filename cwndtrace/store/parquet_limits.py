@@ -13,7 +13,7 @@ to start one, get the rows back through a pipe, and distinguish a limit from dam
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -50,12 +50,18 @@ class UnsafeFile(ValueError):
 
 @dataclass(frozen=True)
 class Footer:
-    """The facts of a part that need none of its pages: rows, size in bytes, checksum of the footer, columns."""
+    """The facts of a part that need none of its pages: rows, size in bytes, checksum of the footer, columns.
+
+    A raw part has no footer, see ``raw.footer``; ``damage`` says what is wrong with the rest of it.
+    ``least`` has the least value of 64-bit columns, as far as the footer says. Nobody has compared it with the rows.
+    """
 
     rows: int
     size: int
     crc: int
     columns: frozenset[str] = field(default=frozenset(), compare=False)
+    damage: str = field(default="", compare=False)
+    least: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 def check(file: BinaryIO, size: int) -> list[str]:
@@ -79,8 +85,10 @@ def footer(file: BinaryIO, size: int) -> Footer:
     """Return the facts in the footer, without checking the pages. Raises UnsafeFile as ``check`` does."""
     raw = _footer(file, size)
     with _complete():
-        columns, rows = _sound(Thrift(raw).struct())
-        return Footer(rows, size, zlib.crc32(raw), frozenset(name for name, _ in columns))
+        fields = Thrift(raw).struct()
+        columns, rows = _sound(fields)
+        names = [name for name, _ in columns]
+        return Footer(rows, size, zlib.crc32(raw), frozenset(names), least=_least(names, fields[4]))
 
 
 @contextmanager
@@ -105,6 +113,19 @@ def _sound(footer: Fields) -> tuple[list[tuple[str, int]], int]:
     if rows > MOST_PART_ROWS:
         raise UnsafeFile(f"it says that it holds {plural(rows, 'row')}, and a part has {MOST_PART_ROWS:,} at most")
     return columns, rows
+
+
+def _least(names: list[str], groups: list[Fields]) -> dict[str, int]:
+    """Return the least value of each column of 64 bits; without those that lack it in a row group."""
+    found = {}
+    for number, name in enumerate(names):
+        chunks = [group[1][number].get(3) for group in groups]
+        statistics = [chunk.get(12) if isinstance(chunk, dict) else None for chunk in chunks]
+        least = [each.get(6) if isinstance(each, dict) else None for each in statistics]
+        known = [value for value in least if isinstance(value, bytes) and len(value) == 8]
+        if known and len(known) == len(least):
+            found[name] = min(int.from_bytes(value, "little") for value in known)
+    return found
 
 
 def _footer(file: BinaryIO, size: int) -> bytes:

@@ -11,26 +11,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import pyarrow as pa
-
 from cwndtrace import format as fmt
 from cwndtrace.errors import CaptureError, for_lack_of_memory
 from cwndtrace.format import plural
+from cwndtrace.lazy import pa
 from cwndtrace.records import arrow
 from cwndtrace.store import files
-from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, part_name, process_start, show
+from cwndtrace.store.layout import META, SCHEMA_VERSION, boot_id, final_name, part_name, process_start, show
 from cwndtrace.store.meta import Meta
 from cwndtrace.store.parquet_limits import Footer, UnsafeFile
-
-_UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
-"""The errors that pyarrow raises for damaged files: one wrong byte in a footer may cause any of them."""
 
 MOST_ROWS: Final = 100_000_000
 """The most rows that are read of a capture, all its tables together, unless the caller gives another number. A day of
 1,000 block requests per second has fewer."""
 
+_NEVER: Final = 1 << 64
+"""Later than any clock of 64 bits."""
+
 _MOST_LOOKED_AT: Final = 10_000
 """The most entries of a folder without meta.json that are searched for captures, to name them in the error."""
+
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that pyarrow raises for damaged files: one wrong byte in a footer may cause any of them."""
+    return OSError, ValueError, KeyError, pa.ArrowException
 
 
 @dataclass(frozen=True)
@@ -73,23 +77,44 @@ class Capture:
             return known.empty_table() if known else pa.table({})
         return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
 
-    def pieces(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def pieces(self, name: str, columns: Sequence[str], parts: Sequence[Path] | None = None) -> Iterator[pa.Table]:
         """Yield the rows of ``table`` part by part, so that memory never holds all of them twice.
 
-        The first piece is always empty.
+        The first piece is always empty. ``parts`` are those of ``parts(name)`` that are read, by default all.
         """
         schema = arrow.schema(name)
         known = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
         yield known.empty_table()
-        yield from (table for _, table in self._each(name, known, columns))
+        yield from (table for _, table in self._each(name, known, columns, parts))
+
+    def pieces_and_rest(self, name: str, columns: Sequence[str], clock: str) -> Iterator[tuple[pa.Table, int | None]]:
+        """Yield the rows of ``table`` part by part, and the least value of ``clock`` in all parts that follow.
+
+        That is by their footers, which may be wrong; it is None where one doesn't say.
+        """
+        footers, parts = self._footers(name), self.parts(name)
+        rest: dict[Path, int | None] = {}
+        least: int | None = _NEVER
+        for part in reversed(parts):
+            rest[part] = least
+            mine = footers[part.name].least.get(clock) if part.name in footers else None
+            least = None if mine is None or least is None else min(mine, least)
+        schema = arrow.schema(name)
+        known = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
+        yield from ((table, rest[part]) for part, table in self._each(name, known, columns, parts))
 
     def rows(self, name: str) -> int:
         """Return how many rows of a table are on disk. This is cheap, because it reads only the parts' footers."""
         return sum(footer.rows for footer in self._footers(name).values())
 
+    def largest(self, name: str) -> int:
+        """Return how many rows the largest part of a table has."""
+        return max((footer.rows for footer in self._footers(name).values()), default=0)
+
     def missing(self, name: str) -> tuple[int, int]:
         """Return how many rows of a table are absent or unreadable, and how many the trace kept, by ``meta.json``.
 
+        Rows of parts that the trace deleted, because they were older than its window, don't count.
         The first is 0 while the trace runs, and where ``meta.json`` doesn't say. It is 0 too where the trace was
         killed: the numbers that it wrote meanwhile count rows that it hadn't written yet.
         """
@@ -98,6 +123,8 @@ class Capture:
         there, listed = self._footers(name), self._listed(name)
         counts = self.about.counts or {}
         kept = (counts[name].kept if name in counts else 0) - self.about.unwritten.get(name, 0)
+        if name in self.about.deleted:
+            kept -= self.about.deleted[name].rows
         written = sum(footer.rows for footer in listed.values())
         rows = {part: there[part].rows if part in there else 0 for part in listed}
         lacking = sum(max(footer.rows - rows[part], 0) for part, footer in listed.items())
@@ -128,23 +155,35 @@ class Capture:
 
     def _listed(self, name: str) -> dict[str, Footer]:
         parts = (self.about.parts or {}).get(name, ())
-        return {part_name(n): Footer(part.rows, part.bytes, part.footer_crc32) for n, part in enumerate(parts, start=1)}
+        first = self.about.deleted[name].parts + 1 if name in self.about.deleted else 1
+        return {
+            part_name(n): Footer(part.rows, part.bytes, part.footer_crc32) for n, part in enumerate(parts, start=first)
+        }
 
     def _footers(self, name: str) -> dict[str, Footer]:
-        """Return the footer of each part of a table that can be read. It is read again only if the file has changed."""
+        """Return the footer of each part of a table that can be read. It is read again only if the file has changed.
+
+        A raw part has the name that it gets as Parquet, under which ``meta.json`` lists it.
+        """
         footers = {}
-        for part in self._parts(name):
+        for part in self.parts(name):
             try:
-                status = part.lstat()
-                key = part, status.st_ino, status.st_mtime_ns, status.st_size
-                footer = self._footer_cache.get(key) or files.footer(part)
-            except _UNREADABLE as error:
-                self._warn(part, error)
+                footer = files.either(part, self._footer)
+            except read_errors() as error:
+                self.warn(part, error)
             else:
-                self._footer_cache[key] = footer
+                if footer.damage:
+                    self.warn(part, UnsafeFile(footer.damage), "its rows from there on")
                 if part not in self._unread:
-                    footers[part.name] = footer
+                    footers[final_name(part.name)] = footer
         return footers
+
+    def _footer(self, part: Path) -> Footer:
+        status = part.lstat()
+        key = part, status.st_ino, status.st_mtime_ns, status.st_size
+        if key not in self._footer_cache:
+            self._footer_cache[key] = files.footer(part)
+        return self._footer_cache[key]
 
     def _bound(self, name: str) -> None:
         """Raise CaptureError where there are more rows than may be read."""
@@ -155,38 +194,50 @@ class Capture:
             remedy = "If there is memory for them (a block request takes about 100 bytes, a reset 1,000 bytes), raise "
             raise CaptureError(cause, f"{remedy}--max-rows (max_rows in Python).")
 
-    def _parts(self, name: str) -> list[Path]:
+    def parts(self, name: str) -> list[Path]:
+        """Return the files of a table, whether they can be read or not, in order. Raises CaptureError for too many."""
         folder = self.path / name
         if folder.is_symlink():
-            self._warn(folder, UnsafeFile("it is a symbolic link"))
+            self.warn(folder, UnsafeFile("it is a symbolic link"))
         try:
             return files.parts(folder)
         except UnsafeFile as error:
             raise CaptureError(f"{show(folder)} can't be read: {error}.", "Give another capture.") from error
+        except PermissionError as error:
+            cause = f"{show(folder)} can't be read: {error.strerror}."
+            raise CaptureError(cause, "Read it as the user who wrote it.") from error
 
     def _each(
-        self, name: str, known: pa.Schema | None, columns: Sequence[str] | None = None
+        self,
+        name: str,
+        known: pa.Schema | None,
+        columns: Sequence[str] | None = None,
+        parts: Sequence[Path] | None = None,
     ) -> Iterator[tuple[Path, pa.Table]]:
         self._bound(name)
-        for part in self._parts(name):
+        for part in self.parts(name) if parts is None else parts:
             try:
-                # pq.read_table would turn a folder named host=... in the path into a column.
-                with files.parquet(part) as file:
-                    data = files.read(file, columns)
-                data = data if known is None else _conform(data, known)
-            except _UNREADABLE as error:
+                data = read_part(part, known, columns)
+            except read_errors() as error:
                 if for_lack_of_memory(error):  # pyarrow's MemoryError is an ArrowException too
                     raise
                 self._unread.add(part)
-                self._warn(part, error)
+                self.warn(part, error)
             else:
                 yield part, data
 
-    def _warn(self, part: Path, error: Exception) -> None:
+    def warn(self, part: Path, error: Exception, rows: str = "its rows") -> None:
+        """Take note that a part, or some of its rows, can't be read."""
         reason = fmt.clean(str(error).split("\n", 1)[0])[:160]
-        line = f"{part.relative_to(self.path)} is cut off or corrupt, its rows are left out ({reason})"
+        line = f"{part.relative_to(self.path)} is cut off or corrupt, {rows} are left out ({reason})"
         if line.split(" (")[0] not in {w.split(" (")[0] for w in self.warnings}:
             self.warnings.append(line)
+
+
+def read_part(part: Path, known: pa.Schema | None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return all rows of a part with the columns of ``known``, or as they are for None. Raises ``read_errors()``."""
+    data = files.either(part, lambda there: files.table(there, columns))
+    return data if known is None else _conform(data, known)
 
 
 def open_capture(path: str | os.PathLike[str], *, max_rows: int = MOST_ROWS) -> Capture:

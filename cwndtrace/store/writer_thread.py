@@ -9,14 +9,15 @@ import threading
 from collections import Counter
 from typing import Any, Final
 
-import pyarrow as pa
-
 from cwndtrace.errors import CaptureError
+from cwndtrace.lazy import pa
 from cwndtrace.records.arrow import TimedRecords
+from cwndtrace.store.layout import show
 from cwndtrace.store.reader import Capture
 from cwndtrace.store.writer import BUFFER_ROWS, CaptureWriter
 
 _SOONEST_S: Final = 0.05
+_WAIT_S: Final = 60.0
 
 
 class ThreadedWriter:
@@ -29,9 +30,9 @@ class ThreadedWriter:
     def __init__(self, writer: CaptureWriter) -> None:
         self.path = writer.path
         self._writer = writer
-        self._queue: queue.SimpleQueue[tuple[str, pa.Table | TimedRecords] | dict[str, Any] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[
+            tuple[str, pa.Table | TimedRecords] | dict[str, Any] | queue.SimpleQueue[Exception | None] | None
+        ] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
         self._dropped: Counter[str] = Counter()
@@ -49,8 +50,9 @@ class ThreadedWriter:
         self._queue.put((table, data))
 
     def _start(self) -> None:
-        if self._thread.ident is None:
-            self._thread.start()
+        with self._lock:
+            if self._thread.ident is None:
+                self._thread.start()
 
     def capture(self) -> Capture:
         """Open the capture for reading, as ``CaptureWriter.capture`` does."""
@@ -65,6 +67,22 @@ class ThreadedWriter:
         """Raise the error of the last attempt to write, if it failed. The thread itself writes the parts."""
         if self._failure is not None:
             raise self._failure
+
+    def wait(self) -> None:
+        """Wait until all rows queued before are on disk. Any thread may call this.
+
+        Raises the error of writing them.
+        """
+        self._start()
+        answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._queue.put(answer)
+        try:
+            error = answer.get(timeout=_WAIT_S)
+        except queue.Empty:
+            cause = f"The disk hasn't taken the rows of {show(self.path)} for {_WAIT_S:.0f} s."
+            error = CaptureError(cause, "See dmesg, or write to another disk with -o.")
+        if error:
+            raise error
 
     def close(self, status: str = "complete", **meta: Any) -> None:
         """Close the writer, as ``CaptureWriter.close`` does, once all queued rows are taken."""
@@ -87,7 +105,9 @@ class ThreadedWriter:
                 item = self._queue.get(timeout=None if due == math.inf else max(due, _SOONEST_S))
                 if item is None:
                     return
-                if isinstance(item, dict):
+                if isinstance(item, queue.SimpleQueue):
+                    item.put(self._forced())
+                elif isinstance(item, dict):
                     self._writer.update_meta(**item)
                 else:
                     self._add(*item)
@@ -103,6 +123,13 @@ class ThreadedWriter:
         finally:
             with self._lock:
                 self._waiting -= len(data)
+
+    def _forced(self) -> Exception | None:
+        try:
+            self._writer.flush(force=True)
+        except Exception as e:
+            return e
+        return None
 
     def _flush(self) -> None:
         try:

@@ -10,14 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace import tcp
-from cwndtrace.store.meta import Count, LossySpan, Meta, Moment, NamespaceSettings, Part, listed
+from cwndtrace.store.meta import Count, Deleted, LossySpan, Meta, Moment, NamespaceSettings, Part, listed
 from tests.unit import frames
 
 LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 JSON = st.recursive(
     LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
-KEYS = [*frames.meta(), "unwritten", "parts", "lacking", "left_out", "lossy", "sysctls_end"]
+KEYS = [
+    *frames.meta(),
+    "unwritten",
+    "parts",
+    "lacking",
+    "left_out",
+    "lossy",
+    "sysctls_end",
+    "kept_from",
+    "deleted",
+    "dump",
+]
 
 
 def shapes(value: Any) -> Any:
@@ -91,3 +102,21 @@ def test_any_content_becomes_values_of_the_right_types(raw: Any) -> None:
         assert type(space.new) is bool
     assert all(count.lost >= 0 for count in (about.counts or {}).values())
     assert all(part.rows >= 0 for parts in (about.parts or {}).values() for part in parts)
+
+
+def test_moments_are_dated_by_the_segment_that_held() -> None:
+    segments = [{"mono_ns": 100, "utc_offset_ns": 1000}, {"mono_ns": 200, "utc_offset_ns": 5000}]
+    about = Meta.parse({"clock": {"start": segments[0], "segments": segments}})
+    assert [about.utc_ns(mono_ns) for mono_ns in (50, 150, 200, 300)] == [1050, 1150, 5200, 5300]
+    assert [about.mono_ns(utc_ns) for utc_ns in (1050, 1150, 5200, 5300)] == [50, 150, 200, 300]
+    assert (Meta().utc_ns(5), Meta().mono_ns(5)) == (None, None)
+
+
+def test_a_window_begins_where_it_is_complete() -> None:
+    start = {"mono_ns": 100, "utc_offset_ns": 1000}
+    raw = {"clock": {"start": start, "segments": [start]}, "deleted": {"block_io": {"parts": 3, "rows": 40}}}
+    about = Meta.parse({**raw, "kept_from": 170})
+    assert (about.begin, about.kept_from) == (Moment(170, 1000), 170)
+    assert about.deleted == {"block_io": Deleted(3, 40)}
+    for nonsense in (90, 0, -5, "170", None, True):
+        assert Meta.parse({**raw, "kept_from": nonsense}).begin == Moment(100, 1000)
