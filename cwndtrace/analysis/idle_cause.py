@@ -5,15 +5,15 @@ Idle time has two parts. After data last came in, the time is the sender's own. 
 its peer if what came in was a request (``idle_peer``); if not, it can't be told whose that time was. The disk's is what
 the sending thread had block I/O of its own in flight for, in the sender's own time and in the unclear part.
 
-Block I/O of others is weaker evidence: that of other threads of the process, of other processes of its cgroup, and of
-the journal of a file system to which it wrote. The sender may have waited for it, or have slept beside it. It probably
-waited if the block I/O ended shortly before the send; if it went on beyond the send, that can't be told.
+Block I/O of others is weaker evidence: that of other threads of the process, of other processes of its cgroup or of
+kernel threads for it, and of the journal of a file system to which it wrote. The sender may have waited for it, or have
+slept beside it. It probably waited if the block I/O ended shortly before the send; if it went on beyond the send, that
+can't be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -22,7 +22,8 @@ import pandas as pd
 
 from cwndtrace.analysis import idle_peer
 from cwndtrace.analysis.cost import Bools, Ints
-from cwndtrace.analysis.idle_disk import InFlight, Spans, Submitters
+from cwndtrace.analysis.idle_disk import InFlight, Spans
+from cwndtrace.analysis.idle_windows import Whole, Windows
 from cwndtrace.analysis.peer_window import reopened
 
 CAUSES: Final = {
@@ -47,6 +48,8 @@ COLUMNS: Final = {
     "or its writes and those of the file system's journal (journal); empty where disk_us is 0",
     "disk_requests": "its requests that began after data last came in",
     "disk_device": "the device that had requests of it in flight for longest in that time; empty where none had",
+    "disk_last": "row in block_io of the last of its requests to end before the send, for which the send waited; -1 "
+    "where none did, and where the cause isn't disk or probably disk",
 }
 """The columns that ``with_cause`` adds to resets."""
 
@@ -56,19 +59,18 @@ _ROOT: Final = 1
 
 def with_cause(
     resets: pd.DataFrame,
-    block_io: pd.DataFrame,
+    block_io: pd.DataFrame | Windows,
     recoveries: pd.DataFrame,
     *,
-    column: Callable[[str], npt.NDArray[np.integer]] | None = None,
     recorded: bool = True,
     started_ns: int = 0,
 ) -> pd.DataFrame:
-    """Return ``resets`` with ``COLUMNS``. Takes frames of a Trace; ``column`` is that of ``Submitters``.
+    """Return ``resets`` with ``COLUMNS``. Takes frames of a Trace; ``block_io`` may be one for ``Submitters``.
 
     ``recorded`` says whether block I/O was traced, and ``started_ns`` since when, in ns of CLOCK_MONOTONIC. Where data
     waited for the peer's closed window, all of the idle time counts as the peer's.
     """
-    column = column or (lambda name: block_io[name].to_numpy())
+    windows = Whole(block_io) if isinstance(block_io, pd.DataFrame) else block_io
     idle = (resets["reason"].astype(str) == "idle").to_numpy()
     until = resets["ts_ns"].to_numpy(np.int64)
     idle_us = np.where(idle, resets["idle_us"].to_numpy(np.int64), 0)
@@ -78,7 +80,7 @@ def with_cause(
     clear = closed | idle_peer.asked(resets, recoveries, data_came)
     time = _Time(np.where(clear, idle_us - own, 0), np.where(clear, 0, idle_us - own), own)
     spans = Spans(until - (time.unclear + own) * 1000, until - own * 1000, until)
-    cause, disk, whose = _sender(resets, Submitters(block_io, column), spans, time)
+    cause, disk, whose = _sender(resets, windows, spans, time, idle)
     named = np.isin(cause, ["disk", "probably disk"])
     before = np.where(named, np.minimum(disk.before_us, time.unclear), 0)
     # Idle time is only known to a jiffy, so a request may have begun a fraction of a jiffy before it.
@@ -86,6 +88,8 @@ def with_cause(
     disk_of = np.where(in_flight + before > 0, whose, "")
     unseen = (not recorded) | (until - idle_us * 1000 < started_ns)
     cause = np.where(unseen & ~named & (cause != "peer"), "unknown", cause)
+    last = np.where(named, disk.last, -1)
+    last[last >= 0] = windows.rows(last[last >= 0], disk.last_ns[last >= 0])
     return resets.assign(
         cause=pd.Series(np.where(idle, cause, ""), index=resets.index, dtype="str"),
         peer_us=time.peer.astype(np.float64),
@@ -95,6 +99,7 @@ def with_cause(
         disk_of=pd.Series(disk_of, index=resets.index, dtype="str"),
         disk_requests=disk.requests,
         disk_device=pd.Series(disk.device, index=resets.index, dtype="str"),
+        disk_last=last,
     )
 
 
@@ -105,6 +110,10 @@ class _Time:
     peer: Ints
     unclear: Ints
     own: Ints
+
+    def of(self, at: Ints) -> _Time:
+        """Return the times of the resets ``at``."""
+        return _Time(self.peer[at], self.unclear[at], self.own[at])
 
     def cause(self, disk: InFlight) -> npt.NDArray[np.object_]:
         """Return the cause where the sender's own time is the application's, but for the disk's."""
@@ -123,14 +132,23 @@ class _Time:
 
 
 def _sender(
-    resets: pd.DataFrame, submitters: Submitters, spans: Spans, time: _Time
+    resets: pd.DataFrame, windows: Windows, spans: Spans, time: _Time, idle: Bools
 ) -> tuple[npt.NDArray[np.object_], InFlight, npt.NDArray[np.object_]]:
     """Return the cause, the block I/O that may speak for it, and whose that is."""
-    tgid, cgroup = resets["tgid"].to_numpy(np.int64), resets["cgroup_id"].to_numpy(np.uint64)
-    disk = submitters.processes(tgid, spans)
-    # What isn't true of the whole process isn't true of one of its threads.
-    thread = np.where(time.mostly(disk), resets["tid"].to_numpy(np.int64), 0)
-    certain = time.mostly(submitters.threads(thread, spans))
+    tgid, tid = (resets[name].to_numpy(np.int64) for name in ("tgid", "tid"))
+    cgroup = np.where(tgid > 0, resets["cgroup_id"].to_numpy(np.uint64), np.uint64(0))
+    disk, own, has_journal = InFlight.none(len(resets)), InFlight.none(len(resets)), False
+    for at, submitters in windows.of(idle):
+        found = submitters.processes(tgid[at], spans.of(at))
+        # What isn't true of the whole process isn't true of one of its threads.
+        thread = np.where(time.of(at).mostly(found), tid[at], 0)
+        disk.put(at, found)
+        own.put(at, submitters.threads(thread, spans.of(at)))
+        has_journal |= submitters.has_journal()
+    certain = time.mostly(own)
+    disk = replace(
+        disk, last=np.where(certain, own.last, disk.last), last_ns=np.where(certain, own.last_ns, disk.last_ns)
+    )
     cause = np.where(certain, "disk", time.cause(disk))
     whose = np.where(certain, "thread", "process").astype(object)
     left = ~certain & (time.peer < time.unclear + time.own)
@@ -146,11 +164,25 @@ def _sender(
         left = left & ~probably & ~maybe
 
     infer("process", disk, disk.late & ~disk.goes_on)
-    journal = submitters.journals(np.where(left, tgid, 0), spans)
+    journal, waited, with_write_back = (InFlight.none(len(resets)) for _ in range(3))
+    device = np.full(len(resets), "", dtype=object)
+    left_over = left & idle
+    if has_journal and left_over.any():
+        for at, submitters in windows.of(left_over):
+            device[at] = submitters.written(tgid[at], spans.of(at))
+    if has_journal or cgroup[left_over].any():
+        writers = np.unique(tgid[device != ""])
+        for at, submitters in windows.of(left_over):
+            journal.put(at, submitters.journals(device[at], writers, spans.of(at)))
+            for group, found in zip(
+                (waited, with_write_back), submitters.cgroups(cgroup[at], spans.of(at)), strict=True
+            ):
+                group.put(at, found)
     # A journal that goes on without this process works for others, too.
     infer("journal", journal, journal.late & (~journal.goes_on | disk.goes_on))
-    group = submitters.cgroups(np.where(left & (tgid > 0), cgroup, 0).astype(np.uint64), spans)
-    infer("cgroup", group, group.late & ~group.goes_on & (cgroup != _ROOT))
+    infer("cgroup", waited, waited.late & ~waited.goes_on & (cgroup != _ROOT))
+    # Tasks wait for write-back in the background only if they have too many dirty pages, and that isn't seen.
+    infer("cgroup", with_write_back, np.zeros(len(left), dtype=np.bool_))
     return cause, disk, whose
 
 

@@ -27,10 +27,19 @@ _LAST_PART: Final = 0.1
 _GOES_ON_NS: Final = 10_000_000
 """Block I/O that begins so soon after a send goes on: it isn't what the sender had waited for."""
 
+MARGIN_NS: Final = _GOES_ON_NS + BRIDGE_NS
+"""A request so near to a span still has a say in what was in flight in it."""
+
 _LAST_PID: Final = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
 
-_BATCH: Final = 1 << 19
+NEEDS: Final = ("start_ns", "done_ns", "tgid", "tid", "op", "comm", "device", "cgroup_id", "owner_cgroup_id", "flags")
+"""The columns of ``block_io`` from which the block I/O in flight is found."""
+
+REQ_SYNC: Final = 1 << 3
+"""REQ_SYNC of include/linux/blk_types.h, without the operation's eight bits: a task waits for this write."""
+
+BATCH: Final = 1 << 19
 """About how many requests are processed at once: few enough that their data nearly stays in the CPU's caches."""
 
 
@@ -40,25 +49,28 @@ def covered(begin: Ints, end: Ints, since: Ints, until: Ints, *, bridge: int = 0
     A moment that several intervals cover counts once. Gaps of up to ``bridge`` between intervals count as covered.
     Intervals are in the order of their start and may overlap. Spans may overlap and come in any order.
     """
-    busy = _Intervals(begin, end, bridge).busy
+    busy = Intervals(begin, end, bridge).busy
     return np.where(until > since, busy(until) - busy(since), 0)
 
 
-class _Intervals:
-    """Intervals in the order of their start; ``reach`` is the latest end up to each of them."""
+class Intervals:
+    """Intervals in the order of their start; ``reach`` is the latest end up to each of them.
+
+    ``starts`` and ``ends`` are those of the intervals that are left once overlapping ones are joined.
+    """
 
     def __init__(self, begin: Ints, end: Ints, bridge: int) -> None:
         self.reach = np.maximum.accumulate(end)
         last = np.flatnonzero(begin[1:] > self.reach[:-1] + bridge)
-        self._starts = np.append(begin[:1], begin[last + 1])
-        # The last one is for moments before all intervals.
-        self._ends = np.append(self.reach[last], [*self.reach[-1:], 0])
-        self._before = np.append(0, np.cumsum(self._ends[:-1] - self._starts))
+        self.starts = np.append(begin[:1], begin[last + 1])
+        self.ends = np.append(self.reach[last], self.reach[-1:])
+        self._before = np.append(0, np.cumsum(self.ends - self.starts))
 
     def busy(self, moment: Ints) -> Ints:
         """Return how much is covered up to each moment."""
-        index = np.searchsorted(self._starts, moment, side="right")
-        still_to_come: Ints = np.maximum(self._ends[index - 1] - moment, 0)
+        index = np.searchsorted(self.starts, moment, side="right")
+        # The last one is for moments before all intervals.
+        still_to_come: Ints = np.maximum(np.append(self.ends, 0)[index - 1] - moment, 0)
         return self._before[index] - np.where(index > 0, still_to_come, 0)
 
 
@@ -73,6 +85,10 @@ class Spans:
     data: Ints
     until: Ints
 
+    def of(self, at: Ints) -> Spans:
+        """Return the spans ``at``."""
+        return Spans(self.since[at], self.data[at], self.until[at])
+
 
 @dataclass(frozen=True)
 class InFlight:
@@ -80,7 +96,8 @@ class InFlight:
 
     The first two are us from ``since`` to ``data`` and from ``data`` to ``until``. ``late`` is True if some was shortly
     before ``until``, and ``goes_on`` if some was at ``until`` or shortly after. ``requests`` began after ``data``, and
-    ``device`` is the one that was in flight for longest after it; empty where none was.
+    ``device`` is the one that was in flight for longest after it; empty where none was. ``last`` is the row of the
+    request that ended last from ``since`` to ``until``, and ``last_ns`` its start; both are -1 where none did.
     """
 
     before_us: npt.NDArray[np.float64]
@@ -89,75 +106,89 @@ class InFlight:
     goes_on: Bools
     requests: Ints
     device: npt.NDArray[np.object_]
+    last: Ints
+    last_ns: Ints
 
     @classmethod
     def none(cls, number: int) -> InFlight:
         """Return no block I/O for this number of spans."""
         us, flags = np.zeros((2, number)), np.zeros((2, number), dtype=np.bool_)
         requests, device = np.zeros(number, np.int64), np.full(number, "", dtype=object)
-        return cls(us[0], us[1], flags[0], flags[1], requests, device)
+        return cls(us[0], us[1], flags[0], flags[1], requests, device, np.full(number, -1), np.full(number, -1))
 
     def where(self, chosen: Bools, other: InFlight) -> InFlight:
         """Return these values where ``chosen``, and those of ``other`` elsewhere."""
         both = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return InFlight(*(np.where(chosen, mine, its) for mine, its in both))
 
+    def put(self, at: Ints, other: InFlight) -> None:
+        """Replace the values of the spans ``at`` by those of ``other``."""
+        for f in fields(self):
+            getattr(self, f.name)[at] = getattr(other, f.name)
+
 
 class Submitters:
-    """The block I/O of a capture by who submitted it.
+    """Block I/O by who submitted it.
 
-    ``block_io`` has the columns of ``block_io.USED``, in order of ``start_ns``. ``column`` returns another column of
-    the same rows: ``tid`` or ``cgroup_id``, which are only needed for some captures.
+    ``block_io`` has the columns ``NEEDS``, in order of ``start_ns``; ``row`` names its requests, by default their rows.
     """
 
-    def __init__(self, block_io: pd.DataFrame, column: Callable[[str], npt.NDArray[np.integer]]) -> None:
-        self._rows, self._column = block_io, column
+    def __init__(self, block_io: pd.DataFrame) -> None:
+        self._rows = block_io
+        self._names = block_io["row"].to_numpy() if "row" in block_io else np.arange(len(block_io))
 
     def threads(self, tid: Ints, spans: Spans) -> InFlight:
         """Return the block I/O of each thread; none for thread 0."""
-        if not tid.any():
-            return InFlight.none(len(tid))
-        return self._in_flight(self._column("tid"), tid, spans)
+        return self._in_flight(self._rows["tid"].to_numpy(), tid, spans)
 
     def processes(self, tgid: Ints, spans: Spans) -> InFlight:
         """Return the block I/O of each process; none for process 0."""
         return self._in_flight(self._rows["tgid"].to_numpy(), tgid, spans)
 
-    def cgroups(self, cgroup: npt.NDArray[np.uint64], spans: Spans) -> InFlight:
-        """Return the block I/O of each cgroup without that of the kernel's own threads; none for cgroup 0."""
+    def cgroups(self, cgroup: npt.NDArray[np.uint64], spans: Spans) -> tuple[InFlight, InFlight]:
+        """Return the block I/O that each cgroup owns, first without write-back in the background; none for cgroup 0.
+
+        What a kernel thread submits counts where the kernel charges another cgroup than the thread's.
+        """
         known = np.unique(cgroup[cgroup > 0])
         if not len(known):
-            return InFlight.none(len(cgroup))
-        of_row = self._column("cgroup_id")
-        place = np.searchsorted(known, of_row)
-        kernel = self._named("comm", lambda comm: comm.startswith(("kworker/", "jbd2/")))
-        found = (np.append(known, 0)[place] == of_row) & ~kernel
+            none = InFlight.none(len(cgroup))
+            return none, none
+        submitter, owner = self._rows["cgroup_id"].to_numpy(), self._rows["owner_cgroup_id"].to_numpy()
+        owner = np.where(owner > 0, owner, submitter)
+        kernel = _named(self._rows, "comm", lambda comm: comm.startswith(("kworker/", "jbd2/"))) & (owner == submitter)
+        place = np.searchsorted(known, owner)
+        place = np.where((np.append(known, 0)[place] == owner) & ~kernel, place + 1, 0)
         key = np.where(cgroup > 0, np.searchsorted(known, cgroup) + 1, 0)
-        return self._in_flight(np.where(found, place + 1, 0), key, spans)
+        background = (place > 0) & (owner != submitter) & _named(self._rows, "op", lambda op: op == "write")
+        if background.any():
+            background &= np.nan_to_num(self._rows["flags"].to_numpy()).astype(np.int64) & REQ_SYNC == 0
+        waited = self._in_flight(np.where(background, 0, place), key, spans)
+        return waited, self._in_flight(place, key, spans) if background.any() else waited
 
-    def journals(self, tgid: Ints, spans: Spans) -> InFlight:
-        """Return the block I/O for which a process may wait that has written to a device and waits for its journal.
+    def has_journal(self) -> bool:
+        """Return whether there are requests of a file system's journal, or flushes."""
+        return bool(of_journal(self._rows).any())
 
-        That are the journal's requests, flushes, and the writes of all these processes, on the device to which the
-        process wrote most in its span; none where it wrote to none.
+    def written(self, tgid: Ints, spans: Spans) -> npt.NDArray[np.object_]:
+        """Return the device to which each process wrote most in its span; empty where it wrote to none."""
+        return self._in_flight(self._writers(), tgid, spans).device
+
+    def journals(self, device: npt.NDArray[np.object_], writers: Ints, spans: Spans) -> InFlight:
+        """Return the block I/O for which a process may wait that has written to ``device`` and waits for its journal.
+
+        That are the journal's requests, flushes, and the writes of the processes ``writers``, on this device; none for
+        an empty one.
         """
-        journal = self._named("comm", lambda comm: comm.startswith("jbd2/")) | self._named(
-            "op", lambda op: op == "flush"
-        )
-        if not journal.any():
-            return InFlight.none(len(tgid))
-        writers = np.where(self._named("op", lambda op: op == "write"), self._rows["tgid"].to_numpy(), 0)
         disks = self._rows["device"].astype("category").cat
         number = {str(name): at for at, name in enumerate(disks.categories, start=1)} | {"": 0}
-        key = np.array([number[name] for name in self._in_flight(writers, tgid, spans).device], dtype=np.int64)
-        waits = journal | np.isin(writers, np.unique(tgid[key > 0]))
+        key = np.array([number.get(name, 0) for name in device], dtype=np.int64)
+        waits = of_journal(self._rows) | np.isin(self._writers(), writers)
         return self._in_flight(np.where(waits, disks.codes.to_numpy().astype(np.int64) + 1, 0), key, spans)
 
-    def _named(self, column: str, wanted: Callable[[str], bool]) -> Bools:
-        """Return which rows have a wanted text in a column of few texts."""
-        labels = self._rows[column].astype("category").cat
-        chosen = np.array([wanted(str(label)) for label in labels.categories], dtype=np.bool_)
-        return np.append(chosen, False)[labels.codes.to_numpy()]
+    def _writers(self) -> Ints:
+        """Return the process that submitted each write; 0 for other requests."""
+        return np.where(_named(self._rows, "op", lambda op: op == "write"), self._rows["tgid"].to_numpy(np.int64), 0)
 
     def _in_flight(self, owner: npt.NDArray[np.integer], key: Ints, spans: Spans) -> InFlight:
         """Return the block I/O of each span's owner: of the rows whose ``owner`` is the span's ``key``; none for 0."""
@@ -201,7 +232,7 @@ class Submitters:
         since, data, until = (
             moments[here] + (whose * stretch - zero) for moments in (spans.since, spans.data, spans.until)
         )
-        all_of_it = _Intervals(begin, end, BRIDGE_NS)
+        all_of_it = Intervals(begin, end, BRIDGE_NS)
         upto_data = all_of_it.busy(data)
         found.before_us[here] = (upto_data - all_of_it.busy(since)) / 1000
         found.own_us[here] = (all_of_it.busy(until) - upto_data) / 1000
@@ -210,22 +241,44 @@ class Submitters:
         last_end = np.where(begun > 0, all_of_it.reach[begun - 1], -1)
         next_begin = begin[np.minimum(begun, len(begin) - 1)]
         soon = (next_begin >= until) & (next_begin <= until + _GOES_ON_NS)
+        by_end = np.argsort(end, kind="stable")
+        ended = by_end[np.searchsorted(end, until, side="right", sorter=by_end) - 1]
+        # Before all ends the index is -1, and that request ended after the span.
+        its_own = (at[ended] == whose) & (end[ended] > since) & (end[ended] <= until)
+        found.last[here] = np.where(its_own, self._names[rows[ended]], -1)
+        found.last_ns[here] = np.where(its_own, begin[ended] - (whose * stretch - zero), -1)
         found.late[here] = last_end > until - (until - since) * _LAST_PART
         found.goes_on[here] = soon | (last_end > until)
         disks = self._rows["device"].astype("category").cat
         code = disks.codes.to_numpy()[rows]
         used = np.flatnonzero(np.bincount(code, minlength=len(disks.categories))).tolist()
+        # Of two that were in flight for equally long it is always the same one, in whatever order they came.
+        used.sort(key=lambda disk: str(disks.categories[disk]))
         best, names = np.zeros(len(here)), np.full(len(here), "", dtype=object)
         for disk in used:
             its = np.flatnonzero(code == disk)
-            of_disk = _Intervals(begin[its], end[its], BRIDGE_NS) if len(used) > 1 else all_of_it
+            of_disk = Intervals(begin[its], end[its], BRIDGE_NS) if len(used) > 1 else all_of_it
             time = of_disk.busy(until) - of_disk.busy(data)
             best, names = np.maximum(time, best), np.where(time > best, str(disks.categories[disk]), names)
         found.device[here] = names
 
 
+def of_journal(requests: pd.DataFrame) -> Bools:
+    """Return which requests are those of a file system's journal, or flushes."""
+    return _named(requests, "comm", lambda comm: comm.startswith("jbd2/")) | _named(
+        requests, "op", lambda op: op == "flush"
+    )
+
+
+def _named(rows: pd.DataFrame, column: str, wanted: Callable[[str], bool]) -> Bools:
+    """Return which rows have a wanted text in a column of few texts."""
+    labels = rows[column].astype("category").cat
+    chosen = np.array([wanted(str(label)) for label in labels.categories], dtype=np.bool_)
+    return np.append(chosen, False)[labels.codes.to_numpy()]
+
+
 def _batches(sizes: Ints) -> Iterator[range]:
-    """Return ranges of indices into ``sizes``, each with a sum of about ``_BATCH`` or less, or with one index."""
-    number = (np.cumsum(sizes) - 1) // _BATCH
+    """Return ranges of indices into ``sizes``, each with a sum of about ``BATCH`` or less, or with one index."""
+    number = (np.cumsum(sizes) - 1) // BATCH
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(sizes)]
     return (range(begin, end) for begin, end in pairwise(cuts))

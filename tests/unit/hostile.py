@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 from cwndtrace.trace import Trace
@@ -49,3 +50,15 @@ def everywhere(path: Path) -> Trace:
         devices={"7:0": TEXT}, filters={TEXT: TEXT}, probes={"idle": TEXT, TEXT: None},
         sysctls={str(frames.NETNS): {"name": TEXT, "net.ipv4.tcp_congestion_control": TEXT}, TEXT: {"name": TEXT}},
     )  # fmt: skip
+
+
+class Markup(HTMLParser):
+    """The tags and attributes of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {(tag, name) for name, _ in attrs} | {(tag, "")}

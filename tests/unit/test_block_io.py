@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from hypothesis import given, settings
+import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import block_io
@@ -71,7 +72,6 @@ def test_queue_and_service_times_are_separate() -> None:
     assert np.isnan(never["service_p50_us"])
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["read", "write"]), st.integers(5, 9)), max_size=20))
 def test_block_figures_equal_those_of_grouping_by_hand(rows: list[tuple[int, str, int]]) -> None:
     frame = blocks(*(frames.block(i, us, dev=dev << 20, op=op) for i, (dev, op, us) in enumerate(rows)))
@@ -90,7 +90,6 @@ def requests(number: int, seed: int, spread: float) -> np.ndarray:
     return latencies.round(3)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 1.0, 5.0]))
 def test_live_percentiles_are_within_one_percent_of_the_reports(number: int, seed: int, spread: float) -> None:
     latencies = requests(number, seed, spread)
@@ -126,3 +125,14 @@ def test_the_heat_map_counts_each_request_once_in_its_own_cell() -> None:
         column = np.flatnonzero(cells.columns.to_numpy(float) <= frames.MONO + second * frames.SECOND)[-1]
         assert cells.iloc[row, column] == (2 if us == 10 else 1)
     assert block_io.heat_map(blocks()).shape == (0, 0)
+
+
+@pytest.mark.parametrize("number", [127, 128, 129, 255, 256, 300])
+def test_joined_frames_keep_the_names_of_any_number_of_devices(number: int) -> None:
+    first = blocks(*(frames.block(at, 10, dev=at << 20) for at in range(number)))
+    second = blocks(*(frames.block(at + 0.5, 10, dev=at << 20) for at in range(number, number + 3)))
+    columns = ["device", "start_ns"]
+    whole = block_io.joined([first[columns], second[columns]], columns, number + 3)
+    devices = ["loop0" if at == 7 else f"{at}:0" for at in range(number + 3)]
+    assert whole["device"].tolist() == devices
+    assert whole["start_ns"].is_monotonic_increasing

@@ -13,11 +13,10 @@ from click.testing import CliRunner
 
 import cwndtrace
 from cwndtrace import store
-from cwndtrace.capture.session import Session
 from cwndtrace.cli import main
 from cwndtrace.records.frames import PLACEHOLDERS
 from tests.unit import frames
-from tests.unit.fake_source import FakeSource
+from tests.unit.fake_source import FakeSource, session_of
 
 U32 = (1 << 32) - 1
 EXTREMES: dict[str, dict[str, Any]] = {
@@ -76,6 +75,7 @@ def test_extreme_values_are_shown_on_a_page_and_in_a_picture(tmp_path: Path) -> 
 
 def test_extreme_values_pass_through_a_session() -> None:
     raw = b"".join(frames.reset(n, **fields).tobytes() for n, fields in enumerate(EXTREMES.values(), start=1))
-    (batch,) = Session(FakeSource([("cwnd_reset", raw)])).step()
+    session = session_of(FakeSource([("cwnd_reset", raw)]))
+    (batch,) = (batch for batch in session.step() if batch.event == "cwnd_reset")
     for row, fields in zip(batch.to_dicts(), EXTREMES.values(), strict=True):
         assert {name: row[name] for name in fields} == fields

@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 import cwndtrace
 from cwndtrace import store
 from cwndtrace.errors import CaptureError
+from cwndtrace.export import perfetto, text
 from cwndtrace.plot import staircase, timeline
 from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
@@ -35,8 +37,9 @@ from cwndtrace.store import files, parquet_limits
 from tests import fuzz
 from tests.harness.replay import Replay
 from tests.unit import frames
+from tests.unit.examples import FEW
 
-SOME = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOME = settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
@@ -45,7 +48,7 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     assert summary.outcomes.total() == 40
     # Cases of each kind were refused or read, so no kind of mutation goes untested.
     assert {name.partition(":")[0] for name in summary.outcomes} == {
-        "parquet", "plain parquet", "meta bytes", "meta values", "values", "raw", "shape",
+        "parquet", "plain parquet", "raw parts", "meta bytes", "meta values", "values", "raw", "shape",
     }  # fmt: skip
 
 
@@ -103,6 +106,9 @@ def use(path: Path) -> None:
         trace = cwndtrace.load(path)
         repr(trace)
         trace._repr_html_()
+        for table in text.TABLES:
+            text.write(BytesIO(), trace, table, text.CSV)
+        perfetto.write(trace, BytesIO())
         trace.summary()
         trace.audit()
         trace.remedies()
@@ -310,7 +316,7 @@ FLIP = """
 import sys
 from pathlib import Path
 from cwndtrace.store import files
-from cwndtrace.store.reader import _UNREADABLE
+from cwndtrace.store.reader import read_errors
 part = Path(sys.argv[1])
 whole = part.read_bytes()
 footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
@@ -324,7 +330,7 @@ for at in range(footer, len(whole)):
             files.read(file)
             file.metadata.num_rows
         read += 1
-    except _UNREADABLE:
+    except read_errors():
         pass
 print(read, len(whole) - footer)
 """
@@ -342,6 +348,10 @@ def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
     assert 0 < read < flipped
 
 
+_JUDGED: Final = ("cwnd_reset", "connections", "cwnd_recovery")
+"""The tables whose rows a verdict needs in full."""
+
+
 @pytest.mark.parametrize("table", arrow.TABLES)
 def test_a_part_without_one_column_opens_and_gives_no_verdict(tmp_path: Path, table: str) -> None:
     """A recording of an older version may lack it. Its values are missing then, and the answer names the column."""
@@ -353,11 +363,12 @@ def test_a_part_without_one_column_opens_and_gives_no_verdict(tmp_path: Path, ta
         trace = cwndtrace.load(path)
         if number % 5 == 0:  # building a frame analyses all tables, which is slow
             frame = getattr(trace, attribute)
-            assert (len(frame), frame[name].isna().sum()) == (len(whole), len(whole))
+            missing = (frame[name] == 0) if name in arrow.IDS_OF_LATER_VERSIONS else frame[name].isna()
+            assert (len(frame), missing.sum()) == (len(whole), len(whole))
         why = trace._lacking()
-        assert (f" ({name})" in why) == (name in arrow.needed(table) and table not in ("block_io", "cwnd_sample"))
+        assert (f" ({name})" in why) == (name in arrow.needed(table) and table in _JUDGED)
         assert (f": {name}" in "".join(trace.gaps())) == (name in arrow.needed(table))
-    if table in ("cwnd_reset", "connections", "cwnd_recovery"):
+    if table in _JUDGED:
         pq.write_table(whole.drop_columns(["srtt_us"]), part)
         assert cwndtrace.load(path).host().verdict == "unknown"
 
@@ -367,7 +378,8 @@ def test_a_column_that_no_verdict_needs_may_be_missing(tmp_path: Path, table: st
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, table)
     before = content.as_json(content.report(cwndtrace.load(path)))
-    kept = {*arrow.needed(table), *arrow.MAY_BE_NULL, "ifindex"}  # without which a remedy names no interface
+    # Without these a remedy names no interface, and a group no workload and service.
+    kept = {*arrow.needed(table), *arrow.MAY_BE_NULL, "ifindex", "sock_cgroup_id", "listener", "listener_pid"}
     pq.write_table(whole.select([name for name in whole.column_names if name in kept]), part)
     after = content.as_json(content.report(cwndtrace.load(path)))
     assert [{**report, "caveats": []} for report in (before, after)] == [{**before, "caveats": []}] * 2
@@ -379,6 +391,7 @@ def test_every_command_accepts_a_part_of_an_older_recording(tmp_path: Path, tabl
     path = tmp_path / "a.cwnd"
     part, whole = one_part(path, table)
     lacks = {"cwnd_reset": "mss", "connections": "bytes_sent", "block_io": "done_ns", "cwnd_recovery": "srtt_us"}
+    lacks |= {"workloads": "path", "processes": "pid"}
     half = len(whole) // 2
     pq.write_table(whole.slice(half), part)
     pq.write_table(whole.slice(0, half).drop_columns([lacks.get(table, "cwnd")]), part.with_name("part-000002.parquet"))
@@ -409,7 +422,15 @@ def one_part(path: Path, table: str) -> tuple[Path, pa.Table]:
     """Write a capture whose resets are harmful; return the only part of a table, and its rows."""
     resets, connections = frames.story(seconds=8)
     recoveries = frames.table("cwnd_recovery", frames.recovered(), frames.recovered(2))
-    frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(5), recoveries=recoveries)
+    frames.capture(
+        path,
+        resets=resets,
+        connections=connections,
+        block_io=frames.disk(5),
+        recoveries=recoveries,
+        workloads=frames.workloads({}, {"cgroup_id": 2}),
+        processes=frames.processes({}, {"pid": 5}),
+    )
     if table == "cwnd_sample":
         (path / table).mkdir()
         rows = np.ones(4, layout.event(table).dtype)

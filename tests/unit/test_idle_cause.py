@@ -98,6 +98,21 @@ def heard(*idle_times: tuple[float, float, int, int], blocks: Sequence[Any] = ()
     return [row["cause"] for row in causes(resets, list(blocks), recoveries, **options)[1::2]]
 
 
+def test_the_request_that_a_send_waited_for_is_the_last_that_ended_before_it() -> None:
+    own = [read(8 + at, 0.4) for at in (0, 0.5, 1.0, 1.5)]
+    other = [read(7, 0.2), read(9.95, 0.01, tgid=1, tid=1), read(10.3, 0.1)]
+    process = [read(8.1, 1.85, tid=9), read(8.1, 0.2, tid=9)]
+    rows = sorted([*own, *other], key=lambda block: int(block["start_ns"][0]))
+    (row,) = causes([idle_reset()], rows)
+    assert (row["cause"], row["disk_of"]) == ("disk", "thread")
+    assert rows[row["disk_last"]] is own[-1]
+    (row,) = causes([idle_reset()], process)
+    # Causes sorts the requests by their start, and keeps the order of those that start at once.
+    assert (row["cause"], row["disk_of"], row["disk_last"]) == ("probably disk", "process", 0)
+    (row,) = causes([idle_reset()], [read(8, 0.01)])
+    assert (row["cause"], row["disk_last"]) == ("application", -1)
+
+
 # ---- what came in: seconds idle, seconds since data, bytes, segments ----
 
 
@@ -236,6 +251,46 @@ def test_block_io_of_other_cgroups_at_other_times_and_of_the_kernel_is_not_disk_
     assert found == ("application", 0, "", "", 0)
 
 
+KWORKER: dict[str, Any] = {"tgid": 300, "tid": 300, "comm": b"kworker/u8:1", "cgroup_id": 1, "owner_cgroup_id": 77}
+SYNC = 1 << 3
+"""REQ_SYNC in the column flags."""
+
+
+@pytest.mark.parametrize("how", [{"op": "write", "flags": SYNC}, {"op": "read"}, {"op": "flush"}])
+def test_what_kernel_threads_do_for_the_cgroup_was_probably_waited_for(how: dict[str, Any]) -> None:
+    (row,) = causes([idle_reset(cgroup_id=77)], [read(8.0, 1.9, **KWORKER | how)])
+    assert (row["cause"], row["disk_of"], row["disk_us"]) == ("probably disk", "cgroup", 1_900_000)
+    (row,) = causes([idle_reset(cgroup_id=78)], [read(8.0, 1.9, **KWORKER | how)])
+    assert (row["cause"], row["disk_us"]) == ("application", 0)
+
+
+def test_nobody_may_have_waited_for_write_back_in_the_background() -> None:
+    write_back = [write(8.0, 1.9, **KWORKER)]
+    (row,) = causes([idle_reset(cgroup_id=77)], write_back)
+    assert (row["cause"], row["disk_of"], row["disk_us"]) == ("disk or application", "cgroup", 1_900_000)
+    # The write for which the cgroup waited decides, if it took most of the time.
+    waited = read(8.0, 1.85, tgid=9, tid=9, cgroup_id=77)
+    (row,) = causes([idle_reset(cgroup_id=77)], [waited, *write_back])
+    assert (row["cause"], row["disk_us"]) == ("probably disk", 1_850_000)
+
+
+def test_what_a_process_submits_belongs_to_the_cgroup_that_owns_it() -> None:
+    resets = [idle_reset(cgroup_id=77)]
+    blocks = [read(8.0, 1.9, tgid=9, tid=9, cgroup_id=1, owner_cgroup_id=77)]
+    assert [row["cause"] for row in causes(resets, blocks)] == ["probably disk"]
+
+
+@pytest.mark.parametrize("comm", [b"web", b"kworker/u8:1"])
+def test_captures_without_owners_count_by_submitter(comm: bytes) -> None:
+    blocks = [read(8.0, 1.9, tgid=9, tid=9, cgroup_id=77, comm=comm)]
+    older = frames.pandas(frames.table("block_io", *blocks)).assign(owner_cgroup_id=np.nan)
+    rows = frames.pandas(frames.table("cwnd_reset", idle_reset(cgroup_id=77)))
+    resets, _ = connections.identify(rows, frames.snapshots().to_pandas())
+    nothing = recovery.identify(frames.pandas(frames.table("cwnd_recovery")), resets)
+    (row,) = idle_cause.with_cause(resets, block_io.with_latency(older, {}), nothing).to_dict("records")
+    assert row["cause"] == ("application" if b"kworker" in comm else "probably disk")
+
+
 def commits(since: float, until: float, **by: Any) -> list[Any]:
     """Return the block I/O of fsyncs in turn: a write of 1 ms by the caller, then 4 ms of the journal's."""
     times = np.arange(since, until, 0.00505)
@@ -352,6 +407,7 @@ def test_the_causes_of_many_resets_equal_those_of_each_alone() -> None:
             "tgid": tgid,
             "tid": tgid,
             "cgroup_id": np.uint64(0),
+            "owner_cgroup_id": np.uint64(0),
             "op": pd.Categorical(["read"] * len(start)),
             "comm": pd.Categorical(["fio"] * len(start)),
             "device": pd.Categorical(np.array(["a", "b", "c"])[rng.integers(0, 3, len(start))]),
