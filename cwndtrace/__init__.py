@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PermissionNeeded,
         UsageError,
     )
+    from cwndtrace.fleet.result import fleet
     from cwndtrace.trace import Trace, load
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "Stream",
     "Trace",
     "UsageError",
+    "fleet",
     "load",
     "stream",
 ]
@@ -60,6 +62,8 @@ def __getattr__(name: str) -> Any:
     # Names are imported on first use: pandas and pyroute2 take most of a second to load, and not every part needs them.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "fleet":
+        return import_module("cwndtrace.fleet")  # a package that can be called
     value = getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}"), name)
     globals()[name] = value
     return value

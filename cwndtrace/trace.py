@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +14,30 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from cwndtrace import format as fmt
 from cwndtrace import store
-from cwndtrace.analysis import ahead, audit, compare, cost, cured, idle_cause, recovery, remedy, units, verdict
+from cwndtrace.analysis import (
+    ahead,
+    audit,
+    compare,
+    cost,
+    cured,
+    idle_cause,
+    idle_windows,
+    recovery,
+    remedy,
+    threads,
+    units,
+    verdict,
+)
 from cwndtrace.analysis import block_io as block_analysis
 from cwndtrace.analysis import connections as connection_analysis
+from cwndtrace.analysis import groups as group_analysis
+from cwndtrace.analysis import workloads as workload_analysis
+from cwndtrace.analysis.block_figures import BlockRequests
+from cwndtrace.analysis.idle_disk import NEEDS
 from cwndtrace.errors import NotFound, making_sense
 from cwndtrace.present import audit as audit_in_words
 from cwndtrace.present import compared, html
@@ -32,6 +50,8 @@ from cwndtrace.store.meta import Meta
 
 _T = TypeVar("_T")
 _CELL = 100  # most characters of a text that came from outside
+_GATHERED = 1 << 18  # rows of block_io that are computed with at once
+_OPTIONAL = ("tid", "cgroup_id")  # columns of block_io without which a request still counts
 _VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
 """The tables that a verdict on the whole capture needs in full, and the noun for a row of each."""
 
@@ -71,7 +91,8 @@ class Connection:
         """Return the main facts, at most one screen of (name, value) pairs that are safe to print to a terminal."""
         row, most = self.about, self.about["cwnd_max_segments"]
         facts = [
-            ("process", _shown(fmt.process(row["comm"], row["pid"]))),
+            ("process", _shown(fmt.holder(row))),
+            *([("workload", _shown(row["workload"]))] if row["workload"] else []),
             ("congestion control", _shown(row["ca_name"])),
             ("seen", f"{row['seen_s']:,.1f} s in {fmt.plural(row['snapshots'], 'snapshot')}"),
             ("state", _shown(row["state"] or "unknown")),
@@ -85,7 +106,7 @@ class Connection:
         ]
         if row["resets_idle"]:
             longest = f"{fmt.span(row['idle_longest_us'])}, {row['idle_per_rto_max']:.1f} RTOs"
-            facts.insert(4, ("longest idle time", longest))
+            facts.insert(len(facts) - 4, ("longest idle time", longest))
         costly = self.resets[self.resets["verdict"] == "harmful"].sort_values("lost_us", ascending=False)
         facts += [("costly reset", fmt.clean(in_words.reset(reset))) for reset in costly.head(3).to_dict("records")]
         return [*facts, ("verdict", str(self.verdict))]
@@ -189,7 +210,7 @@ class Trace:
         """The start of tracing, in ns of CLOCK_MONOTONIC, by the metadata or else by the first record."""
         if self.about.begin is not None:
             return self.about.begin.mono_ns
-        frames = ((self._resets, "ts_ns"), (self._connections, "ts_ns"), (self._requests, "start_ns"))
+        frames = [(self._resets, "ts_ns"), (self._connections, "ts_ns"), (self.block_columns("start_ns"), "start_ns")]
         return min((int(f[name].min()) for f, name in frames if len(f)), default=0)
 
     @property
@@ -198,13 +219,26 @@ class Trace:
         return {kind: number for kind, number in self.about.left_out.items() if kind in ("cgroups", "sockets")}
 
     def lost(self, table: str) -> int:
-        """Return how many records of a table the kernel or the disk lost, as far as ``meta.json`` says."""
-        counts = self.about.counts or {}
-        return (counts[table].lost if table in counts else 0) + self.about.unwritten.get(table, 0)
+        """Return how many records of a table the kernel or the disk lost, as far as ``meta.json`` says.
+
+        In a window of the past, these are the ones lost since it began, as far as that is known.
+        """
+        counts, kept_from = self.about.counts or {}, self.about.kept_from
+        lost = counts[table].lost if table in counts else 0
+        if kept_from is not None:
+            lost = sum(each.lost for each in self.about.lossy if each.event == table and each.end_ns >= kept_from)
+        return lost + self.about.unwritten.get(table, 0)
+
+    def absent(self, table: str) -> int:
+        """Return how many records of a table the trace kept that aren't in the capture, or lack values."""
+        return self._capture.missing(table)[0] + self._capture.partly(table)[0]
 
     @cached_property
     def resets(self) -> pd.DataFrame:
-        """One row per congestion-window reset, with ``connection``, the key that ``summary`` uses.
+        """One row per congestion-window reset, with ``connection``, the key that ``summary`` uses, and names.
+
+        ``workload`` is its unit, container or pod. ``process`` is the name of its process, and ``comm`` of its thread.
+        ``cmdline`` is the command line. Each is empty where it isn't known.
 
         Rows from an older version lack the columns that it didn't record, and ``connection``. No analysis uses them.
         """
@@ -217,31 +251,101 @@ class Trace:
 
     @_computed
     def block_io(self) -> pd.DataFrame:
-        """One row per finished block request, with ``device``, ``latency_us`` and ``queue_us``."""
-        return self._and_partly("block_io", block_analysis.with_latency(self._whole("block_io"), self.about.devices))
+        """One row per finished block request, with ``device``, ``latency_us`` and ``queue_us``.
+
+        ``submitter`` is the workload of the task that submitted it, ``owner`` the one to which the kernel charges it.
+        """
+        rows = block_analysis.with_latency(self._whole("block_io"), self.about.devices)
+        return self._and_partly("block_io", block_analysis.with_workloads(rows, self._naming))
 
     def block_columns(self, *columns: str) -> pd.DataFrame:
         """Return only these columns of ``block_io``, with its rows in the same order.
 
-        The added columns ``device``, ``latency_us`` and ``queue_us`` may be named too. No columns are read but those
-        that are needed, and the result isn't kept. Requests that lack one of the columns are left out. Raises KeyError
-        for an unknown column.
+        The added columns ``device``, ``latency_us``, ``queue_us``, ``submitter`` and ``owner`` may be named too. No
+        columns are read but those that are needed, and the result isn't kept. Requests that lack one of the columns are
+        left out. Raises KeyError for an unknown column.
         """
-        known = arrow.schema("block_io").names
-        needs = [name for name in known if name in columns or name == "start_ns"]
-        needs += [n for column in columns if column not in known for n in block_analysis.NEEDS[column]]
-        devices = self.about.devices
-        pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)))
-        whole = (frames.whole(frames.frame(piece, "block_io"), "block_io") for piece in pieces)
-        added = (block_analysis.add(frame, devices, columns) for frame in whole)
         names = tuple(dict.fromkeys(("start_ns", *columns)))
-        frame = block_analysis.joined(added, names, self._capture.rows("block_io"))
+        rows = self._capture.rows("block_io")
+        batches = self._block_batches(columns, self._capture.parts("block_io"))
+        frame = block_analysis.joined(threads.ahead(batches) if _roomy(rows, names) else batches, names, rows)
         return units.attach(frame if names == columns else frame[list(columns)])
 
-    @_computed
-    def _requests(self) -> pd.DataFrame:
-        """The columns of ``block_io`` that the analyses use, which are a third of it."""
-        return self.block_columns(*block_analysis.USED)
+    def block_batches(self, *columns: str) -> Iterator[pd.DataFrame]:
+        """Yield the rows of ``block_columns(*columns)`` part by part, as the trace wrote them, in bounded memory.
+
+        The first frame is always empty. Contradictory rows raise what they raise, see ``errors.making_sense``.
+        """
+        return (units.attach(frame[list(columns)]) for frame in self._block_batches(columns))
+
+    def _block_batches(self, columns: tuple[str, ...], parts: Sequence[Path] | None = None) -> Iterator[pd.DataFrame]:
+        known = arrow.schema("block_io").names
+        needs = [name for name in known if name in columns or name == "start_ns"]
+        more = block_analysis.NEEDS | block_analysis.WORKLOADS
+        needs += [n for column in columns if column not in known for n in more[column]]
+        devices = self.about.devices
+        pieces = self._capture.pieces("block_io", list(dict.fromkeys(needs)), parts)
+        if parts is not None:
+            pieces = (piece for piece, _ in _gathered((piece, None) for piece in pieces))
+        clean = (frames.frame(arrow.clean_texts(piece), "block_io") for piece in pieces)
+        whole = (frames.whole(frame, "block_io") for frame in clean)
+        added = (block_analysis.add(frame, devices, columns) for frame in whole)
+        if named := [column for column in columns if column in block_analysis.WORKLOADS]:
+            added = (block_analysis.with_workloads(frame, self._naming, named) for frame in added)
+        return added
+
+    def _shares(self) -> BlockRequests:
+        """Return the block requests for the figures of groups."""
+        parts, rows = self._capture.parts("block_io"), self._capture.rows("block_io")
+        number = 2 if rows > _GATHERED and self._roomy() else 1
+        # Neighbours go to different threads, so that both have about as much to do.
+        shares = [partial(self._block_batches, parts=parts[at::number]) for at in range(number)]
+        return BlockRequests(tuple(shares), rows)
+
+    def _roomy(self) -> bool:
+        """Return whether there is memory for a second thread to read block requests, too, a few parts at a time."""
+        return _roomy(2 * (self._capture.largest("block_io") + _GATHERED), arrow.schema("block_io").names)
+
+    def _in_order(self, columns: tuple[str, ...]) -> Iterator[tuple[pd.DataFrame, int | None]]:
+        """Yield what ``idle_windows.Batches`` has, with columns of ``idle_disk.NEEDS``."""
+        lacking = self._capture.partly("block_io")[1]
+        needs = {*columns, "dev", *(name for name in lacking if name in block_analysis.USED)}
+        names = [name for name in arrow.schema("block_io").names if name in needs]
+        number = 0
+        for piece, rest in _gathered(self._capture.pieces_and_rest("block_io", names, "start_ns")):
+            clean = frames.frame(arrow.clean_texts(arrow.filled(piece, _OPTIONAL)), "block_io")
+            frame = block_analysis.add(frames.whole(clean, "block_io"), self.about.devices, columns)
+            yield frame.assign(row=np.arange(number, number + len(frame))), rest
+            number += len(frame)
+
+    def _windows(self) -> idle_windows.Parts:
+        roomy = self._roomy()
+
+        def batches(columns: tuple[str, ...]) -> idle_windows.Batches:
+            return threads.ahead(self._in_order(columns)) if roomy else self._in_order(columns)
+
+        def starts() -> Iterator[npt.NDArray[np.int64]]:
+            return (frame["start_ns"].to_numpy(np.int64) for frame, _ in batches(("start_ns",)))
+
+        return idle_windows.Parts(self._judged, batches, starts, roomy=roomy)
+
+    @cached_property
+    def workloads(self) -> pd.DataFrame:
+        """One row per cgroup whose id the records have, with its names, and ``workload``, the name for people.
+
+        ``first_ns`` and ``last_ns`` are the span in which it was seen, ns of CLOCK_MONOTONIC.
+        """
+        return self._and_partly("workloads", _lent(self._naming.workloads))
+
+    @cached_property
+    def processes(self) -> pd.DataFrame:
+        """One row per process whose pid the records have, with its name, command line and ``workload``."""
+        return self._and_partly("processes", _lent(self._naming.processes))
+
+    @property
+    def named_by_namespace(self) -> int:
+        """The number of connections whose workload is inferred from their network namespace."""
+        return self._with_names[2]
 
     @cached_property
     def recoveries(self) -> pd.DataFrame:
@@ -279,19 +383,28 @@ class Trace:
 
     @_computed
     def _verdicts(self) -> pd.DataFrame:
+        return self._caused(self._windows())
+
+    @making_sense()
+    def verdicts_by(self, batches: Iterable[pd.DataFrame]) -> pd.DataFrame:
+        """Return ``verdicts`` by all block requests, in batches, of which only those are held that idle causes need.
+
+        The batches are those of ``block_batches``, with the columns ``analysis.idle_disk.NEEDS`` and ``row``: integers
+        of the caller's that name the requests, also in ``disk_last``.
+        """
+        relevant = idle_windows.Relevant(self._resets)
+        kept = (batch[relevant(batch)] for batch in batches)
+        requests = block_analysis.joined(kept, (*NEEDS, "row"), self._capture.rows("block_io"))
+        return _lent(self._caused(requests))
+
+    def _caused(self, requests: pd.DataFrame | idle_windows.Windows) -> pd.DataFrame:
         return idle_cause.with_cause(
             self._judged,
-            self._requests,
+            requests,
             self._recoveries,
-            column=self._column_of_requests,
             recorded=self.block_recorded,
             started_ns=self.started_ns,
         )
-
-    def _column_of_requests(self, name: str) -> npt.NDArray[np.integer]:
-        """Return one more column of ``_requests``, which isn't kept; zeros where some rows lack it."""
-        column = self.block_columns(name)[name].to_numpy()
-        return column if len(column) == len(self._requests) else np.zeros(len(self._requests), column.dtype)
 
     @_computed
     def _judged(self) -> pd.DataFrame:
@@ -320,6 +433,21 @@ class Trace:
         return judged.assign(why=pd.Series(why, index=judged.index, dtype="str"))
 
     @making_sense()
+    def groups(
+        self, by: str = "service", prefix: tuple[int, int] = group_analysis.PREFIX, *, causes: bool = True
+    ) -> pd.DataFrame:
+        """Return one row per group of connections; the columns are ``analysis.groups.COLUMNS``.
+
+        ``by`` is ``workload``, ``service`` (of a workload), ``peer`` or ``connection``. Peers are grouped by the first
+        ``prefix`` bits of an IPv4 and of an IPv6 address; (32, 128) is each address. With ``causes``, why they were
+        idle is computed too, for which millions of block requests might have to be read. Raises ValueError for
+        another ``by`` or ``prefix``.
+        """
+        return units.attach(
+            group_analysis.groups(self._summary, self._verdicts if causes else self._judged, by, prefix)
+        )
+
+    @making_sense()
     def remedies(self, connection: str | None = None) -> pd.DataFrame:
         """Return the remedies, best first, for the whole capture or for one ``connection``.
 
@@ -332,7 +460,11 @@ class Trace:
                 raise _no_connection(connection)
             judged = judged[judged["connection"] == connection]
         found = remedy.remedies(judged, rows, self.about)
-        return units.attach(remedies_in_words.remedies(found, self.about, self._lacking()))
+        return units.attach(remedies_in_words.remedies(found, self.about, self._lacking(), self._owners))
+
+    @_computed
+    def _owners(self) -> remedies_in_words.Owners:
+        return self._naming.of_namespaces(self._resets, self._connections)
 
     @making_sense()
     def due(self) -> pd.DataFrame:
@@ -367,9 +499,9 @@ class Trace:
         return compared.conclude(cured.compared(*pair), *pair)
 
     def _evidence(self) -> cured.Evidence:
-        return cured.Evidence(self._judged, self._connections, self.about, tuple(self._unseen()))
+        return cured.Evidence(self._judged, self._connections, self.about, tuple(self.unseen()))
 
-    def _unseen(self) -> Iterator[str]:
+    def unseen(self) -> Iterator[str]:
         """Yield a clause for each way in which resets, or what shows their cost, may be missing from the records."""
         if lacking := self._lacking():
             yield lacking
@@ -395,7 +527,11 @@ class Trace:
 
     def _measures(self) -> dict[str, Any]:
         span = compare.span(self.about, self._resets, self._connections)
-        return dict(compare.measures(self._judged, self._connections, self._recoveries, self._requests, span))
+        return dict(
+            compare.measures(
+                self._judged, self._connections, self._recoveries, self.block_columns("op", "latency_us"), span
+            )
+        )
 
     def connection(self, key: str) -> Connection:
         """Return one connection by its key in ``summary()``. Raises NotFound where there is none."""
@@ -425,25 +561,55 @@ class Trace:
         """Return the cost of all resets, and the verdict on whether the congestion window is the problem at all."""
         return in_words.host(verdict.host(self._summary, self._judged), self._lacking(), next(self._hidden(), ""))
 
-    @making_sense()
     def block_summary(self) -> pd.DataFrame:
         """Return one row per device and operation; the columns are ``analysis.block_io.COLUMNS``."""
-        return units.attach(block_analysis.summary(self._requests))
+        return _lent(self._by_device)
+
+    @_computed
+    def _by_device(self) -> pd.DataFrame:
+        return block_analysis.summary(self._shares())
 
     def block_submitters(self) -> pd.DataFrame:
         """Return one row per submitting process; the columns are ``analysis.block_io.SUBMITTER_COLUMNS``."""
-        return units.attach(block_analysis.by_submitter(self._requests))
+        return _lent(self._by_submitter)
+
+    @_computed
+    def _by_submitter(self) -> pd.DataFrame:
+        return block_analysis.by_submitter(self._shares())
+
+    def block_owners(self) -> pd.DataFrame:
+        """Return one row per workload that owns requests; the columns are ``analysis.block_io.OWNER_COLUMNS``.
+
+        Where the capture names no workload, there is no row.
+        """
+        return _lent(self._by_owner)
+
+    @_computed
+    def _by_owner(self) -> pd.DataFrame:
+        if not len(self._naming.workloads):
+            return pd.DataFrame(columns=list(block_analysis.OWNER_COLUMNS))
+        return block_analysis.by_owner(self._shares())
 
     def block_heat_map(self) -> pd.DataFrame:
         """Return the number of requests by start time and latency; see ``analysis.block_io.heat_map``."""
-        return units.attach(block_analysis.heat_map(self._requests))
+        return units.attach(block_analysis.heat_map(self.block_columns("start_ns", "latency_us")))
 
     @_computed
     def _identified(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return self._with_names[:2]
+
+    @_computed
+    def _with_names(self) -> tuple[pd.DataFrame, pd.DataFrame, int]:
         resets, connections = (_as_text(self._whole(name)) for name in ("cwnd_reset", "connections"))
         # Older versions also recorded mini sockets of closed connections, which have no window and no round-trip time.
         connections = connections[connections["cwnd"] > 0].reset_index(drop=True)
-        return connection_analysis.identify(resets, connections)
+        return self._naming.of_connections(*connection_analysis.identify(resets, connections))
+
+    @_computed
+    def _naming(self) -> workload_analysis.Naming:
+        known = workload_analysis.workloads(_as_text(self._whole("workloads")))
+        processes = workload_analysis.processes(_as_text(self._whole("processes")), known)
+        return workload_analysis.Naming(known, processes, self.about.cgroups or "v2")
 
     @property
     def _resets(self) -> pd.DataFrame:
@@ -499,6 +665,8 @@ class Trace:
                 or "nothing",
             ),
         ]
+        if window := in_words.window(about):
+            facts.insert(2, ("window", _shown(window)))
         if steps := self._steps():
             shown = ", ".join(fmt.signed(step, "{:,.3f} s".format) for step in steps[:5])
             facts.append(("clock", f"stepped by {shown}, suspends included"))
@@ -523,7 +691,8 @@ class Trace:
         started, ended = _moment(self.about.started), _moment(self.about.ended)
         if started is None:
             return "unknown"
-        begin = f"from {started:%Y-%m-%d %H:%M:%S} UTC"
+        since = None if self.about.kept_from is None else self.about.utc_ns(self.about.kept_from)
+        begin = f"from {f'{started:%Y-%m-%d %H:%M:%S} UTC' if since is None else fmt.moment(since)}"
         if ended is None:
             return begin
         lasted = (ended - started).total_seconds()
@@ -535,6 +704,29 @@ class Trace:
     def _steps(self) -> list[float]:
         """Return each step of the wall clock, in seconds."""
         return [(after - before) / 1e9 for before, after in pairwise(self.about.utc_offsets_ns)]
+
+
+def _gathered(pieces: Iterable[tuple[pa.Table, _T]]) -> Iterator[tuple[pa.Table, _T]]:
+    """Yield the same rows in fewer pieces, because each takes some time; with each piece goes what came last with it.
+
+    They are neither so small that this time counts, nor so large that their columns don't fit into the CPU's caches.
+    """
+    kept: list[pa.Table] = []
+    rows = 0
+    for piece, also in pieces:
+        kept.append(piece)
+        rows += len(piece)
+        if rows >= _GATHERED:
+            yield pa.concat_tables(kept), also
+            kept, rows = [], 0
+    if kept:
+        yield pa.concat_tables(kept), also
+
+
+def _roomy(rows: int, columns: Sequence[str]) -> bool:
+    """Return whether there is memory for a second thread to read, too, if so many rows are in memory at once."""
+    # While a frame is made, its rows are in memory up to three times.
+    return threads.roomy(3 * 8 * rows * len(columns))
 
 
 def _lent(frame: pd.DataFrame) -> pd.DataFrame:

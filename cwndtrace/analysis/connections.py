@@ -18,6 +18,8 @@ from cwndtrace.records import layout
 
 _ENDS: Final = ["netns_ino", "saddr", "sport", "daddr", "dport"]
 _TEXT: Final = ("saddr", "daddr", "comm", "ca_name", "reason", "state")
+_NAMES: Final = ("workload", "cmdline", "listener")
+"""Texts that a Trace adds to the frames, and that those of older captures lack."""
 
 COLUMNS: Final = {
     "connection": "key: namespace:cookie (in hexadecimal), or namespace:addresses@socket where no cookie was ever made",
@@ -29,7 +31,15 @@ COLUMNS: Final = {
     "daddr": "remote address",
     "dport": "remote port",
     "pid": "process last seen to use or hold the socket; 0 where none was",
-    "comm": "name of that process; empty where unknown",
+    "comm": "name of that process, or of the thread that sent at its last reset; empty where unknown",
+    "process": "name of that process, which is that of its main thread; comm where only a reset shows the process",
+    "thread": "name of the thread of pid that sent at its last reset; empty where none did",
+    "cmdline": "beginning of the command line of that process; empty where unknown",
+    "workload": "unit, pod and container, container, or cgroup of the last record that names one; empty where unknown",
+    "service_port": "local port if a process listens on it, or has while the connection was watched; else 0",
+    "service": "the name of that process and the port, such as nginx:443; empty where service_port is 0",
+    "outgoing": "true if no process was seen to listen on its local port, so that this end opened it; missing where no "
+    "snapshot tells",
     "ca_name": "congestion control in the last record that names it",
     "state": "TCP state in its last snapshot; empty where no snapshot shows it",
     "first_seen": "time of its first record, UTC",
@@ -98,6 +108,9 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
         out[f"resets_{label}"] = (sightings["reason"] == label).groupby(sightings["connection"]).sum()
     out["idle_total_us"], out["idle_longest_us"] = groups["reset_idle_us"].sum(), groups["reset_idle_us"].max()
     out["cwnd_min_segments"], out["cwnd_max_segments"] = groups["cwnd_low"].min(), groups["cwnd_high"].max()
+    out["listens"] = groups["listens"].max()
+    out = out.assign(**_services(out))
+    out["thread"] = _threads(resets, out["pid"])
     moved = direction.watched(connections, ("bytes_sent", "bytes_received")).reindex(out.index)
     mostly = direction.mostly_receives(moved["bytes_sent"], moved["bytes_received"])
     out["received_bytes"] = moved["bytes_received"]
@@ -115,14 +128,39 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
     return out[list(COLUMNS)].sort_values(order, ascending=[False, False, True, True], ignore_index=True)
 
 
+def _threads(resets: pd.DataFrame, pid: pd.Series) -> pd.Series:
+    """Return, by connection, the name of the thread of process ``pid`` that sent at its last reset."""
+    tgid = resets["tgid"].astype("float64")
+    mine = _plain(resets[(tgid > 0) & (tgid == resets["connection"].map(pid.astype("float64")))])
+    threads: pd.Series = mine.sort_values("ts_ns", kind="stable").groupby("connection")["comm"].last()
+    return threads
+
+
+def _services(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return ``service_port``, ``service`` and ``outgoing`` of connections.
+
+    Takes one row per connection, with ``listens``: 1 if a process was seen to listen on its local port, 0 if none was,
+    and missing if no snapshot tells. Such a connection has the service of another one with its local address and port.
+    """
+    ports = rows.groupby(["netns_ino", "saddr", "sport"], sort=False)
+    listens = rows["listens"].fillna(ports["listens"].transform("max").replace(0, np.nan))
+    served = listens == 1
+    listener = rows["listener"].fillna(ports["listener"].transform("last")).fillna("")
+    return {
+        "service_port": rows["sport"].astype("int64").where(served, 0),
+        "service": (listener + ":" + rows["sport"].astype("int64").astype(str)).where(served, ""),
+        "outgoing": (listens == 0).astype("boolean").where(listens.notna()),
+    }
+
+
 def _dtype(column: str) -> Any:
-    if column in ("connection", "saddr", "daddr", "comm", "ca_name", "state"):
+    if column in (*_TEXT, *_NAMES, "connection", "process", "thread", "service"):
         return "str"
     if column in ("first_seen", "last_seen"):
         return "datetime64[us, UTC]"
     if column in ("seen_s", "bytes_received", "received_bytes"):
         return "float64"
-    if column == "mostly_receives":
+    if column in ("mostly_receives", "outgoing"):
         return "boolean"
     return "uint64" if column == "sock_cookie" else "int64"
 
@@ -199,8 +237,8 @@ def _from_resets(resets: pd.DataFrame) -> pd.DataFrame:
     out = rows[_SHARED].assign(pid=rows["tgid"], cwnd=rows["cwnd_after"], state=None, reason=rows["reason"])
     out["cwnd_low"], out["cwnd_high"] = rows["cwnd_after"], rows["cwnd_before"]
     out["reset_idle_us"] = rows["idle_us"].astype("int64").where(rows["reason"] == "idle", 0)
-    out["reset"], out["snapshot"], out["bytes_received"] = 1, 0, np.nan
-    return _missing(out)
+    out["reset"], out["snapshot"], out["bytes_received"], out["listens"] = 1, 0, np.nan, np.nan
+    return _missing(_with_names(out, rows))
 
 
 def _from_snapshots(connections: pd.DataFrame) -> pd.DataFrame:
@@ -208,12 +246,26 @@ def _from_snapshots(connections: pd.DataFrame) -> pd.DataFrame:
     out = rows[_SHARED].assign(pid=rows["pid"], cwnd=rows["cwnd"], state=rows["state"], reason=None)
     out["cwnd_low"], out["cwnd_high"], out["reset_idle_us"] = rows["cwnd"], rows["cwnd"], 0
     out["reset"], out["snapshot"], out["bytes_received"] = 0, 1, rows["bytes_received"].astype("float64")
+    out = _with_names(out, rows)
+    pid = rows["listener_pid"].astype("float64") if "listener_pid" in rows else pd.Series(np.nan, index=rows.index)
+    # The process may have ended or be hidden, and its name known none the less.
+    out["listens"] = (pid > 0).astype("float64").where(pid.notna()).mask(out["listener"] != "", 1.0)
     return _missing(out)
+
+
+def _with_names(out: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return ``out`` with ``_NAMES`` and ``process``, empty where ``rows`` lack a column or a value."""
+    none = pd.Series("", index=rows.index, dtype=object)
+    text = {
+        name: rows[name].astype(object).where(rows[name].notna(), "").astype(str) if name in rows else none
+        for name in (*_NAMES, "process")
+    }
+    return out.assign(**text | {"process": text["process"].where(text["process"] != "", rows["comm"])})
 
 
 def _missing(rows: pd.DataFrame) -> pd.DataFrame:
     """Replace the values that mean unknown by missing ones, so that the last known value wins."""
-    for name in ("comm", "ca_name", "state", "reason"):
+    for name in ("comm", "ca_name", "state", "reason", "process", *_NAMES):
         text = rows[name].astype(object)
         rows[name] = text.where(text != "", None)
     for name in ("pid", "sock_cookie"):

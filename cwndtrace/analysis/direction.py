@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
+from cwndtrace.lazy import pa
 from cwndtrace.records import arrow
 
 if TYPE_CHECKING:

@@ -43,6 +43,13 @@ def handshake(resets: Any) -> Any:
     return (resets["reason"] == "rto_loss") & shaking
 
 
+def reason(row: dict[str, Any]) -> str:
+    """Return the reason of a reset for people, or what explains it better."""
+    if handshake(row):
+        return "lost SYN"
+    return "peer window" if reopened(row) or window_full(row) or zero_window(row) else str(row["reason"])
+
+
 def _recorded(resets: Any) -> Any:
     # Older versions recorded neither this nor tcp_state.
     return resets["unacked_bytes"] >= 0

@@ -43,12 +43,19 @@ class _Words:
     lasting: str = ""
 
 
-def remedies(found: pd.DataFrame, about: Meta, lacking: str = "") -> pd.DataFrame:
+Owners = Mapping[str, tuple[Mapping[Any, Any], ...]]
+"""The workloads of network namespaces, by inode: rows of ``Trace.workloads``."""
+NOBODY: Final[Owners] = {}
+
+
+def remedies(found: pd.DataFrame, about: Meta, lacking: str = "", owners: Owners = NOBODY) -> pd.DataFrame:
     """Return the rows of ``analysis.remedy.remedies`` in words, with ``COLUMNS``.
 
-    ``lacking`` names the records that the trace kept and the capture doesn't have.
+    ``lacking`` names the records that the trace kept and the capture doesn't have. ``owners`` has the workloads whose
+    connections are in each namespace.
     """
-    words = [_words(row["remedy"], row["detail"], about, lacking) for row in found.to_dict("records")]
+    where = _Where(about, owners)
+    words = [_words(row["remedy"], row["detail"], where, lacking) for row in found.to_dict("records")]
     texts = {name: [getattr(each, name) for each in words] for name in ("action", "why_risk", "command", "lasting")}
     return found.assign(**{name: pd.Series(column, dtype="str") for name, column in texts.items()})[list(COLUMNS)]
 
@@ -69,17 +76,17 @@ def remedy(row: Mapping[Any, Any]) -> str:
 # ---- one remedy each ---------------------------------------------------------------------------------
 
 
-def _words(remedy: str, detail: Any, about: Meta, lacking: str) -> _Words:
+def _words(remedy: str, detail: Any, where: _Where, lacking: str) -> _Words:
     if remedy == "sysctl":
-        return _sysctl(detail, about)
+        return _sysctl(detail, where)
     if remedy == "sysctl_done":
-        return _Words(f"{tcp.IDLE_SYSCTL} {_since(detail, about)}")
+        return _Words(f"{tcp.IDLE_SYSCTL} {_since(detail, where)}")
     if remedy == "initcwnd":
-        return _initcwnd(detail, about)
+        return _initcwnd(detail, where)
     if remedy == "ping":
         return _ping(detail)
     if remedy == "bbr":
-        return _bbr(detail, about)
+        return _bbr(detail, where)
     if remedy == "disk":
         return _disk(detail)
     if remedy == "nothing":
@@ -92,26 +99,26 @@ def _words(remedy: str, detail: Any, about: Meta, lacking: str) -> _Words:
     }[remedy]
 
 
-def _sysctl(spaces: tuple[str, ...], about: Meta) -> _Words:
-    shown, commands = _in_each(spaces, f"sysctl -w {tcp.IDLE_SYSCTL}=0", about, hosts=True)
+def _sysctl(spaces: tuple[str, ...], where: _Where) -> _Words:
+    shown, commands = where.in_each(spaces, f"sysctl -w {tcp.IDLE_SYSCTL}=0", hosts=True)
     return _Words(
         shown,
         "each connection in the namespace may send its old window at once after idle time, into a path that may be "
         "busier by then",
         commands,
-        _lasting(tcp.IDLE_SYSCTL, "0", spaces, about),
+        where.lasting(tcp.IDLE_SYSCTL, "0", spaces),
     )
 
 
-def _since(spaces: tuple[str, ...], about: Meta) -> str:
-    where = ", ".join([*(_name(inode, about) for inode in spaces[:_COMMANDS]), *_more(len(spaces), "namespace")])
-    known = [about.namespaces[inode] for inode in spaces]
+def _since(spaces: tuple[str, ...], where: _Where) -> str:
+    names = ", ".join([*(where.name(inode) for inode in spaces[:_COMMANDS]), *_more(len(spaces), "namespace")])
+    known = [where.about.namespaces[inode] for inode in spaces]
     if all(space.idle_start == 1 and space.idle_end == 0 for space in known):
-        return f"was set to 0 in {where} during the capture"
-    return f"is 0 in {where}, by the last that the capture knows"
+        return f"was set to 0 in {names} during the capture"
+    return f"is 0 in {names}, by the last that the capture knows"
 
 
-def _initcwnd(detail: InitialWindow, about: Meta) -> _Words:
+def _initcwnd(detail: InitialWindow, where: _Where) -> _Words:
     number, routes = len(detail.routes), detail.routes[:_COMMANDS]
     if detail.segments is None:
         others = f" and {plural(number - 1, 'other')}" if number > 1 else ""
@@ -122,12 +129,12 @@ def _initcwnd(detail: InitialWindow, about: Meta) -> _Words:
         )
     shown, commands = [], []
     for route in routes:
-        inside, peer = _inside(route.netns, about), shlex.quote(route.peer)
+        inside, peer = where.inside(route.netns), shlex.quote(route.peer)
         here = inside or ""
         command = f"{here}ip route change $({here}ip route get fibmatch {peer}) initcwnd {detail.segments}"
         commands += [command] if inside is not None else []
-        device = about.interfaces.get(str(route.ifindex)) if _name(route.netns, about) == "this" else None
-        shown.append(f"{_remark(route.netns, about)}{command}" + (f" (through {device})" if device else ""))
+        device = where.about.interfaces.get(str(route.ifindex)) if where.name(route.netns) == "this" else None
+        shown.append(f"{where.remark(route.netns)}{command}" + (f" (through {device})" if device else ""))
     untold = f"; how much waited after {plural(detail.untold, 'other reset')} isn't known" if detail.untold else ""
     unusual = "" if detail.segments <= BROAD else ", far more than usual"
     networkd = (
@@ -165,10 +172,10 @@ def _ping(detail: Ping) -> _Words:
     )
 
 
-def _bbr(spaces: tuple[str, ...], about: Meta) -> _Words:
-    shown, commands = _in_each(spaces, f"sysctl -w {tcp.CONTROL_SYSCTL}=bbr", about)
+def _bbr(spaces: tuple[str, ...], where: _Where) -> _Words:
+    shown, commands = where.in_each(spaces, f"sysctl -w {tcp.CONTROL_SYSCTL}=bbr")
     refused = allowed = ""
-    if not all(_is_host(inode, about) for inode in spaces):
+    if not all(where.is_host(inode) for inode in spaces):
         refused = f"; in a container this is refused unless {_ALLOWED} lists bbr, which only the host can change"
         allowed = f"; on the host, {_ALLOWED} = its present value and bbr"
     return _Words(
@@ -176,7 +183,7 @@ def _bbr(spaces: tuple[str, ...], about: Meta) -> _Words:
         "BBR is a different congestion control: it reacts differently to loss and to other traffic, and only new "
         "connections get it",
         commands,
-        _lasting(tcp.CONTROL_SYSCTL, "bbr", spaces, about) + allowed,
+        where.lasting(tcp.CONTROL_SYSCTL, "bbr", spaces) + allowed,
     )
 
 
@@ -206,70 +213,111 @@ def _nothing(why: str, lacking: str) -> str:
 # ---- where it applies --------------------------------------------------------------------------------
 
 
-def _lasting(setting: str, value: str, spaces: tuple[str, ...], about: Meta) -> str:
-    """Return how a setting lasts in namespaces of these kinds: the host's, and those of containers."""
-    forms = []
-    if any(_is_host(inode, about) for inode in spaces):
-        forms.append(f"/etc/sysctl.d/90-cwndtrace.conf with the line {setting} = {value}")
-    if not all(_is_host(inode, about) for inode in spaces):
-        forms += [
-            f"docker run --sysctl {setting}={value} for a container, and the same option of podman",
-            f'securityContext.sysctls with name: {setting} and value: "{value}" for a pod, once the kubelet of its '
-            f"node runs with --allowed-unsafe-sysctls={setting}",
-            "the command, whenever it is made, for a namespace made by hand",
-        ]
-    return "; ".join(forms)
+@dataclass(frozen=True)
+class _Where:
+    """The network namespaces of a capture, and the workloads whose connections are in them."""
+
+    about: Meta
+    owners: Owners
+
+    def lasting(self, setting: str, value: str, spaces: tuple[str, ...]) -> str:
+        """Return how a setting lasts in these namespaces: the host's, and those of containers, pods and units."""
+        forms = []
+        if any(self.is_host(inode) for inode in spaces):
+            forms.append(f"/etc/sysctl.d/90-cwndtrace.conf with the line {setting} = {value}")
+        others = [inode for inode in spaces if not self.is_host(inode)]
+        known = {
+            row["workload"]: _lasting_of(row, setting, value) for inode in others for row in self.owners.get(inode, ())
+        }
+        forms += [*dict.fromkeys(known.values())][:_COMMANDS]
+        forms += _more(len({*known.values()}), "workload")
+        if any(not self.owners.get(inode) for inode in others):
+            forms += [
+                f"docker run --sysctl {setting}={value} for a container, and the same option of podman",
+                f"{_pod_form(setting, value)} for a pod, {_once_allowed(setting)}",
+                "the command, whenever it is made, for a namespace made by hand",
+            ]
+        return "; ".join(forms)
+
+    def name(self, inode: str) -> str:
+        """Return a namespace's name for people."""
+        space = self.about.namespaces.get(inode)
+        return space.name if space and space.name else f"network namespace {inode}"
+
+    def is_host(self, inode: str) -> bool:
+        """Return whether a namespace is the host's; if the capture doesn't say, the one that it was made in."""
+        space = self.about.namespaces.get(inode)
+        return space is not None and (space.host or (host(self.about) is None and space.name == "this"))
+
+    def in_each(self, spaces: tuple[str, ...], command: str, *, hosts: bool = False) -> tuple[str, str]:
+        """Return a command in each namespace, for people and for a shell; ``hosts`` adds the host's own setting."""
+        shown, commands = [], []
+        for inode in spaces[:_COMMANDS]:
+            inside = self.inside(inode)
+            commands += [] if inside is None else [f"{inside}{command}"]
+            elsewhere = self._elsewhere(inode) if hosts else ""
+            shown.append(f"{self.remark(inode)}{inside or ''}{command}{elsewhere}")
+        return "; ".join([*shown, *_more(len(spaces), "namespace")]), "; ".join(commands)
+
+    def inside(self, inode: str) -> str | None:
+        """Return the prefix for a command that has to run in this network namespace; None where it is unknown."""
+        space = self.about.namespaces.get(inode)
+        name = space.name if space else ""
+        if self.is_host(inode) or name == "this":
+            return ""
+        if not name:
+            return None
+        if name.endswith("]") and "[" in name:
+            return f"nsenter -t {shlex.quote(name.rpartition('[')[2][:-1])} -n "
+        return f"ip netns exec {shlex.quote(name)} "
+
+    def remark(self, inode: str) -> str:
+        """Return the words before a command in a namespace: whose it is, or its number where no command enters it."""
+        if not self.is_host(inode) and (mine := self.owners.get(inode)):
+            more = f" and {plural(len(mine) - 1, 'other workload')}" if len(mine) > 1 else ""
+            return f"for {_noun(mine[0])}{mine[0]['workload']}{more}: "
+        return f"in network namespace {inode}: " if self.inside(inode) is None else ""
+
+    def _elsewhere(self, inode: str) -> str:
+        """Return a remark on the host's setting, for a namespace other than the host's."""
+        its = host(self.about)
+        if its is None or self.about.namespaces.get(inode, its).host:
+            return ""
+        return f" (the host's own setting is {its.idle_last}, which doesn't apply in this namespace)"
+
+
+def _noun(workload: Mapping[Any, Any]) -> str:
+    """Return what a workload is, before its name; a unit's name says so itself."""
+    if workload["pod_name"]:
+        return "pod "
+    return {"container": "container ", "pod": "pod ", "cgroup": "cgroup "}.get(workload["kind"], "")
+
+
+def _lasting_of(workload: Mapping[Any, Any], setting: str, value: str) -> str:
+    """Return how a setting lasts in the network namespace of a workload."""
+    if workload["pod_name"] or workload["kind"] == "pod":
+        pod = "/".join(part for part in (workload["pod_namespace"], workload["pod_name"]) if part)
+        return f"{_pod_form(setting, value)} for pod {pod or workload['pod_uid']}, {_once_allowed(setting)}"
+    if workload["kind"] == "container":
+        runtime = workload["runtime"] if workload["runtime"] in ("docker", "podman") else "docker"
+        other = "" if runtime == workload["runtime"] else ", or the same of its runtime,"
+        return f"{runtime} run --sysctl {setting}={value}{other} for container {workload['workload']}"
+    if workload["kind"] == "unit":
+        # With "!", systemd keeps the unit's network namespace, and root's rights (systemd.service(5)).
+        return f"ExecStartPre=!sysctl -w {setting}={value} in the [Service] section of {workload['unit']}"
+    return f"the command, whenever the namespace of {workload['workload']} is made"
+
+
+def _pod_form(setting: str, value: str) -> str:
+    return f'securityContext.sysctls with name: {setting} and value: "{value}"'
+
+
+def _once_allowed(setting: str) -> str:
+    return f"once the kubelet of its node runs with --allowed-unsafe-sysctls={setting}"
 
 
 def _more(number: int, noun: str) -> list[str]:
     return [f"and for {plural(number - _COMMANDS, f'more {noun}')}"] if number > _COMMANDS else []
-
-
-def _name(inode: str, about: Meta) -> str:
-    space = about.namespaces.get(inode)
-    return space.name if space and space.name else f"network namespace {inode}"
-
-
-def _is_host(inode: str, about: Meta) -> bool:
-    """Return whether a namespace is the host's; where the capture doesn't say which is, the one that it was made in."""
-    space = about.namespaces.get(inode)
-    return space is not None and (space.host or (host(about) is None and space.name == "this"))
-
-
-def _in_each(spaces: tuple[str, ...], command: str, about: Meta, *, hosts: bool = False) -> tuple[str, str]:
-    """Return a command in each namespace, for people and for a shell; ``hosts`` adds the host's own setting."""
-    shown, commands = [], []
-    for inode in spaces[:_COMMANDS]:
-        inside = _inside(inode, about)
-        commands += [] if inside is None else [f"{inside}{command}"]
-        elsewhere = _elsewhere(inode, about) if hosts else ""
-        shown.append(f"{_remark(inode, about)}{inside or ''}{command}{elsewhere}")
-    return "; ".join([*shown, *_more(len(spaces), "namespace")]), "; ".join(commands)
-
-
-def _inside(inode: str, about: Meta) -> str | None:
-    """Return the prefix for a command that has to run in this network namespace; None where it is unknown."""
-    space = about.namespaces.get(inode)
-    name = space.name if space else ""
-    if _is_host(inode, about) or name == "this":
-        return ""
-    if not name:
-        return None
-    if name.endswith("]") and "[" in name:
-        return f"nsenter -t {shlex.quote(name.rpartition('[')[2][:-1])} -n "
-    return f"ip netns exec {shlex.quote(name)} "
-
-
-def _remark(inode: str, about: Meta) -> str:
-    return f"in network namespace {inode}: " if _inside(inode, about) is None else ""
-
-
-def _elsewhere(inode: str, about: Meta) -> str:
-    """Return a remark on the host's setting, for a namespace other than the host's."""
-    its = host(about)
-    if its is None or about.namespaces.get(inode, its).host:
-        return ""
-    return f" (the host's own setting is {its.idle_last}, which doesn't apply in this namespace)"
 
 
 def host(about: Meta) -> NamespaceSettings | None:

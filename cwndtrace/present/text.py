@@ -13,6 +13,7 @@ from cwndtrace.analysis import peer_window
 from cwndtrace.analysis.verdict import CANT_TELL, FLOOR_SHARE, Totals
 from cwndtrace.format import plural, size, span, threshold
 from cwndtrace.present import html
+from cwndtrace.store.meta import Meta
 
 LABELS: Final = {
     "harmful": "harmful: its burst was late",
@@ -34,7 +35,21 @@ LABELS: Final = {
 }
 """The verdicts with their texts; those from ``other_end`` on apply to connections only."""
 
-_CANT_TELL: Final = "Can't tell whether window resets delayed anything"
+_BRIEF: Final = {
+    "other_end": "sent by the other end",
+    "exempt": "exempt",
+    "sysctl_off": "resets are off",
+    "no_reset": "never reset",
+}
+"""Short labels for a table that is too narrow for ``LABELS``. Any other label is cut at its colon."""
+
+OPEN: Final = "Can't tell whether window resets delayed anything"
+"""The beginning of an answer that isn't one."""
+
+
+def brief(verdict: str) -> str:
+    """Return the short label of a verdict."""
+    return _BRIEF.get(verdict, LABELS[verdict].partition(":")[0])
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,7 @@ def connection(row: Mapping[Any, Any]) -> str:
         which = "its reset" if row["resets"] == 1 else f"{row['resets_harmful']} of {number}"
         # Snapshots may have missed some of the bursts, so that the busy time is too short to give a share of.
         whole = row["busy_us"] >= row["lost_us"]
-        share = f", {_percent(row['lost_us'] / row['busy_us'])} of the connection's busy time" if whole else ""
+        share = f", {percent(row['lost_us'] / row['busy_us'])} of the connection's busy time" if whole else ""
         return f"{which} made what was sent late, by {span(row['lost_us'])} in all (measured){share}"
     if label == "unknown" and row["resets_unknown"]:
         which = "its reset" if row["resets"] == 1 else f"{row['resets_unknown']} of {number}"
@@ -209,9 +224,9 @@ def connection(row: Mapping[Any, Any]) -> str:
         "exempt": f"{row['ca_name']} never resets its window after idle time",
         "sysctl_off": f"{tcp.IDLE_SYSCTL} was 0 in namespace {row['netns_ino']} when the capture began",
         "nothing_sent": f"no data was sent in the {row['seen_s']:.0f} s that it was watched",
-        "send_buffer": f"no reset; the send buffer held it back for {_percent(row['sndbuf_limited_share'])} of "
+        "send_buffer": f"no reset; the send buffer held it back for {percent(row['sndbuf_limited_share'])} of "
         f"its {span(row['busy_us'])} of busy time",
-        "receiver_window": f"no reset; the peer's window held it back for {_percent(row['rwnd_limited_share'])} of "
+        "receiver_window": f"no reset; the peer's window held it back for {percent(row['rwnd_limited_share'])} of "
         f"its {span(row['busy_us'])} of busy time",
         "loss": f"no reset, but {plural(row['retrans_segments'], 'retransmitted segment')}",
         "unknown": "only one snapshot shows it, no probe could see idle resets, some of its records are missing, or it "
@@ -220,7 +235,17 @@ def connection(row: Mapping[Any, Any]) -> str:
     return reasons.get(label, f"no reset while it sent {size(row['sent_bytes'])}")
 
 
-def _percent(share: float) -> str:
+def window(about: Meta) -> str:
+    """Return since when a capture is complete, where that isn't the whole trace; empty where it is."""
+    if about.kept_from is None:
+        return f"the capture is a dump of {about.dumped}" if about.dumped else ""
+    since = about.utc_ns(about.kept_from)
+    clock = f"{about.kept_from / 1e9:,.1f} s of CLOCK_MONOTONIC" if since is None else fmt.moment(since)
+    return f"The capture holds a window of the trace, from {clock} on; older records were deleted"
+
+
+def percent(share: float) -> str:
+    """Return a share as text, with two digits where it is small."""
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
 
 
@@ -253,14 +278,14 @@ def host(totals: Totals, lacking: str = "", hidden: str = "") -> Host:
     elif verdict in ("harmful", "slight") and totals.harmful:
         text = (
             f"{what} made {plural(totals.harmful, 'burst')} late on {totals.connections} of {number}, by "
-            f"{span(totals.lost_us)} in all (measured){_of_busy(totals)}."
+            f"{span(totals.lost_us)} in all (measured){of_busy(totals.lost_us, totals.busy_us)}."
         )
         if verdict == "slight":
             text += f" That is too little to matter: less than {FLOOR_SHARE:.0%} of each connection's busy time."
         if totals.unknown:
             text += f" The cost of {plural(totals.unknown, 'more reset')} isn't known."
     elif verdict == "unknown":
-        text = f"{_CANT_TELL}, because {_open_question(totals)}."
+        text = f"{OPEN}, because {_open_question(totals)}."
     elif totals.resets:
         text = (
             f"No reset delayed anything: {plural(totals.resets, 'reset')}, each followed to its end or too small to "
@@ -271,17 +296,18 @@ def host(totals: Totals, lacking: str = "", hidden: str = "") -> Host:
     seen = f"{text[0].lower()}{text[1:]}"
     if lacking:
         there = f" By the records that are there, {seen}" if totals.harmful else ""
-        verdict, text = "unknown", f"{_CANT_TELL}, because {lacking}.{there}"
+        verdict, text = "unknown", f"{OPEN}, because {lacking}.{there}"
     elif hidden and totals.connections_seen and verdict not in ("harmful", "unknown"):
-        verdict, text = "unknown", f"{_CANT_TELL}, because {hidden}. Of those that were seen, {seen}"
+        verdict, text = "unknown", f"{OPEN}, because {hidden}. Of those that were seen, {seen}"
     numbers = (totals.resets, totals.harmful, totals.unknown, totals.connections, totals.connections_seen)
     return Host(verdict, text, *numbers, totals.lost_us, totals.predicted_us, totals.busy_us)
 
 
-def _of_busy(totals: Totals) -> str:
-    if not totals.busy_us >= totals.lost_us:
+def of_busy(lost_us: float, busy_us: float) -> str:
+    """Return which share of the busy time a cost is, to follow it; empty where the busy time isn't known in full."""
+    if not busy_us >= lost_us:
         return ""
-    return f", {_percent(totals.lost_us / totals.busy_us)} of the {span(totals.busy_us)} of busy time"
+    return f", {percent(lost_us / busy_us)} of the {span(busy_us)} of busy time"
 
 
 def _open_question(totals: Totals) -> str:

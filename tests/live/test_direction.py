@@ -79,7 +79,7 @@ def test_the_receiving_end_names_the_sender_and_what_to_run_there(
     assert stderr.count("mostly receives") == 1
     assert line in stderr
     if as_json:
-        assert {json.loads(row)["event"] for row in stdout.splitlines()} <= {"started", "lost", "summary"}
+        assert {json.loads(row)["event"] for row in stdout.splitlines()} <= {"started", "workloads", "lost", "summary"}
     trace = cwndtrace.load(tmp_path / "a.cwnd")
     (row,) = trace.summary().to_dict("records")
     assert (row["daddr"], row["dport"]) == (server.address, PORT)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import bootstrap, compare
@@ -45,7 +45,6 @@ GROUPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-@settings(max_examples=400, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(sorted(GROUPS)),

@@ -227,3 +227,36 @@ def test_price_keeps_other_columns_and_all_rows() -> None:
 
 def test_no_resets_have_no_costs() -> None:
     assert priced() == []
+
+
+def test_a_recovery_that_was_recorded_twice_costs_once() -> None:
+    resets = frames.pandas(frames.table("cwnd_reset", frames.reset(1), frames.reset(9)))
+    twice = frames.table("cwnd_recovery", *[frames.recovered(1)] * 2, frames.recovered(9))
+    followed = recovery.with_duration(frames.pandas(twice), resets.assign(connection="a"))
+    out = recovery.of_resets(resets, followed)
+    assert len(out) == 2
+    assert out["cost_us"].tolist() == [4 * 106_500] * 2
+
+
+def test_a_reset_that_was_recorded_twice_gives_each_recovery_one_row() -> None:
+    twice = frames.pandas(frames.table("cwnd_reset", *[frames.reset(1)] * 2)).assign(connection="a")
+    followed = recovery.identify(frames.pandas(frames.table("cwnd_recovery", frames.recovered(1))), twice)
+    assert followed["connection"].tolist() == ["a"]
+
+
+def test_of_two_recoveries_that_overlap_only_the_first_has_a_cost() -> None:
+    resets = frames.pandas(frames.table("cwnd_reset", *(frames.reset(at) for at in (1, 2, 3, 4))))
+    spans = frames.table(
+        "cwnd_recovery", *(frames.recovered(at, took) for at, took in ((1, 2.5), (2, 0.1), (3, 1), (4, 1)))
+    )
+    followed = recovery.with_duration(frames.pandas(spans), resets.assign(connection="a"))
+    assert (recovery.of_resets(resets, followed)["cost_us"] > 0).tolist() == [True, False, False, True]
+
+
+def test_round_trips_of_a_recovery_are_missing_where_no_round_trip_time_is_known() -> None:
+    records = frames.table("cwnd_recovery", frames.recovered(1, srtt_us=0), frames.recovered(2, 0.5, srtt_us=100_000))
+    resets = frames.pandas(frames.table("cwnd_reset", frames.reset(1), frames.reset(2))).assign(connection="a")
+    out = recovery.with_duration(frames.pandas(records), resets)
+    assert out["duration_us"].tolist() == [500_000, 500_000]
+    assert math.isnan(out["round_trips"][0])
+    assert out["round_trips"][1] == 5

@@ -11,14 +11,14 @@ import pytest
 
 from cwndtrace.analysis import connections
 from cwndtrace.analysis.direction import Receivers, mostly_receives
-from cwndtrace.capture.session import Batch, Session
+from cwndtrace.capture.session import Batch
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.console import Console, InterfaceWatch
 from cwndtrace.cli.live import JsonView
 from cwndtrace.present.direction import elsewhere
 from cwndtrace.report import content
 from tests.unit import frames
-from tests.unit.fake_source import FakeSource
+from tests.unit.fake_source import FakeSource, session_of
 
 NO_RESET = frames.pandas(frames.table("cwnd_reset"))
 MB = 1_000_000
@@ -114,7 +114,7 @@ def test_equal_cookies_of_two_namespaces_are_two_connections() -> None:
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_run_says_once_on_stderr_where_to_trace_instead(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
-    session = Session(FakeSource())
+    session = session_of(FakeSource())
     session.tally.kept["cwnd_reset"] = 1
     watch = InterfaceWatch(session, Filters(), None)
     view = JsonView(session, print_block=False)

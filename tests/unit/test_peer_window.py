@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from cwndtrace.analysis import peer_window
-from cwndtrace.capture.session import Session
 from cwndtrace.cli.live import TextView
 from cwndtrace.records import arrow
 from cwndtrace.records import frames as records
 from tests.unit import frames
-from tests.unit.fake_source import FakeSource
+from tests.unit.fake_source import FakeSource, session_of
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({}, "idle"),
@@ -39,7 +38,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
 def test_a_line_says_what_explains_the_reset(
     fields: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Session(FakeSource([("cwnd_reset", frames.reset(1, **fields).tobytes())]))
+    session = session_of(FakeSource([("cwnd_reset", frames.reset(1, **fields).tobytes())]))
     view = TextView(session, print_block=False, quiet=True)
     for batch in session.step():
         view.batch(batch)

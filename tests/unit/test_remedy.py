@@ -339,3 +339,12 @@ def test_the_audit_says_what_a_setting_was_at_the_start_and_at_the_end(tmp_path:
     assert table[POD]["note"] == f"{setting} is 1 here but 0 on the host"
     assert table[7]["note"].startswith("the namespace is younger than the trace; ")
     assert table[7]["congestion_control"] == "reno"
+
+
+def test_pings_are_sent_before_the_shortest_timeout(tmp_path: Path) -> None:
+    resets = [frames.reset(10, sock_cookie=n, rto_us=rto, idle_us=5_000_000) for n, rto in ((1, 900_000), (2, 300_000))]
+    seen = [frames.snapshot(at, sock_cookie=n, bytes_sent=SENT + 10**6) for n in (1, 2) for at in (20, 30)]
+    options = {"resets": frames.table("cwnd_reset", *resets), "connections": frames.snapshots(*seen)}
+    ping = by_name(frames.capture(tmp_path / "a.cwnd", **options))["ping"]
+    assert ping["connections"] == 2
+    assert "every 240 ms" in ping["action"]

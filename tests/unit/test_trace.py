@@ -235,3 +235,38 @@ def test_targets_that_a_filter_had_no_room_for_are_shown(tmp_path: Path) -> None
         hostile = frames.capture(tmp_path / f"{len(str(value))}{value is None}.cwnd", left_out=value)
         assert hostile.left_out == {}
         assert repr(hostile)
+
+
+def test_records_have_the_names_of_their_workloads_and_processes(tmp_path: Path) -> None:
+    requests = frames.table(
+        "block_io",
+        frames.block(1, 100, cgroup_id=1, owner_cgroup_id=7, comm=b"kworker/u4:1"),
+        frames.block(2, 300, cgroup_id=7, owner_cgroup_id=7),
+        frames.block(3, 100, cgroup_id=9, owner_cgroup_id=9),
+    )
+    trace = frames.capture(
+        tmp_path / "a.cwnd",
+        resets=frames.table(
+            "cwnd_reset", frames.reset(1, cgroup_id=7, process=b"leader"), frames.reset(2, cgroup_id=9)
+        ),
+        connections=frames.snapshots(frames.snapshot(sock_cgroup_id=7, listener_pid=4242, listener="leader")),
+        block_io=requests,
+        workloads=frames.workloads({"cgroup_id": 7}, {"cgroup_id": 1, "path": "/", "kind": "cgroup"} | _UNNAMED),
+        processes=frames.processes({}),
+        cgroups="v2",
+    )
+    assert list(trace.resets["workload"]) == ["web", "web"]  # of one connection, whose first record tells it
+    assert list(trace.resets["process"]) == ["leader", "replica"]
+    assert set(trace.verdicts["cmdline"]) == {"/usr/bin/replica --all"}
+    assert list(trace.connections["workload"]) == ["web"]
+    assert list(trace.summary()["service"]) == ["leader:443"]
+    assert list(trace.block_io["submitter"]) == ["/", "web", ""]
+    assert list(trace.block_io["owner"]) == ["web", "web", ""]
+    assert list(trace.block_columns("owner")["owner"]) == ["web", "web", ""]
+    batches = [*trace.block_batches("owner", "tgid")]
+    assert [[*batch.columns] for batch in batches] == [["owner", "tgid"]] * 2  # the first is empty
+    assert [name for batch in batches for name in batch["owner"]] == ["web", "web", ""]
+    assert list(trace.block_owners()[["owner", "count"]].itertuples(index=False, name=None)) == [("web", 2), ("", 1)]
+
+
+_UNNAMED = dict.fromkeys(("container_id", "container_name", "image", "runtime"), "")

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace import tcp
@@ -20,6 +20,7 @@ from cwndtrace.present import text as in_words
 from cwndtrace.store.meta import Meta
 from cwndtrace.trace import Trace, load
 from tests.unit import frames
+from tests.unit.examples import FEW
 
 SENT = 40_100_000
 """bytes_sent of ``frames.reset``."""
@@ -335,7 +336,7 @@ def test_an_empty_capture_has_no_verdicts(tmp_path: Path) -> None:
     assert list(trace.summary().columns) == list(full.columns)
 
 
-@settings(max_examples=10, deadline=None)
+@FEW
 @given(st.integers(0, 10**6), st.integers(1, 4))
 def test_every_reset_has_a_verdict_and_connections_add_them_up(seed: int, peers: int) -> None:
     tables = frames.story(seed, seconds=20, peers=peers)
@@ -356,3 +357,9 @@ def test_every_reset_has_a_verdict_and_connections_add_them_up(seed: int, peers:
 def test_verdicts_keep_the_order_of_resets(tmp_path: Path) -> None:
     trace = capture(tmp_path, [frames.reset(at, sock_cookie=c) for at, c in ((3, 2), (1, 1), (2, 2))], snapshots(5))
     pd.testing.assert_frame_equal(trace.verdicts[trace.resets.columns], trace.resets)
+
+
+def test_a_congestion_control_that_never_resets_comes_before_the_sysctl(tmp_path: Path) -> None:
+    off = {"sysctls": {str(frames.NETNS): {"name": "pod", tcp.IDLE_SYSCTL: 0}}}
+    rows = [frames.snapshot(at, ca_name="bbr", bytes_sent=SENT + at) for at in (0, 20)]
+    assert capture(tmp_path, [], rows, **off).summary()["verdict"].tolist() == ["exempt"]
