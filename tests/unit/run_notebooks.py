@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs notebooks on another capture in one process, without a kernel: run_notebooks.py REPLACEMENTS NOTEBOOK...
+"""Runs notebooks on other captures in one process, without a kernel: run_notebooks.py RUNS NOTEBOOK...
 
-REPLACEMENTS is JSON that maps texts of the cells to those that take their place. Prints what the cells print, and after
-each notebook how many resets its picture shows.
+RUNS is JSON: for the first line that each run prints, which texts of the cells are replaced by which. Prints what the
+cells print, and after each notebook how many resets its picture shows.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
+
+from cwndtrace.fleet import engine
 
 
 class Shell(InteractiveShell):
@@ -22,19 +26,28 @@ class Shell(InteractiveShell):
         """Do nothing, because ``%matplotlib inline`` needs no event loop."""
 
 
-def main(replacements: str, *notebooks: str) -> None:
-    """Run the notebooks, and end with the first error."""
+def main(runs: str, *notebooks: str) -> None:
+    """Run the notebooks once for each run, and end with the first error."""
+    with TemporaryDirectory() as scratch, engine._own(1, scratch) as client:
+        # All runs share one worker process, because it takes longer to start than a notebook takes to run.
+        engine._own = lambda *_: nullcontext(client)  # type: ignore[assignment]
+        for head, replacements in json.loads(runs).items():
+            print(head)
+            for file in notebooks:
+                _run(file, replacements)
+
+
+def _run(file: str, replacements: dict[str, str]) -> None:
     make_shell: Any = Shell  # IPython has no hints for it
-    for file in notebooks:
-        shell = make_shell()
-        for cell in json.loads(Path(file).read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"])
-            for old, new in json.loads(replacements).items():
-                source = source.replace(old, new)
-            if cell["cell_type"] == "code":
-                shell.run_cell(source).raise_error()
-        if "span" in shell.user_ns:
-            print(f"{Path(file).stem}: {_shown(**{name: shell.user_ns[name] for name in ('trace', 'key', 'span')})}")
+    shell = make_shell()
+    for cell in json.loads(Path(file).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        for old, new in replacements.items():
+            source = source.replace(old, new)
+        if cell["cell_type"] == "code":
+            shell.run_cell(source).raise_error()
+    if "span" in shell.user_ns:
+        print(f"{Path(file).stem}: {_shown(**{name: shell.user_ns[name] for name in ('trace', 'key', 'span')})}")
 
 
 def _shown(trace: Any, key: str | None, span: tuple[float, float] | None) -> str:

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from cwndtrace.lab.measurement import Measurement
+from tests.harness.loopback import need_loopback
 from tests.unit import frames
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,7 @@ def test_there_are_three_notebooks() -> None:
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs_and_gives_the_stored_output(file: Path, tmp_path: Path) -> None:
+    need_loopback()
     for name in ("nbclient", "ipykernel", "duckdb", "polars"):
         pytest.importorskip(name, reason=f"needs {name}: make develop")
     out = tmp_path / file.name
@@ -76,34 +78,13 @@ def test_a_notebook_runs_and_gives_the_stored_output(file: Path, tmp_path: Path)
     assert [estimates(cell) for cell in stored] == [estimates(cell) for cell in fresh]
 
 
-def run_on(capture: Path, home: Path, measurements: Path | None = None) -> str:
-    """Run all notebooks on another capture, and return what they print."""
-    for name in ("ipykernel", "duckdb", "polars"):
-        pytest.importorskip(name, reason=f"needs {name}: make develop")
-    replacements = {SAMPLE: str(capture)} | ({MEASUREMENTS: str(measurements)} if measurements else {})
-    for name in replacements:
-        assert any(name in "".join(cell["source"]) for file in NOTEBOOKS for cell in cells(file))
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("run_notebooks.py"), json.dumps(replacements), *NOTEBOOKS],
-        cwd=ROOT / "notebooks", env={**os.environ, "IPYTHONDIR": str(home)}, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    return result.stdout
+LACKING = ("without idle resets", "without resets and with block I/O", "empty")
+MEASURED = "measured"
+HEAD = "==== "
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_notebooks_run_on_other_captures_and_show_their_resets(name: str, tmp_path: Path) -> None:
-    printed = run_on(ROOT / "tests/data" / f"{name}.cwnd", tmp_path)
-    shown = re.findall(r"^(\S+): (\d+) resets shown, (\d+) in all$", printed, re.MULTILINE)
-    assert [stem for stem, _, _ in shown] == ["01-first-look", "02-was-it-the-window"]
-    for _, seen, of in shown:
-        assert (int(seen) > 0) == (int(of) > 0) == (name != "receiver-side")
-    assert "none of these bursts began with a reset of this capture" in printed
-
-
-@pytest.mark.parametrize("kind", ["without idle resets", "without resets and with block I/O", "empty"])
-def test_the_notebooks_run_on_a_capture_that_lacks_rows(kind: str, tmp_path: Path) -> None:
+def lacking(folder: Path, kind: str) -> Path:
+    """Write a capture that lacks rows, and return its path."""
     tables: dict[str, Any] = {}
     if kind != "empty":
         tables["connections"] = frames.snapshots(
@@ -113,24 +94,68 @@ def test_the_notebooks_run_on_a_capture_that_lacks_rows(kind: str, tmp_path: Pat
         tables["resets"] = frames.table("cwnd_reset", *(frames.reset(at, reason="rto_loss") for at in (10, 50)))
     if "block" in kind:
         tables["block_io"] = frames.disk(50)
-    printed = run_on(frames.capture(tmp_path / "a.cwnd", **tables).path, tmp_path)
-    assert ("2 in all" in printed) == (kind == "without idle resets")
-    assert ("no capture has a reset" in printed) == (kind != "without idle resets")
+    return frames.capture(folder / f"{LACKING.index(kind)}.cwnd", **tables).path
 
 
-def test_measurements_as_reproduce_writes_them_are_compared(tmp_path: Path) -> None:
-    """Those of the sample have one column more, which tells its two experiments apart."""
+def own_measurements(folder: Path) -> Path:
+    """Write measurements as ``reproduce`` writes them. The sample's have a column more, for its two experiments."""
     measured = pd.read_parquet(ROOT / "tests/data/sample-measurements.parquet")
-    own = measured[[field.name for field in dataclasses.fields(Measurement)]]
-    own.to_parquet(tmp_path / "measurements.parquet")
-    printed = run_on(ROOT / "tests/data/sample.cwnd", tmp_path, tmp_path / "measurements.parquet")
+    measured[[field.name for field in dataclasses.fields(Measurement)]].to_parquet(folder / "measurements.parquet")
+    return folder / "measurements.parquet"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What all notebooks print on other captures, by the name of the capture.
+
+    One process runs them all, because its libraries take longer to import than a notebook takes to run.
+    """
+    need_loopback()
+    for name in ("ipykernel", "duckdb", "polars"):
+        pytest.importorskip(name, reason=f"needs {name}: make develop")
+    folder = tmp_path_factory.mktemp("notebooks")
+    captures = {name: ROOT / "tests/data" / f"{name}.cwnd" for name in OTHERS}
+    captures |= {kind: lacking(folder, kind) for kind in LACKING}
+    runs = {f"{HEAD}{name}": {SAMPLE: str(path)} for name, path in captures.items()}
+    runs[f"{HEAD}{MEASURED}"] = {
+        SAMPLE: str(ROOT / "tests/data/sample.cwnd"),
+        MEASUREMENTS: str(own_measurements(folder)),
+    }
+    for name in (SAMPLE, MEASUREMENTS):
+        assert any(name in "".join(cell["source"]) for file in NOTEBOOKS for cell in cells(file))
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("run_notebooks.py"), json.dumps(runs), *NOTEBOOKS],
+        cwd=ROOT / "notebooks", env={**os.environ, "IPYTHONDIR": str(folder)}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    texts = re.split(f"^{HEAD}", result.stdout, flags=re.MULTILINE)[1:]
+    return {name: text for name, _, text in (each.partition("\n") for each in texts)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_notebooks_run_on_other_captures_and_show_their_resets(name: str, printed: dict[str, str]) -> None:
+    shown = re.findall(r"^(\S+): (\d+) resets shown, (\d+) in all$", printed[name], re.MULTILINE)
+    assert [stem for stem, _, _ in shown] == ["01-first-look", "02-was-it-the-window"]
+    for _, seen, of in shown:
+        assert (int(seen) > 0) == (int(of) > 0) == (name != "receiver-side")
+    assert "none of these bursts began with a reset of this capture" in printed[name]
+
+
+@pytest.mark.parametrize("kind", LACKING)
+def test_the_notebooks_run_on_a_capture_that_lacks_rows(kind: str, printed: dict[str, str]) -> None:
+    assert ("2 in all" in printed[kind]) == (kind == "without idle resets")
+    assert ("no capture has a reset" in printed[kind]) == (kind != "without idle resets")
+
+
+def test_measurements_as_reproduce_writes_them_are_compared(printed: dict[str, str]) -> None:
     (stored,) = (
         "".join(output["text"])
         for cell in cells(NOTEBOOKS[1])
         for output in cell["outputs"]
         if "median error" in "".join(output.get("text", []))
     )
-    assert stored.strip() in printed
+    assert stored.strip() in printed[MEASURED]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
