@@ -11,13 +11,13 @@ from typing import Any, Final
 
 import click
 import numpy as np
-import pyarrow as pa
 
 from cwndtrace import format as fmt
 from cwndtrace.analysis import peer_window
 from cwndtrace.analysis.histogram import LatencyHistogram
 from cwndtrace.capture.session import Batch, Session
 from cwndtrace.cli.table import Column, FittedTable, cut, cut_connection, cut_process, echo_prose, room
+from cwndtrace.lazy import pa
 from cwndtrace.records import arrow, layout
 
 _COLOURS: Final = {"idle": "yellow", "rto_loss": "red", "app_limited": "cyan", "tlp_loss": "magenta"}
@@ -102,10 +102,13 @@ class ConnectionHolders:
         self._snapshots = [batch.table, *self._snapshots[:1]]
         self._held = None
 
-    def of(self, row: dict[str, Any]) -> tuple[str, int]:
-        """Return the name and pid of the process that holds a reset's connection, or ("", 0) if it is unknown."""
+    def of(self, row: dict[str, Any]) -> tuple[str, int] | tuple[str, int, str]:
+        """Return the name and pid of the process that holds a reset's connection, or ("", 0) if it is unknown.
+
+        The name of the thread follows where the reset happened in one.
+        """
         if row["tgid"]:
-            return row["comm"], row["tgid"]
+            return row.get("process") or row["comm"], row["tgid"], row["comm"]
         # The keys are made only when they are needed, because this runs Python code for each connection.
         if self._held is None:
             self._held = [self._by_key(table) for table in self._snapshots]
@@ -119,14 +122,6 @@ class ConnectionHolders:
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in ("netns_ino", "saddr", "sport", "daddr", "dport"))
-
-
-def _reason(row: dict[str, Any]) -> str:
-    """Return the reason of a reset, or what explains it better."""
-    if peer_window.handshake(row):
-        return "lost SYN"
-    closed = peer_window.reopened(row) or peer_window.window_full(row) or peer_window.zero_window(row)
-    return "peer window" if closed else str(row["reason"])
 
 
 class TextView:
@@ -187,7 +182,7 @@ class TextView:
         self._resets += 1
         cells = (
             row["time"][11:26],
-            _reason(row),
+            peer_window.reason(row),
             fmt.process(*self._holders.of(row)),
             fmt.connection(row),
             fmt.span(row["idle_us"]),
@@ -272,10 +267,12 @@ class JsonView:
         self.write({"event": "started", "time": when, "capture": str(capture), "traced": what, **how})
 
     def batch(self, batch: Batch) -> None:
-        """Print resets and recoveries, and block requests if ``print_block`` is set."""
+        """Print resets, recoveries and names of workloads, and block requests if ``print_block`` is set."""
         if batch.event == "block_io":
             self.block.add(batch)
-        if batch.event in ("cwnd_reset", "cwnd_recovery") or (batch.event == "block_io" and self._print_block):
+        if batch.event in ("cwnd_reset", "cwnd_recovery", "workloads") or (
+            batch.event == "block_io" and self._print_block
+        ):
             for row in batch.to_dicts():
                 self.write(row)
 

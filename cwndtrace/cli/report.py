@@ -3,36 +3,35 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
 import cwndtrace
 from cwndtrace import format as fmt
+from cwndtrace.analysis.groups import BY, PREFIX
 from cwndtrace.cli import files, malloc, options
+from cwndtrace.cli import groups as groups_on_screen
 from cwndtrace.cli.table import IPV4, Column, cells, cut, cut_connection, cut_process, prose, room, table
 from cwndtrace.errors import making_sense
 from cwndtrace.format import clean
 from cwndtrace.present import ahead as ahead_in_words
+from cwndtrace.present import groups as groups_in_words
 from cwndtrace.present import idle
 from cwndtrace.present import remedies as remedies_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.report import content
 
+_GROUPS: Final = 8
 _CONNECTIONS: Final = 8
 _CHAINS: Final = 2
 _DEVICES: Final = 4
 _REMEDIES: Final = 3
 _AHEAD: Final = 2
-_BRIEF: Final = {
-    "other_end": "sent by the other end",
-    "exempt": "exempt",
-    "sysctl_off": "resets are off",
-    "no_reset": "never reset",
-}
-"""Short verdicts for a table that is too narrow for the labels. Any other label is cut at its colon."""
 _OF_CONNECTIONS: Final = (
     Column("CONNECTION", least=IPV4, shorten=cut_connection),
     Column("PROCESS", 1, least=10, shorten=cut_process),
@@ -57,6 +56,27 @@ _OF_DEVICES: Final = (
 )
 
 
+class Prefix(click.ParamType[tuple[int, int]]):
+    """The lengths of an IPv4 and of an IPv6 prefix, such as 16 or 24,64. The latter is 48 unless given."""
+
+    name = "prefix"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return both lengths in bits."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"/?(\d{1,3})(?:,/?(\d{1,3}))?", str(value), re.ASCII)
+        four, six = (int(match[1]), int(match[2] or PREFIX[1])) if match else (0, 0)
+        if match is None or four > 32 or six > 128:
+            self.fail(
+                f"{value!r} isn't a prefix for IPv4 (at most 32 bits) and, after a comma, for IPv6 (at most 128): "
+                "write 16, or 24,64",
+                param,
+                ctx,
+            )
+        return four, six
+
+
 @click.command()
 @click.argument("capture", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as one JSON object on stdout.")
@@ -67,18 +87,44 @@ _OF_DEVICES: Final = (
     metavar="FILE",
     help="Also write the whole report, with pictures, to this self-contained HTML page.",
 )
+@click.option(
+    "--by",
+    type=click.Choice([*BY]),
+    help="Group connections by workload, by service of a workload, by the network of the peer, or not at all "
+    "(default: by service, where that says more than the connections).",
+)
+@click.option(
+    "--prefix",
+    type=Prefix(),
+    metavar="BITS[,BITS]",
+    help="With --by peer: the bits that addresses of a network share, for IPv4 and, after the comma, for IPv6; 32,128 "
+    f"is each address (default: {PREFIX[0]},{PREFIX[1]}).",
+)
 @options.max_rows
-def report(capture: Path, *, as_json: bool, file: Path | None, max_rows: int) -> None:
+def report(
+    capture: Path,
+    *,
+    as_json: bool,
+    file: Path | None,
+    by: str | None,
+    prefix: tuple[int, int] | None,
+    max_rows: int,
+) -> None:
     """Report whether the resets in CAPTURE mattered, why connections were idle, and what to do.
 
     \b
     Examples:
       cwndtrace report cwndtrace-20260102-030405.cwnd
       cwndtrace report nginx.cwnd --html nginx.html
+      cwndtrace report nginx.cwnd --by peer --prefix 16
       cwndtrace report nginx.cwnd --json | jq '.remedies[0].action'
     """
+    if prefix is not None and by != "peer":
+        raise click.UsageError("--prefix is for the networks of peers: add --by peer")
     malloc.keep_freed()
-    result = content.report(cwndtrace.load(capture, max_rows=max_rows))
+    # Threads that compute with arrays want the interpreter's lock every tenth of a millisecond, and get it at once.
+    sys.setswitchinterval(0.0005)
+    result = content.report(cwndtrace.load(capture, max_rows=max_rows), by, prefix or PREFIX)
     if file is not None:
         # This import is delayed, because matplotlib takes longer to load than everything else.
         from cwndtrace.report.page import page
@@ -109,13 +155,18 @@ def _lines(found: content.Report) -> Iterator[str]:
     for line in found.caveats["limits"]:
         yield from prose(f"! {clean(line)}", room(), indent=2)
     yield ""
+    if found.grouped:
+        yield from groups_on_screen.lines(found.groups, found.connections, found.by, _GROUPS)
+        yield ""
+    elif sentence := groups_in_words.single(found.groups):
+        yield from prose(sentence, room(), indent=2)
     if len(found.connections):
         rows: list[tuple[str, ...]] = []
         for row in found.connections.head(_CONNECTIONS).to_dict("records"):
             rows.append(
                 (
                     clean(fmt.connection(row)),
-                    fmt.process(row["comm"], row["pid"]),
+                    fmt.holder(row),
                     clean(row["ca_name"]),
                     str(row["resets"]),
                     str(row["resets_harmful"]),
@@ -125,12 +176,13 @@ def _lines(found: content.Report) -> Iterator[str]:
                     in_words.LABELS[row["verdict"]],
                 )
             )
-        briefs = {label: _BRIEF.get(name, label.partition(":")[0]) for name, label in in_words.LABELS.items()}
+        briefs = {label: in_words.brief(name) for name, label in in_words.LABELS.items()}
         least = max(cells(briefs[row[-1]]) for row in rows)
         labels = Column("VERDICT", least=least, shorten=lambda label, most: cut(briefs.get(label, label), most))
         yield from table((*_OF_CONNECTIONS, labels), rows)
         if len(found.connections) > _CONNECTIONS:
-            yield f"and {fmt.plural(len(found.connections) - _CONNECTIONS, 'more connection')}"
+            left_out = found.connections.iloc[_CONNECTIONS:]
+            yield from prose(groups_in_words.more(left_out, "connection"), room(), indent=2)
         yield ""
     for row in found.chains.head(_CHAINS).to_dict("records"):
         yield from prose(clean(f"{in_words.chain(row)}."), room(), indent=2)

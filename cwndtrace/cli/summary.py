@@ -14,9 +14,16 @@ from cwndtrace.cli.table import IPV4, Column, cut_connection, cut_process, echo_
 from cwndtrace.format import clean
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from cwndtrace.trace import Trace
 
+_GROUPS_SHOWN: Final = 12
 _CONNECTIONS_SHOWN: Final = 20
+_CONNECTIONS_BESIDE_GROUPS: Final = 8
+_MOST_REQUESTS: Final = 500_000
+"""The most block requests that are read for the causes of idle time, which takes a second or two. ``report`` has the
+causes in any case."""
 _CONNECTIONS: Final = (
     Column("CONNECTION", least=IPV4, shorten=cut_connection),
     Column("PROCESS", 2, least=10, shorten=cut_process),
@@ -44,16 +51,21 @@ _DEVICES: Final = (
 
 def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     """Print the summary on stdout."""
+    # This import is delayed, because pandas would slow down the start.
+    from cwndtrace.present.groups import more
+    from cwndtrace.present.text import window
+
     block.count()
     summary = trace.summary()
     tally = session.tally
     click.echo()
+    most = _CONNECTIONS_BESIDE_GROUPS if _print_groups(_groups(trace, block), summary) else _CONNECTIONS_SHOWN
     rows: list[tuple[str, ...]] = []
-    for row in summary.head(_CONNECTIONS_SHOWN).to_dict("records"):
+    for row in summary.head(most).to_dict("records"):
         rows.append(
             (
                 fmt.connection(row),
-                fmt.process(row["comm"], row["pid"]),
+                fmt.holder(row),
                 clean(row["ca_name"]),
                 str(row["resets"]),
                 str(row["resets_idle"]),
@@ -67,8 +79,8 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
     if rows:
         for line in table(_CONNECTIONS, rows):
             click.echo(line)
-        if len(summary) > _CONNECTIONS_SHOWN:
-            click.echo(f"and {fmt.plural(len(summary) - _CONNECTIONS_SHOWN, 'more connection')}")
+        if len(summary) > most:
+            echo_prose(more(summary.iloc[most:], "connection"))
     else:
         click.echo("No TCP connection was seen.")
     if block.latency:
@@ -84,8 +96,30 @@ def print_summary(trace: Trace, session: Session, block: BlockFigures) -> None:
         f"kept {number['kept']}; lost {number['lost']}; "
         f"{fmt.plural(tally.unchanged, 'restart')} left the window as it was"
     )
+    if trace.about.kept_from is not None:
+        echo_prose(clean(f"{window(trace.about)}. The numbers of kept and lost records are of the whole trace."))
     if tally.guessed:
         echo_prose(fmt.guessed(tally.guessed))
+
+
+def _print_groups(groups: pd.DataFrame, connections: pd.DataFrame) -> bool:
+    """Print the connections by workload and service; returns whether that took a table."""
+    # These imports are delayed, because pandas would slow down the start.
+    from cwndtrace.cli.groups import lines
+    from cwndtrace.present.groups import single, telling
+
+    if sentence := single(groups):
+        echo_prose(sentence)
+    if not telling(groups):
+        return False
+    for line in lines(groups, connections, "service", _GROUPS_SHOWN):
+        click.echo(line)
+    click.echo()
+    return True
+
+
+def _groups(trace: Trace, block: BlockFigures) -> pd.DataFrame:
+    return trace.groups(causes=sum(latency.count for latency in block.latency.values()) <= _MOST_REQUESTS)
 
 
 def _print_block(trace: Trace, block: BlockFigures) -> None:
@@ -112,9 +146,13 @@ def _print_block(trace: Trace, block: BlockFigures) -> None:
 
 def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[str, Any]:
     """Return the summary as one JSON object."""
+    # This import is delayed, because pandas would slow down the start.
+    from cwndtrace.report.content import records
+
     block.count()
     tally = session.tally
-    names = ["connection", "saddr", "sport", "daddr", "dport", "pid", "comm", "ca_name", "resets", "resets_idle"]
+    names = ["connection", "saddr", "sport", "daddr", "dport", "pid", "comm", "process", "thread", "workload"]
+    names += ["service", "ca_name", "resets", "resets_idle"]
     names += ["resets_rto_loss", "resets_app_limited", "resets_tlp_loss"]
     names += ["idle_longest_us", "cwnd_min_segments", "cwnd_last_segments"]
     devices = [
@@ -137,6 +175,7 @@ def summary_object(trace: Trace, session: Session, block: BlockFigures) -> dict[
         "lost": tally.lost,
         "unchanged": tally.unchanged,
         "guessed": tally.guessed,
+        "groups": records(_groups(trace, block)),
         "connections": trace.summary()[names].to_dict("records"),
         "block_io": devices,
     }

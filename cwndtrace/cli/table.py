@@ -84,6 +84,15 @@ def cut(text: str, most: int) -> str:
     return text if cells(text) <= most else _head(text, max(most - len(_CUT), 0)) + _CUT[: max(most, 0)]
 
 
+def cut_middle(text: str, most: int) -> str:
+    """Return ``text`` cut to ``most`` cells in its middle, so that as much stays of its end as of its start."""
+    spare = most - len(_CUT)
+    if cells(text) <= most or spare < 2:
+        return cut(text, most)
+    end = _tail(text, spare // 2)
+    return _head(text, spare - cells(end)) + _CUT + end
+
+
 def cut_tail_kept(text: str, most: int, tail: str) -> str:
     """Return ``text`` cut to ``most`` cells in its middle, so that ``tail`` stays.
 
@@ -100,6 +109,12 @@ def cut_tail_kept(text: str, most: int, tail: str) -> str:
 def cut_process(text: str, most: int) -> str:
     """Return ``name[pid]`` cut to ``most`` cells, with the whole pid."""
     return cut_tail_kept(text, most, text[text.rfind("[") :] if "[" in text else "")
+
+
+def cut_service(text: str, most: int) -> str:
+    """Return ``name:port`` cut to ``most`` cells, with the whole port; any other text in its middle."""
+    name, colon, port = text.rpartition(":")
+    return cut_tail_kept(text, most, f":{port}") if name and colon and port.isdecimal() else cut_middle(text, most)
 
 
 def cut_connection(text: str, most: int) -> str:
@@ -237,5 +252,6 @@ def _as_printed(text: str) -> str:
     """Return ``text`` as stdout's encoding prints it. A replaced character may have another width."""
     if text.isascii():
         return text
-    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    # Textual puts something in the place of stdout that has neither.
+    encoding, errors = getattr(sys.stdout, "encoding", None) or "utf-8", getattr(sys.stdout, "errors", None) or "strict"
     return text.encode(encoding, "replace" if errors == "strict" else errors).decode(encoding, "replace")

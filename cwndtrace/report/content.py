@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import pandas as pd
 
 from cwndtrace import format as fmt
-from cwndtrace.analysis import direction, idle_cause, recovery
+from cwndtrace.analysis import direction, idle_cause, recovery, threads
+from cwndtrace.analysis import groups as group_analysis
 from cwndtrace.errors import making_sense
+from cwndtrace.present import groups as groups_in_words
 from cwndtrace.present import text as in_words
 from cwndtrace.present.direction import elsewhere
 from cwndtrace.present.text import Host
@@ -33,36 +36,57 @@ class Report:
     """The content of a report: frames of a Trace as its methods return them, and ``caveats``.
 
     Those of ``missing`` are on records that the trace kept and the capture doesn't have; they are shown before all
-    else. The others are ``limits`` of the rest.
+    else. The others are ``limits`` of the rest. ``groups`` are grouped ``by``; ``grouped`` says that a table of them
+    tells the reader something.
     """
 
     trace: Trace
     host: Host
     connections: pd.DataFrame
+    groups: pd.DataFrame
+    by: str
+    grouped: bool
     resets: pd.DataFrame
     chains: pd.DataFrame
     causes: pd.DataFrame
     devices: pd.DataFrame
-    processes: pd.DataFrame
     remedies: pd.DataFrame
     due: pd.DataFrame
     heartbeats: pd.DataFrame
     audit: pd.DataFrame
     caveats: dict[str, list[str]]
 
+    @cached_property
+    def processes(self) -> pd.DataFrame:
+        """``Trace.block_submitters()``, for which all block requests are read: the screen doesn't show it."""
+        return self.trace.block_submitters()
 
-def report(trace: Trace) -> Report:
-    """Return the report on a capture."""
-    resets, connections = trace.verdicts, trace.summary()
+    @cached_property
+    def owners(self) -> pd.DataFrame:
+        """``Trace.block_owners()``, of which the same is true."""
+        return self.trace.block_owners()
+
+
+def report(trace: Trace, by: str | None = None, prefix: tuple[int, int] = group_analysis.PREFIX) -> Report:
+    """Return the report on a capture.
+
+    ``by`` and ``prefix`` are those of ``Trace.groups``. Without ``by``, connections are grouped by service, and only
+    where that tells something.
+    """
+    resets, devices = threads.each([lambda: trace.verdicts, trace.block_summary])
+    connections = trace.summary()
+    groups = trace.groups(by or "service", prefix)
     return Report(
         trace=trace,
         host=trace.host(),
         connections=connections,
+        groups=groups,
+        by=by or "service",
+        grouped=groups_in_words.telling(groups) if by is None else by != "connection" and len(groups) > 0,
         resets=resets,
         chains=recovery.chains(resets),
         causes=idle_cause.summary(resets),
-        devices=trace.block_summary(),
-        processes=trace.block_submitters(),
+        devices=devices,
         remedies=trace.remedies(),
         due=trace.due(),
         heartbeats=trace.heartbeats(),
@@ -74,6 +98,8 @@ def report(trace: Trace) -> Report:
 def _caveats(trace: Trace, connections: pd.DataFrame) -> dict[str, list[str]]:
     gaps = trace.gaps()
     limits = [*_direction(connections), *(f"{line}." for line in trace.warnings if line not in gaps)]
+    if trace.about.kept_from is not None:
+        limits.append(f"{in_words.window(trace.about)}.")
     if trace.status != "complete":
         limits.append(f"The capture is {trace.status}: records that it had not yet written are missing.")
     for kind, number in trace.left_out.items():
@@ -91,6 +117,11 @@ def _caveats(trace: Trace, connections: pd.DataFrame) -> dict[str, list[str]]:
         )
     if trace.about.guessed:
         limits.append(f"{fmt.guessed(trace.about.guessed)}.")
+    if number := trace.named_by_namespace:
+        limits.append(
+            f"This host has cgroup v1, where containers need not have a cgroup v2 of their own: the workload of "
+            f"{fmt.plural(number, 'connection')} is inferred from the network namespace."
+        )
     if not trace.block_recorded:
         limits.append(
             "Block I/O wasn't recorded, so a disk can't be told from the application as the cause of idle time."
@@ -121,12 +152,14 @@ def as_json(found: Report) -> dict[str, Any]:
     about = found.trace.about
     why = [in_words.reset(row) for row in found.resets.to_dict("records")]
     frames = {
+        "groups": found.groups,
         "connections": _timed(found.connections, "first_seen", "last_seen"),
         "resets": _timed(found.resets[[*RESET]], "time").assign(row=found.resets.index, why=why),
         "chains": found.chains,
         "causes": found.causes,
         "block_io_by_device": found.devices,
         "block_io_by_process": found.processes,
+        "block_io_by_workload": found.owners,
         "remedies": found.remedies,
         "due": found.due,
         "heartbeats": found.heartbeats,
@@ -138,6 +171,7 @@ def as_json(found: Report) -> dict[str, Any]:
         "capture": str(found.trace.path),
         "status": found.trace.status,
         "answer": {name: _plain(value) for name, value in asdict(found.host).items()},
+        "grouped_by": found.by,
         "caveats": [line for lines in found.caveats.values() for line in lines],
         **{name: records(frame) for name, frame in frames.items()},
     }

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report as one HTML file with its pictures and styles inside, for light and dark screens and for print.
 
-The page makes no outside request. All text goes through Jinja2's escaping and ``format.clean``. Its content security
-policy allows only its own script and style, by their hashes, and pictures in data URLs.
+``shell`` says what keeps texts from outside from doing harm.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable
-from importlib import resources
 from io import BytesIO
 from typing import Any, Final
 
@@ -21,23 +18,23 @@ import cwndtrace.plot  # noqa: F401  # first, because it decides which settings 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from cwndtrace import format as fmt
-from cwndtrace.analysis.verdict import CANT_TELL
 from cwndtrace.errors import making_sense
-from cwndtrace.format import clean
 from cwndtrace.plot import style
 from cwndtrace.plot.heat import heat
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.present import ahead as ahead_in_words
+from cwndtrace.present import groups as groups_in_words
 from cwndtrace.present import idle
 from cwndtrace.present import text as in_words
+from cwndtrace.report import shell
 from cwndtrace.report.content import Report, records
 
+GROUPS: Final = 100
+"""The most rows in the table of groups of connections."""
 CONNECTIONS: Final = 200
 """The most rows in the table of connections."""
 CHAINS: Final = 20
@@ -54,20 +51,15 @@ _DOTS: Final = 1000
 @making_sense()
 def page(report: Report) -> str:
     """Return the HTML of a report."""
-    files = {name: _file(f"page.{name}") for name in ("css", "js", "html.j2")}
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {
-        "clean": lambda text: clean(str(text)),
-        "pair": lambda text: _unbroken(clean(text).replace(" > ", "\u00a0> ")),
-        "prose": lambda text: _unbroken(fmt.unbroken(clean(str(text)))),
-        "counted": fmt.plural,
-        "span": lambda us: fmt.span(us) if us is not None else "unknown",
-        "size": fmt.size,
+    filters: dict[str, Callable[..., Any]] = {
         "times": lambda ratio: f"{ratio:.1f}" if ratio is not None else "",
         "ends": fmt.connection,
-        "process": lambda row: fmt.process(row["comm"], row["pid"]),
+        "process": fmt.holder,
+        "named": lambda row: [*groups_in_words.names(row).values()],
+        "judged": groups_in_words.verdict,
+        "cause": groups_in_words.cause,
+        "left_out": lambda rest: groups_in_words.more(rest, groups_in_words.NOUNS[report.by]),
         "words": lambda label: in_words.LABELS[label],
-        "colour": lambda label: "bad" if label == "harmful" else "open" if label in CANT_TELL else "good",
         "chained": in_words.chain,
         "cost": in_words.cost,
         "explained": in_words.reset,
@@ -75,10 +67,19 @@ def page(report: Report) -> str:
         "moment": lambda time: f"{time:%H:%M:%S.%f} UTC",
     }
     rows = records(report.connections.head(CONNECTIONS))
-    text: str = environment.from_string(files["html.j2"]).render(
+    groups = records(report.groups.head(GROUPS)) if report.grouped else []
+    worst = report.connections[report.connections["connection"].isin([row["worst"] for row in groups])]
+    return shell.render(
+        shell.environment(filters),
+        "page.html.j2",
         report=report,
-        name=report.trace.path.name,
+        title=report.trace.path.name,
         facts=dict(report.trace.facts()),
+        groups=groups,
+        heads={name: title for name, title in groups_in_words.HEADS.items() if name in report.groups},
+        grouped_by=groups_in_words.TITLES.get(report.by, ""),
+        by_key={row["connection"]: row for row in records(worst)},
+        single="" if report.grouped else groups_in_words.single(report.groups),
         connections=rows,
         remedies=records(report.remedies),
         coming={
@@ -88,22 +89,12 @@ def page(report: Report) -> str:
         causes=records(report.causes),
         devices=records(report.devices),
         processes=records(report.processes.head(_PROCESSES)),
+        owners=records(report.owners[report.owners["owner"] != ""].head(_PROCESSES)),
         audit=records(report.audit),
         chains=records(report.chains.head(CHAINS)),
         timelines=_timelines(report, rows),
         heat=_heat(report) if len(report.devices) else None,
-        # These two are files of this package, so they need no escaping.
-        style=Markup(files["css"]),  # noqa: S704
-        script=Markup(files["js"]),  # noqa: S704
-        style_hash=_hash(files["css"]),
-        script_hash=_hash(files["js"]),
     )
-    return text
-
-
-def _unbroken(text: str) -> Markup:
-    """Return HTML for a text, with no-break spaces as entities, because the character itself counts as unprintable."""
-    return escape(text).replace("\u00a0", Markup("&nbsp;"))
 
 
 def _timelines(report: Report, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -162,11 +153,3 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.hashsalt": "cwndtrace"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,12 +13,14 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from matplotlib.image import imread
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import cwndtrace
-from cwndtrace.report import content
+from cwndtrace.fleet import summary
+from cwndtrace.report import content, fleet
 from cwndtrace.report.page import page
-from tests.unit import frames, hostile
+from tests.harness.browser import chromium
+from tests.unit import drawing, fleets, frames, hostile
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.cwnd"
 PHONE, DESKTOP, PAPER = 375, 1280, 718
@@ -29,22 +29,18 @@ PHONE, DESKTOP, PAPER = 375, 1280, 718
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next((path for path in map(shutil.which, names) if path), None)
-    if executable is None:
-        pytest.skip("needs a browser without a screen: make develop, or sudo apt install chromium")
-    quiet = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        # The browser's sandbox refuses to run as root.
-        sandbox = os.geteuid() != 0
-        started = playwright.chromium.launch(executable_path=executable, chromium_sandbox=sandbox, args=quiet)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("sample"), page(content.report(cwndtrace.load(SAMPLE))))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing.leave_undrawn(monkeypatch)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -68,6 +64,7 @@ def overflow(tab: Page) -> float:
 # ---- its script -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> None:
     trace = frames.two_idle_connections(tmp_path / "a.cwnd")
     with opened(browser, written(tmp_path, page(content.report(trace)))) as tab:
@@ -81,6 +78,7 @@ def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> N
         assert tab.locator("#connections th[aria-sort=ascending]").inner_text().startswith("Cost")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scripts_forms_and_bases_that_are_injected_have_no_effect(browser: Browser, tmp_path: Path) -> None:
     text = page(content.report(hostile.everywhere(tmp_path / "a.cwnd")))
     evil = "<base href='https://example.org/'><form action='/'></form><script>document.title = 'owned'</script>"
@@ -100,6 +98,27 @@ def test_axe_finds_no_violation(browser: Browser, sample: Path, width: int, sche
     with opened(browser, sample, width, color_scheme=scheme, bypass_csp=True) as tab:
         violations = Axe().run(tab).response["violations"]
     assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in violations] == []
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_the_page_of_a_fleet_is_accessible_sorts_and_does_not_overflow(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    captures = [fleets.capture(f"web{n}", day, day) for n in range(6) for day in (fleets.BEFORE, fleets.AFTER)]
+    rows = [
+        fleets.harmful(each["host"], each["capture"], 1e6 + n, workload="default/web/" + "long-name" * 9)
+        for n, each in enumerate(captures)
+    ]
+    spaces = [fleets.setting(each["host"], each["capture"], n == 11) for n, each in enumerate(captures)]
+    found = summary.report(fleets.fleet(captures, rows, spaces), since=fleets.SINCE)
+    with opened(browser, written(tmp_path, fleet.page(found)), width, bypass_csp=True) as tab:
+        assert overflow(tab) <= 0
+        assert tab.locator("#settings li, #change tbody tr").count() == 2
+        violations = Axe().run(tab).response["violations"]
+        tab.locator("#by-host th button", has_text="Cost").click()
+        costs = [cell.get_attribute("data-sort") for cell in tab.locator("#by-host tbody td:nth-child(6)").all()]
+    assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in violations] == []
+    assert [float(str(cost)) for cost in costs] == [2e6 + 4 * n + 1 for n in range(5, -1, -1)]
 
 
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
@@ -191,6 +210,7 @@ def test_pictures_and_regions_have_distinct_labels(browser: Browser, sample: Pat
         assert tab.locator("th:not([scope])").count() == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_single_item_is_in_the_singular(browser: Browser, tmp_path: Path) -> None:
     seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000) for t in (0, 9)]
     resets, blocks = frames.table("cwnd_reset", frames.reset(5)), frames.table("block_io", frames.block(1))

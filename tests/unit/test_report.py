@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -13,14 +14,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pyarrow as pa
 import pytest
+from click import unstyle
 from click.testing import CliRunner, Result
 
-from cwndtrace.cli import main
+import cwndtrace
+from cwndtrace import format as fmt
+from cwndtrace.cli import main, report
 from cwndtrace.report import content
 from cwndtrace.report.page import page
 from cwndtrace.trace import Trace
-from tests.unit import frames, hostile
+from tests.unit import drawing, frames, hostile
 
 LOSSY = {"event": "block_io", "start_ns": frames.MONO, "end_ns": frames.MONO + 10**9, "lost": 1234}
 
@@ -30,8 +35,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.cwnd"
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing.leave_undrawn(monkeypatch)
+
+
 def call(trace: Trace, *options: str) -> Result:
-    result = CliRunner().invoke(main, ["report", str(trace.path), *options])
+    """Report on a capture that is loaded, so that it isn't analysed again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cwndtrace, "load", lambda *_, **__: trace)
+        return invoke(trace.path, *options)
+
+
+def invoke(path: Path, *options: str) -> Result:
+    result = CliRunner().invoke(main, ["report", str(path), *options])
     assert result.exit_code == 0, result.output
     return result
 
@@ -39,6 +56,7 @@ def call(trace: Trace, *options: str) -> Result:
 # ---- terminal and JSON ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) -> None:
     trace = frames.two_idle_connections(path)
     lines = call(trace).stdout.splitlines()
@@ -57,6 +75,7 @@ def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) 
     assert "/etc/sysctl.d/90-cwndtrace.conf" in page(content.report(trace))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resets_to_come_are_named_on_the_screen_in_json_and_on_the_page(path: Path) -> None:
     windows = [(151, 75), (75, 37), (37, 18)]
     resets = [
@@ -123,13 +142,15 @@ def test_json_of_a_reset_whose_burst_is_unknown_has_nulls(path: Path) -> None:
         ({"block_io": None, "counts": {"cwnd_reset": {"kept": 5}}}, "Block I/O wasn't recorded"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_gaps_of_a_capture_are_in_the_text_in_json_and_on_the_page(
     path: Path, values: dict[str, Any], caveat: str
 ) -> None:
     trace = frames.two_idle_connections(path, **values)
     report = unescape(page(content.report(trace))).replace("\u00a0", " ")
-    assert f"! {caveat}" in call(trace).stdout.replace("! Resets of ", "! ")
-    for text in (call(trace).stdout, " ".join(call(trace, "--json").stdout.split()), report):
+    shown = call(trace).stdout
+    assert f"! {caveat}" in shown.replace("! Resets of ", "! ")
+    for text in (shown, " ".join(call(trace, "--json").stdout.split()), report):
         assert text.count(caveat) == 1
         assert text.lower().count("requests were lost") <= 1
 
@@ -137,18 +158,18 @@ def test_gaps_of_a_capture_are_in_the_text_in_json_and_on_the_page(
 @pytest.mark.parametrize("kind", ["empty", "block I/O only", "interrupted", "cut off"])
 def test_incomplete_captures_are_reported(path: Path, kind: str) -> None:
     if kind == "empty":
-        trace = frames.capture(path)
+        frames.capture(path)
     elif kind == "block I/O only":
-        trace = frames.capture(path, block_io=frames.disk(50))
+        frames.capture(path, block_io=frames.disk(50))
     else:
-        trace = frames.two_idle_connections(path)
+        frames.two_idle_connections(path)
         if kind == "interrupted":
             meta = json.loads((path / "meta.json").read_text())
             (path / "meta.json").write_text(json.dumps(meta | {"status": "running", "ended": None, "pid": 0}))
         else:
             (part,) = (path / "cwnd_reset").glob("*.parquet")
             part.write_bytes(part.read_bytes()[:-50])
-    result = call(trace, "--html", str(path.parent / "a.html"))
+    result = invoke(path, "--html", str(path.parent / "a.html"))
     text = (path.parent / "a.html").read_text(encoding="utf-8")
     expected = {
         "empty": "No TCP connection was seen.", "block I/O only": "No TCP connection was seen.",
@@ -237,3 +258,136 @@ def test_the_page_of_a_large_capture_stays_small(path: Path) -> None:
     text = page(content.report(trace))
     assert len(text) < 8_000_000
     assert "And 10 more that their resets cost less." in text
+
+
+# ---- groups of connections --------------------------------------------------------------------------
+
+
+WEB = {"workload": "default/web-7d9c5b8f6d-x2x4q/nginx", "process": "nginx"}
+NAMES: list[dict[str, Any]] = [
+    WEB | {"listener": "nginx", "listener_pid": 7},
+    WEB | {"listener": "", "listener_pid": 0},
+    {"workload": "postgresql@15-main.service", "process": "postgres", "listener": "postgres", "listener_pid": 9},
+    {"workload": "", "process": "curl"},
+]
+
+
+def sixty(path: Path, *names: dict[str, Any]) -> Trace:
+    """Write a capture of 60 connections, and return it as if its records had ``names``."""
+    resets, connections = frames.story(peers=60, seconds=8)
+    # Each connection has a local address of its own, so that none has the service of another one.
+    seen = connections.to_pandas()
+    made = resets.to_pandas()
+    for frame in (seen, made):
+        frame["saddr"] = [f"10.1.0.{cookie % 250}" for cookie in frame["sock_cookie"]]
+    tables = {
+        "resets": pa.Table.from_pandas(made, schema=resets.schema, preserve_index=False),
+        "connections": pa.Table.from_pandas(seen, schema=connections.schema, preserve_index=False),
+    }
+    return frames.named(frames.capture(path, **tables), *names)
+
+
+def screen(trace: Trace, by: str | None = None, prefix: tuple[int, int] = (24, 48)) -> list[str]:
+    return [unstyle(line) for line in report.lines(content.report(trace, by, prefix))]
+
+
+def test_sixty_connections_have_a_row_for_each_service_of_a_workload(path: Path) -> None:
+    lines = screen(sixty(path, *NAMES))
+    at = next(number for number, line in enumerate(lines) if line.startswith("WORKLOAD"))
+    heads = ["WORKLOAD", "SERVICE", "CONNECTIONS", "RESETS", "HARMFUL", "COST", "CAUSE", "WORST CONNECTION", "ITS COST"]
+    assert re.split(r"  +", lines[at]) == [*heads, "VERDICT"]
+    rows = [re.split(r"  +", line) for line in lines[at + 1 : at + 5]]
+    assert {(row[0], row[1], row[2]) for row in rows} == {
+        (WEB["workload"], "nginx:443", "15"), (WEB["workload"], "outgoing nginx", "15"),
+        ("postgresql@15-main.service", "postgres:443", "15"), ("-", "curl", "15"),
+    }  # fmt: skip
+    assert all(row[-1].startswith("harmful: its burst was late") for row in rows)
+    assert lines[at + 5] == ""
+    assert lines[at + 6].startswith("CONNECTION ")
+    left_out = next(line for line in lines if line.startswith("and 52 more connections: "))
+    total = sixty(path.parent / "b.cwnd").summary().iloc[8:]
+    assert f"{total['resets'].sum()} resets, {total['resets_harmful'].sum()} of them harmful" in left_out
+
+
+def test_groups_that_the_screen_has_no_room_for_are_summed_up(path: Path) -> None:
+    trace = sixty(path, *({"workload": f"{n}.service"} for n in range(12)))
+    lines = screen(trace, "workload")
+    rest = trace.groups("workload").iloc[8:]
+    (line,) = (line for line in lines if line.startswith("and 4 more workloads with 20 connections: "))
+    assert f"{rest['resets'].sum()} resets, " in line
+    assert "; cost " in line
+
+
+@pytest.mark.parametrize(
+    ("by", "first"),
+    [("workload", "WORKLOAD"), ("service", "WORKLOAD"), ("peer", "PEERS"), ("connection", "CONNECTION")],
+)
+def test_the_groups_that_were_asked_for_come_first(path: Path, by: str, first: str) -> None:
+    trace = sixty(path, *NAMES)
+    heads = [line.split()[0] for line in screen(trace, by) if line[:4].isupper()]
+    assert heads[:2] == ([first, "CONNECTION"] if by != "connection" else ["CONNECTION", "and"])[: len(heads)]
+    found = content.as_json(content.report(trace, by))
+    assert found["grouped_by"] == by
+    assert sum(row["connections"] for row in found["groups"]) == len(found["connections"]) == 60
+    for name in ("resets", "resets_harmful", "lost_us"):
+        assert sum(row[name] for row in found["groups"]) == sum(row[name] for row in found["connections"])
+
+
+def test_no_table_of_groups_is_printed_that_tells_nothing(path: Path) -> None:
+    nameless = screen(sixty(path))
+    assert not [line for line in nameless if line.startswith(("WORKLOAD", "SERVICE", "All "))]
+    # Whoever asks for it gets it.
+    assert [line for line in screen(sixty(path.parent / "b.cwnd"), "service") if line.startswith("SERVICE")]
+    same = screen(sixty(path.parent / "c.cwnd", NAMES[0]))
+    assert f"All 60 connections are of nginx:443 in {WEB['workload']}." in same
+    assert not [line for line in same if line.startswith("WORKLOAD")]
+
+
+def test_a_prefix_is_for_peers_and_may_be_each_address(path: Path) -> None:
+    trace = frames.two_idle_connections(path)
+    assert any(
+        line.startswith("10.2.0.0/16 ") for line in call(trace, "--by", "peer", "--prefix", "16").stdout.split("\n")
+    )
+    assert (
+        json.loads(call(trace, "--by", "peer", "--prefix", "/32,/128", "--json").stdout)["groups"][0]["peer"]
+        == "10.2.0.9"
+    )
+    for options, cause in (
+        (("--prefix", "24"), "add --by peer"), (("--by", "peer", "--prefix", "33"), "write 16, or 24,64"),
+        (("--by", "peer", "--prefix", "24,129"), "write 16"), (("--by", "peer", "--prefix", "x"), "isn't a prefix"),
+        (("--by", "pod"), "is not one of"),
+    ):  # fmt: skip
+        result = CliRunner().invoke(main, ["report", str(trace.path), *options])
+        assert (result.exit_code, cause in result.stderr) == (2, True), result.stderr
+
+
+def unreset(path: Path, *names: dict[str, Any]) -> Trace:
+    """Return a trace of four connections whose windows were never reset, so that their page has no pictures."""
+    rows = [frames.snapshot(at, sock_cookie=n, saddr=f"10.1.0.{n}") for at in (0, 9) for n in (1, 2, 3, 4)]
+    return frames.named(frames.capture(path, connections=frames.snapshots(*rows)), *names)
+
+
+def test_the_page_has_the_groups_before_the_connections(path: Path) -> None:
+    text = page(content.report(unreset(path, *NAMES)))
+    assert text.index('<section id="groups">') < text.index('<section id="connections">')
+    assert text.count("<bdi>outgoing nginx</bdi>") == 1
+    assert "Connections by workload and service" in text
+    nameless, same = (page(content.report(unreset(path.parent / f"{n}.cwnd", *NAMES[:n]))) for n in (0, 1))
+    assert '<section id="groups">' not in nameless + same
+    assert f"All 4&nbsp;connections are of nginx:443 in {WEB['workload']}." in same
+
+
+def test_no_name_of_a_workload_is_taken_for_markup_or_controls_a_terminal(path: Path) -> None:
+    # A Trace gives texts without control characters; nothing that shows them relies on that.
+    evil = dict.fromkeys(("workload", "process", "cmdline", "listener"), hostile.TEXT)
+    names = evil | {"listener_pid": 1}, evil | {"listener": "", "listener_pid": 0}
+    for number, by in itertools.product((1, 2), (None, "workload", "service")):
+        trace = unreset(path.parent / f"{number}{by}.cwnd", *names[:number])
+        plain = unreset(path.parent / f"{number}{by}-plain.cwnd", *NAMES[:number])
+        found = content.report(trace, by)
+        text, harmless, lines = page(found), page(content.report(plain, by)), screen(trace, by)
+        assert all(line.isprintable() for line in (*lines, *text.splitlines()))
+        assert "owned" in " ".join(lines)
+        assert {tag for tag, _ in Tags(text).tags} == {tag for tag, _ in Tags(harmless).tags}
+        assert sum(tag == "script" for tag, _ in Tags(text).tags) == 1
+        assert fmt.json_line(content.as_json(found)).isprintable()

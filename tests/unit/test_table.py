@@ -4,91 +4,53 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-import pty
 import re
 import struct
 import subprocess
 import sys
 import termios
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cwndtrace
-from cwndtrace.capture.session import Batch, Session
-from cwndtrace.cli import compare, doctor, report, reproduce
-from cwndtrace.cli.live import TextView
+from cwndtrace.capture.session import Batch
+from cwndtrace.cli import doctor, main, report, reproduce
+from cwndtrace.cli import summary as summary_of_a_run
+from cwndtrace.cli.live import BlockFigures, ConnectionHolders, TextView
+from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.cli.table import (
     Column,
     cells,
     cut,
     cut_connection,
+    cut_middle,
     cut_process,
+    cut_service,
     prose,
     table,
 )
 from cwndtrace.lab.statistics import summarise
+from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from tests.harness.replay import Replay
 from tests.record import FILE
 from tests.unit import frames, hostile, playing
+from tests.unit.fake_source import session_of
+from tests.unit.terminal import printed_lines, terminal
 
 DATA = Path(__file__).parents[1] / "data"
 SAMPLE = DATA / "sample.cwnd"
 WIDE = "日本語のプロセス"
-END = b"\0"
 LEFT_OUT = "A wider terminal or pipe has them."
-
-
-@contextmanager
-def terminal(columns: int, encoding: str = "utf-8") -> Iterator[Callable[[], list[str]]]:
-    """Make stdout a terminal of ``columns`` columns; yield a function that returns its lines after the exit."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    chunks: list[bytes] = []
-
-    def drain() -> None:
-        # Read up to a mark while the other end is still open. A read while it closes may fail although text is left,
-        # because n_tty_read() in drivers/tty/n_tty.c checks for text first, and then whether the other end is closed.
-        while not (chunks and chunks[-1].endswith(END)):
-            chunks.append(os.read(master, 65536))
-
-    def lines() -> list[str]:
-        text = b"".join(chunks).removesuffix(END).decode(encoding)
-        return click.unstyle(text).replace("\r\n", "\n").split("\n")[:-1]
-
-    reader = threading.Thread(target=drain)
-    reader.start()
-    stream = os.fdopen(slave, "w", encoding=encoding, errors="replace", closefd=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", stream)
-        patch.setattr(sys, "__stdout__", stream)
-        patch.delenv("COLUMNS", raising=False)
-        try:
-            yield lines
-        finally:
-            stream.flush()
-            os.write(slave, END)
-            reader.join()
-            os.close(slave)
-            os.close(master)
-
-
-def printed_lines(columns: int, print_it: Callable[[], object], encoding: str = "utf-8") -> list[str]:
-    """Return the lines that ``print_it`` prints in such a terminal, and assert that none is wider."""
-    with terminal(columns, encoding) as lines:
-        print_it()
-    assert lines()
-    assert [line for line in lines() if cells(line) > columns] == []
-    return lines()
 
 
 def echo(lines: Iterable[str]) -> None:
@@ -109,8 +71,8 @@ def test_cells_counts_wide_and_combining_characters(text: str, width: int) -> No
 
 @given(st.text(max_size=40), st.integers(0, 50))
 def test_shortened_texts_are_never_wider_than_asked(text: str, most: int) -> None:
-    for shorten in (cut, cut_process, cut_connection):
-        for name in (text, f"{text}[123]", f"[{text}]:1 > {text}:65535"):
+    for shorten in (cut, cut_middle, cut_process, cut_service, cut_connection):
+        for name in (text, f"{text}[123]", f"{text}:443", f"[{text}]:1 > {text}:65535"):
             shortened = shorten(name, most)
             assert cells(shortened) <= most
             assert cells(name) > most or shorten is cut_connection or shortened == name
@@ -120,6 +82,12 @@ def test_shortened_texts_keep_the_identifying_parts() -> None:
     assert cut("harmful", 5) == "har.."
     assert cut(WIDE, 7) == "日本.."
     assert cut_process("postgres-checkpointer[12345]", 16) == "postgre..[12345]"
+    # Of a thread and its process the latter's name stays.
+    assert cut_process("grpc/event_engine[12345]", 16) == "grpc/ev..[12345]"
+    assert cut_process("grpc/a[b]c[12345]", 14) == "grpc/..[12345]"
+    assert cut_service("postgres-proxy:5432", 14) == "post..oxy:5432"
+    assert cut_service("outgoing event_engine", 14) == cut_middle("outgoing event_engine", 14) == "outgoi..engine"
+    assert cut_middle("default/web-7d9c5b8f6d-x2x4q/nginx", 15) == "default../nginx"
     long = "[2001:db8:1:2:3:4:5:6]:443 > [2001:db8:a:b:c:d:e:f]:53060"
     assert cut_connection(long, 45) == "[2001:db..:4:5:6]:443 > [2001:d..d:e:f]:53060"
     # A short endpoint leaves its unused width to the other one.
@@ -213,12 +181,93 @@ def test_report_fits_its_terminal_and_keeps_keys_and_verdicts() -> None:
         printed_lines(columns, print_it)
 
 
+SERVED = [
+    {"workload": "default/web-7d9c5b8f6d-x2x4q/nginx", "process": "nginx", "listener": "nginx", "listener_pid": 7},
+    {"workload": "postgresql@15-main.service", "process": "postgres", "listener": "", "listener_pid": 0},
+    {"workload": WIDE, "process": WIDE, "listener": WIDE, "listener_pid": 9},
+]
+
+
+def served(path: Path) -> cwndtrace.Trace:
+    """Return a trace of 30 connections of three workloads, each of which has a local address of its own."""
+    seen = [
+        frames.snapshot(at, sock_cookie=n, saddr=f"10.1.0.{n}", bytes_sent=at * 100_000)
+        for at in (0, 9)
+        for n in range(1, 31)
+    ]
+    resets = frames.table("cwnd_reset", frames.reset(5, sock_cookie=1, saddr="10.1.0.1", bytes_sent=500_000))
+    return frames.named(frames.capture(path, resets=resets, connections=frames.snapshots(*seen)), *SERVED)
+
+
+def test_groups_fit_80_and_140_columns_and_keep_names_and_verdicts(tmp_path: Path) -> None:
+    found = content.report(served(tmp_path / "a.cwnd"))
+
+    def table_of(columns: int) -> list[str]:
+        lines = printed_lines(columns, lambda: echo(report.lines(found)))
+        at = next(number for number, line in enumerate(lines) if line.startswith("WORKLOAD"))
+        return lines[at : at + 5]
+
+    head, first, *others, left_out = table_of(80)
+    assert head.split() == ["WORKLOAD", "SERVICE", "CONNECTIONS", "RESETS", "COST", "VERDICT"]
+    assert re.fullmatch(r"default..q/nginx +nginx:443 +10 +1 +\d+ ms  harmful \(1 of 10\)", first)
+    names = [re.split(r"  +", line)[:2] for line in others]
+    assert names == [["postgre..service", "outgoi..stgres"], [WIDE, "日本..セス:443"]]
+    assert left_out.startswith("Left out: HARMFUL, CAUSE, WORST CONNECTION, ITS COST. ")
+    head, first, *others, left_out = table_of(140)
+    assert left_out == f"Left out: ITS COST. {LEFT_OUT}"
+    shown = dict(zip(re.split(r"  +", head), re.split(r"  +", first), strict=True))
+    assert shown["WORST CONNECTION"] == "10.1.0.1:443 > 10.2.0.9:51324"
+    assert (shown["CAUSE"], shown["HARMFUL"], shown["VERDICT"]) == ("application", "1", "harmful (1 of 10)")
+    # Of connections that were never reset, none is the worst one.
+    assert all(" -  " in line for line in others)
+    for columns in (40, 60, 100, 200):
+        printed_lines(columns, lambda: echo(report.lines(found)))
+
+
+def test_the_summary_of_a_run_begins_with_a_row_for_each_service(tmp_path: Path) -> None:
+    trace = served(tmp_path / "a.cwnd")
+    with session_of(Replay(FILE)) as session:
+        lines = printed_lines(160, lambda: print_summary(trace, session, BlockFigures()))
+        found = summary_object(trace, session, BlockFigures())
+        lines_of_one = printed_lines(80, lambda: print_summary(named_alike(tmp_path), session, BlockFigures()))
+    heads = [line.split()[0] for line in lines if line[:4].isupper()]
+    assert heads == ["WORKLOAD", "CONNECTION"]
+    at = next(number for number, line in enumerate(lines) if line.startswith("CONNECTION"))
+    assert lines[at + 9].startswith("and 22 more connections: no reset")
+    assert [row["connections"] for row in found["groups"]] == [10, 10, 10]
+    assert sum(row["lost_us"] for row in found["groups"]) == trace.summary()["lost_us"].sum() > 0
+    assert {row["service"] for row in found["connections"]} == {"nginx:443", "", f"{WIDE}:443"}
+    # A missing figure is null, because NaN isn't JSON.
+    json.dumps(found, allow_nan=False)
+    assert " ".join(lines_of_one).strip().startswith(f"All 4 connections are of {WIDE}:443 in {WIDE}. CONNECTION")
+
+
+def named_alike(folder: Path) -> cwndtrace.Trace:
+    seen = [frames.snapshot(at, sock_cookie=n) for at in (0, 9) for n in range(4)]
+    return frames.named(frames.capture(folder / "b.cwnd", connections=frames.snapshots(*seen)), SERVED[2])
+
+
+def test_the_summary_reads_few_block_requests_and_only_for_causes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, records = BlockFigures(), np.zeros(50, layout.event("block_io").dtype).tobytes()
+    block.add(Batch("block_io", arrow.TimedRecords("block_io", records, np.zeros(50, np.int64))))
+    for most, read in ((50, True), (49, False)):
+        monkeypatch.setattr(summary_of_a_run, "_MOST_REQUESTS", most)
+        trace = served(tmp_path / f"{most}.cwnd")
+        with session_of(Replay(FILE)) as session:
+            found = summary_object(trace, session, block)
+        assert ("_verdicts" in trace.__dict__) == read
+        assert [bool(row["cause"]) for row in found["groups"]] == [read, False, False]
+
+
 @pytest.mark.parametrize("name", hostile.NAMES)
-def test_hostile_names_fit_into_80_columns(name: str, tmp_path: Path) -> None:
+def test_hostile_names_fit_into_80_columns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])
+    monkeypatch.setattr(cwndtrace, "load", lambda *_, **__: trace)
     summary = content.report(trace)
     printed_lines(80, lambda: echo(report.lines(summary)))
-    printed_lines(80, lambda: compare.compare.main([str(trace.path), str(trace.path)], standalone_mode=False))
+    printed_lines(80, lambda: main(["compare", str(trace.path), str(trace.path)], standalone_mode=False))
 
 
 def test_ipv6_endpoints_fit_into_80_columns(tmp_path: Path) -> None:
@@ -231,7 +280,7 @@ def test_ipv6_endpoints_fit_into_80_columns(tmp_path: Path) -> None:
 
 def test_compare_fits_its_terminal() -> None:
     def print_it() -> None:
-        compare.compare.main([str(SAMPLE), str(SAMPLE)], standalone_mode=False)
+        main(["compare", str(SAMPLE), str(SAMPLE)], standalone_mode=False)
 
     lines = printed_lines(80, print_it)
     assert any(line.split()[0] == "reset_rate" and line.endswith("unsure") for line in lines if line)
@@ -253,9 +302,16 @@ def test_run_and_its_summary_fit_their_terminal(tmp_path: Path) -> None:
     assert lines[summary].split()[:3] == ["CONNECTION", "PROCESS", "RESETS"]
 
 
+def test_the_line_of_a_reset_names_the_process_and_its_thread() -> None:
+    row = {"tgid": 7, "comm": "event_engine"}
+    assert ConnectionHolders().of(row | {"process": "grpc"}) == ("grpc", 7, "event_engine")
+    assert ConnectionHolders().of(row) == ConnectionHolders().of(row | {"process": ""})
+    assert ConnectionHolders().of(row) == ("event_engine", 7, "event_engine")
+
+
 def test_run_follows_a_change_of_the_terminals_width() -> None:
     batch = Batch("cwnd_reset", frames.table("cwnd_reset", frames.reset(5)))
-    with Session(Replay(FILE)) as session, terminal(80) as lines:
+    with session_of(Replay(FILE)) as session, terminal(80) as lines:
         view = TextView(session, print_block=False, quiet=True)
         view.begin("eth0", FILE)
         view.batch(batch)
@@ -268,7 +324,7 @@ def test_run_follows_a_change_of_the_terminals_width() -> None:
 
 def test_doctor_fits_its_terminal_and_leaves_nothing_out() -> None:
     facts = [
-        doctor.Fact("probe sendmsg", "sees idle, rto_loss (computed by the kernel's rule, confirmed on transmit)" * 2),
+        doctor.Fact("probe sendmsg", "sees idle, rto_loss (computed by the kernel's rule, confirmed by an ACK)" * 2),
         doctor.Fact(f"sysctl in {WIDE * 4}", "can't be read", doctor.LACK, "boot a kernel " * 12),
         doctor.Fact("bcc", "/" + "very/long/path/" * 12, doctor.BAD),
     ]
