@@ -30,17 +30,21 @@ EXIT_KERNEL: Final = 77
 COMMANDS: Final = {
     "compare": ("compare", "Compare two captures, before and after a change."),
     "doctor": ("doctor", "Check what this kernel supports, and what it lacks."),
+    "dump": ("dump", "Make a capture of a span of another, also of a running one."),
+    "export": ("export", "Write a capture in the formats of other tools."),
+    "fleet": ("fleet", "Report on the captures of many hosts."),
     "plot": ("plot", "Draw the timeline of a capture."),
     "report": ("report", "Report whether resets mattered, why, and what to do."),
     "reproduce": ("reproduce", "Measure what resets after idle time cost on a long path."),
     "run": ("run", "Trace resets and block I/O, and write a capture."),
     "serve": ("reproduce", "Serve as the far end of reproduce --against."),
+    "top": ("top", "Watch a trace while it runs."),
 }
 """The module of each command, which is imported only when the command is used, and its text in ``--help``."""
 
-NEED_ROOT: Final = frozenset({"doctor", "reproduce", "run"})
-"""The commands that need root. All others drop root's privileges before their module is imported and their arguments
-are parsed."""
+NEED_ROOT: Final = frozenset({"doctor", "reproduce", "run", "top"})
+"""The commands that need root, ``top`` only where it starts a trace: it drops root's privileges itself. All others drop
+them before their module is imported and their arguments are parsed."""
 
 
 class Commands(click.Group):

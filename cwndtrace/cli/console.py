@@ -17,6 +17,7 @@ from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli import preflight, systemd
 from cwndtrace.cli.live import JsonView, TextView
+from cwndtrace.cli.metrics import Telemetry
 from cwndtrace.cli.output import OutputError, output_closed, printing
 from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError
@@ -44,6 +45,7 @@ class Console(Observer):
         what: str,
         quiet: bool,
         stop_when_refused: bool,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.failed = False
         self._view = view
@@ -52,6 +54,8 @@ class Console(Observer):
         self._what = what
         self._quiet = quiet
         self._stop_when_refused = stop_when_refused
+        self._telemetry = telemetry
+        self._metrics = telemetry and telemetry.metrics
         self._output_ended = False
         self._refusal_reported = False
         self._lacking_reported = False
@@ -76,12 +80,17 @@ class Console(Observer):
                         self._warn_of_settings(batch)
             if news := self._interface.news():
                 self._warn(news)
+            if self._telemetry and (news := self._telemetry.news()):
+                self._warn(news)
             for kind, number in self._session.tally.left_out.items():
                 if kind not in self._left_out_reported:
                     self._left_out_reported.add(kind)
                     self._warn(fmt.left_out(kind, number))
             self.say_lacking()
             self._view.tick(f"waiting for idle time longer than the RTO on {clean(self._what)}")
+        if self._metrics:
+            self._metrics.turn(batches)  # after the view, which counts the block requests
+        systemd.alive()
         # If the script that started this process and read its output has ended, the trace ends as with Ctrl-C.
         return not self._output_ended and not output_closed()
 
@@ -95,6 +104,8 @@ class Console(Observer):
 
     def stopping(self) -> None:
         """Tell a service manager that the trace is stopping."""
+        if self._metrics:
+            self._metrics.stopping()
         systemd.tell("STOPPING=1")
 
     def finish(self, batches: list[Batch]) -> None:
@@ -106,6 +117,17 @@ class Console(Observer):
                     self._warn_of_direction(batch)
             self._view.tick("", last=True)
             self._view.end()
+        if self._metrics:
+            self._metrics.finish(batches)
+
+    def say(self, news: str, *remedy: str) -> None:
+        """Print a line of news, or an error with its remedy; errors even if the trace is quiet."""
+        if remedy:
+            self._error(news, *filter(None, remedy))
+        elif not self._quiet:
+            with self._printing():
+                self._view.end()
+                echo_prose(clean(news), err=True)
 
     def say_lacking(self) -> None:
         """Report once which part of the trace is missing while the rest continues."""

@@ -20,11 +20,12 @@ from cwndtrace.analysis import ahead
 from cwndtrace.capture import bcc, clocks, live, target
 from cwndtrace.capture.connections import snapshot
 from cwndtrace.capture.source import Filters
+from cwndtrace.cli import preflight
 from cwndtrace.cli.output import OutputError, printing
 from cwndtrace.cli.table import cells, prose, room
 from cwndtrace.errors import CwndtraceError, KernelLacks, NoProbe
 from cwndtrace.format import clean, plural
-from cwndtrace.kernel import btf, facts, ladder, netns, permission
+from cwndtrace.kernel import btf, facts, host, ladder, netns, permission
 from cwndtrace.present import ahead as ahead_in_words
 from cwndtrace.tcp import IDLE_SYSCTL
 
@@ -80,6 +81,7 @@ def doctor(*, as_json: bool) -> None:
       sudo cwndtrace doctor --json | jq .probes
     """
     target.need_root("loading probes")
+    host.enter_cgroup_namespace()
     findings = examine()
     if as_json:
         frames = {name: json.loads(getattr(findings, name).to_json(orient="records")) for name in ("due", "heartbeats")}
@@ -110,6 +112,7 @@ def examine() -> Findings:
         _tracefs(),
         Fact("lockdown", facts.lockdown()),
     ]
+    rows += _container()
     first = _connections()
     allowed = _may_load(rows)
     rows.append(_perf_events())
@@ -135,6 +138,22 @@ def _tracefs() -> Fact:
     if facts.tracefs_mounted():
         return Fact("tracefs", f"mounted on {facts.TRACEFS}")
     return Fact("tracefs", "not mounted; cwndtrace doesn't need it")
+
+
+def _container() -> list[Fact]:
+    """Return what this process sees of the host from inside a container; nothing outside of containers."""
+    if not host.in_container():
+        return []
+    lacking = [Fact("container", cause, LACK, remedy) for cause, remedy in preflight.container()]
+    seen = f"this process runs in one; it sees the host's processes and cgroups, and its files below {host.root()}"
+    return [*(lacking or [Fact("container", seen)]), *_network()]
+
+
+def _network() -> list[Fact]:
+    if (hosts := netns.hosts_inode()) is None or netns.own().inode == hosts:
+        return []
+    text = "--iface, and doctor's \"this\", mean the container's network namespace, not the host's"
+    return [Fact("container", text, LACK, "start the container with --network=host, or name one by --netns 1")]
 
 
 def _may_load(rows: list[Fact]) -> bool:

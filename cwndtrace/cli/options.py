@@ -31,6 +31,21 @@ class Span(click.ParamType[float]):
         return float(match[1]) * _UNITS[match[2]]
 
 
+class Bytes(click.ParamType[int]):
+    """A number of bytes such as 500M or 2G, of powers of 1,000. A number without a unit is in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15}\.?\d{0,3})\s*([kMGT]?)B?", str(value), re.ASCII | re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a size: write 500M or 2G", param, ctx)
+        return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
+
+
 def _set_family(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     family = int(str(param.name).removeprefix("ipv")) if value else None
     before = ctx.params.setdefault("family", family)
@@ -97,6 +112,15 @@ def filters(command: F) -> F:
                 "--cgroup",
                 metavar="FOLDER",
                 help="Trace only connections and block I/O of this cgroup v2 and its descendants.",
+            ),
+            click.option(
+                "--container",
+                metavar="NAME|ID",
+                help="Trace only those of the containers with this name, or with an id that begins so.",
+            ),
+            click.option("--pod", metavar="NS/NAME", help="Trace only those of this pod of Kubernetes."),
+            click.option(
+                "--unit", metavar="NAME", help="Trace only those of this systemd unit, such as nginx.service."
             ),
             family(
                 "Trace only IPv4 connections, including those with IPv4-mapped IPv6 addresses.",

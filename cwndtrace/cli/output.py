@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import select
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -54,6 +55,12 @@ def output_closed(*descriptors: int) -> bool:
     for descriptor in descriptors or (1,):
         poll.register(descriptor, 0)
     return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+
+
+def output_discarded(descriptor: int = 1) -> bool:
+    """Return true if stdout, or this descriptor, is /dev/null (null(4)): nobody will read what is printed."""
+    found = os.fstat(descriptor)
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == os.makedev(1, 3)
 
 
 @contextmanager
@@ -148,6 +155,7 @@ class _QueuedStream(io.TextIOBase):
         self._output_dropped = output_dropped
         self._raises = raises
         self._dropped = 0
+        self.all_dropped = 0
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -172,6 +180,7 @@ class _QueuedStream(io.TextIOBase):
             self._dropped = 0
         else:
             self._dropped += text.count("\n")
+            self.all_dropped += text.count("\n")
         return len(text)
 
     def _put(self, text: str, *, force: bool = False) -> bool:
@@ -197,13 +206,13 @@ class _QueuedStream(io.TextIOBase):
 
 
 @contextmanager
-def buffered_output(output_dropped: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[None]:
+def buffered_output(output_dropped: Callable[[int], str], hurried: Callable[[], bool]) -> Iterator[Callable[[], int]]:
     """Write stdout and stderr from threads, so that a stopped terminal or a slow reader never blocks the caller.
 
     At most 4 MiB of text are queued. Beyond that, texts are dropped, and a line from ``output_dropped`` reports the
     number of lines. On exit it waits until all is written, or until ``hurried`` returns true: then the rest and all
     later output is discarded. An error on stdout is raised by the next flush, or on exit by ``printing``. An error on
-    stderr is ignored.
+    stderr is ignored. Yields a function that returns the number of lines dropped so far.
     """
     old = sys.stdout, sys.stderr
     threads: dict[tuple[int, int], _OutputThread] = {}
@@ -215,7 +224,7 @@ def buffered_output(output_dropped: Callable[[int], str], hurried: Callable[[], 
         new.append(_QueuedStream(stream, thread, output_dropped, raises=stream is old[0]))
     sys.stdout, sys.stderr = new
     try:
-        yield
+        yield lambda: sum(queued.all_dropped for queued in new)
     finally:
         for queued in new:
             queued.finish(hurried)

@@ -8,10 +8,16 @@ from collections.abc import Set as AbstractSet
 from typing import Final
 
 from cwndtrace import format as fmt
-from cwndtrace.kernel import netns
+from cwndtrace import privileges
+from cwndtrace.kernel import host, netns
 from cwndtrace.kernel.siblings import Siblings
 from cwndtrace.tcp import EXEMPT, IDLE_SYSCTL
 
+_LOOKING: Final = {
+    privileges.SYS_ADMIN: "CAP_SYS_ADMIN",
+    privileges.SYS_PTRACE: "CAP_SYS_PTRACE",
+    privileges.DAC_READ_SEARCH: "CAP_DAC_READ_SEARCH",
+}
 _NAMED: Final = 3
 """The most processes that a warning names."""
 
@@ -58,3 +64,28 @@ def left_out(pid: int, siblings: Siblings) -> str:
         f"process {pid} has {siblings.held:,} of {total} of its program: {who} {hold} {siblings.others:,} that aren't "
         f"traced ({cure})"
     )
+
+
+def container() -> list[tuple[str, str]]:
+    """Return cause and remedy of each thing that a trace from inside this container can't see of the host.
+
+    The list is empty outside of containers. Call it after ``host.enter_cgroup_namespace`` and before privileges are
+    dropped.
+    """
+    if not host.in_container():
+        return []
+    if not host.sees_all_processes():
+        cause = "this container sees no processes but its own: snapshots lack the connections of other containers"
+        return [(cause, "start it with --pid=host, in Kubernetes hostPID: true; on a host that is no container itself")]
+    found = []
+    if lacking := [name for number, name in _LOOKING.items() if number not in privileges.held()]:
+        cause = f"this container lacks {', '.join(lacking)}, with which the host's processes and files are seen"
+        found.append((cause, " ".join(f"--cap-add={name.removeprefix('CAP_')}" for name in lacking)))
+    # Without CAP_SYS_PTRACE the root can't be reached either, and the line above says so.
+    if privileges.SYS_PTRACE in privileges.held() and (why := host.lacking_root()) is not None:
+        cause = f"the host's files, which name its containers and network namespaces, can't be read: {why}"
+        found.append((cause, "--security-opt apparmor=unconfined, or the host's / as -v /:/host:ro,rslave"))
+    if not host.in_first_cgroup_namespace():
+        cause = "paths of cgroups begin at this container's own"
+        found.append((cause, "--cgroupns=host, or --cap-add=SYS_ADMIN --cap-add=SYS_PTRACE"))
+    return found

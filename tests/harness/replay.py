@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from cwndtrace.capture.source import Counts, RawRecords, Source
+from cwndtrace.capture.source import TICK_SECONDS, Counts, RawRecords, Source
 from cwndtrace.errors import CaptureError
 from cwndtrace.format import plural
 from cwndtrace.privileges import User
@@ -54,6 +54,7 @@ class Replay:
             self.tried: dict[str, dict[str, str]] = dict(head["tried"])
             self.block_probe: str | None = head.get("block_probe")
             self.lacking: str | None = head.get("lacking")
+            self.longest_tick_s = TICK_SECONDS
             self._counts = Counts(**head["counts"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e

@@ -123,7 +123,9 @@ def test_stdout_has_only_json(connect: Connect, space: tcp.Space, tmp_path: Path
         code, stdout, _ = run.end()
     assert code == 0
     rows: list[dict[str, Any]] = [json.loads(line, parse_constant=pytest.fail) for line in stdout.splitlines()]
-    assert {row["event"] for row in rows} <= {"started", "cwnd_reset", "cwnd_recovery", "block_io", "lost", "summary"}
+    assert {row["event"] for row in rows} <= {
+        *("started", "cwnd_reset", "cwnd_recovery", "block_io", "workloads", "lost", "summary")
+    }
     assert [row["event"] for row in rows].index("started") == 0
     assert rows[0]["capture"] == str(tmp_path / "a.cwnd")
     assert rows[0]["probes"]["idle"]
@@ -292,7 +294,7 @@ def test_warns_that_every_connection_is_exempt(
     try:
         # The peer has the default congestion control of the namespace otherwise.
         exempt.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
-        done = call("run", "-i", "lo", "-n", space.name, "-d", "100ms", "--no-block", "-o", tmp_path / "a.cwnd")
+        done = call("run", "-i", "lo", "-n", space.name, "-d", "2s", "--no-block", "-o", tmp_path / "a.cwnd")
         place = rf"lo in network namespace {space.name} \(inode \d+\)"
         assert re.search(rf"warning: every connection on {place} uses bbr, which is exempt", done.stderr)
     finally:

@@ -99,8 +99,9 @@ def test_the_rule_allows_only_cwndtrace(machine: Machine) -> None:
     [
         (("plot", "a.cwnd", "-o", "new.png"), "new.png"),
         (("report", "a.cwnd", "--html", "new.html"), "new.html"),
+        (("export", "a.cwnd", "--jsonl", "connections=new.jsonl"), "new.jsonl"),
     ],
-    ids=["plot", "report"],
+    ids=["plot", "report", "export"],
 )
 def test_new_files_belong_to_the_user(machine: Machine, arguments: tuple[str, ...], name: str) -> None:
     code, output = machine.run(*arguments)
@@ -120,6 +121,7 @@ def test_no_file_is_written_with_roots_privileges(machine: Machine) -> None:
         assert not machine.here(Path(target)).exists()
     for target in ("/etc/nologin", "/root/cwt", "/etc/sudoers.d/cwt", str(machine.closed / "victim"), "link.html"):
         assert "can't be written: Permission denied" in machine.refused("report", "a.cwnd", "--html", target)
+        assert "can't be written: Permission denied" in machine.refused("export", "a.cwnd", "--csv", f"resets={target}")
     assert victim.read_text() == "root's"
     assert not machine.here(Path("/etc/nologin")).exists()
     assert {p.name for p in machine.here(Path("/etc/sudoers.d")).iterdir()} <= {"README", NAME}
@@ -138,7 +140,9 @@ def test_no_folder_is_made_with_roots_privileges(machine: Machine, command: tupl
 @pytest.mark.parametrize(
     "command",
     [
-        ("report",), ("report", "--json"), ("plot",), ("compare", "a.cwnd"),
+        ("report",), ("report", "--json"), ("plot",), ("compare", "a.cwnd"), ("dump",),
+        ("export", "--csv", "resets=-"),
+        ("fleet", "report"),
         ("run", "-o"), ("run", "--stay-root", "-o"), ("reproduce", "-o"),
     ],
     ids=" ".join,

@@ -14,6 +14,7 @@ from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.summary import print_summary, summary_object
 from cwndtrace.recorder import Recorder
 from cwndtrace.store import CaptureWriter
+from tests.unit.fake_source import session_of
 
 Played = tuple[cwndtrace.Trace, Session]
 
@@ -35,7 +36,7 @@ def start_of(session: Session) -> dict[str, Any]:
 
 def played(source: Source, folder: Path, *, as_json: bool, print_block: bool = False) -> Played:
     """Run ``cwndtrace run`` on ``source``, from the first record to the summary."""
-    with Session(source) as session:
+    with session_of(source) as session:
         writer = CaptureWriter.create(folder / "x.cwnd", start_of(session))
         view: TextView | JsonView
         if as_json:

@@ -9,24 +9,28 @@ import os
 import stat
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
+import cwndtrace
 from cwndtrace import errors
 from cwndtrace.capture import target
 from cwndtrace.cli import COMMANDS, exit_code, files, main
-from cwndtrace.cli.options import Span
+from cwndtrace.cli.options import Bytes, Span
 from cwndtrace.cli.plot import ENDINGS
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.lab.link import Link
 from cwndtrace.lab.scenario import Scenario
+from cwndtrace.records import arrow
 from tests.unit import frames
 
 RESETS = frames.table("cwnd_reset", frames.reset(1.0))
 BLOCKS = frames.table("block_io", frames.block(1.5))
+START_3 = arrow.iso_time(frames.MONO + frames.OFFSET + 3 * frames.SECOND).rstrip("Z")
+"""Three seconds after the beginning of captures."""
 
 
 def call(*arguments: str | Path) -> Result:
@@ -307,3 +311,145 @@ def test_a_pipe_is_written_into(tmp_path: Path) -> None:
         assert os.read(pipe.fileno(), 100) == b"a page"
     with pytest.raises(CwndtraceError, match="Is a directory"):
         files.write(tmp_path, lambda file: file.write(b"a page"))
+
+
+# ---- a window of the past --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "cause", "cure"),
+    [
+        (("--keep", "5s"), "--keep is 5 s, and a window takes at least 10 s", "write --keep 10s or more"),
+        (("--keep-size", "1M"), "--keep-size is 1 MB, and a window takes at least 20 MB", "write --keep-size 20MB"),
+    ],
+)
+def test_a_window_smaller_than_a_part_is_refused(option: tuple[str, str], cause: str, cure: str) -> None:
+    result = call("run", *option)
+    assert result.exit_code == 2
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"cwndtrace: {cause}")
+    assert second.startswith(f"  {cure}")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("2G", 2_000_000_000), ("500M", 500_000_000), ("1.5 GB", 1_500_000_000), ("9000", 9000)]
+)
+def test_sizes(text: str, number: int) -> None:
+    assert Bytes().convert(text, None, None) == number
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1e9", "2 Gi", "1G2", "٣G"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size: write 500M or 2G"):
+        Bytes().convert(text, None, None)
+
+
+def dumpable(path: Path, **meta: Any) -> Path:
+    """Write a capture with a block request in each of ten seconds."""
+    moment = {"mono_ns": frames.MONO, "utc_offset_ns": frames.OFFSET}
+    end = {"mono_ns": frames.MONO + 10 * frames.SECOND, "utc_offset_ns": frames.OFFSET}
+    requests = frames.table("block_io", *(frames.block(second + 0.5) for second in range(10)))
+    clock = {"start": moment, "end": end, "segments": [moment]}
+    return frames.capture(path, clock=clock, block_io=requests, **meta).path
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ((), 10),
+        (("--last", "3s"), 3),
+        (("--last", "1h"), 10),
+        (("--from", START_3), 7),
+        (("--to", START_3), 3),
+        (("--from", f"{START_3}+00:00", "--to", "2027-01-01"), 7),
+    ],
+)
+def test_dump_takes_what_is_asked_for(tmp_path: Path, options: tuple[str, ...], rows: int) -> None:
+    result = call("dump", dumpable(tmp_path / "a.cwnd"), "-o", tmp_path / "b.cwnd", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"The dump is in {tmp_path / 'b.cwnd'}: 0 resets, {rows} block I/Os, 0 snapshots, ")
+    assert len(cwndtrace.load(tmp_path / "b.cwnd").block_io) == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "cause", "cure"),
+    [
+        (("--to", "2020-01-01"), 1, "The span until 2020-01-01 00:00:00 UTC is gone: the window of", "trace with a lo"),
+        (("--from", "2030-01-01"), 1, "has nothing of this span: it goes from 20", "Give a span inside that"),
+        (("--from", "2021-01-01", "--to", "2020-01-01"), 2, "the span is empty", "give a --to after --from"),
+        (("--last", "5s", "--to", "2020-01-01"), 2, "--last and --from or --to exclude", "give one of them"),
+    ],
+)
+def test_a_span_that_isnt_there_has_a_cause_and_a_cure(
+    tmp_path: Path, options: tuple[str, ...], code: int, cause: str, cure: str
+) -> None:
+    capture = dumpable(tmp_path / "a.cwnd", kept_from=frames.MONO + 2 * frames.SECOND)
+    result = call("dump", capture, "-o", tmp_path / "b.cwnd", *options)
+    assert result.exit_code == code
+    first, second = result.stderr.splitlines()
+    assert cause in first
+    assert cure in second
+    assert not (tmp_path / "b.cwnd").exists()
+
+
+def test_dump_needs_a_time_that_is_one(tmp_path: Path) -> None:
+    result = call("dump", dumpable(tmp_path / "a.cwnd"), "--from", "yesterday")
+    assert result.exit_code == 2
+    assert "'yesterday' is not a time: write 2026-01-02T03:04:05, in UTC" in result.stderr
+
+
+def test_an_interrupted_capture_ends_with_its_last_record(tmp_path: Path) -> None:
+    path = dumpable(tmp_path / "a.cwnd")
+    meta = json.loads((path / "meta.json").read_text())
+    meta["clock"]["end"] = None
+    (path / "meta.json").write_text(json.dumps({**meta, "status": "running", "boot_id": "another"}))
+    assert call("dump", path, "--last", "2.5s", "-o", tmp_path / "b.cwnd").exit_code == 0
+    assert len(cwndtrace.load(tmp_path / "b.cwnd").block_io) == 3
+
+
+HUGE = 1 << 70
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"kept_from": HUGE},
+        {"kept_from": (1 << 63) - 1},
+        {"clock": {"start": {"mono_ns": 0, "utc_offset_ns": HUGE}, "end": {"mono_ns": HUGE, "utc_offset_ns": -HUGE}}},
+        {"clock": {"start": {"mono_ns": -HUGE}, "end": {"mono_ns": HUGE}}},
+        {"clock": {"start": {"mono_ns": 5, "utc_offset_ns": 1 << 62}, "segments": [{"mono_ns": -1}]}},
+        {"deleted": {"block_io": {"parts": HUGE, "rows": HUGE}}, "kept_from": frames.MONO + 1},
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--last", "2s"), ("--from", "2020-01-01"), ("--to", "9999-12-31")])
+def test_impossible_times_give_a_dump_or_an_error(
+    tmp_path: Path, meta: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    path = dumpable(tmp_path / "a.cwnd")
+    written = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({**written, **meta}))
+    result = call("dump", path, "-o", tmp_path / "b.cwnd", *options)
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert (tmp_path / "b.cwnd").exists() is (result.exit_code == 0)
+    for capture in (path, tmp_path / "b.cwnd"):
+        if capture.exists():
+            assert str(cwndtrace.load(capture))
+
+
+def test_a_time_that_nothing_tells_is_a_dash_in_the_report(tmp_path: Path) -> None:
+    never_issued = frames.table("block_io", frames.block(1, 1500, issue_ns=0), frames.block(2, 2500, issue_ns=0))
+    frames.capture(tmp_path / "a.cwnd", block_io=never_issued)
+    result = call("report", tmp_path / "a.cwnd")
+    assert result.exit_code == 0
+    (line,) = (line for line in result.stdout.splitlines() if line.strip().startswith("loop0"))
+    assert line.split() == "loop0 read 2 1.50 ms 2.50 ms 2.50 ms 2.50 ms - - 0".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize(("number", "more"), [(8, 0), (9, 1)])
+def test_connections_beyond_the_first_eight_are_counted(tmp_path: Path, number: int, more: int) -> None:
+    rows = [frames.snapshot(at, sock_cookie=n, dport=n, bytes_sent=at) for n in range(1, number + 1) for at in (1, 30)]
+    frames.capture(tmp_path / "a.cwnd", connections=frames.snapshots(*rows))
+    result = call("report", tmp_path / "a.cwnd")
+    assert result.exit_code == 0
+    assert result.stdout.count(" > 10.2.0.9:") == 8
+    assert result.stdout.count(" more connection") == more

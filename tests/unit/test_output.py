@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import click
 import pytest
 
 from cwndtrace.cli import output
 from cwndtrace.cli.live import JsonView, TextView
-from cwndtrace.cli.output import OutputError, buffered_output, printing
+from cwndtrace.cli.output import OutputError, buffered_output, output_discarded, printing
 
 LINE = "x" * 99
 
@@ -106,6 +107,12 @@ def test_a_hurried_end_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPa
         os.close(reader.descriptor)
         # Wait for the thread, which could otherwise write its text into the next file that gets this descriptor.
         assert thread.printed(60)
+
+
+@pytest.mark.parametrize(("path", "nowhere"), [("/dev/null", True), ("/dev/zero", False), ("null", False)])
+def test_only_the_null_device_discards_output(path: str, nowhere: bool, tmp_path: Path) -> None:
+    with (tmp_path / path).open("wb") as file:  # an absolute path stays as it is
+        assert output_discarded(file.fileno()) == nowhere
 
 
 def test_a_closed_pipe_raises_output_error(monkeypatch: pytest.MonkeyPatch) -> None:

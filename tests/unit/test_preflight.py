@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cwndtrace import privileges
 from cwndtrace.cli import preflight
 from cwndtrace.cli.doctor import BAD, LACK, Fact, Findings, _print
+from cwndtrace.kernel import host
 from cwndtrace.kernel.netns import Namespace
 
 THIS = Namespace(1, "this", Path("/proc/self/ns/net"))
@@ -51,6 +53,46 @@ def test_a_warning_says_that_there_is_no_connection() -> None:
 def test_a_warning_says_that_all_connections_are_exempt() -> None:
     (line,) = warnings({1: 1}, {"bbr"}, THIS)
     assert line.startswith("every connection on eth0 uses bbr, which is exempt")
+
+
+# ---- containers ------------------------------------------------------------------------------------
+
+
+def set_place(patch: pytest.MonkeyPatch, *, pids: bool = True, held: frozenset[int] = privileges.LOOKING) -> None:
+    """Let this process be in a container that sees all of the host but for what a test changes."""
+    patch.setattr(host, "in_container", lambda: True)
+    patch.setattr(host, "sees_all_processes", lambda: pids)
+    patch.setattr(host, "lacking_root", lambda: None)
+    patch.setattr(host, "in_first_cgroup_namespace", lambda: True)
+    patch.setattr(privileges, "held", lambda: held)
+
+
+def test_a_container_that_sees_the_host_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_place(monkeypatch)
+    assert preflight.container() == []
+
+
+def test_a_container_with_its_own_processes_is_told_so_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_place(monkeypatch, pids=False, held=frozenset())
+    ((cause, remedy),) = preflight.container()
+    assert "sees no processes but its own" in cause
+    assert "--pid=host" in remedy
+
+
+def test_missing_capabilities_are_named_with_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_place(monkeypatch, held=frozenset({privileges.SYS_ADMIN}))
+    ((cause, remedy),) = preflight.container()
+    assert "lacks CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH" in cause
+    assert remedy == "--cap-add=SYS_PTRACE --cap-add=DAC_READ_SEARCH"
+
+
+def test_a_hidden_root_and_cgroup_namespace_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_place(monkeypatch)
+    monkeypatch.setattr(host, "lacking_root", lambda: "/proc/1/root: Permission denied")
+    monkeypatch.setattr(host, "in_first_cgroup_namespace", lambda: False)
+    (root, _), (_, remedy) = preflight.container()
+    assert "can't be read: /proc/1/root: Permission denied" in root
+    assert "--cgroupns=host" in remedy
 
 
 # ---- doctor ----------------------------------------------------------------------------------------

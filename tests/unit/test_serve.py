@@ -16,6 +16,7 @@ from cwndtrace.cli import reproduce
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
 from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import serve, wire
+from tests.harness.loopback import need_loopback
 from tests.harness.tcp import until
 
 
@@ -26,6 +27,7 @@ def errors() -> list[CwndtraceError]:
 
 @pytest.fixture
 def server(errors: list[CwndtraceError]) -> Iterator[serve.Server]:
+    need_loopback()
     with serve.Server("127.0.0.1", 0, serve.Settings(on_error=errors.append)) as listener:
         thread = threading.Thread(target=listener.run)
         thread.start()
