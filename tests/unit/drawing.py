@@ -6,6 +6,7 @@ from __future__ import annotations
 from io import BytesIO
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -13,6 +14,15 @@ from matplotlib.text import Text
 HOSTILE_TEXTS = [
     "a$b_c^{x}$", "$\\frac{1}{", r"\$x$", "$$", "\x1b[31mred\x07", "\u202eright", "长连接", "{}%s<b>", "$" * 15,
 ]  # fmt: skip
+
+
+PICTURE = "data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciLz4="
+"""An empty picture, as a page has pictures."""
+
+
+def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
+    """Let pages have empty pictures, for tests of what else is on a page: drawing takes most of a page's time."""
+    patch.setattr("cwndtrace.report.page._pair", lambda _: {"light": PICTURE, "dark": PICTURE})
 
 
 def draw(figure: Figure) -> np.ndarray:

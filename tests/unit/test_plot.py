@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -29,6 +29,7 @@ from cwndtrace.plot.labels import extent
 from cwndtrace.plot.timeline import timeline
 from cwndtrace.trace import Trace
 from tests.unit import drawing, frames
+from tests.unit.examples import FEW
 
 LOSSY = [
     {"event": "block_io", "start_ns": frames.MONO + 46 * 10**9, "end_ns": frames.MONO + 48 * 10**9, "lost": 1234},
@@ -313,7 +314,7 @@ def test_long_addresses_fit_into_the_picture(path: Path) -> None:
     assert any(f"[{ends[0]}]:443  →  [{ends[1]}]:20000" in text for text in drawing.texts(figure))
 
 
-@settings(max_examples=10, deadline=None)
+@FEW
 @given(data=st.data())
 def test_records_of_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     seconds, number = st.floats(0, 60), st.integers(0, 2**32 - 1)

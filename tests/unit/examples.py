@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many examples the slow property tests take."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hypothesis import settings
+
+FEW: Final = settings(max_examples=max(1, settings().max_examples * 2 // 5))
+"""For a test whose example takes about 0.1 s: two fifths of what the profile in tests/conftest.py gives."""
