@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.common import (
     COMMAND,
+    METRICS,
     START_LIMIT_S,
     BenchmarkResults,
     TracerProcess,
@@ -63,11 +64,11 @@ _BPFTRACE: Final = (
 )
 
 
-def cwndtrace_run(disk: Disk, seconds: float, place: Path) -> dict[str, float]:
+def cwndtrace_run(disk: Disk, seconds: float, place: Path, *extra: str) -> dict[str, float]:
     """Run fio under ``cwndtrace run`` and return its figures; CPU is that of the whole process, in us an event."""
     output = place / "trace.cwnd"
     before = disk.stat()
-    with TracerProcess([*COMMAND, "run", "-q", "-o", str(output)], "", stdout=-3) as tracer:
+    with TracerProcess([*COMMAND, "run", "-q", "-o", str(output), *extra], "", stdout=-3) as tracer:
         _until_written(tracer, output)
         used = tracer.usage()
         got = fio(str(disk.path), seconds)
@@ -281,6 +282,7 @@ def main() -> None:
         ways: dict[str, Callable[[], dict[str, float]]] = {
             "untraced": partial(fio, str(disk.path), asked.seconds),
             "cwndtrace": partial(cwndtrace_run, disk, asked.seconds, place),
+            "cwndtrace --metrics": partial(cwndtrace_run, disk, asked.seconds, place, *METRICS),
         }
         for name, which in peers(place, disk).items():
             ways[name] = partial(peer, which, disk, asked.seconds)
@@ -297,7 +299,7 @@ def main() -> None:
                 except SystemExit as e:
                     report.add(f"{name} doesn't run here", str(e)[:200])
                     del ways[name]
-                if name == "cwndtrace":
+                if name.startswith("cwndtrace"):
                     if table is None:
                         table = open_capture(place / "trace.cwnd").table("block_io").slice(0, 262_144).combine_chunks()
                     shutil.rmtree(place / "trace.cwnd")
@@ -308,14 +310,14 @@ def main() -> None:
             report.add(f"IOPS: {name}", Values("IOPS", [run["iops"] for run in runs[name]]))
             report.add(f"IOPS: {name} / untraced", Values("", [run["iops"] / run["base"] for run in runs[name]]))
             report.add(f"{name}: bytes an event", Values("bytes", [run["bytes"] for run in runs[name]]))
-            if name != "cwndtrace":
+            if not name.startswith("cwndtrace"):
                 report.add(f"{name}: share of requests kept", Values("", [run["kept"] for run in runs[name]]))
-        for what, unit in (("user", "us"), ("system", "us")):
-            values = Values(unit, [run[what] for run in runs["cwndtrace"]])
-            report.add(f"cwndtrace: {what} CPU an event", values)
-        report.add("cwndtrace: lost", sum(run["lost"] for run in runs["cwndtrace"]), "events")
-        report.add("cwndtrace: kept", sum(run["kept"] for run in runs["cwndtrace"]), "events")
-        report.add("cwndtrace: kept + lost - diskstats", sum(run["off"] for run in runs["cwndtrace"]), "events")
+        for name in ("cwndtrace", "cwndtrace --metrics"):
+            for what, unit in (("user", "us"), ("system", "us")):
+                report.add(f"{name}: {what} CPU an event", Values(unit, [run[what] for run in runs[name]]))
+            report.add(f"{name}: lost", sum(run["lost"] for run in runs[name]), "events")
+            report.add(f"{name}: kept", sum(run["kept"] for run in runs[name]), "events")
+            report.add(f"{name}: kept + lost - diskstats", sum(run["off"] for run in runs[name]), "events")
         if not asked.device:
             in_kernel(report, disk, asked.seconds)
             layers(report, disk, asked.rounds, asked.seconds)

@@ -24,6 +24,8 @@ from cwndtrace import isolated
 # In a guest of tools/vm, CWNDTRACE_VM is its name, and its results go to a separate folder.
 RESULTS: Final = Path("benchmarks/results", os.environ.get("CWNDTRACE_VM", ""))
 START_LIMIT_S: Final = 180  # bcc compiles for a minute in an emulated machine
+METRICS: Final = ("--metrics", "127.0.0.1:0")
+"""Options of ``cwndtrace run`` that serve metrics, at a port that is free."""
 COMMAND: Final = (*isolated.python("-m", "cwndtrace"),)
 # The benchmarks' folders belong to root. With these variables cwndtrace would write as the user, and couldn't.
 for _name in ("SUDO_UID", "SUDO_GID"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import (
     COMMAND,
+    METRICS,
     BenchmarkResults,
     TracerProcess,
     Values,
@@ -55,12 +56,12 @@ def attached_s(*command: str, ready: str) -> float:
         return tracer.started_s
 
 
-def cwndtrace_s(fresh: bool = False) -> float:
+def cwndtrace_s(*extra: str, fresh: bool = False) -> float:
     """Return the same time for ``cwndtrace run``; with ``fresh``, that of the first start, which compiles."""
     if fresh:
         shutil.rmtree(program_cache.FOLDER, ignore_errors=True)
     with folder() as place:
-        return attached_s(*COMMAND, "run", "-o", str(place / "a.cwnd"), ready="Tracing ")
+        return attached_s(*COMMAND, "run", "-o", str(place / "a.cwnd"), *extra, ready="Tracing ")
 
 
 def family(tracer: TracerProcess) -> list[int]:
@@ -80,14 +81,29 @@ def pss(pid: int) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
+def idle(report: BenchmarkResults, seconds: float, *extra: str) -> None:
+    """Report CPU and memory of ``cwndtrace run`` with further options, while nothing happens."""
+    what = " ".join(["idle", *extra[:1]])
+    with folder() as place, TracerProcess([*COMMAND, "run", "-o", str(place / "a.cwnd"), *extra], "Tracing ") as tracer:
+        time.sleep(3)  # leave out the imports of the first snapshot
+        before = used(tracer)
+        time.sleep(seconds)
+        spent = used(tracer) - before
+        report.add(f"{what}: CPU", 100 * spent / seconds, "% of a core")
+        report.add(f"{what}: memory", status(tracer.process.pid, "VmRSS") / 1e6, "MB")
+        together = sum(map(pss, family(tracer))) / 1e6
+        report.add(f"{what}: memory of both processes, what they share counted once", together, "MB")
+
+
 def main() -> None:
     """Run the benchmark and write its report."""
     asked = options(__doc__, idle=(20.0, "seconds of tracing while nothing happens"))
     report = BenchmarkResults("starting", _WANTED)
     report.add("cwndtrace --help", Values("s", [help_s() for _ in range(asked.rounds)]))
     ways: dict[str, Callable[[], float]] = {
-        "cwndtrace run, first start": partial(cwndtrace_s, True),
+        "cwndtrace run, first start": partial(cwndtrace_s, fresh=True),
         "cwndtrace run": cwndtrace_s,
+        "cwndtrace run --metrics": partial(cwndtrace_s, *METRICS),
     }
     if has("bpftrace"):
         ways["bpftrace, two block tracepoints"] = partial(attached_s, "bpftrace", "-e", _BPFTRACE, ready="attached")
@@ -103,16 +119,8 @@ def main() -> None:
             del ways[name]
     for what, values in paired(ways, asked.rounds, "cwndtrace run", "s").items():
         report.add(what, values)
-    with folder() as place, TracerProcess([*COMMAND, "run", "-o", str(place / "a.cwnd")], "Tracing ") as tracer:
-        time.sleep(3)  # leave out the imports of the first snapshot
-        before = used(tracer)
-        time.sleep(asked.idle)
-        spent = used(tracer) - before
-        report.add("idle: CPU", 100 * spent / asked.idle, "% of a core")
-        report.add("idle: memory", status(tracer.process.pid, "VmRSS") / 1e6, "MB")
-        report.add(
-            "idle: memory of both processes, what they share counted once", sum(map(pss, family(tracer))) / 1e6, "MB"
-        )
+    idle(report, asked.idle)
+    idle(report, asked.idle, *METRICS)
     report.write()
 
 
