@@ -18,7 +18,7 @@ export SETUP_PACKAGES := $(PACKAGES)
 SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided bench test soak test-distributions test-users kernels-test vm-test vm-test-all vm-soak vm-shell \
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided mutants bench test soak test-distributions test-users kernels-test vm-test vm-test-all vm-soak vm-shell \
 	vagrant-test
 
 help: ## list these targets
@@ -49,12 +49,22 @@ lint: develop ## run ruff, mypy and shellcheck, and validate the Vagrantfile
 audit: develop ## ask the package index for known vulnerabilities of the packages in .venv
 	@tools/audit
 
-fuzz: develop ## read 20,000 mutated capture files; about 15 minutes
+fuzz: develop ## run the property tests on many examples, and read 20,000 mutated capture files; about 20 minutes
+	@CWNDTRACE_EXAMPLES=$${CWNDTRACE_EXAMPLES:-1000} .venv/bin/python -m pytest -q -n 2 -m hypothesis --timeout 3600 tests/unit
 	@.venv/bin/python -m tests.fuzz
 
 fuzz-guided: develop ## the same with atheris, guided by code coverage; ten minutes; needs x86-64
 	@.venv/bin/python -m pip install --quiet --no-input --editable '.[fuzz]'
 	@.venv/bin/python -m tests.fuzz_guided
+
+# Mutants of each package to try (default: all, which takes more than a day), and the packages (default: all).
+MUTANTS_SAMPLE ?= 0
+MUTANTS_ONLY ?=
+
+mutants: export CWNDTRACE_MUTANTS_SAMPLE := $(MUTANTS_SAMPLE)
+mutants: export CWNDTRACE_MUTANTS_ONLY := $(MUTANTS_ONLY)
+mutants: develop ## put mistakes into the modules one at a time, and see whether unit tests notice (MUTANTS_SAMPLE=40 MUTANTS_ONLY=store)
+	@.venv/bin/python -m tests.mutants --sample "$$CWNDTRACE_MUTANTS_SAMPLE" --only $$CWNDTRACE_MUTANTS_ONLY
 
 test: develop ## run the unit tests, and as root the live tests too
 	@tools/test
@@ -88,9 +98,9 @@ vm-test-all: develop ## the same for each kernel line that kernel-patches/ serve
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test all
 
-bench: develop ## run every benchmark, about twenty minutes; results go to benchmarks/results
+bench: develop ## run every benchmark, about 27 minutes; results go to benchmarks/results
 	@$(SUDO) $(SETUP) packages bench
-	@for name in starting block_io flood tcp reading; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
+	@for name in starting block_io flood starved tcp reading fleet workloads top; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
 
 vm-soak: develop ## run half an hour of mixed load in a virtual machine
 	@$(SETUP) packages vm

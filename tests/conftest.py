@@ -13,8 +13,10 @@ import pytest
 from cwndtrace.cli import user
 
 # There is no database of examples because the checkout may belong to another user, and no deadline because the machine
-# may be busy.
-hypothesis.settings.register_profile("cwndtrace", database=None, deadline=None)
+# may be busy. Each run
+# draws other examples, and make fuzz asks for many more of them.
+_EXAMPLES = int(os.environ.get("CWNDTRACE_EXAMPLES", "25"))
+hypothesis.settings.register_profile("cwndtrace", database=None, deadline=None, max_examples=_EXAMPLES)
 hypothesis.settings.load_profile("cwndtrace")
 
 # nohup ignores SIGHUP, and child processes inherit that. They don't inherit a handler.
@@ -26,6 +28,11 @@ for _name in ("SUDO_UID", "SUDO_GID"):
     os.environ.pop(_name, None)
 
 _NEEDS_ROOT = {"live": "sudo make test", "chroot": "sudo make test-distributions"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that renews the texts of tests/data/texts."""
+    parser.addoption("--renew-texts", action="store_true", help="write the reviewed texts of commands anew")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -97,11 +97,12 @@ def test_the_installed_package_finds_its_own_bpf_folder(environment: Path) -> No
 
 def _sources() -> Iterator[Path]:
     """Yield the source files that are written by hand; scripts without a suffix are recognised by their first line."""
-    for top in ("cwndtrace", "bpf", "kernel-patches", "vagrant", "tests", "tools", "benchmarks", ".ci"):
+    for top in ("cwndtrace", "bpf", "kernel-patches", "vagrant", "tests", "tools", "benchmarks", "contrib", ".ci"):
         for path in sorted((ROOT / top).rglob("*")):
-            if path.is_file() and (path.suffix in {".py", ".c", ".h", ".sh", ".toml"} or _is_script(path)):
+            suffixes = {".py", ".c", ".h", ".sh", ".toml", ".yaml", ".service"}
+            if path.is_file() and (path.suffix in suffixes or _is_script(path)):
                 yield path
-    yield from (ROOT / "Makefile", ROOT / "pyproject.toml")
+    yield from (ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "contrib/docker/Containerfile")
 
 
 def _is_script(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import bootstrap
@@ -105,7 +105,6 @@ def test_an_interval_means_a_cost_none_or_nothing_sure(low: float, high: float, 
     assert statistics.outcome(-(low + high) / 2, -high, -low, rtt_ms) == other
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(49, 53), min_size=3, max_size=6), st.lists(st.floats(49, 53), min_size=3, max_size=6))
 def test_no_difference_is_shown_as_minus_nothing(on: list[float], off: list[float]) -> None:
     summary = statistics.summarise(table(on, off))
