@@ -16,11 +16,13 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,16 +33,22 @@ from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import cwndtrace
 from cwndtrace import store
 from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
+from cwndtrace.export import perfetto, text
 from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from cwndtrace.report.page import page
+from cwndtrace.store import raw
+from cwndtrace.store.dump import Moments, clock_column, dump
+from cwndtrace.store.layout import raw_name
 from tests.harness.replay import Replay
+from tests.unit import frames
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLE: Final = ROOT / "tests/data/sample.cwnd"
@@ -87,6 +95,9 @@ def base(plain: bool) -> Files:
         for part in sorted((SAMPLE / table).glob("*.parquet"))[:2]:
             name = str(part.relative_to(SAMPLE))
             files[name] = packed(pq.ParquetFile(part).read()) if plain else part.read_bytes()
+    # The sample has no names.
+    for table, rows in (("workloads", frames.workloads({}, {"cgroup_id": 2})), ("processes", frames.processes({}))):
+        files[f"{table}/part-000001.parquet"] = packed(rows, **({} if plain else {"compression": "zstd"}))
     return files
 
 
@@ -270,12 +281,46 @@ def mutate_table(rng: random.Random, raw: bytes) -> bytes:
     return packed(table, compression=rng.choice(("none", "zstd", "snappy")))
 
 
+RAW_TABLES: Final = ("cwnd_reset", "block_io", "cwnd_recovery", "cwnd_sample")
+
+
+@cache
+def raw_part(table: str) -> bytes:
+    """Return a raw part with three frames of records of the recording."""
+    found = [records for name, records in Replay(RAW).stop() if name == table]
+    size = layout.event(table).size
+    records = (b"".join(found) or bytes(5 * size))[: 12 * size]
+    third = len(records) // size // 3 * size
+    return raw.header(table) + b"".join(
+        raw_frame(offset_ns, records[begin : begin + third], size)
+        for offset_ns, begin in ((0, 0), (frames.OFFSET, third), (5, 2 * third))
+    )
+
+
+def raw_frame(offset_ns: int, records: bytes, size: int) -> bytes:
+    head = struct.pack("<qII", offset_ns, len(records) // size, zlib.crc32(records))
+    return head + zlib.crc32(head).to_bytes(4, "little") + records
+
+
+def mutate_raw(rng: random.Random, content: bytes) -> bytes:
+    """Return a damaged raw part, or one with any values under right checksums."""
+    if rng.random() < 0.5:
+        return mutate_bytes(rng, content)
+    table = content.split(b"\n", 2)[1].decode()
+    size, head = layout.event(table).size, raw.header(table)
+    records = mutate_bytes(rng, content[len(head) + 20 :])
+    whole = records[: len(records) // size * size]
+    offset_ns = rng.choice((0, frames.OFFSET, -(1 << 63), (1 << 63) - 1))
+    return head + raw_frame(offset_ns, whole, size) + content[len(head) :]
+
+
 def case(number: int) -> tuple[str, Files]:
     """Return the kind and the files of a case, always the same for a number."""
     if number < len(SHAPES):
         return shape(number)
     rng = random.Random(number)
-    kind = rng.choice((*["parquet"] * 2, *["plain parquet"] * 3, "meta bytes", "meta values", "values", "raw", "shape"))
+    kinds = "raw parts", "meta bytes", "meta values", "values", "raw", "shape"
+    kind = rng.choice((*["parquet"] * 2, *["plain parquet"] * 3, *kinds))
 
     files = dict(base(kind != "parquet"))
     tables = [name for name in files if name.endswith(".parquet")]
@@ -285,6 +330,9 @@ def case(number: int) -> tuple[str, Files]:
         files[PART] = mutate_bytes(
             rng, shared_pages(rng.choice((1, 8)), rng.choice((1, 8)), 40, shared=rng.random() < 0.5)
         )
+    elif kind == "raw parts":
+        for table, number in zip(RAW_TABLES, (1, 9, 9, 9), strict=True):  # the first has a Parquet part beside it too
+            files[f"{table}/{raw_name(number)}"] = mutate_raw(rng, raw_part(table))
     elif kind.startswith("meta"):
         mutate: Callable[[random.Random, bytes], bytes] = mutate_json if kind == "meta values" else mutate_bytes
         files["meta.json"] = mutate(rng, files["meta.json"])
@@ -301,9 +349,9 @@ def case(number: int) -> tuple[str, Files]:
 def lay(files: Files, folder: Path) -> Path:
     """Write the files into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name, raw in files.items():
+    for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(raw)
+        (folder / name).write_bytes(data)
     return folder
 
 
@@ -326,8 +374,8 @@ def use(folder: Path, much: int) -> None:
     """Read the capture in ``folder``, and use it as a user can, up to level ``much``. Raises only CaptureError."""
     if (folder / "trace.raw").exists():
         source = Replay(folder / "trace.raw")
-        for name, raw in source.stop():
-            table = arrow.to_arrow(name, layout.decode(name, raw), 0)
+        for name, data in source.stop():
+            table = arrow.to_arrow(name, layout.decode(name, data), 0)
             json.dumps(arrow.table_to_dicts(name, table))
         return
     capture = store.open_capture(folder)
@@ -335,6 +383,7 @@ def use(folder: Path, much: int) -> None:
         assert capture.table(table).num_rows <= capture.rows(table)
     if much == TABLES:
         return
+    dumped(capture)
     trace = cwndtrace.load(folder)
     for frame in (trace.resets, trace.connections, trace.block_io, trace.samples, trace.recoveries):
         assert len(frame) >= 0
@@ -350,8 +399,27 @@ def use(folder: Path, much: int) -> None:
     for key in trace.summary()["connection"].head(2):
         repr(trace.connection(key))
         trace.connection(key)._repr_html_()
+    for table in text.TABLES:
+        text.write(io.BytesIO(), trace, table, text.CSV)
+        text.write(io.BytesIO(), trace, table, text.JSON_LINES)
+    perfetto.write(trace, io.BytesIO())
     if much == PAGE:
         page(report)
+
+
+def dumped(capture: store.Capture) -> None:
+    """Dump the second half of a capture; what comes out of that can be read to its end."""
+    opened = [pc.min_max(capture.table(table)[clock_column(table)]) for table in ("cwnd_reset", "block_io")]
+    known = [(each["min"].as_py(), each["max"].as_py()) for each in opened if each["min"].is_valid]
+    least, most = min((low for low, _ in known), default=0), max((high for _, high in known), default=2)
+    output = capture.path.with_name(f"{capture.path.name}-dump.cwnd")
+    try:
+        made = dump(capture, output, Moments((least + most) // 2, most + 1))
+        again = store.open_capture(output)
+        for table in arrow.TABLES:
+            assert again.table(table).num_rows <= made.rows[table]
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def peak_kb() -> int:

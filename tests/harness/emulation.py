@@ -66,9 +66,10 @@ def group_state(group: int) -> tuple[set[str], int]:
     # Path.glob() would fail where a process ends meanwhile; glob() leaves it out.
     for stat in glob("/proc/[0-9]*/task/[0-9]*/stat"):  # noqa: PTH207
         with suppress(OSError):
-            fields = Path(stat).read_text().rpartition(") ")[2].split()
+            # A thread's name, up to the last bracket, may be any bytes.
+            fields = Path(stat).read_bytes().rpartition(b") ")[2].split()
             if int(fields[2]) == group:
-                states.add(fields[0])
+                states.add(fields[0].decode())
                 ticks += int(fields[11]) + int(fields[12])
     return states, ticks
 

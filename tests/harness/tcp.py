@@ -592,12 +592,17 @@ def allow_zerocopy(sock: socket.socket) -> None:
 
 
 class ForkedSender:
-    """A process that sends on an inherited socket each time ``send`` is called."""
+    """A process, of another user with ``uid``, that sends on an inherited socket each time ``send`` is called."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, uid: int | None = None) -> None:
         script = "while read -r line; do printf %100s .; echo sent >&2; done"
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=sock.fileno(), stderr=subprocess.PIPE, text=True
+            ["/bin/sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=sock.fileno(),
+            stderr=subprocess.PIPE,
+            text=True,
+            user=uid,
         )
         self.pid = self._process.pid
 

@@ -75,7 +75,7 @@ class Tracer:
         self._session = Session(self._kernel)
         helper = Helper(filters)
         if connections:
-            self._session.snapshots = Snapshots(lambda: helper.snapshot(0))
+            self._session.snapshots = Snapshots(helper.snapshot, lambda: 0)
         self.passes: Callable[[TcpConnection, Send], bool] = lambda _connection, _send: True
         self.probes = self._session.source.probes
         self.probe = str(self.probes["idle"])

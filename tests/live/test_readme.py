@@ -28,7 +28,13 @@ TABLE = [
     ("sudo cwndtrace reproduce", "sudo cwndtrace reproduce --rounds 1", "Picture:"),
     ("cwndtrace run --help", "", "--iface"),
     ("cwndtrace report CAPTURE", "cwndtrace report demo-*.cwnd", "LONGEST IDLE"),
+    ("cwndtrace report CAPTURE --by peer", "cwndtrace report demo-*.cwnd --by peer", "PEERS"),
+    ("cwndtrace top CAPTURE", "cwndtrace top demo-*.cwnd --once", "RESETS"),
+    ("sudo cwndtrace top", "sudo cwndtrace top --duration 2s", "CONNECTION"),
     ("cwndtrace plot CAPTURE", "cwndtrace plot demo-*.cwnd", ""),
+    ("cwndtrace fleet report PLACE", "cwndtrace fleet report --help", "--scheduler"),
+    ("cwndtrace dump CAPTURE --last 5m", "cwndtrace dump demo-*.cwnd --last 5m -o dump.cwnd", "The dump is in"),
+    ("cwndtrace export CAPTURE --csv summary=-", "cwndtrace export demo-*.cwnd --csv summary=-", "connection,"),
     ("cwndtrace compare A B", "cwndtrace compare demo-*.cwnd demo-*.cwnd", ""),
 ]
 # These depend on their order.
