@@ -201,13 +201,23 @@ def _cookies(resets: pd.DataFrame, connections: pd.DataFrame) -> np.ndarray[tupl
 
 
 def _keys(frame: pd.DataFrame, cookies: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> pd.Series:
-    sockets = frame["skaddr"] if "skaddr" in frame else np.zeros(len(frame), dtype=np.uint64)
-    ends = [frame[name] for name in _ENDS]
-    keys = [
-        f"{ns}:{cookie:x}" if cookie else f"{ns}:{saddr}:{sport}-{daddr}:{dport}@{sk:x}"
-        for cookie, sk, ns, saddr, sport, daddr, dport in zip(cookies, sockets, *ends, strict=True)
-    ]
-    return pd.Series(keys, index=frame.index, dtype="str" if keys else "object").astype(str)
+    parts = frame[_ENDS].assign(cookie=cookies, sk=frame["skaddr"] if "skaddr" in frame else np.uint64(0))
+    keys = np.empty(len(frame), dtype=object)
+    for rows, columns in ((cookies != 0, ["netns_ino", "cookie"]), (cookies == 0, [*_ENDS, "sk"])):
+        # A connection has many rows, and its text is made once.
+        among = parts.loc[rows, columns]
+        texts = [_key(*row) for row in among.drop_duplicates().itertuples(index=False, name=None)]
+        number = among.groupby(columns, sort=False, dropna=False, observed=True).ngroup()
+        keys[rows] = np.array(texts, dtype=object)[number.to_numpy()]
+    return pd.Series(keys, index=frame.index, dtype="str" if len(keys) else "object").astype(str)
+
+
+def _key(netns: int, *rest: Any) -> str:
+    """Return the key of a socket by its cookie, or by its ends and its address in memory."""
+    if len(rest) == 1:
+        return f"{netns}:{rest[0]:x}"
+    saddr, sport, daddr, dport, sk = rest
+    return f"{netns}:{saddr}:{sport}-{daddr}:{dport}@{sk:x}"
 
 
 def _split_reused(
