@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from tests.mutants import driver, report
@@ -21,6 +22,8 @@ def main() -> None:
     everything = {package: driver.sample(package, 0) for package in driver.PACKAGES}
     if stale := reasons.stale({mutant.name for found in everything.values() for mutant in found}):
         sys.exit("mutants: these reasons in tests/mutants/survivors.toml have no mutant:\n  " + "\n  ".join(stale))
+    # Either signal ends what was started and removes its folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tried = driver.try_all(packages, options.sample, options.seconds)
     except driver.WorkerError as error:
