@@ -19,12 +19,14 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from benchmarks.common import COMMAND, BenchmarkResults, TracerProcess, Values, folder, options
 from cwndtrace.capture import connections
 from cwndtrace.capture.live import Kernel
-from cwndtrace.capture.session import Session
+from cwndtrace.capture.session import Batch, Session
 from cwndtrace.capture.source import Filters
 from cwndtrace.errors import CwndtraceError
 from cwndtrace.kernel import ladder
@@ -39,6 +41,7 @@ _WANTED = {
     **{f"bulk: {probe} / untraced": "at least 0.97" for probe in ("sendmsg", "tcp_probe")},
     **{f"requests/s: {probe.name} / untraced": "at least 0.98" for probe in ladder.PROBES},
 }
+_BURST = bytes(100_000)
 _SERVER = """
 import os, socket, sys
 os.sched_setaffinity(0, {os.cpu_count() - 1})
@@ -150,11 +153,12 @@ def _throughput(report: BenchmarkResults, rounds: int, seconds: float, every: se
         report.add(name, figures[name])
 
 
-def many(report: BenchmarkResults, number: int) -> None:
-    """Report the time of a snapshot of many idle connections, and the resets recorded when they send again."""
+@contextmanager
+def connected(number: int) -> Iterator[list[socket.socket]]:
+    """Yield the sending ends of so many connections over loopback, to one port, whose data is read away."""
+    needed = 2 * number + 200
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * number + 200)), hard))
-    number = min(number, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), max(hard, needed)))
     senders: list[socket.socket] = []
     receivers = dict[int, socket.socket]()
     poll = select.epoll()
@@ -179,35 +183,56 @@ def many(report: BenchmarkResults, number: int) -> None:
                 receivers[receiver.fileno()] = receiver
                 poll.register(receiver, select.EPOLLIN)
                 senders.append(sender)
-                if len(senders) == number // 2:  # a connection has both of its ends here
-                    snapshots(report)
-            # Idle time lowers only windows above the initial one, so a burst makes them grow.
-            burst = bytes(100_000)
-            for sender in senders:
-                sender.sendall(burst)
-            time.sleep(2.0)  # the idle time, which is longer than any RTO here
-            port = listener.getsockname()[1]
-            with Session(Kernel(Filters(port=port), block=False, reasons=("idle",))) as session:
-                random.Random(1).shuffle(senders)
-                due = sum(_window(sender) > 10 for sender in senders)
-                seen = 0
-                for i, sender in enumerate(senders):
-                    sender.send(b"x")
-                    if i % 100 == 0:
-                        seen += sum(len(batch) for batch in session.step(0) if batch.event == "cwnd_reset")
-                time.sleep(0.2)
-                seen += sum(len(b) for _ in range(3) for b in session.step(0.1) if b.event == "cwnd_reset")
-                seen += sum(len(b) for b in session.finish() if b.event == "cwnd_reset")
-                lost = session.tally.lost["cwnd_reset"]
-            report.add("windows above the initial one before they woke", due, "connections")
-            report.add("resets recorded", seen, "resets")
-            report.add("resets lost", lost, "resets")
+            yield senders
         finally:
             stop.set()
             thread.join()
             for sock in (*senders, *receivers.values()):
                 sock.close()
             poll.close()
+
+
+def waking(report: BenchmarkResults, number: int, size: int) -> None:
+    """Report what is recorded when idle connections send ``size`` bytes each, and whether following costs records.
+
+    With one byte a restart is all there is. With more, each connection is followed until its window is back.
+    """
+    what = f"{number:,} connections wake with {size:,} bytes"
+    with connected(number) as senders:
+        # Idle time lowers only windows above the initial one, so a burst makes them grow.
+        for sender in senders:
+            sender.sendall(_BURST)
+        time.sleep(2.0)  # the idle time, which is longer than any RTO here
+        port = senders[0].getpeername()[1]
+        kept: Counter[str] = Counter()
+
+        def count(batches: list[Batch]) -> None:
+            for batch in batches:
+                kept[batch.event] += len(batch)
+
+        with Session(Kernel(Filters(port=port), block=False, reasons=("idle",))) as session:
+            random.Random(1).shuffle(senders)
+            due = sum(_window(sender) > 10 for sender in senders)
+            for i, sender in enumerate(senders):
+                sender.sendall(bytes(size))
+                if i % 100 == 0:
+                    count(session.step(0))
+            time.sleep(0.2)
+            for _ in range(3):
+                count(session.step(0.1))
+            count(session.finish())
+            lost = session.tally.lost
+        report.add(f"{what}: windows above the initial one before", due, "connections")
+        for event in ("cwnd_reset", "cwnd_recovery", "cwnd_sample"):
+            report.add(f"{what}: {event} recorded; lost", f"{kept[event]:,}; {lost[event]:,}")
+
+
+def many(report: BenchmarkResults, number: int) -> None:
+    """Report the time of snapshots of many connections, and what is recorded when they wake."""
+    with connected(number // 2):  # a connection has both of its ends here
+        snapshots(report)
+    for size in (1, 100_000):
+        waking(report, number, size)
 
 
 def snapshots(report: BenchmarkResults) -> None:
