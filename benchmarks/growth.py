@@ -174,18 +174,23 @@ def main() -> None:
     )
     report = BenchmarkResults("growth")
 
-    def rows(axis: str, text: str, cost: Callable[[int], tuple[Cost, float]]) -> None:
+    def rows(axis: str, text: str, each: str, cost: Callable[[int], tuple[Cost, float]]) -> None:
         for number in map(int, text.split(",")):
             took, reached = cost(number)
             what = f"{reached:,.0f} {axis}"
             report.add(f"{what}: CPU", took.cpu, "% of a CPU")
-            report.add(f"{what}: CPU for each", took.cpu / 100 / reached * 1e6, "us")
+            report.add(f"{what}: CPU for each", took.cpu / 100 / reached * 1e6, each)
             report.add(f"{what}: memory", took.memory, "MB")
             report.add(f"{what}: disk", took.disk / 1e3, "kB/s")
 
-    rows("block requests/s", asked.requests, lambda rate: requests(rate, asked.seconds))
-    rows("idle connections", asked.connections, lambda number: (idle_connections(number, 5 * asked.seconds), number))
-    rows("resets/s", asked.resets, lambda rate: (made_resets(rate, 2 * asked.seconds), rate))
+    rows("block requests/s", asked.requests, "us", lambda rate: requests(rate, asked.seconds))
+    rows(
+        "idle connections",
+        asked.connections,
+        "us a second",
+        lambda number: (idle_connections(number, 5 * asked.seconds), number),
+    )
+    rows("resets/s", asked.resets, "us", lambda rate: (made_resets(rate, 2 * asked.seconds), rate))
     lasting(report, 10_000, asked.lasting)
     report.write()
 
