@@ -125,8 +125,10 @@ def test_the_summary_of_a_connection_equals_figures_computed_by_hand() -> None:
 
 
 def test_a_connection_without_resets_is_in_the_summary() -> None:
-    (row,) = connections.summary(NO_RESET, snapshots(frames.snapshot(0))).to_dict("records")
-    assert (row["resets"], row["idle_total_us"], row["idle_longest_us"], row["cwnd_last_segments"]) == (0, 0, 0, 2827)
+    seen = [frames.snapshot(at, cwnd=cwnd) for at, cwnd in ((0, 44), (5, 12), (10, 90), (15, 60))]
+    (row,) = connections.summary(NO_RESET, snapshots(*seen)).to_dict("records")
+    assert (row["resets"], row["idle_total_us"], row["idle_longest_us"]) == (0, 0, 0)
+    assert [row[f"cwnd_{which}_segments"] for which in ("min", "max", "last")] == [12, 90, 60]
 
 
 def test_a_connection_without_snapshots_is_in_the_summary() -> None:

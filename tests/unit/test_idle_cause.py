@@ -51,6 +51,7 @@ def causes(resets: list[Any], blocks: list[Any], recovered: Sequence[Any] = (), 
     b = b.sort_values("start_ns", ignore_index=True)
     for name in options.pop("without", ()):
         r, w = r.drop(columns=name), w.drop(columns=name)
+    r = r.set_axis(r.index + 7)  # as rows that were chosen from others
     out = idle_cause.with_cause(r, b, w, **options)
     assert list(out.columns) == [*r.columns, *idle_cause.COLUMNS]
     assert len(out) == len(resets)
@@ -216,6 +217,14 @@ def test_short_gaps_between_requests_count_as_in_flight() -> None:
     (sparse,) = causes([idle_reset()], reads[::2])
     assert (dense["cause"], dense["disk_us"]) == ("disk", 8999 * 200 + 110)
     assert (sparse["cause"], sparse["disk_us"]) == ("application", 4500 * 110)
+
+
+@pytest.mark.parametrize(("gap_ns", "counts"), [(100_000, True), (100_001, False)])
+def test_a_gap_counts_as_in_flight_up_to_a_tenth_of_a_millisecond(gap_ns: int, counts: bool) -> None:
+    second = frames.MONO + 9 * frames.SECOND
+    reads = [read(8.5, 0, done_ns=second - gap_ns), read(0, 0, start_ns=second, done_ns=second + 10**9)]
+    (row,) = causes([idle_reset()], reads)
+    assert row["disk_us"] == (1_500_000 if counts else 1_500_000 - gap_ns / 1000)
 
 
 @pytest.mark.parametrize("who", [{"tid": 1}, {"tgid": 9, "tid": 9, "cgroup_id": 77}])
