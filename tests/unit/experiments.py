@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -115,3 +116,12 @@ def experiment(
     observed = {s: pd.DataFrame(points, columns=["ts_ns", "cwnd"]).astype("int64") for s, points in windows.items()}
     resets = {"on": pd.concat(records, ignore_index=True) if records else empty, "off": empty}
     return Experiment(frame(rows), resets, observed)
+
+
+def resets(*rows: dict[str, Any]) -> pd.DataFrame:
+    """Return resets as a Trace has them, each with these values."""
+    return frames.pandas(frames.table("cwnd_reset", *(frames.reset(**row) for row in rows)))
+
+
+STORY: Final = experiment()
+NOTHING: Final = experiment(rounds=0)
