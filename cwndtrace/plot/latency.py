@@ -159,7 +159,7 @@ def _say_costs(axes: Axes, idle_times: list[float], tops: list[float], cells: pd
     def fits(texts: list[str], shape: dict[str, Any]) -> bool:
         return all(_width(axes, text, shape) <= slot for text in texts)
 
-    intervals = fits([interval for _, _, interval in costs if interval], faint)
+    intervals = fits([interval for _, _, interval in costs], faint)
     if not fits([text for _, text, _ in costs], bold):
         costs = [(n, text.removesuffix(" ms"), interval) for n, text, interval in costs]
     if not fits([text for _, text, _ in costs], bold):

@@ -52,7 +52,7 @@ def finish(figure: Figure, first: str, second: str, legend: Legend, caption: str
     for axes, box in zip(figure.axes, boxes, strict=True):
         axes.set_position((box.x0, box.y0 * before / after, box.width, box.height * before / after))
     left = _LEFT / WIDTH
-    top, below = (figure.text(left, 1 - inches / after, "", va="baseline") for inches in (0.28, 0.5))
+    top, below = (figure.text(left, 1 - inches / after, "") for inches in (0.28, 0.5))
     top.set(text=first, fontsize=12.5, fontweight="bold", color=colours.ink)
     below.set(text=second, fontsize=9.5, color=colours.faint)
     foot = figure.text(left, 0.1 / after, caption, fontsize=8, color=colours.faint, va="bottom")

@@ -108,7 +108,7 @@ def _theory(axes: Axes, before: Values, floor: Values, limit: float, depth: floa
     groups = _groups(before, floor)
     deepest = groups[0]
     size, least = (float(np.median(values[deepest])) for values in (before, floor))
-    edges = np.arange(0, min(math.ceil(limit), depth + 1) + 1, dtype=np.float64)
+    edges = np.arange(0, min(math.ceil(limit), depth + 1) + 1)
     steps = np.maximum(np.floor(size / 2.0 ** np.arange(len(edges))), least) / size
     x, y = np.repeat(np.append(edges, limit), 2)[1:-1], np.repeat(steps, 2)
     axes.plot(x, y, color=colours.window, linewidth=2.2, alpha=0.75, solid_joinstyle="miter", zorder=2)
