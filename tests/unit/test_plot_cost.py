@@ -98,6 +98,7 @@ def test_paths_of_different_rtt_are_compared_in_round_trips() -> None:
 
 
 def test_titles_of_costs_have_the_right_number() -> None:
+    assert titles_of_cost(np.zeros(0, np.bool_))[0].startswith("No burst has a cost")
     assert "0 of 1 burst was within one" in titles_of_cost(np.zeros(1, np.bool_))[0]
     assert "The burst was within one" in titles_of_cost(np.ones(1, np.bool_))[0]
     assert "All 2 bursts were within one" in titles_of_cost(np.ones(2, np.bool_))[0]

@@ -159,6 +159,7 @@ def test_of_labels_that_collide_the_one_of_higher_rank_stays() -> None:
     assert "number 29 of many labels" in [text.get_text() for text in figure.axes[0].texts]
     assert placed([(10, "a", 1), (50, "b", 0)])[0] == 2
     assert placed([(30, "x" * 200, 1)])[0] == 0
+    assert placed([(30, "x" * 200, 1), (50, "b", 0)])[0] == 1
 
 
 def test_a_line_leads_from_each_label_to_its_point() -> None:
@@ -166,6 +167,7 @@ def test_a_line_leads_from_each_label_to_its_point() -> None:
     (text,), (line,) = figure.axes[0].texts, figure.axes[0].lines
     assert np.asarray(line.get_xdata()).tolist() == [20, 20]
     assert y_of(line)[1] == 10
+    assert line.get_linewidth() < 1
     box = labels.extent(text)
     foot = figure.axes[0].transData.transform((20, y_of(line)[0]))
     assert box.x0 < foot[0] < box.x1

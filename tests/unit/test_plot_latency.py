@@ -86,7 +86,28 @@ def test_medians_dots_and_spreads_equal_the_measurements() -> None:
         heights = sorted(patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle))
         assert heights == pytest.approx(sorted(groups.median()))
         assert axes.get_ylim()[0] == 0
+        # The medians are over all that they stand for.
+        medians = {line for line in axes.lines if line.get_marker() in ("o", "s")}
+        others = {*axes.lines, *axes.collections, *axes.patches} - medians
+        assert min(line.get_zorder() for line in medians) > max(other.get_zorder() for other in others)
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_panels_have_the_same_size_and_take_the_whole_width(number: int) -> None:
+    sizes = tuple(100_000 * n for n in range(1, number + 1))
+    figure = both(experiments.experiment(rounds=1, bursts=sizes, idle_times=(0.8,)).measured)
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert len(boxes) == number
+    assert len({(round(box.width, 6), round(box.height, 6)) for box in boxes}) == 1
+    left, right = min(box.x0 for box in boxes), max(box.x1 for box in boxes)
+    assert left == pytest.approx(1 - right)
+    assert left * 7.2 == pytest.approx(0.68)
+    # Each panel at the foot names its axis, and those at the left theirs.
+    for axes, box in zip(figure.axes, boxes, strict=True):
+        last = not any(other.x0 == box.x0 and other.y0 < box.y0 for other in boxes)
+        assert axes.get_xlabel().startswith("idle") is last
+        assert (axes.get_ylabel() == "latency (ms)") is bool(box.x0 == left)
 
 
 def test_costs_are_above_each_pair_and_the_highest_is_in_the_title() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from cwndtrace.errors import UsageError
@@ -141,3 +142,38 @@ def test_a_span_shows_only_the_resets_within_it(path: Path) -> None:
         assert int(text.get_text().split(" → ")[0]) in set(inside["cwnd_before"])
     with pytest.raises(UsageError, match="empty"):
         timeline_of(trace, span=(3, 3))
+
+
+@pytest.mark.parametrize("span", [(12.5, 20.0), (5.0, 12.5)])
+def test_a_reset_at_the_edge_of_a_span_has_its_label(path: Path, span: tuple[float, float]) -> None:
+    resets = frames.table("cwnd_reset", frames.reset(12.5), frames.reset(30))
+    figure = timeline_of(frames.capture(path, resets=resets), span=span)
+    assert len(labels(figure.axes[0])) == 1
+
+
+@pytest.mark.parametrize("latencies_us", [[250.0], [250.0, 260.0], [90.0, 2_000_000.0]])
+def test_the_latency_axis_has_room_for_all_requests_and_at_least_a_decade(
+    path: Path, latencies_us: list[float]
+) -> None:
+    blocks = frames.table("block_io", *(frames.block(at, us) for at, us in enumerate(latencies_us, start=1)))
+    low, high = timeline_of(story(path, block_io=blocks)).axes[1].get_ylim()
+    assert low < min(latencies_us) / 1000 <= max(latencies_us) / 1000 < high
+    assert high / low >= 9.999
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.5, 2000.0, [1, 10, 100, 1000]),
+        (1.0, 100.0, [1, 10, 100]),
+        (2.0, 400.0, [3, 10, 30, 100, 300]),
+        (15.0, 60.0, [20, 50]),
+        (1.5, 12.0, [2, 5, 10]),
+    ],
+)
+def test_a_logarithmic_axis_has_finer_steps_where_it_has_few_decades(
+    low: float, high: float, ticks: list[float]
+) -> None:
+    axes = Figure().add_subplot()
+    panels.plain_log(axes, low, high)
+    assert np.asarray(axes.yaxis.get_major_locator()()).tolist() == ticks

@@ -79,6 +79,8 @@ def test_both_settings_of_a_round_are_on_one_scale_from_the_first_idle_time() ->
     expected = ((fell["start_ns"] + 60_000 - zero["on"]) / 1e9).tolist()
     assert [x for x, _ in arrows] == pytest.approx(expected, abs=1e-6)
     assert drawing.points(off, "v") == []
+    drawing.draw(figure)
+    assert [bool(list(drawing.shown_ticks(axes.xaxis))) for axes in (on, off)] == [False, True]
     assert "round 2 of 5" in " ".join(drawing.texts(figure))
     assert "On, 8 of 12 idle times shrank the window; off, none" in drawing.texts(figure)
 

@@ -72,6 +72,16 @@ def test_records_are_at_their_share_and_the_line_follows_the_kernels_rule() -> N
             assert drawn * 2800 == pytest.approx(experiments.halved(2800, rtos * experiments.RTO_MS))
     assert "Each RTO of idle time halves the window: all 30 records fit to the segment" in drawing.texts(figure)
     assert axes.get_yscale() == "log"
+    drawing.draw(figure)
+    ticks = [text.get_text() for text in drawing.shown_ticks(axes.yaxis)]
+    assert ticks == ["1", *(f"1/{2**n}" for n in range(1, len(ticks)))]
+    assert axes.get_ylim()[0] < min(expected, key=lambda at: at[1])[1] < 1 < axes.get_ylim()[1]
+    assert any(text.startswith("RTO 308 ms  ·  ") for text in drawing.texts(figure))
+
+
+def test_the_rto_is_in_the_caption_or_its_span() -> None:
+    figure = staircase(experiments.resets({"rto_us": 200_000}, {"rto_us": 3_000_000}))
+    assert any(text.startswith("RTO 200 to 3000 ms  ·  ") for text in drawing.texts(figure))
 
 
 def test_the_initial_windows_of_different_windows_are_drawn_and_named() -> None:
