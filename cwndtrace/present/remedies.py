@@ -287,10 +287,10 @@ class _Where:
 
 
 def _noun(workload: Mapping[Any, Any]) -> str:
-    """Return what a workload is, before its name; a unit's name says so itself."""
+    """Return what a workload is, before its name; that of a unit, or of a pod without a name, says so itself."""
     if workload["pod_name"]:
         return "pod "
-    return {"container": "container ", "pod": "pod ", "cgroup": "cgroup "}.get(workload["kind"], "")
+    return {"container": "container ", "cgroup": "cgroup "}.get(workload["kind"], "")
 
 
 def _lasting_of(workload: Mapping[Any, Any], setting: str, value: str) -> str:
