@@ -91,6 +91,7 @@ def test_regain_equals_a_simulation(rows: list[tuple[Any, ...]]) -> None:
         # reno sends 10, 20, 30, 31, 32, 33 and then 13 segments, cubic 10, 20, 30, 40, 41 and then 29.
         (170, 10, 30, {"reno": True, "target": 40}, 7),
         (170, 10, 30, {"target": 40}, 6),
+        (141, 10, 30, {"target": 40}, 5),
         # 10, 20, 25 and the remaining 5.
         (60, 10, INF, {"limit_bytes": 25 * 1448}, 4),
         (3, 10, INF, {"limit_bytes": 100}, 3),
@@ -198,6 +199,11 @@ def test_a_count_of_an_older_version_below_zero_is_not_known() -> None:
     (row,) = priced(frames.reset(1), recoveries=[frames.recovered(1, outcome="closed", bytes_acked=2**64 - 5)])
     assert math.isnan(row["acked_bytes"])
     assert row["burst_bytes"] == 1_000_000
+
+
+def test_a_window_that_is_as_large_as_before_is_regained_at_once() -> None:
+    (row,) = priced(frames.reset(1, cwnd_before=44, cwnd_after=44))
+    assert (row["regain_us"], row["rounds_lost"]) == (0, 0)
 
 
 def test_a_window_above_the_receivers_window_is_never_regained() -> None:
