@@ -99,6 +99,13 @@ def test_several_workloads_and_namespaces_are_named_in_part() -> None:
     assert row["lasting"].endswith("; and for 3 more workloads")
 
 
+def test_a_namespace_of_nobody_beside_one_of_a_workload_has_all_forms() -> None:
+    owners = {"2": (workload("web", "container", runtime="docker"),)}
+    own, *others = told("sysctl", ("2", "3"), owners=owners)["lasting"].split("; ")
+    assert own == f"docker run --sysctl {SYSCTL}=0 for container web"
+    assert others == told("sysctl", ("3",))["lasting"].split("; ")
+
+
 def test_a_namespace_that_no_command_enters_is_named_by_its_number() -> None:
     row = told("sysctl", ("9",))
     assert row["command"] == ""
@@ -143,8 +150,8 @@ def test_a_setting_that_was_made_is_told_with_its_namespaces() -> None:
     assert in_words.remedy(row) == (
         f"{row['action']}: nothing is left to do about the 426 ms (measured) on 2 connections that resets cost before."
     )
-    row = told("sysctl_done", OTHERS, sysctls=SPACES | {"6": space("", idle=0)}, sysctls_end=ended)
-    names = "nginx[200], nginx[300], nginx[400], and for 2 more namespaces"
+    row = told("sysctl_done", OTHERS[::-1], sysctls=SPACES | {"6": space("", idle=0)}, sysctls_end=ended)
+    names = "network namespace 6, nginx[500], nginx[400], and for 2 more namespaces"
     assert row["action"] == f"{SYSCTL} is 0 in {names}, by the last that the capture knows"
 
 
