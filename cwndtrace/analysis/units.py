@@ -37,7 +37,7 @@ _NAMED: Final = {
     "text": (
         *("verdict", "why", "cause", "device", "disk_device", "remedy", "action", "risk", "why_risk", "name", "note"),
         *("congestion_control", "measure", "unit", "centre", "effect", "disk_of", "command", "lasting"),
-        *("workload", "process", "thread", "cmdline", "service", "peer", "cause_of", "owner", "submitter"),
+        *("workload", "thread", "service", "peer", "cause_of", "owner", "submitter"),
     ),
     "true or false": ("host", "mostly_receives", "outgoing", "slow_start_after_idle", "slow_start_after_idle_end"),
     "see unit": ("before", "after", "difference", "low", "high"),

@@ -136,3 +136,11 @@ def test_ranks_are_the_places_in_a_stable_order(starts: list[int], cuts: set[int
     numbers = np.array([row % len(starts) for row in rows if starts], dtype=np.int64)
     parts = np.split(times, sorted(cuts))
     assert idle_windows.ranks(parts, numbers, times[numbers]).tolist() == place[numbers].tolist()
+
+
+def test_requests_of_nobody_are_not_kept_for_a_reset_of_nobody() -> None:
+    resets = frames.pandas(frames.table("cwnd_reset", frames.reset(10, tgid=0, tid=0, cgroup_id=0)))
+    requests = frames.pandas(frames.table("block_io", frames.block(9.5, tgid=0, tid=0, cgroup_id=0)))
+    relevant = idle_windows.Relevant(resets)
+    assert not relevant(requests).any()
+    assert "cgroup_id" not in relevant.needs
