@@ -283,3 +283,29 @@ def test_twenty_thousand_addresses_are_parsed_once_each(monkeypatch: pytest.Monk
     found = groups.groups(connections(*rows), judged(), "peer", (16, 48))
     assert len(found) == 40
     assert len(parsed) == len({*parsed}) == 40 * 256
+
+
+@pytest.mark.parametrize(
+    ("by", "noun"),
+    [("workload", "workloads"), ("service", "services"), ("peer", "networks"), ("connection", "connections")],
+)
+def test_a_table_counts_what_it_leaves_out(by: str, noun: str) -> None:
+    rest = pd.DataFrame(
+        {
+            "connections": [1, 2], "resets": [3, 2], "resets_harmful": [1, 0], "resets_unknown": [0, 1],
+            "lost_us": [426_000.0, 0.0],
+        }
+    )  # fmt: skip
+    line = f"and 2 more {noun} with 3 connections: 5 resets, 1 of them harmful; cost >426 ms"
+    assert in_words.more(rest, in_words.NOUNS[by]) == line
+    rows = rest.drop(columns="connections").assign(resets=0, resets_harmful=0, resets_unknown=0, lost_us=0.0)
+    assert in_words.more(rows.iloc[:1], in_words.NOUNS[by]) == f"and 1 more {noun[:-1]}: no reset"
+
+
+def test_a_single_group_is_told_in_a_sentence() -> None:
+    group = {"workload": "web.service", "service": "nginx:443", "connections": 1}
+    assert in_words.single(pd.DataFrame([group])) == "The connection is of nginx:443 in web.service."
+    several = {"workload": "web.service", "service": "", "connections": 3}
+    assert in_words.single(pd.DataFrame([several])) == "All 3 connections are of web.service."
+    assert in_words.single(pd.DataFrame([group, several])) == ""
+    assert in_words.single(pd.DataFrame([group | {"workload": "", "service": ""}])) == ""
