@@ -89,6 +89,16 @@ def test_points_equal_the_pairs_and_the_band_is_one_round_trip_wide() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("rtts", "shown"),
+    [([100.2, 101.2], "RTT 100 to 101 ms"), ([100.0, 100.4], "RTT 100 ms"), ([20.0, 90.0], "RTT 20 to 90 ms")],
+)
+def test_the_caption_has_the_round_trip_time_and_how_far_the_clocks_are_apart(rtts: list[float], shown: str) -> None:
+    figure = cost(pairs(rtt_ms=rtts, recorded_ms=[10.0, 20.0], measured_ms=[13.0, 19.0]))
+    apart = "apart by 2 ms at the median and 3 ms at most"
+    assert f"{shown}  ·  {apart}  ·  clock: on less the median with the setting off" in drawing.texts(figure)
+
+
 def test_paths_of_different_rtt_are_compared_in_round_trips() -> None:
     figure = cost(pairs(rtt_ms=[20.0, 200.0], recorded_ms=[40.0, 400.0], measured_ms=[50.0, 900.0]))
     (axes,) = figure.axes
