@@ -149,7 +149,9 @@ def test_a_line_separates_idle_times_below_the_rto_from_longer_ones() -> None:
     ],
 )
 def test_the_title_claims_no_more_than_was_measured(measured: pd.DataFrame, title: str) -> None:
-    assert title in drawing.texts(both(measured))
+    shown = drawing.texts(both(measured))
+    assert title in shown
+    assert not any("nan" in text for text in shown)
 
 
 def test_the_largest_of_many_sizes_are_shown_and_counted() -> None:
