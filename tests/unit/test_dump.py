@@ -259,10 +259,17 @@ def test_what_the_capture_lacks_is_said(tmp_path: Path, whole: store.Capture) ->
     part = tmp_path / "a.cwnd" / "cwnd_reset" / "part-000003.parquet"
     part.write_bytes(part.read_bytes()[:-20])
     (tmp_path / "a.cwnd" / "block_io" / "part-000002.parquet").unlink()
-    made = dump(whole, tmp_path / "b.cwnd", between(0, 60))
-    lines = load(made.path).warnings
-    assert lines[0].startswith("cwnd_reset/part-000003.parquet is cut off or corrupt, its rows are left out")
-    assert "the dumped capture lacks 51 records of block_io, perhaps some of this span" in lines
+    meta = json.loads((tmp_path / "a.cwnd" / META).read_text())
+    (tmp_path / "a.cwnd" / META).write_text(json.dumps({**meta, "unwritten": {"block_io": 4}}))
+    made = dump(store.open_capture(whole.path), tmp_path / "b.cwnd", between(0, 60))
+    damaged, *missing = load(made.path).warnings
+    assert damaged.startswith("cwnd_reset/part-000003.parquet is cut off or corrupt, its rows are left out")
+    resets = meta["parts"]["cwnd_reset"]["rows"][2]
+    assert missing == [
+        f"the dumped capture lacks {number} records of {table}, perhaps some of this span"
+        for table, number in (("cwnd_reset", resets), ("block_io", 55))
+    ]
+    assert "unwritten" not in load(made.path).meta
     assert len(load(made.path).resets) < len(frames.story(seconds=60)[0])
 
 
@@ -275,7 +282,7 @@ def test_only_own_files_are_linked(
     monkeypatch.setattr(folder, "_file_system_uid", lambda: 54321)
     monkeypatch.setattr(folder, "_reach", lambda path: os.open(path, os.O_PATH))
     made = dump(recorded, tmp_path / "b.cwnd", between(0, 60))
-    assert made.linked == 0
+    assert (made.linked, made.copied) == (0, len([*made.path.rglob("part-*")]))
     assert_exact(made, recorded_rows)
 
 

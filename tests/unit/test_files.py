@@ -95,6 +95,16 @@ def test_memory_that_is_not_there_is_refused_before_it_is_needed(part: Path, mon
     assert asked == [0, 2 * 120]
 
 
+def test_no_more_than_so_many_files_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MOST_CHECKED", 2)
+    checked: dict[tuple[int, ...], list[str]] = {}
+    monkeypatch.setattr(files, "_checked", checked)
+    for number in range(5):
+        pq.write_table(TABLE, tmp_path / f"{number}.parquet")
+        assert read(tmp_path / f"{number}.parquet", "n").num_rows == 10
+        assert 1 <= len(checked) <= 2
+
+
 def test_a_need_for_memory_is_an_error_where_there_is_none() -> None:
     assert files.has_memory(1 << 20)
     assert not files.has_memory(1 << 60)

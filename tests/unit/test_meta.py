@@ -71,7 +71,11 @@ def test_settings_at_the_end_are_beside_those_at_the_start() -> None:
     spaces = Meta.parse(
         {
             "sysctls": {"1": settings("nginx[5]", 1), "2": settings("young", 0), "3": settings("gone", 1)},
-            "sysctls_end": {"1": settings("nginx[9]", 0), "2": settings("young", 0) | {"new": True}, "4": 7},
+            "sysctls_end": {
+                "1": settings("nginx[9]", 0) | {tcp.CONTROL_SYSCTL: "bbr"},
+                "2": settings("young", 0) | {"new": True},
+                "4": 7,
+            },
         }
     ).namespaces
     assert {inode: (space.idle_start, space.idle_end, space.idle_last) for inode, space in spaces.items()} == {
@@ -80,11 +84,17 @@ def test_settings_at_the_end_are_beside_those_at_the_start() -> None:
         "3": (1, None, 1),
     }
     assert (spaces["1"].name, spaces["3"].congestion_control_end) == ("nginx[9]", None)
+    assert (spaces["1"].congestion_control, spaces["1"].congestion_control_end) == ("cubic", "bbr")
 
 
 def test_listed_parts_are_read_back() -> None:
     parts = (Part(2, 20, 8), Part(1, 10, 9))
-    assert Meta.parse({"parts": {"block_io": listed(parts)}}).parts == {"block_io": parts}
+    whole = listed(parts)
+    assert Meta.parse({"parts": {"block_io": whole}}).parts == {"block_io": parts}
+    for name in whole:
+        without = {key: each for key, each in whole.items() if key != name}
+        for damaged in (without, without | {name: whole[name][:1]}, without | {name: 7}):
+            assert Meta.parse({"parts": {"block_io": damaged}}).parts == {"block_io": ()}
 
 
 def test_empty_metadata_gives_the_defaults() -> None:
@@ -118,5 +128,6 @@ def test_a_window_begins_where_it_is_complete() -> None:
     about = Meta.parse({**raw, "kept_from": 170})
     assert (about.begin, about.kept_from) == (Moment(170, 1000), 170)
     assert about.deleted == {"block_io": Deleted(3, 40)}
-    for nonsense in (90, 0, -5, "170", None, True):
-        assert Meta.parse({**raw, "kept_from": nonsense}).begin == Moment(100, 1000)
+    for nonsense in (100, 90, 0, -5, "170", None, True):
+        about = Meta.parse({**raw, "kept_from": nonsense})
+        assert (about.begin, about.kept_from) == (Moment(100, 1000), None)

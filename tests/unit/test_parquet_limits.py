@@ -168,6 +168,18 @@ def test_the_rows_of_a_footer_are_those_of_its_groups(monkeypatch: pytest.Monkey
             sound(rows, *groups)
 
 
+def test_the_least_value_of_a_column_is_that_of_all_its_groups() -> None:
+    def group(*least: bytes | None) -> dict[int, Any]:
+        return {1: [{3: {12: {6: each}} if each is not None else {}} for each in least]}
+
+    five, three = (number.to_bytes(8, "little") for number in (5, 3))
+    groups = [group(five, five, b"abc"), group(three, None, b"ab")]
+    assert parquet_limits._least(["ts_ns", "partly", "text"], groups) == {"ts_ns": 3}
+    assert (
+        parquet_limits._least(["ts_ns"], [{1: [{3: {12: 7}}]}]) == parquet_limits._least(["ts_ns"], [{1: [{}]}]) == {}
+    )
+
+
 @pytest.mark.parametrize("raw", [b"", b"PAR1", b"x" * 3 + b"\x00\x00\x00\x00PAR1", b"x" * 8 + b"\x05\x00\x00\x00PAR1"])
 def test_a_file_without_a_footer_is_refused(raw: bytes) -> None:
     with pytest.raises(UnsafeFile, match="no Parquet footer"):

@@ -183,13 +183,16 @@ def test_other_files_under_a_raw_name_are_refused(tmp_path: Path) -> None:
     }
 
 
-def test_a_raw_part_takes_bounded_memory_and_time(tmp_path: Path) -> None:
+def test_a_file_that_is_larger_than_any_raw_part_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "block_io" / raw_name(1)
     path.parent.mkdir()
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse
     with pytest.raises(UnsafeFile, match="and a raw part has"):
         files.table(path)
+
+
+def test_a_raw_part_takes_bounded_memory_and_time() -> None:
     single = frame(1, bytes(SIZE))
     sectors, footer = read(raw.header("block_io") + single * 5000)
     assert footer.damage.startswith("it holds more than")

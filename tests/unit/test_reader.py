@@ -152,6 +152,16 @@ def test_a_trace_that_runs_or_was_killed_lacks_nothing(folder: Path) -> None:
     assert (capture.status, capture.missing("connections")) == ("failed", (3, 9))
 
 
+def test_parts_that_left_the_window_are_not_missed(folder: Path) -> None:
+    listed = json.loads((folder / META).read_text())["parts"]["connections"]
+    for number in (1, 2):
+        (folder / "connections" / f"part-{number:06d}.parquet").unlink()
+    left = {"connections": {name: each[:1] for name, each in listed.items()}}
+    capture = changed(folder, deleted={"connections": {"parts": 2, "rows": 6}}, parts=left)
+    assert capture.missing("connections") == (0, 3)
+    assert capture.strange("connections") == capture.gone("connections") == []
+
+
 def test_rows_beyond_the_limit_are_not_read(folder: Path) -> None:
     assert len(open_capture(folder, max_rows=9).table("connections")) == 9
     with pytest.raises(CaptureError, match=r"holds 9 rows, and the limit is 8\.") as caught:
@@ -163,6 +173,7 @@ def test_pieces_are_the_parts_after_an_empty_one(folder: Path) -> None:
     pieces = list(open_capture(folder).pieces("connections", ["ts_ns", "bytes_sent"]))
     assert [len(piece) for piece in pieces] == [0, 3, 3, 3]
     assert {tuple(piece.column_names) for piece in pieces} == {("ts_ns", "bytes_sent")}
+    assert open_capture(folder).table("connections", ["bytes_sent"]).to_pydict() == {"bytes_sent": [1, 2, 3] * 3}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../a.cwnd", ".hidden", "power", "meta.json"])

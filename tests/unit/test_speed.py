@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -26,7 +25,7 @@ from cwndtrace.capture.session import Batch
 from cwndtrace.cli.live import BlockFigures
 from cwndtrace.kernel import ladder, sockets
 from cwndtrace.records import arrow, layout
-from cwndtrace.store import CaptureWriter, open_capture, writer
+from cwndtrace.store import CaptureWriter, open_capture
 from tests.harness.loopback import need_loopback
 
 ROOT = Path(__file__).parents[2]
@@ -80,33 +79,6 @@ def test_no_python_function_runs_for_each_event(tmp_path: Path) -> None:
 
     through(64)  # imports and fills caches
     assert through(16_384) == through(64_000 + 1) == through(128_000)
-
-
-def test_requests_of_the_tracer_itself_are_written_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise an idle trace would write twice a second, only to record its own last write."""
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    capture_writer = CaptureWriter.create(tmp_path / "a.cwnd", {})
-
-    def add(tgid: int) -> int:
-        records = np.zeros(3, dtype=layout.event("block_io").dtype)
-        records["tgid"] = tgid
-        capture_writer.add("block_io", arrow.TimedRecords("block_io", records.tobytes(), np.zeros(3, np.int64)))
-        return on_disk()
-
-    def on_disk() -> int:
-        capture_writer.flush()
-        return len(capture_writer.capture().table("block_io"))
-
-    assert add(os.getpid()) == 0
-    now += writer.OWN_SECONDS - 0.1
-    assert add(os.getpid()) == 0
-    now += 0.2
-    assert on_disk() == 6
-    assert add(os.getpid()) == add(7) == 6
-    now += writer.FLUSH_SECONDS
-    assert on_disk() == 12
-    capture_writer.close()
 
 
 def test_records_become_arrow_once_for_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,28 @@ def test_a_slow_encoder_makes_raw_parts_and_a_fast_one_parquet_of_them(
     writer.close()
     assert sectors(tmp_path / "a.cwnd") == list(range(105))
     assert store.open_capture(tmp_path / "a.cwnd").meta["schema"] == WHOLE_SCHEMA
+
+
+def test_parquet_is_tried_ever_more_rarely_while_records_come_too_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+
+    def behind(pace: spool.Pace, *_: float) -> bool:
+        pace.spooling = True
+        return True
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(spool.Pace, "behind", behind)
+    monkeypatch.setattr(writer_module, "PART_ROWS", 2)
+    writer = make(tmp_path / "a.cwnd")
+    append(writer, *(records(first, 2) for first in range(0, 16, 2)))
+    waits = []
+    for _ in range(7):
+        waits.append(writer._spool.due_s() - now)
+        now += waits[-1]
+        writer._spool.convert()
+    assert waits == [2, 4, 8, 16, 32, 64, 64]
 
 
 def test_a_raw_part_without_new_rows_is_completed(tmp_path: Path, raw_only: pytest.MonkeyPatch) -> None:

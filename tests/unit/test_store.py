@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ from hypothesis import strategies as st
 from cwndtrace import store
 from cwndtrace.cli.report import lines
 from cwndtrace.errors import CaptureError
-from cwndtrace.records import arrow
+from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from cwndtrace.store import writer as writer_module
 from cwndtrace.store.layout import WHOLE_SCHEMA
@@ -110,6 +111,17 @@ def test_pandas_and_pyarrow_open_a_table(tmp_path: Path) -> None:
     assert pq.read_schema(part).field("bytes").metadata[b"unit"] == b"bytes"
 
 
+def test_clocks_are_stored_as_differences_and_what_repeats_once(tmp_path: Path) -> None:
+    frames.capture(tmp_path / "a.cwnd", block_io=some(0, 5))
+    (part,) = (tmp_path / "a.cwnd" / "block_io").iterdir()
+    group = pq.read_metadata(part).row_group(0)
+    encodings = {column.path_in_schema: column.encodings for column in map(group.column, range(group.num_columns))}
+    differences = {name for name, used in encodings.items() if "DELTA_BINARY_PACKED" in used}
+    assert differences == {"time", "start_ns", "issue_ns", "done_ns"}
+    by_dictionary = {name for name, used in encodings.items() if {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} & {*used}}
+    assert by_dictionary == encodings.keys() - differences - {"sector"}
+
+
 def test_a_table_without_parts_is_empty_with_its_schema(tmp_path: Path) -> None:
     make(tmp_path / "a.cwnd").close()
     capture = store.open_capture(tmp_path / "a.cwnd")
@@ -171,6 +183,33 @@ def test_a_part_is_written_by_age_by_size_or_by_force(tmp_path: Path, monkeypatc
     writer.add("block_io", some(16))
     writer.flush(force=True)
     assert sectors(path) == list(range(19))
+
+
+def test_requests_of_the_tracer_itself_are_written_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise an idle trace would write twice a second, only to record its own last write."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    writer = make(tmp_path / "a.cwnd")
+
+    def add(record: layout.Records, tgid: int, event: str = "block_io") -> int:
+        record["tgid"] = tgid
+        writer.add(event, arrow.TimedRecords(event, record.tobytes(), np.zeros(1, np.int64)))
+        return on_disk(event)
+
+    def on_disk(event: str = "block_io") -> int:
+        writer.flush()
+        return len(store.open_capture(tmp_path / "a.cwnd").table(event))
+
+    assert add(frames.block(), os.getpid()) == 0
+    now += writer_module.OWN_SECONDS - 0.1
+    assert add(frames.block(), os.getpid()) == 0
+    now += 0.2
+    assert on_disk() == 2
+    assert add(frames.block(), os.getpid()) == add(frames.block(), 7) == 2
+    assert add(frames.reset(), os.getpid(), "cwnd_reset") == 0
+    now += writer_module.FLUSH_SECONDS
+    assert (on_disk(), on_disk("cwnd_reset")) == (4, 1)
+    writer.close()
 
 
 def test_a_part_grows_until_it_is_large_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

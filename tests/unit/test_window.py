@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -19,12 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cwndtrace import store
+from cwndtrace.errors import UsageError
 from cwndtrace.report import content
 from cwndtrace.store import folder
 from cwndtrace.store import writer as writer_module
 from cwndtrace.store.layout import META, WINDOW_SCHEMA
 from cwndtrace.store.meta import Deleted
-from cwndtrace.store.window import Window
+from cwndtrace.store.window import LEAST_KEEP_BYTES, LEAST_KEEP_S, Window, window
 from cwndtrace.trace import load
 from tests.unit import frames
 
@@ -80,6 +82,29 @@ def trace(
         step(second)
         if second % 5 == 0:
             writer.flush()
+
+
+def test_a_window_has_the_limits_that_are_given_and_no_smaller_ones() -> None:
+    assert window(None, None) is None
+    for keep_s, keep_bytes in ((60.0, None), (None, 50_000_000), (LEAST_KEEP_S, LEAST_KEEP_BYTES)):
+        made = window(keep_s, keep_bytes)
+        assert made is not None
+        assert (made.keep_s, made.keep_bytes) == (keep_s or math.inf, keep_bytes or math.inf)
+    for too_small in ((9.9, None), (None, LEAST_KEEP_BYTES - 1)):
+        with pytest.raises(UsageError, match="a window takes at least"):
+            window(*too_small)
+
+
+def test_names_outlive_the_records_of_a_window_of_bytes_by_half_an_hour() -> None:
+    kept = Window(keep_bytes=100)
+    kept.add("workloads", 1, 10, 5)
+    for number in (1, 2):
+        kept.add("block_io", number, 60, number * 10)
+    assert kept.overdue(int(1799e9), 0) == [("block_io", 1)]
+    assert kept.overdue(int(1801e9), 0) == [("workloads", 1)]
+    # Names that came in after the youngest record that was taken out may be those of records that are left.
+    kept.add("workloads", 2, 10, 15)
+    assert kept.overdue(int(5000e9), 0) == []
 
 
 def test_parts_that_leave_the_window_are_deleted_whole_and_in_order(tmp_path: Path, clock: MadeClock) -> None:

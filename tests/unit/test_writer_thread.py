@@ -85,6 +85,26 @@ def test_flush_raises_the_error_of_the_disk_until_it_recovers(tmp_path: Path, mo
     assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 5
 
 
+def test_waiting_ends_with_the_rows_on_the_disk_or_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = CaptureWriter.create(tmp_path / "a.cwnd", {}, flush_seconds=1000)
+    writer = ThreadedWriter(inner)
+    writer.add("block_io", rows(5))
+    writer.wait()
+    assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 5
+
+    def refuse(force: bool = False) -> None:
+        if force:
+            raise CaptureError("full", "free some")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "flush", refuse)
+        with pytest.raises(CaptureError, match="full"):
+            writer.wait()
+    writer.close()
+
+
 def test_another_error_than_one_of_the_disk_ends_the_trace(tmp_path: Path) -> None:
     writer = ThreadedWriter(CaptureWriter.create(tmp_path / "a.cwnd", {}))
     writer.add("nothing of ours", rows(1))
