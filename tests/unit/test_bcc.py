@@ -121,6 +121,20 @@ def test_headers_are_expanded_once_and_lines_keep_their_numbers() -> None:
             number += 1
 
 
+def test_what_a_library_writes_to_stderr_is_received_and_the_descriptor_is_put_back() -> None:
+    before = os.fstat(2)
+    with bcc._stderr_captured() as printed:
+        os.write(2, b"error: no\xff\n\n")
+    assert printed == ["error: no\ufffd"]
+    assert os.path.samestat(os.fstat(2), before)
+
+
+def test_what_the_kernel_reports_of_a_descriptor_is_a_number_and_else_0(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.write(b"12345")
+        assert (bcc._fdinfo(file.fileno(), "pos"), bcc._fdinfo(file.fileno(), "map_type")) == (5, 0)
+
+
 def test_each_ring_suits_a_kernel_with_pages_of_64_kib() -> None:
     # bpf/follow.h takes these shares of RESET_PAGES.
     for pages in (RING_PAGES, spare_pages(1 << 30), live._RESET_PAGES, live._RESET_PAGES // 2, live._RESET_PAGES // 4):

@@ -73,6 +73,9 @@ class BuiltProgram:
     def run_everywhere(self, program: str) -> None:
         self.did.append(program)
 
+    def run_for_keys(self, program: str, table: str) -> None:
+        self.did.append(f"{program} {table}")
+
     def each_cpu(self, table: str) -> list[bytes]:
         return self.maps[table]
 
@@ -240,6 +243,15 @@ def test_the_last_probe_is_refreshed(machine: MadeMachine, clock: HandTime) -> N
     kernel.close()
 
 
+def test_what_sendmsg_has_not_settled_is_settled_in_the_end(machine: MadeMachine) -> None:
+    kernel = source(machine, probe="sendmsg", block=False)
+    program = machine.program("cwnd_reset_sendmsg")
+    assert program.did == ["load settle_last"]
+    kernel.stop()
+    assert program.did[-2:] == ["detach", "settle_last pending"]
+    kernel.close()
+
+
 REFUSED = {f"cwnd_reset_{probe.name}": "no" for probe in ladder.PROBES}
 
 
@@ -342,6 +354,24 @@ def test_the_cgroups_and_sockets_to_trace_are_looked_up_again(machine: MadeMachi
     kernel.poll(0)
     assert resets.keys == {"cgroups": set(range(12)), "pid_sockets": {1}}
     assert kernel.counts().left_out == {"cgroups": 5, "sockets": 1}
+    kernel.close()
+
+
+def test_lookups_take_at_most_a_tenth_of_the_time(
+    machine: MadeMachine, clock: HandTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = machine.cgroup_ids
+
+    def slow() -> tuple[set[int], int] | None:
+        clock.now += 2
+        return real()
+
+    monkeypatch.setattr(machine, "cgroup_ids", slow)
+    kernel = source(machine, Filters(cgroup=Path("/web")))
+    for wait, asked in ((19.9, 1), (0.2, 2), (19.9, 2), (0.2, 3)):
+        clock.now += wait
+        kernel.poll(0)
+        assert len(machine.asked) == asked
     kernel.close()
 
 

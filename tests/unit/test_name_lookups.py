@@ -110,6 +110,14 @@ def test_each_id_is_looked_up_once_and_its_row_has_all_names(known_host: KnownHo
     assert known_host.asked == [([5], [30])]
 
 
+def test_rows_without_a_new_id_do_not_wake_the_thread(lookups: NameLookups) -> None:
+    lookups.see(reset())
+    assert lookups._wake.is_set()
+    lookups._wake.clear()
+    lookups.see(reset())
+    assert not lookups._wake.is_set()
+
+
 def test_the_last_row_tells_when_it_was_last_there(lookups: NameLookups) -> None:
     lookups.see(reset())
     collected = Collected(lookups)

@@ -114,6 +114,7 @@ def test_a_pid_of_another_pid_namespace_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="another pid on the host") as caught:
         target.resolve(pid=os.getpid())
     assert "--pid=host" in caught.value.remedy
+    assert target.resolve(port=443) == Filters(port=443)
 
 
 def test_in_a_container_an_unknown_interface_may_be_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

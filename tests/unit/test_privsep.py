@@ -106,12 +106,23 @@ def test_a_helper_that_stops_within_an_answer_gives_none(helper: PrivilegedHelpe
     assert helper.watched() is None
 
 
-def test_a_killed_helper_gives_no_answers(helper: PrivilegedHelper) -> None:
+@pytest.mark.parametrize(
+    ("filters", "later"),
+    [
+        (Filters(), ""),
+        (Filters(pid=9), ", sockets that the process opens later"),
+        (Filters(unit="nginx.service"), ", cgroups that are made later"),
+    ],
+)
+def test_a_killed_helper_gives_no_answers(helper: PrivilegedHelper, filters: Filters, later: str) -> None:
+    helper._filters = filters
     os.kill(helper.pid, signal.SIGKILL)
     assert helper.watched() is None
     assert helper.snapshot() is None
-    assert helper.lacking is not None
-    assert "ended unexpectedly" in helper.lacking
+    assert helper.lacking == (
+        "the helper process ended unexpectedly (see dmesg for the reason); the trace goes on without snapshots of "
+        f"connections, later changes of network settings and interfaces, names of workloads{later}"
+    )
 
 
 def test_every_question_is_a_method_of_the_helper() -> None:

@@ -44,7 +44,8 @@ class MadeKernel:
     """It stands for bpf(2). Descriptors are those of /dev/null, so that it is seen which of them are open."""
 
     TRACING, RAW_TRACEPOINT, KPROBE = bpf_syscall.TRACING, bpf_syscall.RAW_TRACEPOINT, bpf_syscall.KPROBE
-    TRACE_RAW_TP, TRACE_FENTRY, TRACE_FEXIT = 23, 24, 25
+    TRACE_RAW_TP, TRACE_FENTRY = bpf_syscall.TRACE_RAW_TP, bpf_syscall.TRACE_FENTRY
+    TRACE_FEXIT = bpf_syscall.TRACE_FEXIT
 
     def __init__(self) -> None:
         self.open: dict[int, Any] = {}

@@ -7,6 +7,7 @@ eight bytes, of which the first four are the length with two bits, then the cont
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -203,7 +204,9 @@ def test_any_entries_come_out_as_they_went_in(start: int, rounds: list[list[tupl
         producer.close()
 
 
-def test_a_map_that_cannot_be_mapped_raises_an_error_and_leaves_nothing(producer: Producer) -> None:
+def test_a_map_that_cannot_be_mapped_raises_an_error_and_leaves_nothing(
+    producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("memfd:ring")
 
@@ -215,6 +218,17 @@ def test_a_map_that_cannot_be_mapped_raises_an_error_and_leaves_nothing(producer
             Ring(read_only, SIZE)
     finally:
         os.close(read_only)
+    assert mapped() == before
+    real = ring_module._mmap
+
+    def no_data(fd: int, size: int, protection: int, offset: int, *rest: int) -> int:
+        if offset == 2 * PAGE:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(fd, size, protection, offset, *rest)
+
+    monkeypatch.setattr(ring_module, "_mmap", no_data)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        Ring(producer.fd, SIZE)
     assert mapped() == before
 
 

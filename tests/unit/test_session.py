@@ -13,7 +13,7 @@ import pytest
 
 from cwndtrace import tcp
 from cwndtrace.capture.clocks import Segments, utc_offset_ns
-from cwndtrace.capture.session import describe, ending
+from cwndtrace.capture.session import Loss, Tally, describe, ending
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.interrupt import Interrupt
 from cwndtrace.records import layout
@@ -90,6 +90,18 @@ def test_many_losses_become_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(spans) == 4
     assert sum(span.lost for span in spans) == 30
     assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans))
+
+
+def test_the_closest_spans_of_an_event_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cwndtrace.capture.session.MOST_SPANS", 3)
+    tally = Tally()
+    tally.add(Loss("cwnd_reset", 112, 113, 9))
+    for start, end, lost in ((0, 10, 1), (100, 110, 2), (115, 120, 3), (900, 910, 4)):
+        tally.add(Loss("block_io", start, end, lost))
+    assert tally.lossy == [
+        Loss("cwnd_reset", 112, 113, 9), Loss("block_io", 0, 10, 1), Loss("block_io", 100, 120, 5),
+        Loss("block_io", 900, 910, 4),
+    ]  # fmt: skip
 
 
 def test_unchanged_and_withdrawn_resets_are_counted() -> None:

@@ -134,14 +134,23 @@ def test_who_holds_a_socket_and_who_listens_for_it(take: Take) -> None:
     }  # fmt: skip
 
 
-def test_the_kernels_times_are_in_ms_or_us(take: Take) -> None:
-    def change(found: Sockets) -> None:
-        for name, value in (("last_data_sent", 7), ("last_data_recv", 8), ("rto", 9), ("rtt", 10), ("busy_time", 11)):
-            found.info[name] = value
+def test_figures_are_those_of_tcp_info_of_which_two_are_in_ms(take: Take) -> None:
+    same = ("snd_wnd", "bytes_acked", "bytes_sent", "bytes_received", "unacked", "total_retrans")
+    members = dict(zip(same, same, strict=True)) | {
+        "cwnd": "snd_cwnd", "ssthresh": "snd_ssthresh", "mss": "snd_mss", "rto_us": "rto", "srtt_us": "rtt",
+        "min_rtt_us": "min_rtt", "last_snd_us": "last_data_sent", "last_rcv_us": "last_data_recv",
+        "unsent_bytes": "notsent_bytes", "busy_us": "busy_time", "rwnd_limited_us": "rwnd_limited",
+        "sndbuf_limited_us": "sndbuf_limited",
+    }  # fmt: skip
+    values = {column: number for number, column in enumerate(members, start=7)}
 
+    def change(found: Sockets) -> None:
+        for column, member in members.items():
+            found.info[member] = values[column]
+
+    in_us = {column: 1000 * values[column] for column in ("last_snd_us", "last_rcv_us")}
     for row in take(change=change):
-        of = tuple(row[name] for name in ("last_snd_us", "last_rcv_us", "rto_us", "srtt_us", "busy_us"))
-        assert of == (7000, 8000, 9, 10, 11)
+        assert {column: row[column] for column in members} == values | in_us
 
 
 def test_what_the_kernel_does_not_report_is_missing(take: Take) -> None:

@@ -337,9 +337,12 @@ def test_a_cached_program_is_loaded_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "changed", "folder writable by all", "file writable by all", "link", "nonsense"]
+    "damage",
+    ["cut", "changed", "folder writable by a group", "file writable by others", "somebody else's", "link", "nonsense"],
 )
-def test_a_cached_program_that_others_may_have_changed_is_not_loaded(tmp_path: Path, damage: str) -> None:
+def test_a_cached_program_that_others_may_have_changed_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     folder = tmp_path / "kept"
     program_cache.keep("a", IMAGE, folder)
     file = folder / "a.json"
@@ -347,10 +350,12 @@ def test_a_cached_program_that_others_may_have_changed_is_not_loaded(tmp_path: P
         os.truncate(file, 100)
     elif damage == "changed":
         file.write_bytes(file.read_bytes().replace(b'"m"', b'"o"'))
-    elif damage == "folder writable by all":
-        folder.chmod(0o777)
-    elif damage == "file writable by all":
-        file.chmod(0o666)
+    elif damage == "folder writable by a group":
+        folder.chmod(0o770)
+    elif damage == "file writable by others":
+        file.chmod(0o602)
+    elif damage == "somebody else's":
+        monkeypatch.setattr(os, "geteuid", lambda: 54321)
     elif damage == "link":
         file.rename(tmp_path / "elsewhere")
         file.symlink_to(tmp_path / "elsewhere")
