@@ -113,6 +113,10 @@ def test_the_versions_are_those_that_are_mounted(
     assert asked == (["/proc/1/mountinfo"] if everything else [])
 
 
+def test_the_mounts_are_those_of_this_process() -> None:
+    assert ("proc", "/", Path("/proc")) in set(cgroups._mounts(cgroups._MOUNTS))
+
+
 @pytest.fixture
 def by_handle(top: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, Path | int]:
     """Return what the kernel opens by a cgroup's id: a path, or an error's number."""

@@ -49,6 +49,25 @@ def test_an_unknown_hz_raises_kernel_lacks(tmp_path: Path) -> None:
     assert "/boot" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("[none] integrity confidentiality\n", "none"),
+        ("none [integrity] confidentiality\n", "integrity"),
+        ("none\n", "unknown"),
+        (None, "unknown (securityfs isn't mounted)"),
+    ],
+)
+def test_the_level_of_lockdown_is_the_one_in_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, level: str
+) -> None:
+    if text is not None:
+        (tmp_path / "lockdown").write_text(text)
+    places = {"/sys/kernel/security/lockdown": tmp_path / "lockdown"}
+    monkeypatch.setattr(facts, "Path", places.__getitem__)
+    assert facts.lockdown() == level
+
+
 # ---- the cgroup of a socket ----
 
 _SK_CGROUP = "READ_OPT(u64, sk, sock, sk_cgrp_data__val) READ_OPT(u64, sk, sock, sk_cgrp_data__cgroup)"

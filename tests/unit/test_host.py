@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cwndtrace import _libc
 from cwndtrace.kernel import host
 
 HOST_ROOT = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
@@ -42,6 +43,12 @@ def test_the_same_root_in_another_mount_namespace_is_no_container(proc: Path) ->
     assert host.find_root(proc) == (Path("/"), None)
 
 
+def test_a_mount_point_may_have_any_name(proc: Path) -> None:
+    for pid in ("1", "self"):
+        (proc / pid / "mountinfo").write_bytes(b"40 27 0:9 / /mnt/\xff rw - tmpfs tmpfs rw\n" + HOST_ROOT.encode())
+    assert not host.in_container(proc)
+
+
 def test_mounted_host_is_the_root_where_process_1_is_forbidden(proc: Path) -> None:
     (proc / "1/root").rmdir()
     (proc / "self/mountinfo").write_text(f"{OVERLAY}701 700 254:0 / /host ro,relatime - ext4 /dev/vda rw\n")
@@ -61,6 +68,27 @@ def test_process_1_of_another_pid_namespace_is_not_the_host(proc: Path, monkeypa
     monkeypatch.setattr(host, "_FIRST_PID", 1)
     assert host.in_container(proc)
     assert host.find_root(proc) == (Path("/"), "this process isn't in the host's pid namespace")
+
+
+def test_only_the_kernels_first_cgroup_namespace_is_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[tuple[int, int]] = []
+    first, other = tmp_path / "first", tmp_path / "other"
+    first.touch()
+    other.touch()
+    tried = [tmp_path / "forbidden", other, first]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(host, "_FIRST_CGROUP", first.stat().st_ino)
+    monkeypatch.setattr(host, "in_first_cgroup_namespace", lambda: False)
+    monkeypatch.setattr(host, "namespaces", lambda kind: tried if kind == "cgroup" else [])
+    monkeypatch.setattr(_libc, "setns", lambda fd, kind: entered.append((os.fstat(fd).st_ino, kind)))
+    assert host.enter_cgroup_namespace()
+    assert entered == [(first.stat().st_ino, _libc.CLONE_NEWCGROUP)]
+    tried.pop()
+    assert not host.enter_cgroup_namespace()
+    monkeypatch.setattr(host, "in_first_cgroup_namespace", lambda: True)
+    assert host.enter_cgroup_namespace()
+    assert len(entered) == 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_absolute_links_stay_below_the_hosts_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

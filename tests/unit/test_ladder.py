@@ -178,6 +178,21 @@ def test_one_program_at_most_notes_when_a_followed_socket_is_written_to(
     assert all(ladder.attachments(facts, sendmsg, reason) == needed for reason, needed in sendmsg.attachments.items())
 
 
+@pytest.mark.parametrize("name", ["tracepoint", "fentry", "kprobe"])
+def test_a_socket_is_followed_after_resets_from_which_its_window_is_expected_to_return(name: str) -> None:
+    following = {"on_tcp_probe_follow", "on_tcp_destroy_sock_follow"}
+    for reason, attached in ladder.BY_NAME[name].attachments.items():
+        programs = {a.program for a in attached}
+        assert programs & following == (following if reason in ("idle", "app_limited") else set()), reason
+
+
+def test_each_reason_has_the_function_that_the_kernels_patches_change() -> None:
+    patches = (bpf_dir().parent / "kernel-patches").glob("*/*.patch")
+    text = "".join(patch.read_text(encoding="utf-8") for patch in patches)
+    assert list(FUNCTIONS) == list(REASONS)
+    assert [function for function in FUNCTIONS.values() if f"{function}(" not in text] == []
+
+
 @pytest.mark.parametrize("name", ["tcp_cwnd_reset", "tcp_cwnd_reset_tp"])
 def test_the_patched_kernels_tracepoint_is_attached_by_its_name(name: str) -> None:
     facts = Facts(NEW | {name}, ALL, True)

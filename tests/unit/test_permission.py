@@ -64,6 +64,11 @@ def test_debian_keeps_kprobes_from_processes_without_cap_sys_admin(
     assert permission.perf_events(process(tmp_path, held), tmp_path) == (level, allowed)
 
 
+def test_a_kernel_without_seccomp_has_no_filter(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("Name:\tx\n")
+    assert permission.refused(tmp_path) is None
+
+
 def test_a_seccomp_filter_is_named(tmp_path: Path) -> None:
     error = permission.refused(process(tmp_path, (1 << 41) - 1, seccomp=2))
     assert error is not None

@@ -101,9 +101,8 @@ def test_batches_come_in_order_and_everything_is_closed(opening: Opening) -> Non
         assert [(batch.event, len(batch)) for batch in traced] == [("block_io", 1), ("cwnd_reset", 1)]
         assert traced.tally.kept == {"block_io": 1, "cwnd_reset": 1}
         assert traced.lacking is None
-        assert not opening.source.closed
-    assert opening.source.closed
-    assert opening.options["helper"].closed
+        closed = [opening.source.closed]
+    assert [*closed, opening.source.closed, opening.options["helper"].closed] == [False, True, True]
 
 
 def test_a_stream_that_is_stopped_yields_what_came_in_until_then(opening: Opening) -> None:
@@ -130,7 +129,8 @@ def test_another_process_reads_what_takes_privileges_where_it_is_asked_for(
 ) -> None:
     with module.open_session(Filters(port=3), privsep=privsep, connections=False, cmdline=False) as session:
         assert opening.options["helper"] is session.helper
-        assert (session.helper.user, session.helper.cmdline) == (user, False)  # type: ignore[attr-defined]
+        assert isinstance(session.helper, StreamHelper)
+        assert (session.helper.user, session.helper.cmdline) == (user, False)
         assert opening.filters == session.helper._filters == Filters(port=3)
 
 
