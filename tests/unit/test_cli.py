@@ -434,22 +434,3 @@ def test_impossible_times_give_a_dump_or_an_error(
     for capture in (path, tmp_path / "b.cwnd"):
         if capture.exists():
             assert str(cwndtrace.load(capture))
-
-
-def test_a_time_that_nothing_tells_is_a_dash_in_the_report(tmp_path: Path) -> None:
-    never_issued = frames.table("block_io", frames.block(1, 1500, issue_ns=0), frames.block(2, 2500, issue_ns=0))
-    frames.capture(tmp_path / "a.cwnd", block_io=never_issued)
-    result = call("report", tmp_path / "a.cwnd")
-    assert result.exit_code == 0
-    (line,) = (line for line in result.stdout.splitlines() if line.strip().startswith("loop0"))
-    assert line.split() == "loop0 read 2 1.50 ms 2.50 ms 2.50 ms 2.50 ms - - 0".split()  # noqa: SIM905
-
-
-@pytest.mark.parametrize(("number", "more"), [(8, 0), (9, 1)])
-def test_connections_beyond_the_first_eight_are_counted(tmp_path: Path, number: int, more: int) -> None:
-    rows = [frames.snapshot(at, sock_cookie=n, dport=n, bytes_sent=at) for n in range(1, number + 1) for at in (1, 30)]
-    frames.capture(tmp_path / "a.cwnd", connections=frames.snapshots(*rows))
-    result = call("report", tmp_path / "a.cwnd")
-    assert result.exit_code == 0
-    assert result.stdout.count(" > 10.2.0.9:") == 8
-    assert result.stdout.count(" more connection") == more

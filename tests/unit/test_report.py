@@ -99,6 +99,19 @@ def test_resets_to_come_are_named_on_the_screen_in_json_and_on_the_page(path: Pa
     assert text.count("idle for 10.0 s, longer than its RTO of 308 ms") == 3
 
 
+def test_a_time_that_nothing_tells_is_a_dash(path: Path) -> None:
+    never_issued = frames.table("block_io", frames.block(1, 1500, issue_ns=0), frames.block(2, 2500, issue_ns=0))
+    (line,) = (line for line in screen(frames.capture(path, block_io=never_issued)) if line.startswith("loop0"))
+    assert line.split() == "loop0 read 2 1.50 ms 2.50 ms 2.50 ms 2.50 ms - - 0".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize(("number", "more"), [(8, 0), (9, 1)])
+def test_connections_beyond_the_first_eight_are_counted(path: Path, number: int, more: int) -> None:
+    rows = [frames.snapshot(at, sock_cookie=n, dport=n, bytes_sent=at) for n in range(1, number + 1) for at in (1, 30)]
+    text = "\n".join(screen(frames.capture(path, connections=frames.snapshots(*rows))))
+    assert (text.count(" > 10.2.0.9:"), text.count(" more connection")) == (8, more)
+
+
 def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
     trace = frames.two_idle_connections(path)
     report = json.loads(call(trace, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
