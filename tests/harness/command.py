@@ -19,7 +19,8 @@ from tests.harness.tracing import EMULATED
 
 COMMAND = [sys.executable, "-P", "-m", "cwndtrace"]
 CHECKOUT = str(Path(__file__).resolve().parents[2])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
+_PLACES = os.pathsep.join([CHECKOUT, *filter(None, [os.environ.get("PYTHONPATH")])])  # make mutants adds a place
+ENVIRONMENT = {**os.environ, "PYTHONPATH": _PLACES, "PYTHONDONTWRITEBYTECODE": "1"}
 ATTACHED = re.compile(r"^Tracing .+: idle by \w+")
 LONG_S = 300 if EMULATED else 60
 """The time that a start may take."""
