@@ -79,13 +79,13 @@ def test_commands_on_captures(
     reviewed.check(pytestconfig, f"{name}-{columns}", text)
 
 
-@pytest.mark.parametrize("name", ["", *COMMANDS])
+@pytest.mark.parametrize("name", ["", *COMMANDS, "fleet report"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str], pytestconfig: pytest.Config) -> None:
     """Click breaks its lines at 80 columns, whatever the terminal has."""
-    words = [*([name] if name else []), "--help"]
+    words = [*name.split(), "--help"]
     wide, narrow = (printed(each, capsys, lambda: main(words, prog_name="cwndtrace")) for each in (140, 80))
     assert wide == narrow
-    reviewed.check(pytestconfig, f"help-{name or 'all'}", narrow)
+    reviewed.check(pytestconfig, f"help-{name.replace(' ', '-') or 'all'}", narrow)
 
 
 @WIDTHS
@@ -119,6 +119,7 @@ def traced() -> FakeSource:
     )
     source.events = ("cwnd_reset", "cwnd_recovery", "block_io")
     source.count.lost = {"cwnd_reset": 0, "cwnd_recovery": 0, "block_io": 12}
+    source.count.guessed = 3
     return source
 
 
