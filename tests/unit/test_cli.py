@@ -296,6 +296,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
     def fail(file: BinaryIO) -> None:
         file.write(b"half")
+        assert [p.name.startswith(".cwndtrace-") for p in tmp_path.iterdir() if p.name != "a"] == [True]
         raise OSError(errno.ENOSPC, "the disk is full")
 
     with pytest.raises(CwndtraceError, match="can't be written: the disk is full"):
@@ -390,6 +391,17 @@ def test_a_span_that_isnt_there_has_a_cause_and_a_cure(
     assert cause in first
     assert cure in second
     assert not (tmp_path / "b.cwnd").exists()
+
+
+def test_a_dump_warns_of_parts_that_it_cannot_read(tmp_path: Path) -> None:
+    path = dumpable(tmp_path / "a.cwnd")
+    (path / "block_io" / "part-000002.parquet").write_bytes(b"PAR1")
+    result = call("dump", path, "-o", tmp_path / "b.cwnd")
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+    assert result.stderr.startswith(
+        "warning: block_io/part-000002.parquet is cut off or corrupt, its rows are left out"
+    )
 
 
 def test_dump_needs_a_time_that_is_one(tmp_path: Path) -> None:

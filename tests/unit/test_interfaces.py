@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from pyroute2.netlink.exceptions import NetlinkError
 
 from cwndtrace.errors import NotFound
 from cwndtrace.kernel import host, interfaces, netns
@@ -67,6 +71,36 @@ def test_the_error_lists_the_interfaces_and_in_a_container_says_how_to_have_the_
         interfaces.find("none", HERE)
     hint = "; if the host's were meant, start this container with --network=host" if meant else ""
     assert caught.value.remedy == f"there are: eth0, lo{hint}"
+
+
+class MadeRoutes:
+    """It stands for the kernel's routing table, of which ``asked`` are the questions."""
+
+    asked: list[tuple[str, int]]
+
+    def __enter__(self) -> MadeRoutes:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def route(self, command: str, *, dst: str, family: int) -> list[Any]:
+        assert command == "get"
+        self.asked.append((dst, family))
+        if dst == "192.0.2.1":
+            raise NetlinkError(errno.ENETUNREACH)
+        index = {"10.2.0.9": 7, "2001:db8::9": 8}.get(dst)
+        return [SimpleNamespace(get_attr={"RTA_OIF": index}.__getitem__)] if dst != "10.9.9.9" else []
+
+
+def test_each_peer_is_routed_once_and_by_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MadeRoutes, "asked", [], raising=False)
+    monkeypatch.setattr("pyroute2.IPRoute", MadeRoutes)
+    routes = Routes(netns.own())
+    peers = ("10.2.0.9", "2001:db8::9", "10.0.0.1", "10.9.9.9", "192.0.2.1")
+    for _ in range(2):
+        assert [routes.index_of(peer) for peer in peers] == [7, 8, 0, 0, 0]
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_INET, socket.AF_INET, socket.AF_INET)
+    assert MadeRoutes.asked == list(zip(peers, families, strict=True))
 
 
 def test_the_own_addresses_are_routed_through_the_loopback_interface(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 from cwndtrace.cli import output
 from cwndtrace.cli.live import JsonView, TextView
 from cwndtrace.cli.output import OutputError, buffered_output, output_discarded, printing
+from tests.harness.command import CHECKOUT, ENVIRONMENT
 
 LINE = "x" * 99
 
@@ -33,6 +35,25 @@ class Reader(threading.Thread):
     def run(self) -> None:
         with os.fdopen(self.descriptor) as file:
             self.lines = file.read().splitlines()
+
+
+REOPENED = """
+import json, os, sys
+from cwndtrace.cli.output import reopen_std_fds
+for descriptor in (0, 1, 2):
+    os.close(descriptor)
+sys.stdout = sys.stderr = None
+reopen_std_fds()
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+there = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in range(file)]
+print("nobody reads this", flush=True)
+os.write(file, json.dumps(there).encode())
+"""
+
+
+def test_closed_standard_streams_are_opened_and_no_others(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", REOPENED, tmp_path / "out"], check=True, cwd=CHECKOUT, env=ENVIRONMENT)
+    assert json.loads((tmp_path / "out").read_text()) == ["/dev/null"] * 3
 
 
 @contextmanager

@@ -151,6 +151,39 @@ def test_still_privileged_tolerates_threads_that_end() -> None:
         churning.join()
 
 
+def test_a_thread_is_waited_for_until_it_is_gone_and_at_most_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now
+
+        @staticmethod
+        def sleep(_: float) -> None:
+            nonlocal now
+            now += 1
+
+    monkeypatch.setattr(privileges, "time", Clock)
+    privileges._wait_until_gone([2**22 + 1])
+    assert now == 100
+    privileges._wait_until_gone([threading.get_native_id(), 2**22 + 1])
+    assert now == 110
+
+
+def test_capabilities_have_the_kernels_numbers() -> None:
+    numbers = {
+        "DAC_READ_SEARCH": 2,
+        "SETGID": 6,
+        "SETUID": 7,
+        "SYS_PTRACE": 19,
+        "SYS_ADMIN": 21,
+        "PERFMON": 38,
+        "BPF": 39,
+    }
+    assert {name: getattr(privileges, name) for name in numbers} == numbers
+
+
 USER = privileges.User(1000, 1001, (1001, 27), "someone")
 
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import re
 import select
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from cwndtrace.cli import reproduce
 from cwndtrace.errors import CwndtraceError, KernelLacks, UsageError
 from cwndtrace.kernel.tcp_info import TcpInfo
 from cwndtrace.lab import serve, wire
+from tests.harness.command import COMMAND, ENVIRONMENT
 from tests.harness.loopback import need_loopback
 from tests.harness.tcp import until
 
@@ -259,6 +263,22 @@ def test_a_burst_that_takes_longer_than_patience_s_ends_the_connection(server: s
 def test_the_parts_of_a_burst_are_its_stamp_and_zeros(done: int) -> None:
     stamp, size = wire.STAMP.pack(2**64 - 1, 2**63), (3 << 20) + 5
     assert b"".join(wire._parts(stamp, size, done)) == (stamp + bytes(size - len(stamp)))[done:]
+
+
+def test_the_command_says_where_it_listens_and_in_the_end_what_it_served() -> None:
+    need_loopback()
+    command = [*COMMAND, "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT) as process:
+        assert process.stderr
+        said = re.fullmatch(
+            r"Listening on 127\.0\.0\.1 port (\d+); press Ctrl-C to stop\.\n", process.stderr.readline()
+        )
+        assert said
+        socket.create_connection(("127.0.0.1", int(said[1])), 60).close()
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert re.fullmatch(r"[01] connections?; received 0 bursts \(0 B\), sent 0 bursts\n", stdout)
 
 
 def test_a_server_that_cannot_listen_names_the_reason(server: serve.Server) -> None:

@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from cwndtrace import cli
-from cwndtrace.cli.top_pages import PAGES
+from cwndtrace.cli.top_pages import PAGES, bars
+from cwndtrace.top.history import BARS, PLAIN_BARS
 from tests.harness.tcp import until
 from tests.harness.top import next_table, watching
 from tests.unit import frames, hostile
@@ -82,6 +84,25 @@ def test_a_mistake_is_named(arguments: tuple[str, ...], cause: str) -> None:
     result = CliRunner().invoke(cli.main, ["top", *arguments])
     assert result.exit_code != 0
     assert result.output.startswith(f"cwndtrace: {cause}")
+
+
+def test_what_cannot_be_read_is_said_above_the_table(tmp_path: Path) -> None:
+    frames.two_idle_connections(tmp_path / "a.cwnd")
+    (tmp_path / "a.cwnd" / "block_io" / "part-000001.parquet").write_bytes(b"PAR1")
+    head, warning, titles, *_ = call(str(tmp_path / "a.cwnd"), "--once").splitlines()
+    assert head.startswith("a.cwnd: ")
+    assert warning.startswith("warning: block_io/part-000001.parquet ")
+    assert titles.startswith("CONNECTION ")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "characters"), [("utf-8", BARS), ("UTF8", BARS), ("latin-1", PLAIN_BARS), (None, PLAIN_BARS)]
+)
+def test_bars_are_of_characters_that_can_be_printed(
+    monkeypatch: pytest.MonkeyPatch, encoding: str | None, characters: str
+) -> None:
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(encoding=encoding))
+    assert bars() == characters
 
 
 def test_tracing_needs_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +183,8 @@ def test_it_ends_when_nobody_reads_it(tmp_path: Path) -> None:
 
 
 def test_it_ends_after_its_duration(tmp_path: Path) -> None:
-    with written(tmp_path / "a.cwnd", 3), watching(tmp_path / "a.cwnd", "-d", "1s") as top:
+    with written(tmp_path / "a.cwnd", 3), watching(tmp_path / "a.cwnd", "-d", "2s") as top:
+        assert next_table(top)
+        assert next_table(top)
         until(lambda: top.poll() is not None, 30, "top to end")
         assert top.returncode == 0

@@ -100,6 +100,21 @@ def test_what_is_no_condition_has_a_cause_and_a_cure(text: str) -> None:
     assert refused.value.remedy == "write 'cost > 200ms', 'resets > 100/min' or 'block_latency > 500ms'"
 
 
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("cost < 1ms", "'cost < 1ms' isn't a condition"),
+        ("rate > 1ms", "there is no metric rate; there are cost, resets, block_latency"),
+        ("resets > 9ms", "'resets > 9ms' doesn't compare resets with a number per time"),
+        ("cost > 3/min", "'cost > 3/min' doesn't compare cost with a time"),
+    ],
+)
+def test_what_is_wrong_with_a_condition_is_said(text: str, cause: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        Condition(text)
+    assert refused.value.cause == cause
+
+
 @given(st.text(max_size=30) | st.from_regex(r"\w+ ?[<>]=? ?\d+/?\w*", fullmatch=True))
 def test_any_text_is_a_condition_or_an_error(text: str) -> None:
     try:
@@ -203,6 +218,20 @@ def test_a_condition_dumps_once_in_a_time(tmp_path: Path) -> None:
     traced.end()
     first, second = (load(path).meta["dump"]["why"] for path in traced.dumps())
     assert (first, second) == ("block_latency > 1ms", "SIGUSR1")
+
+
+def test_a_moment_that_is_asked_for_stays_while_its_dump_is_not_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AFTER_S", 1000.0)
+    traced = TriggeredTrace(tmp_path / "a.cwnd", conditions=[Condition("block_latency > 1ms")])
+    traced.turn(traced.add(2000.0))
+    first = traced.triggers._pending
+    traced.asked = True
+    traced.turn(traced.add())
+    assert first is not None
+    assert (traced.triggers._pending, first[1]) == (first, "block_latency > 1ms")
+    traced.end()
 
 
 def test_the_oldest_dumps_are_removed(tmp_path: Path) -> None:
