@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.unit.fake_source import FakeSource, session_of
 Output = pytest.CaptureFixture[str]
 
 
-class News(InterfaceWatch):
+class ToldChanges(InterfaceWatch):
     """What is said of an interface, in turn."""
 
     def __init__(self, *lines: str | None) -> None:
@@ -30,7 +31,7 @@ class News(InterfaceWatch):
 def console(*news: str | None, quiet: bool = False, stop: bool = False) -> Console:
     session = session_of(FakeSource())
     view = JsonView(session, print_block=False)
-    return Console(view, session, News(*news), what="eth0", quiet=quiet, stop_when_refused=stop)
+    return Console(view, session, ToldChanges(*news), what="eth0", quiet=quiet, stop_when_refused=stop)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -84,13 +85,10 @@ def test_each_change_of_the_interface_is_told_every_two_seconds(monkeypatch: pyt
     now, seen = 1000.0, list[tuple[bool, str | None] | None]()
     session = session_of(FakeSource())
 
-    class Clock:
-        monotonic = staticmethod(lambda: now)
-
     def watched() -> Any:
         return seen.pop(0)
 
-    monkeypatch.setattr(module, "time", Clock)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(session.helper, "watched", watched)
     watch = InterfaceWatch(session, Filters(netns=5, ifindex=3), "eth0")
 

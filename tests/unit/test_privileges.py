@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,17 +155,11 @@ def test_still_privileged_tolerates_threads_that_end() -> None:
 def test_a_thread_is_waited_for_until_it_is_gone_and_at_most_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
 
-    class Clock:
-        @staticmethod
-        def monotonic() -> float:
-            return now
+    def sleep(_: float) -> None:
+        nonlocal now
+        now += 1
 
-        @staticmethod
-        def sleep(_: float) -> None:
-            nonlocal now
-            now += 1
-
-    monkeypatch.setattr(privileges, "time", Clock)
+    monkeypatch.setattr(privileges, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     privileges._wait_until_gone([2**22 + 1])
     assert now == 100
     privileges._wait_until_gone([threading.get_native_id(), 2**22 + 1])
