@@ -73,6 +73,12 @@ def test_the_columns_that_are_there_are_read(part: Path) -> None:
     assert read(part, "wide", "none", "n").column_names == ["n", "wide"]
 
 
+def test_a_column_without_values_is_read(part: Path) -> None:
+    """It has no width of its own."""
+    pq.write_table(TABLE.append_column("nothing", pa.nulls(10)), part)
+    assert read(part, "n", "nothing").to_pydict() == {"n": list(range(10)), "nothing": [None] * 10}
+
+
 @pytest.mark.parametrize(
     ("columns", "needed"), [(("n",), 40), (("wide",), 80), (("n", "wide"), 120), (("n", "comm"), 1000)]
 )
