@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import click
 import pyarrow as pa
 import pytest
 from click import unstyle
@@ -26,6 +27,7 @@ from cwndtrace.report import content
 from cwndtrace.report.page import page
 from cwndtrace.trace import Trace
 from tests.unit import drawing, frames, hostile
+from tests.unit.terminal import printed_lines
 
 LOSSY = {"event": "block_io", "start_ns": frames.MONO, "end_ns": frames.MONO + 10**9, "lost": 1234}
 
@@ -103,6 +105,18 @@ def test_a_time_that_nothing_tells_is_a_dash(path: Path) -> None:
     never_issued = frames.table("block_io", frames.block(1, 1500, issue_ns=0), frames.block(2, 2500, issue_ns=0))
     (line,) = (line for line in screen(frames.capture(path, block_io=never_issued)) if line.startswith("loop0"))
     assert line.split() == "loop0 read 2 1.50 ms 2.50 ms 2.50 ms 2.50 ms - - 0".split()  # noqa: SIM905
+
+
+def test_long_connections_are_shortened_before_columns_are_left_out(path: Path) -> None:
+    ends = {"family": 10, "saddr": "2001:db8:1111:2222:3333:4444:5555:6666", "daddr": "2001:db8:a:b:c:d:e:ffff"}
+    seen = [frames.snapshot(at, bytes_sent=at * 100_000, **ends) for at in (0, 9)]
+    found = content.report(frames.capture(path, connections=frames.snapshots(*seen)))
+    lines = printed_lines(140, lambda: click.echo("\n".join(report.lines(found))))
+    at = next(number for number, line in enumerate(lines) if line.startswith("CONNECTION"))
+    assert re.split(r"  +", lines[at]) == [
+        "CONNECTION", "PROCESS", "CC", "RESETS", "HARMFUL", "COST", "LONGEST IDLE", "RTT", "VERDICT",
+    ]  # fmt: skip
+    assert re.match(r"\[2001:d\S*\.\.\S*6666\]:443 > \[2001:d\S*ffff\]:51324 ", lines[at + 1])
 
 
 @pytest.mark.parametrize(("number", "more"), [(8, 0), (9, 1)])
