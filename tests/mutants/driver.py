@@ -33,6 +33,7 @@ UNIT: Final = Path("tests/unit")
 TEXTS: Final = {"cli": "test_texts", "present": "test_texts"}
 """Files that test packages by what commands print. Commands are imported by their names, which no import shows."""
 ELSEWHERE: Final[dict[str, tuple[str, ...]]] = {
+    "cwndtrace/cli/fleet.py": ("test_texts",),
     "cwndtrace/store/dump.py": ("test_spool",),
     "cwndtrace/store/writer.py": ("test_window", "test_spool"),
 }
