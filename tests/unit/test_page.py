@@ -163,6 +163,7 @@ def test_no_line_breaks_between_a_number_and_its_unit(browser: Browser, sample: 
             assert tab.evaluate(BROKEN_UNITS) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["256 bytes of UTF-8", "HTML", "mathtext"])
 def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Path) -> None:
     text = page(content.report(hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name] * 3)))
@@ -171,9 +172,8 @@ def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_pictures_follow_light_and_dark_mode(browser: Browser, tmp_path: Path, dark: bool) -> None:
-    file = written(tmp_path, page(content.report(frames.two_idle_connections(tmp_path / "a.cwnd"))))
-    with opened(browser, file, 1200, color_scheme="dark" if dark else "light") as tab:
+def test_pictures_follow_light_and_dark_mode(browser: Browser, sample: Path, dark: bool) -> None:
+    with opened(browser, sample, 1200, color_scheme="dark" if dark else "light") as tab:
         pixels = imread(BytesIO(tab.screenshot(full_page=True)))[:, :, :3]
     assert (pixels[5, 5].mean() < 0.2) == dark
     # Most of the page is background.
