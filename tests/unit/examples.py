@@ -9,3 +9,5 @@ from hypothesis import settings
 
 FEW: Final = settings(max_examples=max(1, settings().max_examples * 2 // 5))
 """For a test whose example takes about 0.1 s: two fifths of what the profile in tests/conftest.py gives."""
+FEWEST: Final = settings(max_examples=max(1, settings().max_examples // 5))
+"""For a test whose example reports on a capture or draws it, which takes 0.3 s or more: a fifth."""
