@@ -24,10 +24,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 from distributed import LocalCluster
 from distributed.client import FutureCancelledError
-from moto.server import ThreadedMotoServer
 
 import cwndtrace
 from cwndtrace.errors import CwndtraceError
@@ -117,6 +115,9 @@ def same(got: Frames, wanted: Frames, *leave: str) -> None:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
     """A file system with a bucket, of an S3 server on loopback that this process and its children find."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -169,24 +170,46 @@ def stranger(host: str, port: int) -> str:
         return "refused"
 
 
-def test_two_processes_give_what_pandas_gives(place: Path, wanted: Frames, tmp_path: Path) -> None:
+def workers() -> set[psutil.Process]:
+    """Return this process's children that run Dask's workers.
+
+    Where setproctitle is installed, Dask gives them a name. Elsewhere they are what multiprocessing has spawned.
+    """
+    children = psutil.Process().children(recursive=True)
+    return {each for each in children if re.search("spawn_main|dask worker", " ".join(each.cmdline()))}
+
+
+def listening() -> set[tuple[str, int]]:
+    """Return the addresses at which this process and its workers listen."""
+    sockets = [each for process in (psutil.Process(), *workers()) for each in process.net_connections("inet")]
+    return {tuple(each.laddr) for each in sockets if each.status == psutil.CONN_LISTEN}
+
+
+def test_two_processes_give_what_pandas_gives_also_when_both_are_killed(
+    place: Path, wanted: Frames, tmp_path: Path
+) -> None:
     shown: list[tuple[int, int]] = []
-    listening: list[tuple[str, int]] = []
+    killed: set[psutil.Process] = set()
+    places: set[tuple[str, int]] = set()
     answers: list[str] = []
+    of_others, elsewhere = workers(), listening()
 
     def progress(done: int, of: int) -> None:
         shown.append((done, of))
         if done == 1:
-            mine = [psutil.Process(), *workers()]
-            sockets = [each for process in mine for each in process.net_connections("inet")]
-            listening.extend(tuple(each.laddr) for each in sockets if each.status == psutil.CONN_LISTEN)
-            answers.extend(stranger(*address) for address in listening)
+            places.update(listening() - elsewhere)
+            answers.extend(stranger(*address) for address in places)
+            killed.update(workers() - of_others)
+            for worker in killed:
+                worker.send_signal(signal.SIGKILL)
 
     got = compute([str(place)], tmp_path / "r", workers=2, progress=progress)
     same(got.frames(), wanted)
+    # They are replaced, and the captures that they had are tried again.
+    assert len(killed) >= 2
     # The scheduler and both workers, each with its nanny, and nobody else can reach them.
-    assert len(listening) >= 5
-    assert {host for host, _ in listening} == {"127.0.0.1"}
+    assert len(places) >= 5
+    assert {host for host, _ in places} == {"127.0.0.1"}
     assert set(answers) == {"refused", "HTTP/1.1 404 Not Found"}
     assert answers.count("refused") >= 5
     assert shown == [(done, 13) for done in range(14)]
@@ -222,43 +245,16 @@ def test_nothing_is_started_where_nothing_is_left(place: Path, tmp_path: Path, m
 # ---- killed workers ---------------------------------------------------------------------------------
 
 
-def workers() -> list[psutil.Process]:
-    """Return this process's children that run Dask's workers.
-
-    Where setproctitle is installed, Dask gives them a name. Elsewhere they are what multiprocessing has spawned.
-    """
-    children = psutil.Process().children(recursive=True)
-    return [each for each in children if re.search("spawn_main|dask worker", " ".join(each.cmdline()))]
-
-
-def test_killed_workers_are_replaced_and_their_captures_retried(place: Path, wanted: Frames, tmp_path: Path) -> None:
-    killed: list[int] = []
-
-    def kill(done: int, of: int) -> None:  # noqa: ARG001
-        if done == 1:
-            for worker in workers():
-                worker.send_signal(signal.SIGKILL)
-                killed.append(worker.pid)
-
-    got = compute([str(place)], tmp_path / "r", workers=2, progress=kill)
-    assert len(killed) >= 2
-    ok = [name for name in wanted.captures["capture"] if Path(name).name not in FAILED]
-    rows = got.captures.set_index("capture")
-    assert rows.loc[ok, "status"].tolist() == ["ok"] * len(ok)
-    same(got.frames(), wanted)
-
-
-def deadly(found: Located, max_rows: int, scratch: str | None) -> dict[str, bytes]:
-    """End the worker at one capture."""
-    if found.name.endswith("2.cwnd"):
-        os._exit(1)
-    return work(found, max_rows, scratch)
-
-
 @pytest.mark.usefixtures("shared")
 def test_a_capture_that_ends_every_worker_is_a_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A function of this function is sent as its code, so that workers don't import what this file imports.
+    def deadly(found: Located, max_rows: int, scratch: str | None) -> dict[str, bytes]:
+        if found.name.endswith("2.cwnd"):
+            os._exit(1)
+        return work(found, max_rows, scratch)
+
     monkeypatch.setattr(engine, "work", deadly)
     rows = compute([str(place / "host=web*")], tmp_path / "r").captures
     assert rows[["capture", "status"]].to_numpy().tolist() == [
@@ -335,6 +331,7 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
     file = tmp_path / "scheduler.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+    alone = ["--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path)]
     started = []
 
     def start(*arguments: str) -> None:
@@ -350,7 +347,7 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
             assert started[0].poll() is None
             time.sleep(0.05)
         address = str(json.loads(file.read_text())["address"])
-        start("worker", address, "--nthreads", "1", "--local-directory", str(tmp_path), *options)
+        start("worker", address, *alone, *options)
         yield address
     finally:
         for process in reversed(started):
