@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs notebooks on other captures in one process, without a kernel: run_notebooks.py RUNS NOTEBOOK...
 
-RUNS is JSON: for the first line that each run prints, which texts of the cells are replaced by which. Prints what the
-cells print, and after each notebook how many resets its picture shows.
+RUNS is JSON: for the first line that each run prints, which texts of the cells are replaced by which. A notebook with
+none of them isn't run. Prints what the cells print, and after each notebook how many resets its picture shows.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
+import cwndtrace
 from cwndtrace.fleet import engine
+from cwndtrace.fleet.work import work
 
 
 class Shell(InteractiveShell):
@@ -28,24 +30,30 @@ class Shell(InteractiveShell):
 
 def main(runs: str, *notebooks: str) -> None:
     """Run the notebooks once for each run, and end with the first error."""
-    with TemporaryDirectory() as scratch, engine._own(1, scratch) as client:
-        # All runs share one worker process, because it takes longer to start than a notebook takes to run.
-        engine._own = lambda *_: nullcontext(client)  # type: ignore[assignment]
-        for head, replacements in json.loads(runs).items():
-            print(head)
-            for file in notebooks:
-                _run(file, replacements)
+    # Fleets are analysed here, because a worker process takes longer to start than a notebook takes to run.
+    engine._own = lambda *_: nullcontext()  # type: ignore[assignment]
+    engine._computed = lambda _client, found, max_rows, scratch, _most: (  # type: ignore[assignment]
+        (each, work(each, max_rows, scratch)) for each in found
+    )
+    # The notebooks of a run read one capture, which is analysed once.
+    cwndtrace.load = functools.cache(cwndtrace.load)  # type: ignore[assignment]
+    for head, replacements in json.loads(runs).items():
+        print(head)
+        for file in notebooks:
+            _run(file, replacements)
 
 
 def _run(file: str, replacements: dict[str, str]) -> None:
+    cells = json.loads(Path(file).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    if not any(old in source for old in replacements for source in sources):
+        return
     make_shell: Any = Shell  # IPython has no hints for it
     shell = make_shell()
-    for cell in json.loads(Path(file).read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
+    for source in sources:
         for old, new in replacements.items():
             source = source.replace(old, new)
-        if cell["cell_type"] == "code":
-            shell.run_cell(source).raise_error()
+        shell.run_cell(source).raise_error()
     if "span" in shell.user_ns:
         print(f"{Path(file).stem}: {_shown(**{name: shell.user_ns[name] for name in ('trace', 'key', 'span')})}")
 

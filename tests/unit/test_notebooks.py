@@ -117,10 +117,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     captures = {name: ROOT / "tests/data" / f"{name}.cwnd" for name in OTHERS}
     captures |= {kind: lacking(folder, kind) for kind in LACKING}
     runs = {f"{HEAD}{name}": {SAMPLE: str(path)} for name, path in captures.items()}
-    runs[f"{HEAD}{MEASURED}"] = {
-        SAMPLE: str(ROOT / "tests/data/sample.cwnd"),
-        MEASUREMENTS: str(own_measurements(folder)),
-    }
+    runs[f"{HEAD}{MEASURED}"] = {MEASUREMENTS: str(own_measurements(folder))}
     for name in (SAMPLE, MEASUREMENTS):
         assert any(name in "".join(cell["source"]) for file in NOTEBOOKS for cell in cells(file))
     result = subprocess.run(
