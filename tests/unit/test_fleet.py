@@ -27,13 +27,27 @@ from cwndtrace.fleet.dataset import Dataset
 from cwndtrace.fleet.extract import MOST_ROWS, extract, failed
 from cwndtrace.fleet.places import Located
 from cwndtrace.fleet.work import analysed
+from cwndtrace.trace import Trace, load
 from tests.unit import frames
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return frames.two_idle_connections(tmp_path_factory.mktemp("fleet") / "a.cwnd", host="web1")
+
+
+@pytest.fixture(scope="module")
+def made(trace: Trace) -> Path:
     """A capture that tests copy or pack."""
-    return frames.two_idle_connections(tmp_path_factory.mktemp("fleet") / "a.cwnd", host="web1").path
+    return trace.path
+
+
+@pytest.fixture(autouse=True)
+def analysed_once(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take that capture as it is loaded already; others, such as its copies, are read."""
+    monkeypatch.setattr(
+        "cwndtrace.fleet.extract.load", lambda path, **limits: trace if path == trace.path else load(path, **limits)
+    )
 
 
 def pack(capture: Path, target: Path, name: str = "a.cwnd", mode: str = "w") -> Path:
@@ -145,7 +159,10 @@ def test_what_makes_no_sense_as_a_place_is_refused(made: Path, tmp_path: Path) -
         places.find(["nosuch://bucket"])
 
 
-def test_no_two_captures_have_one_name_in_the_result(made: Path, tmp_path: Path) -> None:
+def test_no_two_captures_have_one_name_in_the_result(
+    trace: Trace, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cwndtrace.fleet.extract.load", lambda *_, **__: trace)
     odd = ["a?.cwnd", "a\x1b.cwnd", "a\x07.cwnd", os.fsdecode(b"a\xff.cwnd"), "/".join(["n" * 200] * 6) + "/b.cwnd"]
     for name in (*odd, odd[-1].replace("b.cwnd", "c.cwnd")):
         shutil.copytree(made, tmp_path / "place" / name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,12 @@ def test_costs_by_anything_add_up_to_the_connections_to_the_last_digit(rows: lis
             assert len(row["worst"]) <= min(row["hosts"], summary.WORST)
 
 
-def test_a_fleets_figures_are_those_of_the_reports_of_its_captures() -> None:
+def test_a_fleets_figures_are_those_of_the_reports_of_its_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = functools.cache(load)
+    monkeypatch.setattr("cwndtrace.fleet.extract.load", lambda path, **_: once(path))
     paths = {path: (f"h{n % 3}", path.name) for n, path in enumerate(sorted(DATA.glob("*.cwnd")))}
     found = fleet_content.as_json(summary.report(fleets.extracted(paths)))
-    reports = [content.as_json(content.report(load(path), "service")) for path in paths]
+    reports = [content.as_json(content.report(once(path), "service")) for path in paths]
     for ours, theirs in (("by_service", "groups"), ("by_host", "connections"), ("by_peer", "connections")):
         for name in SUMS:
             whole = sum(row[name] for report in reports for row in report[theirs])
