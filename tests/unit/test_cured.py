@@ -64,15 +64,25 @@ def capture(path: Path, *connections: tuple[list[Any], list[Any]], **values: Any
 
 
 def concluded(path: Path, before: Any, after: Any, **values: Any) -> Conclusion:
-    """Return the conclusion from one connection in each capture, the second one with the sysctl at 0 by default."""
-    return capture(path, before).conclude(capture(path, after, **{"sysctls": spaces(0)} | values))
+    """Return the conclusion from one connection in each capture, the second one with the sysctl at 0 by default.
+
+    The first one may be there already.
+    """
+    first = before if isinstance(before, Trace) else capture(path, before)
+    return first.conclude(capture(path, after, **{"sysctls": spaces(0)} | values))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """A capture of three bursts that began with a reset, which no test changes."""
+    return capture(tmp_path_factory.mktemp("three"), bursts(resets=3))
 
 
 # ---- cured ------------------------------------------------------------------------------------------
 
 
-def test_no_reset_after_the_sysctl_and_the_same_idle_periods_is_a_cure(tmp_path: Path) -> None:
-    out = concluded(tmp_path, bursts(resets=3), bursts(quiet=3))
+def test_no_reset_after_the_sysctl_and_the_same_idle_periods_is_a_cure(three: Trace, tmp_path: Path) -> None:
+    out = concluded(tmp_path, three, bursts(quiet=3))
     assert (out.verdict, out.before.resets, out.before.costly, out.before.quiet) == ("cured", 3, 3, 0)
     assert (out.after.resets, out.after.quiet, out.after.explained) == (0, 3, 3)
     assert out.changes == (cured.Change(IDLE_SYSCTL, "in namespace web", "1", "0"),)
@@ -83,8 +93,8 @@ def test_no_reset_after_the_sysctl_and_the_same_idle_periods_is_a_cure(tmp_path:
     )
 
 
-def test_another_congestion_control_is_a_cure_and_named(tmp_path: Path) -> None:
-    out = concluded(tmp_path, bursts(resets=3), bursts(quiet=2, ca_name="bbr"), sysctls=spaces(control="bbr"))
+def test_another_congestion_control_is_a_cure_and_named(three: Trace, tmp_path: Path) -> None:
+    out = concluded(tmp_path, three, bursts(quiet=2, ca_name="bbr"), sysctls=spaces(control="bbr"))
     assert out.verdict == "cured"
     assert [(c.setting, c.before, c.after) for c in out.changes] == [
         (CONTROL_SYSCTL, "cubic", "bbr"), ("congestion control", "cubic", "bbr"),
@@ -92,9 +102,9 @@ def test_another_congestion_control_is_a_cure_and_named(tmp_path: Path) -> None:
     assert "; congestion control was cubic before and bbr after on connections of replica." in out.text
 
 
-def test_a_container_that_was_made_anew_is_found_by_its_program(tmp_path: Path) -> None:
+def test_a_container_that_was_made_anew_is_found_by_its_program(three: Trace, tmp_path: Path) -> None:
     after = {str(OTHER): space(0, name="web-2")}
-    out = concluded(tmp_path, bursts(resets=3), bursts(quiet=3, netns_ino=OTHER), sysctls=after)
+    out = concluded(tmp_path, three, bursts(quiet=3, netns_ino=OTHER), sysctls=after)
     assert out.verdict == "cured"
     assert out.changes == (cured.Change(IDLE_SYSCTL, "in namespace web-2", "1", "0"),)
 
@@ -109,8 +119,8 @@ def test_a_larger_initial_window_is_a_cure_where_bursts_are_as_large(tmp_path: P
 # ---- not cured --------------------------------------------------------------------------------------
 
 
-def test_resets_that_still_cost_time_are_no_cure_and_the_setting_is_named(tmp_path: Path) -> None:
-    out = concluded(tmp_path, bursts(resets=3), bursts(resets=2, quiet=1), sysctls=spaces())
+def test_resets_that_still_cost_time_are_no_cure_and_the_setting_is_named(three: Trace, tmp_path: Path) -> None:
+    out = concluded(tmp_path, three, bursts(resets=2, quiet=1), sysctls=spaces())
     assert (out.verdict, out.after.costly, out.after.quiet, out.changes) == ("not_cured", 2, 1, ())
     assert str(out) == (
         "Not cured: before, 3 of 3 idle resets cost 1.28 s in all (measured); after, 2 of 2 idle resets of replica "
@@ -135,18 +145,17 @@ def test_a_cure_in_one_namespace_is_none_in_another(tmp_path: Path) -> None:
         assert words in out.text
 
 
-def test_other_programs_resets_neither_cure_nor_spoil(tmp_path: Path) -> None:
+def test_other_programs_resets_neither_cure_nor_spoil(three: Trace, tmp_path: Path) -> None:
     other: dict[str, Any] = {"comm": "backup", "sock_cookie": 0x60}
-    before = capture(tmp_path, bursts(resets=3))
     after = capture(tmp_path, bursts(quiet=3), bursts(resets=2, **other), sysctls=spaces(0))
-    out = before.conclude(after)
+    out = three.conclude(after)
     assert out.verdict == "cured"
     assert out.text.endswith(
         "Other programs had resets that cost time in the second capture: 2 of 2 idle resets cost 852 ms in all "
         "(measured)."
     )
     idle = capture(tmp_path, bursts(), bursts(quiet=9, **other), sysctls=spaces(0))
-    assert before.conclude(idle).verdict == "unknown"
+    assert three.conclude(idle).verdict == "unknown"
 
 
 # ---- can't tell -------------------------------------------------------------------------------------
@@ -168,8 +177,8 @@ def test_other_programs_resets_neither_cure_nor_spoil(tmp_path: Path) -> None:
     ],
     ids=["one snapshot", "busy", "nothing sent", "initial window", "under way", "another program"],
 )
-def test_without_idle_periods_there_is_no_conclusion(tmp_path: Path, after: Any) -> None:
-    out = concluded(tmp_path, bursts(resets=3), after)
+def test_without_idle_periods_there_is_no_conclusion(three: Trace, tmp_path: Path, after: Any) -> None:
+    out = concluded(tmp_path, three, after)
     assert out.verdict == "unknown"
     assert "the second capture shows no idle period of replica longer than its RTO that ended in a burst" in out.text
 
@@ -185,8 +194,10 @@ def test_without_idle_periods_there_is_no_conclusion(tmp_path: Path, after: Any)
         ({"host": "web2"}, "the captures are of different hosts"),
     ],
 )
-def test_a_capture_with_gaps_allows_no_conclusion(tmp_path: Path, values: dict[str, Any], words: str) -> None:
-    out = concluded(tmp_path, bursts(resets=3), bursts(quiet=3), **values)
+def test_a_capture_with_gaps_allows_no_conclusion(
+    three: Trace, tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
+    out = concluded(tmp_path, three, bursts(quiet=3), **values)
     assert out.verdict == "unknown"
     assert str(out).startswith("Can't tell: ")
     assert words in out.text
@@ -194,9 +205,9 @@ def test_a_capture_with_gaps_allows_no_conclusion(tmp_path: Path, values: dict[s
 
 @pytest.mark.parametrize(("status", "words"), [("running", "still being written"), ("failed", "the trace failed")])
 def test_a_trace_without_an_end_allows_no_conclusion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, words: str
+    three: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, words: str
 ) -> None:
-    before, after = capture(tmp_path, bursts(resets=3)), capture(tmp_path, bursts(quiet=3), sysctls=spaces(0))
+    before, after = three, capture(tmp_path, bursts(quiet=3), sysctls=spaces(0))
     assert before.conclude(after).verdict == "cured"
     monkeypatch.setattr(Trace, "status", status)
     assert all(any(words in gap for gap in trace._evidence().gaps) for trace in (before, after))
@@ -242,12 +253,12 @@ def test_resets_of_unknown_cost_allow_no_conclusion(tmp_path: Path) -> None:
     assert before.conclude(after).verdict == after.conclude(before).verdict == "unknown"
 
 
-def test_captures_without_records_allow_no_conclusion(tmp_path: Path) -> None:
+def test_captures_without_records_allow_no_conclusion(three: Trace, tmp_path: Path) -> None:
     empty = capture(tmp_path)
     for before, after, words in (
         (empty, empty, "the first capture has no idle reset"),
-        (empty, capture(tmp_path, bursts(resets=3)), "the first capture has no idle reset"),
-        (capture(tmp_path, bursts(resets=3)), empty, "the second capture shows no idle period of replica"),
+        (empty, three, "the first capture has no idle reset"),
+        (three, empty, "the second capture shows no idle period of replica"),
     ):
         out = before.conclude(after)
         assert out.verdict == "unknown"
@@ -271,11 +282,11 @@ def test_a_setting_that_changed_while_it_was_traced_is_told_and_explains_nothing
     assert "tcp_slow_start_after_idle was 1 before and 0, then 1, after in namespace web." in out.text
 
 
-def test_an_idle_period_that_ended_in_a_reset_is_not_quiet(tmp_path: Path) -> None:
+def test_an_idle_period_that_ended_in_a_reset_is_not_quiet(three: Trace, tmp_path: Path) -> None:
     records, seen = bursts(resets=2, quiet=2)
     # A snapshot is read just before its time, and the burst may begin in between.
     early = frames.reset(8.99, bytes_sent=42_000_000, comm=b"replica", idle_us=990_000)
-    out = concluded(tmp_path, bursts(resets=3), ([*records, early], seen))
+    out = concluded(tmp_path, three, ([*records, early], seen))
     assert (out.after.resets, out.after.quiet) == (3, 1)
 
 

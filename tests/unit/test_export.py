@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -76,6 +77,19 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+@pytest.fixture(scope="module")
+def files(capture: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
+    """Return a file with a table in a format, and its capture. Each is written once."""
+    folder = tmp_path_factory.mktemp("files")
+
+    @functools.cache
+    def write(table: str, form: str) -> tuple[Path, Path]:
+        source = SAMPLE if table == "samples" else capture
+        return exported(source, table, folder / f"{table}.{form}"), source
+
+    return write
+
+
 def parquet(capture: Path, table: str) -> Rows:
     """Return the rows of a table's Parquet files in order, with None in place of the kernel's placeholders."""
     name = PARTS[table]
@@ -128,11 +142,9 @@ def types(table: str) -> dict[str, str]:
 @pytest.mark.parametrize("table", [*PARTS])
 @pytest.mark.parametrize("reader", [*READ])
 def test_other_programs_read_back_what_the_parquet_files_have(
-    capture: Path, tmp_path: Path, reader: str, table: str
+    files: Callable[[str, str], tuple[Path, Path]], reader: str, table: str
 ) -> None:
-    if table == "samples":
-        capture = SAMPLE
-    file = exported(capture, table, tmp_path / f"a.{reader.split('.')[1]}")
+    file, capture = files(table, reader.split(".")[1])
     assert_same(READ[reader](file, table), parquet(capture, table))
 
 
@@ -186,10 +198,11 @@ FORMULAS = (
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_no_cell_of_text_begins_like_a_formula(tmp_path: Path, name: str) -> None:
+def test_no_cell_of_text_begins_like_a_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     resets = frames.table("cwnd_reset", frames.reset(5, comm=name.encode()[:16], process=name.encode()[:16]))
     workloads = frames.workloads({"image": name, "container_name": name})
-    frames.capture(tmp_path / "a.cwnd", resets=resets, workloads=workloads, devices={"7:0": name})
+    trace = frames.capture(tmp_path / "a.cwnd", resets=resets, workloads=workloads, devices={"7:0": name})
+    monkeypatch.setattr(cwndtrace, "load", lambda *_, **__: trace)
     for table in ("resets", "verdicts", "summary", "workloads"):
         file = exported(tmp_path / "a.cwnd", table, tmp_path / f"{table}.csv")
         with file.open(newline="", encoding="utf-8") as opened:

@@ -38,7 +38,7 @@ EXTREMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path) -> None:
+def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = EXTREMES[name]
     path = tmp_path / "a.cwnd"
     writer = store.CaptureWriter.create(path, frames.meta())
@@ -54,13 +54,16 @@ def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path) -> Non
     assert len(trace.summary()) >= 1
     assert str(trace.host())
     trace.remedies()
+    monkeypatch.setattr(cwndtrace, "load", lambda *_, **__: trace)
     result = CliRunner().invoke(main, ["report", str(path)])
     assert result.exit_code == 0, (result.output, result.exception)
 
 
-def test_extreme_values_are_shown_on_a_page_and_in_a_picture(tmp_path: Path) -> None:
+def test_extreme_values_are_shown_on_a_page_and_in_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [frames.reset(n, **fields) for n, fields in enumerate(EXTREMES.values(), start=1)]
-    path = frames.capture(tmp_path / "a.cwnd", resets=frames.table("cwnd_reset", *rows)).path
+    trace = frames.capture(tmp_path / "a.cwnd", resets=frames.table("cwnd_reset", *rows))
+    path = trace.path
+    monkeypatch.setattr(cwndtrace, "load", lambda *_, **__: trace)
     page, picture = tmp_path / "page.html", tmp_path / "a.png"
     for arguments in (["report", str(path), "--json"], ["report", str(path), "--html", str(page)]):
         result = CliRunner().invoke(main, arguments)

@@ -124,11 +124,10 @@ def markup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[tuple[str, 
         ).found
 
 
-@pytest.mark.parametrize("name", [*DRAWN, "a format string"])
 def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
-    name: str, markup: set[tuple[str, str]], tmp_path: Path
+    trace: Trace, markup: set[tuple[str, str]]
 ) -> None:
-    text = page(content.report(hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])))
+    text = page(content.report(trace))
     assert_harmless(text)
     assert hostile.Markup(text).found <= markup
     # The template in the name isn't evaluated.
