@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cwndtrace.analysis import connections
 from tests.unit import frames
+from tests.unit.examples import FEW
 
 NONE = frames.pandas(frames.snapshots())
 NO_RESET = frames.pandas(frames.table("cwnd_reset"))
@@ -82,6 +83,7 @@ def test_identify_keeps_the_order_of_rows_and_is_idempotent() -> None:
         pd.testing.assert_frame_equal(a.drop(columns="connection"), frames.pandas(raw))
 
 
+@FEW
 @given(st.randoms(use_true_random=False), st.integers(1, 12))
 def test_the_key_of_a_record_does_not_depend_on_the_order_of_records(random: Any, number: int) -> None:
     # A cookie belongs to one socket; a record without a cookie may belong to any.

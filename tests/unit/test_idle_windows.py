@@ -22,6 +22,7 @@ from cwndtrace.records import arrow, layout
 from cwndtrace.store import Capture, CaptureWriter
 from cwndtrace.trace import Trace
 from tests.unit import frames
+from tests.unit.examples import FEW
 
 SECONDS = 20
 
@@ -79,7 +80,7 @@ def equal(found: pd.DataFrame, truth: pd.DataFrame) -> None:
 NUMBERS = count()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32), number=st.integers(1, 150), resets=st.integers(1, 12), rows=st.integers(5, 60),
     footers=st.sampled_from(["true", "too late", "none"]), held=st.sampled_from([1, 20, 1 << 19]),
