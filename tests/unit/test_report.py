@@ -37,6 +37,18 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.cwnd"
 
 
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """A capture of two connections with idle resets, which no test changes."""
+    return frames.two_idle_connections(tmp_path_factory.mktemp("idle") / "a.cwnd")
+
+
+@pytest.fixture(scope="module")
+def drawn(idle: Trace) -> str:
+    """Its page, with pictures."""
+    return page(content.report(idle))
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     drawing.leave_undrawn(monkeypatch)
@@ -59,10 +71,9 @@ def invoke(path: Path, *options: str) -> Result:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) -> None:
-    trace = frames.two_idle_connections(path)
-    lines = call(trace).stdout.splitlines()
-    assert lines[0] == trace.host().text
+def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(idle: Trace) -> None:
+    lines = call(idle).stdout.splitlines()
+    assert lines[0] == idle.host().text
     assert lines[0].startswith("Idle resets made ")
     assert len(lines) <= 40
     table = lines.index(next(line for line in lines if line.startswith("CONNECTION")))
@@ -74,7 +85,7 @@ def test_the_text_begins_with_the_answer_and_ends_with_the_remedies(path: Path) 
     assert "(measured)" in lines[last + 1]
     # Where a setting lasts takes more room than the screen has.
     assert "sysctl.d" not in "".join(lines)
-    assert "/etc/sysctl.d/90-cwndtrace.conf" in page(content.report(trace))
+    assert "/etc/sysctl.d/90-cwndtrace.conf" in page(content.report(idle))
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -126,11 +137,10 @@ def test_connections_beyond_the_first_eight_are_counted(path: Path, number: int,
     assert (text.count(" > 10.2.0.9:"), text.count(" more connection")) == (8, more)
 
 
-def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
-    trace = frames.two_idle_connections(path)
-    report = json.loads(call(trace, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
+def test_json_is_one_object_with_the_same_figures(idle: Trace) -> None:
+    report = json.loads(call(idle, "--json").stdout, parse_constant=lambda text: pytest.fail(text))
     assert report["event"] == "report"
-    assert report["answer"]["text"] == trace.host().text
+    assert report["answer"]["text"] == idle.host().text
     assert len(report["connections"]) == 2
     assert sum(row["lost_us"] for row in report["connections"]) == pytest.approx(report["answer"]["lost_us"])
     assert report["remedies"][0]["remedy"] == "sysctl"
@@ -139,18 +149,17 @@ def test_json_is_one_object_with_the_same_figures(path: Path) -> None:
     assert sum(row["count"] for row in report["block_io_by_process"]) == 400
 
 
-def test_json_has_the_verdict_on_each_reset_with_its_evidence(path: Path) -> None:
-    trace = frames.two_idle_connections(path)
-    resets = json.loads(call(trace, "--json").stdout)["resets"]
-    assert len(resets) == len(trace.verdicts) > 9
-    for row, judged in zip(resets, trace.verdicts.to_dict("records"), strict=True):
-        assert row["why"] == trace.explain(row["row"]).text
+def test_json_has_the_verdict_on_each_reset_with_its_evidence(idle: Trace) -> None:
+    resets = json.loads(call(idle, "--json").stdout)["resets"]
+    assert len(resets) == len(idle.verdicts) > 9
+    for row, judged in zip(resets, idle.verdicts.to_dict("records"), strict=True):
+        assert row["why"] == idle.explain(row["row"]).text
         known = judged["lost_us"] == judged["lost_us"]
         assert (row["verdict"], row["lost_us"]) == (judged["verdict"], judged["lost_us"] if known else None)
         assert (row["cwnd_before"], row["cwnd_after"]) == (judged["cwnd_before"], judged["cwnd_after"])
         assert (row["connection"], row["cause"]) == (judged["connection"], "application")
         assert row["time"] == judged["time"].isoformat()
-    assert {row["connection"] for row in resets} == {*trace.summary()["connection"]}
+    assert {row["connection"] for row in resets} == {*idle.summary()["connection"]}
 
 
 def test_json_of_a_reset_whose_burst_is_unknown_has_nulls(path: Path) -> None:
@@ -234,26 +243,26 @@ class Tags(HTMLParser):
         return [str(attrs[attribute]) for _, attrs in self.tags if attribute in attrs]
 
 
-def test_no_text_of_a_capture_is_taken_for_markup_or_controls_a_terminal(tmp_path: Path) -> None:
+def test_no_text_of_a_capture_is_taken_for_markup_or_controls_a_terminal(tmp_path: Path, drawn: str) -> None:
     # A file's name is bytes, and the locale may be unable to encode these characters.
     trace = hostile.everywhere(tmp_path / os.fsdecode("<b>\x1b[2J\u202e.cwnd".encode()))
     screen = call(trace).stdout
     assert all(line.isprintable() for line in screen.splitlines())
     assert "\u202e" not in json.loads(call(trace, "--json").stdout)["answer"]["text"]
     text = page(content.report(trace))
-    plain, tags = Tags(page(content.report(frames.two_idle_connections(tmp_path / "plain.cwnd")))), Tags(text)
+    plain, tags = Tags(drawn), Tags(text)
     assert {tag for tag, _ in tags.tags} <= {tag for tag, _ in plain.tags}
     assert {name for _, attrs in tags.tags for name in attrs} <= {name for _, attrs in plain.tags for name in attrs}
     assert sum(tag == "script" for tag, _ in tags.tags) == 1
     assert all(line.isprintable() for line in text.splitlines())
     assert "49" not in re.findall(r"owned.{0,12}", text)[0]
     for picture in (*tags.of("src"), *tags.of("srcset")):
-        drawn = ElementTree.fromstring(base64.b64decode(picture.partition("base64,")[2]))
-        assert not [e for e in drawn.iter() if e.tag.endswith(("script", "foreignObject", "}a"))]
+        root = ElementTree.fromstring(base64.b64decode(picture.partition("base64,")[2]))
+        assert not [e for e in root.iter() if e.tag.endswith(("script", "foreignObject", "}a"))]
 
 
-def test_the_page_loads_nothing_from_outside(path: Path) -> None:
-    tags = Tags(page(content.report(frames.two_idle_connections(path))))
+def test_the_page_loads_nothing_from_outside(drawn: str) -> None:
+    tags = Tags(drawn)
     asked = [value for name in ("src", "srcset", "href", "data", "action") for value in tags.of(name)]
     assert asked
     assert all(value.startswith(("data:image/svg+xml;base64,", "#")) for value in asked)
@@ -274,9 +283,8 @@ def test_the_pages_policy_allows_only_its_own_script_and_styles(path: Path) -> N
     assert len(rules) == 6
 
 
-def test_the_same_capture_gives_the_same_page(path: Path) -> None:
-    trace = frames.two_idle_connections(path)
-    assert page(content.report(trace)) == page(content.report(trace))
+def test_the_same_capture_gives_the_same_page(idle: Trace, drawn: str) -> None:
+    assert page(content.report(idle)) == drawn
 
 
 def test_the_page_of_a_large_capture_stays_small(path: Path) -> None:
@@ -314,12 +322,18 @@ def sixty(path: Path, *names: dict[str, Any]) -> Trace:
     return frames.named(frames.capture(path, **tables), *names)
 
 
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Sixty connections with all names, which no test changes."""
+    return sixty(tmp_path_factory.mktemp("sixty") / "a.cwnd", *NAMES)
+
+
 def screen(trace: Trace, by: str | None = None, prefix: tuple[int, int] = (24, 48)) -> list[str]:
     return [unstyle(line) for line in report.lines(content.report(trace, by, prefix))]
 
 
-def test_sixty_connections_have_a_row_for_each_service_of_a_workload(path: Path) -> None:
-    lines = screen(sixty(path, *NAMES))
+def test_sixty_connections_have_a_row_for_each_service_of_a_workload(grouped: Trace, path: Path) -> None:
+    lines = screen(grouped)
     at = next(number for number, line in enumerate(lines) if line.startswith("WORKLOAD"))
     heads = ["WORKLOAD", "SERVICE", "CONNECTIONS", "RESETS", "HARMFUL", "COST", "CAUSE", "WORST CONNECTION", "ITS COST"]
     assert re.split(r"  +", lines[at]) == [*heads, "VERDICT"]
@@ -349,11 +363,10 @@ def test_groups_that_the_screen_has_no_room_for_are_summed_up(path: Path) -> Non
     ("by", "first"),
     [("workload", "WORKLOAD"), ("service", "WORKLOAD"), ("peer", "PEERS"), ("connection", "CONNECTION")],
 )
-def test_the_groups_that_were_asked_for_come_first(path: Path, by: str, first: str) -> None:
-    trace = sixty(path, *NAMES)
-    heads = [line.split()[0] for line in screen(trace, by) if line[:4].isupper()]
+def test_the_groups_that_were_asked_for_come_first(grouped: Trace, by: str, first: str) -> None:
+    heads = [line.split()[0] for line in screen(grouped, by) if line[:4].isupper()]
     assert heads[:2] == ([first, "CONNECTION"] if by != "connection" else ["CONNECTION", "and"])[: len(heads)]
-    found = content.as_json(content.report(trace, by))
+    found = content.as_json(content.report(grouped, by))
     assert found["grouped_by"] == by
     assert sum(row["connections"] for row in found["groups"]) == len(found["connections"]) == 60
     for name in ("resets", "resets_harmful", "lost_us"):
@@ -370,13 +383,12 @@ def test_no_table_of_groups_is_printed_that_tells_nothing(path: Path) -> None:
     assert not [line for line in same if line.startswith("WORKLOAD")]
 
 
-def test_a_prefix_is_for_peers_and_may_be_each_address(path: Path) -> None:
-    trace = frames.two_idle_connections(path)
+def test_a_prefix_is_for_peers_and_may_be_each_address(idle: Trace) -> None:
     assert any(
-        line.startswith("10.2.0.0/16 ") for line in call(trace, "--by", "peer", "--prefix", "16").stdout.split("\n")
+        line.startswith("10.2.0.0/16 ") for line in call(idle, "--by", "peer", "--prefix", "16").stdout.split("\n")
     )
     assert (
-        json.loads(call(trace, "--by", "peer", "--prefix", "/32,/128", "--json").stdout)["groups"][0]["peer"]
+        json.loads(call(idle, "--by", "peer", "--prefix", "/32,/128", "--json").stdout)["groups"][0]["peer"]
         == "10.2.0.9"
     )
     for options, cause in (
@@ -384,7 +396,7 @@ def test_a_prefix_is_for_peers_and_may_be_each_address(path: Path) -> None:
         (("--by", "peer", "--prefix", "24,129"), "write 16"), (("--by", "peer", "--prefix", "x"), "isn't a prefix"),
         (("--by", "pod"), "is not one of"),
     ):  # fmt: skip
-        result = CliRunner().invoke(main, ["report", str(trace.path), *options])
+        result = CliRunner().invoke(main, ["report", str(idle.path), *options])
         assert (result.exit_code, cause in result.stderr) == (2, True), result.stderr
 
 
@@ -408,9 +420,12 @@ def test_no_name_of_a_workload_is_taken_for_markup_or_controls_a_terminal(path: 
     # A Trace gives texts without control characters; nothing that shows them relies on that.
     evil = dict.fromkeys(("workload", "process", "cmdline", "listener"), hostile.TEXT)
     names = evil | {"listener_pid": 1}, evil | {"listener": "", "listener_pid": 0}
+    traces = {
+        number: [unreset(path.parent / f"{number}{n}.cwnd", *each[:number]) for n, each in enumerate((names, NAMES))]
+        for number in (1, 2)
+    }
     for number, by in itertools.product((1, 2), (None, "workload", "service")):
-        trace = unreset(path.parent / f"{number}{by}.cwnd", *names[:number])
-        plain = unreset(path.parent / f"{number}{by}-plain.cwnd", *NAMES[:number])
+        trace, plain = traces[number]
         found = content.report(trace, by)
         text, harmless, lines = page(found), page(content.report(plain, by)), screen(trace, by)
         assert all(line.isprintable() for line in (*lines, *text.splitlines()))

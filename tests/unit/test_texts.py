@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import cwndtrace
 from cwndtrace.capture import clocks, session
 from cwndtrace.cli import COMMANDS, doctor, main, reproduce
 from cwndtrace.lab.statistics import summarise
@@ -28,12 +30,17 @@ DATA = Path(__file__).parents[1] / "data"
 WIDTHS = pytest.mark.parametrize("columns", [80, 140])
 
 
+once = functools.cache(cwndtrace.load)
+"""Each capture is in the current folder of each test, and is analysed once for all."""
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with two captures, in a time zone that isn't UTC."""
     shutil.copytree(DATA / "sample.cwnd", tmp_path / "a.cwnd")
     shutil.copytree(DATA / "stale-send-buffer.cwnd", tmp_path / "b.cwnd")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cwndtrace, "load", once)
     monkeypatch.setenv("TZ", "Asia/Kathmandu")
     time.tzset()
     yield tmp_path
