@@ -295,8 +295,9 @@ def test_a_hostile_meta_json_gives_a_capture(tmp_path: Path, meta: dict[str, Any
     before = json.loads((tmp_path / "a.cwnd" / META).read_text())
     (tmp_path / "a.cwnd" / META).write_text(json.dumps({**before, **meta}))
     made = dump(store.open_capture(tmp_path / "a.cwnd"), tmp_path / "b.cwnd", between(10, 20))
-    assert len(load(made.path).block_io) == 51
-    content.report(load(made.path))
+    trace = load(made.path)
+    assert len(trace.block_io) == 51
+    content.report(trace)
 
 
 @pytest.mark.usefixtures("whole")

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from playwright.sync_api import Browser
 
 import cwndtrace
 from cwndtrace import store
@@ -334,7 +335,7 @@ def recorded(folder: Path) -> Trace:
 def made(folder: Path) -> Trace:
     """Return a capture with many requests, of which some delayed sends, and with all that a trace shows."""
     resets, connections = frames.story(peers=3)
-    own = frames.disk(30_000, seconds=60)
+    own = frames.disk(21_000, seconds=60)
     slow = [frames.block(at, 900_000, tgid=4242, tid=4243, dev=8 << 20) for at in np.arange(0.5, 59, 1)]
     samples = np.zeros(200, dtype=layout.event("cwnd_sample").dtype)
     first = records.frame(resets, "cwnd_reset").iloc[0]
@@ -343,7 +344,7 @@ def made(folder: Path) -> Trace:
     samples["cwnd"], samples["ssthresh"] = np.arange(200) + 44, 2**31 - 1
     samples["ssthresh"][100:] = 2120
     return in_parts(
-        folder / "a.cwnd", *(own.slice(at, 10_000) for at in range(0, 30_000, 10_000)),
+        folder / "a.cwnd", *(own.slice(at, 7_000) for at in range(0, 21_000, 7_000)),
         frames.table("block_io", *slow), cwnd_reset=resets, connections=connections,
         cwnd_recovery=frames.followed(resets, connections), cwnd_sample=frames.table("cwnd_sample", samples),
     )  # fmt: skip
@@ -354,14 +355,20 @@ def real(_: Path) -> Trace:
     return cwndtrace.load(Path(__file__).parents[1] / "data" / "sample.cwnd")
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
 @pytest.fixture(scope="module", params=[recorded, real, made])
 def loaded(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, browser: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Trace, TraceProcessor]]:
     folder = tmp_path_factory.mktemp("trace")
     trace = request.param(folder)
-    with chromium() as browser, served() as place:
-        engine = TraceProcessor(browser.new_page(), place)
+    with served() as place, browser.new_page() as page:
+        engine = TraceProcessor(page, place)
         engine.load(exported(trace, folder))
         yield trace, engine
 
