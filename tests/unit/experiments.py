@@ -11,6 +11,7 @@ import pandas as pd
 
 from cwndtrace.lab import statistics
 from cwndtrace.lab.measurement import Measurement, frame
+from cwndtrace.records import layout
 from tests.unit import frames
 
 RTT_MS, RTO_MS, MSS, FULL = 100.0, 308.0, 1448, 2796
@@ -75,7 +76,7 @@ def experiment(
     """Make an experiment whose rounds send each burst after each idle time, with the setting on and then off."""
     rng = np.random.default_rng(seed)
     rows: list[Measurement] = []
-    records: list[pd.DataFrame] = []
+    records: list[layout.Records] = []
     windows: dict[str, list[tuple[int, int]]] = {"on": [], "off": []}
     now = frames.MONO + frames.SECOND
     for number in range(1, rounds + 1):
@@ -93,11 +94,10 @@ def experiment(
                     end = start + int(latency * 1e6)
                     last = before
                     if after < before:
-                        record = frames.pandas(frames.table("cwnd_reset", frames.reset(
+                        records.append(frames.reset(
                             idle_us=int(idle_ms * 1e3), cwnd_before=before, cwnd_after=after, rto_us=int(RTO_MS * 1e3),
                             srtt_us=100_400, ts_ns=start + 60_000, sport=5001,
-                        )))  # fmt: skip
-                        records.append(record)
+                        ))  # fmt: skip
                         trips = round(latency / RTT_MS)
                         windows["on"] += [(start + int(n * 0.98e8), min(before, after << n)) for n in range(1, trips)]
                         last = min(before, after << trips)
@@ -112,9 +112,8 @@ def experiment(
                         sock_cookie=33 if setting == "on" else 34, netns_ino=frames.NETNS, sport=5001,
                     ))  # fmt: skip
                     now = end + (500_000_000 if after < before else 110_000_000)
-    empty = frames.pandas(frames.table("cwnd_reset"))
     observed = {s: pd.DataFrame(points, columns=["ts_ns", "cwnd"]).astype("int64") for s, points in windows.items()}
-    resets = {"on": pd.concat(records, ignore_index=True) if records else empty, "off": empty}
+    resets = {on: frames.pandas(frames.table("cwnd_reset", *of)) for on, of in (("on", records), ("off", []))}
     return Experiment(frame(rows), resets, observed)
 
 
