@@ -17,7 +17,7 @@ from cwndtrace.errors import UsageError
 from cwndtrace.plot import panels
 from tests.unit import drawing, frames
 from tests.unit.drawing import LOSSY, legend, story, timeline_of
-from tests.unit.examples import FEW
+from tests.unit.examples import FEWEST
 
 
 def labels(axes: Axes) -> list[Text]:
@@ -109,7 +109,7 @@ def test_the_window_axis_is_logarithmic_only_for_a_wide_range(path: Path) -> Non
     assert figure.axes[0].get_ylim()[0] == 0
 
 
-@FEW
+@FEWEST
 @given(data=st.data())
 def test_records_of_any_values_can_be_drawn(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     seconds, number = st.floats(0, 60), st.integers(0, 2**32 - 1)

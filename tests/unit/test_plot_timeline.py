@@ -44,7 +44,7 @@ def test_light_and_dark_colours_are_used_and_settings_restored(path: Path, dark:
     with style.use(dark) as colours:
         figure = timeline_of(trace)
     assert colours.paper == paper
-    pixels = drawing.draw(figure)
+    pixels = drawing.draw(figure) / 255
     assert to_hex(pixels[2, 2]) == paper
     # There is enough contrast between text and background.
     assert abs(float(np.mean(pixels[2, 2, :3])) - float(np.mean(mpl.colors.to_rgb(colours.ink)))) > 0.7
