@@ -80,6 +80,27 @@ def equal(found: pd.DataFrame, truth: pd.DataFrame) -> None:
 NUMBERS = count()
 
 
+@given(
+    st.lists(st.integers(0, 9), max_size=40), st.sets(st.integers(1, 40), max_size=6),
+    st.lists(st.integers(0, 39), max_size=8),
+)  # fmt: skip
+@example([7, 7, 7, 7], {1}, [0])
+def test_ranks_are_the_places_in_a_stable_order(starts: list[int], cuts: set[int], rows: list[int]) -> None:
+    times = np.array(starts, dtype=np.int64)
+    place = np.argsort(np.argsort(times, kind="stable"), kind="stable")
+    numbers = np.array([row % len(starts) for row in rows if starts], dtype=np.int64)
+    parts = np.split(times, sorted(cuts))
+    assert idle_windows.ranks(parts, numbers, times[numbers]).tolist() == place[numbers].tolist()
+
+
+def test_requests_of_nobody_are_not_kept_for_a_reset_of_nobody() -> None:
+    resets = frames.pandas(frames.table("cwnd_reset", frames.reset(10, tgid=0, tid=0, cgroup_id=0)))
+    requests = frames.pandas(frames.table("block_io", frames.block(9.5, tgid=0, tid=0, cgroup_id=0)))
+    relevant = idle_windows.Relevant(resets)
+    assert not relevant(requests).any()
+    assert "cgroup_id" not in relevant.needs
+
+
 @settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32), number=st.integers(1, 150), resets=st.integers(1, 12), rows=st.integers(5, 60),
@@ -124,24 +145,3 @@ def test_few_requests_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.
         trace = written(tmp_path / f"{number}.cwnd", blocks, np.concatenate(resets), 100)
         equal(trace.verdicts, at_once(trace))
     assert most[2_000] == most[8_000] < 500
-
-
-@given(
-    st.lists(st.integers(0, 9), max_size=40), st.sets(st.integers(1, 40), max_size=6),
-    st.lists(st.integers(0, 39), max_size=8),
-)  # fmt: skip
-@example([7, 7, 7, 7], {1}, [0])
-def test_ranks_are_the_places_in_a_stable_order(starts: list[int], cuts: set[int], rows: list[int]) -> None:
-    times = np.array(starts, dtype=np.int64)
-    place = np.argsort(np.argsort(times, kind="stable"), kind="stable")
-    numbers = np.array([row % len(starts) for row in rows if starts], dtype=np.int64)
-    parts = np.split(times, sorted(cuts))
-    assert idle_windows.ranks(parts, numbers, times[numbers]).tolist() == place[numbers].tolist()
-
-
-def test_requests_of_nobody_are_not_kept_for_a_reset_of_nobody() -> None:
-    resets = frames.pandas(frames.table("cwnd_reset", frames.reset(10, tgid=0, tid=0, cgroup_id=0)))
-    requests = frames.pandas(frames.table("block_io", frames.block(9.5, tgid=0, tid=0, cgroup_id=0)))
-    relevant = idle_windows.Relevant(resets)
-    assert not relevant(requests).any()
-    assert "cgroup_id" not in relevant.needs

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cwndtrace.analysis.block_io import heat_map
 from cwndtrace.plot.heat import heat
 from tests.unit import drawing, frames
 from tests.unit.drawing import LOSSY, story
@@ -21,8 +20,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_the_heat_map_draws_every_request_and_hatches_losses(path: Path) -> None:
     trace = story(path, lossy=LOSSY)
-    cells = heat_map(trace.block_io)
-    figure = heat(cells, zero_ns=frames.MONO, about=trace.about)
+    figure = heat(trace.block_heat_map(), zero_ns=frames.MONO, about=trace.about)
     drawing.draw(figure)
     (mesh,) = figure.axes[0].collections
     assert np.ma.sum(np.ma.asarray(mesh.get_array())) == len(trace.block_io) == 3000
@@ -33,7 +31,7 @@ def test_the_heat_map_draws_every_request_and_hatches_losses(path: Path) -> None
 
 def test_a_heat_map_without_requests_says_so(path: Path) -> None:
     trace = frames.capture(path, host="<b>\x1b[1m$x^2$")
-    figure = heat(heat_map(trace.block_io), zero_ns=0, about=trace.about)
+    figure = heat(trace.block_heat_map(), zero_ns=0, about=trace.about)
     drawing.draw(figure)
     assert "no block I/O recorded" in drawing.texts(figure)
     assert any(r"on <b>?[1m\$x^2\$" in text for text in drawing.texts(figure))
