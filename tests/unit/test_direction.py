@@ -100,6 +100,9 @@ def test_all_connections_that_move_data_have_to_receive() -> None:
     sends = [seen(2, 1, received=2 * MB), seen(2, 2, sent=2 * MB)]
     later = [seen(4, 1, received=3 * MB), seen(4, 2, sent=2 * MB)]
     assert shown(first, sends, later) == [None, None, None]
+    # What goes both ways counts as a whole.
+    both = [seen(2, 1, received=2 * MB), seen(2, 2, sent=MB + 6_000, received=6_000)]
+    assert shown(first, both) == [None, None]
 
 
 def test_a_new_connection_counts_from_its_beginning() -> None:

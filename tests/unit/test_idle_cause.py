@@ -439,6 +439,15 @@ def test_the_causes_of_many_resets_equal_those_of_each_alone() -> None:
         assert row["disk_us"] == pytest.approx(total / 1000)
 
 
+def test_a_cause_has_its_sums_and_the_device_that_most_of_its_resets_name() -> None:
+    judged = pd.DataFrame({"cause": ["disk"] * 4 + ["application", ""], "disk_device": ["", "a", "b", "b", "", "c"]})
+    judged = judged.assign(verdict=["harmful"] * 3 + ["slight"] * 3, lost_us=[4.0, 3.0, 2.0, 1.0, 9.0, 99.0])
+    judged = judged.assign(**dict.fromkeys(("peer_us", "unclear_us", "disk_us", "application_us"), 5.0))
+    assert list(idle_cause.summary(judged).itertuples(index=False, name=None)) == [
+        ("disk", 4, 3, 10.0, 80.0, 20.0, "b"), ("application", 1, 0, 9.0, 20.0, 5.0, ""),
+    ]  # fmt: skip
+
+
 # ---- in words ----
 
 
