@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwndtrace.analysis import block_io
+from cwndtrace.analysis import block_io, workloads
 from cwndtrace.analysis.histogram import LatencyHistogram
 from tests.unit import frames
 
@@ -136,3 +136,12 @@ def test_joined_frames_keep_the_names_of_any_number_of_devices(number: int) -> N
     devices = ["loop0" if at == 7 else f"{at}:0" for at in range(number + 3)]
     assert whole["device"].tolist() == devices
     assert whole["start_ns"].is_monotonic_increasing
+
+
+def test_the_columns_that_name_workloads_need_no_others_than_they_say() -> None:
+    known = workloads.workloads(frames.workloads({}).to_pandas())
+    naming = workloads.Naming(known, workloads.processes(frames.processes().to_pandas(), known))
+    requests = frames.pandas(frames.table("block_io", frames.block(cgroup_id=1)))
+    assert list(block_io.WORKLOADS) == ["submitter", "owner"]
+    for name, needs in block_io.WORKLOADS.items():
+        assert list(block_io.with_workloads(requests[[*needs]], naming, [name])[name]) == ["web"]
