@@ -462,8 +462,8 @@ def serve(host: str, port: int, cc: str | None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     refusals = _Refusals()
     with Server(host, port, Settings(cc=cc, on_turn=refusals.tell)) as server:
-        click.echo(f"Listening on {clean(host)} port {server.port}; press Ctrl-C to stop.", err=True)
         try:
+            click.echo(f"Listening on {clean(host)} port {server.port}; press Ctrl-C to stop.", err=True)
             server.run()
         except KeyboardInterrupt:
             click.echo(err=True)
