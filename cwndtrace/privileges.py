@@ -183,7 +183,7 @@ def still_privileged(keep: frozenset[int] = frozenset()) -> list[str]:
     names = []
     for task in Path("/proc/self/task").iterdir():
         try:
-            status = (task / "status").read_text(errors="replace")
+            status = (task / "status").read_text("utf-8", errors="replace")
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
         facts = dict(line.split(":\t", 1) for line in status.splitlines())
