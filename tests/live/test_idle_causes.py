@@ -158,19 +158,21 @@ def small_requests(lab: IdleSenders) -> None:
 
 
 def slow_server(lab: IdleSenders) -> None:
-    """The peer asks at once, and the sender takes its time."""
-    c = lab.connection("slow server", "application")
-    ask(c)
-    late()
-    burst(c)
+    """The peer asks at once, and the sender takes its time. In its own cgroup, nobody else's disk may be the cause."""
+    with own_cgroup():
+        c = lab.connection("slow server", "application")
+        ask(c)
+        late()
+        burst(c)
 
 
 def timer(lab: IdleSenders) -> None:
-    """The sender sends by its own clock, and the peer is silent."""
-    c = lab.connection("timer, silent peer", *["application"] * 2)
-    for _ in range(2):
-        late()
-        burst(c)
+    """The sender sends by its own clock, and the peer is silent; in its own cgroup too."""
+    with own_cgroup():
+        c = lab.connection("timer, silent peer", *["application"] * 2)
+        for _ in range(2):
+            late()
+            burst(c)
 
 
 def timer_and_chatter(lab: IdleSenders) -> None:
