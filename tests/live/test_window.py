@@ -96,6 +96,12 @@ def assert_exact(dump: Path, whole: Path) -> None:
             found, expected = (
                 frame[frame[ended] < about.end.mono_ns].reset_index(drop=True) for frame in (found, expected)
             )
+        if table == "cwnd_recovery":
+            # A window that was back is followed until the next restart, which may come after the dump was made. So the
+            # last row of a connection may be missing, and no other one.
+            last = expected.groupby("sock_cookie")["reset_ts_ns"].transform("max") == expected["reset_ts_ns"]
+            there = expected["reset_ts_ns"].isin(found["reset_ts_ns"])
+            expected = expected[there | ~last].reset_index(drop=True)
         pd.testing.assert_frame_equal(found, expected)
     assert len(rows(dump, "block_io", 0, 1 << 62)) > 100
     assert not opened.workloads.empty
