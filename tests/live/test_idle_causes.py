@@ -243,9 +243,11 @@ def child_in_root(lab: IdleSenders) -> None:
 
 
 def sleep_beside_reads(lab: IdleSenders) -> None:
-    """The sending thread sleeps, and another thread reads."""
+    """The sending thread sleeps, and others read: several, so that a read is under way when it sends."""
     c = lab.connection("sleep beside reads", "disk or application")
-    with meanwhile(lambda stop: read_for(lab.device.path, lambda: not stop.is_set())):
+    with ExitStack() as readers:
+        for _ in range(3):
+            readers.enter_context(meanwhile(lambda stop: read_for(lab.device.path, lambda: not stop.is_set())))
         late()
         burst(c)
 
