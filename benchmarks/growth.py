@@ -104,9 +104,9 @@ def requests(rate: float, seconds: float) -> tuple[Cost, float]:
     return Cost((got["user"] + got["system"]) * got["offered"] / 1e4, got["memory"], bytes_a_second), got["offered"]
 
 
-def idle_connections(number: int, seconds: float) -> Cost:
-    """Return the cost of a trace beside so many connections, each with both of its ends here."""
-    with connected(number), folder() as place:
+def idle_connections(number: int, seconds: float) -> tuple[Cost, float]:
+    """Return the cost of a trace beside so many connections, each with both of its ends here, and their number."""
+    with connected(number) as senders, folder() as place:
         output = place / "a.cwnd"
         with TracerProcess([*COMMAND, "run", "--no-block", "-q", "-o", str(output)], "", stdout=-3) as tracer:
             until((output / "connections").exists, 60, "the first snapshot")
@@ -115,7 +115,7 @@ def idle_connections(number: int, seconds: float) -> Cost:
             time.sleep(seconds)
             cpu, disk = used(tracer) - cpu, size(output) - disk
             memory = sum(map(pss, family(tracer))) / 1e6
-        return Cost(100 * cpu / seconds, memory, disk / seconds)
+        return Cost(100 * cpu / seconds, memory, disk / seconds), len(senders)
 
 
 def made_resets(rate: float, seconds: float, look: Callable[[float], object] = lambda _: None) -> Cost:
@@ -168,7 +168,7 @@ def main() -> None:
     asked = options(
         __doc__,
         requests=("1000,10000,100000,300000", "block requests a second"),
-        connections=("100,1000,10000,20000", "idle connections"),
+        connections=("100,1000,9900", "idle connections"),
         resets=("1,100,10000,100000", "resets a second"),
         lasting=(180.0, "length in s of the trace whose thirds are compared"),
     )
@@ -188,7 +188,7 @@ def main() -> None:
         "idle connections",
         asked.connections,
         "us a second",
-        lambda number: (idle_connections(number, 5 * asked.seconds), number),
+        lambda number: idle_connections(number, 5 * asked.seconds),
     )
     rows("resets/s", asked.resets, "us", lambda rate: (made_resets(rate, 2 * asked.seconds), rate))
     lasting(report, 10_000, asked.lasting)

@@ -155,10 +155,14 @@ def _throughput(report: BenchmarkResults, rounds: int, seconds: float, every: se
 
 @contextmanager
 def connected(number: int) -> Iterator[list[socket.socket]]:
-    """Yield the sending ends of so many connections over loopback, to one port, whose data is read away."""
-    needed = 2 * number + 200
+    """Yield the sending ends of so many connections over loopback, to one port, whose data is read away.
+
+    They are fewer where the limit on open files allows no more.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), max(hard, needed)))
+    soft = max(soft, min(hard, 2 * number + 200))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    number = min(number, (soft - 200) // 2)
     senders: list[socket.socket] = []
     receivers = dict[int, socket.socket]()
     poll = select.epoll()
@@ -197,8 +201,8 @@ def waking(report: BenchmarkResults, number: int, size: int) -> None:
 
     With one byte a restart is all there is. With more, each connection is followed until its window is back.
     """
-    what = f"{number:,} connections wake with {size:,} bytes"
     with connected(number) as senders:
+        what = f"{len(senders):,} connections wake with {size:,} bytes"
         # Idle time lowers only windows above the initial one, so a burst makes them grow.
         for sender in senders:
             sender.sendall(_BURST)
