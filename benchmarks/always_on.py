@@ -24,7 +24,8 @@ from benchmarks.tcp import connected
 from cwndtrace.store import open_capture
 from tests.harness.disk import Disk, loop
 
-_WANTED: Final = {"lost": "0"}
+_TURNS: Final = ("nobody asks", "scraped each second", "dumped each second")
+_WANTED: Final = {f"{turn}: lost": "0" for turn in _TURNS}
 _BYTES: Final = 256 << 20
 _AT: Final = re.compile(r"http://127\.0\.0\.1:(\d+)/metrics")
 _PAUSE_S: Final = 1.0
@@ -33,8 +34,8 @@ _PAUSE_S: Final = 1.0
 class AlwaysOn:
     """Runs of fio beside a trace, and what was found in them."""
 
-    def __init__(self, report: BenchmarkResults, disk: Disk, seconds: float) -> None:
-        self._report, self._disk, self._seconds = report, disk, seconds
+    def __init__(self, disk: Disk, seconds: float) -> None:
+        self._disk, self._seconds = disk, seconds
         self.figures: dict[str, Values] = {}
 
     def note(self, what: str, unit: str, value: float) -> None:
@@ -93,11 +94,10 @@ def main() -> None:
     asked = options(__doc__, connections=(5000, "number of idle connections"))
     report = BenchmarkResults("always_on", _WANTED)
     with loop(_BYTES) as disk, connected(asked.connections):
-        runs = AlwaysOn(report, disk, max(asked.seconds, 3 * _PAUSE_S))
+        runs = AlwaysOn(disk, max(asked.seconds, 3 * _PAUSE_S))
         for _ in range(asked.rounds):
-            runs.run("nobody asks", None)
-            runs.run("scraped each second", runs.scrape)
-            runs.run("dumped each second", runs.dump)
+            for turn, ask in zip(_TURNS, (None, runs.scrape, runs.dump), strict=True):
+                runs.run(turn, ask)
     for what, values in runs.figures.items():
         report.add(what, values)
     report.write()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,65 +25,39 @@ from benchmarks.common import COMMAND, BenchmarkResults, TracerProcess, folder, 
 from benchmarks.starting import family, pss, used
 from benchmarks.tcp import connected
 from cwndtrace.capture.session import Session, describe, ending
-from cwndtrace.capture.source import TICK_SECONDS, Counts, Filters, RawRecords
-from cwndtrace.privileges import User
+from cwndtrace.capture.source import Filters, RawRecords
 from cwndtrace.records import layout
 from cwndtrace.store import CaptureWriter, ThreadedWriter, open_capture
 from tests.harness.tcp import until
+from tests.unit.fake_source import FakeSource
 
 _DAY_S: Final = 86_400
 _SETTLE_S: Final = 5.0
 
 
-class MadeResets:
-    """A source that yields ``rate`` resets a second, of two hundred connections, one record at a time."""
-
-    events: tuple[str, ...] = ("cwnd_reset",)
+class MadeResets(FakeSource):
+    """A source that yields ``rate`` resets a second without an end, of two hundred connections, one at a time."""
 
     def __init__(self, rate: float) -> None:
-        self.probes: dict[str, str | None] = {"idle": "sendmsg"}
-        self.tried: dict[str, dict[str, str]] = {}
-        self.block_probe: str | None = None
-        self.lacking: str | None = None
-        self.longest_tick_s = TICK_SECONDS
-        records = reading.resets(100_000, np.random.default_rng(1))
-        self._rate, self._made, self._begin = rate, 0, time.monotonic()
-        self._records = [record.tobytes() for record in records]
+        super().__init__()
+        self._rate, self._made = rate, 0
+        self._records = [record.tobytes() for record in reading.resets(100_000, np.random.default_rng(1))]
         self._time_at = layout.event("cwnd_reset").fields[0].offset
-
-    def begin(self, mono_ns: int) -> None:
-        """Count time from here."""
-        self._begin = mono_ns / 1e9
 
     def poll(self, timeout_s: float) -> list[RawRecords]:
         """Return what is due after the timeout."""
         time.sleep(timeout_s)
-        due = int((time.monotonic() - self._begin) * self._rate) - self._made
-        now = time.monotonic_ns().to_bytes(8, "little")
-        at, made = self._time_at, self._made
+        now = time.monotonic_ns()
+        due = int((now - self.begun_ns) / 1e9 * self._rate) - self._made
+        at, made, kept = self._time_at, self._made, self._records
         self._made += due
-        kept = self._records
         rows = (kept[(made + i) % len(kept)] for i in range(due))
-        return [("cwnd_reset", row[:at] + now + row[at + 8 :]) for row in rows]
-
-    def counts(self) -> Counts:
-        """Return that nothing was lost."""
-        return Counts(lost={"cwnd_reset": 0})
+        stamp = now.to_bytes(8, sys.byteorder)
+        return [("cwnd_reset", row[:at] + stamp + row[at + 8 :]) for row in rows]
 
     def exhausted(self) -> bool:
         """Return False."""
         return False
-
-    def capabilities_needed(self, user: User | None) -> frozenset[int]:  # noqa: ARG002
-        """Return none."""
-        return frozenset()
-
-    def stop(self) -> list[RawRecords]:
-        """Return nothing: what is due later isn't made."""
-        return []
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 @dataclass
