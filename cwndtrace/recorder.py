@@ -76,6 +76,7 @@ class Recorder:
         self._observer = observer
         self._checkpointed = self._state()
         self._next_checkpoint = 0.0
+        self._next_note = 0.0
 
     def run(self, stop: Callable[[], bool], duration_s: float | None = None) -> None:
         """Record until ``stop`` returns true, the observer's ``turn`` returns False, the source ends or the time is up.
@@ -120,6 +121,9 @@ class Recorder:
                 self._next_checkpoint = now + FLUSH_SECONDS
                 self._writer.update_meta(**checkpoint(self._session))
                 self._checkpointed = state
+            if now >= self._next_note and self._writer.asked():
+                self._next_note = now + FLUSH_SECONDS
+                self._writer.note_written(self._session.read_ns)
         except CaptureError as e:
             self._observer.refused(e)
 

@@ -7,6 +7,7 @@ the tracer, so that the helper process never loads pyarrow.
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -237,6 +238,7 @@ class Snapshots:
     have the privileges that the process has dropped before. It takes none while one waits to be drained: they would
     pile up behind a stalled reader. ``take`` returns what ``look`` does and the seconds of CPU time that it took,
     or None where no snapshot could be taken. ``utc_offset_ns`` returns the offset that ``table`` is to use.
+    ``since_ns`` is when the one that is being taken began, in ns of CLOCK_MONOTONIC, infinite while none is.
     """
 
     def __init__(
@@ -253,6 +255,7 @@ class Snapshots:
         self._stop = threading.Event()
         self.error: Exception | None = None
         self.late = False
+        self.since_ns = time.monotonic() * 1e9
         # Its table is made on the thread, because importing pyarrow takes longer than all else at the start.
         self._first = take()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
@@ -260,16 +263,19 @@ class Snapshots:
     def _add(self, answer: tuple[list[Columns], float] | None) -> float:
         """Make the table of a snapshot, and return the seconds of CPU time that all of it took."""
         if answer is None:
+            self.since_ns = math.inf
             return 0.0
         begin = time.thread_time()
         made = table(answer[0], self._utc_offset_ns())
         with self._lock:
             self._tables.append(made)
+            self.since_ns = math.inf
         return answer[1] + time.thread_time() - begin
 
     def _take_one(self) -> float:
         """Take a snapshot and return the pause after it, in seconds."""
         begin = time.monotonic()
+        self.since_ns = begin * 1e9
         cpu_s = self._add(self._take())
         return pause_s(self._interval_s, cpu_s, time.monotonic() - begin)
 

@@ -132,6 +132,7 @@ class Kernel:
         self.block_probe: str | None = None
         self.lacking: str | None = None
         self.longest_tick_s = IDLE_TICK_SECONDS
+        self.read_ns = 0
         self._refreshed_here: list[Program] = []
         self._settled_last: list[Program] = []
         self._block: Program | None = None
@@ -321,6 +322,8 @@ class Kernel:
         self._behind = False
         for program in self._programs():
             self._behind |= program.consume(_TURN)
+        if not self._behind:
+            self.read_ns = int(self._ticked * 1e9)  # later records may still be in a CPU's buffer
         taken, self._read_so_far = self._read_so_far, []
         return taken
 

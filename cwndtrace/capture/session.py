@@ -45,6 +45,10 @@ class Batch:
         """Return the records as an Arrow table, which is built on first use."""
         return self.rows.to_arrow() if isinstance(self.rows, arrow.TimedRecords) else self.rows
 
+    def head(self, most: int) -> Batch:
+        """Return a batch of the first ``most`` records."""
+        return self if len(self) <= most else Batch(self.event, self.rows.slice(0, most))
+
     def to_pandas(self) -> pd.DataFrame:
         """Return a DataFrame with one row per record, whose columns are those of ``arrow.schema(event)``.
 
@@ -112,7 +116,8 @@ class Tally:
 class Session:
     """Turns a source's raw records into batches.
 
-    Use it as a context manager: call ``step`` until done, then ``finish`` once. Both update ``tally``.
+    Use it as a context manager: call ``step`` until done, then ``finish`` once. Both update ``tally``. All records and
+    snapshots from before ``read_ns``, in ns of CLOCK_MONOTONIC, have been returned.
     """
 
     def __init__(self, source: Source, snapshots: Snapshots | None = None, helper: Helper | None = None) -> None:
@@ -127,6 +132,7 @@ class Session:
         self.spaces: dict[str, dict[str, Any]] = {}
         self._checked_ns = self.start["mono_ns"]
         self._tick_s = TICK_SECONDS
+        self.read_ns = 0
 
     def step(self, timeout_s: float = TICK_SECONDS) -> list[Batch]:
         """Return the batches that came in, after waiting at most ``timeout_s`` seconds for the first."""
@@ -134,8 +140,11 @@ class Session:
         self._tick_s = TICK_SECONDS if raw else min(2 * self._tick_s, self.source.longest_tick_s)
         self.clock.check()
         batches = self._batches(raw)
+        read_ns: float = self.source.read_ns
         if self.snapshots is not None:
+            read_ns = min(read_ns, self.snapshots.since_ns)  # first, because the snapshot may end meanwhile
             batches += self._looked_up("connections", self.snapshots.drain())
+        self.read_ns = int(read_ns)
         self._see(batches)
         batches += self._named(self.names.drain(self.clock.offset_ns))
         self._count()

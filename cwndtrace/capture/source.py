@@ -79,7 +79,8 @@ class Source(Protocol):
 
     ``block_probe`` is the tracepoint at which block requests begin, None where block I/O isn't traced. ``lacking`` says
     what the trace goes on without, and why; None if that is nothing. ``longest_tick_s`` is the longest time, in
-    seconds, that may pass between two calls of ``poll``.
+    seconds, that may pass between two calls of ``poll``. ``poll`` has returned all records that were made before
+    ``read_ns``, in nanoseconds of CLOCK_MONOTONIC.
     """
 
     probes: dict[str, str | None]
@@ -88,6 +89,7 @@ class Source(Protocol):
     block_probe: str | None
     lacking: str | None
     longest_tick_s: float
+    read_ns: int
 
     def begin(self, mono_ns: int) -> None:
         """Leave out records and counts from before ``mono_ns``, in nanoseconds of CLOCK_MONOTONIC, for all events."""

@@ -21,10 +21,12 @@ from cwndtrace.store.dump import dump as make
 from cwndtrace.store.layout import show
 from cwndtrace.store.window import NAMES
 from cwndtrace.store.writer import refuse_place
+from cwndtrace.store.written import when_written
 
 ARRIVED_S: Final = 2.0
-"""The time, in seconds, after which the records of a moment are in the capture: that of the ring buffers and of the
-writer (FLUSH_SECONDS), and as much again."""
+"""The time, in seconds, that a record may take from its moment until the trace can read it: some are made at an ACK."""
+
+_LATE: Final = "the trace had not written all of the span when the dump was made, so records at its end may be missing"
 
 _NOUNS: Final = {"cwnd_reset": "reset", "block_io": "block I/O", "connections": "snapshot"}
 
@@ -91,11 +93,11 @@ def dumped(
     opened = open_capture(capture)
     refuse_place(place, None)
     asked = moments(opened, last_s, start_ns, end_ns)
-    if opened.status == "running":
-        time.sleep(max(0.0, asked.end_ns / 1e9 + ARRIVED_S - time.monotonic()))
-        opened = open_capture(capture)
-    made = make(opened, place, asked, why=why)
+    opened, written = when_written(capture, asked.end_ns + int(ARRIVED_S * 1e9))
+    made = make(opened, place, asked, why=why, lacking="" if written else _LATE)
     warnings = [clean(line) for line in opened.warnings[len(opened.about.lacking) :]]
+    if not written:
+        warnings.append(f"{_LATE}.")
     if made.span.start_ns > asked.start_ns:
         warnings.append("its beginning left the window of the capture meanwhile.")
     return f"The dump is in {clean(str(place))}: {told(made, opened)}.", warnings

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ _STATUS_EVERY_S: Final = 0.5
 _LOST_EVERY_S: Final = 10.0
 """Least interval between two reports of lost records. A busy machine may lose some in each turn, and reports of all of
 them would hide the resets."""
+_PRINTED: Final = 10_000
+"""The most records of one event and turn that are printed. That takes half a second, for which the rings wait."""
 _COUNT_AT_ROWS: Final = 16_384
 """The number of waiting block requests at which they are counted, which bounds the memory that they take."""
 _TIME: Final = Column("TIME", least=8, shorten=lambda text, most: text[:most])
@@ -141,6 +144,7 @@ class TextView:
         self._lost_at = -math.inf
         self._holders = ConnectionHolders()
         self.block = BlockFigures()
+        self.unprinted = 0
 
     def begin(self, what: str, capture: Path) -> None:  # noqa: ARG002
         """Print the header."""
@@ -164,22 +168,21 @@ class TextView:
     def batch(self, batch: Batch) -> None:
         """Print resets, and block requests if ``print_block`` is set; count the rest."""
         if batch.event == "cwnd_reset":
-            self._clear_status()
-            self._follow_terminal()
-            for row in batch.to_dicts():
-                self._reset(row)
+            self._resets += len(batch)
+            self._print(batch, self._reset)
         elif batch.event == "block_io":
             self.block.add(batch)
             if self._print_block:
-                self._clear_status()
-                self._follow_terminal()
-                for row in batch.to_dicts():
-                    self._request(row)
+                self._print(batch, self._request)
         elif batch.event == "connections":
             self._holders.add(batch)
 
+    def _print(self, batch: Batch, line: Callable[[dict[str, Any]], None]) -> None:
+        self._clear_status()
+        self._follow_terminal()
+        self.unprinted += _print_rows(self, batch, line)
+
     def _reset(self, row: dict[str, Any]) -> None:
-        self._resets += 1
         cells = (
             row["time"][11:26],
             peer_window.reason(row),
@@ -240,11 +243,9 @@ class TextView:
 
     @staticmethod
     def output_dropped(lines: int) -> str:
-        """Return the line that replaces ``lines`` lines that a slow reader didn't take."""
-        verb = "wasn't" if lines == 1 else "weren't"
-        return (
-            f"{fmt.plural(lines, 'line')} {verb} printed, because the reader is too slow; the capture has every record"
-        )
+        """Return the line that replaces ``lines`` lines that came too fast to be printed."""
+        said = f"{fmt.plural(lines, 'line')} {'was' if lines == 1 else 'were'} not printed"
+        return f"{said}, because they came too fast for this output; the capture has every record"
 
 
 class JsonView:
@@ -257,6 +258,7 @@ class JsonView:
         self._reported_ns: dict[str, int] = {}
         self._lost_at = -math.inf
         self.block = BlockFigures()
+        self.unprinted = 0
 
     def begin(self, what: str, capture: Path) -> None:
         """Print that tracing has begun, with the target, the capture and the probes."""
@@ -273,8 +275,7 @@ class JsonView:
         if batch.event in ("cwnd_reset", "cwnd_recovery", "workloads") or (
             batch.event == "block_io" and self._print_block
         ):
-            for row in batch.to_dicts():
-                self.write(row)
+            self.unprinted += _print_rows(self, batch, self.write)
 
     def tick(self, waiting: str, *, last: bool = False) -> None:  # noqa: ARG002
         """Print new losses, every ten seconds at most and at the end (``last``)."""
@@ -305,5 +306,15 @@ class JsonView:
 
     @staticmethod
     def output_dropped(lines: int) -> str:
-        """Return the object that replaces ``lines`` lines that a slow reader didn't take."""
+        """Return the object that replaces ``lines`` lines that came too fast to be printed."""
         return fmt.json_line({"event": "output_dropped", "lines": lines})
+
+
+def _print_rows(view: TextView | JsonView, batch: Batch, line: Callable[[dict[str, Any]], None]) -> int:
+    """Print a line for each record of a batch, or for the first ones and how many are left. Returns that number."""
+    for row in batch.head(_PRINTED).to_dicts():
+        line(row)
+    left = max(0, len(batch) - _PRINTED)
+    if left:
+        click.echo(view.output_dropped(left))
+    return left

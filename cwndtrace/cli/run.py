@@ -225,6 +225,7 @@ def _run(asked: RunOptions) -> None:
             )
             triggers = Triggers(
                 writer,
+                read_ns=lambda: session.read_ns,
                 asked=dump_signal.taken,
                 conditions=conditions,
                 every_s=asked.dump_every,
@@ -244,7 +245,7 @@ def _run(asked: RunOptions) -> None:
                         _print_left_out(filters.pid, others)
                         _print_unseen(unseen)
                     if telemetry is not None:
-                        telemetry.start(dropped)
+                        telemetry.start(lambda: dropped() + view.unprinted)
                         if not asked.quiet:
                             _print_metrics(telemetry)
                     console.begin(output)

@@ -31,7 +31,8 @@ class Triggers(Observer):
 
     ``asked`` returns True if a person has asked for a dump since its last call. Conditions cause at most one dump in
     ``every_s`` seconds. A dump has the last ``window_s`` seconds, or the whole trace for None. At most ``most`` are
-    kept; the oldest of this trace are removed. ``say`` is called on the loop's thread with a line for people, and with
+    kept; the oldest of this trace are removed. ``read_ns`` returns the moment up to which the writer has all records,
+    in ns of CLOCK_MONOTONIC. ``say`` is called on the loop's thread with a line for people, and with
     a cause and a cure where a dump failed. ``hurried`` ends the waiting for a dump at the end of the trace.
     """
 
@@ -39,6 +40,7 @@ class Triggers(Observer):
         self,
         writer: ThreadedWriter,
         *,
+        read_ns: Callable[[], int],
         asked: Callable[[], bool],
         conditions: Sequence[Condition],
         every_s: float,
@@ -49,6 +51,7 @@ class Triggers(Observer):
         hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         self._writer = writer
+        self._read_ns = read_ns
         self._asked = asked
         self._conditions = conditions
         self._every_s = every_s
@@ -72,7 +75,7 @@ class Triggers(Observer):
             if condition.met(batches, now) and now >= self._again_s:
                 self._again_s = now + self._every_s
                 self._ask(now, condition.text)
-        if self._pending and now >= self._pending[0] + AFTER_S + ARRIVED_S and not self._dumping():
+        if self._pending and self._read_ns() >= (self._pending[0] + AFTER_S + ARRIVED_S) * 1e9 and not self._dumping():
             self._begin(*self._pending)
         self._tell()
         return True

@@ -125,7 +125,7 @@ DROPPED: Final = Family(
     "cwndtrace.output.dropped",
     "counter",
     "{line}",
-    "Lines that weren't printed, because the reader of the output was too slow.",
+    "Lines that weren't printed, because they came too fast for the output.",
 )
 STARTUP: Final = Family(
     "cwndtrace.startup", "gauge", "s", "Time from the start of the command until tracing had begun."

@@ -111,6 +111,11 @@ class TimedRecords:
         """The records as ``decode`` reads them, without a copy."""
         return decode(self.event, self.data)
 
+    def slice(self, offset: int, length: int) -> TimedRecords:
+        """Return ``length`` records from the one with number ``offset`` on, as far as there are so many."""
+        size, end = event(self.event).size, offset + length
+        return TimedRecords(self.event, self.data[offset * size : end * size], self.utc_offsets_ns[offset:end])
+
     def to_arrow(self) -> pa.Table:
         """Return the records as an Arrow table, as the function ``to_arrow`` does."""
         return to_arrow(self.event, self.records, self.utc_offsets_ns)

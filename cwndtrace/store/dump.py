@@ -32,7 +32,7 @@ from cwndtrace.store.window import NAMES
 from cwndtrace.store.writer import CaptureWriter, failed, refuse_place
 
 _OF_WHOLE: Final = frozenset(
-    ("schema", "status", "pid", "pid_start", "boot_id", "parts", "deleted", "kept_from", "unwritten")
+    ("schema", "status", "pid", "pid_start", "boot_id", "parts", "deleted", "kept_from", "unwritten", "written_to")
 ).union(("unchanged", "withdrawn", "guessed", "counts", "lossy", "lacking", "clock", "started", "ended", "dump"))
 """The entries of meta.json that hold for the whole capture, or for its files, and not for a span of it."""
 
@@ -55,6 +55,7 @@ class Dump:
 
     path: Path
     span: Moments
+    lacking: str = ""
     rows: dict[str, int] = field(default_factory=dict)
     linked: int = 0
     copied: int = 0
@@ -70,17 +71,25 @@ class _Taken:
     clock: npt.NDArray[Any] | None
 
 
-def dump(capture: Capture, output: Path, span: Moments, *, why: str = "", user: privileges.User | None = None) -> Dump:
+def dump(
+    capture: Capture,
+    output: Path,
+    span: Moments,
+    *,
+    why: str = "",
+    user: privileges.User | None = None,
+    lacking: str = "",
+) -> Dump:
     """Make the capture ``output``, with ``user``'s rights, of the rows of ``capture`` whose moment is in ``span``.
 
     A row's moment is its first clock, of which the column ``time`` is the time in UTC. Rows of names are taken whatever
     their time. Parts that are wholly in the span become hard links where that can be. The capture may be written
     meanwhile, and parts may leave its window: the dump then begins later, as ``span`` of the result says. ``why`` says
-    what asked for the dump. Raises CaptureError, and leaves nothing behind then. The dump has a hidden name until it is
-    complete, so that a kill leaves none that doesn't open.
+    what asked for the dump, and ``lacking`` what it is known to lack. Raises CaptureError, and leaves nothing behind
+    then. The dump has a hidden name until it is complete, so that a kill leaves none that doesn't open.
     """
     refuse_place(output, user)
-    made = Dump(output, span)
+    made = Dump(output, span, lacking)
     hidden = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     writer = CaptureWriter.create(hidden, {**_taken_over(capture, why), **_account(capture, made)}, user=user)
     try:
@@ -240,7 +249,7 @@ def _account(capture: Capture, made: Dump) -> dict[str, Any]:
             "segments": [asdict(each) for each in segments],
         },
         "lossy": [asdict(each) for each in lossy],
-        "lacking": list(_lacking(capture)),
+        "lacking": [*filter(None, [made.lacking]), *_lacking(capture)],
     }
     if about.counts is not None:
         lost = {event: sum(each.lost for each in lossy if each.event == event) for event in about.counts}

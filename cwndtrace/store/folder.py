@@ -9,6 +9,7 @@ the folder's descriptor, always as a new file, and never through a link.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -117,6 +118,22 @@ class Folder:
             except OSError:  # another file system, one without hard links, or no name of the file is left
                 return False
             return True
+
+    def locked(self) -> bool:
+        """Return whether another process holds a lock, see flock(2), on the folder; False where that can't be told."""
+        try:
+            descriptor = os.open(".", _FOLDER, dir_fd=self._fd)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without such locks
+            return False
+        finally:
+            os.close(descriptor)
+        return False
 
     def sync(self) -> None:
         """Flush the names in the folder to the device."""

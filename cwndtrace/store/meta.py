@@ -97,7 +97,8 @@ class Meta:
 
     ``begin`` is the moment from which on the capture is complete. If that is later than the start of the trace, because
     older parts were ``deleted``, ``kept_from`` is its time in ns of CLOCK_MONOTONIC; else None. ``dumped`` is the name
-    of the capture of which this one is a dump.
+    of the capture of which this one is a dump. Where a reader asked a trace that still runs, all records from before
+    ``written_to``, in ns of CLOCK_MONOTONIC, are on disk.
 
     ``cgroups`` says which versions of cgroups the host had mounted: v2, v1 or hybrid for both. ``counts`` is None where
     the capture has no counts at all, and ``parts`` where it doesn't list its parts.
@@ -115,6 +116,7 @@ class Meta:
     begin: Moment | None = None
     end: Moment | None = None
     kept_from: int | None = None
+    written_to: int | None = None
     dumped: str = ""
     utc_offsets_ns: tuple[int, ...] = ()
     segments: tuple[Moment, ...] = ()
@@ -154,6 +156,7 @@ class Meta:
             begin=Moment(kept_from, _offset(segments or (start,), kept_from)) if late and start else start,
             end=_moment(clock.get("end")),
             kept_from=kept_from if late else None,
+            written_to=_integer(raw.get("written_to")),
             dumped=_text(_mapping(raw.get("dump")).get("capture")),
             utc_offsets_ns=tuple(
                 _integers(_mapping(each).get("utc_offset_ns") for each in _list(clock.get("segments")))

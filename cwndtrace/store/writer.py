@@ -214,21 +214,30 @@ class CaptureWriter:
             buffer.rows += len(data)
             buffer.arrived_ns = time.monotonic_ns()
 
-    def flush(self, force: bool = False) -> None:
+    def flush(self, force: bool = False, *, seal: bool = True) -> None:
         """Write the parts that are due, and delete those that have left the window.
 
         A part is due ``flush_seconds`` after its first new row, OWN_SECONDS after it if all new rows are this process's
-        own block I/O, and at once with PART_ROWS new rows. ``force`` writes all rows, and seals the parts. Raises
-        CaptureError if the disk refuses; the rows are then kept, and written again ``flush_seconds`` later at the
-        earliest, unless forced.
+        own block I/O, and at once with PART_ROWS new rows. ``force`` writes all rows, and seals the parts unless
+        ``seal`` is False. Raises CaptureError if the disk refuses; the rows are then kept, and written again
+        ``flush_seconds`` later at the earliest, unless forced.
         """
-        if refused := self._flush(force):
+        if refused := self._flush(force, seal=seal):
             name, error = refused[0]
             waiting = plural(number := self._buffers[name].waiting, "row")
             failure = (
                 f"Writing {name} to {show(self.path)} failed, {waiting} {'waits' if number == 1 else 'wait'} in memory"
             )
             raise failed(failure, error)
+
+    def asked(self) -> bool:
+        """Return whether another process asks up to which moment all rows are on disk, see ``written.when_written``."""
+        return self.folder.locked()
+
+    def note_written(self, read_ns: int) -> None:
+        """Write all rows, and to ``meta.json`` that those from before ``read_ns`` are there. Raises CaptureError."""
+        self.flush(force=True, seal=False)
+        self.update_meta(written_to=read_ns)
 
     def parts(self, table: str) -> Mapping[int, Part]:
         """Return the parts of a table that are there, by number."""
@@ -246,7 +255,7 @@ class CaptureWriter:
         due += [self._spool.due_s(), *(self._quiet(buffer) for buffer in self._buffers.values())]
         return min(due) - time.monotonic()
 
-    def _flush(self, force: bool) -> list[tuple[str, OSError]]:
+    def _flush(self, force: bool, *, seal: bool = True) -> list[tuple[str, OSError]]:
         """Write the parts that are due, and return the tables that the disk refused, with the errors."""
         for name, buffer in self._buffers.items():
             if self._quiet(buffer) <= time.monotonic():
@@ -263,7 +272,7 @@ class CaptureWriter:
                 if (records := buffer.records()) is not None and self._spool.takes(name, buffer.waiting):
                     self._write_raw(name, buffer, records)
                 else:
-                    self._write_part(name, buffer, seal=force)
+                    self._write_part(name, buffer, seal=force and seal)
             except OSError as error:
                 buffer.due = time.monotonic() + self._flush_seconds
                 refused.append((name, error))
@@ -345,6 +354,7 @@ class CaptureWriter:
             self._spool.convert_all(self.go_on)
         if self.lost:
             meta["unwritten"] = dict(+self.lost)
+        self._meta.pop("written_to", None)
         meta["parts"] = {name: listed(parts.values()) for name, parts in self._parts.items() if parts}
         meta["schema"] = SCHEMA_VERSION if self._spool else _schema(self._window)
         try:

@@ -31,7 +31,7 @@ class ThreadedWriter:
         self.path = writer.path
         self._writer = writer
         self._queue: queue.SimpleQueue[
-            tuple[str, pa.Table | TimedRecords] | dict[str, Any] | queue.SimpleQueue[Exception | None] | None
+            tuple[str, pa.Table | TimedRecords] | dict[str, Any] | int | queue.SimpleQueue[Exception | None] | None
         ] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
@@ -62,6 +62,15 @@ class ThreadedWriter:
         """Update ``meta.json`` once the rows queued before are taken; the next ``flush`` raises an error of it."""
         self._start()
         self._queue.put(values)
+
+    def asked(self) -> bool:
+        """Return whether another process asks, as ``CaptureWriter.asked`` does."""
+        return self._writer.asked()
+
+    def note_written(self, read_ns: int) -> None:
+        """Note in ``meta.json`` up to when rows are on disk, once those queued before are."""
+        self._start()
+        self._queue.put(read_ns)
 
     def flush(self) -> None:
         """Raise the error of the last attempt to write, if it failed. The thread itself writes the parts."""
@@ -109,6 +118,8 @@ class ThreadedWriter:
                     item.put(self._forced())
                 elif isinstance(item, dict):
                     self._writer.update_meta(**item)
+                elif isinstance(item, int):
+                    self._writer.note_written(item)
                 else:
                     self._add(*item)
             except queue.Empty:

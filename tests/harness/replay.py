@@ -55,6 +55,7 @@ class Replay:
             self.block_probe: str | None = head.get("block_probe")
             self.lacking: str | None = head.get("lacking")
             self.longest_tick_s = TICK_SECONDS
+            self.read_ns = 0
             self._counts = Counts(**head["counts"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise CaptureError(f"{path} isn't a recording of raw records: {e}") from e

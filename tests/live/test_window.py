@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ import pyarrow.compute as pc
 import pytest
 
 import cwndtrace
+from cwndtrace.cli.dump import ARRIVED_S
 from cwndtrace.records import arrow
 from cwndtrace.store import open_capture
 from cwndtrace.store.dump import clock_column
 from cwndtrace.store.window import NAMES
 from tests.harness import tcp
-from tests.harness.command import LONG_S, Running, call, running, send_after_idle
+from tests.harness.command import ENVIRONMENT, LONG_S, Running, call, running, send_after_idle
 from tests.harness.disk import Disk, loop
 from tests.harness.soak import SECONDS
 from tests.harness.tcp import Connect
@@ -53,13 +55,8 @@ def load(connect: Connect, device: Disk) -> Iterator[None]:
         except BaseException as e:
             failures.append(e)
 
-    def read() -> None:
-        device.read(*range(200))
-        # A trace that prints each request falls seconds behind at 60,000 a second.
-        over.wait(0.02)
-
     connection = connect()
-    works = (read, lambda: send_after_idle(connection))
+    works = (lambda: device.read(*range(200)), lambda: send_after_idle(connection))
     threads = [threading.Thread(target=forever, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
@@ -205,6 +202,26 @@ def test_dumps_by_command_signal_and_condition_are_exact(connect: Connect, space
     for dump in (*dumps.values(), tmp_path / "by-command.cwnd"):
         assert_exact(dump, whole)
     assert len(cwndtrace.load(dumps["resets > 2/min"]).resets) >= 3
+
+
+def test_a_dump_waits_for_a_trace_that_is_late(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:
+    """A process that gets no CPU is like one that is stopped."""
+    whole, made = tmp_path / "a.cwnd", tmp_path / "b.cwnd"
+    dump: list[str | Path] = [sys.executable, "-P", "-m", "cwndtrace", "dump", whole, "-o", made]
+    with loop() as disk, running("-n", space.name, "--block", "-o", whole, stdout=-3) as run:
+        with load(connect, disk):
+            tcp.until(lambda: len(open_capture(whole).table("cwnd_reset")) > 2, LONG_S, "resets in the capture")
+            run.process.send_signal(signal.SIGSTOP)
+            try:
+                dumping = subprocess.Popen(dump, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    dumping.wait(ARRIVED_S + 3)
+            finally:
+                run.process.send_signal(signal.SIGCONT)
+            _, warnings = dumping.communicate(timeout=LONG_S)
+        assert run.end()[0] == 0
+    assert (dumping.returncode, warnings) == (0, "")
+    assert_exact(made, whole)
 
 
 def test_dumps_of_a_window_that_moves_are_exact(connect: Connect, space: tcp.Space, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class FakeSource:
         self.block_probe: str | None = "block_io_start"
         self.lacking: str | None = None
         self.longest_tick_s = TICK_SECONDS
+        self.read_ns = 0
         self.count = Counts(lost=dict.fromkeys(self.events, 0))
         self.closed = False
         self.begun_ns = 0

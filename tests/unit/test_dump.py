@@ -209,6 +209,11 @@ def test_the_part_that_is_still_written_is_taken_as_it_is(tmp_path: Path) -> Non
     assert load(made.path).gaps() == []
 
 
+def test_what_a_dump_is_known_to_lack_is_in_its_account(tmp_path: Path, whole: store.Capture) -> None:
+    made = dump(whole, tmp_path / "b.cwnd", between(5, 50), lacking="the end may be missing")
+    assert "the end may be missing" in load(made.path).warnings
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: store.Capture) -> None:
     monkeypatch.setattr(folder.Folder, "link", lambda *_: False)
     real = folder.Folder.write

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -171,6 +172,36 @@ def test_only_files_of_the_own_user_are_linked(tmp_path: Path, made: Folder, mon
         monkeypatch.setattr(folder, "_file_system_uid", lambda: 54321)
         assert not made.link("theirs", part)
     assert names(tmp_path / "new") == ["mine"]
+
+
+def test_a_lock_is_seen_wherever_the_folder_has_been_moved(tmp_path: Path, made: Folder) -> None:
+    assert not made.locked()
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    place.rename(tmp_path / "moved")
+    descriptor = os.open(tmp_path / "moved", os.O_RDONLY)
+    try:
+        assert not made.locked()
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        assert made.locked()
+        assert made.locked()
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        assert not made.locked()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # looking for a lock leaves none
+        assert made.locked()
+    finally:
+        os.close(descriptor)
+    assert not made.locked()
+
+
+def test_where_no_lock_can_be_had_there_is_none(made: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert not made.locked()
+    monkeypatch.undo()
+    made.close()
+    assert not made.locked()
 
 
 def test_a_discarded_file_may_be_gone_already(tmp_path: Path, made: Folder) -> None:

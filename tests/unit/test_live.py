@@ -245,9 +245,31 @@ def test_json_has_what_was_lost_since_the_last_report(clock: HandClock, capsys: 
     assert reported(last=True) == [(3, 6, 9)]
 
 
-@pytest.mark.parametrize(("lines", "words"), [(1, "1 line wasn't printed"), (2000, "2,000 lines weren't printed")])
+@pytest.mark.parametrize("event", ["block_io", "cwnd_reset"])
+def test_printing_does_not_keep_the_rings_waiting(event: str, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes too fast in one turn is counted instead, and figures are of all."""
+    monkeypatch.setattr(live, "_PRINTED", 3)
+    record = {"block_io": frames.block, "cwnd_reset": frames.reset}[event]
+    many = batch(event, *(record(n) for n in range(5)))
+    text, as_json = text_view(session(), print_block=True), live.JsonView(session(), print_block=True)
+    for view in (text, as_json):
+        view.batch(many)
+        assert view.unprinted == 2
+        view.batch(batch(event, *(record(n) for n in range(3))))
+        assert view.unprinted == 2
+    lines = capsys.readouterr().out.splitlines()
+    printed, objects = lines[:7], [json.loads(line) for line in lines[7:]]
+    assert [line.startswith("2 lines were not printed") for line in printed] == [False] * 3 + [True] + [False] * 3
+    assert [each["event"] for each in objects] == [event] * 3 + ["output_dropped"] + [event] * 3
+    assert objects[3]["lines"] == 2
+    if event == "block_io":
+        text.block.count()
+        assert text.block.all.count == 8
+
+
+@pytest.mark.parametrize(("lines", "words"), [(1, "1 line was not printed"), (2000, "2,000 lines were not printed")])
 def test_lines_that_were_dropped_are_counted(lines: int, words: str) -> None:
     assert live.TextView.output_dropped(lines) == (
-        f"{words}, because the reader is too slow; the capture has every record"
+        f"{words}, because they came too fast for this output; the capture has every record"
     )
     assert json.loads(live.JsonView.output_dropped(lines)) == {"event": "output_dropped", "lines": lines}

@@ -42,6 +42,7 @@ class BuiltProgram:
         self.skips: dict[str, int] = {}
         self.keys: dict[str, set[int]] = {}
         self.room = 10
+        self.behind = False
 
     def attach(self, attachments: tuple[ladder.Attachment, ...], _: object) -> None:
         if why := self.machine.refuses.get(self.name):
@@ -68,7 +69,7 @@ class BuiltProgram:
         while self.entries:
             table, raw = self.entries.pop(0)
             self.rings[table](raw)
-        return False
+        return self.behind
 
     def run_everywhere(self, program: str) -> None:
         self.did.append(program)
@@ -390,6 +391,25 @@ def test_a_filter_that_would_let_nothing_through_is_an_error(machine: MadeMachin
     with pytest.raises(CwndtraceError, match="the helper process didn't list the sockets or cgroups to trace"):
         source(machine, Filters(pid=9, cgroup=Path("/web")))
     assert all(each.did[-1] == "close" for each in machine.built)
+
+
+def test_all_is_read_up_to_the_tick_before_a_turn_that_empties_the_rings(machine: MadeMachine, clock: HandTime) -> None:
+    kernel = source(machine)
+    _, block = machine.built
+    kernel.poll(0)
+    assert kernel.read_ns == 1_000_000_000_000
+    clock.now += 0.001  # too early for another tick, so that records of this moment may be in a CPU's buffer
+    kernel.poll(0.01)
+    assert kernel.read_ns == 1_000_000_000_000
+    block.behind = True
+    for _ in range(2):
+        clock.now += 5
+        kernel.poll(0.01)
+        assert kernel.read_ns == 1_000_000_000_000
+    block.behind = False
+    kernel.poll(0.01)
+    assert kernel.read_ns == 1_010_001_000_000
+    kernel.close()
 
 
 def test_the_end_hands_over_what_is_under_way(machine: MadeMachine, clock: HandTime) -> None:

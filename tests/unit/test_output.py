@@ -108,7 +108,7 @@ def test_printing_continues_after_lines_were_dropped(monkeypatch: pytest.MonkeyP
             click.echo("more")
             turns += 1
     reader.join(30)
-    (note,) = (index for index, line in enumerate(reader.lines) if "weren't printed" in line)
+    (note,) = (index for index, line in enumerate(reader.lines) if "not printed" in line)
     assert set(reader.lines[:note]) == {LINE}
     assert set(reader.lines[note + 1 :]) == {"more"}
     lines = int(reader.lines[note].split(" ")[0].replace(",", ""))

@@ -206,7 +206,7 @@ def test_single_records_are_in_the_singular(tmp_path: Path, capsys: pytest.Captu
     playing.played(source, tmp_path, as_json=False)
     stdout = capsys.readouterr().out
     assert "kept 1 reset, 1 block I/O; lost 0 resets, 0 block I/Os; 1 restart left the window as it was" in stdout
-    assert TextView.output_dropped(1).startswith("1 line wasn't printed")
+    assert TextView.output_dropped(1).startswith("1 line was not printed")
 
 
 def test_control_characters_of_names_never_reach_the_terminal(

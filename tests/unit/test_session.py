@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cwndtrace import tcp
 from cwndtrace.capture.clocks import Segments, utc_offset_ns
+from cwndtrace.capture.connections import Snapshots
 from cwndtrace.capture.session import Loss, Tally, describe, ending
 from cwndtrace.capture.source import Filters
 from cwndtrace.cli.interrupt import Interrupt
@@ -76,6 +80,29 @@ def test_losses_are_dated_and_adjacent_ones_are_joined() -> None:
     assert meta["counts"] == {"block_io": {"kept": 0, "lost": 11}, "cwnd_reset": {"kept": 0, "lost": 2}}
     assert sum(span["lost"] for span in meta["lossy"]) == 13
     assert meta["clock"]["end"]["mono_ns"] >= meta["clock"]["start"]["mono_ns"]
+
+
+def test_all_is_read_until_a_snapshot_that_is_being_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FakeSource([], [], [])
+    session = session_of(source)
+    session.step()
+    assert session.read_ns == 0
+    source.read_ns = 50
+    session.step()
+    assert session.read_ns == 50
+    snapshots = Snapshots(lambda: None, lambda: 0)
+    session.snapshots = snapshots
+    snapshots.since_ns = 40.0
+
+    def drained() -> Iterator[pa.Table]:
+        snapshots.since_ns = math.inf  # it ends meanwhile, too late for this turn
+        return iter([])
+
+    monkeypatch.setattr(snapshots, "drain", drained)
+    session.step()
+    assert session.read_ns == 40
+    session.step()
+    assert session.read_ns == 50
 
 
 def test_many_losses_become_few_spans(monkeypatch: pytest.MonkeyPatch) -> None:

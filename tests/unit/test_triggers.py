@@ -142,9 +142,22 @@ class TriggeredTrace:
         self.asked = False
         self.said: list[tuple[str, ...]] = []
         self.sector = 0
-        values: dict[str, Any] = {"conditions": [], "every_s": 600.0, "most": 10, "window_s": None, **options}
+        self.read_ns: int | None = None
+        """Up to when all is read; None for now."""
+        values: dict[str, Any] = {
+            "conditions": [],
+            "every_s": 600.0,
+            "most": 10,
+            "window_s": None,
+            **options,
+        }
         self.triggers = Triggers(
-            self.writer, asked=self._asked, user=None, say=lambda *news: self.said.append(news), **values
+            self.writer,
+            read_ns=lambda: time.monotonic_ns() if self.read_ns is None else self.read_ns,
+            asked=self._asked,
+            user=None,
+            say=lambda *news: self.said.append(news),
+            **values,
         )
 
     def _asked(self) -> bool:
@@ -201,6 +214,20 @@ def test_a_signal_dumps_all_that_came_before(tmp_path: Path) -> None:
     assert said.startswith(f"dumped to {made} because of SIGUSR1: 0 resets, 20 block I/Os, 0 snapshots, ")
     traced.end()
     assert len(traced.dumps()) == 1
+
+
+def test_a_dump_waits_until_all_of_its_span_is_read(tmp_path: Path) -> None:
+    """A loop that is late, because it prints or waits for a CPU, reads the records of a moment long after it."""
+    traced = TriggeredTrace(tmp_path / "a.cwnd")
+    traced.read_ns = time.monotonic_ns()
+    traced.asked = True
+    traced.turn([])
+    late = traced.add()
+    assert traced.triggers._thread is None
+    traced.read_ns = time.monotonic_ns()
+    traced.turn(late)
+    traced.until_said(1)
+    traced.end()
 
 
 def test_a_condition_dumps_once_in_a_time(tmp_path: Path) -> None:
