@@ -89,12 +89,12 @@ kernels-test: develop ## as root: boot Debian's stock kernels, 5.10 to the newes
 	@.venv/bin/python tools/kernels btf
 	@.venv/bin/python tools/kernels test
 
-vm-test: develop ## build kernels with and without the patches, boot each in software emulation, test in them
+vm-test: develop ## build Linux 6.12 with and without the patches, boot both in software emulation, test in them
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test
 	@.venv/bin/python -m pytest -q -m vm tests/vm/test_tool.py tests/vm/test_build.py
 
-vm-test-all: develop ## the same for each kernel line that kernel-patches/ serves and Debian has, 6.1 and 7.3 too
+vm-test-all: develop ## the same for each kernel line that kernel-patches/ serves and Debian has: 6.1, 7.2 and 7.3 too
 	@$(SETUP) packages vm
 	@.venv/bin/python tools/vm test all
 
