@@ -214,15 +214,16 @@ class CaptureWriter:
             buffer.rows += len(data)
             buffer.arrived_ns = time.monotonic_ns()
 
-    def flush(self, force: bool = False, *, seal: bool = True) -> None:
+    def flush(self, force: bool = False, *, seal: bool = True, late: bool = False) -> None:
         """Write the parts that are due, and delete those that have left the window.
 
         A part is due ``flush_seconds`` after its first new row, OWN_SECONDS after it if all new rows are this process's
         own block I/O, and at once with PART_ROWS new rows. ``force`` writes all rows, and seals the parts unless
-        ``seal`` is False. Raises CaptureError if the disk refuses; the rows are then kept, and written again
-        ``flush_seconds`` later at the earliest, unless forced.
+        ``seal`` is False. A raw part that is due becomes Parquet, unless ``late`` says that rows wait for this thread.
+        Raises CaptureError if the disk refuses; the rows are then kept, and written again ``flush_seconds`` later at
+        the earliest, unless forced.
         """
-        if refused := self._flush(force, seal=seal):
+        if refused := self._flush(force, seal=seal, late=late):
             name, error = refused[0]
             waiting = plural(number := self._buffers[name].waiting, "row")
             failure = (
@@ -255,7 +256,7 @@ class CaptureWriter:
         due += [self._spool.due_s(), *(self._quiet(buffer) for buffer in self._buffers.values())]
         return min(due) - time.monotonic()
 
-    def _flush(self, force: bool, *, seal: bool = True) -> list[tuple[str, OSError]]:
+    def _flush(self, force: bool, *, seal: bool = True, late: bool = False) -> list[tuple[str, OSError]]:
         """Write the parts that are due, and return the tables that the disk refused, with the errors."""
         for name, buffer in self._buffers.items():
             if self._quiet(buffer) <= time.monotonic():
@@ -276,7 +277,7 @@ class CaptureWriter:
             except OSError as error:
                 buffer.due = time.monotonic() + self._flush_seconds
                 refused.append((name, error))
-        if not force and time.monotonic() >= self._spool.due_s():
+        if not (force or late) and time.monotonic() >= self._spool.due_s():
             with suppress(OSError):  # its rows are on the disk, and it is tried again
                 self._spool.convert()
         return refused

@@ -144,7 +144,7 @@ class ThreadedWriter:
 
     def _flush(self) -> None:
         try:
-            self._writer.flush()
+            self._writer.flush(late=not self._queue.empty())
         except Exception as e:  # as above: bad records may only show when they are written
             self._failure = e
         else:

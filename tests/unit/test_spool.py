@@ -141,6 +141,18 @@ def test_parquet_is_tried_ever_more_rarely_while_records_come_too_fast(
     assert waits == [2, 4, 8, 16, 32, 64, 64]
 
 
+def test_no_parquet_is_tried_while_rows_wait_for_the_writer(tmp_path: Path, raw_only: pytest.MonkeyPatch) -> None:
+    writer = make(tmp_path / "a.cwnd")
+    append(writer, records(0, 3))
+    raw_only.undo()
+    raw_only.setattr(writer._buffers["block_io"], "arrived_ns", 0)
+    raw_only.setattr(writer._spool, "_trial_at_s", 0.0)
+    writer.flush(late=True)
+    assert parts(tmp_path / "a.cwnd") == [raw_name(1)]
+    writer.flush()
+    assert parts(tmp_path / "a.cwnd") == [part_name(1)]
+
+
 def test_a_raw_part_without_new_rows_is_completed(tmp_path: Path, raw_only: pytest.MonkeyPatch) -> None:
     writer = make(tmp_path / "a.cwnd")
     append(writer, records(0, 3))

@@ -14,6 +14,7 @@ import pytest
 from cwndtrace.errors import CaptureError
 from cwndtrace.records import arrow, layout
 from cwndtrace.store import CaptureWriter, ThreadedWriter, open_capture, writer_thread
+from tests.harness.tcp import until
 
 
 def rows(number: int) -> pa.Table:
@@ -28,6 +29,20 @@ def test_all_added_rows_are_on_disk_after_close(tmp_path: Path) -> None:
     writer.close("failed")
     capture = open_capture(tmp_path / "a.cwnd")
     assert (capture.rows("block_io"), capture.status, capture.meta["ended"]) == (321, "complete", "now")
+
+
+def test_rows_that_wait_come_before_raw_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = CaptureWriter.create(tmp_path / "a.cwnd", {})
+    may_add, late, add = threading.Event(), [], inner.add
+    monkeypatch.setattr(inner, "add", lambda table, data: (may_add.wait(30), add(table, data)))
+    monkeypatch.setattr(inner, "flush", lambda **how: late.append(how["late"]))
+    writer = ThreadedWriter(inner)
+    for _ in range(3):
+        writer.add("block_io", rows(1))
+    may_add.set()
+    until(lambda: len(late) >= 3, 30, "a look at the disk after each of the three")
+    assert late[:3] == [True, True, False]
+    writer.close()
 
 
 def test_a_writer_without_rows_starts_no_thread(tmp_path: Path) -> None:
@@ -60,7 +75,7 @@ def test_flush_raises_the_error_of_the_disk_until_it_recovers(tmp_path: Path, mo
     inner = CaptureWriter.create(tmp_path / "a.cwnd", {}, flush_seconds=0)
     real, refused = inner.flush, threading.Event()
 
-    def refuse(force: bool = False) -> None:  # noqa: ARG001
+    def refuse(**_: bool) -> None:
         refused.set()
         raise CaptureError("full", "free some")
 
@@ -94,7 +109,7 @@ def test_waiting_ends_with_the_rows_on_the_disk_or_with_its_error(
     writer.wait()
     assert open_capture(tmp_path / "a.cwnd").rows("block_io") == 5
 
-    def refuse(force: bool = False) -> None:
+    def refuse(*, force: bool = False, late: bool = False) -> None:  # noqa: ARG001
         if force:
             raise CaptureError("full", "free some")
 
