@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 from cwndtrace.cli import options
+from cwndtrace.cli.table import echo_prose
 from cwndtrace.errors import CaptureError, UsageError
 from cwndtrace.format import clean, moment, plural, span
 from cwndtrace.records import arrow
@@ -72,9 +73,9 @@ def dump(capture: Path, *, last: float | None, start: int | None, end: int | Non
       cwndtrace dump now.cwnd --from 2026-01-02T03:04 --to 2026-01-02T03:10
     """
     said, warnings = dumped(capture, output or beside(capture), last, start, end, why="cwndtrace dump")
-    click.echo(said)
+    echo_prose(said)
     for line in warnings:
-        click.echo(f"warning: {line}", err=True)
+        echo_prose(f"warning: {line}", err=True)
 
 
 def dumped(
