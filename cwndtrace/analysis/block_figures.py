@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts, sums and exact percentiles of groups of block requests, in memory that their number doesn't change.
 
-Requests are read twice. The first time, each latency is counted in a bin that is less than two percent wide; that tells
-in which bins the percentiles are. The second time, only the latencies in these bins are kept.
+Each latency is counted in a bin that is less than two percent wide. That tells in which bins the percentiles are, and
+of all latencies only those in bins where the percentiles may yet be are kept. Where they turn out to be in others, all
+requests are read a second time, for the latencies in these.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,8 +81,15 @@ _CELLS: Final = 1 << 20
 """The most bins of a metric, those of all groups together. With more groups, bins are wider."""
 
 _HELD: Final = 1 << 20
-"""The rows that are held as they are, so that they are read only once; and after how many values equal ones are joined.
-"""
+"""The rows that are held as they are; and after how many values equal ones are joined."""
+
+_MOST_KEPT: Final = 1 << 21
+"""With more values than this that may yet be wanted, 24 bytes each, none are kept while the requests are counted."""
+
+_SURE: Final = 4
+"""By how many standard deviations the ranks of a percentile may be off, for requests that come in no order."""
+
+_FEW_GROUPS: Final = 1 << 16
 
 
 class _Changed(Exception):
@@ -96,7 +105,8 @@ def figures(block_io: pd.DataFrame | BlockRequests, keys: Sequence[str]) -> pd.D
     if requests.rows > _HELD:
         tally = _together(requests, (*keys, *NEEDS), lambda: _Tally(keys))
         try:
-            tally.select(requests)
+            if not tally.complete():
+                tally.select(requests)
         except _Changed:
             pass  # what is held as it is read can't change
         else:
@@ -122,6 +132,8 @@ class _Tally:
         self._sums["latency_ns"] = np.zeros(0, np.float64)
         self._tables = {name: np.zeros(0, np.int64) for name in _METRICS}
         self._kept = {name: _Kept() for name in _METRICS}
+        self._keeping, self._near = True, dict[str, Bools]()
+        self._looked = np.zeros(0, np.int64)
 
     @property
     def _bits(self) -> int:
@@ -130,8 +142,10 @@ class _Tally:
 
     def add(self, frame: pd.DataFrame) -> None:
         """Count the requests of a frame."""
-        local, labels = grouped(frame, self._keys)
         self._kinds |= {key: frame[key].dtype for key in self._keys if not _is_text(frame[key])}
+        if frame.empty:
+            return
+        local, labels = grouped(frame, self._keys)
         numbers = self._number(labels)
         self._grow()
         for name, values in (
@@ -143,15 +157,30 @@ class _Tally:
             # Sums in float64 are exact up to 2**53, for the latencies that are 104 days.
             sums = self._sums[name]
             sums[numbers] += np.bincount(local, values, len(labels)).astype(sums.dtype)
-        for name, group, ns in _values(frame, numbers[local]):
-            cells = (group << self._bits) + _bins(ns, self._shift)
-            if self._hold:
-                self._kept[name].add(cells, ns)
+        found = [(name, _cells(numbers, group, ns, self._shift), ns) for name, group, ns in _values(frame, local)]
+        for name, cells, _ in found:
             table = self._tables[name]
             if len(table) <= 4 * len(cells):
                 table += np.bincount(cells, minlength=len(table))
             else:
                 np.add.at(table, cells, 1)
+        if self._hold:
+            for name, cells, ns in found:
+                self._kept[name].add(cells, ns)
+        elif self._keeping:
+            self._look()
+            for name, cells, ns in found:
+                chosen = np.flatnonzero(self._near[name][cells])
+                self._kept[name].add(cells[chosen], ns[chosen])
+            if sum(map(len, self._kept.values())) > _MOST_KEPT:
+                self._keeping, self._kept = False, {name: _Kept() for name in _METRICS}
+
+    def _look(self) -> None:
+        """Find the bins where the percentiles may yet be, if there are new groups or twice the requests of one."""
+        count = self._sums["count"][: len(self._numbers)]
+        if len(count) > len(self._looked) or (count >= 2 * self._looked).any():
+            self._near = {name: self._places(name).near() for name in _METRICS}
+            self._looked = count.copy()
 
     def merge(self, other: _Tally) -> None:
         """Add what another one of the same keys has counted."""
@@ -165,20 +194,26 @@ class _Tally:
         for name, table in self._tables.items():
             size = len(numbers) << self._bits
             table.reshape(-1, 1 << self._bits)[numbers] += other._tables[name][:size].reshape(-1, 1 << self._bits)
-            self._kept[name].merge(other._kept[name], numbers)
+            self._kept[name].merge(other._kept[name], numbers, self._bits)
+
+    def complete(self) -> bool:
+        """Return whether all values have been kept of the bins in which the percentiles are."""
+        return all(self._has(name, self._places(name).cells) for name in _METRICS)
+
+    def _has(self, name: str, cells: Ints) -> bool:
+        kept, _, counts = self._kept[name].joined()
+        found = np.bincount(kept, counts, len(self._tables[name]))
+        return bool((found[cells] == self._tables[name][cells]).all())
 
     def select(self, requests: BlockRequests) -> None:
         """Read the requests again, and keep the values among which the percentiles are. Raises ``_Changed``."""
         wanted = {}
         for name, table in self._tables.items():
             wanted[name] = np.zeros(len(table), np.bool_)
-            wanted[name][self._places(name)[0]] = True
+            wanted[name][self._places(name).cells] = True
         self._kept = _together(requests, (*self._keys, *_TIMES), lambda: _Selection(self, wanted)).kept
-        for name, kept in self._kept.items():
-            cells, _, counts = kept.joined()
-            found = np.bincount(cells, counts, len(self._tables[name])).astype(np.int64)
-            if (found != np.where(wanted[name], self._tables[name], 0)).any():
-                raise _Changed
+        if not self.complete():
+            raise _Changed
 
     def numbers(self, labels: pd.DataFrame) -> Ints:
         """Return the numbers of groups that have been counted. Raises ``_Changed`` for another one."""
@@ -204,27 +239,17 @@ class _Tally:
 
     def _percentiles(self, name: str) -> npt.NDArray[np.float64]:
         """Return the percentiles in ns, one row for each and one column for each group; missing without a value."""
-        cells, before, there = self._places(name)
+        places = self._places(name)
         kept, values, counts = self._kept[name].joined()
         upto = np.append(0, np.cumsum(counts))
         # The values of a cell come one after the other, the least first.
-        place = np.searchsorted(upto, upto[np.searchsorted(kept, cells)] + before, side="right") - 1
-        found = np.full((_RANKS[name], len(there)), np.nan)
-        found[:, there] = values[place].reshape(_RANKS[name], np.count_nonzero(there))
+        at = np.searchsorted(upto, upto[np.searchsorted(kept, places.cells)] + places.before, side="right") - 1
+        found = np.full((_RANKS[name], len(places.there)), np.nan)
+        found[:, places.there] = values[at].reshape(_RANKS[name], np.count_nonzero(places.there))
         return found
 
-    def _places(self, name: str) -> tuple[Ints, Ints, Bools]:
-        """Return where the percentiles are: the cell of each, how many values before it are in it, and the groups."""
-        table = self._tables[name][: len(self._numbers) << self._bits]
-        upto = np.cumsum(table)
-        count = table.reshape(-1, 1 << self._bits).sum(axis=1)
-        there = count > 0
-        first, count = (np.cumsum(count) - count)[there], count[there]
-        # The same floating-point numbers as in numpy.quantile, method inverted_cdf.
-        ranks = [np.maximum(np.ceil(count * share - 1), 0).astype(np.int64) for share in _QUANTILES.values()]
-        at = np.concatenate([first + rank for rank in (*ranks, count - 1)[: _RANKS[name]]])
-        cells = np.searchsorted(upto, at, side="right")
-        return cells, at - np.append(0, upto)[cells], there
+    def _places(self, name: str) -> _Places:
+        return _Places(self._tables[name][: len(self._numbers) << self._bits], self._bits, _RANKS[name])
 
     def _number(self, labels: pd.DataFrame) -> Ints:
         """Return the numbers of groups, new ones included."""
@@ -246,9 +271,52 @@ class _Tally:
     def _coarsen(self, shift: int) -> None:
         """Make the bins as wide as at ``shift``, if they aren't."""
         if shift > self._shift:
-            each = 1 << (shift - self._shift)
-            self._tables = {name: table.reshape(-1, each).sum(axis=1) for name, table in self._tables.items()}
-            self._shift = shift
+            wider = shift - self._shift
+            self._tables = {name: table.reshape(-1, 1 << wider).sum(axis=1) for name, table in self._tables.items()}
+            for kept in self._kept.values():
+                kept.coarsen(wider)
+            self._shift, self._looked = shift, self._looked[:0]
+
+
+class _Places:
+    """Where the percentiles are in the ``table`` of a metric, as ``_Tally`` has it.
+
+    For each one there are its cell, how many values ``before`` it are in that, and its group, one of those ``there``.
+    """
+
+    def __init__(self, table: Ints, bits: int, number: int) -> None:
+        self._bits, self._upto = bits, np.cumsum(table)
+        count = table.reshape(-1, 1 << bits).sum(axis=1)
+        self.there: Bools = count > 0
+        self._first, self._count = (np.cumsum(count) - count)[self.there], count[self.there]
+        # The same floating-point numbers as in numpy.quantile, method inverted_cdf.
+        ranks = [np.maximum(np.ceil(self._count * share - 1), 0).astype(np.int64) for share in _QUANTILES.values()]
+        self._ranks = [*ranks, self._count - 1][:number]
+        at = np.concatenate([self._first + rank for rank in self._ranks])
+        self.cells = np.searchsorted(self._upto, at, side="right")
+        self.before = at - np.append(0, self._upto)[self.cells]
+
+    def near(self) -> Bools:
+        """Return the cells in which the percentiles may be once there are more requests, if these are like those."""
+        size = len(self._upto)
+        edges = np.zeros(size + 1, np.int64)
+
+        def add(since: Ints, until: Ints) -> None:
+            np.add.at(edges, since, 1)
+            np.add.at(edges, until + 1, -1)
+
+        for share, rank in zip(_QUANTILES.values(), self._ranks, strict=False):
+            off = np.ceil(_SURE * np.sqrt(self._count * share * (1 - share))).astype(np.int64)
+            low, high = np.maximum(rank - off, 0), np.minimum(rank + off, self._count - 1)
+            add(*(np.searchsorted(self._upto, self._first + at, side="right") for at in (low, high)))
+        # Any later value may be the greatest one, or the first one of its group.
+        groups = np.arange(len(self.there)) << self._bits
+        last = groups + (1 << self._bits) - 1
+        most = np.searchsorted(self._upto, self._first + self._count - 1, side="right")
+        add(most, last[self.there])
+        add(groups[~self.there], last[~self.there])
+        near: Bools = np.cumsum(edges[:-1]) > 0
+        return near
 
 
 class _Selection:
@@ -263,8 +331,8 @@ class _Selection:
         tally = self._tally
         local, labels = grouped(frame, tally._keys)
         numbers = tally.numbers(labels)
-        for name, group, ns in _values(frame, numbers[local]):
-            cells = (group << tally._bits) + _bins(ns, tally._shift)
+        for name, group, ns in _values(frame, local):
+            cells = _cells(numbers, group, ns, tally._shift)
             chosen = np.flatnonzero(self._wanted[name][cells])
             self.kept[name].add(cells[chosen], ns[chosen])
 
@@ -281,14 +349,23 @@ class _Kept:
         self._pieces: list[tuple[Ints, Ints, Ints]] = []
         self._rows, self._limit = 0, _HELD
 
+    def __len__(self) -> int:
+        return self._rows
+
     def add(self, cells: Ints, values: Ints) -> None:
         """Add values."""
         self._append(cells, values, np.ones(len(cells), np.int64))
 
-    def merge(self, other: _Kept, numbers: Ints | None = None) -> None:
-        """Add the values of another one; its cells have new ``numbers``."""
+    def merge(self, other: _Kept, numbers: Ints | None = None, bits: int = 0) -> None:
+        """Add the values of another one, the groups of which get new ``numbers``."""
         for cells, values, counts in other._pieces:
-            self._append(cells if numbers is None else numbers[cells], values, counts)
+            if numbers is not None:
+                cells = (numbers[cells >> bits] << bits) + (cells & (1 << bits) - 1)
+            self._append(cells, values, counts)
+
+    def coarsen(self, bits: int) -> None:
+        """Make cells of so many bits less."""
+        self._pieces = [(cells >> bits, values, counts) for cells, values, counts in self._pieces]
 
     def joined(self) -> tuple[Ints, Ints, Ints]:
         """Return cells, values and how often each value is there, in order of the cells and then of the values."""
@@ -329,6 +406,11 @@ def _values(frame: pd.DataFrame, group: Ints) -> Iterable[tuple[str, Ints, Ints]
         frame, group = frame.loc[issued, [*_TIMES]], group[issued]
     yield "queue", group, _took(frame, "start_ns", "issue_ns")
     yield "service", group, _took(frame, "issue_ns", "done_ns")
+
+
+def _cells(numbers: Ints, group: Ints, ns: Ints, shift: int) -> Ints:
+    """Return the cell of each value, which has one of these ``numbers`` as its group."""
+    return (numbers << (_COARSEST - shift))[group] + _bins(ns, shift)
 
 
 def _bins(ns: Ints, shift: int) -> npt.NDArray[np.int32]:
@@ -373,7 +455,14 @@ def grouped(block_io: pd.DataFrame, keys: Sequence[str]) -> tuple[Ints, pd.DataF
             codes, known = pd.factorize(column.to_numpy())
         number = number * len(known) + codes
         values.append(known)
-    number, used = pd.factorize(number)
+    size = math.prod(len(known) for known in values)
+    if size <= _FEW_GROUPS:
+        used = np.flatnonzero(np.bincount(number, minlength=size))
+        place = np.zeros(size, np.int64)
+        place[used] = np.arange(len(used))
+        number = place[number]
+    else:
+        number, used = pd.factorize(number)
     places = np.unravel_index(used, [max(len(known), 1) for known in values])
     labels = pd.DataFrame({key: known[place] for key, known, place in zip(keys, values, places, strict=True)})
     return number, labels
