@@ -81,8 +81,8 @@ def with_workloads(block_io: pd.DataFrame, naming: Naming, columns: Sequence[str
     return block_io.assign(**new)
 
 
-def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) -> pd.DataFrame:
-    """Return ``frames`` as one frame in order of ``start_ns``.
+def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int, *, in_order: bool = True) -> pd.DataFrame:
+    """Return ``frames`` as one frame in order of ``start_ns``, or as they come.
 
     There is at least one frame, with at most ``rows`` rows in all. There may be many millions of rows. Fresh memory is
     expensive, so each column is filled in place and categories have the smallest codes. Each frame is sorted alone,
@@ -92,8 +92,7 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) ->
     labels: dict[str, dict[object, int]] = {}
     filled = 0
     for frame in frames:
-        start = frame["start_ns"].to_numpy()
-        order = np.argsort(start, kind="stable")
+        order = np.argsort(frame["start_ns"].to_numpy(), kind="stable") if in_order else slice(None)
         for name in columns:
             column = frame[name]
             if isinstance(column.dtype, pd.CategoricalDtype):
@@ -108,7 +107,7 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int) ->
                 whole[name] = whole[name].astype(kind)
             whole[name][filled : filled + len(values)] = values[order]
         filled += len(frame)
-    moved = _out_of_order(whole["start_ns"][:filled])
+    moved = _out_of_order(whole["start_ns"][:filled]) if in_order else []
     for name in whole:
         values = whole[name][:filled]
         for place, order in moved:

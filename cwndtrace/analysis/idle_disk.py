@@ -30,7 +30,7 @@ _GOES_ON_NS: Final = 10_000_000
 MARGIN_NS: Final = _GOES_ON_NS + BRIDGE_NS
 """A request so near to a span still has a say in what was in flight in it."""
 
-_LAST_PID: Final = 1 << 22
+LAST_PID: Final = 1 << 22
 """PID_MAX_LIMIT of include/linux/threads.h."""
 
 NEEDS: Final = ("start_ns", "done_ns", "tgid", "tid", "op", "comm", "device", "cgroup_id", "owner_cgroup_id", "flags")
@@ -97,7 +97,8 @@ class InFlight:
     The first two are us from ``since`` to ``data`` and from ``data`` to ``until``. ``late`` is True if some was shortly
     before ``until``, and ``goes_on`` if some was at ``until`` or shortly after. ``requests`` began after ``data``, and
     ``device`` is the one that was in flight for longest after it; empty where none was. ``last`` is the row of the
-    request that ended last from ``since`` to ``until``, and ``last_ns`` its start; both are -1 where none did.
+    request that ended last from ``since`` to ``until``, and ``last_ns`` its start. Both are -1 where none did, or where
+    some was in flight for less than a quarter of the span, which is too little to have been waited for.
     """
 
     before_us: npt.NDArray[np.float64]
@@ -130,7 +131,8 @@ class InFlight:
 class Submitters:
     """Block I/O by who submitted it.
 
-    ``block_io`` has the columns ``NEEDS``, in order of ``start_ns``; ``row`` names its requests, by default their rows.
+    ``block_io`` has the columns ``NEEDS``, in any order; ``row`` names its requests, by default their rows. Of requests
+    that start at once, the one that comes first is taken for the earlier one.
     """
 
     def __init__(self, block_io: pd.DataFrame) -> None:
@@ -193,9 +195,13 @@ class Submitters:
     def _in_flight(self, owner: npt.NDArray[np.integer], key: Ints, spans: Spans) -> InFlight:
         """Return the block I/O of each span's owner: of the rows whose ``owner`` is the span's ``key``; none for 0."""
         found = InFlight.none(len(key))
-        wanted = np.flatnonzero((key > 0) & (key <= _LAST_PID) & (spans.until > spans.since))
-        seen = np.zeros(_LAST_PID + 2, dtype=np.bool_)
-        seen[np.minimum(owner, _LAST_PID + 1)] = True
+        wanted = np.flatnonzero((key > 0) & (key <= LAST_PID) & (spans.until > spans.since))
+        if not len(wanted):
+            return found
+        beyond = int(key[wanted].max()) + 1
+        owner = np.minimum(owner, beyond)
+        seen = np.zeros(beyond + 1, dtype=np.bool_)
+        seen[owner] = True
         wanted = wanted[seen[key[wanted]]]
         if not len(wanted):
             return found
@@ -203,11 +209,10 @@ class Submitters:
         wanted = wanted[np.lexsort((spans.until[wanted], key[wanted]))]
         # The owners get numbers from 1; all others are 0.
         owners, first = np.unique(key[wanted], return_index=True)
-        beyond = int(owners[-1]) + 1
         number = np.zeros(beyond + 1, dtype=np.min_scalar_type(len(owners)))
         number[owners] = np.arange(1, len(owners) + 1)
-        group = number[np.minimum(owner, beyond)]
-        # The rows are in order of time, and a stable sort by owner, by radix, keeps that order within each owner.
+        group = number[owner]
+        # A stable sort, by radix, keeps the order within each owner.
         rows = np.argsort(group, kind="stable")
         bounds = np.searchsorted(group, np.arange(1, len(owners) + 2), sorter=rows)
         ends = np.append(first, len(wanted))
@@ -228,7 +233,12 @@ class Submitters:
         # Each owner gets a stretch of one long time axis to itself, so that one call handles all of them.
         zero = min(int(begin.min()), int(spans.since[here].min()))
         stretch = max(int(end.max()), int(spans.until[here].max())) - zero + _GOES_ON_NS + 1
-        begin, end = begin + (at * stretch - zero), end + (at * stretch - zero)
+        offset = at * stretch - zero
+        begin += offset
+        end += offset
+        if (begin[1:] < begin[:-1]).any():
+            order = np.argsort(begin, kind="stable")
+            rows, at, begin, end = rows[order], at[order], begin[order], end[order]
         since, data, until = (
             moments[here] + (whose * stretch - zero) for moments in (spans.since, spans.data, spans.until)
         )
@@ -241,14 +251,16 @@ class Submitters:
         last_end = np.where(begun > 0, all_of_it.reach[begun - 1], -1)
         next_begin = begin[np.minimum(begun, len(begin) - 1)]
         soon = (next_begin >= until) & (next_begin <= until + _GOES_ON_NS)
-        by_end = np.argsort(end, kind="stable")
-        ended = by_end[np.searchsorted(end, until, side="right", sorter=by_end) - 1]
-        # Before all ends the index is -1, and that request ended after the span.
-        its_own = (at[ended] == whose) & (end[ended] > since) & (end[ended] <= until)
-        found.last[here] = np.where(its_own, self._names[rows[ended]], -1)
-        found.last_ns[here] = np.where(its_own, begin[ended] - (whose * stretch - zero), -1)
         found.late[here] = last_end > until - (until - since) * _LAST_PART
         found.goes_on[here] = soon | (last_end > until)
+        waited = np.flatnonzero(4 * (all_of_it.busy(until) - all_of_it.busy(since)) >= until - since)
+        if len(waited):
+            by_end = np.argsort(end, kind="stable")
+            ended = by_end[np.searchsorted(end, until[waited], side="right", sorter=by_end) - 1]
+            # Before all ends the index is -1, and that request ended after the span.
+            its_own = (at[ended] == whose[waited]) & (end[ended] > since[waited]) & (end[ended] <= until[waited])
+            found.last[here[waited]] = np.where(its_own, self._names[rows[ended]], -1)
+            found.last_ns[here[waited]] = np.where(its_own, begin[ended] - (whose[waited] * stretch - zero), -1)
         disks = self._rows["device"].astype("category").cat
         code = disks.codes.to_numpy()[rows]
         used = np.flatnonzero(np.bincount(code, minlength=len(disks.categories))).tolist()
@@ -274,7 +286,7 @@ def _named(rows: pd.DataFrame, column: str, wanted: Callable[[str], bool]) -> Bo
     """Return which rows have a wanted text in a column of few texts."""
     labels = rows[column].astype("category").cat
     chosen = np.array([wanted(str(label)) for label in labels.categories], dtype=np.bool_)
-    return np.append(chosen, False)[labels.codes.to_numpy()]
+    return np.append(chosen, False)[labels.codes.to_numpy()] if chosen.any() else np.zeros(len(rows), dtype=np.bool_)
 
 
 def _batches(sizes: Ints) -> Iterator[range]:

@@ -8,15 +8,16 @@ for it is still to come, so that only a few requests are in memory at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from cwndtrace.analysis import threads
 from cwndtrace.analysis.block_io import joined
 from cwndtrace.analysis.cost import Bools, Ints
-from cwndtrace.analysis.idle_disk import BATCH, MARGIN_NS, NEEDS, Intervals, Submitters, of_journal
+from cwndtrace.analysis.idle_disk import BATCH, LAST_PID, MARGIN_NS, NEEDS, Intervals, Submitters, of_journal
 
 _NEVER: Final = np.iinfo(np.int64).max
 
@@ -76,7 +77,7 @@ class Parts:
         self._roomy, self._trusting = roomy, True
 
     def of(self, wanted: Bools) -> Iterator[tuple[Ints, Submitters]]:
-        """Yield the wanted resets in order of time, with requests in order of ``start_ns``."""
+        """Yield the wanted resets in order of time, with requests as they were written."""
         try:
             yield from self._in_turn(wanted)
         except _NotSo:
@@ -110,18 +111,17 @@ class Parts:
             ready = int(np.searchsorted(self._until[left], promised - MARGIN_NS)) if promised < _NEVER else 0
             if rows < limit or not ready:
                 continue
-            together = joined(held, columns, rows)
+            together = joined(held, columns, rows, in_order=False)
             yield left[:ready], Submitters(together)
             left, first = left[ready:], first[ready:]
             if not len(left):
                 return
             together = together[together["done_ns"].to_numpy(np.int64) >= first[0] - MARGIN_NS]
-            # In the order in which they were written again, so that ties stay as they are.
-            held, rows = [together.sort_values("row", ignore_index=True)], len(together)
-            # What is held for a long idle time isn't sorted again for each part.
+            held, rows = [together], len(together)
+            # What is held for a long idle time isn't copied again for each part.
             limit = max(BATCH, 2 * rows)
         if len(left) and held:
-            yield left, Submitters(joined(held, columns, rows))
+            yield left, Submitters(joined(held, columns, rows, in_order=False))
 
 
 class _NotSo(Exception):
@@ -141,15 +141,14 @@ class Relevant:
         order = np.argsort(since, kind="stable")
         spans = Intervals(since[order], until[order] + MARGIN_NS, 0)
         self._begins, self._ends = spans.starts, spans.ends
-        self._ids = {
-            name: np.unique(idle[name].to_numpy(np.uint64)[idle[name].to_numpy() > 0])
-            for name in ("tid", "tgid", "cgroup_id")
-        }
+        self._pids = {name: _table(idle[name].to_numpy()) for name in ("tid", "tgid")}
+        cgroup = idle["cgroup_id"].to_numpy(np.uint64)
+        self._cgroups = np.unique(cgroup[cgroup > 0])
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The columns of ``NEEDS`` that say anything about these resets."""
-        return NEEDS if len(self._ids["cgroup_id"]) else NEEDS[: NEEDS.index("cgroup_id")]
+        return NEEDS if len(self._cgroups) else NEEDS[: NEEDS.index("cgroup_id")]
 
     def __call__(self, requests: pd.DataFrame) -> Bools:
         """Return which of ``requests`` it keeps. They have the columns that it ``needs``."""
@@ -157,13 +156,21 @@ class Relevant:
         span = np.searchsorted(self._ends, begin)
         kept: Bools = np.append(self._begins, _NEVER)[span] <= end
         whose = np.zeros(len(requests), dtype=np.bool_)
-        for name, ids in self._ids.items():
-            if len(ids):
-                whose |= np.isin(requests[name].to_numpy(np.uint64), ids)
-        if len(self._ids["cgroup_id"]):
+        for name, wanted in self._pids.items():
+            whose |= wanted[np.minimum(requests[name].to_numpy(), len(wanted) - 1)]
+        if len(self._cgroups):
+            whose |= np.isin(requests["cgroup_id"].to_numpy(np.uint64), self._cgroups)
             owner = np.nan_to_num(requests["owner_cgroup_id"].to_numpy()).astype(np.uint64)
-            whose |= np.isin(owner, self._ids["cgroup_id"])
+            whose |= np.isin(owner, self._cgroups)
         return kept & (whose | of_journal(requests))
+
+
+def _table(pids: npt.NDArray[Any]) -> Bools:
+    """Return whether each pid is one of these, but for 0. The last item is for all that are greater."""
+    known = np.unique(pids[(pids > 0) & (pids <= LAST_PID)])
+    table = np.zeros(int(known.max(initial=0)) + 2, dtype=np.bool_)
+    table[known] = True
+    return table
 
 
 def ranks(starts: Iterable[Ints], numbers: Ints, times: Ints) -> Ints:

@@ -132,9 +132,9 @@ def test_few_requests_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.
     most: dict[int, int] = {}
     real = block_io.joined
 
-    def joined(held: list[pd.DataFrame], columns: tuple[str, ...], rows: int) -> pd.DataFrame:
+    def joined(held: list[pd.DataFrame], columns: tuple[str, ...], rows: int, **how: bool) -> pd.DataFrame:
         most[number] = max(most.get(number, 0), rows)
-        return real(held, columns, rows)
+        return real(held, columns, rows, **how)
 
     monkeypatch.setattr(idle_windows, "joined", joined)
     for number in (2_000, 8_000):
