@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -38,8 +38,31 @@ def raw(table: pa.Table, name: str) -> pd.DataFrame:
             table = table.set_column(index, column.name, _signed(table.column(index), name))
         elif column.name in arrow.IDS_OF_LATER_VERSIONS and table.column(index).null_count:
             table = table.set_column(index, column.name, pc.fill_null(table.column(index), 0))
-    out: pd.DataFrame = table.to_pandas(use_threads=False)  # for the reason given in store.files.read
-    return out
+    return _of_many(table) if name == "block_io" else _pandas(table)
+
+
+def _pandas(data: Any) -> Any:
+    """Return a table as a frame, or a column as a series."""
+    return data.to_pandas(use_threads=False)  # for the reason given in store.files.read
+
+
+def _of_many(table: pa.Table) -> pd.DataFrame:
+    """Return what ``_pandas`` does. For hundreds of thousands of rows this takes half of its time."""
+    table = table.unify_dictionaries()
+    columns: dict[str, Any] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = column.type
+        text = pa.types.is_dictionary(kind) and kind.index_type == pa.int32()
+        if column.null_count or not column.num_chunks or not (text or pa.types.is_integer(kind)):
+            columns[name] = _pandas(column)
+        elif not text:
+            columns[name] = np.concatenate([arrow.values(chunk) for chunk in column.chunks])
+        else:
+            labels = pd.Index(_pandas(column.chunk(0).dictionary))
+            small: Any = np.int8 if len(labels) < 128 else np.int32
+            codes: Any = np.concatenate([arrow.values(c.indices) for c in column.chunks], dtype=small, casting="unsafe")
+            columns[name] = pd.Categorical.from_codes(codes, labels, validate=False)
+    return pd.DataFrame(columns, copy=False)
 
 
 def without_placeholders(frame: pd.DataFrame) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -303,3 +304,22 @@ def test_a_users_column_stays_in_the_frame(trace: Trace) -> None:
     assert trace.resets["x"].tolist() == [1]
     assert "x" not in trace.costs()
     assert "x" not in trace.verdicts
+
+
+@pytest.mark.parametrize("sizes", [(), (3,), (0, 2, 5), (2, 150)])
+def test_block_requests_become_the_frame_that_pyarrow_makes(sizes: tuple[int, ...]) -> None:
+    """In several chunks with dictionaries of their own, with missing values, and with many texts."""
+    parts = [
+        frames.table("block_io", *(frames.block(at, comm=f"fio{size * at}".encode()) for at in range(size)))
+        for size in sizes
+    ]
+    whole = pa.concat_tables([frames.table("block_io"), *parts, *([parts[0][1:]] if parts else [])])
+    some = pa.array([row % 4 != 1 for row in range(len(whole))])
+    for name in ("tgid", "comm"):
+        at = whole.schema.get_field_index(name)
+        lacking = pc.if_else(some, whole.column(at).combine_chunks(), None)
+        for table in (whole, whole.set_column(at, whole.schema.field(at), lacking)):
+            found, truth = records._of_many(table), table.unify_dictionaries().to_pandas()
+            pd.testing.assert_frame_equal(found, truth, check_dtype=len(table) > 0, check_categorical=len(table) > 0)
+            found.loc[:, "start_ns"] = np.uint64(7)
+            assert (found["start_ns"] == 7).all()
