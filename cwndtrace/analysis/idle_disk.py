@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from operator import itemgetter
 from typing import Final
 
 import numpy as np
@@ -61,16 +62,22 @@ class Intervals:
 
     def __init__(self, begin: Ints, end: Ints, bridge: int) -> None:
         self.reach = np.maximum.accumulate(end)
-        last = np.flatnonzero(begin[1:] > self.reach[:-1] + bridge)
-        self.starts = np.append(begin[:1], begin[last + 1])
-        self.ends = np.append(self.reach[last], self.reach[-1:])
+        first = np.empty(len(begin), dtype=np.bool_)
+        first[:1] = True
+        np.greater(begin[1:] - bridge, self.reach[:-1], out=first[1:])
+        self.starts = begin[first]
+        # The last item is for moments before all intervals.
+        self._ends = np.append(self.reach[np.append(first[1:], True)[: len(first)]], 0)
         self._before = np.append(0, np.cumsum(self.ends - self.starts))
+
+    @property
+    def ends(self) -> Ints:
+        return self._ends[:-1]
 
     def busy(self, moment: Ints) -> Ints:
         """Return how much is covered up to each moment."""
         index = np.searchsorted(self.starts, moment, side="right")
-        # The last one is for moments before all intervals.
-        still_to_come: Ints = np.maximum(np.append(self.ends, 0)[index - 1] - moment, 0)
+        still_to_come: Ints = np.maximum(self._ends[index - 1] - moment, 0)
         return self._before[index] - np.where(index > 0, still_to_come, 0)
 
 
@@ -234,11 +241,12 @@ class Submitters:
         zero = min(int(begin.min()), int(spans.since[here].min()))
         stretch = max(int(end.max()), int(spans.until[here].max())) - zero + _GOES_ON_NS + 1
         offset = at * stretch - zero
-        begin += offset
-        end += offset
+        begin, end = begin + offset, end + offset
         if (begin[1:] < begin[:-1]).any():
             order = np.argsort(begin, kind="stable")
-            rows, at, begin, end = rows[order], at[order], begin[order], end[order]
+            moved = np.flatnonzero(order != np.arange(len(order)))  # few, as one rarely has two that overlap
+            for column in (rows, at, begin, end):
+                column[moved] = column[order[moved]]
         since, data, until = (
             moments[here] + (whose * stretch - zero) for moments in (spans.since, spans.data, spans.until)
         )
@@ -263,15 +271,15 @@ class Submitters:
             found.last_ns[here[waited]] = np.where(its_own, begin[ended] - (whose[waited] * stretch - zero), -1)
         disks = self._rows["device"].astype("category").cat
         code = disks.codes.to_numpy()[rows]
-        used = np.flatnonzero(np.bincount(code, minlength=len(disks.categories))).tolist()
-        # Of two that were in flight for equally long it is always the same one, in whatever order they came.
-        used.sort(key=lambda disk: str(disks.categories[disk]))
         best, names = np.zeros(len(here)), np.full(len(here), "", dtype=object)
-        for disk in used:
-            its = np.flatnonzero(code == disk)
-            of_disk = Intervals(begin[its], end[its], BRIDGE_NS) if len(used) > 1 else all_of_it
+        # Of two that were in flight for equally long it is always the same one, in whatever order they came.
+        for number, disk in sorted(enumerate(map(str, disks.categories)), key=itemgetter(1)):
+            its = np.flatnonzero(code == number)
+            if not len(its):
+                continue
+            of_disk = Intervals(begin[its], end[its], BRIDGE_NS) if len(its) < len(code) else all_of_it
             time = of_disk.busy(until) - of_disk.busy(data)
-            best, names = np.maximum(time, best), np.where(time > best, str(disks.categories[disk]), names)
+            best, names = np.maximum(time, best), np.where(time > best, disk, names)
         found.device[here] = names
 
 
