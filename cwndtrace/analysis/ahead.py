@@ -112,7 +112,10 @@ def beats(resets: pd.DataFrame) -> pd.DataFrame:
     and as a heartbeat if it was most of what happened between two resets. Connections on which a burst of the first
     window loses less than a millisecond in the last one have no row. The columns are ``BEATS``.
     """
-    idle = resets[resets["reason"].astype(str) == "idle"].sort_values(["connection", "ts_ns"], kind="stable")
+    needs = [*_OF_SNAPSHOT[:6], "tgid", "comm", "ts_ns", "bytes_sent", "cwnd_before", "cwnd_after", "mss"]
+    needs += ["idle_us", "rto_us", "srtt_us", "connection"]
+    idle = resets.loc[resets["reason"].astype(str) == "idle", needs]
+    idle = idle.sort_values(["connection", "ts_ns"], kind="stable")
     kinds = dict.fromkeys(("ts_ns", "bytes_sent", "cwnd_before", "cwnd_after", "idle_us", "rto_us"), "int64")
     idle = idle.astype(kinds)
     before = idle.groupby("connection")[["ts_ns", "bytes_sent", "cwnd_before", "cwnd_after", "mss"]].shift()

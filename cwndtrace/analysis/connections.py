@@ -131,8 +131,9 @@ def summary(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.DataFrame:
 def _threads(resets: pd.DataFrame, pid: pd.Series) -> pd.Series:
     """Return, by connection, the name of the thread of process ``pid`` that sent at its last reset."""
     tgid = resets["tgid"].astype("float64")
-    mine = _plain(resets[(tgid > 0) & (tgid == resets["connection"].map(pid.astype("float64")))])
-    threads: pd.Series = mine.sort_values("ts_ns", kind="stable").groupby("connection")["comm"].last()
+    mine = (tgid > 0) & (tgid == resets["connection"].map(pid.astype("float64")))
+    rows = resets.loc[mine, ["connection", "ts_ns", "comm"]].astype({"ts_ns": "int64", "comm": str})
+    threads: pd.Series = rows.sort_values("ts_ns", kind="stable").groupby("connection")["comm"].last()
     return threads
 
 

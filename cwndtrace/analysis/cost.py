@@ -104,12 +104,16 @@ def bursts(resets: pd.DataFrame, connections: pd.DataFrame) -> pd.Series:
     Takes frames of a Trace (with ``connection``). The bytes are ``bytes_sent`` of the connection's next reset, or of
     its last snapshot if there is none, less ``bytes_sent`` of the reset itself.
     """
-    ordered = resets.sort_values("ts_ns", kind="stable")
+    ordered = resets[["ts_ns", "bytes_sent", "connection"]].sort_values("ts_ns", kind="stable")
     end = ordered["bytes_sent"].astype("float64").groupby(ordered["connection"]).shift(-1)
     # A snapshot from before the reset, or with data that is still to be sent, doesn't show the whole burst.
     last = connections.sort_values("ts_ns", kind="stable").drop_duplicates("connection", keep="last")
     last = last[last["unsent_bytes"] == 0].set_index("connection")
-    seen_ns, seen = (ordered["connection"].map(last[n]).astype("float64") for n in ("ts_ns", "bytes_sent"))
+    at_last = last.index.get_indexer(pd.Index(ordered["connection"]))
+    seen_ns, seen = (
+        pd.Series(np.append(last[name].to_numpy(np.float64), np.nan)[at_last], index=ordered.index)
+        for name in ("ts_ns", "bytes_sent")
+    )
     end = end.fillna(seen.where(seen_ns >= ordered["ts_ns"].astype("float64")))
     sent = end - ordered["bytes_sent"].astype("float64")
     return sent.where(sent >= 0).reindex(resets.index)
@@ -165,6 +169,10 @@ def path(rows: pd.DataFrame, side: str) -> dict[str, Any]:
 
 def _rounds(rows: pd.DataFrame, sent: pd.Series, side: str) -> pd.Series:
     """Return ``rounds`` for bytes ``sent`` from the window on one ``side`` of each reset; missing where they are."""
-    known = rows[sent.notna()]
-    count = rounds(sent[known.index].to_numpy().astype(np.int64), **path(known, side))
-    return pd.Series(count, index=known.index, dtype="float64").reindex(rows.index)
+    there = sent.notna().to_numpy()
+    count = rounds(
+        sent.to_numpy()[there].astype(np.int64), **{name: column[there] for name, column in path(rows, side).items()}
+    )
+    found = np.full(len(rows), np.nan)
+    found[there] = count
+    return pd.Series(found, index=rows.index)

@@ -156,6 +156,8 @@ def _sender(
     def infer(name: str, other: InFlight, ended: Bools) -> None:
         """Take other block I/O as the cause where it was in flight for the largest part, and nothing else was."""
         nonlocal disk, left
+        if not (left & ((other.before_us > 0) | (other.own_us > 0))).any():
+            return
         probably = left & time.mostly(other) & ended
         maybe = left & ~probably & time.mostly(other, unclear=False)
         cause[probably], cause[maybe] = "probably disk", "disk or application"
@@ -164,20 +166,19 @@ def _sender(
         left = left & ~probably & ~maybe
 
     infer("process", disk, disk.late & ~disk.goes_on)
-    journal, waited, with_write_back = (InFlight.none(len(resets)) for _ in range(3))
     device = np.full(len(resets), "", dtype=object)
     left_over = left & idle
     if has_journal and left_over.any():
         for at, submitters in windows.of(left_over):
             device[at] = submitters.written(tgid[at], spans.of(at))
-    if has_journal or cgroup[left_over].any():
-        writers = np.unique(tgid[device != ""])
-        for at, submitters in windows.of(left_over):
-            journal.put(at, submitters.journals(device[at], writers, spans.of(at)))
-            for group, found in zip(
-                (waited, with_write_back), submitters.cgroups(cgroup[at], spans.of(at)), strict=True
-            ):
-                group.put(at, found)
+    if not has_journal and not cgroup[left_over].any():
+        return cause, disk, whose
+    journal, waited, with_write_back = (InFlight.none(len(resets)) for _ in range(3))
+    writers = np.unique(tgid[device != ""])
+    for at, submitters in windows.of(left_over):
+        journal.put(at, submitters.journals(device[at], writers, spans.of(at)))
+        for group, found in zip((waited, with_write_back), submitters.cgroups(cgroup[at], spans.of(at)), strict=True):
+            group.put(at, found)
     # A journal that goes on without this process works for others, too.
     infer("journal", journal, journal.late & (~journal.goes_on | disk.goes_on))
     infer("cgroup", waited, waited.late & ~waited.goes_on & (cgroup != _ROOT))
@@ -205,7 +206,7 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
 
     The columns are ``SUMMARY_COLUMNS``.
     """
-    idle = judged[judged["cause"] != ""]
+    idle = judged.loc[judged["cause"] != "", ["cause", "verdict", "lost_us", "disk_device", *_PARTS]]
     rows = idle.assign(
         idle_us=idle[_PARTS].sum(axis=1), harmful=(idle["verdict"] == "harmful").astype("int64"), resets=1
     )

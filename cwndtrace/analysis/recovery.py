@@ -108,8 +108,9 @@ CHAIN_COLUMNS: Final = {
 
 def chains(judged: pd.DataFrame) -> pd.DataFrame:
     """Return one row per chain of several resets, the largest cost first; ``judged`` are ``verdicts`` of a Trace."""
-    ordered = judged.sort_values("ts_ns", kind="stable")
     keys = ["skaddr", "reason", "chain"]
+    needs = [*keys, "ts_ns", "connection", "saddr", "sport", "daddr", "dport", "chain_window", "cwnd_after", "lost_us"]
+    ordered = judged[needs].sort_values("ts_ns", kind="stable")
     gaps = ordered.groupby(keys, sort=False)["ts_ns"].diff() / 1000
     groups = ordered.assign(resets=1, every_us=gaps).groupby(keys, sort=False)
     columns = {

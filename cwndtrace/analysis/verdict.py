@@ -229,12 +229,12 @@ def _of_resets(judged: pd.DataFrame) -> pd.DataFrame:
     groups = per_rto.groupby(keys)
     counts = judged.groupby(["connection", "verdict"]).size().rename("n").reset_index()
     common = counts.sort_values("n", kind="stable").drop_duplicates("connection", keep="last")
-    unknown = judged["verdict"] == "unknown"
+    unknown, trips = judged["verdict"] == "unknown", judged[["ts_ns", "connection", "round_us"]]
     return pd.DataFrame(
         {
             "idle_per_rto_p50": groups.median(),
             "idle_per_rto_max": groups.max(),
-            "round_us": judged.sort_values("ts_ns", kind="stable").groupby("connection")["round_us"].last(),
+            "round_us": trips.sort_values("ts_ns", kind="stable").groupby("connection")["round_us"].last(),
             "resets_harmful": (judged["verdict"] == "harmful").groupby(keys).sum(),
             "resets_unknown": unknown.groupby(keys).sum(),
             "lost_us": judged["lost_us"].groupby(keys).sum(),
