@@ -52,8 +52,12 @@ def add(block_io: pd.DataFrame, devices: Mapping[str, str], columns: Sequence[st
     if "device" in columns:
         dev = block_io["dev"].astype("category").cat
         # There are few devices and millions of requests, so each name is looked up only once.
-        codes, names = pd.factorize(np.array([devices.get(d, d) for d in dev.categories.astype(str)], dtype=object))
-        new["device"] = pd.Categorical.from_codes(np.append(codes, -1).astype(np.int16)[dev.codes], names.tolist())  # type: ignore[call-overload]
+        names = [devices.get(d, d) for d in dev.categories.astype(str)]
+        place = {name: at for at, name in enumerate(dict.fromkeys(names))}
+        codes: Any = dev.codes.to_numpy()
+        if len(place) < len(names):  # two have the same name
+            codes = np.array([*(place[name] for name in names), -1], dtype=codes.dtype)[codes]
+        new["device"] = pd.Categorical.from_codes(codes, [*place], validate=False)  # type: ignore[call-overload]
     for name, until in (("latency_us", "done_ns"), ("queue_us", "issue_ns")):
         if name in columns:
             end = block_io[until].to_numpy()
@@ -98,7 +102,9 @@ def joined(frames: Iterable[pd.DataFrame], columns: Sequence[str], rows: int, *,
             if isinstance(column.dtype, pd.CategoricalDtype):
                 known = labels.setdefault(name, {})
                 places = [known.setdefault(label, len(known)) for label in column.cat.categories]
-                values = np.array([*places, -1], dtype=np.int8 if len(known) < 128 else np.int32)[column.cat.codes]
+                values: Any = column.cat.codes.to_numpy()
+                if places != [*range(len(places))] or values.dtype != np.int8:
+                    values = np.array([*places, -1], dtype=np.int8 if len(known) < 128 else np.int32)[values]
             else:
                 values = column.to_numpy()
             if name not in whole:
