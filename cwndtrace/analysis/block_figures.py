@@ -80,8 +80,11 @@ _FINEST, _COARSEST = 17, 29
 _CELLS: Final = 1 << 20
 """The most bins of a metric, those of all groups together. With more groups, bins are wider."""
 
-_HELD: Final = 1 << 20
-"""The rows that are held as they are; and after how many values equal ones are joined."""
+_HELD: Final = 1 << 16
+"""The rows that are held as they are. Putting more in order takes longer than counting them."""
+
+_JOINED: Final = 1 << 20
+"""After how many values equal ones are joined."""
 
 _MOST_KEPT: Final = 1 << 21
 """With more values than this that may yet be wanted, 24 bytes each, none are kept while the requests are counted."""
@@ -347,7 +350,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._pieces: list[tuple[Ints, Ints, Ints]] = []
-        self._rows, self._limit = 0, _HELD
+        self._rows, self._limit = 0, _JOINED
 
     def __len__(self) -> int:
         return self._rows
@@ -386,7 +389,7 @@ class _Kept:
         self._rows += len(cells)
         if self._rows > self._limit:
             self.joined()
-            self._limit = max(_HELD, 2 * self._rows)
+            self._limit = max(_JOINED, 2 * self._rows)
 
 
 def _is_text(column: pd.Series[Any]) -> bool:

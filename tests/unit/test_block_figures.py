@@ -83,7 +83,7 @@ def test_figures_equal_those_of_all_requests_at_once(
     number: int, seed: int, spread: float, groups: int, pieces: int, held: int, cells: int, kept: int,
     slowest_first: bool,
 ) -> None:  # fmt: skip
-    for name, value in (("_HELD", held), ("_CELLS", cells), ("_MOST_KEPT", kept)):
+    for name, value in (("_HELD", held), ("_JOINED", held), ("_CELLS", cells), ("_MOST_KEPT", kept)):
         monkeypatch.setattr(block_figures, name, value)
     frame = requests(number, seed, spread, groups)
     if slowest_first:
@@ -150,6 +150,7 @@ def test_requests_are_read_again_only_where_their_percentiles_moved(
 def test_little_is_kept_of_many_requests(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """Of many requests, those in memory are the ones of a frame, and few values near percentiles."""
     monkeypatch.setattr(block_figures, "_HELD", 1000)
+    monkeypatch.setattr(block_figures, "_JOINED", 1000)
     monkeypatch.setattr(block_figures, "_MOST_KEPT", kept)
     held: list[int] = []
     real = block_figures._Kept._append
