@@ -50,7 +50,7 @@ from cwndtrace.store.meta import Meta
 
 _T = TypeVar("_T")
 _CELL = 100  # most characters of a text that came from outside
-_GATHERED = 1 << 18  # rows of block_io that are computed with at once
+_GATHERED = 1 << 17  # rows of block_io that are computed with at once
 _OPTIONAL = ("tid", "cgroup_id")  # columns of block_io without which a request still counts
 _VERDICT_NEEDS = {"cwnd_reset": "reset", "connections": "snapshot", "cwnd_recovery": "followed window"}
 """The tables that a verdict on the whole capture needs in full, and the noun for a row of each."""

@@ -40,7 +40,7 @@ NEEDS: Final = ("start_ns", "done_ns", "tgid", "tid", "op", "comm", "device", "c
 REQ_SYNC: Final = 1 << 3
 """REQ_SYNC of include/linux/blk_types.h, without the operation's eight bits: a task waits for this write."""
 
-BATCH: Final = 1 << 19
+BATCH: Final = 1 << 18
 """About how many requests are processed at once: few enough that their data nearly stays in the CPU's caches."""
 
 
