@@ -26,9 +26,9 @@ from cwndtrace.store.writer import PART_ROWS
 SECONDS = 1000
 _RESETS = 100_000
 _WANTED = {
-    "3 columns of 10,000,000 requests": "at most 1.5 s",
-    "report of 10,000,000 requests": "at most 4 s",
-    "report of 10,000,000 requests, memory": "at most 1 GB",
+    "3 columns of 10,000,000 requests": "at most 0.6 s",
+    "report of 10,000,000 requests": "at most 2 s",
+    "report of 10,000,000 requests, memory": "at most 0.6 GB",
 }
 _COLUMNS = ("start_ns", "latency_us", "device")
 _LOAD = f"import cwndtrace, sys; cwndtrace.load(sys.argv[1]).block_columns{_COLUMNS}"
