@@ -93,6 +93,7 @@ _SURE: Final = 4
 """By how many standard deviations the ranks of a percentile may be off, for requests that come in no order."""
 
 _FEW_GROUPS: Final = 1 << 16
+"""With no more groups than this that could be, the ones that are there are found without sorting or hashing."""
 
 
 class _Changed(Exception):
