@@ -36,10 +36,10 @@ from cwndtrace.fleet.places import Located, find
 from cwndtrace.fleet.result import compute
 from cwndtrace.fleet.tables import Frames
 from cwndtrace.fleet.work import analysed, work
+from tests.harness.command import ENVIRONMENT
 from tests.harness.loopback import need_loopback
 from tests.unit import frames, hostile
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_S = 30
 
 
@@ -329,7 +329,6 @@ def test_captures_in_s3_give_the_same_figures(place: Path, wanted: Frames, s3: A
 def scheduler(tmp_path: Path) -> Iterator[str]:
     """A scheduler and a worker, started as people start them."""
     file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     alone = ["--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path)]
     started = []
@@ -337,7 +336,7 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
     def start(*arguments: str) -> None:
         command = [sys.executable, "-m", "dask", *arguments]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **quiet))  # type: ignore[call-overload]
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, **quiet))  # type: ignore[call-overload]
 
     try:
         start("scheduler", "--port", "0", "--scheduler-file", str(file), *options)

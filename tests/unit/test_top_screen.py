@@ -19,7 +19,7 @@ from cwndtrace.cli.table import cells
 from cwndtrace.cli.top_feed import Feed
 from cwndtrace.cli.top_screen import _KEYS, Rows, TopScreen
 from cwndtrace.store import CaptureWriter
-from tests.harness.command import CHECKOUT, COMMAND
+from tests.harness.command import COMMAND, ENVIRONMENT
 from tests.harness.tcp import until
 from tests.unit import frames, hostile
 from tests.unit.writing import written
@@ -340,13 +340,15 @@ class Terminal:
 
     def __init__(self, folder: Path, size: tuple[int, int], path: str, environment: dict[str, str]) -> None:
         self._tmux = ("tmux", "-S", str(folder / "tmux"), "-f", os.devnull)
-        variables = [f"{name}={value}" for name, value in {"PYTHONPATH": CHECKOUT, **environment}.items()]
+        # tmux sets some variables itself, such as TERM.
+        variables = [f"{name}={value}" for name, value in environment.items()]
         command = ["env", *variables, *COMMAND, "top", path]
         size_options = ("-x", str(size[0]), "-y", str(size[1]))
         self._call("new-session", "-d", *size_options, *command, ";", "set-option", "-g", "remain-on-exit", "on")
 
     def _call(self, *arguments: str) -> str:
-        return subprocess.run([*self._tmux, *arguments], check=True, text=True, capture_output=True).stdout
+        command = [*self._tmux, *arguments]
+        return subprocess.run(command, check=True, text=True, capture_output=True, env=ENVIRONMENT).stdout
 
     def text(self, *options: str) -> str:
         return self._call("capture-pane", "-p", *options)
