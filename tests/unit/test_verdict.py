@@ -61,11 +61,18 @@ def check(trace: Trace, label: str) -> dict[Any, Any]:
     (row,) = trace.verdicts.to_dict("records")
     assert (row["verdict"], trace.summary()["verdict"].tolist(), trace.host().verdict) == (label, [label], label)
     assert trace.host().text.startswith("Can't tell ") == (label == "unknown")
-    assert "1 of 1" not in trace.summary()["why"].item()
+    assert "nan" not in trace.host().text
+    (connection,) = trace.summary().to_dict("records")
+    check_words(row, connection)
+    return row
+
+
+def check_words(row: dict[Any, Any], connection: dict[Any, Any]) -> None:
+    """Assert that the sentences on a reset and its connection have all figures."""
     sentence = in_words.reset(row)
     assert sentence.startswith(f"{row['cwnd_before']} -> 44 segments")
-    assert "nan" not in sentence + trace.summary()["why"].item() + trace.host().text
-    return row
+    assert "1 of 1" not in connection["why"]
+    assert "nan" not in sentence + connection["why"]
 
 
 def test_a_small_cost_says_nothing_where_data_waited_after_a_loss(tmp_path: Path) -> None:
@@ -102,32 +109,50 @@ LIMITED = {"reason": "app_limited", "unsent_bytes": 1, "unacked_bytes": 100_000,
 LIMITED_TOO = {"reason": "app_limited"}
 
 
-@pytest.mark.parametrize(
-    ("fields", "record", "label"),
-    [
-        # A closed window that opens again isn't the congestion window's doing.
-        ({"tgid": 0, "unsent_bytes": 1}, NONE, "receiver_window"),
-        ({"tgid": 0, "unsent_bytes": 0}, NONE, "nothing_waited"),
-        ({"tgid": 0, "unsent_bytes": 1}, {}, "harmful"),
-        # A process that writes more into a closed window; or more to less than a segment of corked data.
-        ({"unsent_bytes": 1448}, NONE, "receiver_window"),
-        ({"unsent_bytes": 1, "snd_wnd": 0}, NONE, "receiver_window"),
-        ({"unsent_bytes": 1447}, NONE, "nothing_waited"),
-        # Of the peer's window, less than a segment is left, and data waits for more.
-        (LIMITED, NONE | LIMITED_TOO, "receiver_window"),
-        (LIMITED | {"snd_wnd": 101_448}, NONE | LIMITED_TOO, "nothing_waited"),
-        (LIMITED | {"unsent_bytes": 0}, NONE | LIMITED_TOO, "nothing_waited"),
-        (LIMITED, LIMITED_TOO, "harmful"),
-        # What was measured until the capture ended is a lower bound.
-        ({}, {"outcome": "capture_end", "cost_us": 1_000, "busy_us": 100_000}, "harmful"),
-        ({}, {"outcome": "capture_end", "cost_us": 999}, "unknown"),
-        ({}, {"outcome": "capture_end_idle", "cost_us": 999}, "slight"),
-        ({}, NONE | {"rwnd_limited_us": 999}, "nothing_waited"),
-        ({"srtt_us": 0, "min_rtt_us": 2**32 - 1}, {}, "harmful"),
-    ],
-)
-def test_edges_of_the_verdicts(tmp_path: Path, fields: dict[str, Any], record: dict[str, Any], label: str) -> None:
-    check(followed(tmp_path, fields, record), label)
+EDGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    # A closed window that opens again isn't the congestion window's doing.
+    ({"tgid": 0, "unsent_bytes": 1}, NONE, "receiver_window"),
+    ({"tgid": 0, "unsent_bytes": 0}, NONE, "nothing_waited"),
+    ({"tgid": 0, "unsent_bytes": 1}, {}, "harmful"),
+    # A process that writes more into a closed window; or more to less than a segment of corked data.
+    ({"unsent_bytes": 1448}, NONE, "receiver_window"),
+    ({"unsent_bytes": 1, "snd_wnd": 0}, NONE, "receiver_window"),
+    ({"unsent_bytes": 1447}, NONE, "nothing_waited"),
+    # Of the peer's window, less than a segment is left, and data waits for more.
+    (LIMITED, NONE | LIMITED_TOO, "receiver_window"),
+    (LIMITED | {"snd_wnd": 101_448}, NONE | LIMITED_TOO, "nothing_waited"),
+    (LIMITED | {"unsent_bytes": 0}, NONE | LIMITED_TOO, "nothing_waited"),
+    (LIMITED, LIMITED_TOO, "harmful"),
+    # What was measured until the capture ended is a lower bound.
+    ({}, {"outcome": "capture_end", "cost_us": 1_000, "busy_us": 100_000}, "harmful"),
+    ({}, {"outcome": "capture_end", "cost_us": 999}, "unknown"),
+    ({}, {"outcome": "capture_end_idle", "cost_us": 999}, "slight"),
+    ({}, NONE | {"rwnd_limited_us": 999}, "nothing_waited"),
+    ({"srtt_us": 0, "min_rtt_us": 2**32 - 1}, {}, "harmful"),
+]
+"""Fields of a reset and of its recovery, and the verdict on them."""
+
+
+@pytest.fixture(scope="module")
+def edges(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """A capture with a connection for each of them."""
+    resets, recoveries, seen = [], [], []
+    for number, (fields, record, _) in enumerate(EDGES):
+        cookie = {"sock_cookie": 1 + number}
+        socket = cookie | {"skaddr": 4096 * (1 + number)}
+        resets.append(frames.reset(10, **fields, **socket))
+        recoveries.append(frames.recovered(10, **record, **socket))
+        seen += [row | cookie | {"dport": 20_000 + number} for row in snapshots(1_000_000)]
+    recovered = frames.table("cwnd_recovery", *recoveries)
+    return capture(tmp_path_factory.mktemp("edges"), resets, seen, recoveries=recovered)
+
+
+@pytest.mark.parametrize("number", range(len(EDGES)))
+def test_edges_of_the_verdicts(edges: Trace, number: int) -> None:
+    (row,) = edges.verdicts.query("sock_cookie == @number + 1").to_dict("records")
+    (connection,) = edges.summary().query("connection == @row['connection']").to_dict("records")
+    assert (row["verdict"], connection["verdict"]) == (EDGES[number][2], EDGES[number][2])
+    check_words(row, connection)
 
 
 @pytest.mark.parametrize(
