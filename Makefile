@@ -18,7 +18,7 @@ export SETUP_PACKAGES := $(PACKAGES)
 SETUP := env PREFIX="$$PREFIX" BINDIR="$$BINDIR" PYTHON="$$SETUP_PYTHON" PACKAGES="$$SETUP_PACKAGES" tools/setup
 
 .DEFAULT_GOAL := help
-.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided mutants bench test soak test-distributions test-users kernels-test vm-test vm-test-all vm-soak vm-shell \
+.PHONY: help install uninstall demo develop lint audit fuzz fuzz-guided mutants bench test test-slow soak test-distributions test-users kernels-test vm-test vm-test-all vm-soak vm-shell \
 	vagrant-test
 
 help: ## list these targets
@@ -66,8 +66,11 @@ mutants: export CWNDTRACE_MUTANTS_ONLY := $(MUTANTS_ONLY)
 mutants: develop ## put mistakes into the modules one at a time, and see whether unit tests notice (MUTANTS_SAMPLE=40 MUTANTS_ONLY=store)
 	@.venv/bin/python -m tests.mutants --sample "$$CWNDTRACE_MUTANTS_SAMPLE" --only $$CWNDTRACE_MUTANTS_ONLY
 
-test: develop ## run the unit tests, and as root the live tests too
+test: develop ## run the quick unit tests, and as root the live tests too
 	@tools/test
+
+test-slow: develop ## run the slow unit tests, and the property tests on 50 examples
+	@tools/test slow
 
 # The length of the longest soak test, in seconds.
 SOAK ?= 600

@@ -106,6 +106,7 @@ def test_messages_slower_than_the_rto_are_one_row(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("steps", "fields"),
     [

@@ -377,6 +377,7 @@ CLASSIC = made.classic(">", 10**9, 113, [(at, bytes(CookedLinux() / ip)) for at,
 WHOLE = section() + interface("<", 1, (2, b"eth0")) + b"".join(talk())
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(
     ("raw", "said"),
     [

@@ -161,6 +161,7 @@ def test_other_programs_resets_neither_cure_nor_spoil(three: Trace, tmp_path: Pa
 # ---- can't tell -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "after",
     [
@@ -183,6 +184,7 @@ def test_without_idle_periods_there_is_no_conclusion(three: Trace, tmp_path: Pat
     assert "the second capture shows no idle period of replica longer than its RTO that ended in a burst" in out.text
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("values", "words"),
     [

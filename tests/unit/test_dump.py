@@ -109,6 +109,7 @@ def whole(recorded: store.Capture, tmp_path: Path) -> store.Capture:
     return store.open_capture(shutil.copytree(recorded.path, tmp_path / "a.cwnd"))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("span", [(0, 60), (12.3, 37.7), (20, 30), (30, 30.2), (59.999, 60), (12, 12.000001)])
 @pytest.mark.parametrize("links", [True, False])
 def test_a_dump_has_exactly_the_rows_of_its_span(
@@ -230,6 +231,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_dump_has_its_name_once_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: store.Capture
 ) -> None:
@@ -291,6 +293,7 @@ def test_only_own_files_are_linked(
     assert_exact(made, recorded_rows)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "meta",
     [{"counts": 7, "lossy": [1], "clock": {"segments": 3}}, {"dump": "x" * 500, "clock": 5}, {"lossy": {}, "parts": 1}],

@@ -139,6 +139,7 @@ def types(table: str) -> dict[str, str]:
     return {n: "DOUBLE" if n in PLACEHOLDERS else kind for n, kind in shown.items()}
 
 
+@pytest.mark.quick(14)
 @pytest.mark.parametrize("table", [*PARTS])
 @pytest.mark.parametrize("reader", [*READ])
 def test_other_programs_read_back_what_the_parquet_files_have(
@@ -148,6 +149,7 @@ def test_other_programs_read_back_what_the_parquet_files_have(
     assert_same(READ[reader](file, table), parquet(capture, table))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("table", ["verdicts", "summary"])
 def test_computed_tables_are_the_frames(capture: Path, tmp_path: Path, table: str) -> None:
     trace = cwndtrace.load(capture)
@@ -197,6 +199,7 @@ FORMULAS = (
 )
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_no_cell_of_text_begins_like_a_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     resets = frames.table("cwnd_reset", frames.reset(5, comm=name.encode()[:16], process=name.encode()[:16]))
@@ -248,6 +251,7 @@ def test_any_text_and_number_come_back(rows: list[tuple[str, float | None]]) -> 
     assert not [t for t, _ in cells if t.lstrip(" ").startswith(text.FORMULA[:-1])]
 
 
+@pytest.mark.slow
 def test_block_requests_go_out_in_bounded_memory(tmp_path: Path) -> None:
     """Three times the rows take no more memory, which is that of one part."""
     peaks = []

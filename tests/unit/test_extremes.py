@@ -37,6 +37,7 @@ EXTREMES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = EXTREMES[name]
@@ -59,6 +60,7 @@ def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path, monkey
     assert result.exit_code == 0, (result.output, result.exception)
 
 
+@pytest.mark.slow
 def test_extreme_values_are_shown_on_a_page_and_in_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [frames.reset(n, **fields) for n, fields in enumerate(EXTREMES.values(), start=1)]
     trace = frames.capture(tmp_path / "a.cwnd", resets=frames.table("cwnd_reset", *rows))

@@ -303,6 +303,7 @@ def packed(path: Path) -> Located:
     return Located(str(path), path.name, "", True, "")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end", [".cwnd.tar", ".cwnd.tar.gz", ".cwnd.tgz", ".cwnd.tar.zst"])
 def test_a_packed_capture_has_the_same_figures(made: Path, tmp_path: Path, end: str) -> None:
     target = tmp_path / f"a{end}"
@@ -428,6 +429,7 @@ def test_no_password_of_a_url_gets_into_the_result(made: Path, monkeypatch: pyte
 # ---- the result -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "host", ["..", "../../x", "a/b", "\0", "é" * 64, "x" * 300, "host=x", ".", "%2F", "\x1b[31m", "a b"]
 )

@@ -185,6 +185,7 @@ def listening() -> set[tuple[str, int]]:
     return {tuple(each.laddr) for each in sockets if each.status == psutil.CONN_LISTEN}
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_pandas_gives_also_when_both_are_killed(
     place: Path, wanted: Frames, tmp_path: Path
 ) -> None:
@@ -220,6 +221,7 @@ def test_two_processes_give_what_pandas_gives_also_when_both_are_killed(
     assert {path.name for path in tmp_path.iterdir()} == {"r"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared")
 def test_only_what_changed_or_failed_is_computed_again(place: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(place / "host=web1", tmp_path / "mine")
@@ -245,6 +247,7 @@ def test_nothing_is_started_where_nothing_is_left(place: Path, tmp_path: Path, m
 # ---- killed workers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared")
 def test_a_capture_that_ends_every_worker_is_a_row(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -301,6 +304,7 @@ def test_a_lost_scheduler_ends_the_run_and_a_worker_that_cannot_work_does_not(
 # ---- other places and schedulers --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared")
 def test_captures_in_s3_give_the_same_figures(place: Path, wanted: Frames, s3: Any, tmp_path: Path) -> None:
     for file in place.rglob("*"):

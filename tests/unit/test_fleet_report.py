@@ -216,6 +216,7 @@ def test_json_has_all_rows_and_no_missing_figure_is_a_number(written: Frames) ->
     assert "side" not in bare["captures"][0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("captures", [[], [FAILED], [capture()]])
 def test_a_fleet_with_nothing_in_it_has_a_report(captures: list[dict[str, Any]], tmp_path: Path) -> None:
     for since in (WHEN, None):
@@ -253,6 +254,7 @@ def markup() -> set[tuple[str, str]]:
     return hostile.Markup(content.page(summary.report(attacked("nginx"), since=SINCE))).found
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", [*hostile.NAMES, "everything"])
 def test_hostile_names_are_harmless_everywhere(
     name: str, markup: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch

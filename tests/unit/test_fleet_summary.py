@@ -80,6 +80,7 @@ def test_costs_by_anything_add_up_to_the_connections_to_the_last_digit(rows: lis
             assert len(row["worst"]) <= min(row["hosts"], summary.WORST)
 
 
+@pytest.mark.slow
 def test_a_fleets_figures_are_those_of_the_reports_of_its_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     once = functools.cache(load)
     monkeypatch.setattr("cwndtrace.fleet.extract.load", lambda path, **_: once(path))
@@ -278,6 +279,7 @@ def test_captures_that_span_the_date_or_have_no_date_are_left_out_and_named() ->
     ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("number", "paired"), [(5, True), (5, False), (20, True), (20, False)])
 def test_the_interval_holds_the_true_ratio_as_often_as_it_says(number: int, paired: bool) -> None:
     """Hosts differ by a factor of about three and hours by up to four; the true ratio of all hosts' rates is 0.5."""
@@ -326,6 +328,7 @@ def test_clocks_that_were_stepped_or_are_ahead_of_the_storage_are_said() -> None
     ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("values", "kind"),
     [

@@ -29,6 +29,7 @@ def plain(frame: pd.DataFrame, columns: list[str]) -> list[dict[str, Any]]:
     return content.records(frame.assign(**times)[columns])
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", CAPTURES)
 def test_the_figures_are_those_of_the_report(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = load(DATA / name)
@@ -103,6 +104,7 @@ def test_clocks_that_disagree_are_told(tmp_path: Path) -> None:
     assert row["ahead_s"] > 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("far_s", [10**31, 10**10, -(10**31)])
 def test_impossible_times_are_unknown_and_end_no_report(tmp_path: Path, far_s: int) -> None:
     start = {"mono_ns": frames.MONO, "utc_offset_ns": frames.OFFSET}

@@ -206,6 +206,7 @@ def test_the_worst_connection_is_the_one_that_lost_most_or_the_first() -> None:
 # ---- captures ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sample", "older", "heartbeats", "receiver-side", "closed-by-rst"])
 def test_captures_of_older_versions_are_grouped_without_names(name: str) -> None:
     trace = cwndtrace.load(DATA / f"{name}.cwnd")

@@ -43,6 +43,7 @@ from tests.unit.examples import FEWEST
 SOME = settings(FEWEST, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 def test_mutated_files_and_shapes_that_ask_for_too_much_are_read_or_refused(tmp_path: Path) -> None:
     """One process runs the shapes, and then the first cases that have a mutation of each kind."""
     cases = len(fuzz.SHAPES) + 18
@@ -155,6 +156,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("odd", ODD)
 def test_a_part_that_is_no_regular_file_is_left_out(capture: Path, odd: str) -> None:
     part = next((capture / "cwnd_reset").glob("*.parquet"))
@@ -214,6 +216,7 @@ def refused(capture: Path) -> list[str]:
     return reasons
 
 
+@pytest.mark.slow
 def test_too_many_rows_of_a_small_file_are_refused(capture: Path) -> None:
     count = 150_000_000
     batch = pa.table({name: pa.array([1] * 1_000_000, pa.int8()) for name in ("tgid", "tid")})
@@ -225,6 +228,7 @@ def test_too_many_rows_of_a_small_file_are_refused(capture: Path) -> None:
     assert f"it says that it holds {count:,} rows" in refused(capture)[0]
 
 
+@pytest.mark.slow
 def test_a_page_that_unpacks_to_far_more_is_refused(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_limits, "MOST_BYTES", 100 << 20)
     part = write(capture, pa.table({"comm": [b"\0" * (40 << 20)] * 3}), use_dictionary=False, compression="zstd")
@@ -351,6 +355,7 @@ _JUDGED: Final = ("cwnd_reset", "connections", "cwnd_recovery")
 """The tables whose rows a verdict needs in full."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("table", arrow.TABLES)
 def test_a_part_without_one_column_opens_and_gives_no_verdict(harmful: Path, tmp_path: Path, table: str) -> None:
     """A recording of an older version may lack it. Its values are missing then, and the answer names the column."""
@@ -372,6 +377,7 @@ def test_a_part_without_one_column_opens_and_gives_no_verdict(harmful: Path, tmp
         assert cwndtrace.load(path).host().verdict == "unknown"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("table", arrow.TABLES)
 def test_a_column_that_no_verdict_needs_may_be_missing(
     harmful: Path, reported: dict[str, Any], tmp_path: Path, table: str
@@ -385,6 +391,7 @@ def test_a_column_that_no_verdict_needs_may_be_missing(
     assert {**after, "caveats": []} == {**reported, "caveats": [], "capture": str(path)}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("table", arrow.TABLES)
 def test_every_command_accepts_a_part_of_an_older_recording(harmful: Path, tmp_path: Path, table: str) -> None:
     """A second part has all columns, and is reported."""
@@ -467,6 +474,7 @@ LIBRARIES = (
 )
 
 
+@pytest.mark.slow
 def test_a_report_without_enough_memory_says_so(tmp_path: Path) -> None:
     """The address space is limited to what the libraries need and a little more, from 8 MiB to enough for all rows."""
     rows = np.repeat(frames.block(), 600_000)

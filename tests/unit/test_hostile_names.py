@@ -50,6 +50,7 @@ def loaded(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> Trace:
     return trace
 
 
+@pytest.mark.quick(2)
 def test_hostile_names_are_harmless_in_a_terminal(loaded: Trace, tmp_path: Path) -> None:
     path = str(loaded.path)
     assert_harmless(call("report", path))
@@ -58,6 +59,7 @@ def test_hostile_names_are_harmless_in_a_terminal(loaded: Trace, tmp_path: Path)
     assert_harmless(call("export", path, "--csv", "verdicts=-", "--csv", f"resets={tmp_path / 'a.csv'}"))
 
 
+@pytest.mark.quick(2)
 def test_json_of_hostile_names_is_printable_ascii(loaded: Trace) -> None:
     trace = loaded
     for output in (
@@ -77,6 +79,7 @@ def test_json_keeps_each_character_of_a_name() -> None:
         assert json.loads(line) == {"comm": name}
 
 
+@pytest.mark.quick(2)
 def test_reprs_and_frames_are_harmless(trace: Trace) -> None:
     key = trace.summary()["connection"].iloc[0]
     objects: list[Any] = [trace, trace.connection(key), trace.connection(key).verdict, trace.host(), trace.explain(0)]
@@ -124,6 +127,7 @@ def markup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[tuple[str, 
         ).found
 
 
+@pytest.mark.quick(2)
 def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
     trace: Trace, markup: set[tuple[str, str]]
 ) -> None:
@@ -134,6 +138,7 @@ def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
     assert "{0}{a.b}49" not in text
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("name", "ending"), list(zip(DRAWN, ("svg", "png", "pdf", "png"), strict=True)))
 def test_pictures_of_hostile_names_are_drawn(name: str, ending: str, tmp_path: Path) -> None:
     # A file's name is bytes, and the locale may be unable to encode these characters.

@@ -402,6 +402,7 @@ def test_no_resets_have_no_causes() -> None:
     assert causes([], [read(1, 1)]) == []
 
 
+@pytest.mark.slow
 def test_the_causes_of_many_resets_equal_those_of_each_alone() -> None:
     rng = np.random.default_rng(1)
     resets = pd.concat([frames.pandas(frames.table("cwnd_reset", idle_reset()))] * 10_000, ignore_index=True)

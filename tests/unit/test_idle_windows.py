@@ -125,6 +125,7 @@ def test_causes_found_part_by_part_equal_those_from_all_requests(
         equal(trace.verdicts, at_once(trace))
 
 
+@pytest.mark.slow
 def test_few_requests_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture of four times as many requests needs no more of them at once, but for those of long idle times."""
     monkeypatch.setattr(idle_windows, "BATCH", 200)

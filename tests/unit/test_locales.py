@@ -41,9 +41,9 @@ LATIN = "de_DE.ISO-8859-1"
 OLD = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Variables that keep Python from replacing the C locale by UTF-8; an isolated Python ignores them."""
 SETTINGS: dict[str, tuple[dict[str, str], str]] = {
+    "POSIX and nothing else": ({"LC_ALL": "POSIX", **OLD}, "ascii"),
     "latin-1": ({"LC_ALL": LATIN}, "latin-1"),
     "C": ({"LC_ALL": "C"}, "utf-8"),
-    "POSIX and nothing else": ({"LC_ALL": "POSIX", **OLD}, "ascii"),
     "C.UTF-8": ({"LC_ALL": "C.UTF-8"}, "utf-8"),
     "strict ascii": ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii:strict"}, "ascii"),
     "strict latin-1": ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1:strict"}, "latin-1"),
@@ -82,6 +82,7 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return odd
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("setting", "isolated"), [*((setting, False) for setting in SETTINGS), ("latin-1", True), ("strict ascii", True)]
 )

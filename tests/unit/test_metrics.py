@@ -236,6 +236,7 @@ def test_workloads_beyond_the_bound_are_counted_together(metrics: Metrics) -> No
     assert found["idle", "tracepoint", OTHER] == 9
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ['a"} 1\ncwndtrace_x 1', "\x1b[31mred", "a\\", "\u202eevil", "x" * 5000, "é" * 60])
 def test_a_hostile_name_stays_one_label(metrics: Metrics, name: str) -> None:
     metrics.turn([workload(7, name), resets(3, cgroup_id=7)])

@@ -195,6 +195,7 @@ def test_a_row_leaves_out_equivalent_mutants_and_counts_reasons() -> None:
     assert report.row("m", 1234, outcomes, reasons) == "| m | 1,234 | 10 | 1 | 6 | 67 % (35 to 88 %) | 2 of 3 |"
 
 
+@pytest.mark.slow
 def test_reasons_without_a_mutant_are_found_and_all_others_hold() -> None:
     reasons = report.Reasons(equivalent={"m.py f: a => b": ""}, accepted={"m.py g *": "", "m.py h *": ""})
     assert reasons.stale({"m.py f: a => b", "m.py g: a => c"}) == ["m.py h *"]

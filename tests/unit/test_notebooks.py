@@ -55,6 +55,7 @@ def test_there_are_three_notebooks() -> None:
     assert [file.name[:2] for file in NOTEBOOKS] == ["01", "02", "03"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs_and_gives_the_stored_output(file: Path, tmp_path: Path) -> None:
     need_loopback()
@@ -130,6 +131,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: text for name, _, text in (each.partition("\n") for each in texts)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_notebooks_run_on_other_captures_and_show_their_resets(name: str, printed: dict[str, str]) -> None:
     shown = re.findall(r"^(\S+): (\d+) resets shown, (\d+) in all$", printed[name], re.MULTILINE)
@@ -139,12 +141,14 @@ def test_the_notebooks_run_on_other_captures_and_show_their_resets(name: str, pr
     assert "none of these bursts began with a reset of this capture" in printed[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LACKING)
 def test_the_notebooks_run_on_a_capture_that_lacks_rows(kind: str, printed: dict[str, str]) -> None:
     assert ("2 in all" in printed[kind]) == (kind == "without idle resets")
     assert ("no capture has a reset" in printed[kind]) == (kind != "without idle resets")
 
 
+@pytest.mark.slow
 def test_measurements_as_reproduce_writes_them_are_compared(printed: dict[str, str]) -> None:
     (stored,) = (
         "".join(output["text"])

@@ -77,6 +77,7 @@ def test_the_wheel_has_its_licences(wheel: Path) -> None:
     assert licences == {"LICENSE", "Apache-2.0.txt", "GPL-2.0.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [(["--version"], "0.1.0"), (["run", "--help"], "--iface"), (["doctor", "--help"], "--json")],
@@ -88,6 +89,7 @@ def test_the_command_works_with_only_the_wheel_installed(
     assert (done.returncode, expected in done.stdout) == (0, True), done.stdout
 
 
+@pytest.mark.slow
 def test_the_installed_package_finds_its_own_bpf_folder(environment: Path) -> None:
     program = "from cwndtrace.records import layout; print(layout.bpf_dir()); layout.header()"
     done = _run(environment / "bin" / "python", "-c", program, cwd=environment)

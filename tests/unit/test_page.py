@@ -91,6 +91,7 @@ def test_scripts_forms_and_bases_that_are_injected_have_no_effect(browser: Brows
 # ---- layout and colours -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_axe_finds_no_violation(browser: Browser, sample: Path, width: int, scheme: str) -> None:
@@ -100,6 +101,7 @@ def test_axe_finds_no_violation(browser: Browser, sample: Path, width: int, sche
     assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in violations] == []
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_the_page_of_a_fleet_is_accessible_sorts_and_does_not_overflow(
     browser: Browser, tmp_path: Path, width: int
@@ -121,6 +123,7 @@ def test_the_page_of_a_fleet_is_accessible_sorts_and_does_not_overflow(
     assert [float(str(cost)) for cost in costs] == [2e6 + 4 * n + 1 for n in range(5, -1, -1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_nothing_overflows_and_verdicts_have_room(browser: Browser, sample: Path, width: int) -> None:
     with opened(browser, sample, width) as tab:
@@ -156,6 +159,7 @@ BROKEN_UNITS = r"""() => {
 }"""
 
 
+@pytest.mark.slow
 def test_no_line_breaks_between_a_number_and_its_unit(browser: Browser, sample: Path) -> None:
     with opened(browser, sample) as tab:
         for width in range(320, 700, 20):
@@ -163,6 +167,7 @@ def test_no_line_breaks_between_a_number_and_its_unit(browser: Browser, sample: 
             assert tab.evaluate(BROKEN_UNITS) == []
 
 
+@pytest.mark.quick(1)
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["256 bytes of UTF-8", "HTML", "mathtext"])
 def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Path) -> None:
@@ -171,6 +176,7 @@ def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Pat
         assert overflow(tab) <= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_pictures_follow_light_and_dark_mode(browser: Browser, sample: Path, dark: bool) -> None:
     with opened(browser, sample, 1200, color_scheme="dark" if dark else "light") as tab:
@@ -181,6 +187,7 @@ def test_pictures_follow_light_and_dark_mode(browser: Browser, sample: Path, dar
     assert pixels.std() > 0.05
 
 
+@pytest.mark.slow
 def test_on_paper_the_page_is_light_and_complete(browser: Browser, sample: Path) -> None:
     with opened(browser, sample, PAPER, color_scheme="dark") as tab:
         tab.emulate_media(media="print", color_scheme="dark")
@@ -210,6 +217,7 @@ def test_pictures_and_regions_have_distinct_labels(browser: Browser, sample: Pat
         assert tab.locator("th:not([scope])").count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_single_item_is_in_the_singular(browser: Browser, tmp_path: Path) -> None:
     seen = [frames.snapshot(t, bytes_sent=40_100_000 + t * 100_000) for t in (0, 9)]

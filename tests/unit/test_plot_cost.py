@@ -62,6 +62,7 @@ def test_light_and_dark_colours_are_used_and_settings_restored(dark: bool) -> No
     drawing.check_colours(CASES["plain"], dark=dark)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("evil", drawing.HOSTILE_TEXTS)
 def test_hostile_names_are_drawn_character_by_character(evil: str) -> None:
     drawing.check_literal(cost(pairs(ca_name=[evil, "reno"])), style.plain(evil, 16))

@@ -50,6 +50,7 @@ CASES: dict[str, Callable[[], Figure]] = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", CASES)
 def test_every_text_is_readable_and_the_legend_shows_what_is_drawn(name: str) -> None:
     figure = CASES[name]()
@@ -93,6 +94,7 @@ def test_medians_dots_and_spreads_equal_the_measurements() -> None:
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("number", range(1, 7))
 def test_panels_have_the_same_size_and_take_the_whole_width(number: int) -> None:
     sizes = tuple(100_000 * n for n in range(1, number + 1))
@@ -137,6 +139,7 @@ def test_a_line_separates_idle_times_below_the_rto_from_longer_ones() -> None:
     assert not [item for item in above.axes[0].lines if item.get_linestyle() == "--"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("measured", "title"),
     [
@@ -162,6 +165,7 @@ def test_the_largest_of_many_sizes_are_shown_and_counted() -> None:
     assert any("the largest 6 of 8 sizes" in text for text in drawing.texts(figure))
 
 
+@pytest.mark.slow
 def test_costs_without_room_have_no_labels() -> None:
     for number, labelled in ((3, True), (5, True), (16, False)):
         idle_times = tuple(round(0.4 + n / 100, 2) for n in range(number))

@@ -37,6 +37,7 @@ CASES: dict[str, Callable[[], Figure]] = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", CASES)
 def test_every_text_is_readable_and_the_legend_shows_what_is_drawn(name: str) -> None:
     figure = CASES[name]()
@@ -49,6 +50,7 @@ def test_light_and_dark_colours_are_used_and_settings_restored(dark: bool) -> No
     drawing.check_colours(CASES["plain"], dark=dark)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("evil", drawing.HOSTILE_TEXTS)
 def test_hostile_names_are_drawn_character_by_character(evil: str) -> None:
     figure = saw(about=frames.about(host=evil, kernel=evil * 40))

@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", CASES)
 def test_every_text_is_readable_and_the_legend_shows_what_is_drawn(path: Path, name: str) -> None:
     figure = timeline_of(story(path, **CASES[name]))
@@ -82,6 +83,7 @@ def test_every_text_is_readable_and_the_legend_shows_what_is_drawn(path: Path, n
     drawing.check_legends(figure)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "lossy", [None, 5, "x", [1], [{}], [{"start_ns": "a", "end_ns": 2, "lost": 1}], [{**LOSSY[0], "lost": 0}]]
 )
@@ -133,6 +135,7 @@ def test_one_connection_is_shown_by_its_key(path: Path) -> None:
     assert key in caught.value.remedy
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("evil", drawing.HOSTILE_TEXTS)
 def test_hostile_names_are_drawn_character_by_character(path: Path, evil: str) -> None:
     resets, connections = frames.story(comm=evil, seconds=20)

@@ -67,6 +67,7 @@ def test_each_remedy_of_a_connection_has_an_action_and_a_saving(tmp_path: Path) 
 # ---- initcwnd ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("waiting", "window", "segments", "risk"),
     [
@@ -125,6 +126,7 @@ def test_systemd_networkd_takes_no_window_above_its_limit(tmp_path: Path) -> Non
 # ---- where and how it lasts -------------------------------------------------------------------------
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("about", "command"),
     [
@@ -315,6 +317,7 @@ def test_the_audit_lists_the_host_and_each_namespace(tmp_path: Path) -> None:
     assert (table[55]["live"], table[55]["name"], table[1]["host"], pod["host"]) == (1, "", True, False)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sysctls", [None, 5, [], {"x": 1}, {"x": {"name": 5, "host": "yes"}}])
 def test_the_audit_accepts_metadata_of_any_shape(tmp_path: Path, sysctls: object) -> None:
     trace = capture(tmp_path, 1_000_000, sysctls=sysctls)

@@ -169,6 +169,7 @@ def test_json_of_a_reset_whose_burst_is_unknown_has_nulls(path: Path) -> None:
     assert "its window wasn't followed" in row["why"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("values", "caveat"),
     [
@@ -191,6 +192,7 @@ def test_gaps_of_a_capture_are_in_the_text_in_json_and_on_the_page(
         assert text.lower().count("requests were lost") <= 1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["empty", "block I/O only", "interrupted", "cut off"])
 def test_incomplete_captures_are_reported(path: Path, kind: str) -> None:
     if kind == "empty":
@@ -283,10 +285,12 @@ def test_the_pages_policy_allows_only_its_own_script_and_styles(path: Path) -> N
     assert len(rules) == 6
 
 
+@pytest.mark.slow
 def test_the_same_capture_gives_the_same_page(idle: Trace, drawn: str) -> None:
     assert page(content.report(idle)) == drawn
 
 
+@pytest.mark.slow
 def test_the_page_of_a_large_capture_stays_small(path: Path) -> None:
     resets, connections = frames.story(peers=210, seconds=10)
     trace = frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(19_000))
@@ -359,6 +363,7 @@ def test_groups_that_the_screen_has_no_room_for_are_summed_up(path: Path) -> Non
     assert "; cost " in line
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("by", "first"),
     [("workload", "WORKLOAD"), ("service", "WORKLOAD"), ("peer", "PEERS"), ("connection", "CONNECTION")],
@@ -416,6 +421,7 @@ def test_the_page_has_the_groups_before_the_connections(path: Path) -> None:
     assert f"All 4&nbsp;connections are of nginx:443 in {WEB['workload']}." in same
 
 
+@pytest.mark.slow
 def test_no_name_of_a_workload_is_taken_for_markup_or_controls_a_terminal(path: Path) -> None:
     # A Trace gives texts without control characters; nothing that shows them relies on that.
     evil = dict.fromkeys(("workload", "process", "cmdline", "listener"), hostile.TEXT)

@@ -282,6 +282,7 @@ def test_a_full_ring_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reader.read(4 * PAGE) == ([], False)
 
 
+@pytest.mark.slow
 def test_a_large_ring_is_mapped_only_where_it_is_read() -> None:
     """What is mapped counts as this process's memory."""
     with made(4 << 20) as (reader, producer):

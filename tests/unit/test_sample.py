@@ -110,6 +110,7 @@ def test_congestion_states_that_were_numbers_are_texts() -> None:
         assert frame["ca_state"].dtype == older.connections["state"].dtype
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [

@@ -412,6 +412,7 @@ while True:
 """
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_kill_while_raw_parts_are_written_and_converted_leaves_whole_batches(tmp_path: Path, seed: int) -> None:
     path, chance = tmp_path / "a.cwnd", random.Random(seed)

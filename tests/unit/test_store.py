@@ -287,6 +287,7 @@ def test_a_capture_whose_writer_is_alive_is_running_and_readable(tmp_path: Path)
     assert store.open_capture(path).status == "interrupted"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_writer_killed_at_any_moment_leaves_whole_batches(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "a.cwnd"
@@ -764,6 +765,7 @@ def shorten(part: Path) -> None:
     pq.write_table(pq.ParquetFile(part).read().slice(0, 2), part)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("old", [False, True], ids=["", "without a list of parts"])
 @pytest.mark.parametrize(
     ("damage", "lacking"),

@@ -261,6 +261,7 @@ def test_the_summary_reads_few_block_requests_and_only_for_causes(
         assert [bool(row["cause"]) for row in found["groups"]] == [read, False, False]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", hostile.NAMES)
 def test_hostile_names_fit_into_80_columns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])
@@ -346,6 +347,7 @@ def test_reproduce_fits_its_terminal() -> None:
     assert LEFT_OUT in " ".join(lines)
 
 
+@pytest.mark.slow
 def test_the_command_fits_a_terminal_and_leaves_nothing_out_of_a_pipe() -> None:
     """The command is run as a process, with a terminal of 80 columns and with a pipe."""
     command = [sys.executable, "-I", "-m", "cwndtrace", "report", str(SAMPLE)]

@@ -59,6 +59,7 @@ def test_rows_are_as_many_as_asked(tmp_path: Path) -> None:
     assert lines[-2] == "and 16 more"
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", hostile.NAMES)
 @pytest.mark.parametrize("page", list(PAGES))
 def test_hostile_names_are_harmless(tmp_path: Path, page: str, name: str) -> None:
@@ -136,6 +137,7 @@ def test_tables_follow_a_running_trace_until_it_is_complete(tmp_path: Path) -> N
         assert top.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_tables_end_where_the_trace_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with written(path, 3) as writer, watching(path) as top:
@@ -149,6 +151,7 @@ def test_tables_end_where_the_trace_is_killed(tmp_path: Path) -> None:
         assert top.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_tables_end_with_an_error_where_the_capture_is_deleted(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with written(path, 3), watching(path) as top:
@@ -165,6 +168,7 @@ def test_tables_end_with_an_error_where_the_capture_is_deleted(tmp_path: Path) -
         assert top.stderr.read() == "cwndtrace: The capture was deleted.\n  The table above is the last of it.\n"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     with written(tmp_path / "a.cwnd", 3), watching(tmp_path / "a.cwnd") as top:
@@ -175,6 +179,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
         assert top.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_it_ends_when_nobody_reads_it(tmp_path: Path) -> None:
     with written(tmp_path / "a.cwnd", 3), watching(tmp_path / "a.cwnd") as top:
         next_table(top)

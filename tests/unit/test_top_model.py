@@ -66,6 +66,7 @@ def costs(path: Path, *recoveries: Any, resets: tuple[Any, ...]) -> tuple[float,
     return float(trace.summary()["lost_us"].sum()), read(path).cost_us
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "recoveries",
     [

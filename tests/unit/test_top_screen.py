@@ -296,6 +296,7 @@ def test_a_pause_holds_the_picture_and_loses_nothing(many: tuple[Path, CaptureWr
     play(path, do)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", [*hostile.NAMES, "markup"])
 def test_hostile_names_are_only_names(tmp_path: Path, name: str) -> None:
     text = hostile.NAMES.get(name, "[red]x[/][@click=app.quit]")
@@ -312,6 +313,7 @@ def test_hostile_names_are_only_names(tmp_path: Path, name: str) -> None:
     play(tmp_path / "a.cwnd", do)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("end", ["complete", "killed", "deleted"])
 def test_the_end_of_a_trace_is_said(tmp_path: Path, end: str) -> None:
     path = tmp_path / "a.cwnd"
@@ -383,6 +385,7 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
             each.close()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("size", SIZES)
 def test_in_a_terminal(tmp_path: Path, terminal: Callable[..., Terminal], size: tuple[int, int]) -> None:
     with written(tmp_path / "a.cwnd", 30) as writer:
@@ -403,6 +406,7 @@ def test_in_a_terminal(tmp_path: Path, terminal: Callable[..., Terminal], size: 
         until(top.ended, 30, "top to end")
 
 
+@pytest.mark.slow
 def test_in_a_terminal_without_colour(terminal: Callable[..., Terminal], capture: Path) -> None:
     top = terminal((80, 24), capture, NO_COLOR="1")
     top.shows("10.2.0.9:20001")

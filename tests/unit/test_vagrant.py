@@ -45,6 +45,7 @@ def vagrant(home: Path, *arguments: str, **env: str) -> str:
     return result.stdout
 
 
+@pytest.mark.quick(1)
 @needs_vagrant
 @pytest.mark.parametrize(
     ("setting", "cause", "cure"),
@@ -80,6 +81,7 @@ def virtualbox(tmp_path: Path) -> str:
     return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 @needs_vagrant
 def test_more_memory_than_is_free_is_refused(tmp_path: Path, virtualbox: str) -> None:
     output = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_MEMORY="99999999")
@@ -87,6 +89,7 @@ def test_more_memory_than_is_free_is_refused(tmp_path: Path, virtualbox: str) ->
     assert "set VAGRANT_MEMORY (3072 to build a kernel, 1024 to run one from debs/)" in output
 
 
+@pytest.mark.slow
 @needs_vagrant
 def test_a_missing_box_is_refused(tmp_path: Path, virtualbox: str) -> None:
     output = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_BOX="/nowhere/debian.box")
@@ -94,6 +97,7 @@ def test_a_missing_box_is_refused(tmp_path: Path, virtualbox: str) -> None:
     assert "vagrant/box/build --output /nowhere/debian.box" in output
 
 
+@pytest.mark.slow
 @needs_vagrant
 def test_arm64_needs_a_box_of_the_users(tmp_path: Path, virtualbox: str) -> None:
     output = vagrant(tmp_path, "up", PATH=virtualbox, VAGRANT_ARCH="arm64")

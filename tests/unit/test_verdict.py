@@ -219,6 +219,7 @@ def test_one_unknown_reset_leaves_the_question_open(tmp_path: Path) -> None:
     assert "the cost of 1 of 19 resets wasn't measured" in trace.host().text
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("meta", "why"),
     [

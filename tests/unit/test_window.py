@@ -181,6 +181,7 @@ def test_tables_keep_the_same_span(tmp_path: Path, clock: MadeClock) -> None:
     assert resets == [frames.MONO + n * 70 * frames.SECOND for n in range(1, 11) if n * 70e9 >= kept_from - frames.MONO]
 
 
+@pytest.mark.slow
 def test_names_stay_while_records_of_their_time_do(tmp_path: Path, clock: MadeClock) -> None:
     """Rows of names that are written again as often as the window asks for are always there."""
     window = Window(KEEP_S)
