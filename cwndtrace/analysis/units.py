@@ -46,13 +46,13 @@ _NAMED: Final = {
 """The columns whose names don't tell their unit; ``see unit`` is the unit in the row's column ``unit``."""
 
 
-class _Units(dict[str, str]):
+class Units(dict[str, str]):
     """Units by column, not copied by ``deepcopy``.
 
     pandas deep-copies ``attrs`` with each step of an analysis, which would take a fifth of its time.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Units:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Units:
         return self
 
 
@@ -73,5 +73,5 @@ def _listed() -> dict[str, str]:
 def attach(frame: pd.DataFrame) -> pd.DataFrame:
     """Return ``frame`` with ``attrs["units"]``: the unit of each column, or of each axis where the axes have names."""
     names = [frame.index.name, frame.columns.name] if frame.columns.name is not None else [*frame]
-    frame.attrs["units"] = _Units({str(name): unit for name in names if (unit := of(str(name)))})
+    frame.attrs["units"] = Units({str(name): unit for name in names if (unit := of(str(name)))})
     return frame

@@ -183,7 +183,7 @@ def conform(name: str, rows: pd.DataFrame) -> pd.DataFrame:
     out = rows[list(columns)].astype({column: _DTYPES[kind] for column, (kind, _) in columns.items()})
     texts = {column: out[column].str.slice(0, MOST_TEXT) for column, (kind, _) in columns.items() if kind == "text"}
     out = out.assign(**texts).reset_index(drop=True)
-    out.attrs["units"] = {column: _unit(column, kind) for column, (kind, _) in columns.items()}
+    out.attrs["units"] = units.Units({column: _unit(column, kind) for column, (kind, _) in columns.items()})
     return out
 
 
