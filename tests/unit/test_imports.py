@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,13 @@ def name_of(path: Path) -> str:
     return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield each module that a file imports, by its full dotted name, with the line."""
+@cache
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Return each module that a file imports, by its full dotted name, with the line."""
+    return [*_imports(path)]
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
     package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
