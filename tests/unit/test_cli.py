@@ -279,6 +279,7 @@ def test_plot_refuses_other_formats_than_png_svg_and_pdf(tmp_path: Path, name: s
     assert [p.name for p in tmp_path.iterdir()] == ["a.cwnd"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_picture_does_not_contain_its_file_name_and_replaces_the_old_file(tmp_path: Path, ending: str) -> None:
     capture = frames.capture(tmp_path / "a.cwnd", resets=RESETS, block_io=BLOCKS)

@@ -109,7 +109,7 @@ def whole(recorded: store.Capture, tmp_path: Path) -> store.Capture:
     return store.open_capture(shutil.copytree(recorded.path, tmp_path / "a.cwnd"))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("span", [(0, 60), (12.3, 37.7), (20, 30), (30, 30.2), (59.999, 60), (12, 12.000001)])
 @pytest.mark.parametrize("links", [True, False])
 def test_a_dump_has_exactly_the_rows_of_its_span(

@@ -37,7 +37,7 @@ EXTREMES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_an_extreme_value_is_kept_and_reported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = EXTREMES[name]

@@ -429,7 +429,7 @@ def test_no_password_of_a_url_gets_into_the_result(made: Path, monkeypatch: pyte
 # ---- the result -------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "host", ["..", "../../x", "a/b", "\0", "é" * 64, "x" * 300, "host=x", ".", "%2F", "\x1b[31m", "a b"]
 )

@@ -254,7 +254,7 @@ def markup() -> set[tuple[str, str]]:
     return hostile.Markup(content.page(summary.report(attacked("nginx"), since=SINCE))).found
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", [*hostile.NAMES, "everything"])
 def test_hostile_names_are_harmless_everywhere(
     name: str, markup: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch

@@ -265,6 +265,7 @@ def calls(number: int, by: str) -> int:
     return counted
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("by", ["workload", "service", "peer"])
 def test_grouping_runs_no_python_function_for_each_connection(by: str) -> None:
     calls(100, by)  # the first call imports and caches

@@ -205,6 +205,7 @@ def test_on_paper_the_page_is_light_and_complete(browser: Browser, sample: Path)
 # ---- screen readers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_and_regions_have_distinct_labels(browser: Browser, sample: Path) -> None:
     with opened(browser, sample) as tab:
         for label in ("img => img.alt", "region => region.ariaLabel"):

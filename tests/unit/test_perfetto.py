@@ -32,6 +32,7 @@ from cwndtrace.records import arrow, layout
 from cwndtrace.records import frames as records
 from cwndtrace.trace import Trace
 from tests.harness.browser import chromium
+from tests.harness.loopback import need_loopback
 from tests.harness.perfetto_trace import Decoded, decode
 from tests.harness.replay import Replay
 from tests.harness.trace_processor import TraceProcessor, served
@@ -301,6 +302,7 @@ def test_rows_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
         perfetto.write(cwndtrace.load(tmp_path / "a.cwnd"), file)
 
 
+@pytest.mark.slow
 def test_the_command_compresses_by_the_name(tmp_path: Path) -> None:
     trace = frames.two_idle_connections(tmp_path / "a.cwnd")
     plain, zipped = tmp_path / "a.pftrace", tmp_path / "a.pftrace.gz"
@@ -367,6 +369,7 @@ def browser() -> Iterator[Browser]:
 def loaded(
     request: pytest.FixtureRequest, browser: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Trace, TraceProcessor]]:
+    need_loopback()
     folder = tmp_path_factory.mktemp("trace")
     trace = request.param(folder)
     with served() as place, browser.new_page() as page:

@@ -50,7 +50,7 @@ CASES: dict[str, Callable[[], Figure]] = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", CASES)
 def test_every_text_is_readable_and_the_legend_shows_what_is_drawn(name: str) -> None:
     figure = CASES[name]()

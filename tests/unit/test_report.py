@@ -378,6 +378,7 @@ def test_the_groups_that_were_asked_for_come_first(grouped: Trace, by: str, firs
         assert sum(row[name] for row in found["groups"]) == sum(row[name] for row in found["connections"])
 
 
+@pytest.mark.slow
 def test_no_table_of_groups_is_printed_that_tells_nothing(path: Path) -> None:
     nameless = screen(sixty(path))
     assert not [line for line in nameless if line.startswith(("WORKLOAD", "SERVICE", "All "))]

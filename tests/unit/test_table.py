@@ -261,7 +261,7 @@ def test_the_summary_reads_few_block_requests_and_only_for_causes(
         assert [bool(row["cause"]) for row in found["groups"]] == [read, False, False]
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", hostile.NAMES)
 def test_hostile_names_fit_into_80_columns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = hostile.named(tmp_path / "a.cwnd", hostile.NAMES[name])

@@ -80,6 +80,7 @@ def test_a_small_cost_says_nothing_where_data_waited_after_a_loss(tmp_path: Path
     check(followed(tmp_path, {}, record), "loss")
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("label", FOLLOWED)
 def test_a_followed_reset_is_judged_by_what_its_data_waited_for(tmp_path: Path, label: str) -> None:
     row = check(followed(tmp_path, *FOLLOWED[label]), label)
@@ -110,6 +111,7 @@ LIMITED_TOO = {"reason": "app_limited"}
 
 
 EDGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    *((*fields, label) for label, fields in FOLLOWED.items()),
     # A closed window that opens again isn't the congestion window's doing.
     ({"tgid": 0, "unsent_bytes": 1}, NONE, "receiver_window"),
     ({"tgid": 0, "unsent_bytes": 0}, NONE, "nothing_waited"),
@@ -269,6 +271,7 @@ def test_all_traffic_of_a_connection_that_began_later_counts(tmp_path: Path) -> 
 # ---- connections without a reset --------------------------------------------------------------------
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("label", "fields", "meta"),
     [
