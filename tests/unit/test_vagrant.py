@@ -39,6 +39,7 @@ def as_root() -> tuple[str, ...]:
 def vagrant(home: Path, *arguments: str, **env: str) -> str:
     """Return the output of a vagrant command that must fail; without plugins, so that no provider is started."""
     settings = {"VAGRANT_HOME": str(home), "VAGRANT_NO_PLUGINS": "1", "VAGRANT_CHECKPOINT_DISABLE": "1", **env}
+    settings["VAGRANT_DOTFILE_PATH"] = str(home / "dotfiles")  # the checkout may be another user's
     result = run("vagrant", *arguments, cwd=VAGRANT, env=settings)
     assert result.returncode == 1, result.stdout
     assert ".rb:" not in result.stdout
