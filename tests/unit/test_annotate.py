@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
@@ -29,6 +29,7 @@ from cwndtrace.export.segment import segment as parsed
 from cwndtrace.trace import Trace
 from tests.unit import frames
 from tests.unit import packet_files as made
+from tests.unit.examples import MANY
 from tests.unit.packet_files import commented, interface, packet, section, segment, ticks
 
 LINKS: dict[str, tuple[int, Callable[[Any], Any]]] = {
@@ -435,7 +436,7 @@ def changed(raw: bytes, changes: Changes, cut: int) -> bytes:
     return bytes(out[: len(out) - cut])
 
 
-@settings(max_examples=300)
+@MANY
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=4), st.integers(0, len(WHOLE)))
 def test_a_changed_file_is_copied_or_refused(trace: Trace, changes: Changes, cut: int) -> None:
     raw = changed(WHOLE, changes, cut)
@@ -448,7 +449,7 @@ def test_a_changed_file_is_copied_or_refused(trace: Trace, changes: Changes, cut
     assert len(found.comments) + found.left.total() == 1
 
 
-@settings(max_examples=300)
+@MANY
 @given(st.lists(st.tuples(st.integers(0, len(CLASSIC) - 1), st.integers(0, 255)), max_size=4), st.integers(0, 200))
 def test_a_changed_classic_file_is_converted_or_refused(trace: Trace, changes: Changes, cut: int) -> None:
     try:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwndtrace.fleet import change, summary
+from cwndtrace.fleet import change, clocks, summary
 from cwndtrace.fleet.summary import BY, FleetReport
 from cwndtrace.present import fleet as in_words
 from cwndtrace.present import fleet_limits
@@ -369,6 +369,11 @@ def both_ends(skew_s: float, number: int, **values: Any) -> list[dict[str, Any]]
 
 def test_hosts_that_see_both_ends_of_connections_tell_that_their_clocks_differ() -> None:
     captures = [capture("a"), capture("b")]
+
+    def skews(captures: list[dict[str, Any]], rows: list[dict[str, Any]]) -> pd.DataFrame:
+        made = fleet(captures, rows)
+        return clocks.findings(made.captures, summary.named(made.connections)).skews
+
     told = summary.report(fleet(captures, both_ends(120, 3))).clocks.skews
     assert one(told) == {"host": "a", "other": "b", "ahead_s": -120, "connections": 3}
     lines = fleet_content.caveats(summary.report(fleet(captures, both_ends(120, 3))), 5)["limits"]
@@ -377,22 +382,22 @@ def test_hosts_that_see_both_ends_of_connections_tell_that_their_clocks_differ()
         "one is right can't be told."
     ]
     # Snapshots may be this far apart, two connections are too few, and a connection may be older than both captures.
-    assert summary.report(fleet(captures, both_ends(20, 3))).clocks.skews.empty
-    assert summary.report(fleet(captures, both_ends(120, 2))).clocks.skews.empty
+    assert skews(captures, both_ends(20, 3)).empty
+    assert skews(captures, both_ends(120, 2)).empty
     old = both_ends(120, 3, first_seen=pd.Timestamp(f"{BEFORE}T12:00:10Z"))
-    assert summary.report(fleet(captures, old)).clocks.skews.empty
+    assert skews(captures, old).empty
     # Connections that had the same ends at different times, as those from a fixed port, are apart by different times.
     reused = [
         row
         | {name: row[name] + pd.Timedelta(minutes=n * n) for name in ("first_seen", "last_seen") if row["host"] == "b"}
         for n, row in enumerate(both_ends(120, 4))
     ]
-    assert summary.report(fleet(captures, reused)).clocks.skews.empty
+    assert skews(captures, reused).empty
     longer = [row | {"last_seen": row["last_seen"] + pd.Timedelta(minutes=5)} for row in both_ends(120, 3)[::2]]
-    assert summary.report(fleet(captures, longer + both_ends(120, 3)[1::2])).clocks.skews.empty
+    assert skews(captures, longer + both_ends(120, 3)[1::2]).empty
     # A third host with the same private addresses leaves nothing to compare.
     third = [row | {"host": "c"} for row in both_ends(120, 3) if row["host"] == "b"]
-    assert summary.report(fleet([*captures, capture("c")], both_ends(120, 3) + third)).clocks.skews.empty
+    assert skews([*captures, capture("c")], both_ends(120, 3) + third).empty
 
 
 def test_a_date_that_is_nearer_than_the_clocks_agree_leaves_the_side_open() -> None:

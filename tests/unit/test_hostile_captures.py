@@ -336,6 +336,7 @@ print(read, len(whole) - footer)
 """
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path: Path) -> None:
     """pyarrow's metadata of a row group isn't used: its C++ exception ends it if a statistic has a wrong length."""
     part = tmp_path / "part-000001.parquet"

@@ -50,7 +50,7 @@ def loaded(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> Trace:
     return trace
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_hostile_names_are_harmless_in_a_terminal(loaded: Trace, tmp_path: Path) -> None:
     path = str(loaded.path)
     assert_harmless(call("report", path))
@@ -59,7 +59,7 @@ def test_hostile_names_are_harmless_in_a_terminal(loaded: Trace, tmp_path: Path)
     assert_harmless(call("export", path, "--csv", "verdicts=-", "--csv", f"resets={tmp_path / 'a.csv'}"))
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_json_of_hostile_names_is_printable_ascii(loaded: Trace) -> None:
     trace = loaded
     for output in (
@@ -79,7 +79,7 @@ def test_json_keeps_each_character_of_a_name() -> None:
         assert json.loads(line) == {"comm": name}
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_reprs_and_frames_are_harmless(trace: Trace) -> None:
     key = trace.summary()["connection"].iloc[0]
     objects: list[Any] = [trace, trace.connection(key), trace.connection(key).verdict, trace.host(), trace.explain(0)]
@@ -127,7 +127,7 @@ def markup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[tuple[str, 
         ).found
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_the_page_has_no_other_markup_than_that_of_a_harmless_capture(
     trace: Trace, markup: set[tuple[str, str]]
 ) -> None:

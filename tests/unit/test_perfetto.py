@@ -259,6 +259,7 @@ def test_steps_of_the_wall_clock_are_kept(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_trace_that_goes_on_is_written_as_it_was(tmp_path: Path) -> None:
     writer = store.CaptureWriter.create(tmp_path / "a.cwnd", frames.meta())
     writer.add("block_io", frames.disk(100, seconds=10))

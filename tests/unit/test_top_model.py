@@ -117,6 +117,7 @@ def test_connections_that_are_gone_leave_unless_they_had_a_reset() -> None:
     assert {one.cookie: made.is_open(one) for one in made.connections} == {2: False, 3: True}
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, most in (("MOST_CONNECTIONS", 50), ("MOST_AWAITED", 30)):
         monkeypatch.setattr(model, name, most)

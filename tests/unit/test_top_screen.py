@@ -427,6 +427,7 @@ def test_a_dumb_terminal_gets_plain_tables(terminal: Callable[..., Terminal], ca
     assert "10.2.0.9:20001" in text
 
 
+@pytest.mark.slow
 def test_a_signal_restores_the_terminal(terminal: Callable[..., Terminal], capture: Path) -> None:
     top = terminal((80, 24), capture)
     top.shows("10.2.0.9:20001")
