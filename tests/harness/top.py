@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.harness.command import COMMAND, ENVIRONMENT
+from tests.harness.users import need_command
 
 
 @contextmanager
 def watching(*arguments: str | Path, before: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
     """Start the command, with ``before`` in front, such as sudo; kill it on exit."""
     command = [*before, *COMMAND, "top", *map(str, arguments)]
+    need_command()
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT) as process:
         try:
             yield process

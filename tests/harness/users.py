@@ -36,6 +36,12 @@ def need_readable_checkout() -> None:
                 pytest.skip(f"needs a checkout that every user can read, which {folder} hides: clone it into /srv")
 
 
+def need_command() -> None:
+    """Skip the test where the command can't start: as root it becomes another user, who has to read the checkout."""
+    if os.geteuid() == 0:
+        need_readable_checkout()
+
+
 def need_user_namespace() -> None:
     """Skip the test where this process can't create a user namespace."""
     attempt = subprocess.run(["unshare", "--map-root-user", "true"], capture_output=True, text=True, check=False)

@@ -21,6 +21,7 @@ from cwndtrace.cli.top_screen import _KEYS, Rows, TopScreen
 from cwndtrace.store import CaptureWriter
 from tests.harness.command import COMMAND, ENVIRONMENT
 from tests.harness.tcp import until
+from tests.harness.users import need_command
 from tests.unit import frames, hostile
 from tests.unit.writing import written
 
@@ -372,6 +373,7 @@ class Terminal:
 def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     if shutil.which("tmux") is None:
         pytest.skip("needs tmux: sudo make develop installs it")
+    need_command()
     opened: list[Terminal] = []
 
     def open_terminal(size: tuple[int, int], path: Path, **environment: str) -> Terminal:
