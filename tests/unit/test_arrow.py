@@ -101,9 +101,11 @@ def test_numbers_that_an_enum_lacks_stand_for_themselves() -> None:
     assert arrow.label("block_io", "dev", 259 << 20 | 3) == "259:3"
 
 
-def test_cleaned_texts_that_become_one_are_one() -> None:
-    table = pa.table({"comm": pa.array(["a\x1b", "a\x07", None, "b"]).dictionary_encode(), "n": [1, 2, 3, 4]})
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+def test_cleaned_texts_that_become_one_are_one_and_keep_their_type(kind: pa.DataType) -> None:
+    table = pa.table({"comm": pa.array(["a\x1b", "a\x07", None, "b"], kind).dictionary_encode(), "n": [1, 2, 3, 4]})
     cleaned = arrow.clean_texts(table)
+    assert cleaned.schema == table.schema
     assert cleaned.column("comm").to_pylist() == ["a?", "a?", None, "b"]
     assert cleaned.column("comm").chunk(0).dictionary.to_pylist() == ["a?", "b"]
     assert cleaned.column("n").to_pylist() == [1, 2, 3, 4]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ from cwndtrace.records import frames as records
 from cwndtrace.trace import Trace
 from tests.unit import frames
 
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests/data"
 NEVER, NONE = 2_147_483_647, 4_294_967_295
 
 
@@ -137,6 +140,20 @@ def test_requests_of_different_parts_have_one_type(tmp_path: Path) -> None:
     whole = frames.table("block_io", frames.block(2, bytes=2**31))
     pq.write_table(whole, part.with_name("part-000002.parquet"))
     assert cwndtrace.load(trace.path).block_columns("bytes")["bytes"].tolist() == [4096, 2**31]
+
+
+def test_making_a_frame_starts_no_thread() -> None:
+    """Where memory for another thread is lacking, Arrow frees memory that its earlier threads still use."""
+    script = (
+        "import os\n"
+        "from cwndtrace.records import frames as records\n"
+        "from tests.unit import frames\n"
+        "table, before = frames.table('cwnd_reset', frames.reset(1)), os.listdir('/proc/self/task')\n"
+        "records.frame(table, 'cwnd_reset')\n"
+        "print(len(os.listdir('/proc/self/task')) - len(before))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "0\n"
 
 
 def test_requests_of_older_parts_lack_their_owner(tmp_path: Path) -> None:
