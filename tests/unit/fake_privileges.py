@@ -67,6 +67,8 @@ class FakeKernel:
         match option:
             case 23 | 24 if first > LAST:
                 return self._refuse(errno.EINVAL)
+            case 8 if first > 1:
+                return self._refuse(errno.EINVAL)
             case 23:
                 return int(first in self.bounding)
             case 24 if not self._may_reduce:

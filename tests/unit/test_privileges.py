@@ -37,6 +37,10 @@ def invoked(
 def test_the_user_who_called_sudo_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privileges, "held", lambda: frozenset({privileges.SETUID, privileges.SETGID}))
     assert invoked(monkeypatch, "54321", "54322") == privileges.User(54321, 54322, (54322,), "54321")
+    largest = "4294967294"
+    assert invoked(monkeypatch, largest, largest) == privileges.User(
+        int(largest), int(largest), (int(largest),), largest
+    )
     known = invoked(monkeypatch, "65534", "65534")
     assert known is not None
     assert known.name == "nobody"
