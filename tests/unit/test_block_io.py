@@ -145,3 +145,11 @@ def test_the_columns_that_name_workloads_need_no_others_than_they_say() -> None:
     assert list(block_io.WORKLOADS) == ["submitter", "owner"]
     for name, needs in block_io.WORKLOADS.items():
         assert list(block_io.with_workloads(requests[[*needs]], naming, [name])[name]) == ["web"]
+
+
+def test_the_columns_that_are_computed_need_no_others_than_they_say() -> None:
+    requests = frames.pandas(frames.table("block_io", frames.block(1, 250.5)))
+    expected = {"device": "loop0", "latency_us": 250.5, "queue_us": 4.0}
+    assert list(block_io.NEEDS) == list(expected)
+    for name, needs in block_io.NEEDS.items():
+        assert list(block_io.add(requests[[*needs]], {"7:0": "loop0"}, [name])[name]) == [expected[name]]
