@@ -33,11 +33,11 @@ UNIT: Final = Path("tests/unit")
 TEXTS: Final = {"cli": "test_texts", "present": "test_texts"}
 """Files that test packages by what commands print. Commands are imported by their names, which no import shows."""
 ELSEWHERE: Final[dict[str, tuple[str, ...]]] = {
-    "cwndtrace/cli/fleet.py": ("test_texts",),
+    "cwndtrace/cli/fleet.py": ("test_texts", "test_fleet"),
     "cwndtrace/store/dump.py": ("test_spool",),
     "cwndtrace/store/writer.py": ("test_window", "test_spool"),
 }
-"""Files that are named after something else, and test what a module does about it. They count as named after it."""
+"""Files that test a module though they are named after something else, or import it by its command's name alone."""
 CACHE: Final = Path(os.environ.get("CWNDTRACE_CACHE") or Path.home() / ".cache/cwndtrace") / "mutants"
 MOST_FILES: Final = 3
 MOST_S: Final = 15.0
@@ -168,20 +168,21 @@ def test_digest(path: str) -> str:
 def files(module: str) -> list[str]:
     """Return the files of tests for a module: those named after it, then after its package, then those that import it.
 
-    Of these, those that import it directly come first, and then those that import less. ``ELSEWHERE`` names others.
+    Of these, those that import it directly come first, and then those that import less. Those of ``ELSEWHERE`` are
+    before all others.
     """
     name = module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     package = name.split(".")[1]
     words = f"_{Path(module).stem}_", f"_{package}_"
     elsewhere = ELSEWHERE.get(module, ())
-    ranked: list[tuple[bool, bool, int, int, str]] = []
+    ranked: list[tuple[bool, bool, bool, int, int, str]] = []
     for path in sorted(UNIT.glob("test_*.py")):
         test = f"tests.unit.{path.stem}"
         named = [word not in f"{path.stem}_" for word in words]
-        named[0] &= path.stem not in elsewhere
         named[1] &= path.stem != TEXTS.get(package)
-        if distances(test).get(name, 99) <= 3 or not all(named):
-            ranked.append((named[0], named[1], distances(test).get(name, 99), len(imported(test)), str(path)))
+        other = path.stem not in elsewhere
+        if distances(test).get(name, 99) <= 3 or not all(named) or not other:
+            ranked.append((other, named[0], named[1], distances(test).get(name, 99), len(imported(test)), str(path)))
     return [path for *_, path in sorted(ranked)[: MOST_FILES + len(elsewhere)]]
 
 

@@ -91,8 +91,9 @@ def test_the_tests_of_a_module_begin_with_its_own() -> None:
     assert driver.files("cwndtrace/cli/table.py")[0] == "tests/unit/test_table.py"
     writer = [path.removeprefix("tests/unit/test_") for path in driver.files("cwndtrace/store/writer.py")]
     assert {"writer_thread.py", "window.py", "spool.py", "store.py"} < {*writer}
-    assert all(Path(f"tests/unit/{stem}.py").exists() for stems in driver.ELSEWHERE.values() for stem in stems)
-    assert all(Path(module).exists() for module in driver.ELSEWHERE)
+    for module, stems in driver.ELSEWHERE.items():
+        assert Path(module).exists()
+        assert {f"tests/unit/{stem}.py" for stem in stems} <= {*driver.files(module)}
     assert all(driver.modules(package) and Path(driver.modules(package)[0]).exists() for package in driver.PACKAGES)
 
 
