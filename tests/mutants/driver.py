@@ -239,8 +239,10 @@ class Baseline:
         while True:
             without = [name for name, passes in self._passes.items() if not passes]
             answer = self._ask.ask(module=mutant.module, index=mutant.index, file=file, only="", without=without)
-            self._seconds[file] = max(self._seconds.get(file, 0.0), answer.get("seconds", 0.0))
-            if answer["status"] == "passed" or self.passes(file, answer["by"]):
+            if answer["status"] == "passed":  # else the mutant may be what takes long
+                self._seconds[file] = max(self._seconds.get(file, 0.0), answer["seconds"])
+                return answer
+            if self.passes(file, answer["by"]):
                 return answer
             if not answer["by"]:
                 return answer | {"status": "passed"}  # the file takes too long, or fails as a whole, without it too

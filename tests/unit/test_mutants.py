@@ -144,7 +144,8 @@ class Answers:
         tests = [request["only"]] if request["only"] else [f"{file}::{number}" for number in (1, 2)]
         bad = [self._broken, *([self._fail] if mutated else [])]
         failed = next((test for test in tests if test in bad and test not in request["without"]), "")
-        return {"status": "failed" if failed else "passed", "by": failed, "seconds": 20.0 if file == "c" else 1.0}
+        seconds = 20.0 if failed or file == "c" else 1.0
+        return {"status": "failed" if failed else "passed", "by": failed, "seconds": seconds}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,8 @@ def test_a_mutants_tests_are_run_until_one_notices_it(
     if not answers:  # c is slow, and isn't named after the module
         driver.judge(baseline, other, results)
         assert runner.asked == ["a!", "b!", "c!", "a!", "b!"]
+    if answers == {"fail": "a::2"}:  # what took long is the mutant
+        assert not baseline.slow("a")
 
 
 def test_a_sample_holds_each_smaller_one() -> None:
