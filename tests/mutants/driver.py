@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,8 @@ class MutantRunner:
     def end(self) -> None:
         """End the process and all in its namespace."""
         if self._process:
-            self._process.kill()
+            # unshare doesn't end its child where that has changed its user, which ends only after its mutant.
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._process = None
 

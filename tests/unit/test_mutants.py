@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,15 @@ def test_a_mutants_tests_are_run_until_one_notices_it(
         assert runner.asked == ["a!", "b!", "c!", "a!", "b!"]
     if answers == {"fail": "a::2"}:  # what took long is the mutant
         assert not baseline.slow("a")
+
+
+def test_the_end_does_not_wait_for_a_mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = driver.MutantRunner(str(tmp_path))
+    monkeypatch.setattr(runner, "_command", ["sh", "-c", "sleep 100 & echo '{}'; wait"])
+    assert runner.ask() == {}
+    begin = time.monotonic()
+    runner.end()
+    assert time.monotonic() - begin < 60
 
 
 def test_a_sample_holds_each_smaller_one() -> None:
