@@ -35,6 +35,8 @@ TEXTS: Final = {"cli": "test_texts", "present": "test_texts"}
 """Files that test packages by what commands print. Commands are imported by their names, which no import shows."""
 ELSEWHERE: Final[dict[str, tuple[str, ...]]] = {
     "cwndtrace/cli/fleet.py": ("test_texts", "test_fleet"),
+    "cwndtrace/cli/plot.py": ("test_cli",),
+    "cwndtrace/cli/top_feed.py": ("test_top",),
     "cwndtrace/store/dump.py": ("test_spool",),
     "cwndtrace/store/writer.py": ("test_window", "test_spool"),
 }
