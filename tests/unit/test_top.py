@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from cwndtrace import cli
+from cwndtrace.cli import top as command
+from cwndtrace.cli import top_feed
 from cwndtrace.cli.top_pages import PAGES, bars
 from cwndtrace.top.history import BARS, PLAIN_BARS
 from tests.harness.tcp import until
@@ -195,3 +197,21 @@ def test_it_ends_after_its_duration(tmp_path: Path) -> None:
             until(lambda: top.poll() is not None, 60, "top to end")
             assert top.returncode == 0
     assert time.monotonic() - begin >= 3
+
+
+def test_a_table_comes_each_second_until_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, read = 100.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(top_feed, "lines", lambda *_: [f"{now:.0f}"])
+    feed = SimpleNamespace(read=lambda: read.append(now), follower=SimpleNamespace(status="running", behind=False))
+    command._print_tables(feed, "connections", most=10, duration_s=2.5, once=False)
+    assert capsys.readouterr().out.split() == ["100", "101", "102"]
+    assert len(read) == 3
+    assert now == pytest.approx(102.5, abs=0.2)
