@@ -36,6 +36,7 @@ TEXTS: Final = {"cli": "test_texts", "present": "test_texts"}
 ELSEWHERE: Final[dict[str, tuple[str, ...]]] = {
     "cwndtrace/cli/fleet.py": ("test_texts", "test_fleet"),
     "cwndtrace/cli/plot.py": ("test_cli",),
+    "cwndtrace/cli/reproduce.py": ("test_serve",),
     "cwndtrace/cli/top_feed.py": ("test_top",),
     "cwndtrace/store/dump.py": ("test_spool",),
     "cwndtrace/store/writer.py": ("test_window", "test_spool"),

@@ -269,14 +269,17 @@ def test_the_command_says_where_it_listens_and_in_the_end_what_it_served() -> No
     need_loopback()
     command = [*COMMAND, "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT) as process:
-        assert process.stderr
-        said = re.fullmatch(
-            r"Listening on 127\.0\.0\.1 port (\d+); press Ctrl-C to stop\.\n", process.stderr.readline()
-        )
-        assert said
-        socket.create_connection(("127.0.0.1", int(said[1])), 60).close()
-        process.send_signal(signal.SIGTERM)
-        stdout, _ = process.communicate(timeout=60)
+        try:
+            assert process.stderr
+            said = re.fullmatch(
+                r"Listening on 127\.0\.0\.1 port (\d+); press Ctrl-C to stop\.\n", process.stderr.readline()
+            )
+            assert said
+            socket.create_connection(("127.0.0.1", int(said[1])), 60).close()
+            process.send_signal(signal.SIGTERM)
+            stdout, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert re.fullmatch(r"[01] connections?; received 0 bursts \(0 B\), sent 0 bursts\n", stdout)
 
