@@ -165,6 +165,19 @@ def test_a_raw_part_without_new_rows_is_completed(tmp_path: Path, raw_only: pyte
     writer.close()
 
 
+def test_a_raw_part_is_completed_once_it_has_been_written_long_enough(
+    tmp_path: Path, raw_only: pytest.MonkeyPatch
+) -> None:
+    writer = make(tmp_path / "a.cwnd")
+    for first, age_s, names in ((0, 0.0, [1]), (3, 0.5, [1]), (6, 1.0, [1]), (9, 0.0, [1, 2])):
+        if first:
+            begun = time.monotonic() - age_s * writer_module.SEAL_SECONDS
+            raw_only.setattr(writer._buffers["block_io"], "begun", begun)
+        append(writer, records(first, 3))
+        assert parts(tmp_path / "a.cwnd") == [raw_name(n) for n in names]
+    writer.close()
+
+
 def test_a_disk_without_room_for_raw_parts_gets_parquet(tmp_path: Path, raw_only: pytest.MonkeyPatch) -> None:
     disk = os.statvfs(tmp_path)
     empty = os.statvfs_result((*disk[:3], 0, 0, *disk[5:]))
