@@ -37,6 +37,7 @@ from cwndtrace.report import content
 from cwndtrace.store import files, parquet_limits
 from tests import fuzz
 from tests.harness.replay import Replay
+from tests.harness.users import need_command
 from tests.unit import frames
 from tests.unit.examples import FEWEST
 
@@ -478,6 +479,7 @@ LIBRARIES = (
 @pytest.mark.slow
 def test_a_report_without_enough_memory_says_so(tmp_path: Path) -> None:
     """The address space is limited to what the libraries need and a little more, from 8 MiB to enough for all rows."""
+    need_command()
     rows = np.repeat(frames.block(), 600_000)
     rows["done_ns"] += np.arange(len(rows), dtype=np.uint64)
     resets, connections = frames.story(seconds=8)

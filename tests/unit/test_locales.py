@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cwndtrace
+from tests.harness.users import need_command
 from tests.unit import frames
 
 CHECKOUT = str(Path(cwndtrace.__file__).parents[1])
@@ -89,6 +90,7 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_prints_names_as_the_locale_can(
     request: pytest.FixtureRequest, capture: Path, tmp_path: Path, setting: str, isolated: bool
 ) -> None:
+    need_command()
     variables, encoding = SETTINGS[setting]
     if isolated and (OLD.items() <= variables.items() or "PYTHONIOENCODING" in variables):
         # An isolated Python ignores its variables.

@@ -22,6 +22,7 @@ from cwndtrace.lab import serve, wire
 from tests.harness.command import COMMAND, ENVIRONMENT
 from tests.harness.loopback import need_loopback
 from tests.harness.tcp import until
+from tests.harness.users import need_command
 
 
 @pytest.fixture
@@ -267,6 +268,7 @@ def test_the_parts_of_a_burst_are_its_stamp_and_zeros(done: int) -> None:
 
 def test_the_command_says_where_it_listens_and_in_the_end_what_it_served() -> None:
     need_loopback()
+    need_command()
     command = [*COMMAND, "serve", "--port", "0"]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT) as process:
         try:

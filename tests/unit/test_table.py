@@ -42,6 +42,7 @@ from cwndtrace.lab.statistics import summarise
 from cwndtrace.records import arrow, layout
 from cwndtrace.report import content
 from tests.harness.replay import Replay
+from tests.harness.users import need_command
 from tests.record import FILE
 from tests.unit import frames, hostile, playing
 from tests.unit.fake_source import session_of
@@ -350,6 +351,7 @@ def test_reproduce_fits_its_terminal() -> None:
 @pytest.mark.slow
 def test_the_command_fits_a_terminal_and_leaves_nothing_out_of_a_pipe() -> None:
     """The command is run as a process, with a terminal of 80 columns and with a pipe."""
+    need_command()
     command = [sys.executable, "-I", "-m", "cwndtrace", "report", str(SAMPLE)]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     with terminal(80) as lines:
