@@ -32,7 +32,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     """Count the slow tests that aren't run. pytest-xdist asks each of its processes for its count."""
     config = items[0].config
-    config.stash[_LEFT_OUT] = sum(item.get_closest_marker("slow") is not None for item in items)
+    count = sum(item.get_closest_marker("slow") is not None for item in items)
+    config.stash[_LEFT_OUT] = config.stash.get(_LEFT_OUT, 0) + count
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = config.stash[_LEFT_OUT]
 
