@@ -103,7 +103,7 @@ vm-test-all: develop ## the same for each kernel line that kernel-patches/ serve
 
 bench: develop ## run every benchmark, about 27 minutes; results go to benchmarks/results
 	@$(SUDO) $(SETUP) packages bench
-	@for name in starting block_io flood starved tcp reading fleet workloads top always_on growth; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
+	@for name in starting block_io flood starved tcp following reading fleet workloads top always_on growth; do $(SUDO) .venv/bin/python -m benchmarks.$$name || exit 1; done
 
 vm-soak: develop ## run half an hour of mixed load in a virtual machine
 	@$(SETUP) packages vm
