@@ -476,6 +476,7 @@ def test_times_that_make_no_sense_are_no_times_of_resets(trace: Trace) -> None:
         assert annotated(trace, raw)[0] == raw
 
 
+@pytest.mark.slow
 def test_the_description_of_an_interface_takes_little_memory() -> None:
     """It may have 16 MB and compress to a few kB, and a section may have 65,536 of them. This one has 0.3 MB."""
     many = struct.pack("<HH", 5, 0) * (1 << 16) + struct.pack("<HH", 2, 65_532) + b"x" * 65_532

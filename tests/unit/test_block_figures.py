@@ -72,6 +72,7 @@ def shared(frame: pd.DataFrame, pieces: int) -> BlockRequests:
     return BlockRequests((lambda columns: share(0, columns), lambda columns: share(1, columns)), len(frame))
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     number=st.integers(0, 2000), seed=st.integers(0, 2**32), spread=st.sampled_from([0.0, 0.05, 1.0, 6.0]),

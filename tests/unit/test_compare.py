@@ -179,6 +179,7 @@ def test_a_large_difference_between_large_groups_is_found() -> None:
 # ---- the command ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_answers_and_a_table(tmp_path: Path) -> None:
     a, b = capture(tmp_path / "a.cwnd"), capture(tmp_path / "b.cwnd", number=0)
     result = CliRunner().invoke(main, ["compare", str(a.path), str(b.path)])

@@ -236,6 +236,7 @@ def test_a_cure_that_no_setting_explains_is_not_believed(tmp_path: Path) -> None
         assert "no setting that the captures hold explains it" in out.text
 
 
+@pytest.mark.slow
 def test_harmless_resets_of_smaller_bursts_or_an_unchanged_route_are_no_cure(tmp_path: Path) -> None:
     for after in (
         bursts(resets=4, burst=1000, init_cwnd=900, after=900),

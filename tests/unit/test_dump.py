@@ -138,6 +138,7 @@ def test_a_dump_has_exactly_the_rows_of_its_span(
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
+@pytest.mark.slow
 def test_whole_parts_are_links_that_survive_the_capture(tmp_path: Path, whole: store.Capture) -> None:
     dump(whole, tmp_path / "b.cwnd", between(10, 45))
     inodes = {path.stat().st_ino for path in (tmp_path / "a.cwnd").rglob("part-*")}

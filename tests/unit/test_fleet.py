@@ -160,6 +160,7 @@ def test_what_makes_no_sense_as_a_place_is_refused(made: Path, tmp_path: Path) -
         places.find(["nosuch://bucket"])
 
 
+@pytest.mark.slow
 def test_no_two_captures_have_one_name_in_the_result(
     trace: Trace, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +235,7 @@ def upload(fs: Any, folder: Path, target: str) -> None:
             fs.pipe(f"{target}/{file.relative_to(folder)}", file.read_bytes())
 
 
+@pytest.mark.slow
 def test_captures_elsewhere_are_found_and_downloaded(made: Path, tmp_path: Path, far: Any) -> None:
     upload(far, made, "/bucket/host=web9/x/a.cwnd")
     upload(far, made, "/bucket/b/no suffix")

@@ -235,6 +235,7 @@ def test_only_what_changed_or_failed_is_computed_again(place: Path, tmp_path: Pa
     assert kept == {names.file("1.cwnd")}
 
 
+@pytest.mark.slow
 def test_nothing_is_started_where_nothing_is_left(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = Dataset.create(tmp_path / "r", resume=False)
     found = find([str(place / "host=web1")])
@@ -358,11 +359,13 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
             process.wait(PATIENCE_S)
 
 
+@pytest.mark.slow
 def test_a_cluster_started_by_hand_gives_the_same_figures(place: Path, tmp_path: Path, scheduler: str) -> None:
     got = cwndtrace.fleet(place / "host=db1", result=tmp_path / "r", scheduler=scheduler)
     same(got.frames(), one_by_one(find([str(place / "host=db1")])))
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_a_worker_is_told_with_its_cure(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +379,7 @@ def test_a_scheduler_without_a_worker_is_told_with_its_cure(
         cwndtrace.fleet(place, result=tmp_path / "r", scheduler=bare.scheduler_address)
 
 
+@pytest.mark.slow
 def test_no_scheduler_is_told_with_its_cure(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_PATIENCE_S", 1)
     with pytest.raises(CwndtraceError, match="there is no Dask scheduler at"):

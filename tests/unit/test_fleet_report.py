@@ -146,6 +146,7 @@ def test_the_answer_of_resets_that_cost_time() -> None:
     assert text.endswith("That is too little to matter: less than 1% of each connection's busy time.")
 
 
+@pytest.mark.slow
 def test_no_reset_delayed_anything_only_where_all_that_could_be_seen_was() -> None:
     rows = [connection(resets=3, resets_idle=3, verdict="nothing_waited"), connection("web2")]
     both = [capture("web1"), capture("web2")]
@@ -216,7 +217,7 @@ def test_json_has_all_rows_and_no_missing_figure_is_a_number(written: Frames) ->
     assert "side" not in bare["captures"][0]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("captures", [[], [FAILED], [capture()]])
 def test_a_fleet_with_nothing_in_it_has_a_report(captures: list[dict[str, Any]], tmp_path: Path) -> None:
     for since in (WHEN, None):

@@ -145,6 +145,7 @@ def said(values: dict[str, int | None], rows: list[dict[str, Any]] | None = None
 SUBJECT = "net.ipv4.tcp_slow_start_after_idle of nginx:443 in nginx.service"
 
 
+@pytest.mark.slow
 def test_the_hosts_whose_sysctl_differs_are_named_and_unknown_ones_too() -> None:
     assert said({"a": 1, "b": 1}) == []
     assert said({"a": 1}) == []
@@ -217,6 +218,7 @@ def conclusion(found: FleetReport) -> str:
     return in_words.changed(one(found.change), change.ENOUGH)
 
 
+@pytest.mark.slow
 def test_a_change_has_the_ratio_of_the_rates_and_an_interval_that_holds_it() -> None:
     found = changed(hosts(10e6, 11e6, 12e6, 13e6, 14e6), hosts(5e6, 6e6, 6e6, 6e6, 7e6))
     row = one(found.change) if found.change is not None else {}
@@ -235,6 +237,7 @@ def test_a_change_has_the_ratio_of_the_rates_and_an_interval_that_holds_it() -> 
     )
 
 
+@pytest.mark.slow
 def test_what_allows_no_ratio_is_said() -> None:
     five, none = hosts(*[1e6] * 5), hosts(*[0.0] * 5)
     assert conclusion(changed(hosts(*[1e6] * 4), hosts(1e6))) == (

@@ -154,6 +154,7 @@ def test_a_capture_that_was_cut_short_traced_until_its_last_record(tmp_path: Pat
     assert (math.isnan(row["seconds"]), row["filters"]) == (True, "")
 
 
+@pytest.mark.slow
 def test_the_boot_is_known_unless_the_metadata_has_something_else(tmp_path: Path) -> None:
     for name, value in (("b00t", "b00t"), ("", 7), ("", {"a": "b"})):
         path = tmp_path / f"{type(value).__name__}.cwnd"

@@ -296,7 +296,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFram
     return results(capture(tmp_path_factory.mktemp("untouched") / "a.cwnd"))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [scribble, erase])
 @pytest.mark.parametrize("members", [(*TABLES,), ("verdicts", "costs", "summary", "remedies", "audit")])
 def test_no_change_to_a_frame_reaches_another(

@@ -235,6 +235,7 @@ def test_groups_of_a_trace_have_its_names_and_causes(tmp_path: Path) -> None:
     assert "_requests" not in quick.__dict__
 
 
+@pytest.mark.slow
 def test_an_empty_capture_has_no_groups_and_all_columns(tmp_path: Path) -> None:
     empty = frames.capture(tmp_path / "a.cwnd")
     full = frames.two_idle_connections(tmp_path / "b.cwnd")

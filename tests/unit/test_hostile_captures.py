@@ -73,6 +73,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return frames.capture(path, resets=resets, connections=connections, block_io=frames.disk(20)).path
 
 
+@pytest.mark.slow
 @SOME
 @given(st.fixed_dictionaries({}, optional=META))
 def test_any_values_in_metadata_are_read_or_refused(sample: Path, meta: dict[str, Any]) -> None:
@@ -357,7 +358,7 @@ _JUDGED: Final = ("cwnd_reset", "connections", "cwnd_recovery")
 """The tables whose rows a verdict needs in full."""
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("table", arrow.TABLES)
 def test_a_part_without_one_column_opens_and_gives_no_verdict(harmful: Path, tmp_path: Path, table: str) -> None:
     """A recording of an older version may lack it. Its values are missing then, and the answer names the column."""

@@ -101,6 +101,7 @@ def test_requests_of_nobody_are_not_kept_for_a_reset_of_nobody() -> None:
     assert "cgroup_id" not in relevant.needs
 
 
+@pytest.mark.slow
 @settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32), number=st.integers(1, 150), resets=st.integers(1, 12), rows=st.integers(5, 60),

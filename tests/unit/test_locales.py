@@ -83,7 +83,7 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return odd
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "isolated"), [*((setting, False) for setting in SETTINGS), ("latin-1", True), ("strict ascii", True)]
 )

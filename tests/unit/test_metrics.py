@@ -212,6 +212,7 @@ def test_busy_time_is_that_between_snapshots(metrics: Metrics) -> None:
     assert (found[CONNECTIONS][()], found[EXEMPT][()]) == (6, 2)
 
 
+@pytest.mark.slow
 def test_ten_thousand_connections_add_no_series(metrics: Metrics) -> None:
     named = [workload(7, "web.service")]
     metrics.turn([*named, resets(1, cgroup_id=7), connections(1), connections(1)])
@@ -280,6 +281,7 @@ def test_the_costliest_names_have_the_labels() -> None:
     assert gone == ["a", "c", "b"]
 
 
+@pytest.mark.slow
 def test_a_workload_that_costs_much_gets_a_label_later(metrics: Metrics) -> None:
     """Before that it is counted as ``other``; all labels together have every reset."""
     many = MOST_WORKLOADS + 1
@@ -295,6 +297,7 @@ def test_a_workload_that_costs_much_gets_a_label_later(metrics: Metrics) -> None
     assert len(found) == MOST_WORKLOADS  # one has been given up
 
 
+@pytest.mark.slow
 def test_a_name_without_a_label_any_more_has_no_series(metrics: Metrics) -> None:
     metrics.turn([workload(7, "a.service"), resets(3, cgroup_id=7)])
     until(lambda: RESETS in metrics.snapshot(), 30, "the resets to be counted")
@@ -420,6 +423,7 @@ def get(port: int, path: str, **headers: str) -> tuple[int, str, str]:
         client.close()
 
 
+@pytest.mark.slow
 def test_text_and_openmetrics_say_the_same(metrics: Metrics) -> None:
     metrics.turn([resets(3), connections(5)])
     until(lambda: RESETS in metrics.snapshot(), 30, "the resets to be counted")
@@ -441,6 +445,7 @@ def need_promtool() -> None:
         pytest.skip("needs promtool: sudo make develop installs Debian's prometheus, which has it")
 
 
+@pytest.mark.slow
 def test_promtool_accepts_every_metric() -> None:
     need_promtool()
     full = {
@@ -476,6 +481,7 @@ def test_an_error_in_counting_ends_no_trace_and_is_said(monkeypatch: pytest.Monk
         metrics.turn([resets(3)])
 
 
+@pytest.mark.slow
 def test_the_loop_never_waits_for_a_request(metrics: Metrics) -> None:
     asked, answer = threading.Event(), threading.Event()
 
@@ -494,6 +500,7 @@ def test_the_loop_never_waits_for_a_request(metrics: Metrics) -> None:
     assert not client.is_alive()
 
 
+@pytest.mark.slow
 def test_silent_clients_are_few_and_are_cut(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cwndtrace.metrics.server._MOST_S", 2.0)
     with serving(metrics.snapshot) as port:

@@ -87,6 +87,7 @@ def test_a_mutant_has_the_line_of_what_is_changed() -> None:
     assert (lines["m.py -: a < b => a <= b"], lines["m.py -: 1 => 2"]) == (2, 6)
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_module_begin_with_its_own() -> None:
     assert driver.files("cwndtrace/analysis/cost.py")[0] == "tests/unit/test_cost.py"
     assert driver.files("cwndtrace/cli/table.py")[0] == "tests/unit/test_table.py"

@@ -55,7 +55,7 @@ def test_there_are_three_notebooks() -> None:
     assert [file.name[:2] for file in NOTEBOOKS] == ["01", "02", "03"]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs_and_gives_the_stored_output(file: Path, tmp_path: Path) -> None:
     need_loopback()
@@ -171,6 +171,7 @@ def test_stored_output_has_no_path_of_a_machine_and_no_errors(file: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_loading_and_analysis_import_no_bcc_matplotlib_or_click() -> None:
     code = (
         "import sys, cwndtrace; t = cwndtrace.load('tests/data/sample.cwnd'); t.host(); t.remedies(); t.audit();"

@@ -98,6 +98,7 @@ def test_the_last_figures_are_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -
         assert len(receiver.got) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "file:///etc/passwd"])
 def test_a_dead_endpoint_is_noticed_and_holds_up_nothing(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     export = exporting(monkeypatch, url, EXPORTER_OTLP_TIMEOUT="1")

@@ -64,6 +64,7 @@ def overflow(tab: Page) -> float:
 # ---- its script -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_script_sorts_the_connections(browser: Browser, tmp_path: Path) -> None:
     trace = frames.two_idle_connections(tmp_path / "a.cwnd")
@@ -101,7 +102,7 @@ def test_axe_finds_no_violation(browser: Browser, sample: Path, width: int, sche
     assert [(v["impact"], v["id"], v["nodes"][0]["html"]) for v in violations] == []
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_the_page_of_a_fleet_is_accessible_sorts_and_does_not_overflow(
     browser: Browser, tmp_path: Path, width: int
@@ -167,7 +168,7 @@ def test_no_line_breaks_between_a_number_and_its_unit(browser: Browser, sample: 
             assert tab.evaluate(BROKEN_UNITS) == []
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["256 bytes of UTF-8", "HTML", "mathtext"])
 def test_no_name_makes_the_page_wider(browser: Browser, name: str, tmp_path: Path) -> None:

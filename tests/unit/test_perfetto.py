@@ -412,14 +412,14 @@ def in_order(rows: list[dict[str, Any]]) -> list[str]:
     return sorted(repr(sorted(row.items())) for row in rows)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_the_engine_finds_no_fault(loaded: tuple[Trace, TraceProcessor]) -> None:
     _, engine = loaded
     assert engine.query("SELECT name, value FROM stats WHERE severity IN ('error', 'data_loss') AND value > 0") == []
     assert engine.query("SELECT id FROM slice WHERE dur < 0 OR depth > 0") == []
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_requests_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     rows = parquet(trace, "block_io")
@@ -444,7 +444,7 @@ def test_requests_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> Non
     assert in_order(found) == in_order(expected)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_depths_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     rows = parquet(trace, "block_io")
@@ -457,7 +457,7 @@ def test_depths_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> None:
         assert [(row["ts"], row["value"]) for row in found] == depths([row for row in rows if row["dev"] == dev])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_resets_equal_the_parquet_and_the_verdicts(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     found = args_of(engine, "s.name GLOB '* reset: *'")
@@ -475,7 +475,7 @@ def test_resets_equal_the_parquet_and_the_verdicts(loaded: tuple[Trace, TracePro
     assert {row["name"] for row in found} == {f"{r['reason']} reset: {r['verdict']}" for r in judged}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_idle_periods_and_followed_windows_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     idle = args_of(engine, "t.name = 'idle'")
@@ -493,7 +493,7 @@ def test_idle_periods_and_followed_windows_equal_the_parquet(loaded: tuple[Trace
     assert all(row["ts"] == row["reset_ts_ns"] and row["dur"] == row["end_ts_ns"] - row["ts"] for row in waited)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_windows_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     for name in ("cwnd", "ssthresh"):
@@ -514,7 +514,7 @@ def test_windows_equal_the_parquet(loaded: tuple[Trace, TraceProcessor]) -> None
                     assert last[reset["ts_ns"]] == after
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_processes_and_connections_are_there(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     found = engine.query(
@@ -527,7 +527,7 @@ def test_processes_and_connections_are_there(loaded: tuple[Trace, TraceProcessor
     )
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_flows_lead_from_requests_to_the_sends_that_waited_for_them(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     found = engine.query(
@@ -545,7 +545,7 @@ def test_flows_lead_from_requests_to_the_sends_that_waited_for_them(loaded: tupl
     assert bool(rows) == (trace.about.host != "test")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_both_clocks_are_right(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     rows = engine.query("SELECT ts, to_monotonic(ts) mono, to_realtime(ts) utc FROM slice WHERE ts > 0")
@@ -555,7 +555,7 @@ def test_both_clocks_are_right(loaded: tuple[Trace, TraceProcessor]) -> None:
         assert row["utc"] == trace.about.utc_ns(row["ts"])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_the_query_in_the_documentation_answers(loaded: tuple[Trace, TraceProcessor]) -> None:
     trace, engine = loaded
     (query,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)

@@ -78,6 +78,7 @@ def test_no_signal_that_can_be_ignored_ends_the_helper(helper: PrivilegedHelper)
     assert helper.watched() == (True, "eth0")
 
 
+@pytest.mark.slow
 def test_a_stopped_helper_is_waited_for_once(helper: PrivilegedHelper) -> None:
     stop(helper.pid)
     helper._quick._timeout_s = 1
@@ -94,6 +95,7 @@ def test_a_stopped_helper_is_waited_for_once(helper: PrivilegedHelper) -> None:
     assert helper.watched() == (True, "eth0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helper", [1], indirect=True)
 def test_a_helper_that_stops_within_an_answer_gives_none(helper: PrivilegedHelper) -> None:
     """The answer has megabytes, more than the socket holds, so the helper is still sending when it is stopped."""
@@ -129,6 +131,7 @@ def test_every_question_is_a_method_of_the_helper() -> None:
     assert set(privsep._QUESTIONS) <= set(dir(Helper))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_delayed_snapshot_does_not_lengthen_the_interval(answered: bool) -> None:
     """A snapshot that a stopped helper delays takes no CPU time, so the interval to the next one stays the same."""

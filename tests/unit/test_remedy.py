@@ -240,6 +240,7 @@ def test_remedies_for_other_limits_have_no_saving(tmp_path: Path) -> None:
 # ---- ping and disk ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_ping_is_for_connections_that_can_send_one(tmp_path: Path) -> None:
     judged = {"sport": [443, 8080, 443, 443], "comm": ["app", "app", "nginx", "app"], "cause": [*["peer"] * 3, "disk"]}
     judged |= {"reason": ["idle"] * 4}

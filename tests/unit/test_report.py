@@ -169,7 +169,7 @@ def test_json_of_a_reset_whose_burst_is_unknown_has_nulls(path: Path) -> None:
     assert "its window wasn't followed" in row["why"]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "caveat"),
     [
@@ -245,6 +245,7 @@ class Tags(HTMLParser):
         return [str(attrs[attribute]) for _, attrs in self.tags if attribute in attrs]
 
 
+@pytest.mark.slow
 def test_no_text_of_a_capture_is_taken_for_markup_or_controls_a_terminal(tmp_path: Path, drawn: str) -> None:
     # A file's name is bytes, and the locale may be unable to encode these characters.
     trace = hostile.everywhere(tmp_path / os.fsdecode("<b>\x1b[2J\u202e.cwnd".encode()))
@@ -412,6 +413,7 @@ def unreset(path: Path, *names: dict[str, Any]) -> Trace:
     return frames.named(frames.capture(path, connections=frames.snapshots(*rows)), *names)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_groups_before_the_connections(path: Path) -> None:
     text = page(content.report(unreset(path, *NAMES)))
     assert text.index('<section id="groups">') < text.index('<section id="connections">')

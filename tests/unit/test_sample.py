@@ -85,6 +85,7 @@ def test_the_summary_states_the_cost(measured: pd.DataFrame) -> None:
     assert summary["verdict"].iloc[0].startswith("1 MB after 1.1 s: the setting cost ")
 
 
+@pytest.mark.slow
 def test_a_capture_from_before_the_names_changed_opens() -> None:
     """The code that recorded tests/data/older.cwnd called probes "rungs" and listed no parts."""
     older = cwndtrace.load(DATA / "older.cwnd")

@@ -266,6 +266,7 @@ def test_the_parts_of_a_burst_are_its_stamp_and_zeros(done: int) -> None:
     assert b"".join(wire._parts(stamp, size, done)) == (stamp + bytes(size - len(stamp)))[done:]
 
 
+@pytest.mark.slow
 def test_the_command_says_where_it_listens_and_in_the_end_what_it_served() -> None:
     need_loopback()
     need_command()

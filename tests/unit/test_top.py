@@ -115,6 +115,7 @@ def test_tracing_needs_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.output.splitlines()[0]) == (1, "cwndtrace: tracing needs root")
 
 
+@pytest.mark.slow
 def test_tables_follow_a_running_trace_until_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.cwnd"
     with written(path, 3) as writer, watching(path) as top:
@@ -170,7 +171,7 @@ def test_tables_end_with_an_error_where_the_capture_is_deleted(tmp_path: Path) -
         assert top.stderr.read() == "cwndtrace: The capture was deleted.\n  The table above is the last of it.\n"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     with written(tmp_path / "a.cwnd", 3), watching(tmp_path / "a.cwnd") as top:
@@ -190,6 +191,7 @@ def test_it_ends_when_nobody_reads_it(tmp_path: Path) -> None:
         assert top.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_it_ends_after_its_duration(tmp_path: Path) -> None:
     with written(tmp_path / "a.cwnd", 3):
         begin = time.monotonic()

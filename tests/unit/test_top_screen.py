@@ -150,6 +150,7 @@ def test_r_turns_the_order_round(capture: Path) -> None:
     play(capture, do)
 
 
+@pytest.mark.slow
 def test_a_filter_leaves_matching_rows(capture: Path) -> None:
     async def do(pilot: Pilot[None]) -> None:
         await pilot.press("slash", *"REPLICA")  # in any case
@@ -219,6 +220,7 @@ def test_keys_end_it(capture: Path, key: str) -> None:
     assert play(capture, do).return_code == 0
 
 
+@pytest.mark.slow
 def test_it_ends_after_its_duration(capture: Path) -> None:
     async def do(pilot: Pilot[None]) -> None:
         await shows(pilot, lambda: not pilot.app.is_running)
@@ -226,6 +228,7 @@ def test_it_ends_after_its_duration(capture: Path) -> None:
     play(capture, do, duration_s=0.1)
 
 
+@pytest.mark.slow
 def test_an_error_ends_it(capture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def do(pilot: Pilot[None]) -> None:
         def fail(_: object) -> None:
@@ -237,6 +240,7 @@ def test_an_error_ends_it(capture: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(play(capture, do).error, MemoryError)
 
 
+@pytest.mark.slow
 def test_arrows_scroll_through_all_rows(many: tuple[Path, CaptureWriter]) -> None:
     async def do(pilot: Pilot[None]) -> None:
         await pilot.press("less_than_sign", "less_than_sign")  # by process, which all have in common
@@ -257,6 +261,7 @@ def test_arrows_scroll_through_all_rows(many: tuple[Path, CaptureWriter]) -> Non
     play(many[0], do)
 
 
+@pytest.mark.slow
 def test_only_rows_that_changed_are_drawn(many: tuple[Path, CaptureWriter], monkeypatch: pytest.MonkeyPatch) -> None:
     path, writer = many
     drawn: list[int] = []
@@ -280,6 +285,7 @@ def test_only_rows_that_changed_are_drawn(many: tuple[Path, CaptureWriter], monk
     assert app.feed.model.resets == 1
 
 
+@pytest.mark.slow
 def test_a_pause_holds_the_picture_and_loses_nothing(many: tuple[Path, CaptureWriter]) -> None:
     path, writer = many
 
@@ -314,7 +320,7 @@ def test_hostile_names_are_only_names(tmp_path: Path, name: str) -> None:
     play(tmp_path / "a.cwnd", do)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["complete", "killed", "deleted"])
 def test_the_end_of_a_trace_is_said(tmp_path: Path, end: str) -> None:
     path = tmp_path / "a.cwnd"
@@ -387,7 +393,7 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
             each.close()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_in_a_terminal(tmp_path: Path, terminal: Callable[..., Terminal], size: tuple[int, int]) -> None:
     with written(tmp_path / "a.cwnd", 30) as writer:
@@ -421,6 +427,7 @@ def test_in_a_terminal_without_colour(terminal: Callable[..., Terminal], capture
     until(top.ended, 30, "top to end")
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_tables(terminal: Callable[..., Terminal], capture: Path) -> None:
     top = terminal((100, 30), capture, TERM="dumb")
     until(top.ended, 60, "top to end")

@@ -46,7 +46,7 @@ def vagrant(home: Path, *arguments: str, **env: str) -> str:
     return result.stdout
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @needs_vagrant
 @pytest.mark.parametrize(
     ("setting", "cause", "cure"),

@@ -107,6 +107,7 @@ def test_names_outlive_the_records_of_a_window_of_bytes_by_half_an_hour() -> Non
     assert kept.overdue(int(5000e9), 0) == []
 
 
+@pytest.mark.slow
 def test_parts_that_leave_the_window_are_deleted_whole_and_in_order(tmp_path: Path, clock: MadeClock) -> None:
     writer = make(tmp_path / "a.cwnd")
     seen: list[int] = []
@@ -122,6 +123,7 @@ def test_parts_that_leave_the_window_are_deleted_whole_and_in_order(tmp_path: Pa
     assert max(seen) <= 13
 
 
+@pytest.mark.slow
 def test_a_whole_run_leaves_a_flat_capture_without_gaps(tmp_path: Path, clock: MadeClock) -> None:
     writer = make(tmp_path / "a.cwnd")
     kept: list[int] = []
@@ -271,6 +273,7 @@ def test_losses_before_the_window_dont_count(tmp_path: Path, clock: MadeClock) -
     assert load(tmp_path / "a.cwnd").lost("block_io") == 2
 
 
+@pytest.mark.slow
 def test_any_order_of_arrival_keeps_every_row_of_the_window(tmp_path: Path, clock: MadeClock) -> None:
     """Requests come in when they end, so that their starts aren't in order."""
     rng = random.Random(7)

@@ -61,6 +61,7 @@ def trace(tmp_path: Path) -> Iterator[RunningTrace]:
     running.end()
 
 
+@pytest.mark.slow
 def test_all_rows_from_before_the_moment_are_there(trace: RunningTrace) -> None:
     until(lambda: len(trace.source.waits) > 10, 30, "ten turns")
     asked_ns = time.monotonic_ns()
@@ -83,6 +84,7 @@ def test_a_trace_notes_nothing_unless_it_is_asked(trace: RunningTrace) -> None:
     assert when_written(trace.path, trace.source.read_ns, 30)[1]
 
 
+@pytest.mark.slow
 def test_a_question_seals_no_parts(trace: RunningTrace) -> None:
     for _ in range(3):
         trace.source.read_ns = time.monotonic_ns()
