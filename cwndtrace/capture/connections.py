@@ -117,7 +117,8 @@ def look(filters: Filters, groups: set[int] | None = None) -> list[Columns]:
         if filters.port is not None:
             keep &= (m["sport"] == filters.port) | (m["dport"] == filters.port)
         if held is not None:
-            keep &= np.isin(m["inode"], list(held))
+            # np.isin() would import numpy.ma where there are many.
+            keep &= np.fromiter((inode in held for inode in m["inode"].tolist()), np.bool_, len(m))
         if groups is not None:
             keep &= np.array([group in groups for group in dumped.cgroup], dtype=np.bool_)
         if filters.ifindex is not None:
