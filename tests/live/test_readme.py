@@ -57,6 +57,7 @@ SERVE = "cwndtrace serve --host ::"
 INSTALL = "sudo make install"
 ELSEWHERE = {
     "make test": "test_distributions_user.py runs it",
+    "make test-slow": ".ci/run runs it",
     "make bench": "it measures for twenty minutes",
     "sudo make vm-shell": "it builds a kernel; tests/vm tests that",
     "cd vagrant && vagrant up && vagrant ssh -c 'sudo cwndtrace reproduce'": "make vagrant-test tests it",
