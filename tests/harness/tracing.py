@@ -250,8 +250,8 @@ def differences(tracer: Tracer, connection: TcpConnection, send: Send, record: R
         # The window falls after packets have been sent.
         truth["bytes_sent"] = min(max(record["bytes_sent"], before.bytes_sent), after.bytes_sent)
         truth["unsent_bytes"] = min(record["unsent_bytes"], sent + before.unsent)
-        # On a slow machine, the ACK of the send before may not have come yet.
-        waiting = before.bytes_sent - before.bytes_acked
+        # On a slow machine, the ACK of the send before may not have come yet. bytes_acked may count the SYN too.
+        waiting = before.bytes_sent - before.bytes_acked + 1 if before.unacked else 0
         truth["unacked_bytes"] = min(max(record["unacked_bytes"], 1), sent + waiting)
         # The kernel's rule: the window wasn't full for an RTO.
         truth["idle_us"] = max(record["idle_us"], before.rto_us)
