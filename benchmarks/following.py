@@ -12,10 +12,8 @@ before. The round trip over lo is so short that about every second ACK gives a s
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from typing import Final
 
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from benchmarks.block_io import run_time_counters
 from benchmarks.common import BenchmarkResults, Values, options
 from cwndtrace.capture.live import Kernel
+from cwndtrace.lab.demo import connection
 from cwndtrace.records.layout import event
 
 _WANTED: Final = {"a followed ACK, beyond another one": "at most 150 ns"}
@@ -32,26 +31,6 @@ _LEAST_ACKS: Final = 3000
 
 _Runs = dict[str, tuple[int, int]]
 """Runs and nanoseconds by program."""
-
-
-@contextmanager
-def connection() -> Iterator[socket.socket]:
-    """Yield a connection over lo, by Reno, whose other end reads all that comes."""
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as sender:
-        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-        sender.connect(server.getsockname())
-        peer, _ = server.accept()
-
-        def read() -> None:
-            with suppress(OSError), peer:
-                while peer.recv(1 << 18):
-                    pass
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        yield sender
-        sender.close()
-        reader.join()
 
 
 def bulk(sender: socket.socket, seconds: float) -> None:
@@ -72,7 +51,7 @@ def run(kernel: Kernel, sender: socket.socket) -> _Runs:
 
 def turn(kernel: Kernel) -> tuple[_Runs, _Runs, int, int]:
     """Return the runs before a reset and after it, and the ACKs and samples of the window that was followed then."""
-    with connection() as sender:
+    with connection(b"reno") as sender:
         bulk(sender, _WARM_S)
         plain = run(kernel, sender)
         time.sleep(_IDLE_S)
@@ -87,14 +66,10 @@ def turn(kernel: Kernel) -> tuple[_Runs, _Runs, int, int]:
     return plain, followed, int(records["acks"].sum()), len(read["cwnd_sample"]) // event("cwnd_sample").size
 
 
-def beyond(plain: _Runs, followed: _Runs, acks: int, programs: tuple[str, ...]) -> float:
-    """Return the time of ``programs``, in ns for each ACK, beyond that of as many runs before the reset."""
-    more = 0.0
-    for name in programs:
-        runs, ns = followed[name]
-        before_runs, before_ns = plain[name]
-        more += ns - runs * before_ns / max(before_runs, 1)
-    return more / acks
+def beyond(program: str, plain: _Runs, followed: _Runs, acks: int) -> float:
+    """Return the time of a program, in ns for each ACK, beyond that of as many runs before the reset."""
+    (runs, ns), (before_runs, before_ns) = followed[program], plain[program]
+    return (ns - runs * before_ns / max(before_runs, 1)) / acks
 
 
 def main() -> None:
@@ -107,8 +82,8 @@ def main() -> None:
         for _ in range(asked.rounds):
             plain, followed, acks, samples = turn(kernel)
             if acks >= _LEAST_ACKS:
-                on_ack.append(beyond(plain, followed, acks, ("on_tcp_probe",)))
-                on_write.append(beyond(plain, followed, acks, ("on_tcp_sendmsg_locked",)))
+                on_ack.append(beyond("on_tcp_probe", plain, followed, acks))
+                on_write.append(beyond("on_tcp_sendmsg_locked", plain, followed, acks))
                 shares.append(samples / acks)
         kernel.stop()
     if not on_ack:

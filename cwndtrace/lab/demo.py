@@ -63,11 +63,11 @@ def read_at_random(device: str, stop: threading.Event) -> None:
 
 
 @contextmanager
-def cubic_connection() -> Iterator[socket.socket]:
-    """Yield the sending end of a loopback connection that uses CUBIC; a thread reads the other end."""
+def connection(control: bytes = b"cubic") -> Iterator[socket.socket]:
+    """Yield the sending end of a loopback connection with a congestion control; a thread reads the other end."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as sender:
         # The host's default may be BBR, which is exempt from idle resets.
-        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, control)
         sender.connect(listener.getsockname())
         receiver, _ = listener.accept()
         reader = threading.Thread(target=_discard, args=(receiver,), daemon=True)
@@ -101,7 +101,7 @@ def demo(folder: Path) -> tuple[Path, Path]:
     picture = capture.with_suffix(".png")
     command, environment = isolated.python("-m", "cwndtrace"), isolated.environment()
     stop = threading.Event()
-    with loop_device(_DISK_BYTES) as device, cubic_connection() as sender:
+    with loop_device(_DISK_BYTES) as device, connection() as sender:
         disk = threading.Thread(target=read_at_random, args=(device, stop))
         disk.start()
         run = [*command, "run", "--iface", "lo", "--output", str(capture)]

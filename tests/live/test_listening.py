@@ -46,6 +46,6 @@ def test_serve_listens_on_loopback_unless_told() -> None:
 
 def test_the_demos_server_listens_on_loopback() -> None:
     before = listening()
-    with demo.cubic_connection() as sender:
+    with demo.connection() as sender:
         assert {address for address, _ in listening() - before} == {"127.0.0.1"}
         assert sender.getpeername()[0] == "127.0.0.1"
