@@ -121,9 +121,10 @@ class Recorder:
                 self._next_checkpoint = now + FLUSH_SECONDS
                 self._writer.update_meta(**checkpoint(self._session))
                 self._checkpointed = state
-            if now >= self._next_note and self._writer.asked():
-                self._next_note = now + FLUSH_SECONDS
-                self._writer.note_written(self._session.read_ns)
+            if now >= self._next_note:
+                self._next_note = now + FLUSH_SECONDS  # resets may end a thousand turns a second
+                if self._writer.asked():
+                    self._writer.note_written(self._session.read_ns)
         except CaptureError as e:
             self._observer.refused(e)
 
