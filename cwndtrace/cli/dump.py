@@ -94,7 +94,7 @@ def dumped(
     opened = open_capture(capture)
     refuse_place(place, None)
     asked = moments(opened, last_s, start_ns, end_ns)
-    opened, written = when_written(capture, asked.end_ns + int(ARRIVED_S * 1e9))
+    opened, written = when_written(opened, asked.end_ns + int(ARRIVED_S * 1e9))
     made = make(opened, place, asked, why=why, lacking="" if written else _LATE)
     warnings = [clean(line) for line in opened.warnings[len(opened.about.lacking) :]]
     if not written:

@@ -12,7 +12,6 @@ import fcntl
 import os
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 from cwndtrace.errors import CaptureError
@@ -24,14 +23,13 @@ MOST_S: Final = 15.0
 _AGAIN_S: Final = 0.05
 
 
-def when_written(path: Path, moment_ns: int, most_s: float = MOST_S) -> tuple[Capture, bool]:
+def when_written(capture: Capture, moment_ns: int, most_s: float = MOST_S) -> tuple[Capture, bool]:
     """Wait until all records from before a moment of CLOCK_MONOTONIC, in ns, are on disk, at most ``most_s`` seconds.
 
-    Returns the capture as it is then, and whether they are. They are as far as they ever will be if no process writes
-    the capture any more. A trace of an earlier version gives no answer. Raises CaptureError.
+    Returns the ``capture`` as it is then, and whether they are. They are as far as they ever will be if no process
+    writes the capture any more. A trace of an earlier version gives no answer. Raises CaptureError.
     """
-    deadline = time.monotonic() + most_s
-    capture = open_capture(path)
+    deadline, path = time.monotonic() + most_s, capture.path
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

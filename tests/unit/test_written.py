@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -66,9 +67,9 @@ def test_all_rows_from_before_the_moment_are_there(trace: RunningTrace) -> None:
     until(lambda: len(trace.source.waits) > 10, 30, "ten turns")
     asked_ns = time.monotonic_ns()
     trace.source.read_ns = asked_ns - 1
-    assert when_written(trace.path, asked_ns, 0.7)[1] is False
+    assert when_written(open_capture(trace.path), asked_ns, 0.7)[1] is False
     trace.source.read_ns = asked_ns
-    capture, written = when_written(trace.path, asked_ns, 30)
+    capture, written = when_written(open_capture(trace.path), asked_ns, 30)
     assert written
     assert capture.about.written_to == asked_ns
     starts = capture.table("block_io", ["start_ns"])["start_ns"].to_pylist()
@@ -81,22 +82,22 @@ def test_a_trace_notes_nothing_unless_it_is_asked(trace: RunningTrace) -> None:
     polls = len(trace.source.waits)
     until(lambda: len(trace.source.waits) > polls + 20, 30, "20 turns")
     assert open_capture(trace.path).about.written_to is None
-    assert when_written(trace.path, trace.source.read_ns, 30)[1]
+    assert when_written(open_capture(trace.path), trace.source.read_ns, 30)[1]
 
 
 @pytest.mark.slow
 def test_a_question_seals_no_parts(trace: RunningTrace) -> None:
     for _ in range(3):
         trace.source.read_ns = time.monotonic_ns()
-        assert when_written(trace.path, trace.source.read_ns, 30)[1]
+        assert when_written(open_capture(trace.path), trace.source.read_ns, 30)[1]
     assert len(list((trace.path / "block_io").glob("*.parquet"))) == 1
 
 
 def test_a_capture_that_has_ended_has_all_and_does_not_say_until_when(trace: RunningTrace) -> None:
     trace.source.read_ns = time.monotonic_ns()
-    assert when_written(trace.path, trace.source.read_ns, 30)[1]
+    assert when_written(open_capture(trace.path), trace.source.read_ns, 30)[1]
     trace.end()
-    capture, written = when_written(trace.path, time.monotonic_ns(), 30)
+    capture, written = when_written(open_capture(trace.path), time.monotonic_ns(), 30)
     assert written
     assert "written_to" not in (trace.path / META).read_text()
     assert capture.status == "complete"
@@ -107,20 +108,23 @@ def test_a_strangers_lock_does_not_hold_up_a_reader(trace: RunningTrace) -> None
     descriptor = os.open(trace.path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        assert when_written(trace.path, time.monotonic_ns(), 0.2)[1] is False
+        assert when_written(open_capture(trace.path), time.monotonic_ns(), 0.2)[1] is False
         trace.source.read_ns = time.monotonic_ns()
-        assert when_written(trace.path, trace.source.read_ns, 30)[1]
+        assert when_written(open_capture(trace.path), trace.source.read_ns, 30)[1]
     finally:
         os.close(descriptor)
 
 
-def test_what_is_no_capture_is_refused_as_anywhere(tmp_path: Path) -> None:
+def test_a_capture_that_was_removed_meanwhile_is_refused_as_anywhere(tmp_path: Path) -> None:
+    CaptureWriter.create(tmp_path / "b.cwnd", {})
+    capture = open_capture(tmp_path / "b.cwnd")
+    shutil.rmtree(tmp_path / "b.cwnd")
     with pytest.raises(CaptureError, match=r"b\.cwnd"):
-        when_written(tmp_path / "b.cwnd", 0)
+        when_written(capture, 0)
 
 
 def test_a_dump_of_a_trace_that_does_not_answer_says_so(trace: RunningTrace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "when_written", lambda path, moment_ns: when_written(path, moment_ns, 0.2))
+    monkeypatch.setattr(command, "when_written", lambda capture, moment_ns: when_written(capture, moment_ns, 0.2))
     place = trace.path.with_name("b.cwnd")
     _, warnings = command.dumped(trace.path, place, None, why="a test")
     said = "the trace had not written all of the span when the dump was made, so records at its end may be missing"
