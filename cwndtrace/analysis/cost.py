@@ -93,8 +93,9 @@ def regain(*, cwnd: Ints, ssthresh: Ints, limit_bytes: Ints, mss: Ints, target: 
 
 def _grown(window: Floats, ssthresh: Ints, target: Ints, reno: Bools) -> Floats:
     """Return the windows after a round trip that used them up."""
-    slow_start = np.minimum(window + np.floor(window), ssthresh)
     avoidance = np.where(reno | (window >= target), window + 1, np.minimum(window * 1.5, target))
+    # tcp_slow_start() leaves the ACKs that come after it has reached ssthresh to avoidance.
+    slow_start = np.maximum(np.minimum(window + np.floor(window), ssthresh), avoidance)
     return np.where(window < ssthresh, slow_start, avoidance)
 
 

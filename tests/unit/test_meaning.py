@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cwndtrace.analysis import block_io, cost, idle_cause, recovery, verdict
@@ -93,7 +93,12 @@ def test_twice_the_burst_is_never_cheaper_and_never_more_than_twice_as_dear(path
     assert one <= two <= 2 * one
 
 
+# Slow start that ended at 8 lost the rest of its ACKs, so that avoidance from 7 was faster.
+SOON_OVER = {"cwnd": 7, "ssthresh": 2, "limit_bytes": 9, "mss": 1, "target": 9, "reno": False}
+
+
 @given(PATH, st.integers(0, 10**7), st.sampled_from(["cwnd", "ssthresh", "limit_bytes"]), st.integers(0, 3000))
+@example(SOON_OVER, 16, "ssthresh", 6)
 def test_more_room_never_takes_longer(path: dict[str, Any], burst: int, name: str, more: int) -> None:
     roomy = path | {name: path[name] + more * (path["mss"] if name == "limit_bytes" else 1)}
     both = {key: np.array([path[key], roomy[key]]) for key in path}
