@@ -40,14 +40,16 @@ class Reader(threading.Thread):
 REOPENED = """
 import json, os, sys
 from cwndtrace.cli.output import reopen_std_fds
+before = os.listdir("/proc/self/fd")
 for descriptor in (0, 1, 2):
     os.close(descriptor)
 sys.stdout = sys.stderr = None
 reopen_std_fds()
+there = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in range(3)]
+others = sorted(set(os.listdir("/proc/self/fd")) ^ set(before))
 file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
-there = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in range(file)]
 print("nobody reads this", flush=True)
-os.write(file, json.dumps(there).encode())
+os.write(file, json.dumps(there + others).encode())
 """
 
 
