@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -38,6 +38,17 @@ class LatencyHistogram:
         self.count += len(latencies_us)
         self.total_us += float(latencies_us.sum())
         self.max_us = max(self.max_us, float(latencies_us.max()))
+
+    @classmethod
+    def joined(cls, histograms: Iterable[LatencyHistogram]) -> LatencyHistogram:
+        """Return one histogram with all that several counted."""
+        all_of_them = cls()
+        for each in histograms:
+            all_of_them._bins += each._bins
+            all_of_them.count += each.count
+            all_of_them.total_us += each.total_us
+            all_of_them.max_us = max(all_of_them.max_us, each.max_us)
+        return all_of_them
 
     def pack(self) -> str:
         """Return the bins that aren't empty, as ``BIN:COUNT BIN:COUNT ...``, for ``join``."""

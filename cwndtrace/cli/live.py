@@ -59,7 +59,6 @@ class BlockFigures:
         self.latency: dict[tuple[str, str], LatencyHistogram] = {}
         self.bytes: dict[tuple[str, str], int] = {}
         self.errors: dict[tuple[str, str], int] = {}
-        self.all = LatencyHistogram()
         self._waiting: list[arrow.TimedRecords] = []
         self._rows = 0
 
@@ -77,7 +76,6 @@ class BlockFigures:
         records = arrow.TimedRecords.joined(self._waiting).records
         self._waiting, self._rows = [], 0
         us = (records["done_ns"].astype(np.int64) - records["start_ns"].astype(np.int64)) / 1000
-        self.all.add(us)
         size, failed = records["bytes"], records["error"] != layout.code("blk_sts", "ok")
         pairs = arrow.numbers(pa.uint64(), records["dev"].astype(np.uint64) << 8 | records["op"]).dictionary_encode()
         numbers = arrow.values(pairs.indices)
@@ -87,6 +85,10 @@ class BlockFigures:
             self.latency.setdefault(pair, LatencyHistogram()).add(us[rows])
             self.bytes[pair] = self.bytes.get(pair, 0) + int(size[rows].sum())
             self.errors[pair] = self.errors.get(pair, 0) + int(failed[rows].sum())
+
+    def all(self) -> LatencyHistogram:
+        """Return the latencies of all devices and operations."""
+        return LatencyHistogram.joined(self.latency.values())
 
 
 class ConnectionHolders:
@@ -223,9 +225,10 @@ class TextView:
         if self._session.tally.unchanged:
             parts.append(f"{fmt.plural(self._session.tally.unchanged, 'restart')} left the window as it was")
         self.block.count()
-        if self.block.all.count:
-            p50, p95, p99 = (fmt.span(self.block.all.percentile(p)) for p in (50, 95, 99))
-            parts.append(f"block I/O {self.block.all.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (within 1 %)")
+        latency = self.block.all()
+        if latency.count:
+            p50, p95, p99 = (fmt.span(latency.percentile(p)) for p in (50, 95, 99))
+            parts.append(f"block I/O {latency.count:,}: p50 {p50}, p95 {p95}, p99 {p99} (within 1 %)")
         parts.append(f"lost {lost:,}")
         text = cut(" | ".join(parts), (room(err=True) or 80) - 1)
         click.echo(f"\r\x1b[K{text}", err=True, nl=False)

@@ -168,9 +168,9 @@ def test_block_figures_are_those_of_each_device_and_operation(monkeypatch: pytes
     figures.count()
     figures.add(batch("block_io", frames.block(1, 100, bytes=512), frames.block(2, 300, bytes=1024, error="ioerr")))
     figures.add(batch("block_io", frames.block(3, 50, op="write", dev=8 << 20 | 1)))
-    assert figures.all.count == 0
+    assert figures.all().count == 0
     figures.count()
-    assert (figures.all.count, figures.all.total_us) == (3, 450)
+    assert (figures.all().count, figures.all().total_us) == (3, 450)
     read, write = ("7:0", "read"), ("8:1", "write")
     assert figures.bytes == {read: 1536, write: 4096}
     assert figures.errors == {read: 1, write: 0}
@@ -181,9 +181,9 @@ def test_block_figures_are_those_of_each_device_and_operation(monkeypatch: pytes
     # Many are counted at once, so that they don't pile up.
     monkeypatch.setattr(live, "_COUNT_AT_ROWS", 3)
     figures.add(batch("block_io", *[frames.block(1, 10)] * 2))
-    assert figures.all.count == 3
+    assert figures.all().count == 3
     figures.add(batch("block_io", frames.block(1, 10)))
-    assert figures.all.count == 6
+    assert figures.all().count == 6
     assert figures.bytes[read] == 1536 + 3 * 4096
 
 
@@ -207,7 +207,7 @@ def test_json_has_an_object_for_each_event(capsys: Output) -> None:
     }  # fmt: skip
     assert [row["event"] for row in rows] == ["cwnd_reset", "cwnd_recovery", "workloads"]
     view.block.count()
-    assert view.block.all.count == 1
+    assert view.block.all().count == 1
     live.JsonView(session(), print_block=True).batch(batch("block_io", frames.block(2)))
     assert [row["event"] for row in objects(capsys)] == ["block_io"]
 
@@ -264,7 +264,7 @@ def test_printing_does_not_keep_the_rings_waiting(event: str, capsys: Output, mo
     assert objects[3]["lines"] == 2
     if event == "block_io":
         text.block.count()
-        assert text.block.all.count == 8
+        assert text.block.all().count == 8
 
 
 @pytest.mark.parametrize(("lines", "words"), [(1, "1 line was not printed"), (2000, "2,000 lines were not printed")])

@@ -124,7 +124,7 @@ def test_block_figures_equal_those_of_each_request() -> None:
     assert figures.bytes == dict.fromkeys(pairs, 75 * 512)
     assert figures.errors == dict.fromkeys(pairs, 0) | {("7:1", "write"): 1}
     assert {pair: latency.count for pair, latency in figures.latency.items()} == dict.fromkeys(pairs, 75)
-    assert (figures.all.count, figures.all.max_us) == (300, 0.5)
+    assert (figures.all().count, figures.all().max_us) == (300, 0.5)
 
 
 def test_reading_a_part_runs_no_python_function_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
