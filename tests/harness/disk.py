@@ -290,6 +290,10 @@ class Traced:
         """The number of records that count as lost."""
         return self.tally.lost["block_io"]
 
+    def run_times(self) -> dict[str, tuple[int, int]]:
+        """Return runs and nanoseconds of each BPF program so far, while kernel.bpf_stats_enabled is 1."""
+        return self._kernel.run_times()
+
     def records(self, *disks: Disk) -> pd.DataFrame:
         """Return the records of ``disks``, in the order in which they came from the kernel."""
         frames = [batch.to_pandas() for batch in self.seen]
