@@ -89,7 +89,7 @@ def dumped(
 ) -> tuple[str, list[str]]:
     """Make a dump at ``place``, and return what it has and its warnings, in words.
 
-    The span is as in ``moments``. Waits for records that are on their way to the disk, which takes two seconds.
+    The span is as in ``moments``. Waits for records that are on their way to the disk, see ``written.when_written``.
     """
     opened = open_capture(capture)
     refuse_place(place, None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_requests_are_read_again_only_where_their_percentiles_moved(
     found = figures(BlockRequests((share,), len(frame)), ["comm"])
     pd.testing.assert_frame_equal(found, by_hand(frame, ["comm"]), check_dtype=False, rtol=0, atol=0)
     assert readings == 1 + slowest_first
+
+
+def test_two_shares_of_several_groups_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_figures, "_HELD", 1000)
+    frame, readings = requests(40_000, 1, 1.0, 3), 0
+
+    def share(columns: Sequence[str], first: int) -> Iterator[pd.DataFrame]:
+        nonlocal readings
+        readings += 1
+        yield from (frame[list(columns)].iloc[since : since + 1000] for since in range(first, len(frame), 2000))
+
+    shares = tuple(partial(share, first=first) for first in (0, 1000))
+    found = figures(BlockRequests(shares, len(frame)), ["comm"])
+    pd.testing.assert_frame_equal(found, by_hand(frame, ["comm"]), check_dtype=False, rtol=0, atol=0)
+    assert readings == len(shares)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 20])

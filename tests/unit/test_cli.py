@@ -370,7 +370,9 @@ def test_dump_takes_what_is_asked_for(tmp_path: Path, options: tuple[str, ...], 
     result = call("dump", dumpable(tmp_path / "a.cwnd"), "-o", tmp_path / "b.cwnd", *options)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"The dump is in {tmp_path / 'b.cwnd'}: 0 resets, {rows} block I/Os, 0 snapshots, ")
-    assert len(cwndtrace.load(tmp_path / "b.cwnd").block_io) == rows
+    dump = cwndtrace.load(tmp_path / "b.cwnd")
+    assert len(dump.block_io) == rows
+    assert dump.about.lacking == ()
 
 
 @pytest.mark.parametrize(
