@@ -267,8 +267,8 @@ class Trace:
         """
         names = tuple(dict.fromkeys(("start_ns", *columns)))
         rows = self._capture.rows("block_io")
-        batches = self._block_batches(columns, self._capture.parts("block_io"))
-        frame = block_analysis.joined(threads.ahead(batches) if _roomy(rows, names) else batches, names, rows)
+        batches = self._block_batches(columns, self._capture.parts("block_io"), ahead=_roomy(rows, names))
+        frame = block_analysis.joined(batches, names, rows)
         return units.attach(frame if names == columns else frame[list(columns)])
 
     def block_batches(self, *columns: str) -> Iterator[pd.DataFrame]:
@@ -278,7 +278,10 @@ class Trace:
         """
         return (units.attach(frame[list(columns)]) for frame in self._block_batches(columns))
 
-    def _block_batches(self, columns: tuple[str, ...], parts: Sequence[Path] | None = None) -> Iterator[pd.DataFrame]:
+    def _block_batches(
+        self, columns: tuple[str, ...], parts: Sequence[Path] | None = None, *, ahead: bool = False
+    ) -> Iterator[pd.DataFrame]:
+        """Yield requests with ``columns``; if ``ahead``, the next ones are read meanwhile in another thread."""
         known = arrow.schema("block_io").names
         needs = [name for name in known if name in columns or name == "start_ns"]
         more = block_analysis.NEEDS | block_analysis.WORKLOADS
@@ -289,7 +292,8 @@ class Trace:
             pieces = (piece for piece, _ in _gathered((piece, None) for piece in pieces))
         clean = (frames.frame(arrow.clean_texts(piece), "block_io") for piece in pieces)
         whole = (frames.whole(frame, "block_io") for frame in clean)
-        added = (block_analysis.add(frame, devices, columns) for frame in whole)
+        read = threads.ahead(whole) if ahead else whole
+        added = (block_analysis.add(frame, devices, columns) for frame in read)
         if named := [column for column in columns if column in block_analysis.WORKLOADS]:
             added = (block_analysis.with_workloads(frame, self._naming, named) for frame in added)
         return added
