@@ -28,12 +28,15 @@ def simulated(burst: int, cwnd: int, ssthresh: int, limit_bytes: int, mss: int, 
         if sent < int(window):
             continue
         if window < ssthresh:
-            window = min(window + sent, float(ssthresh))
-        elif reno or window >= target:
-            window += 1
+            window = max(min(window + sent, float(ssthresh)), avoided(window, target, reno))
         else:
-            window = min(window * 1.5, float(target))
+            window = avoided(window, target, reno)
     return trips
+
+
+def avoided(window: float, target: int, reno: bool) -> float:
+    """Return the window after a round trip of congestion avoidance."""
+    return window + 1 if reno or window >= target else min(window * 1.5, float(target))
 
 
 BURST = st.tuples(
@@ -43,6 +46,7 @@ BURST = st.tuples(
 
 
 @given(st.lists(BURST, max_size=8))
+@example([(16 * 536, 7, 8, 10**6, 536, 9, False)])
 def test_rounds_equal_those_of_a_simulation(rows: list[tuple[Any, ...]]) -> None:
     names = ("burst", "cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
     columns = {n: np.array([row[i] for row in rows], dtype=bool if n == "reno" else int) for i, n in enumerate(names)}
@@ -63,15 +67,16 @@ def regained(cwnd: int, ssthresh: int, limit_bytes: int, mss: int, target: int, 
         if int(window) > limit or trips == 10_000:
             return -1
         if window < ssthresh:
-            window = min(window + int(window), float(ssthresh))
+            window = max(min(window + int(window), float(ssthresh)), avoided(window, target, reno))
         else:
-            window = window + 1 if reno else min(window * 1.5, float(target))
+            window = avoided(window, target, reno)
         trips += 1
     return trips
 
 
 @given(st.lists(BURST, max_size=8))
 @example([(0, 10, INF, 40 * 1448, 1448, 80, False), (0, 10, INF, 39 * 1448, 1448, 80, False)])
+@example([(0, 0, 17, 8576, 536, 18, False)])
 @example([(0, 1, 1, 10**13, 1448, INF, True), (0, 40, 30, 10**6, 1448, 40, True)])
 def test_regain_equals_a_simulation(rows: list[tuple[Any, ...]]) -> None:
     names = ("cwnd", "ssthresh", "limit_bytes", "mss", "target", "reno")
