@@ -45,8 +45,9 @@ from cwndtrace.capture.source import TICK_SECONDS
 from cwndtrace.kernel import ladder
 from cwndtrace.store import open_capture
 from tests.harness.disk import Disk, loop
+from tests.harness.sysctl import sysctl
+from tests.harness.tcp import until
 
-_STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 _BYTES: Final = 256 << 20
 _WANTED = {
     "IOPS: cwndtrace / untraced": "at least 0.95",
@@ -92,14 +93,11 @@ def cwndtrace_run(disk: Disk, seconds: float, place: Path, *extra: str) -> dict[
 
 
 def _until_written(tracer: TracerProcess, output: Path) -> None:
-    from tests.harness.tcp import until
-
     until((output / "meta.json").exists, START_LIMIT_S, f"the capture: {tracer.said()}")
 
 
 def _until_idle(tracer: TracerProcess) -> None:
     """Wait until the tracer has imported what it needs only later, which takes an emulated CPU many seconds."""
-    from tests.harness.tcp import until
 
     def idle() -> bool:
         before = sum(tracer.usage())
@@ -147,8 +145,6 @@ def peer(which: Peer, disk: Disk, seconds: float) -> dict[str, float]:
 
 
 def _until_printed(tracer: TracerProcess, which: Peer, disk: Disk) -> None:
-    from tests.harness.tcp import until
-
     def ready() -> bool:
         time.sleep(0.1)  # bcc compiles, which needs all of an emulated machine's CPU
         disk.read(*range(128))  # the output for these reads flushes the header from the tracer's buffer
@@ -178,21 +174,10 @@ def peers(place: Path, disk: Disk) -> dict[str, Peer]:
     return tracers
 
 
-@contextmanager
-def run_time_counters() -> Iterator[None]:
-    """Make the kernel count the time in BPF programs (kernel.bpf_stats_enabled) until the exit."""
-    before = _STATS.read_text()
-    _STATS.write_text("1")
-    try:
-        yield
-    finally:
-        _STATS.write_text(before)
-
-
 def in_kernel(report: BenchmarkResults, disk: Disk, seconds: float) -> None:
     """Report the time of each BPF program in ns a run, which includes the time that the counting itself takes."""
     for program in BLOCK_PROGRAMS:
-        with run_time_counters(), Session(Kernel(reasons=(), block_program=program)) as session:
+        with sysctl("kernel.bpf_stats_enabled", 1), Session(Kernel(reasons=(), block_program=program)) as session:
             with _drained(session, 2):
                 fio(str(disk.path), seconds)
             kernel = session.source

@@ -18,11 +18,11 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.block_io import run_time_counters
 from benchmarks.common import BenchmarkResults, Values, options
 from cwndtrace.capture.live import Kernel
 from cwndtrace.lab.demo import connection
 from cwndtrace.records.layout import event
+from tests.harness.sysctl import sysctl
 
 _WANTED: Final = {"a followed ACK, beyond another one": "at most 150 ns"}
 _WARM_S, _BULK_S, _IDLE_S = 0.3, 0.4, 0.5
@@ -77,7 +77,7 @@ def main() -> None:
     asked = options(__doc__, rounds=(20, "turns"))
     report = BenchmarkResults("following", _WANTED)
     on_ack, on_write, shares = [], [], []
-    with run_time_counters(), closing(Kernel(block=False)) as kernel:
+    with sysctl("kernel.bpf_stats_enabled", 1), closing(Kernel(block=False)) as kernel:
         kernel.begin(time.monotonic_ns())
         for _ in range(asked.rounds):
             plain, followed, acks, samples = turn(kernel)

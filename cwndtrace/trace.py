@@ -292,6 +292,7 @@ class Trace:
             pieces = (piece for piece, _ in _gathered((piece, None) for piece in pieces))
         clean = (frames.frame(arrow.clean_texts(piece), "block_io") for piece in pieces)
         whole = (frames.whole(frame, "block_io") for frame in clean)
+        # What is added is left to the caller, because reading takes about as long as that and putting in order.
         read = threads.ahead(whole) if ahead else whole
         added = (block_analysis.add(frame, devices, columns) for frame in read)
         if named := [column for column in columns if column in block_analysis.WORKLOADS]:

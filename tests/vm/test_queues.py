@@ -20,6 +20,7 @@ from cwndtrace.lab.disk import CONFIGFS
 from cwndtrace.records.layout import bpf_dir
 from tests.harness.disk import BLOCK, Disk, Traced
 from tests.harness.guest import in_guest
+from tests.harness.sysctl import sysctl
 from tests.harness.tcp import until
 
 pytestmark = pytest.mark.vm
@@ -53,18 +54,6 @@ def null_device(number: int) -> Iterator[Disk]:
         folder.rmdir()
 
 
-@contextmanager
-def setting(file: str, value: int) -> Iterator[None]:
-    """Set a sysctl until the exit."""
-    path = Path("/proc/sys", file)
-    before = path.read_text()
-    path.write_text(str(value))
-    try:
-        yield
-    finally:
-        path.write_text(before)
-
-
 def in_flight(disks: list[Disk]) -> int:
     """Return the requests that are under way."""
     return sum(int(word) for disk in disks for word in _attribute(disk, "inflight").read_text().split())
@@ -85,7 +74,7 @@ def traced_reading(disks: list[Disk], depth: int) -> tuple[int, int]:
     )
     files = ":".join(str(disk.path) for disk in disks)
     before = [disk.stat() for disk in disks]
-    with Traced() as traced, setting("kernel/bpf_stats_enabled", 1):
+    with Traced() as traced, sysctl("kernel.bpf_stats_enabled", 1):
         command = ["fio", "--name=queues", *options.split(), f"--filename={files}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fio:
             until(lambda: in_flight(disks) >= 0.95 * together, 600, "the queues to be full")
@@ -106,7 +95,7 @@ def test_requests_beyond_the_tables_count_as_lost() -> None:
     if not in_guest() or os.cpu_count() != CPUS:
         pytest.skip("needs a guest with 8 CPUs: tools/vm queues")
     with ExitStack() as stack:
-        stack.enter_context(setting("fs/aio-max-nr", 4 * CPUS * DEVICES * DEPTH))
+        stack.enter_context(sysctl("fs.aio-max-nr", 4 * CPUS * DEVICES * DEPTH))
         disks = [stack.enter_context(null_device(number)) for number in range(DEVICES)]
         _, lost = traced_reading(disks, 64)
         assert lost == 0

@@ -8,12 +8,14 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cwndtrace.capture.live import Kernel
+from tests.harness.sysctl import sysctl
 from tests.harness.tcp import Connect, TcpConnection
 from tests.harness.tracing import Tracer
 
@@ -90,11 +92,10 @@ def test_the_selftest_passes() -> None:
 
 def test_the_time_of_a_program_run_is_measured(connect: Connect) -> None:
     # The kernel counts the time itself. Under software emulation the figure is only good for comparisons.
-    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
-    before = switch.read_text()
-    switch.write_text("1")
-    kernel = Kernel(probe="tracepoint", block=False, reasons=("idle",))
-    try:
+    with (
+        sysctl("kernel.bpf_stats_enabled", 1),
+        closing(Kernel(probe="tracepoint", block=False, reasons=("idle",))) as kernel,
+    ):
         connections = [connect() for _ in range(20)]
         for connection in connections:
             connection.grow()
@@ -102,8 +103,5 @@ def test_the_time_of_a_program_run_is_measured(connect: Connect) -> None:
         for connection in connections:
             connection.send()
         runs, spent = kernel.run_times()["on_tcp_cwnd_reset"]
-    finally:
-        switch.write_text(before)
-        kernel.close()
     print(f"on_tcp_cwnd_reset: {runs} runs, {spent / runs:.0f} ns each")
     assert runs >= len(connections)
